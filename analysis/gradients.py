@@ -1,0 +1,185 @@
+"""Gradients of the loss by bin of timesteps and group of samples, and their inner products.
+
+    s_i^m = grad_theta (1/B) sum_b |y - f(x_t, t)|^2,    t uniform in bin i, samples b of group m
+
+at the base model, in eval mode (no dropout), in float32. Gradients of all cells (i, m) must meet in pairs, so all are kept
+at once, [N M D]; where that passes `memory`, the parameters are taken in parts and the cells are run through once per part:
+inner products add up over parts, and every draw is a function of its key, so each pass sees the same samples.
+
+Draws (x0, eps, position of t in its bin) are shared between the bins of a group, never between groups: differences between
+bins are then not those of their samples, and the statistic that pairs different groups stays unbiased (see similarity.py).
+Images are drawn with replacement: the mean gradient estimated is the one over the data set, for which a base was trained.
+Positions are stratified: sample b lies in [b/B, (b+1)/B) of its bin.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from demerge.conflict import MIN_GROUPS, Array, ConflictMap, Origin
+from demerge.data import ImageData
+from demerge.diffusion import Diffusion
+from demerge.errors import NumericalError, ResourceError, UsageError
+from demerge.randomness import normal, uniform
+from demerge.timesteps import Partition, TimestepRange
+
+Progress = Callable[[int, int, str], None]
+
+DRAWS = ("shared", "independent")
+MEMORY = 2 << 30
+MAX_PARTS = 16
+COLUMNS = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a measurement will take: backward passes of B samples each, and bytes for the gradients it keeps."""
+
+    passes: int
+    parts: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.passes} backward passes, {self.bytes / 1e6:,.0f} MB of gradients"
+
+
+def cost(model: Diffusion, *, bins: int, groups: int, memory: int = MEMORY) -> Cost:
+    """Return what `measure` will take.
+
+    Raises:
+        ResourceError: where the gradients would have to be kept in more than 16 parts.
+    """
+    cells = bins * groups
+    sizes = [sum(map(Tensor.numel, part)) for part in _parts(list(model.denoiser.parameters()), memory // (4 * cells))]
+    if len(sizes) > MAX_PARTS:
+        raise ResourceError(
+            f"{cells} gradients of {sum(sizes):,} parameters fit {memory / 1e9:.1f} GB in {len(sizes)} parts only",
+            fix="allow more memory, or take fewer bins or groups",
+        )
+    return Cost(cells * len(sizes), len(sizes), 4 * cells * max(sizes))
+
+
+def measure(
+    model: Diffusion,
+    data: ImageData,
+    *,
+    bins: int = 20,
+    groups: int = 8,
+    batch_size: int = 16,
+    seed: int = 0,
+    draws: str = "shared",
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> ConflictMap:
+    """Measure how the gradients of `bins` equal bins of timesteps conflict, on `groups` groups of `batch_size` samples.
+
+    Args:
+        draws: `shared` between the bins of a group, or `independent` as a cross-check.
+        memory: bytes that the kept gradients may take.
+        progress: called as progress(done, total, what) after each backward pass.
+
+    Raises:
+        UsageError: where an argument is out of its range or the data does not fit the model.
+        ResourceError: where the gradients do not fit the memory.
+        NumericalError: where a gradient is not finite.
+    """
+    _check_arguments(data, groups, batch_size, draws, memory)
+    partition = Partition.uniform(model.T, bins)
+    total = cost(model, bins=bins, groups=groups, memory=memory)
+    denoiser = copy.deepcopy(model.denoiser).float().eval().requires_grad_(True)
+    student = model.with_denoiser(denoiser)
+    gram: Array = np.zeros((bins * groups, bins * groups))
+    done = 0
+    for part in _parts(list(denoiser.parameters()), memory // (4 * bins * groups)):
+        rows = torch.empty(bins * groups, sum(map(Tensor.numel, part)), device=model.device)
+        for cell, loss in _losses(student, data, partition, groups, batch_size, seed, draws):
+            rows[cell] = _gradient(loss, part)
+            if not bool(rows[cell].isfinite().all()):
+                raise NumericalError(
+                    f"the gradient in bin {partition[cell // groups]} is not finite", fix="check the model's weights"
+                )
+            done += 1
+            if progress is not None:
+                progress(done, total.passes, f"bin {partition[cell // groups]}")
+        gram += products(rows)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    origin = Origin(model.sha256, data.fingerprint, parameters, "exact", draws, batch_size, seed)
+    return ConflictMap(partition, gram.reshape(bins, groups, bins, groups), model.snr().log().numpy(), origin)
+
+
+def products(rows: Tensor) -> Array:
+    """Return the inner products [R R] of the rows of [R D], summed in float64 over blocks of float32 products."""
+    gram: Array = np.zeros((len(rows), len(rows)))
+    for block in rows.split(COLUMNS, dim=1):
+        gram += (block @ block.T).double().cpu().numpy() if rows.device.type != "mps" else _on_host(block)
+    return (gram + gram.T) / 2
+
+
+def _on_host(block: Tensor) -> Array:
+    block = block.cpu()
+    result: Array = (block @ block.T).double().numpy()
+    return result
+
+
+def _check_arguments(data: ImageData, groups: int, batch_size: int, draws: str, memory: int) -> None:
+    if groups < MIN_GROUPS:
+        raise UsageError(f"{groups} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
+    if batch_size < 1 or memory < 1 or len(data) < 1:
+        raise UsageError(
+            f"batch size {batch_size}, {memory} bytes and {len(data)} images must all be at least 1", fix="give more"
+        )
+    if draws not in DRAWS:
+        raise UsageError(f"draws '{draws}' are unknown", fix=f"use one of {', '.join(DRAWS)}")
+
+
+def _parts(parameters: Sequence[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
+    """Split the parameters, in order, into parts of at most `limit` elements, or of one tensor where that is larger."""
+    parts: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if parameter.numel() > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(parameter)
+        room -= parameter.numel()
+    return parts
+
+
+def _losses(
+    model: Diffusion, data: ImageData, bins: Partition, groups: int, B: int, seed: int, draws: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (cell, mean loss) for all cells i * groups + m, group after group."""
+    for m in range(groups):
+        shared = _draw(model, data, m, B, seed) if draws == "shared" else None
+        for i, span in enumerate(bins):
+            x0, condition, noise, position = shared or _draw(model, data, groups * (1 + i) + m, B, seed)
+            t = _timesteps(span, position).to(model.device)
+            yield i * groups + m, model.loss(x0, noise, t, condition).mean()
+
+
+def _draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return x0 [B *], the condition, noise [B *] and positions in [0, 1) [B] of one key."""
+    samples = range(B)
+    chosen = (uniform(seed, "analysis-image", samples=samples, step=key) * len(data)).long().tolist()
+    captions = [data.captions[i] for i in chosen] if model.requires_text and data.captions is not None else None
+    x0, condition = model.encode(data.floats(chosen), captions)
+    noise = normal(model.sample_shape, seed, "analysis-noise", samples=samples, step=key).to(model.device)
+    position = (torch.arange(B) + uniform(seed, "analysis-t", samples=samples, step=key)) / B
+    return x0, condition, noise, position
+
+
+def _timesteps(span: TimestepRange, position: Tensor) -> Tensor:
+    """Return the timesteps [B] at positions in [0, 1) of a range; each t of the range covers an equal share."""
+    return span.start + (position * len(span)).floor().long().clamp(max=math.ceil(len(span)) - 1)
+
+
+def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])

@@ -1,0 +1,109 @@
+"""What the commands share: progress on stderr, the result on stdout, and signals that end in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is.")]
+
+
+def say(text: str) -> None:
+    """Print a line for the person at the terminal, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(result: dict[str, Any], path: Path | None, as_json: bool) -> None:
+    """Print a command's result on stdout: one JSON document, or the path of what was made."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    elif path is not None:
+        print(path)
+
+
+def device_of(name: str) -> str:
+    """Return the device that `auto` stands for, or the name itself once torch knows it.
+
+    Raises:
+        UsageError: where this machine has no such device.
+    """
+    import torch
+
+    from demerge.errors import UsageError
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{name}' cannot be used: {error}", fix="give --device cpu or auto") from error
+    return name
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Any]:
+    """Draw a bar on stderr; the value is a function (done, total, text) to call.
+
+    Off a terminal it prints a line at each tenth instead.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done, total, text="": bar.update(task, completed=done, total=total, description=f"{what} {text}")
+        return
+    last = -1
+
+    def line(done: int, total: int, text: str = "") -> None:
+        nonlocal last
+        tenth = 10 * done // max(1, total)
+        if tenth != last:
+            last = tenth
+            say(f"{what} {done}/{total} {text}".rstrip())
+
+    yield line
+
+
+@contextmanager
+def stop_signals() -> Iterator[Any]:
+    """Catch Ctrl-C, SIGTERM and SIGUSR1; the value is a function that says whether one came. A second one ends at once.
+
+    Leaving the block after Ctrl-C raises KeyboardInterrupt in place of `Preempted`, for exit code 130.
+    """
+    from demerge.errors import Preempted
+
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise SystemExit(128 + number)
+        seen.append(number)
+        say("stopping after this step; a second signal stops at once")
+
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield lambda: bool(seen)
+    except Preempted as stopped:
+        if signal.SIGINT in seen:
+            say(f"demerge: {stopped}")
+            raise KeyboardInterrupt from stopped
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""`demerge data check`: what a source of images holds, and what in it is broken."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from demerge.cli.common import Json, emit, progress
+
+if TYPE_CHECKING:
+    from demerge.data import Scan
+
+SHOWN = 6
+BROKEN = 3
+
+app = typer.Typer(no_args_is_help=True, help="Look at data before a model does.")
+
+
+@app.callback()
+def data() -> None:
+    """Look at data before a model does."""
+
+
+@app.command()
+def check(
+    source: Annotated[str, typer.Argument(help="digits, hf:NAME, a folder of images, CIFAR-10 batches, idx files or .npz.")],
+    json: Json = False,
+) -> None:
+    """Read every image; tell counts, broken files, sizes, captions and a verdict. Exit code 3 where files are broken."""
+    from demerge.data import scan
+
+    with progress(1, "check") as bar:
+        found = scan(source, progress=bar)
+    emit(found.document(), None, json)
+    if not json:
+        print("\n".join(_lines(found)))
+    if found.broken or found.complaint:
+        raise typer.Exit(BROKEN)
+
+
+def _lines(found: Scan) -> list[str]:
+    from demerge.cli.main import printable
+
+    captions = "none" if found.captions is None else f"{found.captions} of {found.readable}"
+    rows = [
+        ("images", f"{found.files:,}, {found.readable:,} readable"),
+        ("splits", _counts(found.splits)),
+        ("sizes", _sizes(found.sizes)),
+        ("modes", _counts(found.modes)),
+        ("captions", captions),
+        ("notes", _counts(found.notes)),
+        *(("broken", f"{name}: {reason}") for name, reason in found.broken),
+        ("verdict", found.verdict),
+    ]
+    return [printable(f"{name:9} {text}") for name, text in rows if text]
+
+
+def _sizes(counts: dict[str, int]) -> str:
+    if len(counts) <= SHOWN:
+        return _counts(counts)
+    shorter = [min(map(int, size.split("x"))) for size in counts]
+    longer = [max(map(int, size.split("x"))) for size in counts]
+    return f"{len(counts):,} sizes, shorter side {min(shorter)} to {max(shorter)}, longer side {min(longer)} to {max(longer)}"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    shown = [f"{name} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
+    return ", ".join([*shown, *([f"{len(counts) - SHOWN} more"] if len(counts) > SHOWN else [])])

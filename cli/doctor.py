@@ -1,0 +1,139 @@
+"""`demerge doctor`: whether this machine can run demerge; each line is ok, or says the one thing that mends it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from demerge.cli.common import Json, emit
+
+GIB = 1 << 30
+NEED_DISK = 2 * GIB
+NEED_MEMORY = 2 * GIB
+FAILED = 4
+PACKAGES = ("diffusers", "safetensors", "numpy", "pandas", "sklearn", "seaborn", "einops", "PIL", "typer")
+EXTRAS = {"transformers": "sd", "datasets": "data", "nbclient": "notebook"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; `fix` is empty where it is well."""
+
+    name: str
+    state: str
+    fix: str = ""
+
+
+def doctor(json: Json = False) -> None:
+    """Look at Python, torch, devices, packages, disk, memory and threads. Exit code 4 where something must be mended."""
+    findings = [finding for look in LOOKS for finding in look()]
+    healthy = not any(finding.fix for finding in findings)
+    emit({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, None, json)
+    if not json:
+        for f in findings:
+            print(f"{'FIX' if f.fix else 'ok':4}{f.name:14}{f.state}" + (f"\n    {f.fix}" if f.fix else ""))
+    if not healthy:
+        raise typer.Exit(FAILED)
+
+
+def _python() -> Iterator[Finding]:
+    fix = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer and make .venv again"
+    yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", fix)
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:
+        yield Finding("torch", f"cannot be imported: {error}", "pip install --force-reinstall 'torch>=2.10'")
+        return
+    old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
+    yield Finding("torch", torch.__version__, "pip install 'torch>=2.10'" if old else "")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.version.cuda and not names and Path("/proc/driver/nvidia/version").exists():
+        yield Finding("devices", "an NVIDIA driver, but no GPU that torch can use", "install a driver for CUDA " + torch.version.cuda)
+    else:
+        mps = ["Apple GPU"] if torch.backends.mps.is_available() else []
+        yield Finding("devices", ", ".join([*names, *mps, "CPU"]))
+    threads, cores = torch.get_num_threads(), len(_cores())
+    over = threads > cores
+    yield Finding("threads", f"torch uses {threads} of {cores} cores", f"export OMP_NUM_THREADS={cores}" if over else "")
+
+
+def _packages() -> Iterator[Finding]:
+    for module in PACKAGES:
+        yield _imported(module)
+
+
+def _extras() -> Iterator[Finding]:
+    from importlib.util import find_spec
+
+    for module, extra in EXTRAS.items():
+        if find_spec(module):
+            yield _imported(module)
+        else:
+            yield Finding(module, f"not installed; the extra '{extra}' brings it: pip install 'demerge[{extra}]'")
+
+
+def _imported(module: str) -> Finding:
+    from importlib import import_module
+    from importlib.metadata import packages_distributions, version
+
+    try:
+        import_module(f"{module}.pipelines" if module == "diffusers" else module)
+        found = packages_distributions().get(module, [module])[0]
+        return Finding(module, version(found))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        broken = "torchvision" in str(error)
+        fix = "pip uninstall torchvision (demerge does not need it)" if broken else f"pip install --force-reinstall {module}"
+        return Finding(module, f"cannot be imported: {reason[0]}", fix)
+
+
+def _disk() -> Iterator[Finding]:
+    free = shutil.disk_usage(Path.cwd()).free
+    state = f"{free / GIB:.1f} GiB free in this folder"
+    yield Finding("disk", state, "" if free >= NEED_DISK else "free some space: a run of the demo's size takes 1 GiB")
+    writable = os.access(Path.cwd(), os.W_OK)
+    yield Finding("folder", "writable" if writable else "read-only", "" if writable else "change to a folder of yours")
+
+
+def _memory() -> Iterator[Finding]:
+    free = _free_memory()
+    if free is not None:
+        fix = "" if free >= NEED_MEMORY else "close other programs, or lower the batch size"
+        yield Finding("memory", f"{free / GIB:.1f} GiB available", fix)
+
+
+def _free_memory() -> int | None:
+    """Return the bytes that may still be used, by the machine and by the control group this process is in."""
+    try:
+        free = _field(Path("/proc/meminfo"), "MemAvailable:") * 1024
+    except OSError:
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        reclaimable = _field(group / "memory.stat", "inactive_file")
+    except OSError:
+        return free
+    return min(free, int(limit) - int(used) + reclaimable) if limit.isdigit() else free
+
+
+def _field(file: Path, name: str) -> int:
+    rows = (line.split() for line in file.read_text().splitlines())
+    return next((int(row[1]) for row in rows if row[0] == name), 0)
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _packages, _extras, _disk, _memory)

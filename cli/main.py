@@ -1,0 +1,94 @@
+"""The program `demerge`: it gathers the commands and turns errors into one message and an exit code.
+
+Nothing here, nor at the top of a command's module, imports torch: `demerge --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+
+import click
+import typer
+
+from demerge.cli import analyze, compare, data, demo, doctor, evaluate, finetune, inspect, merge, methods, sample
+from demerge.errors import DemergeError
+
+app = typer.Typer(
+    name="demerge",
+    help="Measure how timesteps conflict, finetune one expert per range, merge them into one diffusion model, compare.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")},
+)
+
+START, PATH, AROUND = "Start here", "The path, in order", "Around it"
+app.command(rich_help_panel=START)(demo.demo)
+app.command(rich_help_panel=START)(doctor.doctor)
+app.command(rich_help_panel=PATH)(analyze.analyze)
+app.command(rich_help_panel=PATH)(finetune.finetune)
+app.command(rich_help_panel=PATH)(merge.merge)
+app.command(rich_help_panel=PATH)(evaluate.evaluate)
+app.command(rich_help_panel=PATH)(compare.compare)
+app.command(rich_help_panel=AROUND)(methods.methods)
+app.command(rich_help_panel=AROUND)(sample.sample)
+app.command(rich_help_panel=AROUND)(inspect.inspect)
+app.add_typer(data.app, name="data", rich_help_panel=AROUND)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Print the version and stop."),
+) -> None:
+    """Gather what holds for every command."""
+    context.obj = {"debug": debug}
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("demerge"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the program; a user's mistake ends in one message and its exit code, never in a traceback."""
+    debug = "--debug" in sys.argv
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except DemergeError as error:
+        _fail(str(error), error.exit_code, debug)
+    except click.exceptions.Abort:
+        _fail("interrupted", 130, debug)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing that was committed is lost", 130, debug)
+    except MemoryError:
+        _fail("not enough memory\n  fix: a smaller batch, or a larger machine", 4, debug)
+    except Exception as error:
+        _fail(f"a bug in demerge: {type(error).__name__}: {error}\n  fix: run again with --debug and report it", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"demerge: {printable(message)}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def printable(text: str) -> str:
+    """Return the text without control characters that a hostile name could send to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    main()

@@ -1,0 +1,60 @@
+"""demerge: one better diffusion model out of a pretrained one.
+
+Measure how the gradients of different timesteps conflict, cut the timesteps into ranges where the conflict is worst,
+finetune one expert per range, merge the experts into one stock model, and compare everything honestly (DeMe,
+Decouple-then-Merge, arXiv 2410.06664). The five nouns, in the order data flows:
+
+    ConflictMap -> Partition (of TimestepRanges) -> experts -> merged model (by a recipe) -> report (of Scores)
+
+Names below are imported when first used, so that `import demerge` costs nothing. Stages are functions named like their
+modules: `demerge.finetune.finetune`, `demerge.merge.merge`, `demerge.sample.sample`, `demerge.analysis.measure`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from demerge.conflict import ConflictMap
+    from demerge.data import ImageData, load_images
+    from demerge.diffusion import Diffusion
+    from demerge.errors import DemergeError
+    from demerge.finetune import FinetuneOptions
+    from demerge.sample import load_routed, routed
+    from demerge.timesteps import Partition, TimestepRange
+    from demerge.weights import Checkpoint
+
+HOMES = {
+    "Checkpoint": "weights",
+    "ConflictMap": "conflict",
+    "DemergeError": "errors",
+    "Diffusion": "diffusion",
+    "FinetuneOptions": "finetune",
+    "ImageData": "data",
+    "Partition": "timesteps",
+    "TimestepRange": "timesteps",
+    "load_images": "data",
+    "load_routed": "sample",
+    "routed": "sample",
+}
+
+__all__ = [
+    "Checkpoint",
+    "ConflictMap",
+    "DemergeError",
+    "Diffusion",
+    "FinetuneOptions",
+    "ImageData",
+    "Partition",
+    "TimestepRange",
+    "load_images",
+    "load_routed",
+    "routed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'demerge' has no attribute {name!r}")
+    return getattr(import_module(f"demerge.{HOMES[name]}"), name)

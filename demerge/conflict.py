@@ -1,0 +1,176 @@
+"""The conflict map: what the gradients of all timesteps have to do with each other, measured once, read many times.
+
+Timesteps lie in N bins, samples in M groups. s_i^m [D] is the gradient of the loss in bin i on the samples of group m, taken
+at the base model. The map keeps the inner products of all of them,
+
+    G[i, m, j, n] = <s_i^m, s_j^n>,
+
+which is everything that similarity, errors, cuts and their bootstrap need: they are post-processing without the model.
+How the products were made (from exact gradients or from sketches of them) is a field, `engine`, and no other matter here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from demerge.errors import DemergeError, InputError
+from demerge.files import commit_file
+from demerge.timesteps import Partition
+
+Array = NDArray[np.float64]
+
+FORMAT = "demerge.conflict/1"
+MIN_GROUPS = 5
+MAX_CELLS = 1 << 14
+MAX_TIMESTEPS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a map was measured on and how; two maps of one origin are the same map.
+
+    Attributes:
+        model: SHA-256 of the base denoiser's tensors.
+        data: fingerprint of the images.
+        parameters: D, the length of a gradient.
+        engine: `exact`, or how gradients were shortened before their products were taken.
+        draws: `shared` between the bins of a group, or `independent`.
+        batch_size: samples per bin and group.
+        seed: of all draws.
+    """
+
+    model: str
+    data: str
+    parameters: int
+    engine: str
+    draws: str
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        texts = (self.model, self.data, self.engine, self.draws)
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"origin {texts} holds what is no text", fix="measure the map again")
+        numbers = (self.parameters, self.batch_size, self.seed)
+        if not all(type(number) is int for number in numbers) or min(self.parameters, self.batch_size) < 1:
+            raise InputError(f"origin: parameters, batch size, seed = {numbers}", fix="measure the map again")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConflictMap:
+    """Inner products of the gradients of N bins and M groups.
+
+    Attributes:
+        bins: N contiguous ranges of training timesteps.
+        gram: G [N M N M], float64, read-only.
+        log_snr: log SNR(t) [T], float64, read-only, of the base's schedule.
+        origin: what it was measured on.
+
+    Raises:
+        InputError: where shapes do not fit, a value is not finite, G is no Gram matrix, or there are fewer than 5 groups.
+    """
+
+    bins: Partition
+    gram: Array
+    log_snr: Array
+    origin: Origin
+
+    def __post_init__(self) -> None:
+        _check(self)
+        self.gram.flags.writeable = False
+        self.log_snr.flags.writeable = False
+
+    @property
+    def N(self) -> int:
+        """The number of bins."""
+        return len(self.bins)
+
+    @property
+    def M(self) -> int:
+        """The number of groups of samples."""
+        return int(self.gram.shape[1])
+
+    @property
+    def T(self) -> int:
+        """The number of training timesteps."""
+        return self.bins.total
+
+    @property
+    def edges(self) -> list[int]:
+        """The N + 1 boundaries of the bins, from 0 to T."""
+        return [0, *self.bins.cuts, self.T]
+
+    @property
+    def timesteps(self) -> Array:
+        """The middle of each bin, [N]."""
+        return np.array([(bin.start + bin.stop - 1) / 2 for bin in self.bins])
+
+    @property
+    def widths(self) -> Array:
+        """The share of [0, T) that each bin covers, [N], summing to 1."""
+        return np.array([len(bin) / self.T for bin in self.bins])
+
+    def save(self, path: Path) -> Path:
+        """Write the map as safetensors, whole or not at all; equal maps give equal bytes."""
+        header = {"format": FORMAT, "edges": self.edges, "origin": asdict(self.origin)}
+        tensors = {"gram": np.ascontiguousarray(self.gram), "log_snr": np.ascontiguousarray(self.log_snr)}
+        data = safetensors.numpy.save(tensors, metadata={"demerge": json.dumps(header, sort_keys=True)})
+        return commit_file(path, lambda stream: stream.write(data))
+
+    @classmethod
+    def load(cls, path: Path) -> ConflictMap:
+        """Read and check a `conflict.safetensors`.
+
+        Raises:
+            InputError: where the file is missing, damaged or something else.
+        """
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get("demerge", "null"))
+                _check_header(header, {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+                gram, log_snr = file.get_tensor("gram"), file.get_tensor("log_snr")
+            bins = Partition.from_cuts(header["edges"][-1], header["edges"][1:-1])
+            return cls(bins, gram, log_snr, Origin(**header["origin"]))
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError, DemergeError) as error:
+            what = error.what if isinstance(error, DemergeError) else f"{type(error).__name__}: {error}"
+            raise InputError(f"{path}: not a conflict map: {what}", fix="measure it again with `demerge analyze`") from error
+
+
+def _check_header(header: Any, shapes: Mapping[str, list[int]]) -> None:
+    """Refuse a foreign file before anything of the size it claims is read."""
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise InputError(f"it does not say '{FORMAT}'")
+    edges = header["edges"]
+    if not isinstance(edges, list) or len(edges) < 2 or not all(type(edge) is int for edge in edges) or edges[0] != 0:
+        raise InputError("the edges of its bins are no ascending numbers from 0")
+    if set(shapes) != {"gram", "log_snr"}:
+        raise InputError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}, not gram and log_snr")
+    if len(shapes["gram"]) != 4 or shapes["gram"][0] * shapes["gram"][1] > MAX_CELLS or edges[-1] > MAX_TIMESTEPS:
+        raise InputError(f"its gram of shape {shapes['gram']} over {edges[-1]} timesteps is too large to be one")
+
+
+def _check(map: ConflictMap) -> None:
+    gram, log_snr, N = map.gram, map.log_snr, map.N
+    fix = "measure the map again"
+    if gram.ndim != 4 or gram.shape != (N, gram.shape[1], N, gram.shape[1]) or log_snr.shape != (map.T,):
+        raise InputError(f"{N} bins, {map.T} timesteps, but gram {gram.shape} and log_snr {log_snr.shape}", fix=fix)
+    if gram.shape[1] < MIN_GROUPS:
+        raise InputError(f"{gram.shape[1]} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
+    if gram.dtype != np.float64 or log_snr.dtype != np.float64:
+        raise InputError(f"gram and log_snr are {gram.dtype} and {log_snr.dtype}, not float64", fix=fix)
+    if not (np.isfinite(gram).all() and np.isfinite(log_snr).all()):
+        raise InputError("gram or log_snr holds a value that is not finite", fix=fix)
+    flat = gram.reshape(N * gram.shape[1], -1)
+    norms = np.sqrt(np.clip(np.diagonal(flat), 0, None))
+    slack = 1e-4 * np.outer(norms, norms)
+    if (np.diagonal(flat) < 0).any() or (abs(flat - flat.T) > slack).any() or (abs(flat) > np.outer(norms, norms) + slack).any():
+        raise InputError("gram holds no inner products of vectors", fix=fix)

@@ -1,0 +1,152 @@
+"""What a data set is: pixels that can be read one by one, and the choice of them that a stage works on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Pixels8 = NDArray[np.uint8]
+Shape = tuple[int, int, int]
+
+CACHE_BYTES = 1 << 30
+
+
+class Pixels(Protocol):
+    """Images that can be read one by one, as uint8 [C H W] with C = 1 or 3 and sizes of their own."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether they lie in memory, so that reading costs nothing."""
+
+    @property
+    def shapes(self) -> frozenset[Shape]:
+        """The shapes [C H W] that occur, as far as can be told without decoding all."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Pixels8:
+        """Return image `index`, [C H W]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """Images of one size in memory, [N C H W]."""
+
+    values: Pixels8
+
+    @property
+    def resident(self) -> bool:
+        """True: reading costs nothing."""
+        return True
+
+    @property
+    def shapes(self) -> frozenset[Shape]:
+        """The one shape [C H W] of all."""
+        _, c, h, w = self.values.shape
+        return frozenset({(c, h, w)})
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def read(self, index: int) -> Pixels8:
+        """Return image `index`, [C H W]."""
+        image: Pixels8 = self.values[index]
+        return image
+
+
+@dataclass(frozen=True, slots=True)
+class ImageData:
+    """N images of one shape, with captions and labels where the source has them.
+
+    Attributes:
+        name: what the source calls itself: `digits`, the name of a folder or file, `hf:NAME`.
+        split: `all`, `train` or `test`.
+        shape: [C H W] of every image given out.
+        content: SHA-256 of the source's pixels and captions.
+        positions: where image i lies in `pixels`.
+    """
+
+    name: str
+    split: str
+    shape: Shape
+    content: str
+    pixels: Pixels = field(repr=False)
+    positions: tuple[int, ...] = field(repr=False)
+    captions: list[str] | None = field(default=None, repr=False)
+    labels: list[int] | None = field(default=None, repr=False)
+    _cache: dict[int, Pixels8] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the pixels, the choice of images and their shape."""
+        text = f"{self.content} {self.shape} {self.positions}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Return the images at `indices`, uint8 [B C H W] in [0, 255].
+
+        Raises:
+            InputError: where a file turns out to be damaged.
+        """
+        images = [self._image(self.positions[i]) for i in indices]
+        return torch.from_numpy(np.stack(images)) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
+
+    def floats(self, indices: Sequence[int], flip: Sequence[bool] | None = None) -> Tensor:
+        """Return the images at `indices`, float32 [B C H W] in [-1, 1]; those marked in `flip` are mirrored left-right."""
+        images = self.images(indices).float().div_(127.5).sub_(1)
+        if flip is not None:
+            marked = torch.tensor(flip, dtype=torch.bool)
+            images[marked] = images[marked].flip(-1)
+        return images
+
+    def subset(self, indices: Sequence[int]) -> ImageData:
+        """Return the data set of the images at `indices`, in that order."""
+        return replace(
+            self,
+            positions=tuple(self.positions[i] for i in indices),
+            captions=None if self.captions is None else [self.captions[i] for i in indices],
+            labels=None if self.labels is None else [self.labels[i] for i in indices],
+        )
+
+    def _image(self, position: int) -> Pixels8:
+        if position in self._cache:
+            return self._cache[position]
+        image = fit(self.pixels.read(position), self.shape)
+        if not self.pixels.resident and (len(self._cache) + 1) * image.nbytes <= CACHE_BYTES:
+            self._cache[position] = image
+        return image
+
+
+def fit(image: Pixels8, shape: Shape) -> Pixels8:
+    """Return an image [c h w] in `shape` [C H W]: the centre of that aspect, Lanczos with antialiasing, grey or colour.
+
+    Grey is Rec. 601 luma; colour from grey repeats the channel.
+    """
+    c, height, width = shape
+    if image.shape != shape and image.shape[0] != c:
+        image = as_pixels(as_pil(image).convert("RGB" if c == 3 else "L"))
+    if image.shape != shape:
+        image = as_pixels(ImageOps.fit(as_pil(image), (width, height), Image.Resampling.LANCZOS))
+    return image
+
+
+def as_pixels(image: Image.Image) -> Pixels8:
+    """Return a grey or colour image as [C H W]."""
+    values = np.asarray(image)
+    return values[None].copy() if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def as_pil(image: Pixels8) -> Image.Image:
+    """Return [C H W] as a grey or colour image."""
+    return Image.fromarray(image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))

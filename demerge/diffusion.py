@@ -1,0 +1,362 @@
+"""A diffusion model: denoiser, noise schedule and, for text and latents, text encoder and autoencoder.
+
+    q(x_t | x_0):      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,      eps ~ N(0, I),  t in [0, T)
+    target y:          epsilon       eps
+                       v_prediction  sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+                       sample        x_0
+    loss at t:         |y - f(x_t, t, c)|^2, averaged over the elements of one sample
+    SNR(t):            abar_t / (1 - abar_t)
+
+abar, the prediction type and T are the base's own, read from its scheduler's config; nothing is filled in by a default.
+Models are stock diffusers pipelines: UNet2DModel, or UNet2DConditionModel with a CLIP text encoder and an AutoencoderKL.
+Classes come from the allow-list below and no remote code ever runs.
+
+Papers: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), latent diffusion (arXiv 2112.10752).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from einops import reduce
+from torch import Tensor, nn
+
+from demerge.errors import InputError, UsageError
+from demerge.weights import content_sha256
+
+DENOISERS: Mapping[str, type[diffusers.ModelMixin]] = {
+    "UNet2DModel": diffusers.UNet2DModel,
+    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+}
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """A tokenizer and a CLIP text model, frozen."""
+
+    tokenizer: Any
+    model: nn.Module
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Encode B captions into their last hidden states [B L D]."""
+        tokens = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        states: Tensor = self.model(tokens.input_ids.to(next(self.model.parameters()).device))[0]
+        return states
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A denoiser f(x_t, t, c) with the noise schedule it was trained on.
+
+    `folder` is the pipeline folder it was loaded from; `save` copies from it what is not the denoiser.
+    """
+
+    denoiser: nn.Module
+    scheduler: Any
+    folder: Path | None = None
+    vae: Any | None = None
+    text: TextEncoder | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.scheduler, "alphas_cumprod"):
+            raise UsageError(
+                f"scheduler {type(self.scheduler).__name__} has no alphas_cumprod",
+                fix="use a base with a DDPM-like schedule (DDPM, DDIM, PNDM, Euler, DPM-Solver)",
+            )
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UsageError(
+                f"prediction type '{self.prediction_type}' is unknown", fix=f"use one of {', '.join(PREDICTION_TYPES)}"
+            )
+        if getattr(self.config, "addition_embed_type", None) or getattr(self.config, "class_embed_type", None):
+            raise UsageError(
+                "the denoiser takes conditions besides text (addition_embed_type or class_embed_type)",
+                fix="use an unconditional base or a text-to-image base of the SD 1.x or 2.x kind",
+            )
+
+    # -- reading and writing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, model: str | Path, *, device: str | torch.device = "cpu") -> Diffusion:
+        """Load a pipeline folder or a Hub id, in float32, in eval mode.
+
+        Raises:
+            InputError: where the folder is no supported pipeline, or a weight is missing from its file.
+        """
+        folder = resolve(model)
+        index = _read_json(folder / "model_index.json")
+        component = _load_denoiser(folder, index)
+        scheduler = _load_scheduler(folder, index)
+        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae") if "vae" in index else None
+        text = _load_text(folder) if "text_encoder" in index else None
+        for module in (component, vae, text.model if text else None):
+            if module is not None:
+                module.eval().requires_grad_(False)
+        return cls(component, scheduler, folder, vae, text).to(device)
+
+    @classmethod
+    def random(cls, config: Path, *, seed: int) -> Diffusion:
+        """Make an unconditional model with random weights from a JSON file {"unet": {...}, "scheduler": {...}}.
+
+        Raises:
+            InputError: where the file lacks a part or diffusers refuses it.
+        """
+        document = _read_json(config)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                denoiser = diffusers.UNet2DModel.from_config(document["unet"])
+            scheduler = diffusers.DDPMScheduler.from_config(document["scheduler"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{config}: not a model config: {error}",
+                fix='write {"unet": {... UNet2DModel ...}, "scheduler": {... DDPMScheduler ...}}',
+            ) from error
+        return cls(denoiser, scheduler)
+
+    def save(self, path: Path) -> None:
+        """Write a stock pipeline into the empty folder `path`; what is not the denoiser is copied from `folder`."""
+        if self.folder is None:
+            diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
+            return
+        index = _read_json(self.folder / "model_index.json")
+        shutil.copyfile(self.folder / "model_index.json", path / "model_index.json")
+        for part in sorted(self.folder.iterdir()):
+            if part.is_dir() and part.name in index and part.name != "unet":
+                shutil.copytree(part, path / part.name)
+        self.denoiser.save_pretrained(path / "unet")  # type: ignore[operator]
+
+    def with_denoiser(self, denoiser: nn.Module) -> Diffusion:
+        """Return the same diffusion around another denoiser."""
+        return replace(self, denoiser=denoiser)
+
+    def to(self, device: str | torch.device) -> Diffusion:
+        """Move the modules to a device, in place; return self."""
+        for module in (self.denoiser, self.vae, self.text.model if self.text else None):
+            if module is not None:
+                module.to(device)
+        return self
+
+    # -- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The denoiser's own config."""
+        return self.denoiser.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def T(self) -> int:
+        """The number of training timesteps."""
+        return int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon`, `v_prediction` or `sample`."""
+        return str(self.scheduler.config.prediction_type)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """abar [T], float64."""
+        abar: Tensor = self.scheduler.alphas_cumprod.to("cpu", torch.float64)
+        return abar
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_t."""
+        size = self.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.config.in_channels), int(height), int(width)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        if self.vae is None:
+            return self.sample_shape
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        _, height, width = self.sample_shape
+        return int(self.vae.config.out_channels), height * factor, width * factor
+
+    @property
+    def requires_text(self) -> bool:
+        """Whether the denoiser takes captions."""
+        return self.text is not None
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the denoiser's tensors: names, dtypes, shapes and values."""
+        return content_sha256(self.denoiser.state_dict())
+
+    def snr(self) -> Tensor:
+        """SNR(t) = abar_t / (1 - abar_t), [T] float64."""
+        abar = self.alphas_cumprod
+        return abar / (1 - abar)
+
+    # -- mathematics -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, captions: Sequence[str] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Turn images [B C H W] in [-1, 1] and captions into (x_0 [B *sample_shape], condition [B L D] or None).
+
+        Raises:
+            UsageError: where the images have another shape than the base's, or a text-to-image base gets no captions.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise UsageError(
+                f"images are {tuple(images.shape[1:])}, the base expects {self.image_shape}",
+                fix="load the data with the base's resolution and channels",
+            )
+        if self.text is not None and captions is None:
+            raise UsageError(
+                "the base takes text and the data has no captions", fix="add a metadata.jsonl with file_name and text"
+            )
+        condition = self.text(captions) if self.text is not None and captions is not None else None
+        images = images.to(self.device)
+        if self.vae is None:
+            return images, condition
+        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor, condition
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Turn x_0 [B *sample_shape] into images [B C H W], nominally in [-1, 1]."""
+        if self.vae is None:
+            return x0
+        images: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor).sample
+        return images
+
+    def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self.alphas_cumprod.to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
+        return abar.sqrt().to(like.dtype).to(like.device), (1 - abar).sqrt().to(like.dtype).to(like.device)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Draw x_t from q(x_t | x_0) with the given noise; x0, noise [B *], t [B] integers."""
+        a, s = self._coefficients(t, x0)
+        return a * x0 + s * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return y [B *], what the denoiser is trained to predict."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x0
+        a, s = self._coefficients(t, x0)
+        return a * noise - s * x0
+
+    def predict(self, x_t: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
+        """Return f(x_t, t, c) [B C H W]; a learned variance behind the first C channels is left out."""
+        arguments = {} if condition is None else {"encoder_hidden_states": condition}
+        output: Tensor = self.denoiser(x_t, t, **arguments).sample
+        return output[:, : x_t.shape[1]]
+
+    def loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return |y - f(x_t, t, c)|^2 for each sample [B], averaged over its elements."""
+        return squared_error(self.predict(self.add_noise(x0, noise, t), t, condition), self.target(x0, noise, t))
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of each sample [B], in float32."""
+    return reduce((prediction.float() - target.float()).square(), "b ... -> b", "mean")
+
+
+def resolve(model: str | Path) -> Path:
+    """Return the pipeline folder of a path or Hub id; a component folder inside a pipeline stands for its pipeline.
+
+    Raises:
+        InputError: where there is neither such a folder nor such a Hub id.
+    """
+    path = Path(model)
+    for folder in (path, path.parent):
+        if (folder / "model_index.json").is_file() and (folder == path or (path / "config.json").is_file()):
+            return folder
+    if path.exists():
+        raise InputError(
+            f"{model}: no model_index.json there, so no scheduler is known",
+            fix="name a whole pipeline folder (model_index.json, unet/, scheduler/)",
+        )
+    return _download(str(model))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"'{model}' is neither a folder here nor a model that the Hub gives ({type(error).__name__})",
+            fix="check the spelling, the network, or name a local pipeline folder",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}", fix="check the file") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: a JSON object was expected", fix="check the file")
+    return document
+
+
+def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:
+    entry = index.get(part)
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+        raise InputError(f"{folder}/model_index.json: no component '{part}'", fix="use a pipeline with unet and scheduler")
+    return entry[1]
+
+
+def _load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixin:
+    name = _class_name(folder, index, "unet")
+    if name not in DENOISERS:
+        raise InputError(f"{folder}: denoiser class '{name}' is not supported", fix=f"use one of {', '.join(DENOISERS)}")
+    try:
+        model, report = DENOISERS[name].from_pretrained(
+            folder / "unet", use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"{folder}/unet: cannot be loaded: {error}", fix="check config.json and the weights") from error
+    problems = {key: sorted(report[key])[:5] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
+    if problems:
+        raise InputError(f"{folder}/unet: the weights do not fit the config: {problems}", fix="use the matching weights")
+    denoiser: diffusers.ModelMixin = model
+    return denoiser
+
+
+def _load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
+    name = _class_name(folder, index, "scheduler")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise InputError(f"{folder}: scheduler class '{name}' is unknown to diffusers", fix="use a stock scheduler")
+    try:
+        return kind.from_pretrained(folder / "scheduler")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}/scheduler: cannot be loaded: {error}", fix="check scheduler_config.json") from error
+
+
+def _load_text(folder: Path) -> TextEncoder:
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError as error:
+        raise UsageError("the base takes text, which needs transformers", fix="pip install 'demerge[sd]'") from error
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return TextEncoder(tokenizer, CLIPTextModel.from_pretrained(folder / "text_encoder"))

@@ -1,0 +1,64 @@
+"""Errors a user can cause, and the exit code each one ends the program with.
+
+    DemergeError            1   a bug in demerge, when nothing below fits
+    ├── UsageError          2   an argument, option or configuration is wrong
+    ├── InputError          3   a file that was read is wrong
+    ├── ResourceError       4   not enough disk, memory or accelerator
+    ├── NumericalError      5   NaN or Inf, a loss that diverged
+    ├── ComparisonError     6   scores of unlike protocols
+    └── Preempted          75   stopped after a valid checkpoint; run the same command again
+
+Every message says what is wrong (which argument or file, the rule, the value found) and, in `fix`, what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class DemergeError(Exception):
+    """The base of all errors that demerge raises on purpose: one sentence what, one sentence what to do."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  fix: {self.fix}" if self.fix else self.what
+
+
+class UsageError(DemergeError):
+    """An argument, an option or a configuration breaks a rule."""
+
+    exit_code = 2
+
+
+class InputError(DemergeError):
+    """A file that was read is missing, damaged, hostile or not what it should be."""
+
+    exit_code = 3
+
+
+class ResourceError(DemergeError):
+    """Disk, memory or accelerator do not suffice."""
+
+    exit_code = 4
+
+
+class NumericalError(DemergeError):
+    """A computation left the finite numbers."""
+
+    exit_code = 5
+
+
+class ComparisonError(DemergeError):
+    """Scores of unlike protocols were asked to be compared."""
+
+    exit_code = 6
+
+
+class Preempted(DemergeError):
+    """The work stopped after a valid checkpoint; the same command again continues it."""
+
+    exit_code = 75

@@ -1,0 +1,98 @@
+"""Feature nets: what turns images into the vectors that sets of images are compared by.
+
+    images uint8 [B C H W] -> prepare -> network -> features float32 [B D]
+
+A net is named in every protocol by its name, the SHA-256 of its weights and its preprocessing. `FID` is printed for
+Inception-v3 with the known weights alone; every other Frechet distance is printed as `FD[name]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from demerge.errors import NumericalError, UsageError
+from demerge.evaluate import digits, inception
+from demerge.files import sha256
+
+FID_WEIGHTS = "aa5258d3cf03ee0a86d89c7ea3e991b547f1609a914383b7c33c7227f93155ba"
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureNet:
+    """A network with its preprocessing and the facts that name it in a protocol."""
+
+    name: str
+    sha256: str
+    dim: int
+    preprocess: str
+    network: Callable[[Tensor], Tensor]
+    prepare: Callable[[Tensor], Tensor]
+    device: torch.device
+    batch_size: int
+
+    @property
+    def distance_name(self) -> str:
+        """`FID` for Inception with the known weights, else `FD[name]`."""
+        return "FID" if self.sha256 == FID_WEIGHTS else f"FD[{self.name}]"
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """The fields that name this net in a protocol."""
+        return {"features": self.name, "features_sha256": self.sha256, "preprocess": self.preprocess}
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, *, progress: Progress | None = None) -> Tensor:
+        """Return the features [n D] float32, on the CPU, of images uint8 [n C H W], batch by batch.
+
+        Raises:
+            UsageError: where there is no image or it has the wrong type.
+            NumericalError: where a feature is not finite.
+        """
+        if len(images) == 0:
+            raise UsageError("there is no image to take features of", fix="give at least one")
+        rows = torch.empty(len(images), self.dim)
+        for start in range(0, len(images), self.batch_size):
+            batch = self.prepare(images[start : start + self.batch_size].to(self.device))
+            rows[start : start + len(batch)] = self.network(batch).float().cpu()
+            if progress is not None:
+                progress(start + len(batch), len(images), self.name)
+        if not bool(rows.isfinite().all()):
+            raise NumericalError(f"{self.name}: a feature is not finite", fix="check the images and the weights")
+        return rows
+
+
+def feature_net(spec: str, *, preprocess: inception.Preprocess = "clean", device: str = "cpu") -> FeatureNet:
+    """Return the net that `digits-cnn` or `inception:PATH` names; `preprocess` is Inception's.
+
+    Raises:
+        UsageError: where the name is unknown.
+        InputError: where the weights cannot be read.
+    """
+    name, _, path = spec.partition(":")
+    if name == "digits-cnn" and not path:
+        return _digits(torch.device(device))
+    if name == "inception" and path:
+        return _inception(Path(path).expanduser(), preprocess, torch.device(device))
+    raise UsageError(f"feature net '{spec}' is unknown", fix="use digits-cnn, or inception:PATH with a local weights file")
+
+
+def _digits(device: torch.device) -> FeatureNet:
+    net = digits.load_digits_cnn().to(device)
+    digest = sha256(digits.ASSET)
+    return FeatureNet("digits-cnn", digest, digits.DIM, "grey 8x8", net.features, digits.prepare, device, 256)
+
+
+def _inception(path: Path, preprocess: inception.Preprocess, device: torch.device) -> FeatureNet:
+    if preprocess not in inception.PREPROCESS:
+        raise UsageError(f"preprocess '{preprocess}' is unknown", fix=f"use one of {', '.join(inception.PREPROCESS)}")
+    net: nn.Module = inception.load_inception(path).to(device)
+    batch = 16 if device.type == "cpu" else 128
+    prepare = partial(inception.prepare, mode=preprocess)
+    return FeatureNet("inception", sha256(path), inception.DIM, preprocess, net, prepare, device, batch)

@@ -1,0 +1,208 @@
+"""The report as one HTML page that loads nothing: style and images lie inside, and a content security policy says so.
+
+Every text that came from outside (names of models, captions, commands) passes `text`, which escapes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from demerge.evaluate.protocol import HIGHER_IS_BETTER, Protocol, Row
+from demerge.evaluate.tables import against, change, label, measured, number
+from demerge.evaluate.verdict import best, outcome, verdict, warnings
+from demerge.images import grid, png
+
+STYLE = Path(__file__).resolve().parents[1] / "assets" / "report.css"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
+EYEBROWS = {"better": "Merging helped", "worse": "Merging did not help", "inconclusive": "Inconclusive"}
+text: Callable[[object], str] = lambda value: html.escape(str(value), quote=True)  # noqa: E731
+
+
+@dataclass(frozen=True, slots=True)
+class Exhibit:
+    """A picture with its caption; `dark`, where there is one, is shown on dark pages, else the picture lies on white."""
+
+    caption: str
+    data: bytes
+    kind: str = "svg"
+    dark: bytes | None = None
+
+
+def page(
+    title: str,
+    rows: Sequence[Row],
+    floors: Sequence[Row],
+    *,
+    plots: Mapping[str, Exhibit],
+    contact: Mapping[str, Tensor],
+    figures: Sequence[Exhibit],
+    commands: Sequence[str],
+    notes: Sequence[str],
+) -> str:
+    """Return the page; rows are ranked, best first."""
+    protocol = rows[0].scores[0].protocol
+    sections = [
+        _verdict(rows),
+        _tiles(rows, floors),
+        _contact(contact, rows),
+        _section("Ranking", RANKING, _ranking(rows, floors) + _gallery(plots, ("ranking", "tradeoff"))),
+        _section("Conflict and ranges", CONFLICT, _figures(figures)) if figures else "",
+        _section("Validation loss by range", LOSSES, _gallery(plots, ("losses",))) if "losses" in plots else "",
+        _section("Read with care", "", _list([*warnings(rows, floors), *notes], "warn")),
+        _section("Protocol", "All numbers above share it, field by field.", _protocol(protocol, rows)),
+        _section("Commands", "What made this report, to be run again.", _code(commands)) if commands else "",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        f"<title>{text(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><h1>{text(title)}</h1>\n<p>{text(protocol)}</p></header>\n"
+        + "\n".join(part for part in sections if part)
+        + "\n<footer>Made by demerge. The same numbers lie beside this page in scores.csv and scores.md.</footer>\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+RANKING = (
+    "Mean ± standard deviation over sampling seeds; all models draw from the same noise. A change against a control is the mean "
+    "of the paired differences; it is inconclusive below twice their standard deviation or 1.3 %, whichever is more."
+)
+CONFLICT = "How far the gradients of different timesteps agree on the base, and where the timesteps were cut."
+LOSSES = (
+    "Change against the base on held-out images, with the same images, timesteps and noise for every model. Pale italics: within "
+    "two standard errors of zero. Negative is better. Loss does not rank models as the Frechet distance does."
+)
+
+
+def _section(title: str, lead: str, body: str) -> str:
+    introduction = f'<p class="lead">{text(lead)}</p>' if lead else ""
+    return f"<section>\n<h2>{text(title)}</h2>\n{introduction}{body}\n</section>"
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    result = outcome(rows)
+    return (
+        f'<section class="verdict {result}"><div class="eyebrow">{EYEBROWS[result]}</div>\n<p>{text(verdict(rows))}</p></section>'
+    )
+
+
+def _tiles(rows: Sequence[Row], floors: Sequence[Row]) -> str:
+    chosen = [(name, best(rows, kind)) for kind, name in TILES.items()]  # type: ignore[arg-type]
+    tiles = [_tile(name, row) for name, row in [*chosen, *(("noise floor", floor) for floor in floors[:1])] if row is not None]
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+TILES = {"base": "base", "joint": "joint control", "ensemble": "routed ensemble", "merge": "best merge"}
+
+
+def _tile(name: str, row: Row) -> str:
+    shown = name if row.model == name else f"{name}: {row.model}"
+    return f'<div class="tile"><b>{row.mean("fd"):.2f}</b><span>{text(shown)}</span></div>'
+
+
+def _contact(contact: Mapping[str, Tensor], rows: Sequence[Row]) -> str:
+    if not contact:
+        return ""
+    kinds = {row.model: row.kind for row in rows}
+    strips = "".join(
+        f'<span><span class="kind {kinds.get(name, "model")}">{text(name)}</span></span>'
+        f'<img alt="{len(images)} images of {text(name)}" src="{_uri(_strip(images), "png")}">'
+        for name, images in contact.items()
+    )
+    return _section(
+        "Same noise, different models",
+        "One column is one starting noise; the images were not chosen.",
+        f'<div class="scroll"><div class="sheet">{strips}</div></div>',
+    )
+
+
+def _strip(images: Tensor) -> bytes:
+    scale = max(1, 32 // images.shape[-1])
+    return png(grid(images.cpu(), len(images), gap=max(1, images.shape[-1] // 16)), scale=scale)
+
+
+def _ranking(rows: Sequence[Row], floors: Sequence[Row]) -> str:
+    metrics = measured(rows)
+    tops = {metric: _top(rows, metric) for metric in metrics}
+    heads = "".join(f'<th class="num">{text(label(m, rows))} {"↑" if m in HIGHER_IS_BETTER else "↓"}</th>' for m in metrics)
+    lines = []
+    for place, row in enumerate(rows, 1):
+        cells = "".join(_cell(row, metric, row is tops[metric]) for metric in metrics)
+        results = against(row, rows)
+        changes = "".join(
+            f'<td class="change {results[name].verdict}">{text(change(results[name]))}</td>' if name in results else "<td></td>"
+            for name in ("base", "joint")
+        )
+        lines.append(f'<tr><td class="num">{place}</td>{_names(row)}{cells}{changes}</tr>')
+    for floor in floors:
+        cells = "".join(_cell(floor, metric, False) for metric in metrics)
+        lines.append(f'<tr class="floor"><td></td>{_names(floor)}{cells}<td></td><td></td></tr>')
+    return (
+        f'<div class="scroll"><table><thead><tr><th></th><th>model</th><th>kind</th>{heads}<th>against base</th>'
+        f"<th>against joint</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _names(row: Row) -> str:
+    kind = "noise floor" if row.kind == "real" else row.kind
+    return f'<td class="name">{text(row.model)}</td><td><span class="kind {row.kind}">{kind}</span></td>'
+
+
+def _cell(row: Row, metric: str, top: bool) -> str:
+    mean, _, spread = number(row, metric).partition(" ± ")
+    emphasis = f'<span class="best">{mean}</span>' if top else mean
+    return f'<td class="num">{emphasis}' + (f' <span class="sd">± {spread}</span></td>' if spread else "</td>")
+
+
+def _top(rows: Sequence[Row], metric: str) -> Row | None:
+    if metric == "drift":
+        return None
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    known = [row for row in rows if not math.isnan(row.mean(metric))]
+    return min(known, key=lambda row: sign * row.mean(metric), default=None)
+
+
+def _gallery(plots: Mapping[str, Exhibit], names: Iterable[str]) -> str:
+    return "".join(_figure(plots[name]) for name in names if name in plots)
+
+
+def _figures(figures: Sequence[Exhibit]) -> str:
+    return f'<div class="gallery">{"".join(map(_figure, figures))}</div>'
+
+
+def _figure(exhibit: Exhibit) -> str:
+    image = f'<img alt="{text(exhibit.caption)}" src="{_uri(exhibit.data, exhibit.kind)}">'
+    if exhibit.dark is None:
+        body = f'<div class="plate">{image}</div>'
+    else:
+        dark = _uri(exhibit.dark, exhibit.kind)
+        body = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{image}</picture>'
+    return f"<figure>{body}<figcaption>{text(exhibit.caption)}</figcaption></figure>"
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:{MEDIA[kind]};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _protocol(protocol: Protocol, rows: Sequence[Row]) -> str:
+    facts = {f.name.replace("_", " "): getattr(protocol, f.name) for f in fields(protocol)}
+    facts |= {"sampling seeds": ", ".join(sorted({str(seed) for row in rows for seed in row.seeds}, key=int))}
+    facts |= {f"sha256 of {row.model}": row.scores[0].model_sha256 for row in rows if row.scores[0].model_sha256}
+    return "<dl>" + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items()) + "</dl>"
+
+
+def _list(items: Sequence[str], kind: str) -> str:
+    return f'<ul class="{kind}">' + "".join(f"<li>{text(item)}</li>" for item in items) + "</ul>"
+
+
+def _code(commands: Sequence[str]) -> str:
+    return "<pre>" + "\n".join(map(text, commands)) + "</pre>"

@@ -1,0 +1,183 @@
+"""The report's plots, each a matplotlib figure drawn on its own axes, and their rendering to SVG and PNG.
+
+A plot is drawn twice, for light and for dark pages; `render` gives the bytes, the same ones for the same input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from demerge.evaluate.protocol import MINIMUM, Kind, Row
+
+COLORS: Mapping[Kind, str] = {
+    "real": "#7d8590",
+    "base": "#8a6fd1",
+    "joint": "#d9822b",
+    "expert": "#c05a86",
+    "ensemble": "#2a9d8f",
+    "merge": "#3b82f6",
+    "model": "#5b7083",
+}
+LABELS: Mapping[str, str] = {
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "diversity": "LPIPS diversity",
+    "drift": "LPIPS drift",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """Colours of ink, faint ink and lines."""
+
+    ink: str
+    faint: str
+    line: str
+    maps: str
+
+
+LIGHT = Theme("#1f2328", "#656d76", "#d8dee4", "vlag")
+DARK = Theme("#e6edf3", "#9198a1", "#3d444d", "icefire")
+Draw = Callable[[Theme], Figure]
+
+
+def render(draw: Draw, theme: Theme, kind: str) -> bytes:
+    """Draw with a theme and return the bytes of an `svg` or `png`, transparent where the page should show through."""
+    style = {
+        **sns.axes_style("ticks"),
+        "axes.edgecolor": theme.line,
+        "axes.labelcolor": theme.faint,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "font.size": 10.0,
+        "svg.hashsalt": "demerge",
+        "text.color": theme.ink,
+        "xtick.color": theme.faint,
+        "ytick.color": theme.ink,
+        "xtick.labelcolor": theme.faint,
+    }
+    stream = BytesIO()
+    with mpl.rc_context(style):
+        figure = draw(theme)
+        FigureCanvasAgg(figure)
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        face = "none" if kind == "svg" else "white"
+        figure.savefig(stream, format=kind, dpi=160, bbox_inches="tight", facecolor=face, metadata=metadata)
+    return stream.getvalue()
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
+    """Draw each model's distance: a dot per seed, the mean with its standard deviation, the base and the noise floor as lines."""
+    figure, axes = _axes(8.0, 0.9 + 0.36 * len(rows))
+    frame = pd.DataFrame(
+        [(row.model, row.kind, value) for row in rows for value in row.values("fd")], columns=["model", "kind", "fd"]
+    )
+    sns.stripplot(
+        frame, x="fd", y="model", hue="kind", palette=dict(COLORS), size=4, alpha=0.55, jitter=False, legend=False, ax=axes
+    )
+    for y, row in enumerate(rows):
+        spread = 0.0 if math.isnan(row.sd("fd")) else row.sd("fd")
+        axes.errorbar(row.mean("fd"), y, xerr=spread, fmt="o", ms=8, capsize=3, color=COLORS[row.kind], mec=theme.ink, mew=0.6)
+    for row in rows:
+        if row.kind == "base":
+            axes.axvline(row.mean("fd"), color=COLORS["base"], lw=1, ls="--", zorder=0)
+            margin = MINIMUM * row.mean("fd")
+            axes.axvspan(row.mean("fd") - margin, row.mean("fd") + margin, color=COLORS["base"], alpha=0.12, lw=0, zorder=0)
+    for floor in floors:
+        axes.axvline(floor.mean("fd"), color=theme.faint, lw=1.2, ls=":", zorder=0)
+        axes.annotate(
+            "noise floor", (floor.mean("fd"), 1), xycoords=("data", "axes fraction"), color=theme.faint, fontsize=8,
+            xytext=(3, 3), textcoords="offset points",
+        )  # fmt: skip
+    values = [abs(row.mean("fd")) for row in [*rows, *floors]]
+    if min(values) > 0 and max(values) / min(values) > 12:
+        axes.set_xscale("log")
+    axes.set(xlabel=f"{rows[0].scores[0].protocol.distance} (lower is better)", ylabel="")
+    axes.grid(axis="x", color=theme.line, lw=0.6, alpha=0.7)
+    return figure
+
+
+def tradeoff(rows: Sequence[Row], theme: Theme) -> Figure:
+    """Draw precision against recall, one dot for each model."""
+    figure, axes = _axes(6.2, 4.4)
+    frame = pd.DataFrame(
+        [(r.model, r.kind, r.mean("recall"), r.mean("precision")) for r in rows],
+        columns=["model", "kind", "recall", "precision"],
+    )
+    sns.scatterplot(frame, x="recall", y="precision", hue="kind", palette=dict(COLORS), s=70, ec=theme.ink, lw=0.5, ax=axes)
+    for i, row in enumerate(rows):
+        place = (row.mean("recall"), row.mean("precision"))
+        offset = (6, 5) if i % 2 == 0 else (6, -11)
+        axes.annotate(row.model, place, xytext=offset, textcoords="offset points", fontsize=7.5, color=theme.faint)
+    axes.legend(title=None, frameon=False, fontsize=8, labelcolor=theme.ink)
+    axes.margins(0.12)
+    axes.grid(color=theme.line, lw=0.6, alpha=0.7)
+    axes.set(xlabel="recall: share of real images covered", ylabel="precision: share of images that look real")
+    return figure
+
+
+def losses(rows: Sequence[Row], base: Row, theme: Theme) -> Figure:
+    """Draw the change of each range's validation loss against the base's, in percent; faint numbers are within 2 s.e. of zero."""
+    models = [row for row in rows if row.losses is not None]
+    assert_base = base.losses
+    changes = {r.model: r.losses.change(assert_base) for r in models if r.losses is not None and assert_base is not None}
+    frame = pd.DataFrame({m: {span: 100 * value for span, (value, _) in c.items()} for m, c in changes.items()}).T
+    sure = pd.DataFrame({m: {span: abs(v) > 2 * e for span, (v, e) in c.items()} for m, c in changes.items()}).T
+    figure, axes = _axes(2.6 + 1.1 * frame.shape[1], 1.0 + 0.36 * len(frame))
+    limit = max(0.5, float(np.nanpercentile(np.abs(frame.to_numpy()), 85)))
+    sns.heatmap(
+        frame,
+        ax=axes,
+        cmap=theme.maps,
+        norm=TwoSlopeNorm(0, -limit, limit),
+        annot=True,
+        fmt="+.2f",
+        linewidths=1.5,
+        linecolor="none",
+        cbar_kws={"label": "loss against base, %", "extend": "both"},
+    )
+    for text, certain in zip(axes.texts, sure.to_numpy().ravel(), strict=True):
+        if not certain:
+            text.set_alpha(0.45)
+            text.set_fontstyle("italic")
+    axes.set(xlabel="range of timesteps (left: least noise)", ylabel="")
+    axes.tick_params(length=0, axis="both")
+    axes.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def contact_sheet(images: Mapping[str, Tensor], theme: Theme) -> Figure:
+    """Draw rows of images, uint8 [n C H W] for each model; one column is one noise."""
+    columns = max(len(row) for row in images.values())
+    figure = Figure(figsize=(1.6 + 0.62 * columns, 0.66 * len(images)))
+    for i, (name, row) in enumerate(images.items()):
+        for j in range(columns):
+            axes = figure.add_axes((0.0 + j / columns, 1 - (i + 1) / len(images), 0.94 / columns, 0.94 / len(images)))
+            axes.set_axis_off()
+            if j < len(row):
+                picture = row[j].permute(1, 2, 0).numpy()
+                axes.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
+            if j == 0:
+                axes.text(-0.15, 0.5, name, transform=axes.transAxes, ha="right", va="center", color=theme.ink, fontsize=9)
+    return figure

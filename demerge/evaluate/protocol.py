@@ -1,0 +1,240 @@
+"""Scores with their protocol, and what may be said about the difference of two models.
+
+Numbers compare where their protocols are equal, field by field; `ensure_alike` names the fields that differ. A model's score is
+its mean over sampling seeds. Models are compared on common noise, hence seed by seed: the difference of two models is the mean
+of the paired differences, and it counts where it reaches both twice their standard deviation and 1.3 % of the reference,
+below which it is `inconclusive` (retraining a model moves FID 3.2 times more than sampling again).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+from demerge.errors import ComparisonError, InputError, UsageError
+from demerge.evaluate.losses import RangeLosses
+from demerge.files import commit_json
+
+FORMAT = "demerge.scores/1"
+Kind = Literal["real", "base", "joint", "expert", "ensemble", "merge", "model"]
+Verdict = Literal["better", "worse", "inconclusive"]
+MINIMUM = 0.013
+HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage", "diversity"})
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """All that must be equal for two scores to compare.
+
+    Raises:
+        UsageError: where a count is below 2.
+    """
+
+    features: str
+    features_sha256: str
+    preprocess: str
+    distance: str
+    dim: int
+    num_images: int
+    reference: str
+    reference_n: int
+    reference_sha256: str
+    sampler: str
+    steps: int
+    perceptual: str = ""
+
+    def __post_init__(self) -> None:
+        if min(self.num_images, self.reference_n) < 2:
+            raise UsageError(
+                f"{self.num_images} images against {self.reference_n} do not compare", fix="give at least 2 of each"
+            )
+
+    @property
+    def rank_deficient(self) -> bool:
+        """Whether one side has no more images than features, n <= D."""
+        return min(self.num_images, self.reference_n) <= self.dim
+
+    def __str__(self) -> str:
+        sampler = f"{self.sampler}, {self.steps} steps" if self.steps else self.sampler
+        return (
+            f"{self.distance} of {self.num_images:,} images against {self.reference_n:,} of {self.reference}; {sampler}; "
+            f"features {self.features} ({self.features_sha256[:12]}), preprocess {self.preprocess}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of one model on one sampling seed.
+
+    `metrics` holds `fd` and, where they were measured, `kid`, `precision`, `recall`, `density`, `coverage`, `drift` (LPIPS to the
+    base's images from the same noise) and `diversity` (mean LPIPS over pairs); `images` is the SHA-256 of the images scored.
+
+    Raises:
+        UsageError: where a metric is not finite or the kind is unknown.
+    """
+
+    model: str
+    metrics: Mapping[str, float]
+    protocol: Protocol
+    images: str
+    seed: int
+    kind: Kind = "model"
+    model_sha256: str = ""
+    losses: RangeLosses | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        bad = [name for name, value in self.metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise UsageError(f"{self.model}: {', '.join(bad)} not finite", fix="check the images that were scored")
+        if self.kind not in Kind.__args__:  # type: ignore[attr-defined]
+            raise UsageError(f"kind '{self.kind}' is unknown", fix=f"use one of {Kind.__args__}")  # type: ignore[attr-defined]
+
+    def save(self, path: Path) -> Path:
+        """Write the scores as JSON."""
+        return commit_json(path, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read scores.
+
+        Raises:
+            InputError: where the file is damaged or of another format.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document.pop("format") != FORMAT:
+                raise ValueError("unknown format")
+            losses = document.pop("losses")
+            ranges = losses and RangeLosses(tuple(losses["ranges"]), tuple(map(tuple, losses["blocks"])))
+            metrics = {str(key): float(value) for key, value in document.pop("metrics").items()}
+            protocol = Protocol(**_typed(document.pop("protocol")))
+            return cls(**document, metrics=metrics, protocol=protocol, losses=ranges or None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+            raise InputError(f"{path}: not scores of demerge: {error}", fix="make them with `demerge evaluate`") from error
+
+
+def _typed(document: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = {f.name: int if f.type == "int" else str for f in fields(Protocol)}
+    return {key: kinds[key](value) for key, value in document.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model over all its seeds."""
+
+    model: str
+    kind: Kind
+    scores: tuple[Scores, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The sampling seeds, ascending."""
+        return tuple(s.seed for s in self.scores)
+
+    @property
+    def losses(self) -> RangeLosses | None:
+        """The validation losses, which do not depend on the sampling seed."""
+        return next((s.losses for s in self.scores if s.losses is not None), None)
+
+    def values(self, metric: str) -> list[float]:
+        """The metric on each seed that has it."""
+        return [s.metrics[metric] for s in self.scores if metric in s.metrics]
+
+    def mean(self, metric: str) -> float:
+        """The mean over seeds; NaN where the metric was not measured."""
+        values = self.values(metric)
+        return mean(values) if values else math.nan
+
+    def sd(self, metric: str) -> float:
+        """The standard deviation over seeds; NaN below two seeds."""
+        values = self.values(metric)
+        return stdev(values) if len(values) > 1 else math.nan
+
+
+def rows_of(scores: Iterable[Scores]) -> list[Row]:
+    """Gather scores by model, in order of first appearance, the seeds of each ascending.
+
+    Raises:
+        UsageError: where a model has two scores for one seed.
+    """
+    found: dict[tuple[str, Kind], list[Scores]] = {}
+    for score in scores:
+        found.setdefault((score.model, score.kind), []).append(score)
+    rows = []
+    for (model, kind), members in found.items():
+        if len({s.seed for s in members}) < len(members):
+            raise UsageError(f"{model}: two scores for one seed", fix="remove one of them or name the models differently")
+        rows.append(Row(model, kind, tuple(sorted(members, key=lambda s: s.seed))))
+    return rows
+
+
+def ensure_alike(scores: Sequence[Scores]) -> Protocol:
+    """Return the protocol that all scores share.
+
+    Raises:
+        ComparisonError: where two protocols differ; the fields and both values are named.
+        UsageError: where there are no scores.
+    """
+    if not scores:
+        raise UsageError("there are no scores to compare", fix="make some with `demerge evaluate`")
+    first = scores[0]
+    for other in scores[1:]:
+        differing = [
+            f"{f.name}: {getattr(first.protocol, f.name)} | {getattr(other.protocol, f.name)}"
+            for f in fields(Protocol)
+            if getattr(first.protocol, f.name) != getattr(other.protocol, f.name)
+        ]
+        if differing:
+            raise ComparisonError(
+                f"{first.model} and {other.model} were scored under unlike protocols: {'; '.join(differing)}",
+                fix="evaluate both with the same options, or compare those that share a protocol",
+            )
+    return first.protocol
+
+
+def rank(rows: Iterable[Row], metric: str = "fd") -> list[Row]:
+    """Sort rows from best to worst mean of a metric.
+
+    Raises:
+        ComparisonError: where the protocols differ.
+    """
+    listed = [row for row in rows if row.values(metric)]
+    if listed:
+        ensure_alike([score for row in listed for score in row.scores])
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    return sorted(listed, key=lambda row: sign * row.mean(metric))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`difference` is model minus reference, `threshold` what it must reach, both in the metric's unit."""
+
+    difference: float
+    relative: float
+    threshold: float
+    verdict: Verdict
+
+
+def compare(row: Row, reference: Row, metric: str = "fd") -> Comparison:
+    """Compare two models seed by seed; with fewer than two common seeds nothing is conclusive.
+
+    Raises:
+        ComparisonError: where the protocols differ or no seed is common to both.
+    """
+    ensure_alike([*row.scores, *reference.scores])
+    theirs = {s.seed: s.metrics[metric] for s in reference.scores if metric in s.metrics}
+    pairs = [(s.metrics[metric], theirs[s.seed]) for s in row.scores if s.seed in theirs and metric in s.metrics]
+    if not pairs:
+        raise ComparisonError(f"{row.model} and {reference.model} share no seed", fix="evaluate both on the same seeds")
+    differences, level = [a - b for a, b in pairs], mean(b for _, b in pairs)
+    spread = 2 * stdev(differences) if len(pairs) > 1 else math.inf
+    threshold = max(spread, MINIMUM * abs(level))
+    difference = mean(differences)
+    improved = (difference > 0) == (metric in HIGHER_IS_BETTER)
+    verdict: Verdict = "inconclusive" if abs(difference) <= threshold else "better" if improved else "worse"
+    return Comparison(difference, difference / abs(level) if level else math.nan, threshold, verdict)

@@ -1,0 +1,83 @@
+"""The real side of a comparison, and the distances of images to it.
+
+A reference holds the features of real images, or, read from an npz of another program, their moments alone; then the
+distances that need single features (KID, precision, recall, density, coverage) are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from demerge.errors import ComparisonError
+from demerge.evaluate.features import FeatureNet, Progress
+from demerge.evaluate.fid import Moments, frechet_distance, load_moments, moments, square_root
+from demerge.evaluate.kid import kid
+from demerge.evaluate.prdc import NEAREST, prdc, radii
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """Moments of real images under one feature net, and their features [n D] where these are known."""
+
+    moments: Moments
+    name: str
+    fingerprint: str
+    root: Tensor = field(repr=False)
+    features: Tensor | None = field(default=None, repr=False)
+    reach: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_images(
+        cls, net: FeatureNet, images: Tensor, *, name: str = "images", progress: Progress | None = None
+    ) -> Reference:
+        """Take the features of real images, uint8 [n C H W]; `name` says which data set and split they are."""
+        features = net(images, progress=progress)
+        value = moments([features], net.protocol)
+        root, reach = square_root(value.covariance), radii(features, NEAREST) if len(features) > NEAREST else None
+        return cls(value, name, images_sha256(images), root, features, reach)
+
+    @classmethod
+    def from_npz(cls, path: Path, *, n: int | None = None) -> Reference:
+        """Read moments that demerge, pytorch-fid or edm wrote."""
+        value = load_moments(path, n=n)
+        digest = hashlib.sha256(value.mean.numpy().tobytes() + value.covariance.numpy().tobytes())
+        return cls(value, path.name, digest.hexdigest(), square_root(value.covariance))
+
+    @property
+    def n(self) -> int:
+        """The number of real images."""
+        return self.moments.n
+
+
+def evaluate_images(
+    images: Tensor, reference: Reference, net: FeatureNet, *, progress: Progress | None = None
+) -> dict[str, float]:
+    """Return the distances of images, uint8 [n C H W], to a reference: `fd` always, the others where its features are known.
+
+    Raises:
+        ComparisonError: where the reference was made with another feature net.
+    """
+    for key, value in reference.moments.protocol.items():
+        if net.protocol.get(key, value) != value:
+            raise ComparisonError(
+                f"the reference was made with {key} '{value}', the images with '{net.protocol[key]}'",
+                fix="make the reference again with this feature net",
+            )
+    features = net(images, progress=progress)
+    result = {"fd": frechet_distance(reference.moments, moments([features]), root=reference.root)}
+    if reference.features is not None:
+        result["kid"] = kid(reference.features, features).value
+    if reference.features is not None and reference.reach is not None and len(features) > NEAREST:
+        result |= asdict(prdc(reference.features, features, reach=reference.reach))
+    return result
+
+
+def images_sha256(images: Tensor) -> str:
+    """Return the SHA-256 of the shape and bytes of images, uint8 [n C H W]."""
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    digest.update(images.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""Scores as tables: CSV for spreadsheets, Markdown for people.
+
+Text that a spreadsheet would take for a formula gets an apostrophe in front; Markdown's own signs are escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import pandas as pd
+
+from demerge.evaluate.plots import LABELS
+from demerge.evaluate.protocol import Comparison, Row, compare
+from demerge.evaluate.verdict import best, verdict, warnings
+
+METRICS = ("fd", *LABELS)
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """Return the metrics that some row has, in a fixed order."""
+    return [metric for metric in METRICS if any(row.values(metric) for row in rows)]
+
+
+def label(metric: str, rows: Sequence[Row]) -> str:
+    """Return a metric's name as it is printed."""
+    return LABELS.get(metric) or rows[0].scores[0].protocol.distance
+
+
+def against(row: Row, rows: Sequence[Row]) -> dict[str, Comparison]:
+    """Compare a row with the base and the joint control, where these are other rows."""
+    controls = {"base": best(rows, "base"), "joint": best(rows, "joint")}
+    return {name: compare(row, other) for name, other in controls.items() if other is not None and other is not row}
+
+
+def frame_of(rows: Sequence[Row], floors: Sequence[Row]) -> pd.DataFrame:
+    """Return one line for each model, best first, then the noise floor: means, deviations, verdicts and the protocol."""
+    lines = [_line(place, row, rows) for place, row in enumerate(rows, 1)]
+    return pd.DataFrame([*lines, *(_line(None, floor, ()) for floor in floors)])
+
+
+def _line(place: int | None, row: Row, rows: Sequence[Row]) -> dict[str, object]:
+    line: dict[str, object] = {"rank": place, "model": row.model, "kind": row.kind}
+    line["seeds"] = " ".join(map(str, row.seeds))
+    for metric in measured([row]):
+        line |= {metric: row.mean(metric), f"{metric}_sd": row.sd(metric)}
+    for name, result in against(row, rows).items():
+        line |= {f"vs_{name}": result.difference, f"vs_{name}_verdict": result.verdict}
+    line |= asdict(row.scores[0].protocol) | {"rank_deficient": row.scores[0].protocol.rank_deficient}
+    return line | {"model_sha256": row.scores[0].model_sha256}
+
+
+def csv(rows: Sequence[Row], floors: Sequence[Row]) -> str:
+    """Return the table as CSV."""
+    frame = frame_of(rows, floors).astype({"rank": "Int64"})
+    text = frame.select_dtypes(exclude="number").columns
+    frame[text] = frame[text].map(lambda cell: harmless(cell) if isinstance(cell, str) else cell)
+    return str(frame.to_csv(index=False, float_format="%.8g"))
+
+
+def harmless(text: str) -> str:
+    """Return the text so that no spreadsheet takes it for a formula."""
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r", "\n")) else text
+
+
+def markdown(rows: Sequence[Row], floors: Sequence[Row], *, title: str) -> str:
+    """Return title, verdict, table, warnings and protocol as Markdown."""
+    metrics = measured(rows)
+    heads = ["", "model", "kind", *(label(metric, rows) for metric in metrics), "against base", "against joint"]
+    lines = [_cells(heads), _cells(["---:", "---", "---", *["---:"] * (len(metrics) + 2)])]
+    for place, row in enumerate(rows, 1):
+        results = against(row, rows)
+        changes = [change(results[name]) if name in results else "" for name in ("base", "joint")]
+        lines.append(_cells([str(place), escaped(row.model), row.kind, *(number(row, m) for m in metrics), *changes]))
+    for floor in floors:
+        lines.append(_cells(["", escaped(floor.model), "noise floor", *(number(floor, m) for m in metrics), "", ""]))
+    wary = [f"- {escaped(text)}" for text in warnings(rows, floors)]
+    protocol = escaped(str(rows[0].scores[0].protocol))
+    parts = [f"# {escaped(title)}", escaped(verdict(rows)), "\n".join(lines), "\n".join(wary), f"Protocol: {protocol}."]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def number(row: Row, metric: str) -> str:
+    """Return `mean ± sd` with the digits that the metric bears, or nothing where it was not measured."""
+    mean, spread = row.mean(metric), row.sd(metric)
+    if math.isnan(mean):
+        return ""
+    digits = 2 if metric == "fd" and abs(mean) >= 1 else 3 if metric != "kid" else 5
+    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+
+
+def change(result: Comparison) -> str:
+    """Return `-5.2 % better`."""
+    percent = "" if math.isnan(result.relative) else f"{100 * result.relative:+.1f} % "
+    return f"{percent}{result.verdict}"
+
+
+def escaped(text: str) -> str:
+    """Return text without Markdown's or HTML's own signs in force, on one line."""
+    signs = {c: f"\\{c}" for c in "\\`*_[]|#"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+    return text.translate(str.maketrans(signs))
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,171 @@
+"""The only writer: what demerge leaves on disk is whole or absent.
+
+A file or folder is written beside its place under a temporary name, synced, renamed into place, and the folder that holds
+it is synced. Killed at any moment, a program leaves the old content or the new, and at most a stray `.NAME.PID.tmp`, which
+the next write to the same place by any process sweeps away once its writer is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from demerge.errors import InputError, ResourceError
+
+
+def commit_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file by `write(stream)` and put it in place atomically and durably.
+
+    Raises:
+        ResourceError: where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    with _explained(path):
+        temporary = _temporary(path)
+        try:
+            with temporary.open("xb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+    return path
+
+
+def commit_text(path: Path, text: str) -> Path:
+    """Write UTF-8 text with `commit_file`."""
+    return commit_file(path, lambda stream: stream.write(text.encode("utf-8")))
+
+
+def commit_json(path: Path, document: Any) -> Path:
+    """Write a JSON document, keys in their given order, with `commit_file`; NaN is refused."""
+    return commit_text(path, json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def commit_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a temporary folder to fill, then put it in place atomically and durably.
+
+    With `replace`, a folder that is there already is moved aside first and deleted once the new one is in place.
+
+    Raises:
+        InputError: where the folder is there already and `replace` is false.
+        ResourceError: where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    with _explained(path):
+        temporary = _temporary(path)
+        aside = temporary.with_suffix(".old.tmp")
+        refuse_existing(path, replace)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for inner in sorted(temporary.rglob("*")):
+                _sync(inner)
+            _sync(temporary)
+            if path.exists():
+                os.rename(path, aside)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if aside.exists() and not path.exists():
+                os.rename(aside, path)
+            raise
+        _sync(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_existing(path: Path, replace: bool = False) -> None:
+    """Refuse to write over what is there, unless `replace`.
+
+    Raises:
+        InputError: where `path` exists and is not an empty folder.
+    """
+    if replace or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise InputError(f"{path} exists already", fix="choose another place or remove it first")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log; a log is the one kind of file that may end in half a line."""
+    with _explained(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(line.rstrip("\n") + "\n")
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a log back to its first `size` bytes."""
+    with _explained(path):
+        os.truncate(path, size)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _temporary(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)(\.old)?\.tmp")
+    for stray in list(path.parent.iterdir()):
+        match = pattern.fullmatch(stray.name)
+        if match is None or _another_runs(int(match[1])):
+            continue
+        if match[2] and not path.exists():
+            os.rename(stray, path)
+        elif stray.is_dir():
+            shutil.rmtree(stray)
+        else:
+            stray.unlink(missing_ok=True)
+    return path.parent / f".{path.name}.{os.getpid()}.tmp"
+
+
+def _another_runs(pid: int) -> bool:
+    """Say whether `pid` is a running process other than this one; in containers a restarted program has its old number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(path)).free
+            raise ResourceError(
+                f"{path}: the disk is full ({free:,} bytes free); nothing was changed", fix="free some space and run again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ResourceError(f"{path}: the folder cannot be written", fix="choose a folder you may write to") from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in [path, *path.absolute().parents] if p.exists())

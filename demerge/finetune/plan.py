@@ -1,0 +1,105 @@
+"""What a finetune is about to do: base, data, ranges, and what it takes, known before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from demerge.data import ImageData, load_images
+from demerge.diffusion import Diffusion
+from demerge.errors import UsageError
+from demerge.finetune.loop import parse_ranges
+from demerge.finetune.options import FinetuneOptions
+from demerge.timesteps import TimestepRange
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything `finetune` takes, and what it will cost."""
+
+    base: Diffusion
+    data: ImageData
+    ranges: tuple[TimestepRange, ...]
+    options: FinetuneOptions
+    out: Path
+
+    @property
+    def parameters(self) -> int:
+        """The number of the denoiser's parameters."""
+        return sum(p.numel() for p in self.base.denoiser.parameters())
+
+    @property
+    def total_steps(self) -> int:
+        """Steps over all ranges."""
+        return len(self.ranges) * self.options.max_train_steps
+
+    @property
+    def finished_steps(self) -> int:
+        """Steps of the experts that are there already."""
+        return sum((self.out / str(r) / "expert.json").is_file() for r in self.ranges) * self.options.max_train_steps
+
+    @property
+    def disk_bytes(self) -> int:
+        """The experts, and one checkpoint (weights, average, two moments) beside a new one."""
+        return FLOAT32 * self.parameters * (len(self.ranges) + 2 * 4)
+
+    def document(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {
+            "out": str(self.out),
+            "experts": [str(self.out / str(r)) for r in self.ranges],
+            "steps_per_expert": self.options.max_train_steps,
+            "finished_steps": self.finished_steps,
+            "images": len(self.data),
+            "parameters": self.parameters,
+            "disk_bytes": self.disk_bytes,
+            "options": self.options.document(),
+        }
+
+    def lines(self) -> list[str]:
+        """Return the plan for a person."""
+        o = self.options
+        batch = o.train_batch_size * o.gradient_accumulation_steps
+        lines = [
+            f"base    {self.base.folder or 'random start'}: {self.parameters:,} parameters, {self.base.prediction_type}",
+            f"data    {self.data.name}: {len(self.data):,} images {self.data.shape}",
+            f"ranges  {' '.join(map(str, self.ranges))}",
+            f"steps   {o.max_train_steps} each, batch {batch} ({o.max_train_steps * batch / len(self.data):.1f} epochs)",
+            f"disk    up to {self.disk_bytes / 1e6:.0f} MB",
+        ]
+        if o.consistency > 0:
+            share = 1 / (1 + o.consistency)
+            lines.append(f"note    consistency {o.consistency:g} lets an expert reach {share:.0%} of its correction")
+        return lines
+
+
+def prepare(
+    model: str, data: str, ranges: str, options: FinetuneOptions, out: Path, *, split: str, init: str, device: str
+) -> Plan:
+    """Load what a finetune needs and settle its options.
+
+    With `init="random"` the model is a config, the objective has no teacher and no projection, and the range is [0, T)
+    unless one is given.
+
+    Raises:
+        UsageError, InputError: where model, data, ranges or init are wrong.
+    """
+    if init not in ("pretrained", "random"):
+        raise UsageError(f"init '{init}' is unknown", fix="use pretrained or random")
+    if init == "random":
+        base = Diffusion.random(Path(model), seed=options.seed).to(device)
+        options = replace(options, consistency=0.0, projection="none")
+    else:
+        base = Diffusion.load(model, device=device)
+    partition, factor = parse_ranges(ranges, base.T)
+    options = replace(options, max_train_steps=options.max_train_steps * factor)
+    channels, height, width = base.image_shape
+    if height != width:
+        raise UsageError(f"the base makes {width} x {height} images", fix="use a base of square images")
+    images = load_images(data, split=split, resolution=height, channels=channels)
+    if base.requires_text and images.captions is None:
+        raise UsageError(f"the base takes text and {data} has no captions", fix="add metadata.jsonl with file_name and text")
+    return Plan(base, images, partition.ranges, options, out)

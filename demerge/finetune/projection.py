@@ -1,0 +1,70 @@
+"""Channel-wise projection P(F) = W F, W [C C], the identity at the start (DeMe, arXiv 2410.06664, Eq. 7), kept foldable.
+
+The paper puts W behind every block and keeps it at inference. Behind a linear map whose output is stored as it is, W is
+the linear map W K, W b itself; so we train W as a reparametrisation of those maps,
+
+    K' = W K,   b' = W b,                     K [C ...], b [C],
+
+and folding is writing K' and b' down: the expert is a stock state dict, exact, at no cost, and every merger applies.
+Differs from the paper in place (only where folding is exact) and in that nothing is left at inference.
+
+Sites: the convolutions of down- and upsamplers; conv2 with conv_shortcut of a resnet block, one W for both, since their
+sum is what is stored; attention `to_out`; feed-forward out; `proj_out`. W = I leaves every output bit-identical.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+SITES = re.compile(r"(downsamplers\.\d+\.conv|upsamplers\.\d+\.conv|to_out\.0|ff\.net\.2|proj_out|conv_shortcut)$")
+
+
+class ChannelMix(nn.Module):
+    """W [C C], applied to the leading axis of a weight [C *] or a bias [C]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.eye(channels))
+
+    def forward(self, K: Tensor) -> Tensor:
+        return (self.W @ K.reshape(K.shape[0], -1)).view_as(K)
+
+
+def sites(denoiser: nn.Module) -> Iterator[list[nn.Module]]:
+    """Yield the linear maps that share one W, for each W."""
+    for name, module in denoiser.named_modules():
+        if SITES.search(name) and isinstance(module, nn.Linear | nn.Conv2d):
+            if name.endswith("conv_shortcut"):
+                yield [module, denoiser.get_submodule(name.removesuffix("conv_shortcut") + "conv2")]
+            else:
+                yield [module]
+
+
+def attach(denoiser: nn.Module) -> nn.Module:
+    """Put a W = I behind every site, in place; its state dict grows by the W's."""
+    for maps in list(sites(denoiser)):
+        mix = ChannelMix(maps[0].weight.shape[0]).to(maps[0].weight)  # type: ignore[arg-type, index]
+        for linear in maps:
+            parametrize.register_parametrization(linear, "weight", mix)
+            if linear.bias is not None:
+                parametrize.register_parametrization(linear, "bias", mix)
+    return denoiser
+
+
+@torch.no_grad()
+def fold(mixed: nn.Module, stock: nn.Module) -> nn.Module:
+    """Copy the weights of `mixed` into `stock`, a module of the same architecture without W, with K' = W K and b' = W b.
+
+    Returns:
+        stock, changed in place; `mixed` is left as it is.
+    """
+    for name, module in stock.named_modules():
+        source = mixed.get_submodule(name)
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            tensor.copy_(getattr(source, key))
+    return stock

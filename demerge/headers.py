@@ -1,0 +1,176 @@
+"""The header of a safetensors file, read without torch and without trust.
+
+    8 bytes n, little-endian | n bytes JSON {"name": {"dtype", "shape", "data_offsets": [start, stop]}, ...} | data
+
+What is refused: files that are something else (an LFS pointer, a web page, a pickle), truncated or padded files, headers over
+16 MB or of more than 65,536 tensors, duplicate names, offsets that overlap, leave holes or disagree with dtype and shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demerge.errors import InputError
+
+MAX_HEADER = 16 << 20
+MAX_TENSORS = 65_536
+MAX_DIMENSIONS = 32
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+DISGUISES: Mapping[bytes, str] = {
+    b"version https://git-lfs": "a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself",
+    b"<!doctype": "a web page, not weights; the download went wrong, fetch the file again",
+    b"<html": "a web page, not weights; the download went wrong, fetch the file again",
+    b"PK\x03\x04": "a zip archive, most likely a PyTorch pickle; convert it to safetensors",
+    b"\x80": "a pickle, which may run code when opened; convert it to safetensors",
+    b"GGUF": "a GGUF file; name the safetensors original",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Where a tensor lies: dtype by its safetensors name, shape, and the bytes [start, stop) of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the elements are floating point numbers."""
+        return self.dtype in FLOATS
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of one file, in the order of their bytes, and its metadata."""
+
+    tensors: Mapping[str, Spec]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    text, data_start, size = _header_bytes(path)
+    document = _parse(path, text)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "__metadata__ is not a table of strings")
+    if len(document) > MAX_TENSORS:
+        raise _damaged(path, f"{len(document):,} tensors, more than {MAX_TENSORS:,}")
+    specs = {name: _spec(path, name, entry, data_start) for name, entry in document.items()}
+    ordered = dict(sorted(specs.items(), key=lambda item: (item[1].start, item[1].stop)))
+    _refuse_gaps(path, ordered, data_start, size)
+    return Header(ordered, metadata)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most 16 MB, duplicate keys refused.
+
+    Raises:
+        InputError: where the file is missing, too large or no JSON object.
+    """
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(MAX_HEADER + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", fix="check the path") from error
+    if len(text) > MAX_HEADER:
+        raise _damaged(path, f"larger than {MAX_HEADER >> 20} MB")
+    return _parse(path, text)
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int, int]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            beginning = stream.read(64)
+            _refuse_disguise(path, beginning)
+            if len(beginning) < 8:
+                raise _damaged(path, f"truncated: {size} bytes")
+            length: int = struct.unpack("<Q", beginning[:8])[0]
+            if length > MAX_HEADER:
+                raise _damaged(path, f"the header claims {length:,} bytes, more than {MAX_HEADER:,}")
+            if 8 + length > size:
+                raise _damaged(path, f"truncated: {size:,} bytes, the header alone needs {8 + length:,}")
+            stream.seek(8)
+            return stream.read(length), 8 + length, size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", fix="check the path") from error
+
+
+def _refuse_disguise(path: Path, beginning: bytes) -> None:
+    for magic, what in DISGUISES.items():
+        if beginning.lstrip().lower().startswith(magic.lower()) and not beginning[8:9] == b"{":
+            found, _, fix = what.partition("; ")
+            raise InputError(f"{path}: {found}", fix=fix)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return table
+
+    try:
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"not valid JSON ({str(error)[:80]})") from error
+    if not isinstance(document, dict):
+        raise _damaged(path, "a JSON object was expected")
+    return document
+
+
+def _spec(path: Path, name: str, entry: Any, data_start: int) -> Spec:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole or not isinstance(dtype, str):
+        raise _damaged(path, f"tensor {name[:200]!r} lacks a dtype, a shape or offsets")
+    if dtype not in ITEM_BYTES:
+        raise _damaged(path, f"tensor {name[:200]!r} has the unknown dtype {dtype[:20]!r}")
+    if len(shape) > MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) >= 1 << 62:
+        raise _damaged(path, f"tensor {name[:200]!r} has an impossible shape")
+    if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise _damaged(path, f"tensor {name[:200]!r} {dtype} {list(shape)} does not fit its {stop - start:,} bytes")
+    return Spec(path, dtype, shape, data_start + start, data_start + stop)
+
+
+def _refuse_gaps(path: Path, specs: Mapping[str, Spec], data_start: int, size: int) -> None:
+    position = data_start
+    for name, spec in specs.items():
+        if spec.start != position:
+            how = "overlaps the one before it" if spec.start < position else "leaves a hole before it"
+            raise _damaged(path, f"tensor {name[:200]!r} {how}")
+        position = spec.stop
+    if position > size:
+        raise _damaged(path, f"truncated: {size:,} bytes of {position:,}")
+    if position < size:
+        raise _damaged(path, f"{size - position:,} bytes behind the last tensor belong to nothing")
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: {what}", fix="fetch or make the file again")

@@ -1,0 +1,160 @@
+"""Images from a model: exactly n of them, image i a function of (seed, i) alone.
+
+The starting noise of image i, and the noise a stochastic sampler adds at each of its steps, come from streams keyed by
+(seed, i), so that images do not depend on batch size (up to float rounding), order or process, and models are compared on
+common noise.
+
+`ddim` is DDIM with eta 0 (arXiv 2010.02502) on `leading` timesteps t_k = k floor(T / S), for which the update's previous
+timestep t - floor(T / S) is exact. `base` is the base's own scheduler with its own config.
+
+`routed` is the ensemble that merging is measured against: each x_t goes to the expert whose range holds t (DeMe, arXiv
+2410.06664, section 3.2).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from demerge.diffusion import Diffusion
+from demerge.errors import InputError, NumericalError, UsageError
+from demerge.images import to_uint8
+from demerge.randomness import key_of, normal
+from demerge.timesteps import Partition, TimestepRange
+
+SAMPLERS = ("ddim", "base")
+
+
+@torch.inference_mode()
+def sample(
+    model: Diffusion,
+    n: int,
+    *,
+    seed: int,
+    steps: int = 50,
+    sampler: str = "ddim",
+    batch_size: int = 64,
+    captions: Sequence[str] | None = None,
+    first: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Draw images first .. first + n - 1 of the seed's sequence, uint8 [n C H W].
+
+    Args:
+        captions: for a text-to-image model; image i gets captions[i % len(captions)].
+        progress: called with (images done, n) after each batch.
+
+    Raises:
+        UsageError: where n, steps or the sampler is out of range, or captions are missing.
+        NumericalError: where an image is not finite.
+    """
+    _check(model, n, steps, sampler, batch_size, captions)
+    scheduler = make_scheduler(model, steps, sampler)
+    images = torch.empty(n, *model.image_shape, dtype=torch.uint8)
+    for start in range(0, n, batch_size):
+        indices = list(range(first + start, first + min(start + batch_size, n)))
+        texts = [captions[i % len(captions)] for i in indices] if captions else None
+        images[start : start + len(indices)] = _batch(model, scheduler, seed, indices, texts)
+        if progress is not None:
+            progress(start + len(indices), n)
+    return images
+
+
+def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
+    """Return a scheduler with `steps` inference steps, from the base's own config."""
+    if sampler == "ddim":
+        config = dict(model.scheduler.config) | {"timestep_spacing": "leading"}
+        scheduler: Any = diffusers.DDIMScheduler.from_config(config)
+    else:
+        scheduler = type(model.scheduler).from_config(model.scheduler.config)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _check(model: Diffusion, n: int, steps: int, sampler: str, batch_size: int, captions: Sequence[str] | None) -> None:
+    for name, value, top in (("n", n, 10**9), ("steps", steps, model.T), ("batch_size", batch_size, 10**6)):
+        if not 1 <= value <= top:
+            raise UsageError(f"{name} is {value}", fix=f"give 1 <= {name} <= {top}")
+    if sampler not in SAMPLERS:
+        raise UsageError(f"sampler '{sampler}' is unknown", fix=f"use one of {', '.join(SAMPLERS)}")
+    if model.requires_text and not captions:
+        raise UsageError("the model takes text", fix="give captions")
+
+
+def _batch(model: Diffusion, scheduler: Any, seed: int, indices: Sequence[int], captions: Sequence[str] | None) -> Tensor:
+    if hasattr(scheduler, "_step_index"):
+        scheduler.set_timesteps(scheduler.num_inference_steps)
+    condition = model.text(captions) if model.text is not None and captions is not None else None
+    x = normal(model.sample_shape, seed, "image", samples=indices).to(model.device) * scheduler.init_noise_sigma
+    arguments: dict[str, Any] = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        arguments["generator"] = [
+            torch.Generator(model.device).manual_seed(key_of(seed, "sampler", i) % 2**63) for i in indices
+        ]
+    for t in scheduler.timesteps:
+        prediction = model.predict(scheduler.scale_model_input(x, t), t.to(model.device), condition)
+        x = scheduler.step(prediction, t, x, **arguments).prev_sample
+    if not bool(torch.isfinite(x).all()):
+        raise NumericalError("the sampler left the finite numbers", fix="check the weights: `demerge inspect MODEL`")
+    return to_uint8(model.decode(x)).cpu()
+
+
+class RoutedDenoiser(nn.Module):
+    """A denoiser that sends each sample to the expert of its timestep's range.
+
+    Raises:
+        UsageError: where experts and ranges differ in number.
+    """
+
+    def __init__(self, partition: Partition, denoisers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if len(partition) != len(denoisers):
+            raise UsageError(f"{len(denoisers)} experts for {len(partition)} ranges", fix="give one expert for each range")
+        self.partition = partition
+        self.experts = nn.ModuleList(denoisers)
+
+    @property
+    def config(self) -> Any:
+        """The config the experts share."""
+        return self.experts[0].config
+
+    def forward(self, x: Tensor, t: Tensor | float, **condition: Any) -> UNet2DOutput:
+        """Return the prediction [B C H W] for x [B C H W] at t, a number or [B]."""
+        timesteps = torch.as_tensor(t).reshape(-1).expand(len(x)).to(x.device)
+        routes = torch.tensor([self.partition.route(value) for value in timesteps.tolist()], device=x.device)
+        output = x.new_empty(len(x), self.config.out_channels, *x.shape[2:])
+        for route in routes.unique().tolist():
+            rows = (routes == route).nonzero().flatten()
+            kept = {name: value[rows] for name, value in condition.items()}
+            output[rows] = self.experts[route](x[rows], timesteps[rows], **kept).sample
+        return UNet2DOutput(sample=output)
+
+
+def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]) -> Diffusion:
+    """Return the ensemble of experts routed by timestep, as a model that samples and scores like any other."""
+    return base.with_denoiser(RoutedDenoiser(partition, denoisers))
+
+
+def load_routed(base: str | Path, experts: Path, *, device: str = "cpu") -> Diffusion:
+    """Load the experts in the subfolders of `experts` and route between them on the base's schedule.
+
+    Raises:
+        InputError: where no expert is there, or their ranges do not cover [0, T).
+    """
+    found = {}
+    for record in sorted(experts.glob("*/expert.json")):
+        start, stop = json.loads(record.read_text(encoding="utf-8"))["range"]
+        found[TimestepRange(start, stop)] = record.parent
+    if not found:
+        raise InputError(f"{experts}: no expert.json in its subfolders", fix="name the folder that `finetune -o` filled")
+    spans = sorted(found)
+    denoisers = [Diffusion.load(found[span], device=device).denoiser for span in spans]
+    return routed(Diffusion.load(base, device=device), Partition(tuple(spans)), denoisers)

@@ -1,0 +1,141 @@
+"""Ranges of training timesteps, and the partition that routes a timestep to its range.
+
+A range is half-open, [start, stop), on *training* timesteps, 0 being the least noise. A partition covers [0, T) by
+contiguous ranges without gap or overlap. Routing is by the value of t, never by the index of an inference step, so that
+it is right for any number of inference steps and for float timesteps (DeMe, arXiv 2410.06664, section 3).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from demerge.errors import InputError, UsageError
+from demerge.files import commit_json
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TimestepRange:
+    """The training timesteps [start, stop); its text is `0000-0250`.
+
+    Raises:
+        UsageError: unless 0 <= start < stop.
+    """
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise UsageError(
+                f"timestep range [{self.start}, {self.stop}) is empty or negative",
+                fix="give 0 <= start < stop, for example 0:250",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> TimestepRange:
+        """Read `0:250` or `0000-0250`."""
+        match = re.fullmatch(r"\s*(\d+)\s*[:-]\s*(\d+)\s*", text)
+        if match is None:
+            raise UsageError(f"'{text}' is not a timestep range", fix="write start:stop, for example 0:250")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.start:04d}-{self.stop:04d}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __contains__(self, t: float) -> bool:
+        return self.start <= t < self.stop
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Contiguous ranges that cover [0, T), in the order of t.
+
+    Raises:
+        UsageError: where the ranges leave a gap, overlap, or do not begin at 0.
+    """
+
+    ranges: tuple[TimestepRange, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ranges:
+            raise UsageError("a partition needs at least one range", fix="for example uniform:4")
+        if self.ranges[0].start != 0:
+            raise UsageError(f"the first range {self.ranges[0]} does not begin at 0", fix="cover [0, T) from 0 on")
+        for left, right in pairwise(self.ranges):
+            if left.stop != right.start:
+                raise UsageError(
+                    f"ranges {left} and {right} leave a gap or overlap", fix="each range begins where the last one stops"
+                )
+
+    @classmethod
+    def from_cuts(cls, total: int, cuts: Sequence[int]) -> Partition:
+        """Cut [0, total) at the inner timesteps `cuts`, ascending."""
+        edges = [0, *cuts, total]
+        return cls(tuple(TimestepRange(a, b) for a, b in pairwise(edges)))
+
+    @classmethod
+    def uniform(cls, total: int, n: int) -> Partition:
+        """Cut [0, total) into n ranges of equal width, up to rounding."""
+        if not 1 <= n <= total:
+            raise UsageError(f"cannot cut {total} timesteps into {n} ranges", fix=f"give 1 <= n <= {total}")
+        return cls.from_cuts(total, [round(i * total / n) for i in range(1, n)])
+
+    @classmethod
+    def load(cls, path: Path) -> Partition:
+        """Read a `partition.json`.
+
+        Raises:
+            InputError: where the file is no list of ranges [[0, 250], ...] under the key `ranges`.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            return cls(tuple(TimestepRange(int(a), int(b)) for a, b in document["ranges"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: not a partition: {error}", fix='write {"ranges": [[0, 250], [250, 1000]]}'
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write `partition.json`."""
+        commit_json(path, {"format": "demerge.partition/1", "ranges": [[r.start, r.stop] for r in self.ranges]})
+
+    @property
+    def total(self) -> int:
+        """T, the number of training timesteps."""
+        return self.ranges[-1].stop
+
+    @property
+    def cuts(self) -> list[int]:
+        """The inner boundaries, ascending."""
+        return [r.start for r in self.ranges[1:]]
+
+    def route(self, t: float) -> int:
+        """Return the index of the range that holds t.
+
+        Raises:
+            UsageError: where t lies outside [0, T).
+        """
+        if not 0 <= t < self.total:
+            raise UsageError(f"timestep {t} lies outside [0, {self.total})", fix="use the timesteps of the base's schedule")
+        return bisect_right(self.cuts, t)
+
+    def __iter__(self) -> Iterator[TimestepRange]:
+        return iter(self.ranges)
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def __getitem__(self, index: int) -> TimestepRange:
+        return self.ranges[index]
+
+    def __str__(self) -> str:
+        return " ".join(str(r) for r in self.ranges)

@@ -1,0 +1,148 @@
+"""Fixtures that several test modules share: tiny models of the stock classes, made from a fixed seed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def tiny_unet(**changes: object) -> torch.nn.Module:
+    """Make a UNet2DModel of some 20,000 parameters on 8 x 8 images."""
+    import diffusers
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return diffusers.UNet2DModel(**{**config, **changes})
+
+
+def save_tiny(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Save a DDPMPipeline around a tiny UNet, linear betas, T = 1000."""
+    import diffusers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
+        diffusers.DDPMPipeline(tiny_unet(), scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Make tiny pipelines: make_tiny(prediction_type="epsilon", seed=0) -> folder."""
+    numbers = itertools.count()
+    return lambda **options: save_tiny(tmp_path / f"tiny-{next(numbers)}", **options)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DDPMPipeline folder: UNet2DModel, 8 x 8 x 1, epsilon, T = 1000."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny StableDiffusionPipeline: UNet2DConditionModel, CLIP text model, AutoencoderKL; 16 x 16 x 3 images."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("text")
+    tokenizer = _clip_tokenizer(folder)
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDPMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def _clip_tokenizer(folder: Path) -> Any:
+    import transformers
+
+    letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+
+@pytest.fixture
+def add_expert(tiny: Path) -> Callable[..., Path]:
+    """Save a copy of the tiny base as an expert: add_expert(folder, start, stop) -> folder."""
+
+    def add(folder: Path, start: int, stop: int) -> Path:
+        shutil.copytree(tiny, folder)
+        (folder / "expert.json").write_text(json.dumps({"format": "demerge.expert/1", "range": [start, stop]}))
+        return folder
+
+    return add
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """A folder of six 20 x 16 colour images with captions in metadata.jsonl."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (6, 16, 20, 3), dtype=np.uint8)
+    for i, array in enumerate(noise):
+        Image.fromarray(array).save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in range(6)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder

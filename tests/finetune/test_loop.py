@@ -1,0 +1,161 @@
+"""Training: resume equals uninterrupted to the bit, the teacher never moves, bad runs end by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from demerge.data import ImageData, load_images
+from demerge.diffusion import Diffusion
+from demerge.errors import InputError, NumericalError, Preempted, UsageError
+from demerge.finetune import FinetuneOptions, finetune, parse_ranges
+from demerge.finetune.loop import Run
+from demerge.timesteps import Partition, TimestepRange
+
+FAST = FinetuneOptions(max_train_steps=6, train_batch_size=4, checkpointing_steps=2, logging_steps=4, learning_rate=1e-3)
+SPAN = TimestepRange(0, 500)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_images("digits", split="train", limit=32)
+
+
+def train(base: Diffusion, data: ImageData, out: Path, options: FinetuneOptions = FAST, stop_at: int | None = None) -> str:
+    seen = 0
+
+    def stop() -> bool:
+        nonlocal seen
+        seen += 1
+        return seen == stop_at
+
+    for _ in finetune(base, data, [SPAN], options, out, stop=stop):
+        pass
+    return Diffusion.load(out / str(SPAN)).sha256
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_resumed_run_equals_the_uninterrupted_one(tiny: Path, data: ImageData, tmp_path: Path, stop_at: int) -> None:
+    base = Diffusion.load(tiny)
+    whole = train(base, data, tmp_path / "whole")
+    with pytest.raises(Preempted):
+        train(base, data, tmp_path / "cut", stop_at=stop_at)
+    assert not (tmp_path / "cut" / str(SPAN)).exists()
+    assert train(base, data, tmp_path / "cut") == whole
+    logs = [(tmp_path / name / str(SPAN) / "log.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_torn_newest_checkpoint_falls_back_to_the_one_before(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny)
+    whole = train(base, data, tmp_path / "whole")
+    with pytest.raises(Preempted):
+        train(base, data, tmp_path / "cut", stop_at=4)
+    (newest,) = (tmp_path / "cut" / "state" / str(SPAN)).glob("step-*")
+    file = newest / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert train(base, data, tmp_path / "cut") == whole
+
+
+def test_teacher_and_base_are_unchanged_to_the_bit(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny)
+    before = base.sha256
+    assert train(base, data, tmp_path) != before
+    assert base.sha256 == before
+    assert all(p.grad is None for p in base.denoiser.parameters())
+
+
+def test_consistency_pulls_the_expert_to_the_base(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny)
+
+    def distance(name: str, consistency: float) -> float:
+        train(base, data, tmp_path / name, replace(FAST, consistency=consistency, max_train_steps=20, use_ema=False))
+        expert = Diffusion.load(tmp_path / name / str(SPAN)).denoiser
+        x, t = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(0, 480, 30)
+        with torch.no_grad():
+            return float((expert(x, t).sample - base.denoiser(x, t).sample).square().mean())
+
+    assert distance("free", 0.0) > 2 * distance("held", 10.0)
+
+
+def test_mixed_target_has_the_same_gradient(tiny: Path, data: ImageData) -> None:
+    """w = 1: the two-term loss and (1 + lambda) |f - ybar|^2 differ by a constant (method.md, section 2)."""
+    base = Diffusion.load(tiny)
+    f, y, f0 = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5), torch.randn(3, 5)
+    lam = 0.7
+    two = ((f - y) ** 2 + lam * (f - f0) ** 2).sum()
+    one = ((1 + lam) * (f - (y + lam * f0) / (1 + lam)) ** 2).sum()
+    torch.testing.assert_close(torch.autograd.grad(two, f), torch.autograd.grad(one, f))
+    assert base.prediction_type == "epsilon"
+
+
+def test_finished_expert_is_left_alone_and_other_options_are_refused(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny)
+    train(base, data, tmp_path)
+    record = tmp_path / str(SPAN) / "expert.json"
+    before = record.stat().st_mtime_ns
+    train(base, data, tmp_path)
+    assert record.stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match=r"learning_rate: recorded 0\.001, now 0\.5"):
+        train(base, data, tmp_path, replace(FAST, learning_rate=0.5))
+
+
+def test_expert_is_a_stock_pipeline_with_its_record(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny)
+    train(base, data, tmp_path)
+    folder = tmp_path / "0000-0500"
+    assert type(diffusers.DiffusionPipeline.from_pretrained(folder)) is diffusers.DDPMPipeline
+    record = json.loads((folder / "expert.json").read_text())
+    assert record["range"] == [0, 500]
+    assert record["base_sha256"] == base.sha256
+    assert record["steps"] == 6
+
+
+def test_five_bad_steps_in_a_row_end_the_run(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny)
+    broken = Diffusion.load(tiny)
+    with torch.no_grad():
+        broken.denoiser.conv_in.weight.fill_(float("nan"))
+    steps = 0
+    with pytest.raises(NumericalError, match="5 steps in a row"):
+        for _ in finetune(broken, data, [SPAN], replace(FAST, max_train_steps=50), tmp_path):
+            steps += 1
+    assert steps == 4
+    assert base.denoiser is not broken.denoiser
+
+
+def test_accumulated_batches_equal_one_batch(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny)
+    big = Run.begin(base, data, SPAN, replace(FAST, train_batch_size=8), tmp_path / "a", {})
+    small = Run.begin(base, data, SPAN, replace(FAST, gradient_accumulation_steps=2), tmp_path / "b", {})
+    for run in (big, small):
+        run._step()
+    for name, p in big.parameters.items():
+        torch.testing.assert_close(p, small.parameters[name], rtol=1e-3, atol=1e-5)
+
+
+def test_text_to_image_expert(tiny_text: Path, data: ImageData, image_folder: Path, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny_text)
+    captioned = load_images(image_folder, resolution=16, channels=3)
+    options = replace(FAST, max_train_steps=2)
+    assert [p.step for p in finetune(base, captioned, [SPAN], options, tmp_path)] == [1, 2]
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "0000-0500")) is diffusers.StableDiffusionPipeline
+
+
+def test_ranges_from_text(tmp_path: Path) -> None:
+    Partition.from_cuts(1000, [100]).save(tmp_path / "p.json")
+    assert [str(r) for r in parse_ranges("uniform:4", 1000)[0]] == ["0000-0250", "0250-0500", "0500-0750", "0750-1000"]
+    assert parse_ranges("joint:4", 1000) == (Partition.uniform(1000, 1), 4)
+    assert parse_ranges(str(tmp_path / "p.json"), 1000)[0].cuts == [100]
+    with pytest.raises(UsageError, match="neither"):
+        parse_ranges("unifrom:4", 1000)
+    with pytest.raises(UsageError, match="covers 1000 timesteps, the base has 500"):
+        parse_ranges(str(tmp_path / "p.json"), 500)
+    (tmp_path / "bad.json").write_text("[1")
+    with pytest.raises(InputError, match=r"bad\.json"):
+        parse_ranges(str(tmp_path / "bad.json"), 1000)

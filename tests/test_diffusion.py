@@ -1,0 +1,102 @@
+"""Diffusion: agreement with diffusers' own formulas, stock folders in and out, errors by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from demerge.diffusion import PREDICTION_TYPES, Diffusion
+from demerge.errors import InputError, UsageError
+
+
+MakeTiny = Callable[..., Path]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_noise_and_target_are_those_of_diffusers(make_tiny: MakeTiny, prediction_type: str) -> None:
+    model = Diffusion.load(make_tiny(prediction_type=prediction_type))
+    stock = diffusers.DDPMScheduler.from_config(model.scheduler.config)
+    x0, noise, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])
+    torch.testing.assert_close(model.add_noise(x0, noise, t), stock.add_noise(x0, noise, t))
+    expected = {"epsilon": noise, "sample": x0, "v_prediction": stock.get_velocity(x0, noise, t)}[prediction_type]
+    torch.testing.assert_close(model.target(x0, noise, t), expected)
+
+
+def test_loss_is_the_mean_squared_error_of_each_sample(tiny: Path) -> None:
+    model = Diffusion.load(tiny)
+    x0, noise, t = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([1, 300, 900])
+    with torch.no_grad():
+        loss = model.loss(x0, noise, t)
+        each = [
+            ((model.denoiser(model.add_noise(x0, noise, t)[i : i + 1], t[i]).sample - noise[i]) ** 2).mean()
+            for i in range(3)
+        ]
+    torch.testing.assert_close(loss, torch.stack(each))
+
+
+def test_saved_folder_is_a_stock_pipeline_with_the_same_weights(tiny: Path, tmp_path: Path) -> None:
+    model = Diffusion.load(tiny)
+    model.save(tmp_path)
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is diffusers.DDPMPipeline
+    assert Diffusion.load(tmp_path).sha256 == model.sha256
+    assert stock.scheduler.config.beta_schedule == model.scheduler.config.beta_schedule
+
+
+def test_component_folder_stands_for_its_pipeline(tiny: Path) -> None:
+    assert Diffusion.load(tiny / "unet").sha256 == Diffusion.load(tiny).sha256
+
+
+def test_schedule_is_the_bases_own(make_tiny: MakeTiny) -> None:
+    folder = make_tiny()
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "beta_schedule": "squaredcos_cap_v2"}))
+    expected = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    torch.testing.assert_close(Diffusion.load(folder).alphas_cumprod, expected.double())
+
+
+def test_missing_weight_is_refused_and_not_filled_at_random(tiny: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    file = next((folder / "unet").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors.pop("conv_in.weight")
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"conv_in\.weight"):
+        Diffusion.load(folder)
+
+
+def test_foreign_class_in_the_index_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    file = folder / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "unet": ["evil", "Payload"]}))
+    with pytest.raises(InputError, match="Payload"):
+        Diffusion.load(folder)
+
+
+def test_wrong_image_size_names_both_shapes(tiny: Path) -> None:
+    with pytest.raises(UsageError, match=r"\(1, 16, 16\).*\(1, 8, 8\)"):
+        Diffusion.load(tiny).encode(torch.zeros(1, 1, 16, 16))
+
+
+def test_text_to_image_pipeline_loads_encodes_and_saves(tiny_text: Path, tmp_path: Path) -> None:
+    model = Diffusion.load(tiny_text)
+    x0, condition = model.encode(torch.zeros(2, 3, 16, 16), ["a cat", "a dog"])
+    assert x0.shape == (2, *model.sample_shape)
+    assert condition is not None
+    assert condition.shape[0] == 2
+    with torch.no_grad():
+        assert model.loss(x0, torch.randn_like(x0), torch.tensor([5, 700]), condition).shape == (2,)
+    model.save(tmp_path)
+    assert Diffusion.load(tmp_path).sha256 == model.sha256
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is diffusers.StableDiffusionPipeline

@@ -1,0 +1,108 @@
+"""Ranges and partitions: what they refuse, and that routing is right everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from demerge.errors import InputError, UsageError
+from demerge.timesteps import Partition, TimestepRange
+
+
+@st.composite
+def partitions(draw: st.DrawFn) -> Partition:
+    total = draw(st.integers(1, 2000))
+    cuts = draw(st.sets(st.integers(1, total - 1), max_size=12)) if total > 1 else set()
+    return Partition.from_cuts(total, sorted(cuts))
+
+
+def test_a_range_is_half_open_and_sorts_as_its_text_does():
+    span = TimestepRange(0, 250)
+    assert (str(span), len(span)) == ("0000-0250", 250)
+    assert 0 in span
+    assert 249.9 in span
+    assert 250 not in span
+    assert str(TimestepRange(250, 500)) > str(span)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(5, 5), (6, 5), (-1, 5)])
+def test_empty_and_negative_ranges_are_refused(start, stop):
+    with pytest.raises(UsageError, match="empty or negative"):
+        TimestepRange(start, stop)
+
+
+@pytest.mark.parametrize("text", ["0:250", "0000-0250", " 0 : 250 "])
+def test_parse_reads_both_spellings(text):
+    assert TimestepRange.parse(text) == TimestepRange(0, 250)
+
+
+@pytest.mark.parametrize("text", ["", "250", "a:b", "0:250:5", "-5:10"])
+def test_parse_refuses_the_rest(text):
+    with pytest.raises(UsageError):
+        TimestepRange.parse(text)
+
+
+@pytest.mark.parametrize("edges", [[], [(1, 5)], [(0, 5), (6, 9)], [(0, 5), (4, 9)]])
+def test_gaps_overlaps_and_late_starts_are_refused(edges):
+    with pytest.raises(UsageError):
+        Partition(tuple(TimestepRange(a, b) for a, b in edges))
+
+
+@given(partitions())
+def test_routing_agrees_with_membership(partition):
+    for t in {0, partition.total - 1, *partition.cuts, *(cut - 1 for cut in partition.cuts)}:
+        assert t in partition[partition.route(t)]
+        assert t + 0.5 in partition[partition.route(t + 0.5)]
+
+
+@given(st.integers(1, 1000), st.integers(1, 8))
+def test_every_inference_step_is_routed_to_the_range_that_holds_it(steps, n):
+    partition = Partition.uniform(1000, n)
+    for t in np.linspace(999, 0, steps):
+        assert t in partition[partition.route(float(t))]
+
+
+@given(st.integers(1, 2000).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total))))
+def test_uniform_covers_all_with_widths_that_differ_by_one_at_most(case):
+    total, n = case
+    widths = [len(span) for span in Partition.uniform(total, n)]
+    assert (sum(widths), len(widths)) == (total, n)
+    assert max(widths) - min(widths) <= 1
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 1e9])
+def test_timesteps_outside_are_refused(t):
+    with pytest.raises(UsageError, match="outside"):
+        Partition.uniform(1000, 4).route(t)
+
+
+@pytest.mark.parametrize("n", [0, 11])
+def test_uniform_refuses_impossible_counts(n):
+    with pytest.raises(UsageError):
+        Partition.uniform(10, n)
+
+
+@given(partitions())
+def test_save_and_load_give_the_same(tmp_path_factory, partition):
+    path = tmp_path_factory.mktemp("partition") / "partition.json"
+    partition.save(path)
+    assert Partition.load(path) == partition
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ranges": 5}', '{"ranges": [[0]]}', '{"ranges": [["a", "b"]]}', "\xff"])
+def test_files_that_are_no_partition_are_input_errors(tmp_path, text):
+    path = tmp_path / "partition.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"partition\.json"):
+        Partition.load(path)
+
+
+def test_a_file_with_a_gap_says_so(tmp_path):
+    path = tmp_path / "partition.json"
+    path.write_text(json.dumps({"ranges": [[0, 5], [6, 9]]}))
+    with pytest.raises(UsageError, match="gap"):
+        Partition.load(path)
