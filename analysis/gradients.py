@@ -9,13 +9,16 @@ inner products add up over parts, and every draw is a function of its key, so ea
 Draws (x0, eps, position of t in its bin) are shared between the bins of a group, never between groups: differences between
 bins are then not those of their samples, and the statistic that pairs different groups stays unbiased (see similarity.py).
 Images are drawn with replacement: the mean gradient estimated is the one over the data set, for which a base was trained.
-Positions are stratified: sample b lies in [b/B, (b+1)/B) of its bin.
+Positions are stratified: of B draws, draw b lies in [b/B, (b+1)/B) of its bin. With `antithetic`, B/2 draws are each taken
+with eps and -eps, which takes away the noise that is odd in eps.
+
+The metric `adam` scales coordinate p by v_p^(-1/4), v the mean of squared gradients over all cells, so that <a, b> becomes
+sum_p a_p b_p / sqrt(v_p), as an Adam step weighs it; in `euclid` a few tensors carry nearly all of it, noise included.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,11 +34,14 @@ from demerge.randomness import normal, uniform
 from demerge.timesteps import Partition, TimestepRange
 
 Progress = Callable[[int, int, str], None]
+Draw = tuple[Tensor, Tensor | None, Tensor, Tensor]
 
 DRAWS = ("shared", "independent")
+METRICS = ("euclid", "adam")
 MEMORY = 2 << 30
 MAX_PARTS = 16
 COLUMNS = 1 << 15
+MAX_LOG_SNR = 20.0  # schedules that end in pure noise have log SNR = -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ def measure(
     batch_size: int = 16,
     seed: int = 0,
     draws: str = "shared",
+    antithetic: bool = False,
+    metric: str = "euclid",
     memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> ConflictMap:
@@ -82,6 +90,8 @@ def measure(
 
     Args:
         draws: `shared` between the bins of a group, or `independent` as a cross-check.
+        antithetic: whether each draw is taken with its noise and with the opposite; the batch size must be even.
+        metric: of inner products, `euclid` or `adam`.
         memory: bytes that the kept gradients may take.
         progress: called as progress(done, total, what) after each backward pass.
 
@@ -90,7 +100,7 @@ def measure(
         ResourceError: where the gradients do not fit the memory.
         NumericalError: where a gradient is not finite.
     """
-    _check_arguments(data, groups, batch_size, draws, memory)
+    _check_arguments(data, groups, batch_size, draws, antithetic, metric, memory)
     partition = Partition.uniform(model.T, bins)
     total = cost(model, bins=bins, groups=groups, memory=memory)
     denoiser = copy.deepcopy(model.denoiser).float().eval().requires_grad_(True)
@@ -99,7 +109,7 @@ def measure(
     done = 0
     for part in _parts(list(denoiser.parameters()), memory // (4 * bins * groups)):
         rows = torch.empty(bins * groups, sum(map(Tensor.numel, part)), device=model.device)
-        for cell, loss in _losses(student, data, partition, groups, batch_size, seed, draws):
+        for cell, loss in _losses(student, data, partition, groups, batch_size, seed, draws, antithetic):
             rows[cell] = _gradient(loss, part)
             if not bool(rows[cell].isfinite().all()):
                 raise NumericalError(
@@ -108,35 +118,40 @@ def measure(
             done += 1
             if progress is not None:
                 progress(done, total.passes, f"bin {partition[cell // groups]}")
-        gram += products(rows)
+        gram += products(rows if metric == "euclid" else adam(rows))
     parameters = sum(p.numel() for p in denoiser.parameters())
-    origin = Origin(model.sha256, data.fingerprint, parameters, "exact", draws, batch_size, seed)
-    return ConflictMap(partition, gram.reshape(bins, groups, bins, groups), model.snr().log().numpy(), origin)
+    origin = Origin(model.sha256, data.fingerprint, parameters, "exact", draws, antithetic, metric, batch_size, seed)
+    return ConflictMap(partition, gram.reshape(bins, groups, bins, groups), model.snr().log().clamp(-MAX_LOG_SNR, MAX_LOG_SNR).numpy(), origin)
 
 
 def products(rows: Tensor) -> Array:
-    """Return the inner products [R R] of the rows of [R D], summed in float64 over blocks of float32 products."""
+    """Return the inner products [R R] of the rows of [R D], blocks of float32 products summed in float64."""
     gram: Array = np.zeros((len(rows), len(rows)))
     for block in rows.split(COLUMNS, dim=1):
-        gram += (block @ block.T).double().cpu().numpy() if rows.device.type != "mps" else _on_host(block)
+        gram += (block @ block.T).cpu().double().numpy()
     return (gram + gram.T) / 2
 
 
-def _on_host(block: Tensor) -> Array:
-    block = block.cpu()
-    result: Array = (block @ block.T).double().numpy()
-    return result
+def adam(rows: Tensor) -> Tensor:
+    """Return rows [R D] with coordinates scaled by v^(-1/4), v [D] their mean square; where v = 0 there is nothing to scale."""
+    v = rows.square().mean(0)
+    return rows * torch.where(v > 0, v, 1).pow(-0.25)
 
 
-def _check_arguments(data: ImageData, groups: int, batch_size: int, draws: str, memory: int) -> None:
+def _check_arguments(
+    data: ImageData, groups: int, batch_size: int, draws: str, antithetic: bool, metric: str, memory: int
+) -> None:
     if groups < MIN_GROUPS:
         raise UsageError(f"{groups} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
     if batch_size < 1 or memory < 1 or len(data) < 1:
         raise UsageError(
             f"batch size {batch_size}, {memory} bytes and {len(data)} images must all be at least 1", fix="give more"
         )
-    if draws not in DRAWS:
-        raise UsageError(f"draws '{draws}' are unknown", fix=f"use one of {', '.join(DRAWS)}")
+    for name, value, known in (("draws", draws, DRAWS), ("metric", metric, METRICS)):
+        if value not in known:
+            raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
+    if antithetic and batch_size % 2:
+        raise UsageError(f"batch size {batch_size} makes no antithetic pairs", fix="give an even one")
 
 
 def _parts(parameters: Sequence[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
@@ -153,31 +168,35 @@ def _parts(parameters: Sequence[nn.Parameter], limit: int) -> list[list[nn.Param
 
 
 def _losses(
-    model: Diffusion, data: ImageData, bins: Partition, groups: int, B: int, seed: int, draws: str
+    model: Diffusion, data: ImageData, bins: Partition, groups: int, B: int, seed: int, draws: str, antithetic: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (cell, mean loss) for all cells i * groups + m, group after group."""
     for m in range(groups):
-        shared = _draw(model, data, m, B, seed) if draws == "shared" else None
+        shared = _draw(model, data, m, B, seed, antithetic) if draws == "shared" else None
         for i, span in enumerate(bins):
-            x0, condition, noise, position = shared or _draw(model, data, groups * (1 + i) + m, B, seed)
+            x0, condition, noise, position = shared or _draw(model, data, groups * (1 + i) + m, B, seed, antithetic)
             t = _timesteps(span, position).to(model.device)
             yield i * groups + m, model.loss(x0, noise, t, condition).mean()
 
 
-def _draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def _draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithetic: bool) -> Draw:
     """Return x0 [B *], the condition, noise [B *] and positions in [0, 1) [B] of one key."""
-    samples = range(B)
+    n = B // 2 if antithetic else B
+    samples = range(n)
     chosen = (uniform(seed, "analysis-image", samples=samples, step=key) * len(data)).long().tolist()
     captions = [data.captions[i] for i in chosen] if model.requires_text and data.captions is not None else None
     x0, condition = model.encode(data.floats(chosen), captions)
     noise = normal(model.sample_shape, seed, "analysis-noise", samples=samples, step=key).to(model.device)
-    position = (torch.arange(B) + uniform(seed, "analysis-t", samples=samples, step=key)) / B
-    return x0, condition, noise, position
+    position = (torch.arange(n) + uniform(seed, "analysis-t", samples=samples, step=key)) / n
+    if not antithetic:
+        return x0, condition, noise, position
+    twice = None if condition is None else torch.cat([condition, condition])
+    return torch.cat([x0, x0]), twice, torch.cat([noise, -noise]), torch.cat([position, position])
 
 
 def _timesteps(span: TimestepRange, position: Tensor) -> Tensor:
     """Return the timesteps [B] at positions in [0, 1) of a range; each t of the range covers an equal share."""
-    return span.start + (position * len(span)).floor().long().clamp(max=math.ceil(len(span)) - 1)
+    return span.start + (position * len(span)).long().clamp(max=len(span) - 1)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:

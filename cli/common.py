@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+
+LINE_SECONDS = 3.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number.")]
@@ -56,7 +59,7 @@ def device_of(name: str) -> str:
 def progress(total: int, what: str) -> Iterator[Any]:
     """Draw a bar on stderr; the value is a function (done, total, text) to call.
 
-    Off a terminal it prints a line at each tenth instead.
+    Off a terminal it prints a line every few seconds instead, so that short work is silent.
     """
     if sys.stderr.isatty():
         from rich.console import Console
@@ -67,13 +70,12 @@ def progress(total: int, what: str) -> Iterator[Any]:
             task = bar.add_task(what, total=total)
             yield lambda done, total, text="": bar.update(task, completed=done, total=total, description=f"{what} {text}")
         return
-    last = -1
+    last = time.monotonic()
 
     def line(done: int, total: int, text: str = "") -> None:
         nonlocal last
-        tenth = 10 * done // max(1, total)
-        if tenth != last:
-            last = tenth
+        if time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
             say(f"{what} {done}/{total} {text}".rstrip())
 
     yield line

@@ -24,10 +24,12 @@ def data() -> None:
 
 @app.command()
 def check(
-    source: Annotated[str, typer.Argument(help="digits, hf:NAME, a folder of images, CIFAR-10 batches, idx files or .npz.")],
+    source: Annotated[
+        str, typer.Argument(help="digits, hf:NAME, a folder of images, CIFAR-10 batches, idx files or .npz.")
+    ],
     json: Json = False,
 ) -> None:
-    """Read every image; tell counts, broken files, sizes, captions and a verdict. Exit code 3 where files are broken."""
+    """Read every image; tell counts, broken files, sizes, captions, a verdict. Exit code 3 where files are broken."""
     from demerge.data import scan
 
     with progress(1, "check") as bar:
@@ -61,7 +63,8 @@ def _sizes(counts: dict[str, int]) -> str:
         return _counts(counts)
     shorter = [min(map(int, size.split("x"))) for size in counts]
     longer = [max(map(int, size.split("x"))) for size in counts]
-    return f"{len(counts):,} sizes, shorter side {min(shorter)} to {max(shorter)}, longer side {min(longer)} to {max(longer)}"
+    spans = f"shorter side {min(shorter)} to {max(shorter)}, longer side {min(longer)} to {max(longer)}"
+    return f"{len(counts):,} sizes, {spans}"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -32,7 +32,7 @@ class Finding:
 
 
 def doctor(json: Json = False) -> None:
-    """Look at Python, torch, devices, packages, disk, memory and threads. Exit code 4 where something must be mended."""
+    """Look at Python, torch, devices, packages, disk, memory, threads. Exit code 4 where something must be mended."""
     findings = [finding for look in LOOKS for finding in look()]
     healthy = not any(finding.fix for finding in findings)
     emit({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, None, json)
@@ -58,13 +58,19 @@ def _torch() -> Iterator[Finding]:
     yield Finding("torch", torch.__version__, "pip install 'torch>=2.10'" if old else "")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if torch.version.cuda and not names and Path("/proc/driver/nvidia/version").exists():
-        yield Finding("devices", "an NVIDIA driver, but no GPU that torch can use", "install a driver for CUDA " + torch.version.cuda)
+        yield Finding(
+            "devices",
+            "an NVIDIA driver, but no GPU that torch can use",
+            "install a driver for CUDA " + torch.version.cuda,
+        )
     else:
         mps = ["Apple GPU"] if torch.backends.mps.is_available() else []
         yield Finding("devices", ", ".join([*names, *mps, "CPU"]))
     threads, cores = torch.get_num_threads(), len(_cores())
     over = threads > cores
-    yield Finding("threads", f"torch uses {threads} of {cores} cores", f"export OMP_NUM_THREADS={cores}" if over else "")
+    yield Finding(
+        "threads", f"torch uses {threads} of {cores} cores", f"export OMP_NUM_THREADS={cores}" if over else ""
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -93,7 +99,11 @@ def _imported(module: str) -> Finding:
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         broken = "torchvision" in str(error)
-        fix = "pip uninstall torchvision (demerge does not need it)" if broken else f"pip install --force-reinstall {module}"
+        fix = (
+            "pip uninstall torchvision (demerge does not need it)"
+            if broken
+            else f"pip install --force-reinstall {module}"
+        )
         return Finding(module, f"cannot be imported: {reason[0]}", fix)
 
 

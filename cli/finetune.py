@@ -42,6 +42,9 @@ def finetune(
     ] = "float32",
     use_ema: Annotated[bool, _option("--use-ema/--no-use-ema", "Keep the average of the weights.", TRAINING)] = True,
     ema_decay: Annotated[float, _option("--ema-decay", "Decay of the average, at most.", TRAINING)] = 0.9999,
+    fisher_samples: Annotated[
+        int, _option("--fisher-samples", "Images for the range's Fisher, which `merge --method fisher` takes.", TRAINING)
+    ] = 0,
     checkpointing_steps: Annotated[int, _option("--checkpointing-steps", "Steps between checkpoints.", TRAINING)] = 500,
     logging_steps: Annotated[int, _option("--logging-steps", "Steps between lines of log.jsonl.", TRAINING)] = 50,
     p: Annotated[float, _option("--p", "Share of timesteps drawn from all of [0, T).", OBJECTIVE)] = 0.3,

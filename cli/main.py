@@ -10,8 +10,8 @@ import signal
 import sys
 import traceback
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from demerge.cli import analyze, compare, data, demo, doctor, evaluate, finetune, inspect, merge, methods, sample
 from demerge.errors import DemergeError
@@ -63,17 +63,26 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except DemergeError as error:
         _fail(str(error), error.exit_code, debug)
-    except click.exceptions.Abort:
+    except typer.Abort:
         _fail("interrupted", 130, debug)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+    except TyperException as error:
+        _refuse(error)
     except KeyboardInterrupt:
         _fail("interrupted; nothing that was committed is lost", 130, debug)
     except MemoryError:
         _fail("not enough memory\n  fix: a smaller batch, or a larger machine", 4, debug)
     except Exception as error:
         _fail(f"a bug in demerge: {type(error).__name__}: {error}\n  fix: run again with --debug and report it", 1, debug)
+
+
+def _refuse(error: TyperException) -> None:
+    """Show what is wrong with the command line, with its usage where typer knows it."""
+    show = getattr(error, "show", None)
+    if show is None:
+        print(f"demerge: {printable(error.format_message())}", file=sys.stderr)
+    else:
+        show()
+    sys.exit(2)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

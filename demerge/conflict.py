@@ -44,6 +44,8 @@ class Origin:
         parameters: D, the length of a gradient.
         engine: `exact`, or how gradients were shortened before their products were taken.
         draws: `shared` between the bins of a group, or `independent`.
+        antithetic: whether a group's noise comes in pairs eps, -eps.
+        metric: of the inner products, `euclid` or `adam`.
         batch_size: samples per bin and group.
         seed: of all draws.
     """
@@ -53,13 +55,15 @@ class Origin:
     parameters: int
     engine: str
     draws: str
+    antithetic: bool
+    metric: str
     batch_size: int
     seed: int
 
     def __post_init__(self) -> None:
-        texts = (self.model, self.data, self.engine, self.draws)
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"origin {texts} holds what is no text", fix="measure the map again")
+        texts = (self.model, self.data, self.engine, self.draws, self.metric)
+        if not all(isinstance(text, str) for text in texts) or type(self.antithetic) is not bool:
+            raise InputError(f"origin: {texts}, antithetic {self.antithetic} is of another type", fix="measure the map again")
         numbers = (self.parameters, self.batch_size, self.seed)
         if not all(type(number) is int for number in numbers) or min(self.parameters, self.batch_size) < 1:
             raise InputError(f"origin: parameters, batch size, seed = {numbers}", fix="measure the map again")

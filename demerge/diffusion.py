@@ -9,16 +9,15 @@
 
 abar, the prediction type and T are the base's own, read from its scheduler's config; nothing is filled in by a default.
 Models are stock diffusers pipelines: UNet2DModel, or UNet2DConditionModel with a CLIP text encoder and an AutoencoderKL.
-Classes come from the allow-list below and no remote code ever runs.
+They are read by `demerge.pipelines`.
 
 Papers: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), latent diffusion (arXiv 2112.10752).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,34 +28,11 @@ from einops import reduce
 from torch import Tensor, nn
 
 from demerge.errors import InputError, UsageError
+from demerge.headers import read_json
+from demerge.pipelines import TextEncoder, load_denoiser, load_scheduler, load_text, resolve
 from demerge.weights import content_sha256
 
-DENOISERS: Mapping[str, type[diffusers.ModelMixin]] = {
-    "UNet2DModel": diffusers.UNet2DModel,
-    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
-}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
-@dataclass(frozen=True, slots=True)
-class TextEncoder:
-    """A tokenizer and a CLIP text model, frozen."""
-
-    tokenizer: Any
-    model: nn.Module
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Encode B captions into their last hidden states [B L D]."""
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        states: Tensor = self.model(tokens.input_ids.to(next(self.model.parameters()).device))[0]
-        return states
 
 
 @dataclass(frozen=True)
@@ -98,11 +74,11 @@ class Diffusion:
             InputError: where the folder is no supported pipeline, or a weight is missing from its file.
         """
         folder = resolve(model)
-        index = _read_json(folder / "model_index.json")
-        component = _load_denoiser(folder, index)
-        scheduler = _load_scheduler(folder, index)
+        index = read_json(folder / "model_index.json")
+        component = load_denoiser(folder, index)
+        scheduler = load_scheduler(folder, index)
         vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae") if "vae" in index else None
-        text = _load_text(folder) if "text_encoder" in index else None
+        text = load_text(folder) if "text_encoder" in index else None
         for module in (component, vae, text.model if text else None):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -115,7 +91,7 @@ class Diffusion:
         Raises:
             InputError: where the file lacks a part or diffusers refuses it.
         """
-        document = _read_json(config)
+        document = read_json(config)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -133,7 +109,7 @@ class Diffusion:
         if self.folder is None:
             diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
             return
-        index = _read_json(self.folder / "model_index.json")
+        index = read_json(self.folder / "model_index.json")
         shutil.copyfile(self.folder / "model_index.json", path / "model_index.json")
         for part in sorted(self.folder.iterdir()):
             if part.is_dir() and part.name in index and part.name != "unet":
@@ -274,89 +250,3 @@ class Diffusion:
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error of each sample [B], in float32."""
     return reduce((prediction.float() - target.float()).square(), "b ... -> b", "mean")
-
-
-def resolve(model: str | Path) -> Path:
-    """Return the pipeline folder of a path or Hub id; a component folder inside a pipeline stands for its pipeline.
-
-    Raises:
-        InputError: where there is neither such a folder nor such a Hub id.
-    """
-    path = Path(model)
-    for folder in (path, path.parent):
-        if (folder / "model_index.json").is_file() and (folder == path or (path / "config.json").is_file()):
-            return folder
-    if path.exists():
-        raise InputError(
-            f"{model}: no model_index.json there, so no scheduler is known",
-            fix="name a whole pipeline folder (model_index.json, unet/, scheduler/)",
-        )
-    return _download(str(model))
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.txt", "unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"'{model}' is neither a folder here nor a model that the Hub gives ({type(error).__name__})",
-            fix="check the spelling, the network, or name a local pipeline folder",
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}", fix="check the file") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: a JSON object was expected", fix="check the file")
-    return document
-
-
-def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:
-    entry = index.get(part)
-    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-        raise InputError(f"{folder}/model_index.json: no component '{part}'", fix="use a pipeline with unet and scheduler")
-    return entry[1]
-
-
-def _load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixin:
-    name = _class_name(folder, index, "unet")
-    if name not in DENOISERS:
-        raise InputError(f"{folder}: denoiser class '{name}' is not supported", fix=f"use one of {', '.join(DENOISERS)}")
-    try:
-        model, report = DENOISERS[name].from_pretrained(
-            folder / "unet", use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}/unet: cannot be loaded: {error}", fix="check config.json and the weights") from error
-    problems = {key: sorted(report[key])[:5] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
-    if problems:
-        raise InputError(f"{folder}/unet: the weights do not fit the config: {problems}", fix="use the matching weights")
-    denoiser: diffusers.ModelMixin = model
-    return denoiser
-
-
-def _load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
-    name = _class_name(folder, index, "scheduler")
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise InputError(f"{folder}: scheduler class '{name}' is unknown to diffusers", fix="use a stock scheduler")
-    try:
-        return kind.from_pretrained(folder / "scheduler")
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}/scheduler: cannot be loaded: {error}", fix="check scheduler_config.json") from error
-
-
-def _load_text(folder: Path) -> TextEncoder:
-    try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-    except ImportError as error:
-        raise UsageError("the base takes text, which needs transformers", fix="pip install 'demerge[sd]'") from error
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    return TextEncoder(tokenizer, CLIPTextModel.from_pretrained(folder / "text_encoder"))

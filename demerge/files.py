@@ -72,6 +72,7 @@ def commit_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             for inner in sorted(temporary.rglob("*")):
+                _respect_umask(inner)
                 _sync(inner)
             _sync(temporary)
             if path.exists():
@@ -142,6 +143,14 @@ def _another_runs(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _respect_umask(path: Path) -> None:
+    """Give a file the mode that a new one would have: safetensors writes 0600."""
+    if path.is_file():
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:

@@ -2,8 +2,9 @@
 
     8 bytes n, little-endian | n bytes JSON {"name": {"dtype", "shape", "data_offsets": [start, stop]}, ...} | data
 
-What is refused: files that are something else (an LFS pointer, a web page, a pickle), truncated or padded files, headers over
-16 MB or of more than 65,536 tensors, duplicate names, offsets that overlap, leave holes or disagree with dtype and shape.
+What is refused: files that are something else (an LFS pointer, a web page, a pickle), truncated or padded files,
+headers over 16 MB or of more than 65,536 tensors, duplicate names, offsets that overlap, leave holes or disagree with
+dtype and shape.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int, int]:
 
 def _refuse_disguise(path: Path, beginning: bytes) -> None:
     for magic, what in DISGUISES.items():
-        if beginning.lstrip().lower().startswith(magic.lower()) and not beginning[8:9] == b"{":
+        if beginning.lstrip().lower().startswith(magic.lower()) and beginning[8:9] != b"{":
             found, _, fix = what.partition("; ")
             raise InputError(f"{path}: {found}", fix=fix)
 

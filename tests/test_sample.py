@@ -28,7 +28,10 @@ def test_images_do_not_depend_on_batch_size_or_start(model: Diffusion, sampler: 
     assert whole.shape == (7, 1, 8, 8)
     assert whole.dtype == torch.uint8
     assert len({image.numpy().tobytes() for image in whole}) == 7
-    for parts in (sample(model, 7, batch_size=3, **options), torch.cat([sample(model, 1, first=i, **options) for i in range(7)])):
+    for parts in (
+        sample(model, 7, batch_size=3, **options),
+        torch.cat([sample(model, 1, first=i, **options) for i in range(7)]),
+    ):
         assert int((whole.int() - parts.int()).abs().max()) <= 1
     assert not torch.equal(whole, sample(model, 7, batch_size=7, **{**options, "seed": 4}))
 

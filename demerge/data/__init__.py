@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from demerge.data.load import load_images
 from demerge.data.scan import Scan, scan
-
 from demerge.data.values import ImageData
 
 __all__ = ["ImageData", "Scan", "load_images", "scan"]

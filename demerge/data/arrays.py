@@ -74,7 +74,9 @@ def is_cifar(folder: Path) -> bool:
 def _cifar_batch(file: Path) -> tuple[Pixels8, Pixels8]:
     values = np.fromfile(file, dtype=np.uint8)
     if not len(values) or len(values) % CIFAR_RECORD:
-        raise InputError(f"{file}: {len(values):,} bytes are no whole number of {CIFAR_RECORD}-byte records", fix=CIFAR_FIX)
+        raise InputError(
+            f"{file}: {len(values):,} bytes are no whole number of {CIFAR_RECORD}-byte records", fix=CIFAR_FIX
+        )
     records = values.reshape(-1, CIFAR_RECORD)
     if records[:, 0].max() > 9:
         raise InputError(f"{file}: label {records[:, 0].max()} is not one of 0..9, no CIFAR-10 batch", fix=CIFAR_FIX)
@@ -133,7 +135,9 @@ def _idx_values(file: Path, dims: int) -> Pixels8:
         raise InputError(f"{file}: no idx file of bytes in {dims} dimensions", fix="use MNIST-like idx files")
     shape = struct.unpack(f">{dims}I", raw[4:head])
     if math.prod(shape) != len(raw) - head or 0 in shape:
-        raise InputError(f"{file}: header says {shape}, the file holds {len(raw) - head:,} values", fix="fetch it again")
+        raise InputError(
+            f"{file}: header says {shape}, the file holds {len(raw) - head:,} values", fix="fetch it again"
+        )
     return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape)
 
 
@@ -149,7 +153,7 @@ def _unzipped(file: Path) -> bytes:
 
 
 def read_npz(path: Path) -> Source:
-    """Read uint8 images [N H W C], [N C H W] or [N H W] from the key `images` or `arr_0`; integer `labels` are optional.
+    """Read uint8 images [N H W C], [N C H W] or [N H W] from the key `images` or `arr_0`, and integer `labels`.
 
     Raises:
         InputError: where the file is damaged, pickled, or holds anything else.
@@ -158,7 +162,9 @@ def read_npz(path: Path) -> Source:
         with np.load(path, allow_pickle=False) as archive:
             key = next((k for k in ("images", "arr_0") if k in archive.files), None)
             if key is None:
-                raise InputError(f"{path}: no key 'images' or 'arr_0' among {archive.files[:8]}", fix="name the array 'images'")
+                raise InputError(
+                    f"{path}: no key 'images' or 'arr_0' among {archive.files[:8]}", fix="name the array 'images'"
+                )
             images = archive[key]
             labels = archive["labels"] if "labels" in archive.files else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
@@ -167,14 +173,17 @@ def read_npz(path: Path) -> Source:
             fix="write it with numpy.savez(path, images=array), uint8, no objects",
         ) from error
     if labels is not None and labels.shape != (len(images),):
-        raise InputError(f"{path}: labels {labels.shape} do not match {len(images)} images", fix="give one label per image")
+        raise InputError(
+            f"{path}: labels {labels.shape} do not match {len(images)} images", fix="give one label per image"
+        )
     return array_source(path.stem, _channels_first(path, key, images), labels)
 
 
 def _channels_first(path: Path, key: str, images: NDArray[np.generic]) -> Pixels8:
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
         raise InputError(
-            f"{path}: '{key}' is {images.dtype} {list(images.shape)}", fix="give uint8 images [N H W C], [N C H W] or [N H W]"
+            f"{path}: '{key}' is {images.dtype} {list(images.shape)}",
+            fix="give uint8 images [N H W C], [N C H W] or [N H W]",
         )
     values = images.astype(np.uint8, copy=False)
     if values.ndim == 3:
@@ -183,7 +192,9 @@ def _channels_first(path: Path, key: str, images: NDArray[np.generic]) -> Pixels
         return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
     if values.shape[1] in (1, 3):
         return values
-    raise InputError(f"{path}: '{key}' {list(values.shape)} has neither 1 nor 3 channels", fix="drop other channels, as alpha")
+    raise InputError(
+        f"{path}: '{key}' {list(values.shape)} has neither 1 nor 3 channels", fix="drop other channels, as alpha"
+    )
 
 
 def array_source(

@@ -43,7 +43,8 @@ def find_captions(folder: Path) -> dict[Path, str] | None:
     Raises:
         InputError: where a metadata file is damaged or names a file outside of its folder.
     """
-    files = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
+    found = [*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]
+    files = sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(folder).parts))
     if not files:
         return None
     captions: dict[Path, str] = {}

@@ -1,7 +1,7 @@
 """Folders of images: found recursively, checked from their heads and tails, decoded when asked for.
 
-Decoding turns the image by its EXIF orientation, lays transparency on white, scales 16-bit grey to 8 bits, and gives grey
-[1 H W] or colour [3 H W]. A file is refused from its header where it has more than 64 million pixels.
+Decoding turns the image by its EXIF orientation, lays transparency on white, scales 16-bit grey to 8 bits, and gives
+grey [1 H W] or colour [3 H W]. A file is refused from its header where it has more than 64 million pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from demerge.data.captions import read_captions
 from demerge.data.values import Pixels8, Shape, as_pixels
 from demerge.errors import InputError
 
-SUFFIXES = frozenset(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
+KINDS = ("avif", "bmp", "gif", "jfif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 MAX_PIXELS = 64_000_000
 EDGE_BYTES = 4096
 GREY = frozenset({"1", "L", "I", "I;16", "I;16B", "I;16L"})
@@ -109,10 +109,11 @@ def find_images(folder: Path) -> list[Path]:
     found = []
     for place, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [Path(place, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
+        found += [
+            Path(place, n) for n in names if not n.startswith(".") and Path(n).suffix.lower().removeprefix(".") in KINDS
+        ]
     if not found:
-        kinds = " ".join(sorted(SUFFIXES))
-        raise InputError(f"{folder}: no image in this folder", fix=f"give a folder with files of {kinds}")
+        raise InputError(f"{folder}: no image in this folder", fix=f"give a folder of {', '.join(KINDS)} files")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -180,7 +181,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: more than {MAX_PIXELS // 10**6} million pixels", fix="scale it down or remove it") from error
+        raise InputError(
+            f"{path}: more than {MAX_PIXELS // 10**6} million pixels", fix="scale it down or remove it"
+        ) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: {_what_else(path)}", fix="replace or remove it") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, MemoryError) as error:

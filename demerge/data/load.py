@@ -50,7 +50,9 @@ def load_images(
     if limit is not None and limit < len(chosen):
         chosen = sorted(chosen[i] for i in permutation(len(chosen), 0, "limit")[:limit])
     if not chosen:
-        raise InputError(f"{source}: the split '{split}' of {n} images is empty", fix="use a larger source or split 'all'")
+        raise InputError(
+            f"{source}: the split '{split}' of {n} images is empty", fix="use a larger source or split 'all'"
+        )
     return data.subset(chosen)
 
 
@@ -107,7 +109,8 @@ def _shape(source: Source, resolution: int | None, channels: int | None) -> Shap
     if resolution is None and len(sizes) > 1:
         (a, b), (c, d) = sizes[0], sizes[-1]
         raise UsageError(
-            f"{source.name}: images of {len(sizes)} sizes, from {b} x {a} to {d} x {c}", fix="give one resolution for all"
+            f"{source.name}: images of {len(sizes)} sizes, from {b} x {a} to {d} x {c}",
+            fix="give one resolution for all",
         )
     height, width = (resolution, resolution) if resolution is not None else sizes[0]
     return channels or max(c for c, _, _ in shapes), height, width

@@ -106,7 +106,7 @@ def _scan_folder(folder: Path, progress: Progress | None) -> Scan:
         except InputError as error:
             broken.append((path.relative_to(folder).as_posix(), error.what.removeprefix(f"{path}: ")))
         if progress is not None:
-            progress(done, len(paths), path.name)
+            progress(done, len(paths), f"{len(broken)} broken" if broken else "")
     captions, complaint = _captions(folder, headers)
     splits = _splits(len(headers), own_test(folder, list(headers)))
     return Scan(str(folder), len(paths), tuple(broken), *_counts(headers), captions, splits, complaint)
@@ -132,4 +132,8 @@ def _counts(headers: dict[Path, Header]) -> tuple[dict[str, int], dict[str, int]
         "16 bits scaled to 8": sum(h.mode in DEEP for h in found),
     }
     sizes = Counter(f"{h.width}x{h.height}" for h in found)
-    return dict(sizes.most_common()), dict(Counter(h.mode for h in found).most_common()), {k: v for k, v in notes.items() if v}
+    return (
+        dict(sizes.most_common()),
+        dict(Counter(h.mode for h in found).most_common()),
+        {k: v for k, v in notes.items() if v},
+    )

@@ -103,7 +103,7 @@ class ImageData:
         return torch.from_numpy(np.stack(images)) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
 
     def floats(self, indices: Sequence[int], flip: Sequence[bool] | None = None) -> Tensor:
-        """Return the images at `indices`, float32 [B C H W] in [-1, 1]; those marked in `flip` are mirrored left-right."""
+        """Return the images at `indices`, float32 [B C H W] in [-1, 1]; those marked in `flip` are mirrored."""
         images = self.images(indices).float().div_(127.5).sub_(1)
         if flip is not None:
             marked = torch.tensor(flip, dtype=torch.bool)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from demerge.errors import NumericalError, UsageError
-from demerge.evaluate import digits, inception
+from demerge.evaluate import digits, inception, randomnet
+from demerge.evaluate.randomnet import RandomNet
 from demerge.files import sha256
 
 FID_WEIGHTS = "aa5258d3cf03ee0a86d89c7ea3e991b547f1609a914383b7c33c7227f93155ba"
@@ -40,7 +41,9 @@ class FeatureNet:
     @property
     def distance_name(self) -> str:
         """`FID` for Inception with the known weights, else `FD[name]`."""
-        return "FID" if self.sha256 == FID_WEIGHTS else f"FD[{self.name}]"
+        if self.sha256 != FID_WEIGHTS:
+            return f"FD[{self.name}]"
+        return "FID(bf16)" if self.preprocess.endswith("bf16") else "FID"
 
     @property
     def protocol(self) -> dict[str, str]:
@@ -68,31 +71,52 @@ class FeatureNet:
         return rows
 
 
-def feature_net(spec: str, *, preprocess: inception.Preprocess = "clean", device: str = "cpu") -> FeatureNet:
-    """Return the net that `digits-cnn` or `inception:PATH` names; `preprocess` is Inception's.
+def feature_net(
+    spec: str, *, preprocess: inception.Preprocess = "clean", precision: str = "no", device: str = "cpu"
+) -> FeatureNet:
+    """Return the net that `digits-cnn`, `random` or `inception:PATH` names; `preprocess` and `precision` are Inception's.
+
+    `precision="bf16"` runs Inception in bfloat16, twice as fast on a CPU that has it. It moves FID by some 0.4 % (33.48 to 33.36
+    on 1,500 against 1,500 images of CIFAR-10) and mixes with float32 features at an error of 0.25, so it is part of the
+    protocol and is printed as `FID(bf16)`.
 
     Raises:
-        UsageError: where the name is unknown.
+        UsageError: where the name, the preprocessing or the precision is unknown.
         InputError: where the weights cannot be read.
     """
     name, _, path = spec.partition(":")
     if name == "digits-cnn" and not path:
         return _digits(torch.device(device))
+    if name == "random" and not path:
+        return _random(torch.device(device))
     if name == "inception" and path:
-        return _inception(Path(path).expanduser(), preprocess, torch.device(device))
-    raise UsageError(f"feature net '{spec}' is unknown", fix="use digits-cnn, or inception:PATH with a local weights file")
+        return _inception(Path(path).expanduser(), preprocess, precision, torch.device(device))
+    raise UsageError(f"feature net '{spec}' is unknown", fix="use digits-cnn, random or inception:PATH")
 
 
 def _digits(device: torch.device) -> FeatureNet:
-    net = digits.load_digits_cnn().to(device)
-    digest = sha256(digits.ASSET)
+    net, digest = digits.load_digits_cnn().to(device), sha256(digits.ASSET)
     return FeatureNet("digits-cnn", digest, digits.DIM, "grey 8x8", net.features, digits.prepare, device, 256)
 
 
-def _inception(path: Path, preprocess: inception.Preprocess, device: torch.device) -> FeatureNet:
+def _random(device: torch.device) -> FeatureNet:
+    net = RandomNet().to(device)
+    return FeatureNet("random", net.sha256, randomnet.DIM, "bilinear 32x32", net, randomnet.prepare, device, 128)
+
+
+def _inception(path: Path, preprocess: inception.Preprocess, precision: str, device: torch.device) -> FeatureNet:
     if preprocess not in inception.PREPROCESS:
         raise UsageError(f"preprocess '{preprocess}' is unknown", fix=f"use one of {', '.join(inception.PREPROCESS)}")
-    net: nn.Module = inception.load_inception(path).to(device)
+    if precision not in ("no", "bf16"):
+        raise UsageError(f"precision '{precision}' is unknown", fix="use no (float32) or bf16")
+    net, prepare = inception.load_inception(path).to(device), partial(inception.prepare, mode=preprocess)
+    run = net if precision == "no" else partial(_in_bfloat16, net, device.type)
+    described = preprocess if precision == "no" else f"{preprocess}, bf16"
     batch = 16 if device.type == "cpu" else 128
-    prepare = partial(inception.prepare, mode=preprocess)
-    return FeatureNet("inception", sha256(path), inception.DIM, preprocess, net, prepare, device, batch)
+    return FeatureNet("inception", sha256(path), inception.DIM, described, run, prepare, device, batch)
+
+
+def _in_bfloat16(net: nn.Module, device_type: str, x: Tensor) -> Tensor:
+    with torch.autocast(device_type, dtype=torch.bfloat16):
+        features: Tensor = net(x)
+    return features

@@ -10,7 +10,7 @@ model's image from the same noise, `diversity` the mean over pairs of the model'
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -72,26 +72,30 @@ class Judge:
         digest = images_sha256(images)
         return Scores(model, metrics, self.protocol(len(images)), digest, seed, kind, model_sha256, losses)
 
+    def of_real(self) -> Judge:
+        """The same judge, for real images."""
+        return replace(self, sampler="none (real images)", steps=0)
+
+    def of_folder(self) -> Judge:
+        """The same judge, for images that others made."""
+        return replace(self, sampler="unknown (folder of images)", steps=0)
+
     def noise_floor(self, images: Tensor, *, n: int, name: str = "real images", progress: Progress | None = None) -> Scores:
         """Score n real images, disjoint from the reference's: what a perfect model would score.
 
         Where there are fewer than n such images, all are taken, and the protocol of the result says how many.
         """
-        chosen = images[:n]
-        metrics = evaluate_images(chosen, self.reference, self.net, progress=progress) | self._perceptual(chosen, None)
-        real = Judge(self.net, self.reference, "none (real images)", 0, self.perceptual, self.perceptual_images)
-        return Scores(name, metrics, real.protocol(len(chosen)), images_sha256(chosen), 0, "real")
+        return self.of_real().score(name, images[:n], seed=0, kind="real", progress=progress)
 
     def _perceptual(self, images: Tensor, base: Tensor | None) -> dict[str, float]:
         if self.perceptual is None:
             return {}
-        own = embeddings(self.perceptual, images[: self.perceptual_images])
+        first = images[: self.perceptual_images]
+        own = embeddings(self.perceptual, first)
         result = {"diversity": diversity(own)}
         if base is None:
             return result
-        if base.shape != images.shape:
-            raise UsageError(
-                f"the base's images are {list(base.shape)}, the model's {list(images.shape)}", fix="draw both alike"
-            )
-        theirs = embeddings(self.perceptual, base[: self.perceptual_images])
+        if base[: len(first)].shape != first.shape:
+            raise UsageError(f"the base's images are {list(base.shape)}, the model's {list(images.shape)}", fix="draw alike")
+        theirs = embeddings(self.perceptual, base[: len(first)])
         return result | {"drift": float((own - theirs).square().sum(1).mean())}

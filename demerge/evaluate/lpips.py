@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ def load_lpips(path: Path = ASSET, *, device: str = "cpu") -> LPIPS:
     """
     try:
         return LPIPS(load_file(path), sha256=sha256(path)).eval().to(device)
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: not the LPIPS weights: {error}", fix="install demerge again") from error
 
 
@@ -138,7 +139,7 @@ def make(source: Path, target: Path) -> Path:
     """Join trunk and heads in the folder `source`, cast to float16, into one file."""
     parts = (load_file(source / name) for name in ("alexnet_features.safetensors", "alex_heads_v0.1.safetensors"))
     tensors = {key: value.half().contiguous() for key, value in chain.from_iterable(part.items() for part in parts)}
-    facts = {"made_by": "python -m demerge.evaluate.lpips", "licence": "BSD-2-Clause (heads), BSD-3-Clause (trunk)"}
+    facts = {"made_by": "python -m demerge.evaluate.lpips; licence BSD-2-Clause (heads), BSD-3-Clause (trunk)"}
     return commit_file(target, lambda stream: stream.write(save(tensors, metadata=facts)))
 
 

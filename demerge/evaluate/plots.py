@@ -20,6 +20,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from demerge.evaluate.losses import RangeLosses
 from demerge.evaluate.protocol import MINIMUM, Kind, Row
 
 COLORS: Mapping[Kind, str] = {
@@ -82,16 +83,22 @@ def render(draw: Draw, theme: Theme, kind: str) -> bytes:
     return stream.getvalue()
 
 
+def plain(name: str) -> str:
+    """Return a name that matplotlib prints as it is, at most 40 characters long."""
+    return (name if len(name) <= 40 else f"{name[:18]}…{name[-21:]}").replace("$", r"\$")
+
+
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height))
     return figure, figure.add_subplot()
 
 
 def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
-    """Draw each model's distance: a dot per seed, the mean with its standard deviation, the base and the noise floor as lines."""
+    """Draw each model's distance: a dot per seed, mean and standard deviation, base and noise floor as lines."""
     figure, axes = _axes(8.0, 0.9 + 0.36 * len(rows))
     frame = pd.DataFrame(
-        [(row.model, row.kind, value) for row in rows for value in row.values("fd")], columns=["model", "kind", "fd"]
+        [(plain(f"{row.model}  {i}"), row.kind, value) for i, row in enumerate(rows, 1) for value in row.values("fd")],
+        columns=["model", "kind", "fd"],
     )
     sns.stripplot(
         frame, x="fd", y="model", hue="kind", palette=dict(COLORS), size=4, alpha=0.55, jitter=False, legend=False, ax=axes
@@ -119,17 +126,17 @@ def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
 
 
 def tradeoff(rows: Sequence[Row], theme: Theme) -> Figure:
-    """Draw precision against recall, one dot for each model."""
+    """Draw precision against recall, one dot for each model with its place in the ranking."""
     figure, axes = _axes(6.2, 4.4)
     frame = pd.DataFrame(
-        [(r.model, r.kind, r.mean("recall"), r.mean("precision")) for r in rows],
-        columns=["model", "kind", "recall", "precision"],
+        [(row.kind, row.mean("recall"), row.mean("precision")) for row in rows], columns=["kind", "recall", "precision"]
     )
     sns.scatterplot(frame, x="recall", y="precision", hue="kind", palette=dict(COLORS), s=70, ec=theme.ink, lw=0.5, ax=axes)
-    for i, row in enumerate(rows):
-        place = (row.mean("recall"), row.mean("precision"))
-        offset = (6, 5) if i % 2 == 0 else (6, -11)
-        axes.annotate(row.model, place, xytext=offset, textcoords="offset points", fontsize=7.5, color=theme.faint)
+    places: dict[tuple[float, float], list[str]] = {}
+    for place, row in enumerate(rows, 1):
+        places.setdefault((row.mean("recall"), row.mean("precision")), []).append(str(place))
+    for position, names in places.items():
+        axes.annotate(", ".join(names), position, xytext=(6, 4), textcoords="offset points", fontsize=8, color=theme.ink)
     axes.legend(title=None, frameon=False, fontsize=8, labelcolor=theme.ink)
     axes.margins(0.12)
     axes.grid(color=theme.line, lw=0.6, alpha=0.7)
@@ -137,13 +144,11 @@ def tradeoff(rows: Sequence[Row], theme: Theme) -> Figure:
     return figure
 
 
-def losses(rows: Sequence[Row], base: Row, theme: Theme) -> Figure:
-    """Draw the change of each range's validation loss against the base's, in percent; faint numbers are within 2 s.e. of zero."""
-    models = [row for row in rows if row.losses is not None]
-    assert_base = base.losses
-    changes = {r.model: r.losses.change(assert_base) for r in models if r.losses is not None and assert_base is not None}
-    frame = pd.DataFrame({m: {span: 100 * value for span, (value, _) in c.items()} for m, c in changes.items()}).T
-    sure = pd.DataFrame({m: {span: abs(v) > 2 * e for span, (v, e) in c.items()} for m, c in changes.items()}).T
+def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme) -> Figure:
+    """Draw each range's change of loss against the base's, in percent; faint numbers are within 2 s.e. of zero."""
+    changes = {plain(row.model): row.losses.change(base) for row in rows if row.losses is not None}
+    frame = pd.DataFrame({name: {span: 100 * value for span, (value, _) in c.items()} for name, c in changes.items()}).T
+    sure = pd.DataFrame({name: {span: abs(v) > 2 * e for span, (v, e) in c.items()} for name, c in changes.items()}).T
     figure, axes = _axes(2.6 + 1.1 * frame.shape[1], 1.0 + 0.36 * len(frame))
     limit = max(0.5, float(np.nanpercentile(np.abs(frame.to_numpy()), 85)))
     sns.heatmap(
@@ -172,12 +177,9 @@ def contact_sheet(images: Mapping[str, Tensor], theme: Theme) -> Figure:
     columns = max(len(row) for row in images.values())
     figure = Figure(figsize=(1.6 + 0.62 * columns, 0.66 * len(images)))
     for i, (name, row) in enumerate(images.items()):
-        for j in range(columns):
-            axes = figure.add_axes((0.0 + j / columns, 1 - (i + 1) / len(images), 0.94 / columns, 0.94 / len(images)))
+        for j, image in enumerate(row):
+            axes = figure.add_axes((j / columns, 1 - (i + 1) / len(images), 0.94 / columns, 0.94 / len(images)))
+            axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), aspect="auto")
             axes.set_axis_off()
-            if j < len(row):
-                picture = row[j].permute(1, 2, 0).numpy()
-                axes.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
-            if j == 0:
-                axes.text(-0.15, 0.5, name, transform=axes.transAxes, ha="right", va="center", color=theme.ink, fontsize=9)
+        figure.text(-0.01, 1 - (i + 0.5) / len(images), plain(name), ha="right", va="center", color=theme.ink, fontsize=9)
     return figure

@@ -96,7 +96,11 @@ class Scores:
 
     def save(self, path: Path) -> Path:
         """Write the scores as JSON."""
-        return commit_json(path, {"format": FORMAT, **asdict(self)})
+        return commit_json(path, self.document())
+
+    def document(self) -> dict[str, Any]:
+        """Return the scores as JSON values."""
+        return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def load(cls, path: Path) -> Scores:

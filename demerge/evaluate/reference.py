@@ -7,16 +7,20 @@ distances that need single features (KID, precision, recall, density, coverage) 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from demerge.errors import ComparisonError
+from demerge.errors import ComparisonError, InputError
 from demerge.evaluate.features import FeatureNet, Progress
 from demerge.evaluate.fid import Moments, frechet_distance, load_moments, moments, square_root
 from demerge.evaluate.kid import kid
 from demerge.evaluate.prdc import NEAREST, prdc, radii
+from demerge.files import commit_file
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +39,27 @@ class Reference:
         cls, net: FeatureNet, images: Tensor, *, name: str = "images", progress: Progress | None = None
     ) -> Reference:
         """Take the features of real images, uint8 [n C H W]; `name` says which data set and split they are."""
+        return cls._of_features(net(images, progress=progress), net.protocol, name, images_sha256(images))
+
+    @classmethod
+    def _of_features(cls, features: Tensor, protocol: Mapping[str, str], name: str, fingerprint: str) -> Reference:
+        value = moments([features], protocol)
+        reach = radii(features, NEAREST) if len(features) > NEAREST else None
+        return cls(value, name, fingerprint, square_root(value.covariance), features, reach)
+
+    @classmethod
+    def remembered(
+        cls, path: Path, net: FeatureNet, images: Tensor, *, name: str, progress: Progress | None = None
+    ) -> Reference:
+        """Do as `from_images`, but keep the features in a safetensors file and take them from there the next time."""
+        wanted = {**net.protocol, "images": images_sha256(images)}
+        if path.is_file():
+            kept, facts = _read_features(path)
+            if facts == wanted and len(kept) == len(images):
+                return cls._of_features(kept, net.protocol, name, wanted["images"])
         features = net(images, progress=progress)
-        value = moments([features], net.protocol)
-        root, reach = square_root(value.covariance), radii(features, NEAREST) if len(features) > NEAREST else None
-        return cls(value, name, images_sha256(images), root, features, reach)
+        commit_file(path, lambda stream: stream.write(save({"features": features}, metadata=wanted)))
+        return cls._of_features(features, net.protocol, name, wanted["images"])
 
     @classmethod
     def from_npz(cls, path: Path, *, n: int | None = None) -> Reference:
@@ -74,6 +95,14 @@ def evaluate_images(
     if reference.features is not None and reference.reach is not None and len(features) > NEAREST:
         result |= asdict(prdc(reference.features, features, reach=reference.reach))
     return result
+
+
+def _read_features(path: Path) -> tuple[Tensor, dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("features"), file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}", fix="remove it; it is made again") from error
 
 
 def images_sha256(images: Tensor) -> str:

@@ -25,7 +25,7 @@ from demerge.files import commit_file, commit_text
 CAPTIONS = {
     "ranking": "Small dots: sampling seeds; large dots: means with one standard deviation. Dashed: the base, its band of 1.3 % "
     "within which nothing counts. Dotted: other real images.",
-    "tradeoff": "Fidelity against variety: the upper right corner is best.",
+    "tradeoff": "Fidelity against variety, each model with its place in the ranking: the upper right corner is best.",
     "losses": "Held-out loss of each range against the base.",
 }
 
@@ -81,7 +81,7 @@ def _drawn(rows: Sequence[Row], floors: Sequence[Row]) -> Iterator[tuple[str, pl
         yield "tradeoff", partial(plots.tradeoff, rows)
     base = best(rows, "base")
     if base is not None and base.losses is not None and any(row.losses for row in rows if row is not base):
-        yield "losses", partial(plots.losses, [row for row in rows if row is not base], base)
+        yield "losses", partial(plots.losses, [row for row in rows if row is not base], base.losses)
 
 
 def _ordered(contact: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from demerge.evaluate.plots import LABELS
-from demerge.evaluate.protocol import Comparison, Row, compare
+from demerge.evaluate.protocol import Comparison, Protocol, Row, Scores, compare, rank, rows_of
 from demerge.evaluate.verdict import best, verdict, warnings
 
 METRICS = ("fd", *LABELS)
@@ -49,6 +49,22 @@ def _line(place: int | None, row: Row, rows: Sequence[Row]) -> dict[str, object]
         line |= {f"vs_{name}": result.difference, f"vs_{name}_verdict": result.verdict}
     line |= asdict(row.scores[0].protocol) | {"rank_deficient": row.scores[0].protocol.rank_deficient}
     return line | {"model_sha256": row.scores[0].model_sha256}
+
+
+def lines(scores: Sequence[Scores]) -> list[str]:
+    """Return the table as lines for a terminal, best first, noise floors last; unlike protocols stay unranked."""
+    rows = rows_of(scores)
+    groups: dict[Protocol, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.scores[0].protocol, []).append(row)
+    texts = []
+    for protocol, members in groups.items():
+        names = measured(members)
+        heads = ["model", "kind", *(label(metric, members) for metric in names)]
+        body = [[row.model, row.kind, *(number(row, metric) for metric in names)] for row in rank(members)]
+        widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
+        texts += [str(protocol), *("  ".join(map(str.ljust, line, widths)).rstrip() for line in [heads, *body])]
+    return texts
 
 
 def csv(rows: Sequence[Row], floors: Sequence[Row]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from demerge.evaluate.protocol import Comparison, Kind, Row, Verdict, compare, ensure_alike, rank
+from demerge.evaluate.protocol import Comparison, Kind, Protocol, Row, Verdict, compare, ensure_alike, rank
 
+ENOUGH = 10_000
+MISSING: dict[Kind, str] = {"base": "base model", "joint": "joint control (same total steps, one range)"}
 WORDS: dict[Verdict, str] = {
     "better": "beats",
     "worse": "is worse than",
@@ -21,7 +23,7 @@ def best(rows: Sequence[Row], kind: Kind) -> Row | None:
 
 
 def outcome(rows: Sequence[Row]) -> Verdict:
-    """Return `better` where the best merge beats both the base and the joint control, `worse` where it loses to one of them."""
+    """Return `better` where the best merge beats base and joint control, `worse` where it loses to one of them."""
     merge, controls = best(rows, "merge"), [best(rows, "base"), best(rows, "joint")]
     if merge is None or any(control is None for control in controls):
         return "inconclusive"
@@ -85,33 +87,44 @@ def warnings(rows: Sequence[Row], floors: Sequence[Row]) -> list[str]:
     """Return what a reader should be wary of, each as a sentence or two."""
     protocol = ensure_alike([score for row in rows for score in row.scores])
     kinds, seeds = {row.kind for row in rows}, min(len(row.seeds) for row in rows)
-    found = []
-    if protocol.rank_deficient:
-        count = min(protocol.num_images, protocol.reference_n)
-        found.append(
-            f"Rank-deficient: {count:,} images do not span {protocol.dim:,} features. {protocol.distance} is far too large in "
-            "absolute terms and compares only within this table."
-        )
-    elif protocol.num_images < 10_000:
-        found.append(
-            f"{protocol.num_images:,} images: {protocol.distance} is biased upwards below some 10,000 images and compares only "
-            "within this table. KID is unbiased."
-        )
-    if protocol.distance != "FID":
-        found.append(f"{protocol.distance} is not FID: it lives on the features of {protocol.features} and compares with no paper.")
+    found = [_few_images(protocol)]
+    if not protocol.distance.startswith("FID"):
+        found.append(f"{protocol.distance} is not FID: it uses the features of {protocol.features}, as no paper does.")
     if seeds < 3:
-        found.append(f"Only {seeds} sampling seed(s) for some models: three are the least that give a standard deviation.")
+        found.append(f"A model has only {seeds} sampling seed(s): three are the least that give a standard deviation.")
+    found += [f"No {name} was evaluated." for kind, name in MISSING.items() if kind not in kinds]
     if not floors:
         found.append("No noise floor was measured, so it is not known what a perfect model would score.")
-    found += [f"No {name} was evaluated." for kind, name in MISSING.items() if kind not in kinds]
-    found += [
-        f"{row.model} lies below the noise floor ({floor.mean('fd'):.2f}): closer to the reference than other real images, a "
-        "sign that differences down there mean nothing."
-        for floor in floors
+    for floor in floors:
+        found += _about_floor(rows, floor, protocol)
+    return [text for text in found if text]
+
+
+def _few_images(protocol: Protocol) -> str:
+    count = min(protocol.num_images, protocol.reference_n)
+    if protocol.rank_deficient:
+        return (
+            f"Rank-deficient: {count:,} images do not span {protocol.dim:,} features. {protocol.distance} is far too large "
+            "in absolute terms and compares only within this table."
+        )
+    if count < ENOUGH:
+        return (
+            f"{count:,} images on one side: {protocol.distance} is biased upwards below some {ENOUGH:,} images and compares "
+            "only within this table. KID is unbiased."
+        )
+    return ""
+
+
+def _about_floor(rows: Sequence[Row], floor: Row, protocol: Protocol) -> list[str]:
+    count = floor.scores[0].protocol.num_images
+    if count < protocol.num_images:
+        return [
+            f"The noise floor comes from only {count:,} real images, the models' scores from {protocol.num_images:,}: the floor "
+            "is too high by the bias of smaller numbers."
+        ]
+    return [
+        f"{row.model} lies below the noise floor ({floor.mean('fd'):.2f}): closer to the reference than other real images. "
+        "Differences down there mean nothing."
         for row in rows
         if row.mean("fd") < floor.mean("fd")
     ]
-    return found
-
-
-MISSING: dict[Kind, str] = {"base": "base model", "joint": "joint control (same total steps, one range)"}

@@ -32,6 +32,7 @@ from demerge.finetune.objective import consistency_weight, draw_timesteps, learn
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.projection import attach, fold
 from demerge.finetune.state import newest_state, optimizer_tensors, refuse_differences, restore_optimizer, save_state
+from demerge.fisher import range_fisher, save_fisher
 from demerge.randomness import normal, permutation, uniform
 from demerge.timesteps import Partition, TimestepRange
 
@@ -125,6 +126,7 @@ class Run:
     step: int = 0
     skipped: int = 0
     window: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    orders: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -225,12 +227,10 @@ class Run:
         return self.base.encode(images, captions if self.base.requires_text else None)
 
     def _order(self, epoch: int) -> list[int]:
-        if not hasattr(self, "_orders"):
-            self._orders: dict[int, list[int]] = {}
-        if epoch not in self._orders:
-            kept = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders = {**kept, epoch: permutation(len(self.data), self.options.seed, "order", epoch)}
-        return self._orders[epoch]
+        if epoch not in self.orders:
+            self.orders.pop(epoch - 2, None)
+            self.orders[epoch] = permutation(len(self.data), self.options.seed, "order", epoch)
+        return self.orders[epoch]
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -288,7 +288,11 @@ class Run:
     def finish(self, path: Path) -> None:
         """Write the averaged, folded expert as a stock pipeline with `expert.json` and its log, whole or absent."""
         with commit_dir(path) as temporary:
-            self.base.with_denoiser(self.expert().to(getattr(torch, self.options.save_dtype))).save(temporary)
+            expert = self.base.with_denoiser(self.expert())
+            if self.options.fisher_samples:
+                save_fisher(self._fisher(expert), temporary / "fisher.safetensors")
+            nn.Module.to(expert.denoiser, dtype=getattr(torch, self.options.save_dtype))
+            expert.save(temporary)
             log = self.folder / "log.jsonl"
             if log.exists():
                 shutil.copyfile(log, temporary / "log.jsonl")
@@ -303,6 +307,9 @@ class Run:
             }
             commit_json(temporary / "expert.json", record)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _fisher(self, expert: Diffusion) -> dict[str, Tensor]:
+        return range_fisher(expert, self.data, self.range, samples=self.options.fisher_samples, seed=self.options.seed)
 
     def expert(self) -> nn.Module:
         """Return the averaged weights in a stock module, in eval mode."""

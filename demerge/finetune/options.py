@@ -23,7 +23,8 @@ class FinetuneOptions:
     """Options of one finetune; the names are those of diffusers' training scripts where these have one.
 
     Objective (see `demerge.finetune.objective`): `p` is the share of timesteps drawn from all of [0, T), `consistency`
-    the weight lambda of the frozen base's prediction, `consistency_schedule` how lambda decays over the run.
+    the weight lambda of the frozen base's prediction, `consistency_schedule` how lambda decays over the run. With `fisher_samples`, each expert
+    gets a fisher.safetensors of its range, which merging by `fisher` takes.
 
     Raises:
         UsageError: where a value breaks its rule.
@@ -52,6 +53,7 @@ class FinetuneOptions:
     random_flip: bool = False
     mixed_precision: str = "no"
     save_dtype: str = "float32"
+    fisher_samples: int = 0
     checkpointing_steps: int = 500
     logging_steps: int = 50
     seed: int = 0
@@ -60,6 +62,7 @@ class FinetuneOptions:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("logging_steps", self.logging_steps >= 1, "at least 1")
+        self._require("fisher_samples", self.fisher_samples >= 0, "0 or more")
         self._require("learning_rate", self.learning_rate > 0, "above 0")
         self._require("max_grad_norm", self.max_grad_norm > 0, "above 0")
         self._require("p", 0 <= self.p <= 1, "in [0, 1]")

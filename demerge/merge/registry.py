@@ -5,15 +5,16 @@ A method is a function
     (base [*], deltas [K *], *, weights [K], ...) -> merged [*]
 
 of one tensor, or of a chunk of one. Its keyword-only parameters say what it needs. Those with a default are the user's
-options, their annotation being the rule: `float`, `int`, `bool`, `str`, `Literal[...]`, or `Annotated[float, Between(0, 1)]`.
-Those without a default come from the engine:
+options, their annotation being the rule: `float`, `int`, `bool`, `str`, `Literal[...]`, or
+`Annotated[float, Between(0, 1)]`. Those without a default come from the engine:
 
     weights     [K], the coefficients
     uniform     [K *], random numbers in [0, 1) that depend on (seed, expert, tensor name, index) alone
     STATISTIC   what a pass over the model or the tensor found, declared by `statistics`
     NAME        [K *], from NAME.safetensors beside each expert, for example `fisher`
 
-`@method` registers the function and returns it unchanged. Other packages register by the entry point group `demerge.methods`.
+`@method` registers the function and returns it unchanged. Other packages register by the entry point group
+`demerge.methods`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -52,9 +53,10 @@ class Statistic:
 
     Attributes:
         name: the keyword under which methods and later statistics receive it.
-        compute: (blocks, *, weights, options, earlier statistics: those it names) -> value; `blocks` may be iterated again,
-            each time being one pass.
-        scope: which blocks, given the options: those of the model, of each tensor, or None for no pass and the value None.
+        compute: (blocks, *, weights, options, earlier statistics: those it names) -> value; `blocks` may be iterated
+            again, each time being one pass.
+        scope: which blocks, given the options: those of the model, of each tensor, or None for no pass and the value
+            None.
     """
 
     name: str
@@ -70,7 +72,8 @@ class Between:
     high: float
     open_low: bool = False
 
-    def __contains__(self, value: float) -> bool:
+    def holds(self, value: float) -> bool:
+        """Whether the rule holds; for NaN it does not."""
         return (self.low < value if self.open_low else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
@@ -101,8 +104,8 @@ class Option:
             parsed = _boolean(value) if self.kind is bool else self.kind(value)
         except (TypeError, ValueError):
             parsed = None
-        right = parsed is not None and (not self.choices or parsed in self.choices)
-        if not right or (self.between is not None and parsed not in self.between):
+        among = not self.choices or parsed in self.choices
+        if parsed is None or not among or not (self.between is None or self.between.holds(parsed)):
             raise UsageError(f"option {name}={value} is not {self.rule}", fix=f"for example {name}={self.default}")
         return parsed
 
@@ -128,6 +131,7 @@ class Method:
     statistics: tuple[Statistic, ...] = ()
     whole: bool = False
     off: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
 
     def settle(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options, the given ones checked and the others by default.
@@ -145,6 +149,7 @@ class Method:
         """Return what there is to know, as JSON values."""
         return {
             "name": self.name,
+            "aliases": list(self.aliases),
             "summary": self.summary,
             "paper": self.paper,
             "options": {name: {"default": o.default, "rule": o.rule} for name, o in self.options.items()},
@@ -167,11 +172,10 @@ def method(
     """Register a function as the merge method `name`; the function itself is returned unchanged."""
 
     def register(function: Function) -> Function:
-        registered = describe(function, name, paper=paper, statistics=statistics, whole=whole, off=off)
-        for known in (name, *aliases):
-            if known in _METHODS and _METHODS[known].function.__module__ != function.__module__:
-                raise UsageError(f"merge method '{known}' is registered twice", fix="rename one of the two")
-            _METHODS[known] = registered
+        if name in _METHODS:
+            raise UsageError(f"merge method '{name}' is registered twice", fix="rename one of the two")
+        described = describe(function, name, paper=paper, statistics=statistics, whole=whole, off=off)
+        _METHODS[name] = replace(described, aliases=tuple(aliases))
         return function
 
     return register
@@ -206,7 +210,7 @@ def describe(
 
 
 def methods() -> dict[str, Method]:
-    """Return all methods by name, aliases included, with those of other packages."""
+    """Return all methods by name, with those of other packages."""
     _load_entry_points()
     return dict(sorted(_METHODS.items()))
 
@@ -218,8 +222,9 @@ def find(name: str) -> Method:
         UsageError: where there is none.
     """
     known = methods()
-    if name in known:
-        return known[name]
+    for candidate in known.values():
+        if name in (candidate.name, *candidate.aliases):
+            return candidate
     if ".py:" in name:
         return _from_file(name)
     raise UsageError(f"unknown merge method '{name}'", fix=f"use one of {', '.join(known)}")

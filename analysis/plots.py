@@ -1,0 +1,208 @@
+"""Plots of a conflict map and of task vectors: a value in, a matplotlib figure out; `render` makes bytes of it.
+
+Colours are of seaborn's `colorblind` and of maps that keep their order in grey; what is not resolved is hatched, never
+coloured. Nothing touches pyplot's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from demerge.analysis.evidence import Evidence, curve
+from demerge.analysis.similarity import RESOLVED, Similarity, by_lag, by_log_snr, similarity, t_quantile
+from demerge.analysis.taskvectors import TaskVectors
+from demerge.conflict import Array, ConflictMap
+from demerge.timesteps import Partition
+
+BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
+GREY = "0.55"
+RANGES = range(1, 11)
+WAYS = {"gradient": "gradient (found and judged on one map)", "uniform": "uniform in t", "logsnr": "uniform in log SNR"}
+
+
+def figures(map: ConflictMap, partition: Partition, *, score: str = "cosine") -> dict[str, Figure]:
+    """Draw everything a map has to show, by file name."""
+    return {
+        "heatmap": heat_map(map, partition),
+        "similarity": similarity_by_distance(map),
+        "strength": strength(map, partition),
+        "curve": cost_curve(map, len(partition), score=score),
+    }
+
+
+def render(figure: Figure, kind: str = "svg") -> bytes:
+    """Encode a figure as `svg` or `png`; equal figures give equal bytes."""
+    stream = BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "demerge"}):
+        figure.savefig(stream, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return stream.getvalue()
+
+
+def _figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    with sns.axes_style("ticks"):
+        axes = [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
+    for ax in axes:
+        sns.despine(ax=ax)
+    return figure, axes
+
+
+# -- the map -------------------------------------------------------------------------------------------------------------
+
+
+def heat_map(map: ConflictMap, partition: Partition | None = None) -> Figure:
+    """Draw rho below the diagonal, its SE above; unresolved bins hatched, cuts as lines."""
+    found = similarity(map)
+    figure, (ax,) = _figure(width=7.2, height=5.6)
+    upper = np.triu(np.ones((map.N, map.N), dtype=bool), 1)
+    _mesh(figure, ax, map, np.where(upper, np.nan, np.clip(found.cosine, -1, 1)), "vlag", (-1, 1), "cosine of gradients")
+    top = np.nanmax(np.where(upper, found.cosine_se, np.nan), initial=0.0) or 1.0
+    _mesh(figure, ax, map, np.where(upper, found.cosine_se, np.nan), "Greys", (0, max(top, 1e-6)), "SE (above the diagonal)")
+    _hatch(ax, map, found)
+    for place in partition.cuts if partition else []:
+        ax.axvline(place, color="black", lw=1.4, ls="--")
+        ax.axhline(place, color="black", lw=1.4, ls="--")
+    ax.set(xlabel="timestep t (0 = least noise)", ylabel="timestep t", aspect="equal", xlim=(0, map.T), ylim=(map.T, 0))
+    ax.set_title(_heading(map, found), loc="left", fontsize=10)
+    return figure
+
+
+def _mesh(figure: Figure, ax: Axes, map: ConflictMap, values: Array, cmap: str, span: tuple[float, float], label: str) -> None:
+    mesh = ax.pcolormesh(map.edges, map.edges, np.ma.masked_invalid(values), cmap=cmap, vmin=span[0], vmax=span[1])
+    mesh.set_rasterized(False)
+    figure.colorbar(mesh, ax=ax, label=label, shrink=0.8, pad=0.02)
+
+
+def _hatch(ax: Axes, map: ConflictMap, found: Similarity) -> None:
+    for (i, j), value in np.ndenumerate(found.cosine):
+        if not np.isfinite(value):
+            x, y = map.bins[j], map.bins[i]
+            ax.add_patch(
+                Rectangle((x.start, y.start), len(x), len(y), facecolor="0.96", edgecolor="0.7", hatch="////", lw=0)
+            )
+
+
+def _heading(map: ConflictMap, found: Similarity) -> str:
+    missing = int((~found.resolved).sum())
+    tail = f", {missing} unresolved (hatched)" if missing else ""
+    return f"Gradient similarity: {map.N} bins, {map.M} groups of {map.origin.batch_size}{tail}"
+
+
+# -- similarity by distance ----------------------------------------------------------------------------------------------
+
+
+def similarity_by_distance(map: ConflictMap) -> Figure:
+    """Draw the mean rho by lag of bins with its 95 % interval, the naive cosine beside it; and rho by distance in log SNR."""
+    figure, (left, right) = _figure(2, width=9.6, height=4.0)
+    lags, pairs = by_lag(map), by_log_snr(map)
+    step, factor = map.T / map.N, t_quantile(map.M)
+    _band(left, lags.lag * step, lags.cosine, factor * lags.se)
+    left.plot(lags.lag * step, lags.naive, color=ORANGE, ls="--", label="naive (biased), all pairs")
+    left.set(xlabel="distance in timesteps", ylabel="cosine of gradients", ylim=_limits(lags.cosine, lags.naive))
+    left.legend(frameon=False)
+    if len(pairs):
+        sns.scatterplot(pairs, x="distance", y="cosine", hue="t", palette="viridis", ax=right, s=18, linewidth=0)
+    right.set(xlabel="distance in log SNR", ylabel="", ylim=_limits(pairs.cosine, lags.naive))
+    if right.get_legend():
+        sns.move_legend(right, "best", title="t of the lower bin", frameon=False, fontsize=8)
+    for ax in (left, right):
+        ax.axhline(0, color=GREY, lw=0.8, zorder=0)
+    left.set_title("Mean over resolved pairs of bins", loc="left", fontsize=10)
+    right.set_title("Each resolved pair", loc="left", fontsize=10)
+    return figure
+
+
+def _band(ax: Axes, x: pd.Series, y: pd.Series, half: pd.Series) -> None:
+    ax.plot(x, y, color=BLUE, marker="o", ms=4, label="unbiased with 95 % interval, resolved pairs")
+    ax.fill_between(x, y - half, y + half, color=BLUE, alpha=0.2, lw=0)
+
+
+def _limits(*series: pd.Series) -> tuple[float, float]:
+    values = pd.concat(series)
+    return min(-0.1, float(np.clip(values.min(), -1, 1)) - 0.1), 1.05
+
+
+# -- strength and noise --------------------------------------------------------------------------------------------------
+
+
+def strength(map: ConflictMap, partition: Partition | None = None) -> Figure:
+    """Draw |mu_t| with its 95 % interval (unresolved bins open) and the noise scale nu_t in samples."""
+    found = similarity(map)
+    figure, (left, right) = _figure(2, width=9.6, height=3.8)
+    signal, half = np.diagonal(found.K), t_quantile(map.M) * np.diagonal(found.K_se)
+    size, low, high = (np.sqrt(np.clip(v, 0, None)) for v in (signal, signal - half, signal + half))
+    left.errorbar(map.timesteps, size, [size - low, high - size], fmt="none", ecolor=BLUE, elinewidth=1, capsize=2)
+    sns.lineplot(x=map.timesteps, y=size, ax=left, color=BLUE, lw=1)
+    for known, face, label in ((True, BLUE, "resolved"), (False, "white", "unresolved")):
+        here = found.resolved == known
+        if not here.any():
+            continue
+        left.scatter(map.timesteps[here], size[here], facecolor=face, edgecolor=BLUE, s=28, zorder=3, label=label)
+    left.set(xlabel="timestep t", ylabel="length of the mean gradient", ylim=(0, None))
+    left.legend(frameon=False)
+    sns.lineplot(x=map.timesteps, y=found.noise, ax=right, color=ORANGE, marker="o")
+    samples = map.M * map.origin.batch_size
+    right.axhline(samples, color=GREY, lw=1, ls=":")
+    right.annotate(f"{samples} samples were taken", (0, samples), textcoords="offset points", xytext=(2, 3), fontsize=8)
+    right.set(xlabel="timestep t", ylabel="noise scale, samples", yscale="log", xlim=left.get_xlim())
+    for ax in (left, right):
+        for place in partition.cuts if partition else []:
+            ax.axvline(place, color="black", lw=1, ls="--", zorder=0)
+    return figure
+
+
+# -- how many ranges -----------------------------------------------------------------------------------------------------
+
+
+def cost_curve(map: ConflictMap, chosen: int | None = None, *, score: str = "cosine") -> Figure:
+    """Draw the explained share of the conflict against the number of ranges for three ways to cut, with SE."""
+    evidence = Evidence.of(map, score)
+    figure, (ax,) = _figure()
+    counts = [n for n in RANGES if n <= map.N]
+    if evidence.conflict.above(RESOLVED):
+        shares = curve(evidence, counts)
+        for (method, label), colour, marker in zip(WAYS.items(), (BLUE, ORANGE, GREEN), "os^", strict=True):
+            rows = shares[shares.method == method]
+            ax.errorbar(rows.ranges, rows.share, rows.se, color=colour, marker=marker, ms=5, capsize=2, label=label)
+        ax.legend(frameon=False, loc="lower right")
+    else:
+        ax.text(0.5, 0.5, "no conflict between bins is resolved", ha="center", transform=ax.transAxes)
+    if chosen:
+        ax.axvline(chosen, color=GREY, lw=1, ls=":", zorder=0)
+    ax.set(xlabel="number of ranges", ylabel=f"explained share of the conflict ({score})", xticks=counts)
+    return figure
+
+
+# -- task vectors --------------------------------------------------------------------------------------------------------
+
+
+def task_vector_norms(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
+    """Draw |tau_k| on each tensor, in the order of the model, one line for each expert."""
+    figure, (ax,) = _figure(width=9.6)
+    table = pd.DataFrame(vectors.norms, columns=list(labels)).rename_axis("tensor").melt(
+        ignore_index=False, var_name="expert", value_name="norm"
+    )
+    sns.lineplot(table.reset_index(), x="tensor", y="norm", hue="expert", style="expert", palette="colorblind", ax=ax, lw=1)
+    ax.set(xlabel="tensor, from input to output", ylabel="length of the task vector")
+    ax.legend(frameon=False, title=None)
+    return figure
+
+
+def task_vector_similarity(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
+    """Draw cosines between task vectors and, beside them, the share of energy at opposed signs."""
+    figure, axes = _figure(2, width=9.6, height=4.0)
+    tables = ((vectors.cosine, "vlag", -1.0, "cosine"), (vectors.sign_conflict, "rocket_r", 0.0, "opposed in sign"))
+    for ax, (values, cmap, low, title) in zip(axes, tables, strict=True):
+        frame = pd.DataFrame(values, index=list(labels), columns=list(labels))
+        sns.heatmap(frame, ax=ax, cmap=cmap, vmin=low, vmax=1, annot=True, fmt=".2f", square=True, cbar=False)
+        ax.set_title(title, loc="left", fontsize=10)
+    return figure

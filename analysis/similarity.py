@@ -1,0 +1,187 @@
+"""Similarity of gradients between bins of timesteps, unbiased, with errors.
+
+The gradient of bin i on group m is s_i^m = mu_i + noise. The noise of different groups is independent, that of one group is
+not (its draws are shared between the bins), so only pairs of different groups count: the U-statistic
+
+    K_ij = [ <S_i, S_j> - sum_m <s_i^m, s_j^m> ] / (M (M - 1)),    S_i = sum_m s_i^m,    E K_ij = <mu_i, mu_j>
+
+    rho_ij = K_ij / sqrt(K_ii K_jj),      for bins whose own signal is resolved, K_ii > 3 SE(K_ii), NaN elsewhere
+    naive_ij = cos(S_i, S_j),             biased: shared noise invents similarity, independent noise hides it
+    reliability_i = cos(s_i^A, s_i^B),    A, B the halves of the groups, averaged over ways to halve
+    nu_i = tr Sigma_i / |mu_i|^2,         the number of samples at which noise equals signal
+
+Everything here is K for some weights on pairs of groups: all for the naive, unequal for K, without group m for the
+jackknife, A x B for halves, random for the bootstrap. SE is the jackknife's over groups,
+SE^2 = (M - 1)/M sum_m (theta_(m) - mean)^2, with quantiles of Student's t at M - 1 degrees of freedom.
+
+Paper of the noise scale: McCandlish et al., arXiv 1812.06162.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from demerge.conflict import Array, ConflictMap
+from demerge.randomness import generator
+
+RESOLVED = 3.0
+MAX_SPLITS = 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Similarity:
+    """What a map says about its bins.
+
+    Attributes:
+        K, K_se: estimate of <mu_i, mu_j> and its SE, [N N].
+        cosine, cosine_se: rho and its SE, [N N], NaN where a bin is unresolved; not clipped to [-1, 1].
+        resolved: whether K_ii > 3 SE, [N].
+        naive: cosine of the mean gradients, [N N], biased.
+        reliability: cosine of two halves of the groups, [N].
+        noise: nu in samples, [N], NaN where a bin is unresolved.
+    """
+
+    K: Array
+    K_se: Array
+    cosine: Array
+    cosine_se: Array
+    resolved: NDArray[np.bool_]
+    naive: Array
+    reliability: Array
+    noise: Array
+
+
+def similarity(map: ConflictMap) -> Similarity:
+    """Estimate similarity, its errors, and how far each can be trusted."""
+    K, left_out = kernel(map, cross(map.M)), leave_one_out(map)
+    K_se = standard_error(left_out)
+    resolved = np.diagonal(K) > RESOLVED * np.diagonal(K_se)
+    return Similarity(
+        K=K,
+        K_se=K_se,
+        cosine=normalised(K, resolved),
+        cosine_se=standard_error(normalised(left_out, resolved)),
+        resolved=resolved,
+        naive=normalised(kernel(map, np.ones((map.M, map.M))), np.ones(map.N, dtype=bool)),
+        reliability=reliability(map),
+        noise=_noise_scale(map, K, resolved),
+    )
+
+
+# -- K for any weights on pairs of groups --------------------------------------------------------------------------------
+
+
+def kernel(map: ConflictMap, pairs: Array) -> Array:
+    """Return sum_mn p_mn <s_i^m, s_j^n> / sum_mn p_mn, [* N N], for weights p on pairs of groups [* M M], symmetric."""
+    N, M = map.N, map.M
+    flat = map.gram.transpose(0, 2, 1, 3).reshape(N * N, M * M)
+    sums = pairs.reshape(-1, M * M) @ flat.T
+    K: Array = (sums / pairs.reshape(-1, M * M).sum(1, keepdims=True)).reshape(*pairs.shape[:-2], N, N)
+    return K
+
+
+def cross(M: int) -> Array:
+    """Return weights [M M] that pair each group with all others."""
+    return np.ones((M, M)) - np.eye(M)
+
+
+def weighted(weights: Array) -> Array:
+    """Return weights on pairs of unequal groups [* M M] from weights on groups [* M]."""
+    pairs: Array = weights[..., :, None] * weights[..., None, :] * cross(weights.shape[-1])
+    return pairs
+
+
+def leave_one_out(map: ConflictMap) -> Array:
+    """Return K without group m, for each m, [M N N]."""
+    return kernel(map, weighted(1 - np.eye(map.M)))
+
+
+def halves(groups: Sequence[int], M: int, seed: int) -> tuple[Array, Array]:
+    """Return weights on groups [S M] of up to 20 ordered ways to halve `groups`, and those of the other halves."""
+    firsts = list(combinations(groups, len(groups) // 2))
+    if len(firsts) > MAX_SPLITS:
+        chosen = generator(seed, "analysis-halves", len(groups)).choice(len(firsts), MAX_SPLITS, replace=False)
+        firsts = [firsts[i] for i in sorted(chosen)]
+    A, whole = np.zeros((len(firsts), M)), np.zeros(M)
+    for row, first in zip(A, firsts, strict=True):
+        row[list(first)] = 1
+    whole[list(groups)] = 1
+    return A, whole - A
+
+
+# -- errors --------------------------------------------------------------------------------------------------------------
+
+
+def standard_error(left_out: Array) -> Array:
+    """Return the jackknife's SE [*] from the values without group m [M *]."""
+    M = len(left_out)
+    se: Array = np.sqrt((M - 1) / M * ((left_out - left_out.mean(0)) ** 2).sum(0))
+    return se
+
+
+def t_quantile(M: int, level: float = 0.95) -> float:
+    """Return the factor on SE that makes a two-sided interval of a statistic of M groups."""
+    return float(stdtrit(M - 1, (1 + level) / 2))
+
+
+# -- what is made of K ---------------------------------------------------------------------------------------------------
+
+
+def normalised(K: Array, resolved: NDArray[np.bool_]) -> Array:
+    """Return K_ij / sqrt(K_ii K_jj), [* N N], NaN where bin i or j is not resolved or its K_ii not positive."""
+    signal = np.diagonal(K, axis1=-2, axis2=-1)
+    norms = np.sqrt(np.where(resolved & (signal > 0), signal, np.nan))
+    rho: Array = K / (norms[..., :, None] * norms[..., None, :])
+    return rho
+
+
+def reliability(map: ConflictMap) -> Array:
+    """Return cos(s_i^A, s_i^B) [N], the mean over ways to halve the groups."""
+    A, B = halves(range(map.M), map.M, map.origin.seed)
+    square = [np.diagonal(kernel(map, h[:, :, None] * h[:, None, :]), axis1=1, axis2=2) for h in (A, B)]
+    both = np.diagonal(kernel(map, A[:, :, None] * B[:, None, :]), axis1=1, axis2=2)
+    norms = np.sqrt(square[0] * square[1])
+    mean: Array = np.divide(both, norms, out=np.zeros_like(both), where=norms > 0).mean(0)
+    return mean
+
+
+def _noise_scale(map: ConflictMap, K: Array, resolved: NDArray[np.bool_]) -> Array:
+    """Return nu_i = B (mean_m |s_i^m|^2 - K_ii) / K_ii."""
+    squares = np.einsum("imim->i", map.gram) / map.M
+    signal = np.where(resolved, np.diagonal(K), np.nan)
+    nu: Array = map.origin.batch_size * (squares - signal) / signal
+    return nu
+
+
+def by_lag(map: ConflictMap) -> pd.DataFrame:
+    """Return the mean rho of resolved pairs, and naive of all, at each lag of bins: columns lag, cosine, se, naive, pairs."""
+    found, left_out = similarity(map), leave_one_out(map)
+    rho, replicates = found.cosine, normalised(left_out, found.resolved)
+    rows = []
+    for lag in range(1, map.N):
+        known = np.flatnonzero(np.isfinite(np.diagonal(rho, lag)))
+        naive = np.diagonal(found.naive, lag).mean()
+        if not len(known):
+            rows.append((lag, np.nan, np.nan, naive, 0))
+            continue
+        means = np.diagonal(replicates, lag, axis1=1, axis2=2)[:, known].mean(1)
+        rows.append((lag, np.diagonal(rho, lag)[known].mean(), float(standard_error(means)), naive, len(known)))
+    return pd.DataFrame(rows, columns=["lag", "cosine", "se", "naive", "pairs"], dtype=np.float64)
+
+
+def by_log_snr(map: ConflictMap) -> pd.DataFrame:
+    """Return rho of each resolved pair with its distance in log SNR: columns distance, cosine, se, t (the lower bin's)."""
+    found = similarity(map)
+    level = np.array([map.log_snr[span.start : span.stop].mean() for span in map.bins])
+    i, j = np.triu_indices(map.N, 1)
+    known = np.isfinite(found.cosine[i, j])
+    i, j = i[known], j[known]
+    columns = {"distance": abs(level[i] - level[j]), "cosine": found.cosine[i, j], "se": found.cosine_se[i, j]}
+    return pd.DataFrame({**columns, "t": map.timesteps[i]})

@@ -1,0 +1,79 @@
+"""`demerge analyze`: how the timesteps of a base conflict, and where to cut them into ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, say
+
+MEASURE, CUT = "Measurement", "Cut"
+
+
+def analyze(
+    model: Annotated[str, typer.Argument(help="Pipeline folder or Hub id.")],
+    data: Annotated[str, typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder that gets conflict.safetensors, partition.json, plots.")],
+    ranges: Annotated[int, typer.Option("-n", "--ranges", min=1, help="Ranges to cut into.", rich_help_panel=CUT)] = 4,
+    method: Annotated[str, typer.Option(help="gradient, uniform or logsnr.", rich_help_panel=CUT)] = "gradient",
+    score: Annotated[
+        str, typer.Option(help="What gradient maximises: step, energy or cosine.", rich_help_panel=CUT)
+    ] = "step",
+    bins: Annotated[int, typer.Option(min=1, help="Bins of timesteps.", rich_help_panel=MEASURE)] = 20,
+    groups: Annotated[
+        int, typer.Option(min=5, help="Groups of samples; errors come from their differences.", rich_help_panel=MEASURE)
+    ] = 8,
+    train_batch_size: Annotated[
+        int, typer.Option("--train-batch-size", min=1, help="Samples per bin and group.", rich_help_panel=MEASURE)
+    ] = 16,
+    draws: Annotated[
+        str, typer.Option(help="shared between the bins of a group, or independent.", rich_help_panel=MEASURE)
+    ] = "shared",
+    antithetic: Annotated[
+        bool, typer.Option("--antithetic", help="Take each noise with its opposite.", rich_help_panel=MEASURE)
+    ] = False,
+    metric: Annotated[str, typer.Option(help="Inner products: euclid, or adam.", rich_help_panel=MEASURE)] = "euclid",
+    split: Annotated[str, typer.Option(help="train, test or all.", rich_help_panel=MEASURE)] = "train",
+    memory: Annotated[
+        float, typer.Option(min=0.001, help="GB for gradients; less memory means more passes.", rich_help_panel=MEASURE)
+    ] = 2.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure the conflict map, cut [0, T) into ranges, and say how far to believe it.
+
+    The map is kept: the same measurement again only cuts anew, without the model's gradients.
+    """
+    from demerge.analysis.report import lines, summary, write
+    from demerge.analysis.stage import prepare
+
+    plan = prepare(
+        model,
+        data,
+        out,
+        bins=bins,
+        groups=groups,
+        batch_size=train_batch_size,
+        draws=draws,
+        antithetic=antithetic,
+        metric=metric,
+        seed=seed,
+        split=split,
+        memory=int(memory * 1e9),
+        ranges=ranges,
+        method=method,
+        score=score,
+        device=device_of(device),
+    )
+    say(str(plan))
+    with progress(plan.cost.passes, "analyze") as bar:
+        map = plan.map(bar)
+    map.save(out / "conflict.safetensors")
+    said = summary(map, ranges, method=method, score=score)
+    for line in lines(said):
+        say(line)
+    files = write(map, out, said)
+    emit({"out": out, "files": files, **said}, out, json)

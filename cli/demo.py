@@ -1,0 +1,99 @@
+"""`demerge demo`: the whole path on the embedded default, by running the very commands a user would.
+
+The base (a UNet of 0.7 M parameters trained on scikit-learn's digits) ships in the package; nothing is downloaded. The commands
+are printed as they run, and again in the report, and can be copied.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from demerge.cli.common import Json, Seed, emit, say
+
+RANGES = 4
+FLOAT32 = ("--save-dtype", "float32")
+MERGES: dict[str, tuple[str, ...]] = {
+    "average": ("--method", "average"),
+    "task-arithmetic-0.25": ("--method", "task_arithmetic", "--weights", "0.25,0.25,0.25,0.25"),
+    "task-arithmetic-0.5": ("--method", "task_arithmetic", "--weights", "0.5,0.5,0.5,0.5"),
+    "ties": ("--method", "ties", "--option", "density=0.5"),
+    "dare": ("--method", "dare", "--option", "density=0.5"),
+    "fisher": ("--method", "fisher"),
+}
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps per expert; the joint control gets 4 times as many.")] = 150,
+    num_images: Annotated[int, typer.Option("--num-images", min=65, help="Images per model and seed.")] = 500,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of sampling seeds.")] = 3,
+    sampling_steps: Annotated[int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")] = 20,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Walk the whole path offline, in some three minutes: conflict map, ranges, experts, merges, an honest report."""
+    start = time.monotonic()
+    say("demerge demo: one diffusion model of handwritten digits becomes four experts and merged models")
+    from demerge.files import commit_json
+
+    ran: list[str] = []
+    for arguments in commands(out, steps, num_images, seeds, sampling_steps, seed):
+        ran.append(shlex.join(["demerge", *arguments]))
+        say(f"\n[{time.monotonic() - start:3.0f} s] $ {ran[-1]}")
+        if arguments[0] == "compare":
+            commit_json(out / "commands.json", ran)
+        if not (arguments[0] == "merge" and Path(arguments[-1]).exists()):
+            run(arguments)
+    page = out / "report" / "index.html"
+    say(f"\n[{time.monotonic() - start:3.0f} s] done")
+    emit({"report": page, "scores": out / "report" / "scores.csv", "seconds": round(time.monotonic() - start)}, page, json)
+
+
+def commands(out: Path, steps: int, num_images: int, seeds: int, sampling_steps: int, seed: int) -> Iterator[list[str]]:
+    """Yield the command lines of the path one after the other; each is run before the next is asked for."""
+    base, joint, data = "digits-base", out / "joint" / "0000-1000", ["--data", "digits"]
+    training = [*data, "--max-train-steps", str(steps), "--train-batch-size", "32", "--learning-rate", "2e-4"]
+    training += ["--ema-decay", "0.99", "--seed", str(seed)]
+    partition = out / "conflict" / "partition.json"
+
+    yield ["analyze", base, *data, "-n", str(RANGES), "--bins", "16", "--groups", "6", "--seed", str(seed), "-o", f"{out}/conflict"]
+    yield ["finetune", base, *training, "--ranges", str(partition), "--fisher-samples", "64", "-o", f"{out}/experts"]
+    yield ["finetune", base, *training, "--ranges", f"joint:{RANGES}", "-o", f"{out}/joint"]
+    yield ["merge", base, str(joint), "--method", "task_arithmetic", "--weights", "0.5", *FLOAT32, "-o", f"{out}/merged/joint-0.5"]
+    experts = [f"{out}/experts/{span}" for span in _ranges(partition)]
+    for name, method in MERGES.items():
+        yield ["merge", base, *experts, *method, *FLOAT32, "-o", f"{out}/merged/{name}"]
+    merged = [f"{out}/merged/{name}" for name in ("joint-0.5", *MERGES)]
+    models = [f"base={base}", f"joint={joint}", *merged, f"routed ensemble={out}/experts"]
+    sampling = ["--num-images", str(num_images), "--seeds", ",".join(map(str, range(seeds)))]
+    sampling += ["--steps", str(sampling_steps), "--eval-batch-size", "250", "--ranges", str(partition)]
+    yield ["evaluate", *models, *data, "--features", "digits-cnn", *sampling, "-o", str(out)]
+    yield ["compare", str(out), "--title", "Handwritten digits: one base, four experts, their merges"]
+
+
+def _ranges(partition: Path) -> list[str]:
+    from demerge.timesteps import Partition
+
+    return [str(span) for span in Partition.load(partition)]
+
+
+def run(arguments: list[str]) -> None:
+    """Run a command of this program in this process, its result kept from stdout.
+
+    Raises:
+        DemergeError: what the command raises.
+    """
+    from demerge.cli.main import app
+
+    with redirect_stdout(sys.stderr):
+        code = app(arguments, standalone_mode=False)
+    if isinstance(code, int) and code:
+        raise typer.Exit(code)

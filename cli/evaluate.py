@@ -1,0 +1,75 @@
+"""`demerge evaluate`: scores of models and image folders, with their protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from demerge.cli.common import Device, Json, device_of, emit, progress, say
+
+METRICS, SAMPLING = "Metrics", "Sampling"
+
+
+def _option(name: str, help: str, panel: str, **rules: Any) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=panel, **rules)
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Pipelines, folders of experts (routed), folders of images; NAME=MODEL names one.")
+    ],
+    data: Annotated[str, typer.Option("--data", help="Real images: folder, CIFAR-10 batches, idx, npz, digits, hf:NAME.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; scores go to OUT/scores.")],
+    base: Annotated[str | None, typer.Option(help="The base model; else the first stock pipeline among MODELS.")] = None,
+    split: Annotated[str, _option("--split", "Reference split: test, train or all.", METRICS)] = "test",
+    features: Annotated[
+        str, _option("--features", "digits-cnn, random, inception:PATH; auto takes one of the first two.", METRICS)
+    ] = "auto",
+    preprocess: Annotated[
+        str, _option("--preprocess", "Inception's resize: clean, pytorch-fid or torch-fidelity.", METRICS)
+    ] = "clean",
+    precision: Annotated[str, _option("--precision", "Inception in float32 (no) or bf16.", METRICS)] = "no",
+    reference_images: Annotated[
+        int | None, _option("--reference-images", "Take so many real images; default all.", METRICS, min=2)
+    ] = None,
+    ranges: Annotated[
+        str, _option("--ranges", "Ranges of the validation loss: uniform:N, a partition.json, none.", METRICS)
+    ] = "uniform:4",
+    loss_samples: Annotated[int, _option("--loss-samples", "Draws per range.", METRICS, min=16)] = 512,
+    lpips: Annotated[bool, _option("--lpips/--no-lpips", "LPIPS drift and diversity.", METRICS)] = True,
+    num_images: Annotated[int, _option("--num-images", "Images per model and seed.", SAMPLING, min=2)] = 2000,
+    seeds: Annotated[str, _option("--seeds", "Sampling seeds.", SAMPLING)] = "0,1,2",
+    steps: Annotated[int, _option("--steps", "Sampling steps.", SAMPLING, min=1)] = 50,
+    sampler: Annotated[str, _option("--sampler", "ddim, or base for the base's own.", SAMPLING)] = "ddim",
+    eval_batch_size: Annotated[int, _option("--eval-batch-size", "Images per forward pass.", SAMPLING, min=1)] = 64,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Score models against real images; the same command again goes on where it stopped."""
+    from demerge.evaluate.prepare import Words, parse_seeds, prepare
+    from demerge.evaluate.tables import lines
+
+    words = Words(
+        data,
+        split=split,
+        features=features,
+        preprocess=preprocess,  # type: ignore[arg-type]
+        precision=precision,
+        num_images=num_images,
+        reference_images=reference_images,
+        seeds=parse_seeds(seeds),
+        steps=steps,
+        sampler=sampler,
+        ranges=ranges,
+        loss_samples=loss_samples,
+        lpips=lpips,
+        batch_size=eval_batch_size,
+        device=device_of(device),
+    )
+    with progress(1, "evaluate") as bar:
+        scores = list(prepare(models, words, out, base=base, progress=bar).run())
+    for line in lines(scores):
+        say(line)
+    emit({"out": str(out / "scores"), "scores": [score.document() for score in scores]}, out / "scores", json)

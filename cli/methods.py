@@ -1,0 +1,22 @@
+"""`demerge methods`: the merge methods with their options and papers."""
+
+from __future__ import annotations
+
+from demerge.cli.common import Json, emit
+
+
+def methods(json: Json = False) -> None:
+    """List the merge methods, their options and their papers."""
+    from demerge.merge import methods as registered
+
+    documents = [method.document() for method in registered().values()]
+    emit({"methods": documents}, None, json)
+    if json:
+        return
+    for d in documents:
+        aliases = f" (also {', '.join(d['aliases'])})" if d["aliases"] else ""
+        print(f"{d['name']}{aliases}, {d['paper'] or 'no paper'}\n    {d['summary']}")
+        for name, option in d["options"].items():
+            print(f"    --option {name}={option['default']}    {option['rule']}")
+        if d["needs"]:
+            print(f"    needs {', '.join(d['needs'])}")

@@ -1,0 +1,67 @@
+"""What `compare` finds in a run folder: scores, contact strips, plots of conflict, the commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from demerge.errors import InputError, UsageError
+from demerge.evaluate.page import Exhibit
+from demerge.evaluate.protocol import Scores
+from demerge.evaluate.records import load_scores, read_scores
+
+CAPTIONS = {"heatmap": "Similarity of gradients between timesteps.", "lag": "Similarity by distance between timesteps."}
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a report is made of, and the folder it belongs to."""
+
+    folder: Path
+    scores: list[Scores]
+    contact: Mapping[str, Tensor]
+    figures: tuple[Exhibit, ...]
+    commands: tuple[str, ...]
+
+
+def gather(runs: Sequence[Path]) -> Findings:
+    """Read one run folder, or score files.
+
+    Raises:
+        InputError: where a path is missing or holds no scores.
+        UsageError: where folders and files are mixed.
+    """
+    for path in runs:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder", fix="name a run folder or score files")
+    if len(runs) == 1 and runs[0].is_dir():
+        return _gather_run(runs[0])
+    if any(path.is_dir() for path in runs):
+        raise UsageError("several paths, and some are folders", fix="name one run folder, or score files alone")
+    scores, contact = read_scores(list(runs))
+    return Findings(runs[0].parent, scores, contact, (), ())
+
+
+def _gather_run(run: Path) -> Findings:
+    scores, contact = load_scores(run / "scores" if (run / "scores").is_dir() else run)
+    plots = sorted([*run.glob("*.svg"), *(run / "conflict").glob("*.svg")])
+    figures = tuple(Exhibit(_caption(path.stem), path.read_bytes()) for path in plots)
+    return Findings(run, scores, contact, figures, _commands(run / "commands.json"))
+
+
+def _caption(stem: str) -> str:
+    return next((text for word, text in CAPTIONS.items() if word in stem), stem.replace("_", " ").replace("-", " "))
+
+
+def _commands(path: Path) -> tuple[str, ...]:
+    """Read the list of command lines that `demerge demo` leaves in its run folder, where there is one."""
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(map(str, json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a list of commands: {error}", fix="remove it") from error

@@ -1,0 +1,63 @@
+"""A convolutional net with random weights: the feature net of last resort, which needs no file and knows no data set.
+
+    image -> 32 x 32 RGB in [-1, 1] -> 3 x [conv 3 x 3, ReLU, mean pool 2] -> mean over space of every stage -> [224]
+
+Weights are normal with variance 2 / fan-in, keyed by the stage, hence the same everywhere. Such features see blur, noise, colour
+and texture; they are nearly blind to missing classes, and their distances compare with nothing but each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from demerge.errors import UsageError
+from demerge.randomness import normal
+
+WIDTHS = (3, 32, 64, 128)
+DIM = sum(WIDTHS[1:])
+SIDE = 32
+
+
+class RandomNet(nn.Module):
+    """Three random stages; images [B 3 32 32] in [-1, 1] -> features [B 224]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stages = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
+        self.filters = nn.ParameterList(
+            nn.Parameter(normal((width, fan, 3, 3), 0, "random-net", samples=[i])[0] * (2 / (9 * fan)) ** 0.5, False)
+            for i, (fan, width) in enumerate(stages)
+        )
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for weight in self.filters:
+            digest.update(weight.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B 3 32 32] to [B 224]."""
+        means = []
+        for weight in self.filters:
+            x = F.conv2d(x, weight, padding=1).relu()
+            means.append(x.mean((2, 3)))
+            x = F.avg_pool2d(x, 2)
+        return torch.cat(means, 1)
+
+
+def prepare(images: Tensor) -> Tensor:
+    """Turn images uint8 [B 1|3 H W] into [B 3 32 32] in [-1, 1], bilinear with antialias.
+
+    Raises:
+        UsageError: where the images have another type.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise UsageError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]", fix="convert them")
+    x = images.expand(-1, 3, -1, -1).float() / 127.5 - 1
+    return F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)

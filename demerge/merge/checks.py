@@ -1,0 +1,86 @@
+"""What must hold before a merge begins: weights, keys, shapes, dtypes, inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from demerge.errors import InputError, UsageError
+from demerge.merge.registry import Method
+
+Tensors = Mapping[str, Tensor]
+
+
+def settle_weights(weights: Sequence[float] | None, K: int) -> list[float]:
+    """Return K finite weights, 1/K each by default.
+
+    Raises:
+        UsageError: where there is no expert, or the weights are not one finite number for each.
+    """
+    if K == 0:
+        raise UsageError("there is no expert to merge", fix="name at least one")
+    settled = [1 / K] * K if weights is None else [float(w) for w in weights]
+    if len(settled) != K or not all(map(math.isfinite, settled)):
+        raise UsageError(f"weights {settled} are not {K} finite numbers", fix="give one per expert, in their order")
+    return settled
+
+
+def refuse_unlike(base: Tensors, experts: Sequence[Tensors], names: Sequence[str]) -> None:
+    """Refuse experts whose tensors are missing, extra, of another shape, or unequal where they are not merged.
+
+    Raises:
+        InputError: with one line for each kind of difference.
+    """
+    for expert, label in zip(experts, names[1:], strict=True):
+        common = [n for n in base if n in expert]
+        unlike = [n for n in common if base[n].shape != expert[n].shape]
+        kinds = [n for n in common if base[n].is_floating_point() != expert[n].is_floating_point()]
+        fixed = [n for n in common if n not in unlike and n not in kinds and not base[n].is_floating_point()]
+        differences = {
+            "missing": [n for n in base if n not in expert],
+            "extra": [n for n in expert if n not in base],
+            "of another shape": [f"{n} {list(expert[n].shape)} for {list(base[n].shape)}" for n in unlike],
+            "of another kind of dtype": [f"{n} {expert[n].dtype} for {base[n].dtype}" for n in kinds],
+            "of unequal integers": [n for n in fixed if not torch.equal(base[n], expert[n].to(base[n].dtype))],
+        }
+        found = {what: listed for what, listed in differences.items() if listed}
+        if found:
+            lines = "; ".join(f"{len(ns)} {what}: {', '.join(ns[:5])}" for what, ns in found.items())
+            raise InputError(f"{label} does not fit {names[0]}: {lines}", fix="merge models finetuned from this base")
+
+
+def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Sequence[Tensors]], K: int) -> None:
+    """Refuse a merge whose method needs tensors that are not there.
+
+    Raises:
+        UsageError: where an input is not given for each expert.
+        InputError: where one lacks a tensor or has another shape.
+    """
+    for name in method.inputs:
+        given = inputs.get(name, ())
+        if len(given) != K:
+            raise UsageError(
+                f"method {method.name} needs {name} for each of {K} experts, {len(given)} given",
+                fix=f"put {name}.safetensors beside each expert's expert.json, or give --option {name}=PATH,PATH",
+            )
+        for i, tensors in enumerate(given):
+            merged = [n for n, t in base.items() if t.is_floating_point()]
+            wrong = [n for n in merged if n not in tensors or tensors[n].shape != base[n].shape]
+            if wrong:
+                raise InputError(
+                    f"{name} of expert {i}: {len(wrong)} tensors missing or of another shape: {', '.join(wrong[:5])}",
+                    fix=f"make {name}.safetensors with this expert",
+                )
+
+
+def finite(tensor: Tensor) -> bool:
+    """Return whether all elements are finite, in one pass without a mask."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

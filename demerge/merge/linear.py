@@ -1,0 +1,51 @@
+"""The weighted mean of the experts, and the weighted sum of their task vectors.
+
+    average           theta = sum_i w_i theta_i / sum_i w_i         (model soups, arXiv 2203.05482)
+    task_arithmetic   theta = theta_0 + lambda sum_i w_i tau_i      (arXiv 2212.04089; what DeMe uses, arXiv 2410.06664)
+
+with tau_i = theta_i - theta_0. The mean is formed as theta_0 + sum_i w_i tau_i / sum_i w_i, the same with less
+rounding.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from demerge.errors import UsageError
+from demerge.merge.registry import method
+
+
+@method("average", paper="arXiv 2203.05482", aliases=("linear",))
+def average(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
+    """Return the weighted mean of the experts [*].
+
+    Raises:
+        UsageError: where the weights sum to 0.
+    """
+    return base + weighted_sum(deltas, weights) / nonzero_sum(weights)
+
+
+@method("task_arithmetic", paper="arXiv 2212.04089")
+def task_arithmetic(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the base plus `scale` (lambda) times the weighted sum of the task vectors [*]."""
+    return base + weighted_sum(deltas, scale * weights)
+
+
+def weighted_sum(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Return sum_i w_i tau_i [*], in the order of the experts."""
+    total = deltas[0] * weights[0]
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total.addcmul_(delta, weight)
+    return total
+
+
+def nonzero_sum(weights: Tensor) -> Tensor:
+    """Return the sum of the weights [].
+
+    Raises:
+        UsageError: where it is 0: a mean with no weight means nothing.
+    """
+    total = weights.sum()
+    if total == 0:
+        raise UsageError("the weights of a mean sum to 0", fix="give weights with another sum, or use task_arithmetic")
+    return total

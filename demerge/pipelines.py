@@ -1,0 +1,121 @@
+"""Stock diffusers pipelines on disk: where one lies, and its parts, loaded by stock classes from an allow-list.
+
+No remote code ever runs, no weight is filled in at random, and no scheduler is replaced by a default: a part that is missing or
+foreign is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from demerge.embedded import embedded
+from demerge.errors import InputError, UsageError
+from demerge.headers import read_json
+
+DENOISERS: Mapping[str, type[diffusers.ModelMixin]] = {
+    "UNet2DModel": diffusers.UNet2DModel,
+    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+}
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """A tokenizer and a CLIP text model, frozen."""
+
+    tokenizer: Any
+    model: nn.Module
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Encode B captions into their last hidden states [B L D]."""
+        tokens = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        states: Tensor = self.model(tokens.input_ids.to(next(self.model.parameters()).device))[0]
+        return states
+
+
+def resolve(model: str | Path) -> Path:
+    """Return the pipeline folder of a path, an embedded model or a Hub id; a component folder inside a pipeline stands for its pipeline.
+
+    Raises:
+        InputError: where there is neither such a folder nor such a Hub id.
+    """
+    path = embedded(model)
+    for folder in (path, path.parent):
+        if (folder / "model_index.json").is_file() and (folder == path or (path / "config.json").is_file()):
+            return folder
+    if path.exists():
+        raise InputError(
+            f"{model}: no model_index.json there, so no scheduler is known",
+            fix="name a whole pipeline folder (model_index.json, unet/, scheduler/)",
+        )
+    return _download(str(model))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"'{model}' is neither a folder here nor a model that the Hub gives ({type(error).__name__})",
+            fix="check the spelling, the network, or name a local pipeline folder",
+        ) from error
+
+
+def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:
+    entry = index.get(part)
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+        raise InputError(f"{folder}/model_index.json: no component '{part}'", fix="use a pipeline with unet and scheduler")
+    return entry[1]
+
+
+def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixin:
+    name = _class_name(folder, index, "unet")
+    if name not in DENOISERS:
+        raise InputError(f"{folder}: denoiser class '{name}' is not supported", fix=f"use one of {', '.join(DENOISERS)}")
+    try:
+        model, report = DENOISERS[name].from_pretrained(
+            folder / "unet", use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"{folder}/unet: cannot be loaded: {error}", fix="check config.json and the weights") from error
+    problems = {key: sorted(report[key])[:5] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
+    if problems:
+        raise InputError(f"{folder}/unet: the weights do not fit the config: {problems}", fix="use the matching weights")
+    denoiser: diffusers.ModelMixin = model
+    return denoiser
+
+
+def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
+    name = _class_name(folder, index, "scheduler")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise InputError(f"{folder}: scheduler class '{name}' is unknown to diffusers", fix="use a stock scheduler")
+    try:
+        return kind.from_pretrained(folder / "scheduler")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}/scheduler: cannot be loaded: {error}", fix="check scheduler_config.json") from error
+
+
+def load_text(folder: Path) -> TextEncoder:
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError as error:
+        raise UsageError("the base takes text, which needs transformers", fix="pip install 'demerge[sd]'") from error
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return TextEncoder(tokenizer, CLIPTextModel.from_pretrained(folder / "text_encoder"))

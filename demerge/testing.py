@@ -1,0 +1,148 @@
+"""Properties that every merge method has, for the methods here and for those of other packages.
+
+    from demerge.testing import check_method
+    def test_my_method():
+        check_method(my_method)
+
+Each property takes a method and a seed, merges small random tensors in memory, and raises AssertionError where it
+fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from demerge.merge.apply import Merge
+from demerge.merge.checks import Tensors
+from demerge.merge.registry import Method, of
+
+SHAPES = {"conv": (3, 2, 3, 3), "linear": (5, 7), "bias": (5,), "scalar": (), "empty": (0, 4)}
+SCALES = (0.0, 1e-30, 1e-4, 1.0, 1e10)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A base and K experts of a few tensors, with the inputs the method needs."""
+
+    base: Tensors
+    experts: Sequence[Tensors]
+    weights: Sequence[float]
+    inputs: Sequence[Tensors]
+
+    @classmethod
+    def random(cls, seed: int, K: int, scale: float = 0.01) -> Case:
+        """Draw a base, experts at a distance of `scale` times a normal number, and positive inputs."""
+        g = torch.Generator().manual_seed(seed)
+        base = {n: torch.randn(s, generator=g) * max(scale, 1.0) for n, s in SHAPES.items()}
+        experts = [{n: t + scale * torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(K)]
+        inputs = [{n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()} for _ in range(K)]
+        return cls(base, experts, [(i + 1) / (K * (K + 1) / 2) for i in range(K)], inputs)
+
+    def merge(self, method: Method, **options: object) -> dict[str, Tensor]:
+        """Merge with the method's defaults but for `options`."""
+        inputs = dict.fromkeys(method.inputs, self.inputs)
+        job = Merge(method, self.base, self.experts, self.weights, method.settle(options), inputs)
+        return {name: _join(job, name) for name in self.base}
+
+
+def _join(job: Merge, name: str) -> Tensor:
+    chunks = [merged for merged, _ in job.tensor(name)]
+    return torch.cat(chunks).view(job.base[name].shape) if chunks else job.base[name].clone()
+
+
+def shapes_are_kept(method: Method, seed: int) -> None:
+    """The result has the base's names, shapes and a floating dtype."""
+    case = Case.random(seed, K=3)
+    merged = case.merge(method)
+    assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in case.base.items()}
+    assert all(t.dtype == torch.float32 for t in merged.values())
+
+
+def arguments_are_kept(method: Method, seed: int) -> None:
+    """Nothing that is passed in is changed, and the same call gives the same bits."""
+    case, twin = Case.random(seed, K=3), Case.random(seed, K=3)
+    first, second = case.merge(method), case.merge(method)
+    _assert_equal(first, second)
+    given = [case.base, *case.experts, *case.inputs]
+    for mine, kept in zip(given, [twin.base, *twin.experts, *twin.inputs], strict=True):
+        _assert_equal(mine, kept)
+
+
+def zero_deltas_give_the_base(method: Method, seed: int) -> None:
+    """Experts equal to the base give the base, to the bit."""
+    case = Case.random(seed, K=3)
+    _assert_equal(replace(case, experts=[case.base] * 3).merge(method), case.base)
+
+
+def order_does_not_matter(method: Method, seed: int) -> None:
+    """Experts, weights and inputs in another order give the same, up to rounding; random masks are kept out."""
+    case, order = Case.random(seed, K=4), [2, 0, 3, 1]
+    other = Case(
+        case.base, [case.experts[i] for i in order], [case.weights[i] for i in order], [case.inputs[i] for i in order]
+    )
+    options = method.off if method.draws else {}
+    _assert_close(case.merge(method, **options), other.merge(method, **options))
+
+
+def one_expert_is_itself(method: Method, seed: int) -> None:
+    """With its options off, a single expert of weight 1 is the result, to the bit."""
+    case = Case.random(seed, K=1)
+    _assert_equal(case.merge(method, **method.off), case.experts[0])
+
+
+def off_is_the_mean(method: Method, seed: int) -> None:
+    """With its options off, equal inputs and deltas of one sign, the result is the weighted mean."""
+    case = Case.random(seed, K=3)
+    experts = [{n: t + (e[n] - t).abs() for n, t in case.base.items()} for e in case.experts]
+    merged = replace(case, experts=experts, inputs=[case.inputs[0]] * 3).merge(method, **method.off)
+    mean = {n: sum((w * e[n] for w, e in zip(case.weights, experts, strict=True)), torch.zeros(())) for n in case.base}
+    _assert_close(merged, mean)
+
+
+def finite_stays_finite(method: Method, seed: int) -> None:
+    """Deltas of any scale from 0 to 1e10, identical experts and inputs of 0 give finite numbers."""
+    for scale in SCALES:
+        case = Case.random(seed, K=3, scale=scale)
+        silent = replace(case, inputs=[{n: torch.zeros_like(t) for n, t in i.items()} for i in case.inputs])
+        for variant in (case, silent, replace(case, experts=[case.experts[0]] * 3)):
+            assert all(bool(torch.isfinite(t).all()) for t in variant.merge(method).values())
+
+
+Property = Callable[[Method, int], None]
+PROPERTIES: tuple[Property, ...] = (
+    shapes_are_kept,
+    arguments_are_kept,
+    zero_deltas_give_the_base,
+    order_does_not_matter,
+    one_expert_is_itself,
+    off_is_the_mean,
+    finite_stays_finite,
+)
+
+
+def check_method(function: Callable[..., Tensor], *, seeds: int = 3) -> None:
+    """Run all properties on a method, registered or not.
+
+    Raises:
+        AssertionError: naming the property that fails.
+    """
+    for check in PROPERTIES:
+        for seed in range(seeds):
+            try:
+                check(of(function), seed)
+            except AssertionError as error:
+                raise AssertionError(f"{function.__name__}: {check.__doc__} seed {seed}: {error}") from error
+
+
+def _assert_equal(one: Tensors, other: Tensors) -> None:
+    for name in other:
+        assert torch.equal(one[name], other[name]), f"{name} differs"
+
+
+def _assert_close(one: Tensors, other: Tensors) -> None:
+    for name in other:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)

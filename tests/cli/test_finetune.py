@@ -1,0 +1,83 @@
+"""`demerge finetune` and `demerge sample`: what they write, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+FAST = ("--data", "digits", "--max-train-steps", 2, "--train-batch-size", 2, "--device", "cpu")
+
+
+def test_experts_land_where_scripts_expect_them(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "e"
+    done = run("finetune", tiny, "--ranges", "uniform:4", "-o", out, *FAST)
+    assert (done.code, done.out.strip()) == (0, str(out))
+    names = ["0000-0250", "0250-0500", "0500-0750", "0750-1000"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    again = run("finetune", tiny, "--ranges", "uniform:4", "-o", out, *FAST, "--json")
+    assert json.loads(again.out)["finished_steps"] == 8
+    images = tmp_path / "images"
+    assert run("sample", tiny, "--experts", out, "-n", 3, "--steps", 4, "-o", images, "--device", "cpu").code == 0
+    assert [p.name for p in sorted(images.iterdir())] == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open(images / "000000.png").size == (8, 8)
+
+
+def test_joint_counts_the_steps_of_all_experts(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run("finetune", tiny, "--ranges", "joint:3", "-o", tmp_path, *FAST).code == 0
+    assert json.loads((tmp_path / "0000-1000" / "expert.json").read_text())["steps"] == 6
+
+
+def test_random_start_needs_no_base(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = tmp_path / "c.json"
+    unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": [8], "norm_num_groups": 4}
+    unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    config.write_text(json.dumps({"unet": unet, "scheduler": {"num_train_timesteps": 100}}))
+    out = tmp_path / "base"
+    assert run("finetune", config, "--init", "random", "--ranges", "joint", "-o", out, *FAST, "--save-dtype", "float16").code == 0
+    assert run("sample", out / "0000-0100", "-n", 1, "--steps", 2, "-o", tmp_path / "i", "--device", "cpu").code == 0
+
+
+def test_dry_run_writes_nothing(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "e"
+    done = run("finetune", tiny, "-o", out, *FAST, "--dry-run", "--json")
+    plan = json.loads(done.out)
+    assert done.code == 0
+    assert plan["steps_per_expert"] == 2
+    assert plan["parameters"] > 10_000
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        (("--ranges", "unifrom:4"), 2, "neither uniform:N"),
+        (("--ranges", "uniform:0"), 2, "0 ranges"),
+        (("--learning-rate", "-1"), 2, "learning_rate is -1.0"),
+        (("--data", "/nowhere"), 3, "/nowhere"),
+        (("--device", "quantum"), 2, "quantum"),
+        (("--init", "zero"), 2, "init 'zero'"),
+        (("--split", "dev"), 2, "dev"),
+    ],
+)
+def test_mistakes_are_named(run, tiny: Path, tmp_path: Path, changes, code: int, message: str) -> None:  # type: ignore[no-untyped-def]
+    done = run("finetune", tiny, "-o", tmp_path / "e", *FAST, *changes)
+    assert done.code == code
+    assert message in done.err
+    assert "fix:" in done.err
+    assert not (tmp_path / "e").exists()
+
+
+def test_other_options_in_the_same_folder_are_refused(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST).code == 0
+    done = run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST, "--p", "0.5")
+    assert done.code == 2
+    assert "p: recorded 0.3, now 0.5" in done.err
+
+
+def test_a_folder_that_is_no_model(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = run("sample", tmp_path, "-o", tmp_path / "i")
+    assert done.code == 3
+    assert "model_index.json" in done.err

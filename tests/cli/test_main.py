@@ -1,0 +1,103 @@
+"""The program as a whole: quick help, exit codes, no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from demerge.cli import main as program
+from demerge.errors import ComparisonError, DemergeError, InputError, NumericalError, Preempted, ResourceError, UsageError
+
+COMMANDS = ("demo", "analyze", "finetune", "merge", "methods", "evaluate", "compare", "sample", "inspect", "data", "doctor")
+
+
+def test_help_names_every_command_and_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv=['demerge','--help']\n"
+        "from demerge.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch','diffusers','numpy','pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in COMMANDS:
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "data"])
+def test_every_command_explains_itself(run, command: str) -> None:  # type: ignore[no-untyped-def]
+    done = run(command, "--help")
+    assert done.code == 0
+    assert command in done.out
+
+
+def test_version(run) -> None:  # type: ignore[no-untyped-def]
+    done = run("--version")
+    assert (done.code, done.out.strip()) == (0, "0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UsageError, 2), (InputError, 3), (ResourceError, 4), (NumericalError, 5), (ComparisonError, 6), (Preempted, 75), (DemergeError, 1)],
+)
+def test_each_error_has_its_exit_code(run, monkeypatch, error: type[DemergeError], code: int) -> None:  # type: ignore[no-untyped-def]
+    def fail(**_: object) -> None:
+        raise error("what is wrong", fix="what to do")
+
+    monkeypatch.setattr(program, "app", fail)
+    done = run()
+    assert done.code == code
+    assert done.err == "demerge: what is wrong\n  fix: what to do\n"
+
+
+def test_a_bug_says_so_and_hides_its_traceback(run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(program, "app", lambda **_: 1 / 0)
+    done = run()
+    assert done.code == 1
+    assert "a bug in demerge: ZeroDivisionError" in done.err
+
+
+def test_interrupt_is_130(run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "app", interrupt)
+    assert run().code == 130
+
+
+def test_unknown_command_and_option_are_usage_errors(run) -> None:  # type: ignore[no-untyped-def]
+    assert run("mrege").code == 2
+    assert run("merge", "--no-such-option").code == 2
+
+
+def test_underscores_and_dashes_are_the_same(run, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    for option in ("--max_train_steps", "--max-train-steps"):
+        done = run("finetune", tmp_path / "none", "--data", "digits", "-o", tmp_path, option, "0")
+        assert done.code == 2
+        assert "max_train_steps is 0" in done.err
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert program.printable("a\x1b[31mb\x07\nc") == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}\nc"
+
+
+def test_sigterm_ends_training_with_a_checkpoint(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    import signal
+
+    arguments = ["finetune", tiny, "--data", "digits", "--ranges", "joint", "-o", tmp_path / "x", "--max-train-steps", "100000"]
+    command = [sys.executable, "-c", "from demerge.cli.main import main; main()", *map(str, arguments), "--train-batch-size", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("finetune"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "run the same command to continue" in err
+    assert list((tmp_path / "x" / "state" / "0000-1000").glob("step-*/manifest.json"))

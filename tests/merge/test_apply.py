@@ -1,0 +1,244 @@
+"""The engine: exact at its corners, the same in any chunks, right against a slow oracle, and strict about its input."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from demerge.errors import InputError, NumericalError, UsageError
+from demerge.merge import Between, merge_tensors, methods
+from demerge.merge.apply import uniform
+from demerge.merge.registry import describe
+
+State = dict[str, Tensor]
+
+
+def states(K: int = 3, dtype: torch.dtype = torch.float32) -> tuple[State, list[State]]:
+    g = torch.Generator().manual_seed(0)
+    base = {"a": torch.randn(40, 30, generator=g).to(dtype), "b": torch.randn(17, generator=g).to(dtype)}
+    base |= {"count": torch.arange(5)}
+
+    def expert() -> State:
+        # distances from far below to far above the base's own size: adding the difference back does not give the expert
+        moved = {
+            n: (t + torch.randn(t.shape, generator=g) * 10 ** torch.randn(t.shape, generator=g)).to(dtype)
+            for n, t in base.items()
+        }
+        return moved | {"count": base["count"].clone()}
+
+    return base, [expert() for _ in range(K)]
+
+
+@pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties", "dare"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_one_hot_weights_give_that_expert_and_zeros_the_base(name: str, dtype: torch.dtype) -> None:
+    base, experts = states(dtype=dtype)
+    options = {} if name in ("average", "task_arithmetic") else {"density": 1.0}
+    for i, expert in enumerate(experts):
+        merged = merge_tensors(base, experts, name, weights=[float(j == i) for j in range(3)], options=options)
+        assert all(torch.equal(merged[n], expert[n]) for n in base)
+    if name != "average":
+        merged = merge_tensors(base, experts, name, weights=[0, 0, 0], options=options)
+        assert all(torch.equal(merged[n], base[n]) for n in base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_linear_methods_are_within_half_an_ulp_of_float64(dtype: torch.dtype) -> None:
+    base, experts = states(dtype=dtype)
+    weights = [0.1, 0.7, -0.3]
+    merged = merge_tensors(base, experts, "task_arithmetic", weights=weights)
+    for n in ("a", "b"):
+        moves = [w * (e[n].double() - base[n].double()) for w, e in zip(weights, experts, strict=True)]
+        exact = base[n].double() + sum(moves, torch.zeros((), dtype=torch.float64))
+        ulp = torch.finfo(dtype).eps * torch.maximum(
+            exact.abs().log2().floor().exp2(), torch.tensor(torch.finfo(dtype).tiny)
+        )
+        size = base[n].double().abs() + sum((m.abs() for m in moves), torch.zeros((), dtype=torch.float64))
+        float32_error = 3 * 2.0**-24 * size  # small beside the ulp where differences are small beside the base
+        assert bool(((merged[n].double() - exact).abs() <= 0.5 * ulp + float32_error).all())
+
+
+def oracle_ties(base: State, experts: list[State], density: float, weights: list[float]) -> State:
+    """TIES over the whole model by sorting, with everything in memory."""
+    names = [n for n, t in base.items() if t.is_floating_point()]
+    flat = torch.cat([base[n].reshape(-1) for n in names])
+    deltas = torch.stack([torch.cat([e[n].reshape(-1) for n in names]) - flat for e in experts])
+    k = max(1, int(density * flat.numel()))
+    thresholds = deltas.abs().sort(dim=1, descending=True).values[:, k - 1 : k]
+    kept = torch.where(deltas.abs() >= thresholds, deltas, torch.zeros(()))
+    votes = kept * torch.tensor(weights).unsqueeze(1)
+    sign = votes.sum(0).sign()
+    sign = torch.where(sign == 0, sign.sum().sign(), sign)
+    merged = flat.clone()
+    for j in range(flat.numel()):
+        agree = [i for i in range(len(experts)) if votes[i, j] * sign[j] > 0]
+        if agree:
+            merged[j] += sum(float(votes[i, j]) for i in agree) / sum(weights[i] for i in agree)
+    sizes = [base[n].numel() for n in names]
+    parts = {n: part.view(base[n].shape) for n, part in zip(names, merged.split(sizes), strict=True)}
+    return {n: parts.get(n, t) for n, t in base.items()}
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+def test_streamed_ties_is_that_of_the_slow_oracle(density: float) -> None:
+    base, experts = states()
+    weights = [0.2, 0.5, 0.3]
+    merged = merge_tensors(base, experts, "ties", weights=weights, options={"density": density}, chunk=100)
+    expected = oracle_ties(base, experts, density, weights)
+    for name in base:
+        torch.testing.assert_close(merged[name], expected[name], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_chunks_leave_no_trace(name: str) -> None:
+    base, experts = states()
+    inputs = {"fisher": [{n: t.abs() for n, t in e.items()} for e in experts]}
+    whole = merge_tensors(base, experts, name, inputs=inputs)
+    for chunk in (1, 7, 64, 1000):
+        parts = merge_tensors(base, experts, name, inputs=inputs, chunk=chunk)
+        assert all(torch.equal(whole[n], parts[n]) for n in base)
+
+
+def test_random_numbers_are_addressed_by_their_index() -> None:
+    whole = uniform(123, 0, 1000)
+    for start, stop in [(0, 1), (3, 9), (8, 16), (501, 777), (999, 1000), (5, 5)]:
+        assert torch.equal(uniform(123, start, stop), whole[start:stop])
+    reference = np.random.Generator(np.random.Philox(key=123)).random(1000, dtype=np.float32)
+    assert torch.equal(whole, torch.from_numpy(reference))
+
+
+def test_whole_methods_see_tensors_in_their_shape() -> None:
+    shapes = []
+
+    def transposed(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
+        shapes.append((tuple(base.shape), tuple(deltas.shape)))
+        return base + deltas.sum(0)
+
+    base, experts = states(K=2)
+    merge_tensors(base, experts, describe(transposed, "t", paper="", whole=True), chunk=3)
+    assert shapes == [((40, 30), (2, 40, 30)), ((17,), (2, 17))]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e.pop("a"), "1 missing: a"),
+        (lambda e: e.update(c=torch.ones(1)), "1 extra: c"),
+        (lambda e: e.update(a=torch.ones(30, 40)), r"1 of another shape: a \[30, 40\] for \[40, 30\]"),
+        (lambda e: e.update(count=torch.arange(5) + 1), "1 of unequal integers: count"),
+        (lambda e: e.update(count=torch.ones(5)), "1 of another kind of dtype: count"),
+        (lambda e: (e.pop("a"), e.update(c=torch.ones(1))), "1 missing: a; 1 extra: c"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(change: Any, message: str) -> None:
+    base, experts = states()
+    change(experts[1])
+    with pytest.raises(InputError, match=f"expert 1 does not fit the base: {message}"):
+        merge_tensors(base, experts)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["the base", "expert 1"])
+def test_numbers_that_are_not_finite_are_refused_by_name(value: float, where: str) -> None:
+    base, experts = states()
+    (base if where == "the base" else experts[1])["b"][3] = value
+    with pytest.raises(InputError, match=f"{where}: tensor b holds NaN or Inf"):
+        merge_tensors(base, experts)
+
+
+def test_results_that_are_not_finite_are_refused() -> None:
+    base, experts = {"a": torch.full((2,), 3e38)}, [{"a": torch.full((2,), -3e38)}]
+    with pytest.raises(NumericalError, match="exceeds float32"):
+        merge_tensors(base, experts)
+    with pytest.raises(NumericalError, match="makes NaN or Inf"):
+        merge_tensors({"a": torch.zeros(2)}, [{"a": torch.full((2,), 3e38)}], weights=[2.0])
+    half = {"a": torch.full((2,), 6e4, dtype=torch.float16)}
+    with pytest.raises(NumericalError, match="does not fit"):
+        merge_tensors({"a": torch.zeros(2, dtype=torch.float16)}, [half], weights=[2.0])
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1, 2, 3, 4], [1, 1, float("nan")], [1, 1, float("inf")]])
+def test_weights_are_one_finite_number_per_expert(weights: list[float]) -> None:
+    with pytest.raises(UsageError, match="are not 3 finite numbers"):
+        merge_tensors(*states(), weights=weights)
+
+
+def test_there_must_be_an_expert() -> None:
+    with pytest.raises(UsageError, match="no expert"):
+        merge_tensors(states()[0], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tise", {}, "unknown merge method 'tise'"),
+        ("ties", {"density": 0}, r"density=0 is not float in \(0, 1\]"),
+        ("ties", {"density": "nan"}, "density=nan"),
+        ("ties", {"density": "many"}, "density=many"),
+        ("ties", {"scope": "world"}, "scope=world is not model | tensor"),
+        ("ties", {"densty": 1}, "no option 'densty'"),
+        ("average", {"scale": 1}, "no option 'scale'"),
+        ("fisher", {}, "needs fisher for each of 3 experts"),
+        ("nowhere.py:f", {}, r"nowhere.py: no such Python file"),
+    ],
+)
+def test_wrong_methods_and_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((UsageError, InputError), match=message):
+        merge_tensors(*states(), name, options=options)
+
+
+def test_inputs_must_fit() -> None:
+    base, experts = states()
+    with pytest.raises(InputError, match="fisher of expert 0: 1 tensors missing"):
+        merge_tensors(base, experts, "fisher", inputs={"fisher": [{"a": base["a"]}] * 3})
+
+
+# -- methods of other people ------------------------------------------------------------------------------------------
+
+
+def test_options_are_read_from_the_signature() -> None:
+    def f(
+        base: Tensor,
+        deltas: Tensor,
+        *,
+        weights: Tensor,
+        uniform: Tensor,
+        activations: Tensor,
+        a: Annotated[float, Between(0, 2)] = 1.5,
+        b: bool = False,
+        c: int = 3,
+        d: Literal["x", "y"] = "x",
+    ) -> Tensor:
+        """Say what it does.
+
+        And more.
+        """
+        return base
+
+    method = describe(f, "f", paper="arXiv 1")
+    assert method.summary == "Say what it does."
+    assert method.inputs == ("activations",) and method.draws
+    assert method.settle({"a": "0.5", "b": "true", "c": "4", "d": "y"}) == {"a": 0.5, "b": True, "c": 4, "d": "y"}
+    assert method.settle({}) == {"a": 1.5, "b": False, "c": 3, "d": "x"}
+    assert method.document()["options"]["a"] == {"default": 1.5, "rule": "float in [0, 2]"}
+    for wrong in ({"a": "3"}, {"b": "maybe"}, {"c": "1.5"}, {"d": "z"}):
+        with pytest.raises(UsageError):
+            method.settle(wrong)
+
+
+def test_a_method_can_be_a_function_in_a_file(tmp_path: Any) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def largest(base, deltas, *, weights, factor: float = 1.0):\n    return base + factor * deltas.amax(0)\n"
+    )
+    base, experts = {"w": torch.zeros(2)}, [{"w": torch.tensor([1.0, -1])}, {"w": torch.tensor([2.0, -3])}]
+    assert merge_tensors(base, experts, f"{path}:largest", options={"factor": "2"})["w"].tolist() == [4, -2]
+    with pytest.raises(UsageError, match="no function 'smallest'"):
+        merge_tensors(base, experts, f"{path}:smallest")

@@ -1,0 +1,159 @@
+"""Every registered method: the named properties, hypothesis input, and a line computed by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from demerge.errors import UsageError
+from demerge.merge import merge_tensors, methods, ties
+from demerge.merge.registry import Block, Method
+from demerge.testing import PROPERTIES, Property, check_method
+
+METHODS = list(methods().values())
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("ties", {"scope": "tensor"}),
+    ("ties", {"elect": "count"}),
+    ("dare", {"rescale": "l1"}),
+    ("dare", {"then": "ties"}),
+    ("dare", {"then": "ties", "rescale": "l1"}),
+    ("fisher", {"normalise": "l2"}),
+    ("fisher", {"normalise": "layer"}),
+]
+
+
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_property(method: Method, check: Property) -> None:
+    for seed in range(3):
+        check(method, seed)
+
+
+def test_check_method_finds_a_wrong_method() -> None:
+    def forgets_the_base(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
+        return deltas.sum(0)
+
+    with pytest.raises(AssertionError, match="Experts equal to the base"):
+        check_method(forgets_the_base)
+
+
+VALUES = st.floats(-1e10, 1e10, width=32, allow_subnormal=True)
+
+
+@pytest.mark.parametrize(("name", "options"), [*((m.name, {}) for m in METHODS), *VARIANTS], ids=str)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4))
+)
+def test_finite_input_gives_finite_output_in_any_chunks(
+    name: str, options: dict[str, Any], rows: list[list[float]]
+) -> None:
+    base, *experts = ({"a": torch.tensor(row), "b": torch.tensor(row).half()} for row in _clipped(rows))
+    inputs = {"fisher": [{n: t.float().abs() for n, t in e.items()} for e in experts]}
+    merged = merge_tensors(base, experts, name, options=options, inputs=inputs)
+    chunked = merge_tensors(base, experts, name, options=options, inputs=inputs, chunk=2)
+    for tensor, same in zip(merged.values(), chunked.values(), strict=True):
+        assert torch.isfinite(tensor).all()
+        assert torch.equal(tensor, same)
+
+
+def _clipped(rows: list[list[float]]) -> list[list[float]]:
+    return [[max(-1e3, min(1e3, v)) for v in row] for row in rows]
+
+
+GOLDEN: list[tuple[str, dict[str, Any], list[list[float]], list[float], list[float]]] = [
+    # method, options, deltas on a base of 1, weights, merged
+    ("average", {}, [[2, 0], [4, -8]], [1, 3], [4.5, -5]),
+    ("task_arithmetic", {"scale": 0.5}, [[2, 0], [4, -8]], [1, 3], [8, -11]),
+    # k = 2 of 4: thresholds 3, 5; trimmed [3 -4 0 0] and [5 0 0 6]; no entry is in conflict
+    ("ties", {"density": 0.5}, [[3, -4, 1, 2], [5, 1, 2, 6]], [1, 1], [5, -3, 1, 7]),
+    # mass [-1 1]: -, +; disjoint means -3 and 2
+    ("ties", {"density": 1.0}, [[2, 2], [-3, -1]], [1, 1], [-2, 3]),
+    # the first column ties by count, the others elect - and -: the majority decides -
+    ("ties", {"density": 1.0, "elect": "count"}, [[2, -2, -1], [-3, -1, 0]], [1, 1], [-2, -0.5, 0]),
+    ("ties", {"density": 1.0, "scale": 0.5}, [[2, 2], [2, 2]], [0.3, 0.3], [2, 2]),
+    ("dare", {"density": 1.0}, [[2, 0], [4, -8]], [1, 3], [15, -23]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "deltas", "weights", "expected"), GOLDEN, ids=str)
+def test_golden(name: str, options: Any, deltas: Any, weights: Any, expected: Any) -> None:
+    base = {"w": torch.ones(len(expected))}
+    merged = merge_tensors(
+        base, [{"w": 1 + torch.tensor(d, dtype=torch.float32)} for d in deltas], name, weights=weights, options=options
+    )
+    assert merged["w"].tolist() == expected
+
+
+def test_golden_fisher() -> None:
+    base, experts = {"w": torch.zeros(3)}, [{"w": torch.tensor([1.0, 2, 4])}, {"w": torch.tensor([3.0, 6, 8])}]
+    fishers = [{"w": torch.tensor([1.0, 3, 0])}, {"w": torch.tensor([1.0, 1, 0])}]
+    merged = merge_tensors(base, experts, "fisher", weights=[1, 3], inputs={"fisher": fishers})
+    assert merged["w"].tolist() == [2.5, 4.0, 7.0]  # (1+9)/4, (6+18)/6, the mean (4+24)/4
+
+
+def test_fisher_normalised_by_the_model_forgets_the_scale_of_each_fisher() -> None:
+    base, experts = {"w": torch.zeros(2)}, [{"w": torch.tensor([1.0, 2])}, {"w": torch.tensor([3.0, 6])}]
+    for normalise in ("l2", "layer"):
+        fishers = [{"w": torch.tensor([1.0, 1])}, {"w": torch.tensor([100.0, 100])}]
+        merged = merge_tensors(base, experts, "fisher", options={"normalise": normalise}, inputs={"fisher": fishers})
+        torch.testing.assert_close(merged["w"], torch.tensor([2.0, 4.0]))
+
+
+def test_fisher_smaller_than_float32_still_weighs() -> None:
+    experts = [{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}]
+    fishers = [{"w": torch.tensor([1e-38])}, {"w": torch.tensor([3e-38])}]
+    merged = merge_tensors({"w": torch.zeros(1)}, experts, "fisher", weights=[1e-6, 1e-6], inputs={"fisher": fishers})
+    torch.testing.assert_close(merged["w"], torch.tensor([2.5]))
+
+
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.77, 1.0])
+def test_thresholds_are_the_exact_kth_magnitudes(density: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    deltas = torch.randn(3, 10_000, generator=g) * torch.tensor([[1e-30], [1.0], [1e20]])
+    deltas[:, ::7] = deltas[:, 1:2]  # equal magnitudes
+    blocks = [Block(d[0], d) for d in deltas.split(333, dim=1)]
+    k = max(1, math.floor(density * 10_000))
+    oracle = deltas.abs().sort(dim=1, descending=True).values[:, k - 1]
+    assert torch.equal(ties.kth_magnitudes(blocks, density=density), oracle)
+
+
+def test_scope_of_ties_is_the_model_unless_asked() -> None:
+    base = {"small": torch.zeros(4), "large": torch.zeros(4)}
+    expert = {"small": torch.tensor([1.0, 2, 3, 4]), "large": torch.tensor([10.0, 20, 30, 40])}
+    model = merge_tensors(base, [expert], "ties", options={"density": 0.5})
+    tensor = merge_tensors(base, [expert], "ties", options={"density": 0.5, "scope": "tensor"})
+    assert model["small"].tolist() == [0, 0, 0, 0] and model["large"].tolist() == [10, 20, 30, 40]
+    assert tensor["small"].tolist() == [0, 0, 3, 4] and tensor["large"].tolist() == [0, 0, 30, 40]
+
+
+def test_dare_keeps_the_share_and_the_mean() -> None:
+    base, expert = {"w": torch.zeros(100_000)}, {"w": torch.ones(100_000)}
+    merged = merge_tensors(base, [expert], "dare", options={"density": 0.25}, weights=[1.0])["w"]
+    assert set(merged.unique().tolist()) == {0.0, 4.0}
+    assert abs(float(merged.mean()) - 1) < 0.03
+    l1 = merge_tensors(base, [expert], "dare", options={"density": 0.25, "rescale": "l1"}, weights=[1.0])["w"]
+    assert abs(float(l1.sum()) - 100_000) < 1
+
+
+def test_dare_masks_depend_on_seed_expert_and_name() -> None:
+    base, expert = {"a": torch.zeros(64), "b": torch.zeros(64)}, {"a": torch.ones(64), "b": torch.ones(64)}
+    one = merge_tensors(base, [expert, expert], "dare", weights=[1, 0])
+    assert not torch.equal(one["a"], one["b"])
+    assert not torch.equal(one["a"], merge_tensors(base, [expert, expert], "dare", weights=[0, 1])["a"])
+    assert not torch.equal(one["a"], merge_tensors(base, [expert, expert], "dare", weights=[1, 0], seed=1)["a"])
+    renamed = merge_tensors({"b": base["b"]}, [{"b": expert["b"]}] * 2, "dare", weights=[1, 0])
+    assert torch.equal(one["b"], renamed["b"])
+
+
+def test_weights_that_sum_to_zero_are_no_mean() -> None:
+    base, experts = {"w": torch.zeros(2)}, [{"w": torch.ones(2)}] * 2
+    for name in ("average", "fisher"):
+        with pytest.raises(UsageError, match="sum to 0"):
+            merge_tensors(base, experts, name, weights=[1, -1], inputs={"fisher": experts})
