@@ -25,7 +25,7 @@ from demerge.weights import commit_tensors
 def range_fisher(
     model: Diffusion, data: ImageData, range: TimestepRange, *, samples: int = 256, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Return F for each parameter by name, float32 on the CPU; buffers of the state dict get 0.
+    """Return F for each tensor of the state dict, float32 on the CPU; 0 for what the loss does not depend on.
 
     Raises:
         UsageError: where there is no sample, or the range reaches beyond the model's timesteps.
@@ -41,11 +41,14 @@ def range_fisher(
     order = permutation(len(data), seed, "fisher order")
     for sample in torch.arange(samples).tolist():
         loss = _loss(single, data, order[sample % len(data)], range, seed, sample)
-        for name, gradient in zip(sums, torch.autograd.grad(loss, list(parameters.values())), strict=True):
-            sums[name] += gradient.double().square()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(sums, gradients, strict=True):
+            if gradient is not None:
+                sums[name] += gradient.double().square()
     if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
         raise NumericalError(f"the gradients of range {range} are not finite", fix="check the model and the images")
-    return {name: (total / samples).float().cpu() for name, total in sums.items()}
+    constant = {n: torch.zeros_like(t, device="cpu") for n, t in single.denoiser.state_dict().items() if n not in sums}
+    return {name: (total / samples).float().cpu() for name, total in sums.items()} | constant
 
 
 def save_fisher(fisher: dict[str, Tensor], path: Path) -> Path:

@@ -39,8 +39,8 @@ def test_is_the_mean_of_squared_gradients_of_single_examples(tiny: Path, data: I
         for n, p in parameters.items():
             expected[n] += p.grad.square() / 3 if p.grad is not None else 0
     assert set(fisher) == set(parameters)
-    for n in expected:
-        torch.testing.assert_close(fisher[n], expected[n], rtol=1e-4, atol=1e-9)
+    for n, mean in expected.items():
+        torch.testing.assert_close(fisher[n], mean, rtol=1e-4, atol=1e-9)
         assert bool((fisher[n] >= 0).all())
 
 

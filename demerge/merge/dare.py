@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from demerge.merge.linear import weighted_sum
-from demerge.merge.registry import Between, Block, Scope, Statistic, method
+from demerge.merge.options import Between
+from demerge.merge.registry import Block, Scope, Statistic, method
 from demerge.merge.ties import disjoint_merge, majority_sign
 
 

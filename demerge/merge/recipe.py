@@ -105,8 +105,8 @@ def card(recipe: Recipe, base_model: str, survived: float) -> str:
 
 # {escaped(base_model)}, merged by {escaped(recipe.method)}
 
-One diffusion model out of a base and {len(recipe.experts)} experts, each finetuned on a range of timesteps. It has the
-base's architecture and loads with stock diffusers.
+One diffusion model out of a base and {len(recipe.experts)} models finetuned from it. It has the base's architecture and
+loads with stock diffusers.
 
 | expert | timesteps | weight | sha256 |
 |---|---|---|---|

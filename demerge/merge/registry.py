@@ -27,11 +27,12 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from torch import Tensor
 
 from demerge.errors import InputError, UsageError
+from demerge.merge.options import Option, option
 
 Scope = Literal["model", "tensor"]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -62,52 +63,6 @@ class Statistic:
     name: str
     compute: Callable[..., Any]
     scope: Callable[[Mapping[str, Any]], Scope | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Between:
-    """The rule low <= value <= high; with `open_low`, low < value."""
-
-    low: float
-    high: float
-    open_low: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Whether the rule holds; for NaN it does not."""
-        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One of the user's options: its default, and its rule: type, choices or interval."""
-
-    default: Any
-    kind: type
-    choices: tuple[str, ...] = ()
-    between: Between | None = None
-
-    @property
-    def rule(self) -> str:
-        """The rule in words."""
-        return " | ".join(self.choices) or f"{self.kind.__name__}{f' in {self.between}' if self.between else ''}"
-
-    def parse(self, name: str, value: Any) -> Any:
-        """Return the value, converted from text where it is text.
-
-        Raises:
-            UsageError: where the rule is broken.
-        """
-        try:
-            parsed = _boolean(value) if self.kind is bool else self.kind(value)
-        except (TypeError, ValueError):
-            parsed = None
-        among = not self.choices or parsed in self.choices
-        if parsed is None or not among or not (self.between is None or self.between.holds(parsed)):
-            raise UsageError(f"option {name}={value} is not {self.rule}", fix=f"for example {name}={self.default}")
-        return parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +155,7 @@ def describe(
         function=function,
         summary=(inspect.getdoc(function) or "").partition("\n")[0],
         paper=paper,
-        options={p.name: _option(p.default, hints[p.name]) for p in keywords if p.default is not p.empty},
+        options={p.name: option(p.default, hints[p.name]) for p in keywords if p.default is not p.empty},
         inputs=tuple(n for n in needs if n not in SUPPLIED and n not in found),
         draws="uniform" in needs,
         statistics=tuple(statistics),
@@ -259,20 +214,3 @@ def _from_file(name: str) -> Method:
     if not callable(function):
         raise UsageError(f"{path} has no function '{attribute}'", fix="write --method path.py:function")
     return of(function)
-
-
-def _option(default: Any, hint: Any) -> Option:
-    between = None
-    if get_origin(hint) is Annotated:
-        hint, *rules = get_args(hint)
-        between = next((r for r in rules if isinstance(r, Between)), None)
-    if get_origin(hint) is Literal:
-        return Option(default, str, choices=get_args(hint))
-    return Option(default, hint, between=between)
-
-
-def _boolean(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true"

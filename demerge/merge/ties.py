@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from demerge.merge.registry import Between, Block, Scope, Statistic, method
+from demerge.merge.options import Between
+from demerge.merge.registry import Block, Scope, Statistic, method
 
 HALF = 1 << 16
 

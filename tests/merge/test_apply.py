@@ -181,6 +181,7 @@ def test_there_must_be_an_expert() -> None:
         ("tise", {}, "unknown merge method 'tise'"),
         ("ties", {"density": 0}, r"density=0 is not float in \(0, 1\]"),
         ("ties", {"density": "nan"}, "density=nan"),
+        ("ties", {"scale": "inf"}, "scale=inf is not float"),
         ("ties", {"density": "many"}, "density=many"),
         ("ties", {"scope": "world"}, "scope=world is not model | tensor"),
         ("ties", {"densty": 1}, "no option 'densty'"),
