@@ -1,9 +1,9 @@
 """Gradient analysis: measure the conflict map of a base, read it, cut it, draw it.
 
-    measure(model, data)        -> ConflictMap       gradients.py
-    cut(map, n)                 -> Partition         segmentation.py
-    summary(map, n)             -> what to believe   report.py
-    figures(map, partition)     -> matplotlib        plots.py
+measure(model, data)        -> ConflictMap       gradients.py
+cut(map, n)                 -> Partition         segmentation.py
+summary(map, n)             -> what to believe   report.py
+figures(map, partition)     -> matplotlib        plots.py
 """
 
 from __future__ import annotations

@@ -121,7 +121,12 @@ def measure(
         gram += products(rows if metric == "euclid" else adam(rows))
     parameters = sum(p.numel() for p in denoiser.parameters())
     origin = Origin(model.sha256, data.fingerprint, parameters, "exact", draws, antithetic, metric, batch_size, seed)
-    return ConflictMap(partition, gram.reshape(bins, groups, bins, groups), model.snr().log().clamp(-MAX_LOG_SNR, MAX_LOG_SNR).numpy(), origin)
+    return ConflictMap(
+        partition,
+        gram.reshape(bins, groups, bins, groups),
+        model.snr().log().clamp(-MAX_LOG_SNR, MAX_LOG_SNR).numpy(),
+        origin,
+    )
 
 
 def products(rows: Tensor) -> Array:

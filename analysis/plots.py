@@ -66,7 +66,15 @@ def heat_map(map: ConflictMap, partition: Partition | None = None) -> Figure:
     upper = np.triu(np.ones((map.N, map.N), dtype=bool), 1)
     _mesh(figure, ax, map, np.where(upper, np.nan, np.clip(found.cosine, -1, 1)), "vlag", (-1, 1), "cosine of gradients")
     top = np.nanmax(np.where(upper, found.cosine_se, np.nan), initial=0.0) or 1.0
-    _mesh(figure, ax, map, np.where(upper, found.cosine_se, np.nan), "Greys", (0, max(top, 1e-6)), "SE (above the diagonal)")
+    _mesh(
+        figure,
+        ax,
+        map,
+        np.where(upper, found.cosine_se, np.nan),
+        "Greys",
+        (0, max(top, 1e-6)),
+        "SE (above the diagonal)",
+    )
     _hatch(ax, map, found)
     for place in partition.cuts if partition else []:
         ax.axvline(place, color="black", lw=1.4, ls="--")
@@ -86,9 +94,7 @@ def _hatch(ax: Axes, map: ConflictMap, found: Similarity) -> None:
     for (i, j), value in np.ndenumerate(found.cosine):
         if not np.isfinite(value):
             x, y = map.bins[j], map.bins[i]
-            ax.add_patch(
-                Rectangle((x.start, y.start), len(x), len(y), facecolor="0.96", edgecolor="0.7", hatch="////", lw=0)
-            )
+            ax.add_patch(Rectangle((x.start, y.start), len(x), len(y), facecolor="0.96", edgecolor="0.7", hatch="////", lw=0))
 
 
 def _heading(map: ConflictMap, found: Similarity) -> str:
@@ -188,8 +194,10 @@ def cost_curve(map: ConflictMap, chosen: int | None = None, *, score: str = "cos
 def task_vector_norms(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     """Draw |tau_k| on each tensor, in the order of the model, one line for each expert."""
     figure, (ax,) = _figure(width=9.6)
-    table = pd.DataFrame(vectors.norms, columns=list(labels)).rename_axis("tensor").melt(
-        ignore_index=False, var_name="expert", value_name="norm"
+    table = (
+        pd.DataFrame(vectors.norms, columns=list(labels))
+        .rename_axis("tensor")
+        .melt(ignore_index=False, var_name="expert", value_name="norm")
     )
     sns.lineplot(table.reset_index(), x="tensor", y="norm", hue="expert", style="expert", palette="colorblind", ax=ax, lw=1)
     ax.set(xlabel="tensor, from input to output", ylabel="length of the task vector")

@@ -1,9 +1,9 @@
 """What a conflict map says, in a dictionary, in lines for a person, and in the files of an analysis.
 
-    OUT/conflict.safetensors   the map
-    OUT/partition.json         the cut that was asked for; uniform where noise leaves no gradient cut
-    OUT/summary.json           shares of three cuts with errors, support of each cut, row-sum check, advice
-    OUT/*.svg, *.png           plots
+OUT/conflict.safetensors   the map
+OUT/partition.json         the cut that was asked for; uniform where noise leaves no gradient cut
+OUT/summary.json           shares of three cuts with errors, support of each cut, row-sum check, advice
+OUT/*.svg, *.png           plots
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def _advice(best: Partition | None, sure: bool, held_out: dict[str, Estimate]) -
     gain = held_out["uniform"]
     if gain.above(BEAT):
         return "gradient", f"on held-out groups the gradient cut explains {gain} more of the conflict than uniform"
-    return "uniform", f"on held-out groups the gradient cut gains {gain} over uniform, less than {BEAT:g} standard errors"
+    return (
+        "uniform",
+        f"on held-out groups the gradient cut gains {gain} over uniform, less than {BEAT:g} standard errors",
+    )
 
 
 def _described(evidence: Evidence, partition: Partition | None, sure: bool) -> dict[str, Any] | None:
@@ -129,7 +132,9 @@ def lines(said: dict[str, Any]) -> list[str]:
         found = "no cut" if described is None else f"{described['cuts']} explains {_pair(described['share'], described['se'])}"
         text.append(f"{name:9} {found}")
     for row in said["support"]:
-        text.append(f"cut {row['cut']:4}  in {row['support']:.0%} of bootstrap draws, 90 % between {row['low']} and {row['high']}")
+        text.append(
+            f"cut {row['cut']:4}  in {row['support']:.0%} of bootstrap draws, 90 % between {row['low']} and {row['high']}"
+        )
     return [*text, f"advice    {said['advice']}: {said['reason']}", f"taken     the {said['taken']} cut"]
 
 

@@ -104,7 +104,9 @@ class Objective:
 # -- ways to cut ---------------------------------------------------------------------------------------------------------
 
 
-def cut(map: ConflictMap, n: int = 4, method: str = "gradient", *, score: str = "cosine", minimum: int | None = None) -> Partition:
+def cut(
+    map: ConflictMap, n: int = 4, method: str = "gradient", *, score: str = "cosine", minimum: int | None = None
+) -> Partition:
     """Cut [0, T) into n ranges.
 
     Args:

@@ -80,7 +80,12 @@ def prepare(
         InputError: where model, data or a map in OUT cannot be read.
         ResourceError: where the gradients do not fit the memory.
     """
-    choices = (("method", method, METHODS), ("score", score, SCORES), ("draws", draws, DRAWS), ("metric", metric, METRICS))
+    choices = (
+        ("method", method, METHODS),
+        ("score", score, SCORES),
+        ("draws", draws, DRAWS),
+        ("metric", metric, METRICS),
+    )
     for name, value, known in choices:
         if value not in known:
             raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")

@@ -88,7 +88,8 @@ def _products(base: Tensor, experts: Sequence[Tensor], name: str) -> tuple[Array
     for k, expert in enumerate(experts):
         if expert.shape != base.shape:
             raise InputError(
-                f"expert {k}: '{name}' is {list(expert.shape)}, the base's {list(base.shape)}", fix="use experts of this base"
+                f"expert {k}: '{name}' is {list(expert.shape)}, the base's {list(base.shape)}",
+                fix="use experts of this base",
             )
     tau = torch.stack([expert.double().flatten() - base.double().flatten() for expert in experts])
     gram, energy = tau @ tau.T, tau.abs() @ tau.abs().T

@@ -18,9 +18,7 @@ def analyze(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder that gets conflict.safetensors, partition.json, plots.")],
     ranges: Annotated[int, typer.Option("-n", "--ranges", min=1, help="Ranges to cut into.", rich_help_panel=CUT)] = 4,
     method: Annotated[str, typer.Option(help="gradient, uniform or logsnr.", rich_help_panel=CUT)] = "gradient",
-    score: Annotated[
-        str, typer.Option(help="What gradient maximises: step, energy or cosine.", rich_help_panel=CUT)
-    ] = "step",
+    score: Annotated[str, typer.Option(help="What gradient maximises: step, energy or cosine.", rich_help_panel=CUT)] = "step",
     bins: Annotated[int, typer.Option(min=1, help="Bins of timesteps.", rich_help_panel=MEASURE)] = 20,
     groups: Annotated[
         int, typer.Option(min=5, help="Groups of samples; errors come from their differences.", rich_help_panel=MEASURE)

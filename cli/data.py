@@ -24,9 +24,7 @@ def data() -> None:
 
 @app.command()
 def check(
-    source: Annotated[
-        str, typer.Argument(help="digits, hf:NAME, a folder of images, CIFAR-10 batches, idx files or .npz.")
-    ],
+    source: Annotated[str, typer.Argument(help="digits, hf:NAME, a folder of images, CIFAR-10 batches, idx files or .npz.")],
     json: Json = False,
 ) -> None:
     """Read every image; tell counts, broken files, sizes, captions, a verdict. Exit code 3 where files are broken."""

@@ -18,21 +18,20 @@ import typer
 
 from demerge.cli.common import Json, Seed, emit, say
 
-RANGES = 4
-FLOAT32 = ("--save-dtype", "float32")
-MERGES: dict[str, tuple[str, ...]] = {
-    "average": ("--method", "average"),
-    "task-arithmetic-0.25": ("--method", "task_arithmetic", "--weights", "0.25,0.25,0.25,0.25"),
-    "task-arithmetic-0.5": ("--method", "task_arithmetic", "--weights", "0.5,0.5,0.5,0.5"),
-    "ties": ("--method", "ties", "--option", "density=0.5"),
-    "dare": ("--method", "dare", "--option", "density=0.5"),
-    "fisher": ("--method", "fisher"),
+MERGES = {
+    "average": "--method average",
+    "task-arithmetic": "--method task_arithmetic --weights 0.5,0.5,0.5,0.5",
+    "ties": "--method ties --option density=0.5",
+    "dare": "--method dare --option density=0.5",
+    "fisher": "--method fisher",
 }
 
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps per expert; the joint control gets 4 times as many.")] = 150,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Training steps per expert; the joint control gets 4 times as many.")
+    ] = 150,
     num_images: Annotated[int, typer.Option("--num-images", min=65, help="Images per model and seed.")] = 500,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of sampling seeds.")] = 3,
     sampling_steps: Annotated[int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")] = 20,
@@ -45,38 +44,42 @@ def demo(
     from demerge.files import commit_json
 
     ran: list[str] = []
-    for arguments in commands(out, steps, num_images, seeds, sampling_steps, seed):
-        ran.append(shlex.join(["demerge", *arguments]))
+    for command in commands(out, steps, num_images, seeds, sampling_steps, seed):
+        ran.append(f"demerge {command}")
         say(f"\n[{time.monotonic() - start:3.0f} s] $ {ran[-1]}")
+        arguments = shlex.split(command)
         if arguments[0] == "compare":
             commit_json(out / "commands.json", ran)
         if not (arguments[0] == "merge" and Path(arguments[-1]).exists()):
             run(arguments)
     page = out / "report" / "index.html"
     say(f"\n[{time.monotonic() - start:3.0f} s] done")
-    emit({"report": page, "scores": out / "report" / "scores.csv", "seconds": round(time.monotonic() - start)}, page, json)
+    emit(
+        {"report": page, "scores": out / "report" / "scores.csv", "seconds": round(time.monotonic() - start)},
+        page,
+        json,
+    )
 
 
-def commands(out: Path, steps: int, num_images: int, seeds: int, sampling_steps: int, seed: int) -> Iterator[list[str]]:
+def commands(out: Path, steps: int, num_images: int, seeds: int, sampling_steps: int, seed: int) -> Iterator[str]:
     """Yield the command lines of the path one after the other; each is run before the next is asked for."""
-    base, joint, data = "digits-base", out / "joint" / "0000-1000", ["--data", "digits"]
-    training = [*data, "--max-train-steps", str(steps), "--train-batch-size", "32", "--learning-rate", "2e-4"]
-    training += ["--ema-decay", "0.99", "--seed", str(seed)]
-    partition = out / "conflict" / "partition.json"
-
-    yield ["analyze", base, *data, "-n", str(RANGES), "--bins", "16", "--groups", "6", "--seed", str(seed), "-o", f"{out}/conflict"]
-    yield ["finetune", base, *training, "--ranges", str(partition), "--fisher-samples", "64", "-o", f"{out}/experts"]
-    yield ["finetune", base, *training, "--ranges", f"joint:{RANGES}", "-o", f"{out}/joint"]
-    yield ["merge", base, str(joint), "--method", "task_arithmetic", "--weights", "0.5", *FLOAT32, "-o", f"{out}/merged/joint-0.5"]
-    experts = [f"{out}/experts/{span}" for span in _ranges(partition)]
+    at = shlex.quote(str(out))
+    train = f"--max-train-steps {steps} --train-batch-size 32 --learning-rate 2e-4 --ema-decay 0.99 --seed {seed}"
+    cells = "--bins 10 --groups 12 --train-batch-size 128"
+    yield f"analyze digits-base --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"
+    ranges = f"--ranges {at}/conflict/partition.json"
+    yield f"finetune digits-base --data digits {ranges} {train} --fisher-samples 64 -o {at}/experts"
+    yield f"finetune digits-base --data digits --ranges joint:4 {train} -o {at}/joint"
+    halfway = "--method task_arithmetic --weights 0.5 --save-dtype float32"
+    yield f"merge digits-base {at}/joint/0000-1000 {halfway} -o {at}/merged/joint-0.5"
+    experts = " ".join(f"{at}/experts/{span}" for span in _ranges(out / "conflict" / "partition.json"))
     for name, method in MERGES.items():
-        yield ["merge", base, *experts, *method, *FLOAT32, "-o", f"{out}/merged/{name}"]
-    merged = [f"{out}/merged/{name}" for name in ("joint-0.5", *MERGES)]
-    models = [f"base={base}", f"joint={joint}", *merged, f"routed ensemble={out}/experts"]
-    sampling = ["--num-images", str(num_images), "--seeds", ",".join(map(str, range(seeds)))]
-    sampling += ["--steps", str(sampling_steps), "--eval-batch-size", "250", "--ranges", str(partition)]
-    yield ["evaluate", *models, *data, "--features", "digits-cnn", *sampling, "-o", str(out)]
-    yield ["compare", str(out), "--title", "Handwritten digits: one base, four experts, their merges"]
+        yield f"merge digits-base {experts} {method} --save-dtype float32 -o {at}/merged/{name}"
+    merged = " ".join(f"{at}/merged/{name}" for name in ("joint-0.5", *MERGES))
+    models = f"base=digits-base joint={at}/joint/0000-1000 {merged} ensemble={at}/experts"
+    images = f"--num-images {num_images} --seeds {','.join(map(str, range(seeds)))} --steps {sampling_steps}"
+    yield f"evaluate {models} --data digits --features digits-cnn {images} --eval-batch-size 250 {ranges} -o {at}"
+    yield f"compare {at} --title 'Handwritten digits: one base, four experts, their merges'"
 
 
 def _ranges(partition: Path) -> list[str]:

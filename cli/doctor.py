@@ -68,9 +68,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding("devices", ", ".join([*names, *mps, "CPU"]))
     threads, cores = torch.get_num_threads(), len(_cores())
     over = threads > cores
-    yield Finding(
-        "threads", f"torch uses {threads} of {cores} cores", f"export OMP_NUM_THREADS={cores}" if over else ""
-    )
+    yield Finding("threads", f"torch uses {threads} of {cores} cores", f"export OMP_NUM_THREADS={cores}" if over else "")
 
 
 def _packages() -> Iterator[Finding]:
@@ -99,11 +97,7 @@ def _imported(module: str) -> Finding:
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         broken = "torchvision" in str(error)
-        fix = (
-            "pip uninstall torchvision (demerge does not need it)"
-            if broken
-            else f"pip install --force-reinstall {module}"
-        )
+        fix = "pip uninstall torchvision (demerge does not need it)" if broken else f"pip install --force-reinstall {module}"
         return Finding(module, f"cannot be imported: {reason[0]}", fix)
 
 

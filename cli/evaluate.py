@@ -18,7 +18,8 @@ def _option(name: str, help: str, panel: str, **rules: Any) -> Any:
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(help="Pipelines, folders of experts (routed), folders of images; NAME=MODEL names one.")
+        list[str],
+        typer.Argument(help="Pipelines, folders of experts (routed), folders of images; NAME=MODEL names one."),
     ],
     data: Annotated[str, typer.Option("--data", help="Real images: folder, CIFAR-10 batches, idx, npz, digits, hf:NAME.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; scores go to OUT/scores.")],

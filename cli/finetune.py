@@ -20,7 +20,9 @@ def finetune(
     model: Annotated[str, typer.Argument(help="Pipeline folder or Hub id; with --init random a model config (JSON).")],
     data: Annotated[str, _option("--data", "Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.", DATA)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder that gets one expert folder per range.")],
-    ranges: Annotated[str, typer.Option(help="uniform:N, joint, joint:K (K times the steps) or a partition.json.")] = "uniform:4",
+    ranges: Annotated[
+        str, typer.Option(help="uniform:N, joint, joint:K (K times the steps) or a partition.json.")
+    ] = "uniform:4",
     split: Annotated[str, _option("--split", "train, test or all.", DATA)] = "train",
     random_flip: Annotated[bool, _option("--random-flip", "Mirror half of the images.", DATA)] = False,
     init: Annotated[str, typer.Option(help="pretrained, or random to train a base.")] = "pretrained",
@@ -43,19 +45,20 @@ def finetune(
     use_ema: Annotated[bool, _option("--use-ema/--no-use-ema", "Keep the average of the weights.", TRAINING)] = True,
     ema_decay: Annotated[float, _option("--ema-decay", "Decay of the average, at most.", TRAINING)] = 0.9999,
     fisher_samples: Annotated[
-        int, _option("--fisher-samples", "Images for the range's Fisher, which `merge --method fisher` takes.", TRAINING)
+        int,
+        _option("--fisher-samples", "Images for the range's Fisher, which `merge --method fisher` takes.", TRAINING),
     ] = 0,
     checkpointing_steps: Annotated[int, _option("--checkpointing-steps", "Steps between checkpoints.", TRAINING)] = 500,
     logging_steps: Annotated[int, _option("--logging-steps", "Steps between lines of log.jsonl.", TRAINING)] = 50,
     p: Annotated[float, _option("--p", "Share of timesteps drawn from all of [0, T).", OBJECTIVE)] = 0.3,
-    sampling: Annotated[str, _option("--sampling", "mixture, or paper for its batch-wise antithetic draw.", OBJECTIVE)] = "mixture",
+    sampling: Annotated[
+        str, _option("--sampling", "mixture, or paper for its batch-wise antithetic draw.", OBJECTIVE)
+    ] = "mixture",
     consistency: Annotated[float, _option("--consistency", "lambda, the pull to the base's prediction.", OBJECTIVE)] = 1.0,
     consistency_schedule: Annotated[
         str, _option("--consistency-schedule", "constant, linear or cosine decay of lambda.", OBJECTIVE)
     ] = "constant",
-    loss_weight: Annotated[
-        str, _option("--loss-weight", "one, min-snr, truncated-snr, snr+1 or p2.", OBJECTIVE)
-    ] = "one",
+    loss_weight: Annotated[str, _option("--loss-weight", "one, min-snr, truncated-snr, snr+1 or p2.", OBJECTIVE)] = "one",
     snr_gamma: Annotated[float, _option("--snr-gamma", "gamma of min-snr.", OBJECTIVE)] = 5.0,
     projection: Annotated[str, _option("--projection", "foldable or none.", OBJECTIVE)] = "foldable",
     seed: Seed = 0,

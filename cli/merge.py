@@ -14,15 +14,9 @@ def merge(
     base: Annotated[Path, typer.Argument(help="Pipeline folder, component folder, .safetensors file or shard index.")],
     experts: Annotated[list[Path], typer.Argument(metavar="EXPERT...", help="Models finetuned from the base.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="A new folder, or a new .safetensors file.")] = None,
-    method: Annotated[
-        str, typer.Option(help="A name from `demerge methods`, or path.py:function.")
-    ] = "task_arithmetic",
-    weights: Annotated[
-        str | None, typer.Option(help="One number per expert, comma-separated; 1/K each by default.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", help="NAME=VALUE of the method; may be repeated.")
-    ] = None,
+    method: Annotated[str, typer.Option(help="A name from `demerge methods`, or path.py:function.")] = "task_arithmetic",
+    weights: Annotated[str | None, typer.Option(help="One number per expert, comma-separated; 1/K each by default.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE of the method; may be repeated.")] = None,
     save_dtype: Annotated[str, typer.Option("--save-dtype", help="keep, float32, float16 or bfloat16.")] = "keep",
     seed: Seed = 0,
     dry_run: Annotated[

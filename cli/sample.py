@@ -16,7 +16,9 @@ def sample(
     num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="How many images.")] = 16,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")] = 50,
     sampler: Annotated[str, typer.Option(help="ddim, or base for the base's own scheduler.")] = "ddim",
-    experts: Annotated[Path | None, typer.Option(help="Folder of experts: sample the routed ensemble on MODEL's schedule.")] = None,
+    experts: Annotated[
+        Path | None, typer.Option(help="Folder of experts: sample the routed ensemble on MODEL's schedule.")
+    ] = None,
     captions: Annotated[Path | None, typer.Option(help="Text file, a caption per line, for text-to-image models.")] = None,
     eval_batch_size: Annotated[int, typer.Option("--eval-batch-size", min=1, help="Images per forward pass.")] = 64,
     seed: Seed = 0,

@@ -176,5 +176,9 @@ def _check(map: ConflictMap) -> None:
     flat = gram.reshape(N * gram.shape[1], -1)
     norms = np.sqrt(np.clip(np.diagonal(flat), 0, None))
     slack = 1e-4 * np.outer(norms, norms)
-    if (np.diagonal(flat) < 0).any() or (abs(flat - flat.T) > slack).any() or (abs(flat) > np.outer(norms, norms) + slack).any():
+    if (
+        (np.diagonal(flat) < 0).any()
+        or (abs(flat - flat.T) > slack).any()
+        or (abs(flat) > np.outer(norms, norms) + slack).any()
+    ):
         raise InputError("gram holds no inner products of vectors", fix=fix)

@@ -169,7 +169,8 @@ def _explained(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing(path)).free
             raise ResourceError(
-                f"{path}: the disk is full ({free:,} bytes free); nothing was changed", fix="free some space and run again"
+                f"{path}: the disk is full ({free:,} bytes free); nothing was changed",
+                fix="free some space and run again",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise ResourceError(f"{path}: the folder cannot be written", fix="choose a folder you may write to") from error

@@ -32,9 +32,7 @@ def range_fisher(
         NumericalError: where a gradient is not finite.
     """
     if samples < 1 or range.stop > model.T:
-        raise UsageError(
-            f"{samples} samples of {range} cannot be drawn", fix=f"give samples >= 1 and stay in [0, {model.T})"
-        )
+        raise UsageError(f"{samples} samples of {range} cannot be drawn", fix=f"give samples >= 1 and stay in [0, {model.T})")
     single = model.with_denoiser(copy.deepcopy(model.denoiser).eval().requires_grad_(True))
     parameters = dict(single.denoiser.named_parameters())
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from demerge.embedded import embedded
 from demerge.errors import InputError, UsageError
-from demerge.headers import read_json
 
 DENOISERS: Mapping[str, type[diffusers.ModelMixin]] = {
     "UNet2DModel": diffusers.UNet2DModel,
     "UNet2DConditionModel": diffusers.UNet2DConditionModel,
 }
+
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
@@ -46,7 +46,7 @@ class TextEncoder:
 
 
 def resolve(model: str | Path) -> Path:
-    """Return the pipeline folder of a path, an embedded model or a Hub id; a component folder inside a pipeline stands for its pipeline.
+    """Return the pipeline folder of a path, an embedded model or a Hub id; a component folder stands for its pipeline.
 
     Raises:
         InputError: where there is neither such a folder nor such a Hub id.
@@ -65,7 +65,7 @@ def resolve(model: str | Path) -> Path:
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*"]
     try:
@@ -85,6 +85,11 @@ def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:
 
 
 def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixin:
+    """Load the denoiser in float32.
+
+    Raises:
+        InputError: where its class is not supported, or the weights do not fit the config.
+    """
     name = _class_name(folder, index, "unet")
     if name not in DENOISERS:
         raise InputError(f"{folder}: denoiser class '{name}' is not supported", fix=f"use one of {', '.join(DENOISERS)}")
@@ -102,6 +107,11 @@ def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixi
 
 
 def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
+    """Load the base's own scheduler.
+
+    Raises:
+        InputError: where it is missing or no scheduler of diffusers.
+    """
     name = _class_name(folder, index, "scheduler")
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
@@ -113,6 +123,11 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
 
 
 def load_text(folder: Path) -> TextEncoder:
+    """Load the tokenizer and the text encoder.
+
+    Raises:
+        UsageError: where transformers is not installed.
+    """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:

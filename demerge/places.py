@@ -96,9 +96,7 @@ def _sharded(path: Path, pipeline: Path | None, folder: Path, index: Path) -> Pl
     for name in names:
         parts = PurePosixPath(name).parts
         if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
-            raise InputError(
-                f"{index}: weight_map leads out of its folder: {name[:200]!r}", fix="do not use this checkpoint"
-            )
+            raise InputError(f"{index}: weight_map leads out of its folder: {name[:200]!r}", fix="do not use this checkpoint")
     return Place(path, pipeline, folder, tuple(inside(folder, folder / name) for name in names), weight_map)
 
 

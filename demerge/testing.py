@@ -81,9 +81,7 @@ def zero_deltas_give_the_base(method: Method, seed: int) -> None:
 def order_does_not_matter(method: Method, seed: int) -> None:
     """Experts, weights and inputs in another order give the same, up to rounding; random masks are kept out."""
     case, order = Case.random(seed, K=4), [2, 0, 3, 1]
-    other = Case(
-        case.base, [case.experts[i] for i in order], [case.weights[i] for i in order], [case.inputs[i] for i in order]
-    )
+    other = Case(case.base, [case.experts[i] for i in order], [case.weights[i] for i in order], [case.inputs[i] for i in order])
     options = method.off if method.draws else {}
     _assert_close(case.merge(method, **options), other.merge(method, **options))
 

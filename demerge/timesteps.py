@@ -73,7 +73,8 @@ class Partition:
         for left, right in pairwise(self.ranges):
             if left.stop != right.start:
                 raise UsageError(
-                    f"ranges {left} and {right} leave a gap or overlap", fix="each range begins where the last one stops"
+                    f"ranges {left} and {right} leave a gap or overlap",
+                    fix="each range begins where the last one stops",
                 )
 
     @classmethod
@@ -100,9 +101,7 @@ class Partition:
             document = json.loads(path.read_text(encoding="utf-8"))
             return cls(tuple(TimestepRange(int(a), int(b)) for a, b in document["ranges"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}: not a partition: {error}", fix='write {"ranges": [[0, 250], [250, 1000]]}'
-            ) from error
+            raise InputError(f"{path}: not a partition: {error}", fix='write {"ranges": [[0, 250], [250, 1000]]}') from error
 
     def save(self, path: Path) -> None:
         """Write `partition.json`."""

@@ -56,9 +56,7 @@ def test_digits_split_is_disjoint_and_complete():
 
 
 def test_cifar_folder_uses_its_own_test_split(tmp_path):
-    records = {
-        name: np.hstack([noise(4, 1) % 10, noise(4, 3072)]) for name in ("data_batch_1", "data_batch_2", "test_batch")
-    }
+    records = {name: np.hstack([noise(4, 1) % 10, noise(4, 3072)]) for name in ("data_batch_1", "data_batch_2", "test_batch")}
     for name, values in records.items():
         values.tofile(tmp_path / f"{name}.bin")
     test = load_images(tmp_path, split="test")
@@ -83,9 +81,7 @@ def test_idx_folder(tmp_path, suffix):
     assert load_images(tmp_path / f"train-images-idx3-ubyte{suffix}").labels == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("shape", "expected"), [((7, 5, 5, 3), 3), ((7, 3, 5, 5), 3), ((7, 5, 5), 1), ((7, 5, 5, 1), 1)]
-)
+@pytest.mark.parametrize(("shape", "expected"), [((7, 5, 5, 3), 3), ((7, 3, 5, 5), 3), ((7, 5, 5), 1), ((7, 5, 5, 1), 1)])
 def test_npz_layouts(tmp_path, shape, expected):
     images = noise(*shape)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(7))

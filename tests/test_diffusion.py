@@ -14,7 +14,6 @@ import torch
 from demerge.diffusion import PREDICTION_TYPES, Diffusion
 from demerge.errors import InputError, UsageError
 
-
 MakeTiny = Callable[..., Path]
 
 
@@ -34,8 +33,7 @@ def test_loss_is_the_mean_squared_error_of_each_sample(tiny: Path) -> None:
     with torch.no_grad():
         loss = model.loss(x0, noise, t)
         each = [
-            ((model.denoiser(model.add_noise(x0, noise, t)[i : i + 1], t[i]).sample - noise[i]) ** 2).mean()
-            for i in range(3)
+            ((model.denoiser(model.add_noise(x0, noise, t)[i : i + 1], t[i]).sample - noise[i]) ** 2).mean() for i in range(3)
         ]
     torch.testing.assert_close(loss, torch.stack(each))
 

@@ -67,9 +67,7 @@ def test_what_was_written_is_what_is_read(tmp_path):
     path = commit_json(tmp_path / "deep" / "a.json", {"b": 1, "a": "ü"})
     assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "ü"\n}\n'
-    assert (
-        sha256(tmp_path / "deep" / "a.json") == hashlib.sha256((tmp_path / "deep" / "a.json").read_bytes()).hexdigest()
-    )
+    assert sha256(tmp_path / "deep" / "a.json") == hashlib.sha256((tmp_path / "deep" / "a.json").read_bytes()).hexdigest()
     assert names(tmp_path / "deep") == ["a.json"]
     with pytest.raises(ValueError, match="not JSON compliant"):
         commit_json(tmp_path / "nan.json", float("nan"))

@@ -182,11 +182,7 @@ def writes(node: ast.AST) -> Iterator[str]:
     """The calls in a syntax tree that write to a place by its name."""
     for call in (inner for inner in ast.walk(node) if isinstance(inner, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if (
-            name in WRITES
-            or (name == "open" and _opens_to_write(call))
-            or (_saves(call, name) and _names_a_place(call))
-        ):
+        if name in WRITES or (name == "open" and _opens_to_write(call)) or (_saves(call, name) and _names_a_place(call)):
             yield f"line {call.lineno}: {ast.unparse(call)}"
 
 

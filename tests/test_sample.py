@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import diffusers
@@ -63,7 +64,7 @@ def test_ddim_walks_back_by_the_spacing_it_assumes(model: Diffusion) -> None:
         scheduler = make_scheduler(model, steps, "ddim")
         ts = scheduler.timesteps.tolist()
         assert len(ts) == steps
-        assert all(a - b == 1000 // steps for a, b in zip(ts, ts[1:], strict=False))
+        assert all(a - b == 1000 // steps for a, b in pairwise(ts))
 
 
 def test_routing_is_right_for_every_number_of_steps(model: Diffusion) -> None:

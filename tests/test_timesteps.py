@@ -93,9 +93,7 @@ def test_save_and_load_give_the_same(tmp_path_factory, partition):
     assert Partition.load(path) == partition
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"ranges": 5}', '{"ranges": [[0]]}', '{"ranges": [["a", "b"]]}', "\xff"]
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ranges": 5}', '{"ranges": [[0]]}', '{"ranges": [["a", "b"]]}', "\xff"])
 def test_files_that_are_no_partition_are_input_errors(tmp_path, text):
     path = tmp_path / "partition.json"
     path.write_text(text, encoding="latin-1")

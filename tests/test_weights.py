@@ -148,9 +148,7 @@ def test_refuses_a_folder_without_weights_and_one_with_pickles(tmp_path: Path) -
         locate(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors", "..\\b.safetensors", ""]
-)
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors", "..\\b.safetensors", ""])
 def test_refuses_a_weight_map_that_leads_out(tmp_path: Path, name: str) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
     folder = tmp_path / "model"

@@ -74,9 +74,7 @@ def is_cifar(folder: Path) -> bool:
 def _cifar_batch(file: Path) -> tuple[Pixels8, Pixels8]:
     values = np.fromfile(file, dtype=np.uint8)
     if not len(values) or len(values) % CIFAR_RECORD:
-        raise InputError(
-            f"{file}: {len(values):,} bytes are no whole number of {CIFAR_RECORD}-byte records", fix=CIFAR_FIX
-        )
+        raise InputError(f"{file}: {len(values):,} bytes are no whole number of {CIFAR_RECORD}-byte records", fix=CIFAR_FIX)
     records = values.reshape(-1, CIFAR_RECORD)
     if records[:, 0].max() > 9:
         raise InputError(f"{file}: label {records[:, 0].max()} is not one of 0..9, no CIFAR-10 batch", fix=CIFAR_FIX)
@@ -99,9 +97,7 @@ def read_idx(path: Path) -> Source:
     labels = [_idx_labels(file) for file in files]
     known = [part for part in labels if part is not None]
     held = tuple(range(len(images[0]), len(images[0]) + len(images[1]))) if len(images) == 2 else None
-    return array_source(
-        path.name, np.concatenate(images), np.concatenate(known) if len(known) == len(files) else None, held
-    )
+    return array_source(path.name, np.concatenate(images), np.concatenate(known) if len(known) == len(files) else None, held)
 
 
 def is_idx(folder: Path) -> bool:
@@ -135,9 +131,7 @@ def _idx_values(file: Path, dims: int) -> Pixels8:
         raise InputError(f"{file}: no idx file of bytes in {dims} dimensions", fix="use MNIST-like idx files")
     shape = struct.unpack(f">{dims}I", raw[4:head])
     if math.prod(shape) != len(raw) - head or 0 in shape:
-        raise InputError(
-            f"{file}: header says {shape}, the file holds {len(raw) - head:,} values", fix="fetch it again"
-        )
+        raise InputError(f"{file}: header says {shape}, the file holds {len(raw) - head:,} values", fix="fetch it again")
     return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape)
 
 
@@ -162,9 +156,7 @@ def read_npz(path: Path) -> Source:
         with np.load(path, allow_pickle=False) as archive:
             key = next((k for k in ("images", "arr_0") if k in archive.files), None)
             if key is None:
-                raise InputError(
-                    f"{path}: no key 'images' or 'arr_0' among {archive.files[:8]}", fix="name the array 'images'"
-                )
+                raise InputError(f"{path}: no key 'images' or 'arr_0' among {archive.files[:8]}", fix="name the array 'images'")
             images = archive[key]
             labels = archive["labels"] if "labels" in archive.files else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
@@ -173,9 +165,7 @@ def read_npz(path: Path) -> Source:
             fix="write it with numpy.savez(path, images=array), uint8, no objects",
         ) from error
     if labels is not None and labels.shape != (len(images),):
-        raise InputError(
-            f"{path}: labels {labels.shape} do not match {len(images)} images", fix="give one label per image"
-        )
+        raise InputError(f"{path}: labels {labels.shape} do not match {len(images)} images", fix="give one label per image")
     return array_source(path.stem, _channels_first(path, key, images), labels)
 
 
@@ -192,14 +182,10 @@ def _channels_first(path: Path, key: str, images: NDArray[np.generic]) -> Pixels
         return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
     if values.shape[1] in (1, 3):
         return values
-    raise InputError(
-        f"{path}: '{key}' {list(values.shape)} has neither 1 nor 3 channels", fix="drop other channels, as alpha"
-    )
+    raise InputError(f"{path}: '{key}' {list(values.shape)} has neither 1 nor 3 channels", fix="drop other channels, as alpha")
 
 
-def array_source(
-    name: str, images: Pixels8, labels: NDArray[np.integer] | None, test: tuple[int, ...] | None = None
-) -> Source:
+def array_source(name: str, images: Pixels8, labels: NDArray[np.integer] | None, test: tuple[int, ...] | None = None) -> Source:
     """Wrap images [N C H W]; the content's hash covers shape, pixels and labels."""
     digest = hashlib.sha256(str(images.shape).encode())
     digest.update(np.ascontiguousarray(images).data)

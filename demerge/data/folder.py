@@ -109,9 +109,7 @@ def find_images(folder: Path) -> list[Path]:
     found = []
     for place, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [
-            Path(place, n) for n in names if not n.startswith(".") and Path(n).suffix.lower().removeprefix(".") in KINDS
-        ]
+        found += [Path(place, n) for n in names if not n.startswith(".") and Path(n).suffix.lower().removeprefix(".") in KINDS]
     if not found:
         raise InputError(f"{folder}: no image in this folder", fix=f"give a folder of {', '.join(KINDS)} files")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
@@ -181,9 +179,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{path}: more than {MAX_PIXELS // 10**6} million pixels", fix="scale it down or remove it"
-        ) from error
+        raise InputError(f"{path}: more than {MAX_PIXELS // 10**6} million pixels", fix="scale it down or remove it") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: {_what_else(path)}", fix="replace or remove it") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, MemoryError) as error:

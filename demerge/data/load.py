@@ -50,9 +50,7 @@ def load_images(
     if limit is not None and limit < len(chosen):
         chosen = sorted(chosen[i] for i in permutation(len(chosen), 0, "limit")[:limit])
     if not chosen:
-        raise InputError(
-            f"{source}: the split '{split}' of {n} images is empty", fix="use a larger source or split 'all'"
-        )
+        raise InputError(f"{source}: the split '{split}' of {n} images is empty", fix="use a larger source or split 'all'")
     return data.subset(chosen)
 
 

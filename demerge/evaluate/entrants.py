@@ -1,11 +1,11 @@
 """Who is evaluated, and as what; read from the records that demerge leaves in its folders.
 
-    base        the model that the others were made from: drift and changes of loss are taken against it
-    joint       an expert of [0, T), or a merge of such experts alone, theta_0 + a (theta_joint - theta_0)
-    expert      an expert of a part of [0, T)
-    ensemble    a folder of expert folders, routed by timestep on the base's schedule
-    merge       a folder with demerge.json
-    model       any other pipeline; and a folder of images, which is scored as it is
+base        the model that the others were made from: drift and changes of loss are taken against it
+joint       an expert of [0, T), or a merge of such experts alone, theta_0 + a (theta_joint - theta_0)
+expert      an expert of a part of [0, T)
+ensemble    a folder of expert folders, routed by timestep on the base's schedule
+merge       a folder with demerge.json
+model       any other pipeline; and a folder of images, which is scored as it is
 """
 
 from __future__ import annotations

@@ -131,7 +131,9 @@ def load_moments(path: Path, *, n: int | None = None) -> Moments:
         count = int(arrays["n"]) if "n" in arrays else n
         mean, covariance = (torch.from_numpy(np.array(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not an npz with mu and sigma: {error}", fix="write it with pytorch-fid or demerge") from error
+        raise InputError(
+            f"{path}: not an npz with mu and sigma: {error}", fix="write it with pytorch-fid or demerge"
+        ) from error
     if count is None:
         raise InputError(f"{path}: the file does not say how many images n it stands for", fix="give the number yourself")
     try:

@@ -141,9 +141,7 @@ def _step(weights: Mapping[str, Tensor], text: str, prefix: str) -> nn.Module:
     stride = 2 if mode == "2" else 1
     if names in ("avg", "max"):
         return Pool(names, stride)
-    convolutions = [
-        Conv(*_folded(weights, prefix + name), stride=stride, same=not mode) for name in names.split("|")
-    ]
+    convolutions = [Conv(*_folded(weights, prefix + name), stride=stride, same=not mode) for name in names.split("|")]
     return convolutions[0] if len(convolutions) == 1 else Fork(*convolutions)
 
 
@@ -191,7 +189,8 @@ def prepare(images: Tensor, mode: Preprocess = "clean") -> Tensor:
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise UsageError(
-            f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]", fix="convert them to grey or RGB"
+            f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]",
+            fix="convert them to grey or RGB",
         )
     x = images.expand(-1, 3, -1, -1).float()
     if mode == "clean":

@@ -44,7 +44,8 @@ class RangeLosses:
     def __post_init__(self) -> None:
         if len(self.ranges) != len(self.blocks) or len({len(row) for row in self.blocks}) > 1:
             raise UsageError(
-                f"{len(self.ranges)} ranges and {len(self.blocks)} rows of losses do not fit", fix="give a row for each range"
+                f"{len(self.ranges)} ranges and {len(self.blocks)} rows of losses do not fit",
+                fix="give a row for each range",
             )
 
     @property

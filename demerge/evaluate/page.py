@@ -90,9 +90,7 @@ def _section(title: str, lead: str, body: str) -> str:
 
 def _verdict(rows: Sequence[Row]) -> str:
     result = outcome(rows)
-    return (
-        f'<section class="verdict {result}"><div class="eyebrow">{EYEBROWS[result]}</div>\n<p>{text(verdict(rows))}</p></section>'
-    )
+    return f'<section class="verdict {result}"><div class="eyebrow">{EYEBROWS[result]}</div>\n<p>{text(verdict(rows))}</p></section>'
 
 
 def _tiles(rows: Sequence[Row], floors: Sequence[Row]) -> str:

@@ -101,7 +101,16 @@ def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
         columns=["model", "kind", "fd"],
     )
     sns.stripplot(
-        frame, x="fd", y="model", hue="kind", palette=dict(COLORS), size=4, alpha=0.55, jitter=False, legend=False, ax=axes
+        frame,
+        x="fd",
+        y="model",
+        hue="kind",
+        palette=dict(COLORS),
+        size=4,
+        alpha=0.55,
+        jitter=False,
+        legend=False,
+        ax=axes,
     )
     for y, row in enumerate(rows):
         spread = 0.0 if math.isnan(row.sd("fd")) else row.sd("fd")

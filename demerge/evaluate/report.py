@@ -1,9 +1,9 @@
 """The report: ranking, plots, contact sheet and verdict of a set of scores, written into one folder.
 
-    DIR/index.html      one page that loads nothing
-    DIR/scores.csv      a line for each model: means, standard deviations, verdicts, the whole protocol
-    DIR/scores.md       the same for a README
-    DIR/ranking.svg, tradeoff.svg, losses.svg, contact.png, and a .png beside every .svg
+DIR/index.html      one page that loads nothing
+DIR/scores.csv      a line for each model: means, standard deviations, verdicts, the whole protocol
+DIR/scores.md       the same for a README
+DIR/ranking.svg, tradeoff.svg, losses.svg, contact.png, and a .png beside every .svg
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def build_report(
         _commit(out / "contact.png", plots.render(partial(plots.contact_sheet, ordered), plots.LIGHT, "png"))
     commit_text(out / "scores.csv", csv(ranked, floors))
     commit_text(out / "scores.md", markdown(ranked, floors, title=title))
-    html = page(
-        title, ranked, floors, plots=exhibits, contact=ordered, figures=figures, commands=commands, notes=notes
-    )
+    html = page(title, ranked, floors, plots=exhibits, contact=ordered, figures=figures, commands=commands, notes=notes)
     return commit_text(out / "index.html", html)
 
 

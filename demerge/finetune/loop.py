@@ -242,7 +242,10 @@ class Run:
     def _log(self) -> None:
         t, error = (torch.cat(parts) for parts in zip(*self.window, strict=True))
         bins = (t * LOG_BINS // self.base.T).long()
-        sums, counts = torch.zeros(LOG_BINS).index_add_(0, bins, error.float()), torch.bincount(bins, minlength=LOG_BINS)
+        sums, counts = (
+            torch.zeros(LOG_BINS).index_add_(0, bins, error.float()),
+            torch.bincount(bins, minlength=LOG_BINS),
+        )
         by_bin = [round(float(s / c), 6) if c and math.isfinite(s) else None for s, c in zip(sums, counts, strict=True)]
         mean = float(error.float().nanmean())
         line = {"step": self.step, "loss": round(mean, 6) if math.isfinite(mean) else None, "loss_by_bin": by_bin}

@@ -23,8 +23,8 @@ class FinetuneOptions:
     """Options of one finetune; the names are those of diffusers' training scripts where these have one.
 
     Objective (see `demerge.finetune.objective`): `p` is the share of timesteps drawn from all of [0, T), `consistency`
-    the weight lambda of the frozen base's prediction, `consistency_schedule` how lambda decays over the run. With `fisher_samples`, each expert
-    gets a fisher.safetensors of its range, which merging by `fisher` takes.
+    the weight lambda of the frozen base's prediction, `consistency_schedule` how lambda decays over the run. With
+    `fisher_samples`, each expert gets a fisher.safetensors of its range, which merging by `fisher` takes.
 
     Raises:
         UsageError: where a value breaks its rule.

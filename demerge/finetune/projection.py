@@ -32,6 +32,7 @@ class ChannelMix(nn.Module):
         self.W = nn.Parameter(torch.eye(channels))
 
     def forward(self, K: Tensor) -> Tensor:
+        """Return W K, in the shape of K."""
         return (self.W @ K.reshape(K.shape[0], -1)).view_as(K)
 
 

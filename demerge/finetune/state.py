@@ -84,7 +84,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
     """Put the tensors that `optimizer_tensors` named back."""
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):

@@ -45,9 +45,7 @@ def fisher(
     Raises:
         UsageError: where the weights sum to 0.
     """
-    importance = (fisher.double() if norm is None else fisher.double() / _column(norm, fisher)) * _column(
-        weights, fisher
-    )
+    importance = (fisher.double() if norm is None else fisher.double() / _column(norm, fisher)) * _column(weights, fisher)
     total = importance.sum(0)
     mean = weighted_sum(deltas, weights / nonzero_sum(weights))
     weighted = (importance * deltas).sum(0) / torch.where(total == 0, 1.0, total)

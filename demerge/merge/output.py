@@ -69,9 +69,7 @@ def layout(base: Mapping[str, Tensor], save_dtype: str) -> list[Entry]:
     if save_dtype not in dtypes:
         raise UsageError(f"save dtype '{save_dtype}' is unknown", fix=f"use one of {', '.join(dtypes)}")
     asked = dtypes[save_dtype]
-    entries = [
-        Entry(n, (asked or t.dtype) if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in base.items()
-    ]
+    entries = [Entry(n, (asked or t.dtype) if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in base.items()]
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
@@ -150,6 +148,4 @@ def refuse_small_disk(out: Path, needed: int) -> None:
     folder = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ResourceError(
-            f"{out} needs {needed:,} bytes, {free:,} are free", fix="free some space or choose another disk"
-        )
+        raise ResourceError(f"{out} needs {needed:,} bytes, {free:,} are free", fix="free some space or choose another disk")

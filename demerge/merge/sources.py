@@ -32,9 +32,7 @@ def expert_range(place: Place) -> TimestepRange | None:
         start, stop = read_json(record)["range"]
         return TimestepRange(int(start), int(stop))
     except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise InputError(
-            f"{record}: no range [start, stop] in it", fix="use the expert.json that finetune wrote"
-        ) from error
+        raise InputError(f"{record}: no range [start, stop] in it", fix="use the expert.json that finetune wrote") from error
 
 
 def refuse_foreign(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:

@@ -32,11 +32,20 @@ def test_joint_counts_the_steps_of_all_experts(run, tiny: Path, tmp_path: Path) 
 
 def test_random_start_needs_no_base(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     config = tmp_path / "c.json"
-    unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": [8], "norm_num_groups": 4}
+    unet = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": [8],
+        "norm_num_groups": 4,
+    }
     unet |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     config.write_text(json.dumps({"unet": unet, "scheduler": {"num_train_timesteps": 100}}))
     out = tmp_path / "base"
-    assert run("finetune", config, "--init", "random", "--ranges", "joint", "-o", out, *FAST, "--save-dtype", "float16").code == 0
+    assert (
+        run("finetune", config, "--init", "random", "--ranges", "joint", "-o", out, *FAST, "--save-dtype", "float16").code == 0
+    )
     assert run("sample", out / "0000-0100", "-n", 1, "--steps", 2, "-o", tmp_path / "i", "--device", "cpu").code == 0
 
 

@@ -10,9 +10,29 @@ import time
 import pytest
 
 from demerge.cli import main as program
-from demerge.errors import ComparisonError, DemergeError, InputError, NumericalError, Preempted, ResourceError, UsageError
+from demerge.errors import (
+    ComparisonError,
+    DemergeError,
+    InputError,
+    NumericalError,
+    Preempted,
+    ResourceError,
+    UsageError,
+)
 
-COMMANDS = ("demo", "analyze", "finetune", "merge", "methods", "evaluate", "compare", "sample", "inspect", "data", "doctor")
+COMMANDS = (
+    "demo",
+    "analyze",
+    "finetune",
+    "merge",
+    "methods",
+    "evaluate",
+    "compare",
+    "sample",
+    "inspect",
+    "data",
+    "doctor",
+)
 
 
 def test_help_names_every_command_and_needs_no_torch() -> None:
@@ -42,7 +62,15 @@ def test_version(run) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(UsageError, 2), (InputError, 3), (ResourceError, 4), (NumericalError, 5), (ComparisonError, 6), (Preempted, 75), (DemergeError, 1)],
+    [
+        (UsageError, 2),
+        (InputError, 3),
+        (ResourceError, 4),
+        (NumericalError, 5),
+        (ComparisonError, 6),
+        (Preempted, 75),
+        (DemergeError, 1),
+    ],
 )
 def test_each_error_has_its_exit_code(run, monkeypatch, error: type[DemergeError], code: int) -> None:  # type: ignore[no-untyped-def]
     def fail(**_: object) -> None:
@@ -88,8 +116,26 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
 def test_sigterm_ends_training_with_a_checkpoint(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]
     import signal
 
-    arguments = ["finetune", tiny, "--data", "digits", "--ranges", "joint", "-o", tmp_path / "x", "--max-train-steps", "100000"]
-    command = [sys.executable, "-c", "from demerge.cli.main import main; main()", *map(str, arguments), "--train-batch-size", "2"]
+    arguments = [
+        "finetune",
+        tiny,
+        "--data",
+        "digits",
+        "--ranges",
+        "joint",
+        "-o",
+        tmp_path / "x",
+        "--max-train-steps",
+        "100000",
+    ]
+    command = [
+        sys.executable,
+        "-c",
+        "from demerge.cli.main import main; main()",
+        *map(str, arguments),
+        "--train-batch-size",
+        "2",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.stderr is not None
     for line in process.stderr:

@@ -13,7 +13,11 @@ from demerge.evaluate.losses import RangeLosses
 from demerge.evaluate.protocol import Kind, Protocol, Scores
 
 ROOT = Path(__file__).resolve().parents[2]
-PLACES = [ROOT.parent / "shared" / "assets", Path(os.environ.get("DEMERGE_ASSETS", ".")), Path.home() / ".cache/demerge-assets"]
+PLACES = [
+    ROOT.parent / "shared" / "assets",
+    Path(os.environ.get("DEMERGE_ASSETS", ".")),
+    Path.home() / ".cache/demerge-assets",
+]
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,8 @@ def test_infinite_metrics_are_refused(make_scores: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("preprocess", "clean"), ("num_images", 5000), ("steps", 100), ("reference_sha256", "00"), ("sampler", "base")]
+    ("name", "value"),
+    [("preprocess", "clean"), ("num_images", 5000), ("steps", 100), ("reference_sha256", "00"), ("sampler", "base")],
 )
 def test_unlike_protocols_are_not_ranked(make_scores: Make, name: str, value: object) -> None:
     scores = make_scores("a", "base", [8.0]) + make_scores("b", "merge", [7.0], **{name: value})

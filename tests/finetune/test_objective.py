@@ -44,7 +44,13 @@ def test_paper_sampling_tosses_once_and_mirrors() -> None:
     t = draw_timesteps(SPAN, 1000, options, 2, range(8))
     sums = t[:4] + t[4:]
     assert torch.all((sums - (250 + 499)).abs() <= 1)
-    inside = [bool(((d := draw_timesteps(SPAN, 1000, FinetuneOptions(sampling="paper"), s, range(64))) >= 250).all() and (d < 500).all()) for s in range(200)]
+    inside = [
+        bool(
+            ((d := draw_timesteps(SPAN, 1000, FinetuneOptions(sampling="paper"), s, range(64))) >= 250).all()
+            and (d < 500).all()
+        )
+        for s in range(200)
+    ]
     assert sum(inside) / 200 == pytest.approx(0.7, abs=0.1)
 
 
@@ -73,7 +79,8 @@ def test_schedules_begin_and_end_where_they_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("p", 1.5), ("learning_rate", 0.0), ("max_train_steps", 0), ("loss_weight", "x"), ("ema_decay", 1.0)]
+    ("name", "value"),
+    [("p", 1.5), ("learning_rate", 0.0), ("max_train_steps", 0), ("loss_weight", "x"), ("ema_decay", 1.0)],
 )
 def test_bad_option_is_named_with_its_value(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"{name} is {value!r}"):

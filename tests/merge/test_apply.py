@@ -54,9 +54,7 @@ def test_linear_methods_are_within_half_an_ulp_of_float64(dtype: torch.dtype) ->
     for n in ("a", "b"):
         moves = [w * (e[n].double() - base[n].double()) for w, e in zip(weights, experts, strict=True)]
         exact = base[n].double() + sum(moves, torch.zeros((), dtype=torch.float64))
-        ulp = torch.finfo(dtype).eps * torch.maximum(
-            exact.abs().log2().floor().exp2(), torch.tensor(torch.finfo(dtype).tiny)
-        )
+        ulp = torch.finfo(dtype).eps * torch.maximum(exact.abs().log2().floor().exp2(), torch.tensor(torch.finfo(dtype).tiny))
         size = base[n].double().abs() + sum((m.abs() for m in moves), torch.zeros((), dtype=torch.float64))
         float32_error = 3 * 2.0**-24 * size  # small beside the ulp where differences are small beside the base
         assert bool(((merged[n].double() - exact).abs() <= 0.5 * ulp + float32_error).all())
@@ -236,9 +234,7 @@ def test_options_are_read_from_the_signature() -> None:
 
 def test_a_method_can_be_a_function_in_a_file(tmp_path: Any) -> None:
     path = tmp_path / "mine.py"
-    path.write_text(
-        "def largest(base, deltas, *, weights, factor: float = 1.0):\n    return base + factor * deltas.amax(0)\n"
-    )
+    path.write_text("def largest(base, deltas, *, weights, factor: float = 1.0):\n    return base + factor * deltas.amax(0)\n")
     base, experts = {"w": torch.zeros(2)}, [{"w": torch.tensor([1.0, -1])}, {"w": torch.tensor([2.0, -3])}]
     assert merge_tensors(base, experts, f"{path}:largest", options={"factor": "2"})["w"].tolist() == [4, -2]
     with pytest.raises(UsageError, match="no function 'smallest'"):

@@ -48,12 +48,8 @@ VALUES = st.floats(-1e10, 1e10, width=32, allow_subnormal=True)
 
 @pytest.mark.parametrize(("name", "options"), [*((m.name, {}) for m in METHODS), *VARIANTS], ids=str)
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4))
-)
-def test_finite_input_gives_finite_output_in_any_chunks(
-    name: str, options: dict[str, Any], rows: list[list[float]]
-) -> None:
+@given(rows=st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4)))
+def test_finite_input_gives_finite_output_in_any_chunks(name: str, options: dict[str, Any], rows: list[list[float]]) -> None:
     base, *experts = ({"a": torch.tensor(row), "b": torch.tensor(row).half()} for row in _clipped(rows))
     inputs = {"fisher": [{n: t.float().abs() for n, t in e.items()} for e in experts]}
     merged = merge_tensors(base, experts, name, options=options, inputs=inputs)

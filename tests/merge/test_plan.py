@@ -115,9 +115,7 @@ def test_the_recipe_is_in_three_places(tiny: Path, tune: Tune, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_save_dtype_is_one_rounding_and_its_loss_is_counted(
-    tiny: Path, tune: Tune, tmp_path: Path, dtype: str
-) -> None:
+def test_the_save_dtype_is_one_rounding_and_its_loss_is_counted(tiny: Path, tune: Tune, tmp_path: Path, dtype: str) -> None:
     experts = [tune(0, scale=1e-4)]
     result = merge(tiny, experts, tmp_path / "m.safetensors", method="task_arithmetic", weights=[0.7], save_dtype=dtype)
     base, expert = load_file(tiny / WEIGHTS), load_file(experts[0] / WEIGHTS)
@@ -217,9 +215,7 @@ def test_a_component_that_links_out_is_not_copied(tiny: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_too_small_is_refused_before_the_work(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_too_small_is_refused_before_the_work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ResourceError, match="1,000 are free"):
         merge(tiny, [tiny], tmp_path / "out", method="average")
