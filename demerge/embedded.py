@@ -18,6 +18,5 @@ NAMES = ("digits-base",)
 
 
 def embedded(name: str | Path) -> Path:
-    """Return the folder of an embedded model, or the path itself where there is something, or no such model."""
-    path = Path(name)
-    return ASSETS / str(name) if str(name) in NAMES and not path.exists() else path
+    """Return the folder of an embedded model, or the path itself; a folder of the same name is written `./digits-base`."""
+    return ASSETS / str(name) if str(name) in NAMES else Path(name)

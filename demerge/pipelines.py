@@ -113,7 +113,7 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
         InputError: where it is missing or no scheduler of diffusers.
     """
     name = _class_name(folder, index, "scheduler")
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise InputError(f"{folder}: scheduler class '{name}' is unknown to diffusers", fix="use a stock scheduler")
     try:

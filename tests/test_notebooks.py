@@ -15,6 +15,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEMERGE_NOTEBOOK_STEPS", "2")
     monkeypatch.setenv("DEMERGE_NOTEBOOK_IMAGES", "70")
+    monkeypatch.setenv("DEMERGE_NOTEBOOK_BATCH", "4")
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     assert notebook.cells[-1].outputs

@@ -84,7 +84,7 @@ def scan(source: str | Path, *, progress: Progress | None = None) -> Scan:
         InputError: where there is no such source, or it holds no image at all.
     """
     path = Path(source)
-    if path.is_dir() and not is_cifar(path) and not is_idx(path):
+    if str(source) != "digits" and path.is_dir() and not is_cifar(path) and not is_idx(path):
         return _scan_folder(path, progress)
     read = read_source(source)
     n = len(read.pixels)

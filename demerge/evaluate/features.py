@@ -76,8 +76,8 @@ def feature_net(
 ) -> FeatureNet:
     """Return the net that `digits-cnn`, `random` or `inception:PATH` names; `preprocess` and `precision` are Inception's.
 
-    `precision="bf16"` runs Inception in bfloat16, twice as fast on a CPU that has it. It moves FID by some 0.4 % (33.48 to 33.36
-    on 1,500 against 1,500 images of CIFAR-10) and mixes with float32 features at an error of 0.25, so it is part of the
+    `precision="bf16"` runs Inception in bfloat16, twice as fast on a CPU that has it. It moves FID by some 0.4 % (33.48 to
+    33.36 on 1,500 against 1,500 images of CIFAR-10) and mixes with float32 features at an error of 0.25, so it is part of the
     protocol and is printed as `FID(bf16)`.
 
     Raises:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,17 +72,15 @@ def moments(batches: Iterable[Tensor], protocol: Mapping[str, str] | None = None
     Raises:
         UsageError: where there are fewer than 2 features.
     """
-    n, origin, total, outer = 0, None, None, None
+    n, origin, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
     for batch in batches:
         x = batch.detach().to("cpu", torch.float64)
-        if origin is None:
-            origin = x.mean(0)
-            total, outer = torch.zeros_like(origin), torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        origin = origin if n else x.mean(0)
         x = x - origin
         n += len(x)
-        total += x.sum(0)
-        outer += x.T @ x
-    if origin is None or total is None or outer is None or n < 2:
+        total = total + x.sum(0)
+        outer = outer + x.T @ x
+    if n < 2:
         raise UsageError(f"a covariance of {n} samples is not defined", fix="use at least 2 images")
     shift = total / n
     covariance = (outer - n * torch.outer(shift, shift)) / (n - 1)
@@ -89,9 +88,10 @@ def moments(batches: Iterable[Tensor], protocol: Mapping[str, str] | None = None
 
 
 def square_root(covariance: Tensor) -> Tensor:
-    """Return the symmetric root R [D D] of a covariance [D D], R R = S; eigenvalues below zero are rounding and count as zero."""
+    """Return the symmetric root R [D D] of a covariance [D D], R R = S; eigenvalues below zero are rounding, taken as zero."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
 
 
 def frechet_distance(a: Moments, b: Moments, *, root: Tensor | None = None) -> float:
@@ -114,9 +114,9 @@ def frechet_distance(a: Moments, b: Moments, *, root: Tensor | None = None) -> f
 
 def save_moments(path: Path, value: Moments) -> Path:
     """Write `mu`, `sigma`, `n` and the protocol's fields into an npz that pytorch-fid and edm read."""
-    arrays = {"mu": value.mean.numpy(), "sigma": value.covariance.numpy(), "n": np.asarray(value.n)}
-    fields = {f"protocol_{key}": np.asarray(text) for key, text in value.protocol.items()}
-    return commit_file(path, lambda stream: np.savez(stream, **arrays, **fields))
+    arrays: dict[str, Any] = {"mu": value.mean.numpy(), "sigma": value.covariance.numpy(), "n": np.asarray(value.n)}
+    arrays |= {f"protocol_{key}": np.asarray(text) for key, text in value.protocol.items()}
+    return commit_file(path, lambda stream: np.savez(stream, **arrays))
 
 
 def load_moments(path: Path, *, n: int | None = None) -> Moments:

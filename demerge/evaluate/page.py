@@ -63,7 +63,8 @@ def page(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
         f"<title>{text(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{text(title)}</h1>\n<p>{text(protocol)}</p></header>\n"
         + "\n".join(part for part in sections if part)
@@ -73,13 +74,13 @@ def page(
 
 
 RANKING = (
-    "Mean ± standard deviation over sampling seeds; all models draw from the same noise. A change against a control is the mean "
-    "of the paired differences; it is inconclusive below twice their standard deviation or 1.3 %, whichever is more."
+    "Mean ± standard deviation over sampling seeds; all models draw from the same noise. A change against a control is the "
+    "mean of the paired differences; it is inconclusive below twice their standard deviation or 1.3 %, whichever is more."
 )
 CONFLICT = "How far the gradients of different timesteps agree on the base, and where the timesteps were cut."
 LOSSES = (
-    "Change against the base on held-out images, with the same images, timesteps and noise for every model. Pale italics: within "
-    "two standard errors of zero. Negative is better. Loss does not rank models as the Frechet distance does."
+    "Change against the base on held-out images, with the same images, timesteps and noise for every model. Pale italics: "
+    "within two standard errors of zero. Negative is better. Loss does not rank models as the Frechet distance does."
 )
 
 
@@ -90,7 +91,8 @@ def _section(title: str, lead: str, body: str) -> str:
 
 def _verdict(rows: Sequence[Row]) -> str:
     result = outcome(rows)
-    return f'<section class="verdict {result}"><div class="eyebrow">{EYEBROWS[result]}</div>\n<p>{text(verdict(rows))}</p></section>'
+    eyebrow = f'<div class="eyebrow">{EYEBROWS[result]}</div>'
+    return f'<section class="verdict {result}">{eyebrow}\n<p>{text(verdict(rows))}</p></section>'
 
 
 def _tiles(rows: Sequence[Row], floors: Sequence[Row]) -> str:

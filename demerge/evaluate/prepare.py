@@ -27,7 +27,7 @@ OTHER = {"test": "train", "train": "test"}
 class Words:
     """What a user says about an evaluation.
 
-    `features` is `digits-cnn`, `random`, `inception:PATH`, or `auto`: the digits classifier for grey 8 x 8 images, else `random`.
+    `features` is `digits-cnn`, `random`, `inception:PATH`, or `auto`: the digits classifier for grey 8 x 8, else `random`.
     `reference_images` limits the reference. `ranges` is `uniform:N`, a partition.json or `none`.
     """
 

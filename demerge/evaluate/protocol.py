@@ -71,8 +71,8 @@ class Protocol:
 class Scores:
     """The scores of one model on one sampling seed.
 
-    `metrics` holds `fd` and, where they were measured, `kid`, `precision`, `recall`, `density`, `coverage`, `drift` (LPIPS to the
-    base's images from the same noise) and `diversity` (mean LPIPS over pairs); `images` is the SHA-256 of the images scored.
+    `metrics` holds `fd` and, where they were measured, `kid`, `precision`, `recall`, `density`, `coverage`, `drift` (LPIPS to
+    the base's images from the same noise) and `diversity` (mean LPIPS over pairs); `images` is the SHA-256 of the images.
 
     Raises:
         UsageError: where a metric is not finite or the kind is unknown.

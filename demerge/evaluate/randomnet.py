@@ -2,13 +2,14 @@
 
     image -> 32 x 32 RGB in [-1, 1] -> 3 x [conv 3 x 3, ReLU, mean pool 2] -> mean over space of every stage -> [224]
 
-Weights are normal with variance 2 / fan-in, keyed by the stage, hence the same everywhere. Such features see blur, noise, colour
-and texture; they are nearly blind to missing classes, and their distances compare with nothing but each other.
+Weights are normal with variance 2 / fan-in, keyed by the stage, hence the same everywhere. Such features see blur, noise,
+colour and texture; they are nearly blind to missing classes, and their distances compare with nothing but each other.
 """
 
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class RandomNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        stages = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
+        stages = pairwise(WIDTHS)
         self.filters = nn.ParameterList(
             nn.Parameter(normal((width, fan, 3, 3), 0, "random-net", samples=[i])[0] * (2 / (9 * fan)) ** 0.5, False)
             for i, (fan, width) in enumerate(stages)

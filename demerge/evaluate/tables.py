@@ -114,7 +114,13 @@ def change(result: Comparison) -> str:
 
 def escaped(text: str) -> str:
     """Return text without Markdown's or HTML's own signs in force, on one line."""
-    signs = {c: f"\\{c}" for c in "\\`*_[]|#"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+    signs: dict[str, str | int | None] = {c: f"\\{c}" for c in "\\`*_[]|#"} | {
+        "<": "&lt;",
+        ">": "&gt;",
+        "&": "&amp;",
+        "\n": " ",
+        "\r": " ",
+    }
     return text.translate(str.maketrans(signs))
 
 

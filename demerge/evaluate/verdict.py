@@ -119,8 +119,8 @@ def _about_floor(rows: Sequence[Row], floor: Row, protocol: Protocol) -> list[st
     count = floor.scores[0].protocol.num_images
     if count < protocol.num_images:
         return [
-            f"The noise floor comes from only {count:,} real images, the models' scores from {protocol.num_images:,}: the floor "
-            "is too high by the bias of smaller numbers."
+            f"The noise floor comes from only {count:,} real images, the models' scores from {protocol.num_images:,}: the "
+            "floor is too high by the bias of smaller numbers."
         ]
     return [
         f"{row.model} lies below the noise floor ({floor.mean('fd'):.2f}): closer to the reference than other real images. "

@@ -186,7 +186,7 @@ class Run:
         total = 0.0
         for micro in range(self.options.gradient_accumulation_steps):
             loss = self._loss(micro) / self.options.gradient_accumulation_steps
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
         if math.isfinite(total) and bool(torch.isfinite(norm)):

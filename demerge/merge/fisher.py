@@ -20,9 +20,9 @@ from demerge.merge.registry import Block, Scope, Statistic, method
 
 
 def fisher_norms(blocks: Iterable[Block]) -> Tensor:
-    """Return |F_i|_2 for each expert [K], float64; 1 where F_i is 0."""
+    """Return |F_i|_2 for each expert [K]; 1 where F_i is 0. Rounded to float32, so that the order of the sum does not show."""
     squares = torch.stack([block.inputs["fisher"].double().square().sum(1) for block in blocks]).sum(0)
-    return torch.where(squares > 0, squares.sqrt(), 1.0)
+    return torch.where(squares > 0, squares.sqrt(), 1.0).float()
 
 
 def _scope(options: Mapping[str, Any]) -> Scope | None:

@@ -65,7 +65,8 @@ def test_torch_fidelity_reads_positions_without_half_pixels() -> None:
 def test_pytorch_fid_ranges_over_minus_one_to_one() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 4, 4)
     black, white = prepare(images, "pytorch-fid")
-    assert (black.unique().tolist(), white.unique().tolist()) == ([-1.0], [1.0])
+    torch.testing.assert_close(black, torch.full_like(black, -1))
+    torch.testing.assert_close(white, torch.full_like(white, 1))
 
 
 @pytest.mark.parametrize("images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
@@ -84,7 +85,7 @@ def test_bad_weights_are_named(tmp_path: Path) -> None:
     save_file({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "part.safetensors")
     with pytest.raises(InputError, match=r"text\.safetensors"):
         load_inception(tmp_path / "text.safetensors")
-    with pytest.raises(InputError, match="bn.weight"):
+    with pytest.raises(InputError, match=r"bn\.weight"):
         load_inception(tmp_path / "part.safetensors")
     with pytest.raises(InputError, match="absent"):
         load_inception(tmp_path / "absent.safetensors")

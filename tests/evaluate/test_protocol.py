@@ -38,13 +38,13 @@ def test_damaged_scores_are_refused(make_scores: Make, tmp_path: Path, damage: C
     document = json.loads(json.dumps(make_scores("ties", "merge", [7.1])[0].document()))
     damage(document)
     (tmp_path / "bad.json").write_text(json.dumps(document))
-    with pytest.raises(InputError, match="bad.json"):
+    with pytest.raises(InputError, match=r"bad\.json"):
         Scores.load(tmp_path / "bad.json")
 
 
 def test_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("[1, 2")
-    with pytest.raises(InputError, match="bad.json"):
+    with pytest.raises(InputError, match=r"bad\.json"):
         Scores.load(tmp_path / "bad.json")
 
 
