@@ -1,7 +1,6 @@
 # Two commands do everything on a machine with Python 3.11+ and make:
 #   make demo   the whole path on the embedded default, with a report at the end
 #   make test   style, types and tests
-# A smaller torch without CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
 PYTHON ?= python3
 DEMO ?= runs/demo

@@ -114,7 +114,7 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     """
     name = _class_name(folder, index, "scheduler")
     kind: Any = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise InputError(f"{folder}: scheduler class '{name}' is unknown to diffusers", fix="use a stock scheduler")
     try:
         return kind.from_pretrained(folder / "scheduler")

@@ -114,13 +114,8 @@ def change(result: Comparison) -> str:
 
 def escaped(text: str) -> str:
     """Return text without Markdown's or HTML's own signs in force, on one line."""
-    signs: dict[str, str | int | None] = {c: f"\\{c}" for c in "\\`*_[]|#"} | {
-        "<": "&lt;",
-        ">": "&gt;",
-        "&": "&amp;",
-        "\n": " ",
-        "\r": " ",
-    }
+    signs: dict[str, str | int | None] = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+    signs.update((c, f"\\{c}") for c in "\\`*_[]|#")
     return text.translate(str.maketrans(signs))
 
 
