@@ -4,8 +4,9 @@
     held out   = mean over halves (A, B) of [J_B(cut on A) - J_B(other)] / J(blocks)
     support    = share of Bayesian bootstrap draws over groups (weights Exp(1), unequal groups paired) with a cut within a bin
 
-ES of a cut on the data that chose it flatters the cut; the held-out gain does not, and alone decides the advice. Errors are
-the jackknife's over groups, of the whole procedure where a cut is found anew.
+ES of a cut on the data that chose it flatters the cut; the held-out gain does not, and alone decides the advice. Blocks and
+the scales of bins are those of the whole map. Errors are the jackknife's over groups, of the whole procedure where a cut is
+found anew.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     s_i^m = grad_theta (1/B) sum_b |y - f(x_t, t)|^2,    t uniform in bin i, samples b of group m
 
 at the base model, in eval mode (no dropout), in float32. Gradients of all cells (i, m) must meet in pairs, so all are kept
-at once, [N M D]; where that passes `memory`, the parameters are taken in parts and the cells are run through once per part:
+at once, [N M D]; where that passes `memory`, coordinates are kept in parts and the cells are run through once per part:
 inner products add up over parts, and every draw is a function of its key, so each pass sees the same samples.
 
 Draws (x0, eps, position of t in its bin) are shared between the bins of a group, never between groups: differences between
@@ -19,7 +19,7 @@ sum_p a_p b_p / sqrt(v_p), as an Adam step weighs it; in `euclid` a few tensors 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,14 +62,13 @@ def cost(model: Diffusion, *, bins: int, groups: int, memory: int = MEMORY) -> C
     Raises:
         ResourceError: where the gradients would have to be kept in more than 16 parts.
     """
-    cells = bins * groups
-    sizes = [sum(map(Tensor.numel, part)) for part in _parts(list(model.denoiser.parameters()), memory // (4 * cells))]
-    if len(sizes) > MAX_PARTS:
+    D, parts = _size(model.denoiser), _parts(_size(model.denoiser), memory // (4 * bins * groups))
+    if len(parts) > MAX_PARTS:
         raise ResourceError(
-            f"{cells} gradients of {sum(sizes):,} parameters fit {memory / 1e9:.1f} GB in {len(sizes)} parts only",
+            f"{bins * groups} gradients of {D:,} parameters fit {memory / 1e9:.1f} GB in {len(parts)} parts only",
             fix="allow more memory, or take fewer bins or groups",
         )
-    return Cost(cells * len(sizes), len(sizes), 4 * cells * max(sizes))
+    return Cost(bins * groups * len(parts), len(parts), 4 * bins * groups * (parts[0].stop - parts[0].start))
 
 
 def measure(
@@ -107,10 +106,10 @@ def measure(
     student = model.with_denoiser(denoiser)
     gram: Array = np.zeros((bins * groups, bins * groups))
     done = 0
-    for part in _parts(list(denoiser.parameters()), memory // (4 * bins * groups)):
-        rows = torch.empty(bins * groups, sum(map(Tensor.numel, part)), device=model.device)
+    for part in _parts(_size(denoiser), memory // (4 * bins * groups)):
+        rows = torch.empty(bins * groups, part.stop - part.start, device=model.device)
         for cell, loss in _losses(student, data, partition, groups, batch_size, seed, draws, antithetic):
-            rows[cell] = _gradient(loss, part)
+            rows[cell] = _gradient(loss, denoiser)[part]
             if not bool(rows[cell].isfinite().all()):
                 raise NumericalError(
                     f"the gradient in bin {partition[cell // groups]} is not finite", fix="check the model's weights"
@@ -118,9 +117,8 @@ def measure(
             done += 1
             if progress is not None:
                 progress(done, total.passes, f"bin {partition[cell // groups]}")
-        gram += products(rows if metric == "euclid" else adam(rows))
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    origin = Origin(model.sha256, data.fingerprint, parameters, "exact", draws, antithetic, metric, batch_size, seed)
+        gram += products(rows if metric == "euclid" else rows.mul_(adam_scale(rows)))
+    origin = Origin(model.sha256, data.fingerprint, _size(denoiser), "exact", draws, antithetic, metric, batch_size, seed)
     return ConflictMap(
         partition,
         gram.reshape(bins, groups, bins, groups),
@@ -137,10 +135,10 @@ def products(rows: Tensor) -> Array:
     return (gram + gram.T) / 2
 
 
-def adam(rows: Tensor) -> Tensor:
-    """Return rows [R D] with coordinates scaled by v^(-1/4), v [D] their mean square; where v = 0 there is nothing to scale."""
-    v = rows.square().mean(0)
-    return rows * torch.where(v > 0, v, 1).pow(-0.25)
+def adam_scale(rows: Tensor) -> Tensor:
+    """Return v^(-1/4) [D], v the mean square of each coordinate of rows [R D]; 1 where v = 0 and there is nothing to scale."""
+    root = torch.linalg.vector_norm(rows, dim=0) / len(rows) ** 0.5
+    return torch.where(root > 0, root, 1).rsqrt()
 
 
 def _check_arguments(
@@ -159,17 +157,14 @@ def _check_arguments(
         raise UsageError(f"batch size {batch_size} makes no antithetic pairs", fix="give an even one")
 
 
-def _parts(parameters: Sequence[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """Split the parameters, in order, into parts of at most `limit` elements, or of one tensor where that is larger."""
-    parts: list[list[nn.Parameter]] = []
-    room = 0
-    for parameter in parameters:
-        if parameter.numel() > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(parameter)
-        room -= parameter.numel()
-    return parts
+def _size(denoiser: nn.Module) -> int:
+    return sum(p.numel() for p in denoiser.parameters())
+
+
+def _parts(D: int, limit: int) -> list[slice]:
+    """Split the coordinates [0, D) into parts of at most `limit`, and at least one."""
+    width = min(D, max(1, limit))
+    return [slice(start, min(start + width, D)) for start in range(0, D, width)]
 
 
 def _losses(
@@ -204,6 +199,12 @@ def _timesteps(span: TimestepRange, position: Tensor) -> Tensor:
     return span.start + (position * len(span)).long().clamp(max=len(span) - 1)
 
 
-def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+def _gradient(loss: Tensor, denoiser: nn.Module) -> Tensor:
+    """Return the gradient [D] in the order of the parameters, 0 for those that the loss does not reach.
+
+    All of it is taken even where a part is kept: torch 2.13 crashes in the backward of a group norm of which only one
+    parameter is asked for.
+    """
+    parameters = list(denoiser.parameters())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.reshape(-1) for gradient in gradients])

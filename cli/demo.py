@@ -35,6 +35,7 @@ def demo(
     num_images: Annotated[int, typer.Option("--num-images", min=65, help="Images per model and seed.")] = 500,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of sampling seeds.")] = 3,
     sampling_steps: Annotated[int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")] = 20,
+    cell_size: Annotated[int, typer.Option("--cell-size", min=1, help="Images per cell of the conflict map.")] = 128,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -44,7 +45,7 @@ def demo(
     from demerge.files import commit_json
 
     ran: list[str] = []
-    for command in commands(out, steps, num_images, seeds, sampling_steps, seed):
+    for command in commands(out, steps, num_images, seeds, sampling_steps, cell_size, seed):
         ran.append(f"demerge {command}")
         say(f"\n[{time.monotonic() - start:3.0f} s] $ {ran[-1]}")
         arguments = shlex.split(command)
@@ -61,11 +62,13 @@ def demo(
     )
 
 
-def commands(out: Path, steps: int, num_images: int, seeds: int, sampling_steps: int, seed: int) -> Iterator[str]:
+def commands(
+    out: Path, steps: int, num_images: int, seeds: int, sampling_steps: int, cell_size: int, seed: int
+) -> Iterator[str]:
     """Yield the command lines of the path one after the other; each is run before the next is asked for."""
     at = shlex.quote(str(out))
     train = f"--max-train-steps {steps} --train-batch-size 32 --learning-rate 2e-4 --ema-decay 0.99 --seed {seed}"
-    cells = "--bins 10 --groups 12 --train-batch-size 128"
+    cells = f"--bins 10 --groups 12 --train-batch-size {cell_size}"
     yield f"analyze digits-base --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"
     ranges = f"--ranges {at}/conflict/partition.json"
     yield f"finetune digits-base --data digits {ranges} {train} --fisher-samples 64 -o {at}/experts"

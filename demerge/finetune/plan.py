@@ -9,11 +9,33 @@ from typing import Any
 from demerge.data import ImageData, load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
-from demerge.finetune.loop import parse_ranges
 from demerge.finetune.options import FinetuneOptions
-from demerge.timesteps import TimestepRange
+from demerge.timesteps import Partition, TimestepRange
 
 FLOAT32 = 4
+
+
+def parse_ranges(text: str, T: int) -> tuple[Partition, int]:
+    """Read `uniform:4`, `joint`, `joint:4` or a partition.json; return the partition and how often the steps count.
+
+    `joint` is the control on [0, T); `joint:K` trains it K times the steps, as many as K experts get together.
+
+    Raises:
+        UsageError: where the text is none of these, or the partition covers another number of timesteps than T.
+    """
+    kind, _, count = text.partition(":")
+    if kind in ("uniform", "joint") and (count.isdigit() or (kind == "joint" and not count)):
+        if kind == "uniform":
+            return Partition.uniform(T, int(count)), 1
+        return Partition.uniform(T, 1), max(1, int(count or 1))
+    if not Path(text).is_file():
+        raise UsageError(f"ranges '{text}' are neither uniform:N, joint[:K] nor a file", fix="for example uniform:4")
+    partition = Partition.load(Path(text))
+    if partition.total != T:
+        raise UsageError(
+            f"{text} covers {partition.total} timesteps, the base has {T}", fix="make the partition with this base"
+        )
+    return partition, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +99,16 @@ class Plan:
 
 
 def prepare(
-    model: str, data: str, ranges: str, options: FinetuneOptions, out: Path, *, split: str, init: str, device: str
+    model: str,
+    data: str,
+    ranges: str,
+    options: FinetuneOptions,
+    out: Path,
+    *,
+    split: str = "train",
+    init: str = "pretrained",
+    device: str = "cpu",
+    skip_broken: bool = False,
 ) -> Plan:
     """Load what a finetune needs and settle its options.
 
@@ -99,7 +130,7 @@ def prepare(
     channels, height, width = base.image_shape
     if height != width:
         raise UsageError(f"the base makes {width} x {height} images", fix="use a base of square images")
-    images = load_images(data, split=split, resolution=height, channels=channels)
+    images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
     if base.requires_text and images.captions is None:
         raise UsageError(f"the base takes text and {data} has no captions", fix="add metadata.jsonl with file_name and text")
     return Plan(base, images, partition.ranges, options, out)

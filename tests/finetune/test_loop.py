@@ -14,7 +14,7 @@ from demerge.data import ImageData, load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import InputError, NumericalError, Preempted, UsageError
 from demerge.finetune import FinetuneOptions, finetune, parse_ranges
-from demerge.finetune.loop import Run
+from demerge.finetune.run import Run
 from demerge.timesteps import Partition, TimestepRange
 
 FAST = FinetuneOptions(max_train_steps=6, train_batch_size=4, checkpointing_steps=2, logging_steps=4, learning_rate=1e-3)

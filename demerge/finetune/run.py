@@ -1,0 +1,260 @@
+"""The training of one expert: the state that changes, the step, its checkpoints, and the folder it ends in.
+
+EMA: theta_bar <- d theta_bar + (1 - d) theta, d = min(decay, 1 - (1 + step)^(-3/4)) (diffusers' EMAModel with power 3/4);
+the expert holds theta_bar, folded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demerge.data import ImageData
+from demerge.diffusion import Diffusion, squared_error
+from demerge.errors import NumericalError, Preempted
+from demerge.files import append_line, commit_dir, commit_json, truncate
+from demerge.finetune.objective import consistency_weight, draw_timesteps, learning_rate, loss_weights
+from demerge.finetune.options import FinetuneOptions
+from demerge.finetune.projection import attach, fold
+from demerge.finetune.state import newest_state, optimizer_tensors, refuse_differences, restore_optimizer, save_state
+from demerge.fisher import range_fisher, save_fisher
+from demerge.randomness import normal, permutation, uniform
+from demerge.timesteps import TimestepRange
+
+LOG_BINS = 10
+MAX_BAD_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One step of one expert; `loss` is the objective, `skipped` counts steps without a finite loss and gradient."""
+
+    range: TimestepRange
+    step: int
+    total: int
+    loss: float
+    skipped: int
+
+
+@dataclass
+class Run:
+    """The training of one expert: what changes from step to step, and what it needs to take one."""
+
+    base: Diffusion
+    student: Diffusion
+    data: ImageData
+    range: TimestepRange
+    options: FinetuneOptions
+    folder: Path
+    inputs: dict[str, Any]
+    parameters: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: torch.optim.AdamW
+    weights: Tensor
+    step: int = 0
+    skipped: int = 0
+    window: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    orders: dict[int, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls,
+        base: Diffusion,
+        data: ImageData,
+        span: TimestepRange,
+        options: FinetuneOptions,
+        folder: Path,
+        inputs: dict[str, Any],
+    ) -> Run:
+        """Copy the base, attach the projection, and continue from the newest checkpoint where there is one."""
+        denoiser = copy.deepcopy(base.denoiser).train().requires_grad_(True)
+        if options.projection == "foldable":
+            attach(denoiser)
+        parameters: dict[str, Tensor] = dict(denoiser.named_parameters())
+        optimizer = torch.optim.AdamW(
+            parameters.values(),
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.adam_weight_decay,
+            eps=options.adam_epsilon,
+        )
+        ema = {name: p.detach().clone() for name, p in parameters.items()}
+        weights = loss_weights(base, options)
+        run = cls(base, base.with_denoiser(denoiser), data, span, options, folder, inputs, parameters, ema, optimizer, weights)
+        run._resume()
+        return run
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def train(self, stop: Callable[[], bool]) -> Iterator[Progress]:
+        """Take the remaining steps; commit a checkpoint every `checkpointing_steps` and before stopping."""
+        bad = 0
+        while self.step < self.options.max_train_steps:
+            loss = self._step()
+            bad = 0 if math.isfinite(loss) else bad + 1
+            if bad >= MAX_BAD_STEPS:
+                raise NumericalError(
+                    f"range {self.range}: {bad} steps in a row without a finite loss and gradient, at step {self.step}",
+                    fix=f"lower --learning-rate ({self.options.learning_rate:g}) or check the images",
+                )
+            self.step += 1
+            if self.step % self.options.logging_steps == 0:
+                self._log()
+            stopping = stop()
+            if stopping or self.step % self.options.checkpointing_steps == 0:
+                self._save()
+            yield Progress(self.range, self.step, self.options.max_train_steps, loss, self.skipped)
+            if stopping and self.step < self.options.max_train_steps:
+                raise Preempted(f"stopped at step {self.step} of {self.range}", fix="run the same command to continue")
+
+    def _step(self) -> float:
+        rate = learning_rate(self.options, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for micro in range(self.options.gradient_accumulation_steps):
+            loss = self._loss(micro) / self.options.gradient_accumulation_steps
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
+        if math.isfinite(total) and bool(torch.isfinite(norm)):
+            self.optimizer.step()
+            self._average()
+        else:
+            self.skipped += 1
+            total = math.nan
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _loss(self, micro: int) -> Tensor:
+        o, B = self.options, self.options.train_batch_size
+        samples = list(range(micro * B, (micro + 1) * B))
+        x0, condition = self._batch(samples)
+        t = draw_timesteps(self.range, self.base.T, o, self.step, samples).to(x0.device)
+        noise = normal(x0.shape[1:], o.seed, "noise", samples=samples, step=self.step).to(x0.device)
+        x_t, y = self.base.add_noise(x0, noise, t), self.base.target(x0, noise, t)
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=o.mixed_precision == "bf16"):
+            prediction = self.student.predict(x_t, t, condition)
+            error = squared_error(prediction, y)
+            loss = self.weights[t.cpu()].to(error) * error
+            lam = consistency_weight(o, self.step)
+            if lam > 0:
+                with torch.no_grad():
+                    teacher = self.base.predict(x_t, t, condition)
+                loss = loss + lam * squared_error(prediction, teacher)
+        self.window.append((t.cpu(), error.detach().cpu()))
+        return loss.mean()
+
+    def _batch(self, samples: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        n, o = len(self.data), self.options
+        first = self.step * o.train_batch_size * o.gradient_accumulation_steps
+        indices = [self._order((first + s) // n)[(first + s) % n] for s in samples]
+        flips = (uniform(o.seed, "flip", samples=samples, step=self.step) < 0.5).tolist() if o.random_flip else None
+        images = self.data.floats(indices, flips)
+        captions = None if self.data.captions is None else [self.data.captions[i] for i in indices]
+        return self.base.encode(images, captions if self.base.requires_text else None)
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self.orders:
+            self.orders.pop(epoch - 2, None)
+            self.orders[epoch] = permutation(len(self.data), self.options.seed, "order", epoch)
+        return self.orders[epoch]
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(self.options.ema_decay, 1 - (1 + self.step) ** -0.75) if self.options.use_ema else 0.0
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    # -- what it leaves on disk --------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        t, error = (torch.cat(parts) for parts in zip(*self.window, strict=True))
+        bins = (t * LOG_BINS // self.base.T).long()
+        sums, counts = (
+            torch.zeros(LOG_BINS).index_add_(0, bins, error.float()),
+            torch.bincount(bins, minlength=LOG_BINS),
+        )
+        by_bin = [round(float(s / c), 6) if c and math.isfinite(s) else None for s, c in zip(sums, counts, strict=True)]
+        mean = float(error.float().nanmean())
+        line = {"step": self.step, "loss": round(mean, 6) if math.isfinite(mean) else None, "loss_by_bin": by_bin}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        append_line(self.folder / "log.jsonl", json.dumps(line))
+        self.window.clear()
+
+    def _save(self) -> None:
+        log = self.folder / "log.jsonl"
+        names = {id(p): name for name, p in self.parameters.items()}
+        tensors = {f"model.{k}": v for k, v in self.parameters.items()} | {f"ema.{k}": v for k, v in self.ema.items()}
+        record = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "log_bytes": log.stat().st_size if log.exists() else 0,
+            "options": self.options.document(),
+            "inputs": self.inputs,
+        }
+        tensors |= optimizer_tensors(self.optimizer, names)
+        if self.window:
+            t, error = zip(*self.window, strict=True)
+            tensors |= {"window.t": torch.cat(t), "window.error": torch.cat(error)}
+        save_state(self.folder, tensors, record)
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        snapshot = newest_state(self.folder)
+        log = self.folder / "log.jsonl"
+        if snapshot is None:
+            log.unlink(missing_ok=True)
+            return
+        refuse_differences(self.folder, snapshot.record, self.options.document(), self.inputs)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(snapshot.tensors[f"model.{name}"])
+            self.ema[name].copy_(snapshot.tensors[f"ema.{name}"])
+        restore_optimizer(self.optimizer, self.parameters, snapshot.tensors)
+        self.step, self.skipped = snapshot.record["step"], snapshot.record["skipped"]
+        if "window.t" in snapshot.tensors:
+            self.window = [(snapshot.tensors["window.t"], snapshot.tensors["window.error"])]
+        if log.exists():
+            truncate(log, snapshot.record["log_bytes"])
+
+    def finish(self, path: Path) -> None:
+        """Write the averaged, folded expert as a stock pipeline with `expert.json` and its log, whole or absent."""
+        with commit_dir(path) as temporary:
+            expert = self.base.with_denoiser(self.expert())
+            if self.options.fisher_samples:
+                save_fisher(self._fisher(expert), temporary / "fisher.safetensors")
+            nn.Module.to(expert.denoiser, dtype=getattr(torch, self.options.save_dtype))
+            expert.save(temporary)
+            log = self.folder / "log.jsonl"
+            if log.exists():
+                shutil.copyfile(log, temporary / "log.jsonl")
+            record = {
+                "format": "demerge.expert/1",
+                "range": [self.range.start, self.range.stop],
+                "base_sha256": self.inputs["base_sha256"],
+                "steps": self.step,
+                "skipped_steps": self.skipped,
+                "inputs": self.inputs,
+                "options": self.options.document(),
+            }
+            commit_json(temporary / "expert.json", record)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _fisher(self, expert: Diffusion) -> dict[str, Tensor]:
+        return range_fisher(expert, self.data, self.range, samples=self.options.fisher_samples, seed=self.options.seed)
+
+    def expert(self) -> nn.Module:
+        """Return the averaged weights in a stock module, in eval mode."""
+        averaged = copy.deepcopy(self.student.denoiser)
+        with torch.no_grad():
+            for name, parameter in averaged.named_parameters():
+                parameter.copy_(self.ema[name])
+        return fold(averaged, copy.deepcopy(self.base.denoiser)).eval().requires_grad_(False)

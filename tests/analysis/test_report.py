@@ -1,0 +1,86 @@
+"""What an analysis says: gradient where it wins on held-out groups, uniform where it does not, and never more than is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from demerge.analysis import SCORES, cut, lines, summary, write
+from demerge.analysis.evidence import Evidence, curve, support
+from demerge.analysis.report import row_sums
+from demerge.conflict import ConflictMap
+from demerge.timesteps import Partition
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_uneven_planted_cuts_beat_uniform_on_held_out_groups(planted: Any, score: str) -> None:
+    map = planted([0, 1, 3, 4, 16])
+    said = summary(map, 4, score=score)
+    assert said["advice"] == said["taken"] == "gradient", said
+    assert said["held_out"]["uniform"]["value"] > 2 * said["held_out"]["uniform"]["se"]
+    shares = {name: each["share"] for name, each in said["cuts"].items()}
+    assert shares["gradient"] > shares["uniform"] and shares["gradient"] > shares["logsnr"]
+    assert [row["support"] for row in said["support"]] == [1.0] * 3
+    assert json.dumps(said, allow_nan=False)
+
+
+def test_planted_uniform_cuts_are_advised_as_uniform(planted: Any) -> None:
+    said = summary(planted([0, 4, 8, 12, 16], noise=0.4), 4)
+    assert said["cuts"]["gradient"]["cuts"] == said["cuts"]["uniform"]["cuts"] == [250, 500, 750]
+    assert said["advice"] == "uniform" and "standard errors" in said["reason"]
+
+
+def test_noise_is_called_noise(map_of: Any) -> None:
+    said = summary(map_of(np.random.default_rng(0).standard_normal((8, 6, 200))), 4)
+    assert (said["advice"], said["taken"], said["cuts"]["gradient"]) == ("uniform", "uniform", None)
+    assert said["unresolved"] == [[125 * i, 125 * i + 125] for i in range(8)]
+    assert said["cuts"]["uniform"]["share"] is None
+    assert any("uniform" in line for line in lines(said)) and json.dumps(said, allow_nan=False)
+
+
+def test_one_direction_leaves_nothing_to_gain(map_of: Any) -> None:
+    s = np.eye(1, 20)[:, None] + 0.2 * np.random.default_rng(0).standard_normal((1, 8, 20)).repeat(8, 0)
+    assert summary(map_of(s), 4)["advice"] == "uniform"
+
+
+def test_row_sums_tell_a_converged_base(map_of: Any) -> None:
+    rng = np.random.default_rng(0)
+    mu = rng.standard_normal((8, 30))
+    noise = 0.1 * rng.standard_normal((8, 6, 30))
+    converged, rising = row_sums(map_of((mu - mu.mean(0))[:, None] + noise)), row_sums(map_of(mu[:1, None] + noise))
+    assert abs(converged["ratio"]) < 0.01 and converged["rows"] <= 2
+    assert rising["ratio"] > 0.95 and rising["rows"] == 8
+
+
+def test_support_counts_draws_near_a_cut(planted: Any) -> None:
+    map = planted([0, 3, 8])
+    partition = cut(map, 2, minimum=1)
+    draws = np.array([[375.0]] * 8 + [[500.0]] + [[875.0]])
+    assert support(map, partition, draws) == [(375, 0.9, 375, 875)]
+
+
+def test_the_curve_reaches_one_where_all_blocks_are_apart(planted: Any) -> None:
+    shares = curve(Evidence.of(planted([0, 1, 3, 4, 8])), range(1, 9))
+    last = shares[shares.ranges == 8].set_index("method").share
+    assert last["gradient"] == pytest.approx(1) and last["uniform"] == pytest.approx(1)
+    gradient = shares[shares.method == "gradient"].share
+    assert gradient.iloc[0] == 0 and (gradient.diff().dropna() > -1e-9).all()
+    assert gradient.iloc[3] > shares[shares.method == "uniform"].share.iloc[3]
+
+
+@pytest.mark.parametrize("noise", [0.1, 30.0])
+def test_write_leaves_every_file_and_reads_back(planted: Any, tmp_path: Path, noise: float) -> None:
+    map = planted([0, 2, 4, 6, 8], noise=noise)
+    said = summary(map, 4)
+    written = write(map, tmp_path / "out", said)
+    assert {path.name for path in written} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(written) == 3 + 2 * 4
+    assert np.array_equal(ConflictMap.load(tmp_path / "out" / "conflict.safetensors").gram, map.gram)
+    assert Partition.load(tmp_path / "out" / "partition.json").cuts == [250, 500, 750]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(said))
+    for path in written[3:]:
+        assert path.read_bytes()[:5] == (b"<?xml" if path.suffix == ".svg" else b"\x89PNG\r")

@@ -1,0 +1,126 @@
+"""Cuts: exact, planted ones found, none between bins that noise rules."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from demerge.analysis.segmentation import METHODS, SCORES, Objective, blocks, cover, cut, equal_log_snr, program
+from demerge.analysis.similarity import similarity
+from demerge.errors import NumericalError, UsageError
+from demerge.timesteps import Partition
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 10), st.integers(1, 6), st.integers(1, 3), st.integers(0, 10**6))
+def test_the_program_equals_brute_force(N: int, n: int, minimum: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = rng.standard_normal((N + 1, N + 1))
+    allowed = [0, *[i for i in range(1, N) if rng.random() < 0.8], N]
+    ways = [[0, *inner, N] for inner in combinations(allowed[1:-1], n - 1)]
+    ways = [way for way in ways if min(np.diff(way)) >= minimum]
+    if not ways:
+        with pytest.raises(NumericalError, match="cannot|give no"):
+            program(table, n, allowed, minimum)
+        return
+    best = max(ways, key=lambda way: sum(table[a, b] for a, b in zip(way, way[1:], strict=False)))
+    assert program(table, n, allowed, minimum) == best
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("edges", [[0, 3, 8], [0, 2, 7, 12], [0, 4, 8, 10, 16], [0, 1, 2, 3], [0, 5]])
+def test_planted_cuts_are_recovered(planted: Any, score: str, edges: list[int]) -> None:
+    map = planted(edges)
+    assert cut(map, len(edges) - 1, score=score, minimum=1).cuts == [map.edges[i] for i in edges[1:-1]]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_table_and_the_gain_agree(planted: Any, score: str) -> None:
+    map = planted([0, 3, 5, 9])
+    found = similarity(map)
+    objective = Objective.of(map, score, found)
+    table = objective.table(found.K)
+    edges = [0, 2, 6, 9]
+    partition = Partition.from_cuts(1000, [map.edges[i] for i in edges[1:-1]])
+    direct = sum(table[a, b] for a, b in zip(edges, edges[1:], strict=False)) - table[0, 9]
+    assert objective.gain(found.K, cover(map, partition)) == pytest.approx(direct)
+    K, w = found.K, map.widths
+    if score == "step":
+        assert table[2, 6] == pytest.approx(np.sqrt(w[2:6] @ K[2:6, 2:6] @ w[2:6]))
+    if score == "cosine":
+        assert table[2, 6] == pytest.approx(found.cosine[2:6, 2:6].sum() / 4 / 9)
+    assert objective.gain(K, np.ones((1, 9))) == pytest.approx(0)
+
+
+def test_the_least_width_holds(planted: Any) -> None:
+    map = planted([0, 1, 2, 16])
+    assert cut(map, 3, minimum=1).cuts == [62, 125]
+    widths = np.diff([map.edges.index(e) for e in [0, *cut(map, 3).cuts, 1000]])
+    assert widths.min() >= 16 // 6
+
+
+def test_no_cut_separates_two_unresolved_bins(map_of: Any) -> None:
+    rng, s = np.random.default_rng(0), np.zeros((10, 8, 12))
+    s[[0, 1, 8, 9]] = np.eye(4, 12)[:, None] + 0.05 * rng.standard_normal((4, 8, 12))
+    s[2:8] = 3 * rng.standard_normal((6, 8, 12))
+    map = map_of(s)
+    assert blocks(map) == [0, 1, 2, 8, 9, 10]
+    assert set(cut(map, 4, minimum=1).cuts) <= {100, 200, 800, 900}
+    with pytest.raises(NumericalError, match="5 blocks") as error:
+        cut(map, 6, minimum=1)
+    assert "groups" in error.value.fix
+
+
+def test_unresolved_neighbours_are_merged_until_they_are_resolved(map_of: Any) -> None:
+    rng = np.random.default_rng(3)
+    s = 0.45 * np.eye(1, 30)[:, None] + 0.6 * rng.standard_normal((12, 6, 30))
+    map = map_of(s)
+    single = similarity(map).resolved.sum()
+    assert single < len(blocks(map)) - 1 < 12
+
+
+def test_noise_alone_gives_one_block_and_no_cut(map_of: Any) -> None:
+    map = map_of(np.random.default_rng(0).standard_normal((8, 6, 200)))
+    assert blocks(map) == [0, 8]
+    with pytest.raises(NumericalError):
+        cut(map, 2)
+    assert cut(map, 1).cuts == []
+    assert cut(map, 4, "uniform").cuts == [250, 500, 750]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 30, 1000])
+def test_equal_log_snr_has_n_ranges_of_equal_width_where_it_can(planted: Any, n: int) -> None:
+    map = planted([0, 4, 8])
+    partition = equal_log_snr(map, n)
+    assert len(partition) == n and partition.total == 1000
+    if n <= 5:  # the fixture's log SNR is linear in t
+        assert np.ptp([len(r) for r in partition]) <= 2
+
+
+def test_equal_log_snr_of_a_steep_schedule(planted: Any) -> None:
+    from dataclasses import replace
+
+    map = replace(planted([0, 4, 8]), log_snr=9 - 19 * np.linspace(0, 1, 1000) ** 0.1)
+    assert equal_log_snr(map, 4).cuts == [1, 2, 57]
+    assert len(equal_log_snr(map, 1000)) == 1000
+
+
+def test_cover_splits_a_bin_by_the_share_of_its_timesteps(map_of: Any) -> None:
+    map = map_of(np.ones((3, 5, 2)), edges=[0, 10, 20, 40])
+    assert cover(map, Partition.from_cuts(40, [5, 30])).tolist() == [[0.5, 0, 0], [0.5, 1, 0.5], [0, 0, 0.5]]
+
+
+@pytest.mark.parametrize("arguments", [{"n": 0}, {"n": 1001}, {"method": "best"}, {"score": "sum"}])
+def test_wrong_arguments_are_usage_errors(planted: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        cut(planted([0, 4, 8]), **arguments)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_n_ranges(planted: Any, method: str) -> None:
+    assert len(cut(planted([0, 2, 5, 7, 12]), 4, method)) == 4

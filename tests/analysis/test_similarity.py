@@ -1,0 +1,136 @@
+"""Similarity: unbiased where the naive cosine is not, errors that cover, and slow oracles of the fast sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from demerge.analysis.similarity import (
+    by_lag,
+    by_log_snr,
+    cross,
+    halves,
+    kernel,
+    leave_one_out,
+    similarity,
+    standard_error,
+    t_quantile,
+    weighted,
+)
+from demerge.conflict import Array
+
+N, M, D = 4, 8, 6
+MU = np.array([[2, 0, 0, 0, 0, 0], [1.5, 1, 0, 0, 0, 0], [0.5, 1, 1, 0, 0, 0], [-1, 0, 1, 1, 0, 0]], dtype=float)
+ROOT = np.diag([1.5, 1.0, 0.7, 0.5, 0.5, 0.2])  # Sigma = ROOT ROOT'
+
+
+def draw(rng: np.random.Generator, draws: str) -> Array:
+    """Gradients [N M D] with mean MU and covariance Sigma, their noise the same for all bins or another for each."""
+    noise = rng.standard_normal((1 if draws == "shared" else N, M, D)) @ ROOT
+    return MU[:, None] + np.broadcast_to(noise, (N, M, D))
+
+
+@pytest.mark.parametrize("draws", ["shared", "independent"])
+def test_the_statistic_is_unbiased_and_the_naive_one_is_biased_as_predicted(map_of: Any, draws: str) -> None:
+    rng = np.random.default_rng(0)
+    maps = [map_of(draw(rng, draws)) for _ in range(1500)]
+    unbiased = np.array([kernel(map, cross(M)) for map in maps])
+    naive = np.array([kernel(map, np.ones((M, M))) for map in maps])
+    bias = np.trace(ROOT @ ROOT.T) / M * (np.ones((N, N)) if draws == "shared" else np.eye(N))
+    for values, expected in ((unbiased, MU @ MU.T), (naive, MU @ MU.T + bias)):
+        z = (values.mean(0) - expected) / (values.std(0) / len(maps) ** 0.5)
+        assert abs(z).max() < 3.5
+    assert np.diagonal(bias).min() > 10 * (naive.std(0) / len(maps) ** 0.5).max()
+
+
+def test_the_naive_cosine_is_wrong_both_ways(map_of: Any) -> None:
+    rng, truth = np.random.default_rng(1), MU[0] @ MU[3] / (np.linalg.norm(MU[0]) * np.linalg.norm(MU[3]))
+    found = {kind: [similarity(map_of(draw(rng, kind))) for _ in range(200)] for kind in ("shared", "independent")}
+    mean = {kind: np.mean([s.naive[0, 3] for s in each]) for kind, each in found.items()}
+    assert mean["shared"] > truth + 0.05
+    assert abs(mean["independent"]) < abs(truth) - 0.03
+    for each in found.values():
+        assert abs(np.nanmean([s.cosine[0, 3] for s in each]) - truth) < 0.03
+
+
+@pytest.mark.parametrize("draws", ["shared", "independent"])
+def test_jackknife_intervals_cover(map_of: Any, draws: str) -> None:
+    rng, truth = np.random.default_rng(2), MU @ MU.T
+    rho = truth / np.sqrt(np.outer(np.diagonal(truth), np.diagonal(truth)))
+    hits: list[Array] = []
+    hits_rho: list[Array] = []
+    for _ in range(400):
+        found = similarity(map_of(draw(rng, draws)))
+        hits.append(abs(found.K - truth) <= t_quantile(M) * found.K_se)
+        hits_rho.append(
+            (abs(found.cosine - rho) <= t_quantile(M) * found.cosine_se)[np.triu_indices(N, 1)][found.resolved[0] :]
+        )
+    assert np.mean(hits, axis=0).min() >= 0.9
+    assert np.mean(np.concatenate([h for h in hits_rho if len(h)])) >= 0.85
+
+
+def test_kernel_is_the_sum_it_says(map_of: Any) -> None:
+    s = draw(np.random.default_rng(3), "independent")
+    map, p = map_of(s), np.random.default_rng(4).random((2, M, M))
+    p = p + p.transpose(0, 2, 1)
+    slow = np.zeros((2, N, N))
+    for b, m, n in np.ndindex(2, M, M):
+        slow[b] += p[b, m, n] * s[:, m] @ s[:, n].T / p[b].sum()
+    assert np.allclose(kernel(map, p), slow)
+    S = s.sum(1)
+    u = (S @ S.T - np.einsum("imd,jmd->ij", s, s)) / (M * (M - 1))
+    assert np.allclose(kernel(map, cross(M)), u)
+    assert np.allclose(leave_one_out(map)[2], kernel(map_of(np.delete(s, 2, axis=1)), cross(M - 1)))
+    assert np.allclose(kernel(map, weighted(np.ones(M))), u)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    x = np.random.default_rng(0).standard_normal(9)
+    left_out = (x.sum() - x) / 8
+    assert standard_error(left_out) == pytest.approx(x.std(ddof=1) / 3)
+    assert t_quantile(8) == pytest.approx(2.3646, abs=1e-4)
+
+
+@pytest.mark.parametrize(("groups", "count"), [(range(6), 20), (range(9), 20), ([0, 2, 3, 5], 6), (range(5), 10)])
+def test_halves_are_distinct_and_complete(groups: Any, count: int) -> None:
+    A, B = halves(groups, 9, seed=0)
+    assert A.shape == B.shape == (count, 9)
+    assert len({row.tobytes() for row in A}) == count
+    assert (A * B == 0).all() and ((A + B).sum(1) == len(groups)).all() and min(A.sum(1).min(), B.sum(1).min()) >= 2
+    assert all(set(np.flatnonzero(row)) <= set(groups) for row in A + B)
+
+
+def test_bins_without_signal_are_unresolved_and_nan(map_of: Any) -> None:
+    s = draw(np.random.default_rng(5), "shared") + 6 * np.eye(N, D)[:, None]
+    s[1] = np.random.default_rng(6).standard_normal((M, D))
+    found = similarity(map_of(s))
+    assert found.resolved.tolist() == [True, False, True, True]
+    assert np.isnan(found.cosine[1]).all() and np.isnan(found.cosine_se[:, 1]).all() and np.isnan(found.noise[1])
+    rest = found.cosine[np.ix_([0, 2, 3], [0, 2, 3])]
+    assert np.allclose(np.diagonal(rest), 1) and np.isfinite(rest).all() and (found.cosine_se[0, [2, 3]] > 0).all()
+    assert found.reliability[1] < 0.5 < found.reliability[0]
+
+
+def test_zero_gradients_are_unresolved_and_nothing_warns(map_of: Any) -> None:
+    found = similarity(map_of(np.zeros((N, M, D))))
+    assert not found.resolved.any() and np.isnan(found.cosine).all() and (found.reliability == 0).all()
+
+
+def test_reliability_and_noise_scale_of_known_noise(map_of: Any) -> None:
+    rng = np.random.default_rng(7)
+    found = [similarity(map_of(10 * MU[:, None] + draw(rng, "shared") - MU[:, None])) for _ in range(100)]
+    signal, noise = 100 * (MU**2).sum(1), np.trace(ROOT @ ROOT.T)
+    assert np.mean([s.noise for s in found], axis=0) == pytest.approx(4 * noise / signal, rel=0.1)  # groups of 4 samples
+    assert min(s.reliability.min() for s in found) > 0.95
+
+
+def test_tables_by_distance(map_of: Any) -> None:
+    map = map_of(10 * MU[:, None] + draw(np.random.default_rng(8), "shared"))
+    lags, pairs, rho = by_lag(map), by_log_snr(map), similarity(map).cosine
+    assert lags.lag.tolist() == [1, 2, 3] and lags.pairs.tolist() == [3, 2, 1]
+    assert lags.cosine[1] == pytest.approx((rho[0, 2] + rho[1, 3]) / 2)
+    assert len(pairs) == 6 and pairs.distance.min() == pytest.approx(19 * 250 / 999)
+    empty = map_of(np.zeros((N, M, D)))
+    assert by_lag(empty).cosine.isna().all() and len(by_log_snr(empty)) == 0

@@ -1,0 +1,59 @@
+"""`demerge analyze`: what scripts rely on, what is kept between calls, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demerge.conflict import ConflictMap
+from demerge.timesteps import Partition
+
+SMALL = ("--data", "digits", "--bins", 6, "--groups", 5, "--train-batch-size", 2, "--device", "cpu")
+
+
+def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "conflict"
+    done = run("analyze", tiny, *SMALL, "-n", 3, "-o", out)
+    assert (done.code, done.out.strip()) == (0, str(out))
+    assert "30 backward passes" in done.err and "advice" in done.err
+    assert ConflictMap.load(out / "conflict.safetensors").N == 6
+    assert len(Partition.load(out / "partition.json")) == 3
+    assert {path.suffix for path in out.iterdir()} == {".safetensors", ".json", ".svg", ".png"}
+    kept = (out / "conflict.safetensors").read_bytes()
+    again = run("analyze", tiny, *SMALL, "--ranges", 2, "--method", "uniform", "-o", out, "--json")
+    said = json.loads(again.out)
+    assert said["taken"] == "uniform" and said["cuts"]["uniform"]["cuts"] == [500]
+    assert "there already" in again.err and (out / "conflict.safetensors").read_bytes() == kept
+    other = run("analyze", tiny, *SMALL, "--seed", 1, "-o", out)
+    assert other.code == 2 and "seed 0 there, 1 asked" in other.err
+
+
+def test_a_damaged_map_is_refused_before_anything_is_measured(run: Any, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "conflict.safetensors").write_bytes(b"x")
+    done = run("analyze", tiny, *SMALL, "-o", tmp_path)
+    assert done.code == 3 and "not a conflict map" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["conflict.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--method", "best"), 2, "gradient, uniform, logsnr"),
+        (("--draws", "none"), 2, "shared, independent"),
+        (("-n", 7), 2, "ranges <= bins"),
+        (("--bins", 2000), 2, "bins"),
+        (("--groups", 4), 2, "--groups"),
+        (("--memory", 0.001, "--bins", 1000, "--groups", 50), 4, "parts only"),
+        (("--data", "nowhere"), 3, "nowhere"),
+        (("--antithetic", "--train-batch-size", 3), 2, "even"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    run: Any, tiny: Path, tmp_path: Path, arguments: tuple[Any, ...], code: int, message: str
+) -> None:
+    done = run("analyze", tiny, *SMALL, *arguments, "-o", tmp_path / "out")
+    assert (done.code, message in done.err) == (code, True), done.err
+    assert not (tmp_path / "out").exists()
