@@ -63,7 +63,8 @@ class FeatureNet:
         rows = torch.empty(len(images), self.dim)
         for start in range(0, len(images), self.batch_size):
             batch = self.prepare(images[start : start + self.batch_size].to(self.device))
-            rows[start : start + len(batch)] = self.network(batch).float().cpu()
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # or GPUs would score unlike CPUs
+                rows[start : start + len(batch)] = self.network(batch).float().cpu()
             if progress is not None:
                 progress(start + len(batch), len(images), self.name)
         if not bool(rows.isfinite().all()):

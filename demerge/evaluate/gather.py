@@ -14,7 +14,12 @@ from demerge.evaluate.page import Exhibit
 from demerge.evaluate.protocol import Scores
 from demerge.evaluate.records import load_scores, read_scores
 
-CAPTIONS = {"heatmap": "Similarity of gradients between timesteps.", "lag": "Similarity by distance between timesteps."}
+CAPTIONS = {
+    "heatmap": "Similarity of the gradients of two timesteps on the base; above the diagonal its standard error.",
+    "similarity": "How similarity falls with the distance between timesteps.",
+    "curve": "Share of the conflict that each number of ranges resolves, for three ways to cut.",
+    "strength": "Strength of the mean gradient, and how many samples its noise is worth.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +53,18 @@ def gather(runs: Sequence[Path]) -> Findings:
 
 def _gather_run(run: Path) -> Findings:
     scores, contact = load_scores(run / "scores" if (run / "scores").is_dir() else run)
-    plots = sorted([*run.glob("*.svg"), *(run / "conflict").glob("*.svg")])
+    plots = sorted([*run.glob("*.svg"), *(run / "conflict").glob("*.svg")], key=_order)
     figures = tuple(Exhibit(_caption(path.stem), path.read_bytes()) for path in plots)
     return Findings(run, scores, contact, figures, _commands(run / "commands.json"))
 
 
+def _order(path: Path) -> tuple[int, str]:
+    known = list(CAPTIONS)
+    return (known.index(path.stem) if path.stem in known else len(known), path.name)
+
+
 def _caption(stem: str) -> str:
-    return next((text for word, text in CAPTIONS.items() if word in stem), stem.replace("_", " ").replace("-", " "))
+    return CAPTIONS.get(stem, stem.replace("_", " ").replace("-", " "))
 
 
 def _commands(path: Path) -> tuple[str, ...]:

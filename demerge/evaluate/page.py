@@ -14,8 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from demerge.evaluate.protocol import HIGHER_IS_BETTER, Protocol, Row
-from demerge.evaluate.tables import against, change, label, measured, number
+from demerge.evaluate.protocol import HIGHER_IS_BETTER, Comparison, Protocol, Row
+from demerge.evaluate.tables import against, label, measured, number
 from demerge.evaluate.verdict import best, outcome, verdict, warnings
 from demerge.images import grid, png
 
@@ -132,35 +132,34 @@ def _strip(images: Tensor) -> bytes:
 
 def _ranking(rows: Sequence[Row], floors: Sequence[Row]) -> str:
     metrics = measured(rows)
+    first, *others = (f'<th class="num">{text(label(m, rows))} {"↑" if m in HIGHER_IS_BETTER else "↓"}</th>' for m in metrics)
+    heads = f"<th></th><th>model</th>{first}<th>against base</th><th>against joint</th>{''.join(others)}"
     tops = {metric: _top(rows, metric) for metric in metrics}
-    heads = "".join(f'<th class="num">{text(label(m, rows))} {"↑" if m in HIGHER_IS_BETTER else "↓"}</th>' for m in metrics)
-    lines = []
-    for place, row in enumerate(rows, 1):
-        cells = "".join(_cell(row, metric, row is tops[metric]) for metric in metrics)
-        results = against(row, rows)
-        changes = "".join(
-            f'<td class="change {results[name].verdict}">{text(change(results[name]))}</td>' if name in results else "<td></td>"
-            for name in ("base", "joint")
-        )
-        lines.append(f'<tr><td class="num">{place}</td>{_names(row)}{cells}{changes}</tr>')
-    for floor in floors:
-        cells = "".join(_cell(floor, metric, False) for metric in metrics)
-        lines.append(f'<tr class="floor"><td></td>{_names(floor)}{cells}<td></td><td></td></tr>')
-    return (
-        f'<div class="scroll"><table><thead><tr><th></th><th>model</th><th>kind</th>{heads}<th>against base</th>'
-        f"<th>against joint</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    lines = [f'<tr><td class="num">{place}</td>{_line(row, rows, tops)}</tr>' for place, row in enumerate(rows, 1)]
+    lines += [f'<tr class="floor"><td></td>{_line(floor, (), dict.fromkeys(metrics))}</tr>' for floor in floors]
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _names(row: Row) -> str:
+def _line(row: Row, rows: Sequence[Row], tops: Mapping[str, Row | None]) -> str:
     kind = "noise floor" if row.kind == "real" else row.kind
-    return f'<td class="name">{text(row.model)}</td><td><span class="kind {row.kind}">{kind}</span></td>'
+    first, *others = (_cell(row, metric, row is top) for metric, top in tops.items())
+    results = against(row, rows)
+    changes = "".join(_change(results.get(name)) for name in ("base", "joint"))
+    name = f'<td class="name">{text(row.model)}<br><span class="kind {row.kind}">{kind}</span></td>'
+    return f"{name}{first}{changes}{''.join(others)}"
+
+
+def _change(result: Comparison | None) -> str:
+    if result is None:
+        return "<td></td>"
+    percent = "" if math.isnan(result.relative) else f"{100 * result.relative:+.1f} %"
+    return f'<td class="change {result.verdict}">{percent}<small>{result.verdict}</small></td>'
 
 
 def _cell(row: Row, metric: str, top: bool) -> str:
     mean, _, spread = number(row, metric).partition(" ± ")
     emphasis = f'<span class="best">{mean}</span>' if top else mean
-    return f'<td class="num">{emphasis}' + (f' <span class="sd">± {spread}</span></td>' if spread else "</td>")
+    return f'<td class="num">{emphasis}' + (f"<small>± {spread}</small></td>" if spread else "</td>")
 
 
 def _top(rows: Sequence[Row], metric: str) -> Row | None:

@@ -45,6 +45,8 @@ def _line(place: int | None, row: Row, rows: Sequence[Row]) -> dict[str, object]
     line["seeds"] = " ".join(map(str, row.seeds))
     for metric in measured([row]):
         line |= {metric: row.mean(metric), f"{metric}_sd": row.sd(metric)}
+    if row.losses is not None:
+        line |= {f"loss {name}": loss for name, loss in row.losses.means.items()}
     for name, result in against(row, rows).items():
         line |= {f"vs_{name}": result.difference, f"vs_{name}_verdict": result.verdict}
     line |= asdict(row.scores[0].protocol) | {"rank_deficient": row.scores[0].protocol.rank_deficient}
@@ -83,14 +85,17 @@ def harmless(text: str) -> str:
 def markdown(rows: Sequence[Row], floors: Sequence[Row], *, title: str) -> str:
     """Return title, verdict, table, warnings and protocol as Markdown."""
     metrics = measured(rows)
-    heads = ["", "model", "kind", *(label(metric, rows) for metric in metrics), "against base", "against joint"]
+    first, *others = (label(metric, rows) for metric in metrics)
+    heads = ["", "model", "kind", first, "against base", "against joint", *others]
     lines = [_cells(heads), _cells(["---:", "---", "---", *["---:"] * (len(metrics) + 2)])]
     for place, row in enumerate(rows, 1):
         results = against(row, rows)
         changes = [change(results[name]) if name in results else "" for name in ("base", "joint")]
-        lines.append(_cells([str(place), escaped(row.model), row.kind, *(number(row, m) for m in metrics), *changes]))
+        numbers = [number(row, metric) for metric in metrics]
+        lines.append(_cells([str(place), escaped(row.model), row.kind, numbers[0], *changes, *numbers[1:]]))
     for floor in floors:
-        lines.append(_cells(["", escaped(floor.model), "noise floor", *(number(floor, m) for m in metrics), "", ""]))
+        numbers = [number(floor, metric) for metric in metrics]
+        lines.append(_cells(["", escaped(floor.model), "noise floor", numbers[0], "", "", *numbers[1:]]))
     wary = [f"- {escaped(text)}" for text in warnings(rows, floors)]
     protocol = escaped(str(rows[0].scores[0].protocol))
     parts = [f"# {escaped(title)}", escaped(verdict(rows)), "\n".join(lines), "\n".join(wary), f"Protocol: {protocol}."]
@@ -102,7 +107,7 @@ def number(row: Row, metric: str) -> str:
     mean, spread = row.mean(metric), row.sd(metric)
     if math.isnan(mean):
         return ""
-    digits = 2 if metric == "fd" and abs(mean) >= 1 else 3 if metric != "kid" else 5
+    digits = 3 if metric not in ("fd", "kid") else min(6, max(0, 2 - math.floor(math.log10(abs(mean) or 1))))
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
 
 

@@ -38,7 +38,7 @@ def digits_net() -> FeatureNet:
     return feature_net("digits-cnn")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def noise() -> Callable[..., Tensor]:
     """Make noise images: noise(n, c, side, seed) -> uint8 [n c side side]."""
 
@@ -66,7 +66,7 @@ def protocol(**changes: object) -> Protocol:
     return Protocol(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_scores() -> Callable[..., list[Scores]]:
     """Make scores of one model, one for each distance: make_scores("ties", "merge", [7.1, 7.2, 7.0])."""
 

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from demerge.errors import InputError, UsageError
+from demerge.evaluate.entrants import entrants, kind_of
+from demerge.evaluate.protocol import Scores
+from demerge.evaluate.records import SHOWN, load_scores, read_strip, save_scores
+
+
+def pipeline(folder: Path, **records: object) -> str:
+    (folder / "scheduler").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 1000}))
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    return str(folder)
+
+
+def test_kinds_by_their_records(tmp_path: Path) -> None:
+    part, whole = {"range": [0, 500]}, {"range": [0, 1000]}
+    models = [
+        pipeline(tmp_path / "mine"),
+        pipeline(tmp_path / "other"),
+        pipeline(tmp_path / "experts" / "0000-0500", expert=part),
+        pipeline(tmp_path / "joint" / "0000-1000", expert=whole),
+        pipeline(tmp_path / "merged" / "ties", demerge={"experts": [part, {"range": [500, 1000]}]}),
+        pipeline(tmp_path / "merged" / "joint-0.5", demerge={"experts": [whole]}),
+        str(tmp_path / "experts"),
+    ]
+    (tmp_path / "pictures").mkdir()
+    found = entrants([*models, str(tmp_path / "pictures"), "google/ddpm-cifar10-32"])
+    assert [(e.name, e.kind) for e in found] == [
+        ("mine", "base"),
+        ("other", "model"),
+        ("0000-0500", "expert"),
+        ("joint", "joint"),
+        ("ties", "merge"),
+        ("joint-0.5", "joint"),
+        ("routed ensemble", "ensemble"),
+        ("pictures", "model"),
+        ("google/ddpm-cifar10-32", "model"),
+    ]
+    assert [e.is_images for e in found] == [False] * 7 + [True, False]
+    assert found[-1].slug == "google-ddpm-cifar10-32"
+
+
+def test_names_and_the_base_can_be_given(tmp_path: Path) -> None:
+    a, b = pipeline(tmp_path / "x" / "unet"), pipeline(tmp_path / "y" / "unet")
+    assert [(e.name, e.kind) for e in entrants([a, f"best={b}"], base=b)] == [("unet", "model"), ("best", "base")]
+    assert [e.name for e in entrants([a, b])] == ["x/unet", "y/unet"]
+    with pytest.raises(UsageError, match="named"):
+        entrants([a, a])
+    with pytest.raises(UsageError, match="no model"):
+        entrants([])
+
+
+def test_damaged_records_are_named(tmp_path: Path) -> None:
+    pipeline(tmp_path / "m")
+    (tmp_path / "m" / "expert.json").write_text("{")
+    with pytest.raises(InputError, match=r"expert\.json"):
+        kind_of(tmp_path / "m")
+    (tmp_path / "m" / "expert.json").write_text("[]")
+    with pytest.raises(InputError, match="object"):
+        kind_of(tmp_path / "m")
+
+
+def test_scores_and_strips_round_trip(
+    make_scores: Callable[..., list[Scores]], noise: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    images = noise(20, 3, 8)
+    for score in make_scores("ties", "merge", [7.0, 7.1]):
+        save_scores(tmp_path / f"ties.seed{score.seed}.json", score, images if score.seed == 0 else noise(20, 3, 8, seed=1))
+    scores, contact = load_scores(tmp_path)
+    assert [s.seed for s in scores] == [0, 1]
+    assert torch.equal(contact["ties"], images[:SHOWN])
+    with pytest.raises(InputError, match="no scores"):
+        load_scores(tmp_path / "absent")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"bad\.png"):
+        read_strip(tmp_path / "bad.png")
