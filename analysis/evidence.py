@@ -17,8 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from demerge.analysis.segmentation import METHODS, Objective, blocks, cover, cut, least_width, on_bins, program
-from demerge.analysis.similarity import Similarity, halves, kernel, leave_one_out, similarity, standard_error, weighted
+from demerge.analysis.blocks import LEAST_KNOWN, Blocks, blocks
+from demerge.analysis.segmentation import METHODS, Objective, cover, cut, least_width, on_bins, program
+from demerge.analysis.similarity import (
+    RESOLVED,
+    Similarity,
+    halves,
+    kernel,
+    leave_one_out,
+    similarity,
+    standard_error,
+    weighted,
+)
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import NumericalError
 from demerge.randomness import generator
@@ -55,23 +65,28 @@ class Evidence:
     score: str
     found: Similarity
     objective: Objective
-    allowed: tuple[int, ...]
+    blocks: Blocks
 
     @classmethod
     def of(cls, map: ConflictMap, score: str = "cosine") -> Evidence:
         """Prepare what all questions share."""
         found = similarity(map)
-        return cls(map, score, found, Objective.of(map, score, found), tuple(blocks(map)))
+        return cls(map, score, found, Objective.of(map, score, found), blocks(map))
 
     @property
     def apart(self) -> Array:
         """The blocks as ranges of bins, [R N]."""
-        return cover(self.map, on_bins(self.map, self.allowed))
+        return cover(self.map, on_bins(self.map, self.blocks.edges))
 
     @property
     def conflict(self) -> Estimate:
         """J of all blocks apart, the most that a cut between them can gain."""
         return estimate(self.map, lambda K: self.objective.gain(K, self.apart), self.found.K)
+
+    @property
+    def sure(self) -> bool:
+        """Whether there is a conflict to explain, on the larger part of [0, T)."""
+        return self.blocks.known >= LEAST_KNOWN and self.conflict.above(RESOLVED)
 
     def share(self, partition: Partition) -> Estimate:
         """Return ES of a partition."""
@@ -80,7 +95,7 @@ class Evidence:
 
     def best(self, K: Array, n: int) -> Partition:
         """Return the best cut of K [N N] into n ranges between the map's blocks."""
-        return on_bins(self.map, program(self.objective.table(K), n, self.allowed, least_width(self.map, n)))
+        return on_bins(self.map, program(self.objective.table(K), n, self.blocks.edges, least_width(self.map, n)))
 
     def held_out_gain(self, n: int, method: str) -> Estimate:
         """Return how much more of J the cut of one half of the groups explains on the other half than `method` does."""

@@ -202,8 +202,8 @@ def _timesteps(span: TimestepRange, position: Tensor) -> Tensor:
 def _gradient(loss: Tensor, denoiser: nn.Module) -> Tensor:
     """Return the gradient [D] in the order of the parameters, 0 for those that the loss does not reach.
 
-    All of it is taken even where a part is kept: torch 2.13 crashes in the backward of a group norm of which only one
-    parameter is asked for.
+    All of it is taken even where a part is kept: torch 2.13 crashes on the CPU in the backward of some group norms when one
+    of their parameters alone is asked for.
     """
     parameters = list(denoiser.parameters())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

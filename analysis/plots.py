@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from demerge.analysis.evidence import Evidence, curve
-from demerge.analysis.similarity import RESOLVED, Similarity, by_lag, by_log_snr, similarity, t_quantile
+from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity, t_quantile
 from demerge.analysis.taskvectors import TaskVectors
 from demerge.conflict import Array, ConflictMap
 from demerge.timesteps import Partition
@@ -158,7 +158,8 @@ def strength(map: ConflictMap, partition: Partition | None = None) -> Figure:
     sns.lineplot(x=map.timesteps, y=found.noise, ax=right, color=ORANGE, marker="o")
     samples = map.M * map.origin.batch_size
     right.axhline(samples, color=GREY, lw=1, ls=":")
-    right.annotate(f"{samples} samples were taken", (0, samples), textcoords="offset points", xytext=(2, 3), fontsize=8)
+    axes = right.get_yaxis_transform()
+    right.text(0.02, samples, f"{samples} samples were taken", transform=axes, fontsize=8, va="bottom")
     right.set(xlabel="timestep t", ylabel="noise scale, samples", yscale="log", xlim=left.get_xlim())
     for ax in (left, right):
         for place in partition.cuts if partition else []:
@@ -174,14 +175,14 @@ def cost_curve(map: ConflictMap, chosen: int | None = None, *, score: str = "cos
     evidence = Evidence.of(map, score)
     figure, (ax,) = _figure()
     counts = [n for n in RANGES if n <= map.N]
-    if evidence.conflict.above(RESOLVED):
+    if evidence.sure:
         shares = curve(evidence, counts)
         for (method, label), colour, marker in zip(WAYS.items(), (BLUE, ORANGE, GREEN), "os^", strict=True):
             rows = shares[shares.method == method]
             ax.errorbar(rows.ranges, rows.share, rows.se, color=colour, marker=marker, ms=5, capsize=2, label=label)
         ax.legend(frameon=False, loc="lower right")
     else:
-        ax.text(0.5, 0.5, "no conflict between bins is resolved", ha="center", transform=ax.transAxes)
+        ax.text(0.5, 0.5, "too little of the conflict is resolved", ha="center", transform=ax.transAxes)
     if chosen:
         ax.axvline(chosen, color=GREY, lw=1, ls=":", zorder=0)
     ax.set(xlabel="number of ranges", ylabel=f"explained share of the conflict ({score})", xticks=counts)

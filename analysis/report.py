@@ -29,17 +29,17 @@ BEAT = 2.0
 def summary(map: ConflictMap, n: int = 4, *, method: str = "gradient", score: str = "cosine") -> dict[str, Any]:
     """Say what the map supports: JSON values only, None for what cannot be said.
 
-    Keys: bins, groups, batch_size, draws, ranges, score; `unresolved` ranges of t; `conflict` (J of all bins apart); `cuts`
+    Keys: bins, groups, batch_size, draws, ranges, score; `unresolved` ranges of t; `blocks` and the share of
+    [0, T) `known` by them; `conflict` (J of all blocks apart); `cuts`
     by method, each with cuts, share, se; `support` of each gradient cut; `held_out` gain over uniform and logsnr;
     `row_sums`; `advice`, the method to take, and its `reason`; `taken`, the `method` asked for, or uniform where that finds no
     cut.
     """
     evidence = Evidence.of(map, score)
-    cuts = _cuts(map, n, score)
-    sure = evidence.conflict.above(3)
+    cuts, why = _cuts(map, n, score)
     best = cuts["gradient"]
-    held_out = {other: evidence.held_out_gain(n, other) for other in METHODS[1:]} if best and sure and n > 1 else {}
-    advice, reason = _advice(best, sure, held_out)
+    held_out = {other: evidence.held_out_gain(n, other) for other in METHODS[1:]} if best and evidence.sure and n > 1 else {}
+    advice, reason = _advice(evidence, n, why, held_out)
     return {
         "bins": map.N,
         "groups": map.M,
@@ -48,9 +48,10 @@ def summary(map: ConflictMap, n: int = 4, *, method: str = "gradient", score: st
         "ranges": n,
         "score": score,
         "unresolved": [[r.start, r.stop] for r, known in zip(map.bins, evidence.found.resolved, strict=True) if not known],
-        "blocks": len(evidence.allowed) - 1,
+        "blocks": len(evidence.blocks),
+        "known": _finite(evidence.blocks.known),
         "conflict": _number(evidence.conflict),
-        "cuts": {name: _described(evidence, partition, sure) for name, partition in cuts.items()},
+        "cuts": {name: _described(evidence, partition) for name, partition in cuts.items()},
         "support": _support(evidence, best, n),
         "held_out": {name: _number(gain) for name, gain in held_out.items()},
         "row_sums": row_sums(map),
@@ -60,36 +61,34 @@ def summary(map: ConflictMap, n: int = 4, *, method: str = "gradient", score: st
     }
 
 
-def _cuts(map: ConflictMap, n: int, score: str) -> dict[str, Partition | None]:
-    cuts: dict[str, Partition | None] = {}
-    for method in METHODS:
-        try:
-            cuts[method] = cut(map, n, method, score=score)
-        except NumericalError:
-            cuts[method] = None
-    return cuts
+def _cuts(map: ConflictMap, n: int, score: str) -> tuple[dict[str, Partition | None], str]:
+    """Return the cut of each method, None for a gradient cut that cannot be made, and why it cannot."""
+    cuts: dict[str, Partition | None] = dict.fromkeys(METHODS)
+    cuts |= {method: cut(map, n, method) for method in METHODS[1:]}
+    try:
+        cuts["gradient"] = cut(map, n, score=score)
+    except NumericalError as error:
+        return cuts, error.what
+    return cuts, ""
 
 
-def _advice(best: Partition | None, sure: bool, held_out: dict[str, Estimate]) -> tuple[str, str]:
-    if best is None:
-        return "uniform", "too few blocks of bins have a resolved gradient to cut between; more groups would help"
-    if not sure:
+def _advice(evidence: Evidence, n: int, why: str, held_out: dict[str, Estimate]) -> tuple[str, str]:
+    if why or n == 1:
+        return "uniform", why or "one range leaves nothing to choose"
+    if not evidence.sure:
         return "uniform", "no conflict between bins is resolved"
-    if not held_out:
-        return "uniform", "one range leaves nothing to choose"
+    if len(evidence.blocks) == n:
+        return "uniform", f"noise leaves {n} blocks of bins, so that there was one way to cut and nothing to choose"
     gain = held_out["uniform"]
     if gain.above(BEAT):
         return "gradient", f"on held-out groups the gradient cut explains {gain} more of the conflict than uniform"
-    return (
-        "uniform",
-        f"on held-out groups the gradient cut gains {gain} over uniform, less than {BEAT:g} standard errors",
-    )
+    return "uniform", f"on held-out groups the gradient cut gains {gain} over uniform, less than {BEAT:g} SE"
 
 
-def _described(evidence: Evidence, partition: Partition | None, sure: bool) -> dict[str, Any] | None:
+def _described(evidence: Evidence, partition: Partition | None) -> dict[str, Any] | None:
     if partition is None:
         return None
-    share = evidence.share(partition) if sure else Estimate(math.nan, math.nan)
+    share = evidence.share(partition) if evidence.sure else Estimate(math.nan, math.nan)
     return {"cuts": partition.cuts, "share": _finite(share.value), "se": _finite(share.se)}
 
 
@@ -124,7 +123,8 @@ def lines(said: dict[str, Any]) -> list[str]:
     """Return a summary for a person."""
     text = [
         f"map       {said['bins']} bins, {said['groups']} groups of {said['batch_size']}, {said['draws']} draws,"
-        f" {len(said['unresolved'])} bins unresolved",
+        f" {len(said['unresolved'])} bins unresolved; "
+        f"merged to {said['blocks']} blocks, resolved on {said['known']:.0%} of [0, T)",
         f"row sums  |gbar|^2 / sum w |mu|^2 = {_pair(said['row_sums']['ratio'], said['row_sums']['se'])},"
         f" {said['row_sums']['rows']} of {said['bins']} rows not 0 (near 0 at a converged base: opposing bins are then a must)",
     ]

@@ -13,31 +13,22 @@ is a sum over ranges, so that the best contiguous cut is exact by dynamic progra
 of similarity.py and v of a negative square is 0. That kink makes `step` unsteady where gradients are near 0, as at a converged
 base; `cosine` is smooth, and not ruled by the bins with the largest gradients as `energy` is.
 
-Unresolved bins: their K is noise, and a program maximises noise gladly. In each run of unresolved bins neighbours are merged,
-from low t on, until the merged block is resolved, and cuts lie between blocks only; so no cut separates two unresolved bins.
-Bins that `cosine` cannot scale weigh nothing.
+Unresolved bins: their K is noise, and a program maximises noise gladly. Cuts lie between the blocks of blocks.py only, and
+bins that `cosine` cannot scale weigh nothing.
 
 A partition off the grid of bins is valued by taking the gradient as constant within a bin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from demerge.analysis.similarity import (
-    RESOLVED,
-    Similarity,
-    cross,
-    kernel,
-    leave_one_out,
-    similarity,
-    standard_error,
-)
+from demerge.analysis.blocks import blocks
+from demerge.analysis.similarity import Similarity, similarity
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import NumericalError, UsageError
 from demerge.timesteps import Partition
@@ -116,19 +107,19 @@ def cut(
 
     Raises:
         UsageError: where an argument is out of its range.
-        NumericalError: where noise leaves too few blocks of bins for `gradient` to cut between.
+        NumericalError: where noise leaves too little for `gradient` to cut by: too few blocks, or less than half of [0, T).
     """
     if method not in METHODS:
         raise UsageError(f"method '{method}' is unknown", fix=f"use one of {', '.join(METHODS)}")
     if not 1 <= n <= map.T:
         raise UsageError(f"cannot cut {map.T} timesteps into {n} ranges", fix=f"give 1 <= n <= {map.T}")
-    if method == "uniform":
+    if method == "uniform" or n == 1:
         return Partition.uniform(map.T, n)
     if method == "logsnr":
         return equal_log_snr(map, n)
-    found = similarity(map)
+    found, allowed = similarity(map), blocks(map).require_known().edges
     table = Objective.of(map, score, found).table(found.K)
-    return on_bins(map, program(table, n, blocks(map), least_width(map, n) if minimum is None else minimum))
+    return on_bins(map, program(table, n, allowed, least_width(map, n) if minimum is None else minimum))
 
 
 def least_width(map: ConflictMap, n: int) -> int:
@@ -171,42 +162,13 @@ def program(table: Array, n: int, allowed: Sequence[int], minimum: int = 1) -> l
         best = totals.max(0)
     if not np.isfinite(best[-1]):
         raise NumericalError(
-            f"{len(edges) - 1} blocks of bins that noise leaves apart give no {n} ranges of {minimum} bins or more",
+            f"{len(edges) - 1} blocks of bins give no {n} ranges of {minimum} bins or more",
             fix="measure more groups or larger batches, or take the uniform cut",
         )
     path = [len(edges) - 1]
     for step in reversed(came):
         path.append(int(step[path[-1]]))
     return [int(edges[i]) for i in reversed(path)]
-
-
-def blocks(map: ConflictMap) -> list[int]:
-    """Return the edges, indices from 0 to N, of the blocks of bins between which cuts may lie.
-
-    A resolved bin is a block. A run of unresolved ones is merged from low t on into blocks with |gbar|^2 > 3 SE; what stays
-    open at its end joins the last of them, or is one unresolved block where there is none.
-    """
-    K, left_out = kernel(map, cross(map.M)), leave_one_out(map)
-
-    def resolved(start: int, stop: int) -> bool:
-        inside = slice(start, stop)
-        w = map.widths[inside]
-        return bool(w @ K[inside, inside] @ w > RESOLVED * standard_error(left_out[:, inside, inside] @ w @ w))
-
-    edges = [0]
-    for known, run in groupby(range(map.N), lambda i: resolved(i, i + 1)):
-        bins = list(run)
-        edges += [i + 1 for i in bins] if known else _merged(bins[0], bins[-1] + 1, resolved)
-    return edges
-
-
-def _merged(start: int, stop: int, resolved: Callable[[int, int], bool]) -> list[int]:
-    """Return the ends of the resolved blocks of a run [start, stop) of unresolved bins, the last one stretched to `stop`."""
-    ends: list[int] = []
-    for end in range(start + 1, stop + 1):
-        if resolved(ends[-1] if ends else start, end):
-            ends.append(end)
-    return [*ends[:-1], stop]
 
 
 def cover(map: ConflictMap, partition: Partition) -> Array:

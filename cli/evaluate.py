@@ -25,6 +25,7 @@ def evaluate(
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; scores go to OUT/scores.")],
     base: Annotated[str | None, typer.Option(help="The base model; else the first stock pipeline among MODELS.")] = None,
     split: Annotated[str, _option("--split", "Reference split: test, train or all.", METRICS)] = "test",
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
     features: Annotated[
         str, _option("--features", "digits-cnn, random, inception:PATH; auto takes one of the first two.", METRICS)
     ] = "auto",
@@ -55,6 +56,7 @@ def evaluate(
     words = Words(
         data,
         split=split,
+        skip_broken=skip_broken,
         features=features,
         preprocess=preprocess,  # type: ignore[arg-type]
         precision=precision,

@@ -15,8 +15,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from demerge.embedded import embedded
 from demerge.errors import InputError, UsageError
+from demerge.local import local
 
 DENOISERS: Mapping[str, type[diffusers.ModelMixin]] = {
     "UNet2DModel": diffusers.UNet2DModel,
@@ -49,32 +49,14 @@ def resolve(model: str | Path) -> Path:
     """Return the pipeline folder of a path, an embedded model or a Hub id; a component folder stands for its pipeline.
 
     Raises:
-        InputError: where there is neither such a folder nor such a Hub id.
+        InputError: where there is no such folder, or no pipeline in it.
     """
-    path = embedded(model)
+    path = local(model)
     for folder in (path, path.parent):
         if (folder / "model_index.json").is_file() and (folder == path or (path / "config.json").is_file()):
             return folder
-    if path.exists():
-        raise InputError(
-            f"{model}: no model_index.json there, so no scheduler is known",
-            fix="name a whole pipeline folder (model_index.json, unet/, scheduler/)",
-        )
-    return _download(str(model))
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.txt", "unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"'{model}' is neither a folder here nor a model that the Hub gives ({type(error).__name__})",
-            fix="check the spelling, the network, or name a local pipeline folder",
-        ) from error
+    what = "no model_index.json there, so no scheduler is known" if path.exists() else "no such folder"
+    raise InputError(f"{model}: {what}", fix="name a whole pipeline folder (model_index.json, unet/, scheduler/)")
 
 
 def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:

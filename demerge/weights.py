@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from demerge.embedded import embedded
 from demerge.errors import InputError
 from demerge.files import commit_file
 from demerge.headers import Spec, read_header, read_json
+from demerge.local import local
 from demerge.places import Place, locate
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         Raises:
             InputError: where it is missing, damaged or hostile.
         """
-        return cls(locate(embedded(path)))
+        return cls(locate(local(path)))
 
     def _refuse_other_index(self, index: Mapping[str, str]) -> None:
         held = {name: spec.file.name for name, spec in self.specs.items()}

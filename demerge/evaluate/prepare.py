@@ -33,6 +33,7 @@ class Words:
 
     data: str
     split: str = "test"
+    skip_broken: bool = False
     features: str = "auto"
     preprocess: Preprocess = "clean"
     precision: str = "no"
@@ -75,7 +76,7 @@ def prepare(
     base = base or next((e.source for e in found if e.kind == "base"), None)
     model = _some_model(found, base)
     partition = None if model is None else _partition(words.ranges, model.T)
-    load = partial(load_images, words.data)
+    load = partial(load_images, words.data, skip_broken=words.skip_broken)
     if model is not None:
         load = partial(load, channels=model.image_shape[0], resolution=model.image_shape[1])
     data = load(split=words.split)

@@ -42,7 +42,7 @@ def test_the_statistic_is_unbiased_and_the_naive_one_is_biased_as_predicted(map_
     for values, expected in ((unbiased, MU @ MU.T), (naive, MU @ MU.T + bias)):
         z = (values.mean(0) - expected) / (values.std(0) / len(maps) ** 0.5)
         assert abs(z).max() < 3.5
-    assert np.diagonal(bias).min() > 10 * (naive.std(0) / len(maps) ** 0.5).max()
+    assert np.diagonal(bias).min() > 5 * (naive.std(0) / len(maps) ** 0.5).max()
 
 
 def test_the_naive_cosine_is_wrong_both_ways(map_of: Any) -> None:
@@ -52,23 +52,20 @@ def test_the_naive_cosine_is_wrong_both_ways(map_of: Any) -> None:
     assert mean["shared"] > truth + 0.05
     assert abs(mean["independent"]) < abs(truth) - 0.03
     for each in found.values():
-        assert abs(np.nanmean([s.cosine[0, 3] for s in each]) - truth) < 0.03
+        K = np.mean([s.K for s in each], axis=0)
+        assert abs(K[0, 3] / np.sqrt(K[0, 0] * K[3, 3]) - truth) < 0.03
 
 
 @pytest.mark.parametrize("draws", ["shared", "independent"])
 def test_jackknife_intervals_cover(map_of: Any, draws: str) -> None:
-    rng, truth = np.random.default_rng(2), MU @ MU.T
-    rho = truth / np.sqrt(np.outer(np.diagonal(truth), np.diagonal(truth)))
-    hits: list[Array] = []
-    hits_rho: list[Array] = []
-    for _ in range(400):
-        found = similarity(map_of(draw(rng, draws)))
-        hits.append(abs(found.K - truth) <= t_quantile(M) * found.K_se)
-        hits_rho.append(
-            (abs(found.cosine - rho) <= t_quantile(M) * found.cosine_se)[np.triu_indices(N, 1)][found.resolved[0] :]
-        )
-    assert np.mean(hits, axis=0).min() >= 0.9
-    assert np.mean(np.concatenate([h for h in hits_rho if len(h)])) >= 0.85
+    rng, upper = np.random.default_rng(2), np.triu_indices(N, 1)
+    for scale in (1, 3):
+        truth = scale**2 * MU @ MU.T
+        rho = (truth / np.sqrt(np.outer(np.diagonal(truth), np.diagonal(truth))))[upper]
+        found = [similarity(map_of(draw(rng, draws) + (scale - 1) * MU[:, None])) for _ in range(400)]
+        assert np.mean([abs(s.K - truth) <= t_quantile(M) * s.K_se for s in found]) >= 0.9
+        if scale == 3:  # all bins are resolved, so that none is chosen by its noise
+            assert np.mean([abs(s.cosine[upper] - rho) <= t_quantile(M) * s.cosine_se[upper] for s in found]) >= 0.9
 
 
 def test_kernel_is_the_sum_it_says(map_of: Any) -> None:

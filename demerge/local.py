@@ -1,0 +1,50 @@
+r"""What a user's word for a model stands for on this machine: a path, an embedded model, or a Hub id that is fetched.
+
+`digits-base` is a UNet of 0.2 M parameters trained from a random start on the train split of scikit-learn's digits by
+
+    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint -o runs/digits-base \
+        --max-train-steps 5000 --train-batch-size 64 --learning-rate 1e-3 --lr-scheduler cosine --lr-warmup-steps 200 \
+        --adam-beta1 0.9 --p 1 --ema-decay 0.999 --save-dtype float16 --seed 0
+
+and is what that command leaves in runs/digits-base/0000-1000, less its records.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from demerge.errors import InputError
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+EMBEDDED = ("digits-base",)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PARTS = ("unet", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+
+
+def local(model: str | Path) -> Path:
+    """Return the path of a model; what is neither there nor embedded and reads `owner/name` is fetched from the Hub.
+
+    An embedded name wins over a folder of that name, which is written `./digits-base`.
+
+    Raises:
+        InputError: where the Hub has no such model or cannot be reached.
+    """
+    if str(model) in EMBEDDED:
+        return ASSETS / str(model)
+    path = Path(model)
+    return path if path.exists() or not HUB_ID.fullmatch(str(model)) else _fetch(str(model))
+
+
+def _fetch(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [f"{part}/*{kind}" for part in PARTS for kind in (".json", ".txt", ".safetensors")]
+    try:
+        return Path(snapshot_download(model, allow_patterns=["model_index.json", *patterns]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"'{model}' is neither a file or folder here nor a model that the Hub gives ({type(error).__name__})",
+            fix="check the spelling and the network, or name a local folder",
+        ) from error
