@@ -67,6 +67,7 @@ def prepare(
     metric: str = "euclid",
     seed: int = 0,
     split: str = "train",
+    skip_broken: bool = False,
     memory: int = MEMORY,
     ranges: int = 4,
     method: str = "gradient",
@@ -95,7 +96,7 @@ def prepare(
             f"{ranges} ranges, {bins} bins and {base.T} timesteps do not fit", fix="give ranges <= bins <= timesteps"
         )
     channels, height, _ = base.image_shape
-    images = load_images(data, split=split, resolution=height, channels=channels)
+    images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
     total = cost(base, bins=bins, groups=groups, memory=memory)
     parameters = sum(p.numel() for p in base.denoiser.parameters())
     origin = Origin(base.sha256, images.fingerprint, parameters, "exact", draws, antithetic, metric, batch_size, seed)

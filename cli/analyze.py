@@ -34,6 +34,7 @@ def analyze(
     ] = False,
     metric: Annotated[str, typer.Option(help="Inner products: euclid, or adam.", rich_help_panel=MEASURE)] = "euclid",
     split: Annotated[str, typer.Option(help="train, test or all.", rich_help_panel=MEASURE)] = "train",
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
     memory: Annotated[
         float, typer.Option(min=0.001, help="GB for gradients; less memory means more passes.", rich_help_panel=MEASURE)
     ] = 2.0,
@@ -60,6 +61,7 @@ def analyze(
         metric=metric,
         seed=seed,
         split=split,
+        skip_broken=skip_broken,
         memory=int(memory * 1e9),
         ranges=ranges,
         method=method,

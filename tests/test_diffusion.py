@@ -81,6 +81,13 @@ def test_foreign_class_in_the_index_is_refused(tiny: Path, tmp_path: Path) -> No
         Diffusion.load(folder)
 
 
+def test_unknown_name_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a file or folder here nor a model that the Hub gives"):
+        Diffusion.load("nobody/nothing")
+    with pytest.raises(InputError, match="no such folder"):
+        Diffusion.load(tmp_path / "none")
+
+
 def test_wrong_image_size_names_both_shapes(tiny: Path) -> None:
     with pytest.raises(UsageError, match=r"\(1, 16, 16\).*\(1, 8, 8\)"):
         Diffusion.load(tiny).encode(torch.zeros(1, 1, 16, 16))
