@@ -1,6 +1,6 @@
 """`demerge demo`: the whole path on the embedded default, by running the very commands a user would.
 
-The base (a UNet of 0.7 M parameters trained on scikit-learn's digits) ships in the package; nothing is downloaded. The commands
+The base (a UNet of 0.2 M parameters trained on scikit-learn's digits) ships in the package; nothing is downloaded. The commands
 are printed as they run, and again in the report, and can be copied.
 """
 

@@ -21,8 +21,9 @@ def finetune(
     data: Annotated[str, _option("--data", "Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.", DATA)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder that gets one expert folder per range.")],
     ranges: Annotated[
-        str, typer.Option(help="uniform:N, joint, joint:K (K times the steps) or a partition.json.")
-    ] = "uniform:4",
+        str | None,
+        typer.Option(help="uniform:N, joint, joint:K (K times the steps) or a partition.json; uniform:4 where none is given."),
+    ] = None,
     split: Annotated[str, _option("--split", "train, test or all.", DATA)] = "train",
     skip_broken: Annotated[bool, _option("--skip-broken", "Leave out images that cannot be read.", DATA)] = False,
     random_flip: Annotated[bool, _option("--random-flip", "Mirror half of the images.", DATA)] = False,

@@ -61,6 +61,7 @@ def main() -> None:
     """Run the program; a user's mistake ends in one message and its exit code, never in a traceback."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are many times slower where cores are shared
     debug = "--debug" in sys.argv
+    sys.argv = [sys.argv[0], *(["--debug"] if debug else []), *(word for word in sys.argv[1:] if word != "--debug")]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         code = app(standalone_mode=False)
@@ -76,6 +77,8 @@ def main() -> None:
     except MemoryError:
         _fail("not enough memory\n  fix: a smaller batch, or a larger machine", 4, debug)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            _fail("not enough memory on the accelerator\n  fix: a smaller batch, or --device cpu", 4, debug)
         _fail(f"a bug in demerge: {type(error).__name__}: {error}\n  fix: run again with --debug and report it", 1, debug)
 
 

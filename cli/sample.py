@@ -1,4 +1,4 @@
-"""`demerge sample`: images from a model, as PNG files and a contact sheet."""
+"""`demerge sample`: images from a model, as PNG files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def sample(
     experts: Annotated[
         Path | None, typer.Option(help="Folder of experts: sample the routed ensemble on MODEL's schedule.")
     ] = None,
-    captions: Annotated[Path | None, typer.Option(help="Text file, a caption per line, for text-to-image models.")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file, a caption per line, for text-to-image models.")
+    ] = None,
     eval_batch_size: Annotated[int, typer.Option("--eval-batch-size", min=1, help="Images per forward pass.")] = 64,
     seed: Seed = 0,
     device: Device = "auto",
@@ -27,10 +29,12 @@ def sample(
 ) -> None:
     """Draw images; image i depends on the seed and i alone."""
     from demerge.diffusion import Diffusion
+    from demerge.files import refuse_existing
     from demerge.images import write_pngs
     from demerge.sample import load_routed
     from demerge.sample import sample as draw
 
+    refuse_existing(out)
     place = device_of(device)
     base = load_routed(model, experts, device=place) if experts else Diffusion.load(model, device=place)
     texts = captions.read_text(encoding="utf-8").splitlines() if captions else None

@@ -28,6 +28,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from demerge.errors import InputError, UsageError
+from demerge.files import commit_json
 from demerge.headers import read_json
 from demerge.pipelines import TextEncoder, load_denoiser, load_scheduler, load_text, resolve
 from demerge.weights import content_sha256
@@ -110,10 +111,13 @@ class Diffusion:
             diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
             return
         index = read_json(self.folder / "model_index.json")
-        shutil.copyfile(self.folder / "model_index.json", path / "model_index.json")
-        for part in sorted(self.folder.iterdir()):
-            if part.is_dir() and part.name in index and part.name != "unet":
-                shutil.copytree(part, path / part.name)
+        parts = [p for p in sorted(self.folder.iterdir()) if p.is_dir() and p.name in index]
+        copied = [p for p in parts if p.name not in ("unet", "scheduler")]
+        for part in copied:
+            shutil.copytree(part, path / part.name)
+        absent = {n for n, v in index.items() if isinstance(v, list)} - {"unet", "scheduler", *(p.name for p in copied)}
+        commit_json(path / "model_index.json", {n: [None, None] if n in absent else v for n, v in index.items()})
+        self.scheduler.save_pretrained(path / "scheduler")
         self.denoiser.save_pretrained(path / "unet")  # type: ignore[operator]
 
     def with_denoiser(self, denoiser: nn.Module) -> Diffusion:
@@ -219,7 +223,7 @@ class Diffusion:
         return images
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        abar = self.alphas_cumprod.to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
+        abar = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
         return abar.sqrt().to(like.dtype).to(like.device), (1 - abar).sqrt().to(like.dtype).to(like.device)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,6 +87,14 @@ def commit_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def commit_files(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
+    """Write a folder of files, (name, content) each, with `commit_dir`."""
+    with commit_dir(path) as temporary:
+        for name, content in files:
+            (temporary / name).write_bytes(content)
+    return path
+
+
 def refuse_existing(path: Path, replace: bool = False) -> None:
     """Refuse to write over what is there, unless `replace`.
 
@@ -96,6 +104,18 @@ def refuse_existing(path: Path, replace: bool = False) -> None:
     if replace or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     raise InputError(f"{path} exists already", fix="choose another place or remove it first")
+
+
+def refuse_small_disk(out: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        ResourceError: naming needed and free bytes.
+    """
+    folder = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(f"{out} needs {needed:,} bytes, {free:,} are free", fix="free some space or choose another disk")
 
 
 def append_line(path: Path, line: str) -> None:

@@ -35,14 +35,14 @@ def range_fisher(
         raise UsageError(f"{samples} samples of {range} cannot be drawn", fix=f"give samples >= 1 and stay in [0, {model.T})")
     single = model.with_denoiser(copy.deepcopy(model.denoiser).eval().requires_grad_(True))
     parameters = dict(single.denoiser.named_parameters())
-    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    sums = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in parameters.items()}
     order = permutation(len(data), seed, "fisher order")
     for sample in torch.arange(samples).tolist():
         loss = _loss(single, data, order[sample % len(data)], range, seed, sample)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
-                sums[name] += gradient.double().square()
+                sums[name] += gradient.cpu().double().square()
     if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
         raise NumericalError(f"the gradients of range {range} are not finite", fix="check the model and the images")
     constant = {n: torch.zeros_like(t, device="cpu") for n, t in single.denoiser.state_dict().items() if n not in sums}

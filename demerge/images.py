@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from demerge.files import commit_file
+from demerge.files import commit_files
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -36,9 +35,10 @@ def grid(images: Tensor, columns: int, *, gap: int = 1, background: int = 255) -
     return rearrange(torch.cat([images, filler]), "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
 
 
-def write_pngs(folder: Path, images: Tensor, names: Sequence[str] | None = None) -> None:
-    """Write images, uint8 [B C H W], as FOLDER/000000.png and so on."""
-    for i, image in enumerate(images):
-        data = png(image)
-        name = names[i] if names else f"{i:06d}"
-        commit_file(folder / f"{name}.png", lambda stream, data=data: stream.write(data))  # type: ignore[misc]
+def write_pngs(folder: Path, images: Tensor) -> None:
+    """Write images, uint8 [B C H W], as FOLDER/000000.png and so on: all of them or none.
+
+    Raises:
+        InputError: where the folder is there already and not empty.
+    """
+    commit_files(folder, ((f"{i:06d}.png", png(image)) for i, image in enumerate(images)))

@@ -19,6 +19,8 @@ from demerge.errors import InputError
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED = ("digits-base",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+ROOT = ("model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
+VARIANTS = ("*.fp16.*", "*.bf16.*", "*non_ema*")
 PARTS = ("unet", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 
 
@@ -33,7 +35,8 @@ def local(model: str | Path) -> Path:
     if str(model) in EMBEDDED:
         return ASSETS / str(model)
     path = Path(model)
-    return path if path.exists() or not HUB_ID.fullmatch(str(model)) else _fetch(str(model))
+    named = HUB_ID.fullmatch(str(model)) and not path.parent.exists()
+    return _fetch(str(model)) if named and not path.exists() else path
 
 
 def _fetch(model: str) -> Path:
@@ -42,7 +45,7 @@ def _fetch(model: str) -> Path:
 
     patterns = [f"{part}/*{kind}" for part in PARTS for kind in (".json", ".txt", ".safetensors")]
     try:
-        return Path(snapshot_download(model, allow_patterns=["model_index.json", *patterns]))
+        return Path(snapshot_download(model, allow_patterns=[*ROOT, *patterns], ignore_patterns=list(VARIANTS)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"'{model}' is neither a file or folder here nor a model that the Hub gives ({type(error).__name__})",

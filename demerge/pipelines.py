@@ -59,6 +59,11 @@ def resolve(model: str | Path) -> Path:
     raise InputError(f"{model}: {what}", fix="name a whole pipeline folder (model_index.json, unet/, scheduler/)")
 
 
+def part(folder: Path, name: str) -> Path:
+    """Return the folder of a component; older pipelines of one model keep it in the pipeline's own."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
 def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:
     entry = index.get(part)
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
@@ -77,7 +82,7 @@ def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixi
         raise InputError(f"{folder}: denoiser class '{name}' is not supported", fix=f"use one of {', '.join(DENOISERS)}")
     try:
         model, report = DENOISERS[name].from_pretrained(
-            folder / "unet", use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            part(folder, "unet"), use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise InputError(f"{folder}/unet: cannot be loaded: {error}", fix="check config.json and the weights") from error
@@ -99,7 +104,7 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise InputError(f"{folder}: scheduler class '{name}' is unknown to diffusers", fix="use a stock scheduler")
     try:
-        return kind.from_pretrained(folder / "scheduler")
+        return kind.from_pretrained(part(folder, "scheduler"))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}/scheduler: cannot be loaded: {error}", fix="check scheduler_config.json") from error
 
@@ -115,4 +120,4 @@ def load_text(folder: Path) -> TextEncoder:
     except ImportError as error:
         raise UsageError("the base takes text, which needs transformers", fix="pip install 'demerge[sd]'") from error
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    return TextEncoder(tokenizer, CLIPTextModel.from_pretrained(folder / "text_encoder"))
+    return TextEncoder(tokenizer, CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32))

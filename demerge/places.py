@@ -56,6 +56,8 @@ def locate(path: Path) -> Place:
         return _component(path, None, path)
     index = read_json(path / "model_index.json")
     name = next((c for c in COMPONENTS if c in index and (path / c).is_dir()), None)
+    if name is None and (path / "config.json").is_file():
+        return _component(path, path, path)
     if name is None:
         wanted = " or ".join(COMPONENTS)
         raise InputError(f"{path}: no folder {wanted}", fix="use a pipeline with a UNet or a transformer")

@@ -72,6 +72,8 @@ def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
     """Return a scheduler with `steps` inference steps, from the base's own config."""
     if sampler == "ddim":
         config = dict(model.scheduler.config) | {"timestep_spacing": "leading"}
+        if config.get("steps_offset", 0) > model.T - 1 - (steps - 1) * (model.T // steps):
+            config["steps_offset"] = 0  # the offset would lead beyond T
         scheduler: Any = diffusers.DDIMScheduler.from_config(config)
     else:
         scheduler = type(model.scheduler).from_config(model.scheduler.config)
@@ -90,8 +92,7 @@ def _check(model: Diffusion, n: int, steps: int, sampler: str, batch_size: int, 
 
 
 def _batch(model: Diffusion, scheduler: Any, seed: int, indices: Sequence[int], captions: Sequence[str] | None) -> Tensor:
-    if hasattr(scheduler, "_step_index"):
-        scheduler.set_timesteps(scheduler.num_inference_steps)
+    scheduler.set_timesteps(scheduler.num_inference_steps)  # forgets the batch before: PNDM and others keep a history
     condition = model.text(captions) if model.text is not None and captions is not None else None
     x = normal(model.sample_shape, seed, "image", samples=indices).to(model.device) * scheduler.init_noise_sigma
     arguments: dict[str, Any] = {}
@@ -151,10 +152,17 @@ def load_routed(base: str | Path, experts: Path, *, device: str = "cpu") -> Diff
     """
     found = {}
     for record in sorted(experts.glob("*/expert.json")):
-        start, stop = json.loads(record.read_text(encoding="utf-8"))["range"]
-        found[TimestepRange(start, stop)] = record.parent
+        found[_range_of(record)] = record.parent
     if not found:
         raise InputError(f"{experts}: no expert.json in its subfolders", fix="name the folder that `finetune -o` filled")
     spans = sorted(found)
     denoisers = [Diffusion.load(found[span], device=device).denoiser for span in spans]
     return routed(Diffusion.load(base, device=device), Partition(tuple(spans)), denoisers)
+
+
+def _range_of(record: Path) -> TimestepRange:
+    try:
+        start, stop = json.loads(record.read_text(encoding="utf-8"))["range"]
+        return TimestepRange(int(start), int(stop))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{record}: no range of timesteps: {error}", fix="finetune the expert again") from error

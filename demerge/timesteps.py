@@ -100,7 +100,7 @@ class Partition:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             return cls(tuple(TimestepRange(int(a), int(b)) for a, b in document["ranges"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
             raise InputError(f"{path}: not a partition: {error}", fix='write {"ranges": [[0, 250], [250, 1000]]}') from error
 
     def save(self, path: Path) -> None:

@@ -37,14 +37,14 @@ def tiny_unet(**changes: object) -> torch.nn.Module:
     return diffusers.UNet2DModel(**{**config, **changes})
 
 
-def save_tiny(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+def save_tiny(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **changes: object) -> Path:
     """Save a DDPMPipeline around a tiny UNet, linear betas, T = 1000."""
     import diffusers
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
-        diffusers.DDPMPipeline(tiny_unet(), scheduler).save_pretrained(folder)
+        diffusers.DDPMPipeline(tiny_unet(**changes), scheduler).save_pretrained(folder)
     return folder
 
 

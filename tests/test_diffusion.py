@@ -51,6 +51,25 @@ def test_component_folder_stands_for_its_pipeline(tiny: Path) -> None:
     assert Diffusion.load(tiny / "unet").sha256 == Diffusion.load(tiny).sha256
 
 
+def test_older_pipelines_keep_their_parts_in_the_root(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """The layout of google/ddpm-cifar10-32: config, weights and scheduler beside model_index.json."""
+    from demerge.merge import merge
+
+    folder, expert = make_tiny(), make_tiny(seed=1)
+    whole = Diffusion.load(folder)
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            file.rename(folder / file.name)
+        (folder / part).rmdir()
+    assert Diffusion.load(folder).sha256 == whole.sha256
+    (tmp_path / "saved").mkdir()
+    Diffusion.load(folder).save(tmp_path / "saved")
+    assert Diffusion.load(tmp_path / "saved").sha256 == whole.sha256
+    merge(folder, [expert], tmp_path / "merged", method="task_arithmetic", weights=[1.0])
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")) is diffusers.DDPMPipeline
+    assert Diffusion.load(tmp_path / "merged").sha256 == Diffusion.load(expert).sha256
+
+
 def test_schedule_is_the_bases_own(make_tiny: MakeTiny) -> None:
     folder = make_tiny()
     file = folder / "scheduler" / "scheduler_config.json"

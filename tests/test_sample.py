@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def test_images_do_not_depend_on_batch_size_or_start(model: Diffusion, sampler: 
     ):
         assert int((whole.int() - parts.int()).abs().max()) <= 1
     assert not torch.equal(whole, sample(model, 7, batch_size=7, **{**options, "seed": 4}))
+
+
+def test_a_sampler_with_a_history_forgets_it_between_batches(model: Diffusion) -> None:
+    pndm = replace(model, scheduler=diffusers.PNDMScheduler.from_config(model.scheduler.config, skip_prk_steps=True))
+    whole = sample(pndm, 5, seed=3, steps=6, sampler="base", batch_size=5)
+    parts = sample(pndm, 5, seed=3, steps=6, sampler="base", batch_size=2)
+    assert int((whole.int() - parts.int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("steps", [7, 999, 1000])
+def test_an_offset_never_leads_beyond_the_schedule(model: Diffusion, steps: int) -> None:
+    config = {**model.scheduler.config, "steps_offset": 1}
+    shifted = replace(model, scheduler=diffusers.DDIMScheduler.from_config(config))
+    assert max(make_scheduler(shifted, steps, "ddim").timesteps.tolist()) < 1000
 
 
 @pytest.mark.parametrize("n", [1, 5, 8])
@@ -96,6 +111,9 @@ def test_experts_load_from_their_folder(tiny: Path, tmp_path: Path, add_expert: 
     assert str(ensemble.denoiser.partition) == "0000-0500 0500-1000"
     with pytest.raises(InputError, match=r"no expert\.json"):
         load_routed(tiny, tmp_path / "nothing")
+    (tmp_path / "0000-0500" / "expert.json").write_text("{}")
+    with pytest.raises(InputError, match="no range of timesteps"):
+        load_routed(tiny, tmp_path)
 
 
 def test_text_to_image(tiny_text: Path) -> None:

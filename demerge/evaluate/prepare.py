@@ -27,7 +27,7 @@ OTHER = {"test": "train", "train": "test"}
 class Words:
     """What a user says about an evaluation.
 
-    `features` is `digits-cnn`, `random`, `inception:PATH`, or `auto`: the digits classifier for grey 8 x 8, else `random`.
+    `features` is `digits-cnn`, `random`, `inception:PATH`, or `auto`: the digits classifier for `digits`, else `random`.
     `reference_images` limits the reference. `ranges` is `uniform:N`, a partition.json or `none`.
     """
 
@@ -106,7 +106,7 @@ def _some_model(found: Sequence[Entrant], base: str | None) -> Diffusion | None:
 
 
 def _judge(words: Words, real: ImageData, out: Path, progress: Progress | None) -> Judge:
-    spec = words.features if words.features != "auto" else "digits-cnn" if real.shape == (1, 8, 8) else "random"
+    spec = words.features if words.features != "auto" else "digits-cnn" if real.name == "digits" else "random"
     net = feature_net(spec, preprocess=words.preprocess, precision=words.precision, device=words.device)
     images, kept = real.images(range(len(real))), out / f"reference-{net.name}.safetensors"
     reference = Reference.remembered(kept, net, images, name=f"{real.name} {real.split}", progress=progress)

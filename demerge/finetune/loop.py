@@ -9,17 +9,18 @@ finetuning is the same loop on the range [0, T); a base is trained by it from ra
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
+from demerge.files import refuse_existing, refuse_small_disk
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.run import Progress, Run
-from demerge.finetune.state import refuse_differences
+from demerge.finetune.state import disk_bytes, refuse_differences
 from demerge.timesteps import TimestepRange
 
 
@@ -45,6 +46,11 @@ def finetune(
     for span in ranges:
         if span.stop > base.T:
             raise UsageError(f"range {span} reaches beyond the base's {base.T} timesteps", fix=f"stay in [0, {base.T})")
+        if not (out / str(span) / "expert.json").is_file():
+            refuse_existing(out / str(span))
+    _refuse_other_ranges(out, ranges)
+    parameters = sum(p.numel() for p in base.denoiser.parameters())
+    refuse_small_disk(out, disk_bytes(parameters, len(ranges)))
     inputs = {"base_sha256": base.sha256, "data": data.name, "data_fingerprint": data.fingerprint}
     for span in ranges:
         done = out / str(span) / "expert.json"
@@ -54,4 +60,17 @@ def finetune(
         run = Run.begin(base, data, span, options, out / "state" / str(span), inputs)
         yield from run.train(stop)
         run.finish(out / str(span))
-    shutil.rmtree(out / "state", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (out / "state").rmdir()  # kept while another range is unfinished
+
+
+def _refuse_other_ranges(out: Path, ranges: Sequence[TimestepRange]) -> None:
+    """Refuse a folder with work on ranges that overlap these: experts of one folder are routed together."""
+    for folder in [*out.glob("*-*"), *(out / "state").glob("*-*")]:
+        try:
+            other = TimestepRange.parse(folder.name)
+        except UsageError:
+            continue
+        for span in ranges:
+            if other != span and other.start < span.stop and span.start < other.stop:
+                raise UsageError(f"{folder} overlaps the range {span}", fix="give another output folder")

@@ -10,9 +10,8 @@ from demerge.data import ImageData, load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.finetune.options import FinetuneOptions
+from demerge.finetune.state import disk_bytes
 from demerge.timesteps import Partition, TimestepRange
-
-FLOAT32 = 4
 
 
 def parse_ranges(text: str, T: int) -> tuple[Partition, int]:
@@ -65,8 +64,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """The experts, and one checkpoint (weights, average, two moments) beside a new one."""
-        return FLOAT32 * self.parameters * (len(self.ranges) + 2 * 4)
+        """The most that the run will hold on disk."""
+        return disk_bytes(self.parameters, len(self.ranges))
 
     def document(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -101,7 +100,7 @@ class Plan:
 def prepare(
     model: str,
     data: str,
-    ranges: str,
+    ranges: str | None,
     options: FinetuneOptions,
     out: Path,
     *,
@@ -112,8 +111,8 @@ def prepare(
 ) -> Plan:
     """Load what a finetune needs and settle its options.
 
-    With `init="random"` the model is a config, the objective has no teacher and no projection, and the range is [0, T)
-    unless one is given.
+    Where no ranges are given they are `uniform:4`. With `init="random"` the model is a config, the objective has no teacher
+    and no projection, and the range is [0, T) unless one is given.
 
     Raises:
         UsageError, InputError: where model, data, ranges or init are wrong.
@@ -125,7 +124,7 @@ def prepare(
         options = replace(options, consistency=0.0, projection="none")
     else:
         base = Diffusion.load(model, device=device)
-    partition, factor = parse_ranges(ranges, base.T)
+    partition, factor = parse_ranges(ranges or ("joint" if init == "random" else "uniform:4"), base.T)
     options = replace(options, max_train_steps=options.max_train_steps * factor)
     channels, height, width = base.image_shape
     if height != width:

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.projection import attach, fold
 from demerge.finetune.state import newest_state, optimizer_tensors, refuse_differences, restore_optimizer, save_state
 from demerge.fisher import range_fisher, save_fisher
-from demerge.randomness import normal, permutation, uniform
+from demerge.randomness import key_of, normal, permutation, uniform
 from demerge.timesteps import TimestepRange
 
 LOG_BINS = 10
@@ -80,8 +81,13 @@ class Run:
         if options.projection == "foldable":
             attach(denoiser)
         parameters: dict[str, Tensor] = dict(denoiser.named_parameters())
+        mixes = [parameter for name, parameter in parameters.items() if name.endswith(".W")]
+        others = [parameter for name, parameter in parameters.items() if not name.endswith(".W")]
+        groups: list[dict[str, Any]] = [{"params": others}]
+        if mixes:
+            groups.append({"params": mixes, "weight_decay": 0.0})  # decay would pull W to 0 and not to I
         optimizer = torch.optim.AdamW(
-            parameters.values(),
+            groups,
             lr=options.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
             weight_decay=options.adam_weight_decay,
@@ -107,10 +113,11 @@ class Run:
                     fix=f"lower --learning-rate ({self.options.learning_rate:g}) or check the images",
                 )
             self.step += 1
-            if self.step % self.options.logging_steps == 0:
+            if self.step % self.options.logging_steps == 0 or self.step == self.options.max_train_steps:
                 self._log()
             stopping = stop()
-            if stopping or self.step % self.options.checkpointing_steps == 0:
+            last = self.step == self.options.max_train_steps
+            if stopping or last or self.step % self.options.checkpointing_steps == 0:
                 self._save()
             yield Progress(self.range, self.step, self.options.max_train_steps, loss, self.skipped)
             if stopping and self.step < self.options.max_train_steps:
@@ -142,7 +149,7 @@ class Run:
         t = draw_timesteps(self.range, self.base.T, o, self.step, samples).to(x0.device)
         noise = normal(x0.shape[1:], o.seed, "noise", samples=samples, step=self.step).to(x0.device)
         x_t, y = self.base.add_noise(x0, noise, t), self.base.target(x0, noise, t)
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=o.mixed_precision == "bf16"):
+        with self._dropout(micro), torch.autocast(x0.device.type, torch.bfloat16, enabled=o.mixed_precision == "bf16"):
             prediction = self.student.predict(x_t, t, condition)
             error = squared_error(prediction, y)
             loss = self.weights[t.cpu()].to(error) * error
@@ -153,6 +160,14 @@ class Run:
                 loss = loss + lam * squared_error(prediction, teacher)
         self.window.append((t.cpu(), error.detach().cpu()))
         return loss.mean()
+
+    @contextmanager
+    def _dropout(self, micro: int) -> Iterator[None]:
+        """Give dropout a stream of its own, so that it too is a function of (seed, step) and survives a resume."""
+        cuda = [self.base.device] if self.base.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(key_of(self.options.seed, "dropout", self.step, micro) % 2**63)
+            yield
 
     def _batch(self, samples: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         n, o = len(self.data), self.options
@@ -223,7 +238,7 @@ class Run:
         if "window.t" in snapshot.tensors:
             self.window = [(snapshot.tensors["window.t"], snapshot.tensors["window.error"])]
         if log.exists():
-            truncate(log, snapshot.record["log_bytes"])
+            truncate(log, min(log.stat().st_size, snapshot.record["log_bytes"]))
 
     def finish(self, path: Path) -> None:
         """Write the averaged, folded expert as a stock pipeline with `expert.json` and its log, whole or absent."""

@@ -31,6 +31,11 @@ class Snapshot:
     record: dict[str, Any]
 
 
+def disk_bytes(parameters: int, experts: int) -> int:
+    """Return the bytes of the experts and of two checkpoints (weights, average, two moments), in float32."""
+    return 4 * parameters * (experts + 2 * 4)
+
+
 def save_state(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Commit `step-N` under `folder`, then delete the older ones."""
     path = folder / f"step-{record['step']:08d}"

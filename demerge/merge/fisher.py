@@ -30,7 +30,7 @@ def _scope(options: Mapping[str, Any]) -> Scope | None:
     return scopes[options["normalise"]]
 
 
-@method("fisher", paper="arXiv 2111.09832", statistics=(Statistic("norm", fisher_norms, _scope),))
+@method("fisher", paper="arXiv 2111.09832", statistics=(Statistic("norm", fisher_norms, _scope),), off={})
 def fisher(
     base: Tensor,
     deltas: Tensor,

@@ -15,7 +15,7 @@ from demerge.errors import UsageError
 from demerge.merge.registry import method
 
 
-@method("average", paper="arXiv 2203.05482", aliases=("linear",))
+@method("average", paper="arXiv 2203.05482", aliases=("linear",), off={})
 def average(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
     """Return the weighted mean of the experts [*].
 
@@ -25,7 +25,7 @@ def average(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
     return base + weighted_sum(deltas, weights) / nonzero_sum(weights)
 
 
-@method("task_arithmetic", paper="arXiv 2212.04089")
+@method("task_arithmetic", paper="arXiv 2212.04089", off={})
 def task_arithmetic(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
     """Return the base plus `scale` (lambda) times the weighted sum of the task vectors [*]."""
     return base + weighted_sum(deltas, scale * weights)

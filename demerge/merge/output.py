@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from demerge.errors import ResourceError, UsageError
+from demerge.errors import UsageError
 from demerge.headers import read_json
 from demerge.merge.apply import Merge, rounded
 from demerge.places import Place, inside
@@ -123,6 +123,8 @@ def kept_files(base: Place) -> list[tuple[Path, Path]]:
     if base.pipeline is not None:
         index = read_json(base.pipeline / "model_index.json")
         parts = [p for p in sorted(base.pipeline.iterdir()) if p.is_dir() and p.name in index and p != base.component]
+        if base.pipeline == base.component:
+            files += [f for f in [root / "scheduler_config.json"] if f.is_file()]
         files += [base.pipeline / "model_index.json", *(file for part in parts for file in sorted(part.rglob("*")))]
     return [(inside(root, f), f.relative_to(root)) for f in files if f.is_file()]
 
@@ -137,15 +139,3 @@ def copy_files(files: Sequence[tuple[Path, Path]], folder: Path) -> None:
 def is_file(out: Path) -> bool:
     """Whether an output is one file."""
     return out.suffix == ".safetensors"
-
-
-def refuse_small_disk(out: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        ResourceError: naming needed and free bytes.
-    """
-    folder = next(p for p in out.absolute().parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ResourceError(f"{out} needs {needed:,} bytes, {free:,} are free", fix="free some space or choose another disk")

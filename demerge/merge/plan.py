@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demerge.files import commit_dir, commit_file, commit_text, refuse_existing
+from demerge.files import commit_dir, commit_file, commit_text, refuse_existing, refuse_small_disk
 from demerge.merge.apply import Merge, Progress
 from demerge.merge.checks import refuse_missing_inputs, refuse_unlike, settle_weights
 from demerge.merge.output import (
@@ -24,7 +24,6 @@ from demerge.merge.output import (
     is_file,
     kept_files,
     layout,
-    refuse_small_disk,
     write,
 )
 from demerge.merge.recipe import Recipe, card
@@ -142,8 +141,9 @@ class Plan:
 
     @property
     def _component(self) -> Path:
+        """Return the denoiser's folder inside the output; older pipelines keep it in their own."""
         place = self.place
-        return Path(place.component.name) if place.pipeline and place.component else Path()
+        return place.component.relative_to(place.pipeline) if place.pipeline and place.component else Path()
 
     def _put(self, path: Path, tally: Tally) -> None:
         commit_file(path, lambda stream: write(stream, self.job, self.entries, self.recipe.metadata(), tally))

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from torch import Tensor
@@ -73,7 +72,7 @@ class Method:
         inputs: the names of the [K *] tensors it needs from files.
         draws: whether it needs random numbers.
         whole: whether it must see whole tensors in their shape; else it gets flat chunks.
-        off: options with which it is the weighted mean of experts that agree in sign; its tests use them.
+        off: options with which it is the weighted mean of experts that agree in sign, where there are such; its tests use them.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Method:
     draws: bool = False
     statistics: tuple[Statistic, ...] = ()
     whole: bool = False
-    off: Mapping[str, Any] = field(default_factory=dict)
+    off: Mapping[str, Any] | None = None
     aliases: tuple[str, ...] = ()
 
     def settle(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +121,7 @@ def method(
     aliases: Sequence[str] = (),
     statistics: Sequence[Statistic] = (),
     whole: bool = False,
-    off: Mapping[str, Any] = MappingProxyType({}),
+    off: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function as the merge method `name`; the function itself is returned unchanged."""
 
@@ -143,7 +142,7 @@ def describe(
     paper: str,
     statistics: Sequence[Statistic] = (),
     whole: bool = False,
-    off: Mapping[str, Any] = MappingProxyType({}),
+    off: Mapping[str, Any] | None = None,
 ) -> Method:
     """Read a method's options and needs from its signature."""
     hints = get_type_hints(function, include_extras=True)
@@ -209,7 +208,10 @@ def _from_file(name: str) -> Method:
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise InputError(f"{path}: no such Python file", fix="write --method path.py:function")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path}: cannot be imported: {type(error).__name__}: {error}", fix="mend the file") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"{path} has no function '{attribute}'", fix="write --method path.py:function")

@@ -76,8 +76,9 @@ def prediction_type(checkpoint: Checkpoint) -> str | None:
 def scheduler_config(place: Place) -> dict[str, Any]:
     """Return the scheduler's config, or nothing where there is none."""
     folder = place.pipeline
-    path = folder / "scheduler" / "scheduler_config.json" if folder else None
-    return read_json(path) if path is not None and path.is_file() else {}
+    places = [folder / "scheduler", folder] if folder else []
+    path = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()), None)
+    return read_json(path) if path is not None else {}
 
 
 def input_paths(method: Method, options: dict[str, Any], experts: Sequence[Place]) -> dict[str, list[Path]]:

@@ -90,3 +90,17 @@ def test_a_folder_that_is_no_model(run, tmp_path: Path) -> None:  # type: ignore
     done = run("sample", tmp_path, "-o", tmp_path / "i")
     assert done.code == 3
     assert "model_index.json" in done.err
+
+
+def test_broken_images_are_named_and_can_be_left_out(run, tiny: Path, image_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (image_folder / "broken.png").write_text("<html>404</html>")
+    train = ("--data", image_folder, "--split", "all", "--max-train-steps", 1, "--train-batch-size", 2, "--device", "cpu")
+    refused = run("finetune", tiny, "--ranges", "joint", "-o", tmp_path / "e", *train)
+    assert refused.code == 3
+    assert "broken.png" in refused.err
+    assert "--skip-broken" in refused.err
+    assert run("finetune", tiny, "--ranges", "joint", "-o", tmp_path / "e", *train, "--skip-broken").code == 0
+
+
+def test_captions_that_are_not_there(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run("sample", tiny, "--captions", tmp_path / "none.txt", "-o", tmp_path / "i").code == 2

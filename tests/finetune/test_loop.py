@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,36 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny: Path, data: ImageData, t
     assert train(base, data, tmp_path / "cut") == whole
     logs = [(tmp_path / name / str(SPAN) / "log.jsonl").read_text() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
+
+
+def test_dropout_too_survives_a_resume(make_tiny: Callable[..., Path], data: ImageData, tmp_path: Path) -> None:
+    folder = make_tiny(dropout=0.3)
+    torch.manual_seed(1)
+    whole = train(Diffusion.load(folder), data, tmp_path / "whole")
+    torch.manual_seed(2)
+    with pytest.raises(Preempted):
+        train(Diffusion.load(folder), data, tmp_path / "cut", stop_at=3)
+    assert train(Diffusion.load(folder), data, tmp_path / "cut") == whole
+
+
+def test_ranges_of_one_folder_do_not_overlap_and_keep_their_states(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base = Diffusion.load(tiny)
+    with pytest.raises(Preempted):
+        train(base, data, tmp_path, stop_at=3)
+    with pytest.raises(UsageError, match="overlaps the range 0400-1000"):
+        next(finetune(base, data, [TimestepRange(400, 1000)], FAST, tmp_path))
+    for _ in finetune(base, data, [TimestepRange(500, 1000)], FAST, tmp_path):
+        pass
+    assert list((tmp_path / "state" / str(SPAN)).glob("step-*"))
+    train(base, data, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000-0500", "0500-1000"]
+
+
+def test_a_foreign_folder_is_refused_before_training(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    (tmp_path / str(SPAN)).mkdir()
+    (tmp_path / str(SPAN) / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="exists already"):
+        next(finetune(Diffusion.load(tiny), data, [SPAN], FAST, tmp_path))
 
 
 def test_torn_newest_checkpoint_falls_back_to_the_one_before(tiny: Path, data: ImageData, tmp_path: Path) -> None:
