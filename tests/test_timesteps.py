@@ -104,5 +104,5 @@ def test_files_that_are_no_partition_are_input_errors(tmp_path, text):
 def test_a_file_with_a_gap_says_so(tmp_path):
     path = tmp_path / "partition.json"
     path.write_text(json.dumps({"ranges": [[0, 5], [6, 9]]}))
-    with pytest.raises(UsageError, match="gap"):
+    with pytest.raises(InputError, match="gap"):
         Partition.load(path)
