@@ -59,7 +59,7 @@ def options(
 
 def main() -> None:
     """Run the program; a user's mistake ends in one message and its exit code, never in a traceback."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are many times slower where cores are shared
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # threads that spin for long are many times slower on shared cores
     debug = "--debug" in sys.argv
     sys.argv = [sys.argv[0], *(["--debug"] if debug else []), *(word for word in sys.argv[1:] if word != "--debug")]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
