@@ -29,7 +29,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy -p demerge
 
 pytest: .venv/installed-dev
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q # models of a test are too small for more threads
 
 clean:
 	rm -rf .venv build
