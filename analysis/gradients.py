@@ -62,7 +62,7 @@ def cost(model: Diffusion, *, bins: int, groups: int, memory: int = MEMORY) -> C
     Raises:
         ResourceError: where the gradients would have to be kept in more than 16 parts.
     """
-    D, parts = _size(model.denoiser), _parts(_size(model.denoiser), memory // (4 * bins * groups))
+    D, parts = model.parameters, _parts(model.parameters, memory // (4 * bins * groups))
     if len(parts) > MAX_PARTS:
         raise ResourceError(
             f"{bins * groups} gradients of {D:,} parameters fit {memory / 1e9:.1f} GB in {len(parts)} parts only",
@@ -106,7 +106,7 @@ def measure(
     student = model.with_denoiser(denoiser)
     gram: Array = np.zeros((bins * groups, bins * groups))
     done = 0
-    for part in _parts(_size(denoiser), memory // (4 * bins * groups)):
+    for part in _parts(model.parameters, memory // (4 * bins * groups)):
         rows = torch.empty(bins * groups, part.stop - part.start, device=model.device)
         for cell, loss in _losses(student, data, partition, groups, batch_size, seed, draws, antithetic):
             rows[cell] = _gradient(loss, denoiser)[part]
@@ -118,7 +118,7 @@ def measure(
             if progress is not None:
                 progress(done, total.passes, f"bin {partition[cell // groups]}")
         gram += products(rows if metric == "euclid" else rows.mul_(adam_scale(rows)))
-    origin = Origin(model.sha256, data.fingerprint, _size(denoiser), "exact", draws, antithetic, metric, batch_size, seed)
+    origin = Origin(model.sha256, data.fingerprint, model.parameters, "exact", draws, antithetic, metric, batch_size, seed)
     return ConflictMap(
         partition,
         gram.reshape(bins, groups, bins, groups),
@@ -155,10 +155,6 @@ def _check_arguments(
             raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
     if antithetic and batch_size % 2:
         raise UsageError(f"batch size {batch_size} makes no antithetic pairs", fix="give an even one")
-
-
-def _size(denoiser: nn.Module) -> int:
-    return sum(p.numel() for p in denoiser.parameters())
 
 
 def _parts(D: int, limit: int) -> list[slice]:

@@ -98,8 +98,7 @@ def prepare(
     channels, height, _ = base.image_shape
     images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
     total = cost(base, bins=bins, groups=groups, memory=memory)
-    parameters = sum(p.numel() for p in base.denoiser.parameters())
-    origin = Origin(base.sha256, images.fingerprint, parameters, "exact", draws, antithetic, metric, batch_size, seed)
+    origin = Origin(base.sha256, images.fingerprint, base.parameters, "exact", draws, antithetic, metric, batch_size, seed)
     found = _earlier(out / "conflict.safetensors", bins, groups, origin)
     return Plan(base, images, bins, groups, batch_size, draws, antithetic, metric, seed, memory, total, found)
 

@@ -176,6 +176,11 @@ class Diffusion:
         return int(self.vae.config.out_channels), height * factor, width * factor
 
     @property
+    def parameters(self) -> int:
+        """The number of the denoiser's parameters."""
+        return sum(p.numel() for p in self.denoiser.parameters())
+
+    @property
     def requires_text(self) -> bool:
         """Whether the denoiser takes captions."""
         return self.text is not None

@@ -49,8 +49,7 @@ def finetune(
         if not (out / str(span) / "expert.json").is_file():
             refuse_existing(out / str(span))
     _refuse_other_ranges(out, ranges)
-    parameters = sum(p.numel() for p in base.denoiser.parameters())
-    refuse_small_disk(out, disk_bytes(parameters, len(ranges)))
+    refuse_small_disk(out, disk_bytes(base.parameters, len(ranges)))
     inputs = {"base_sha256": base.sha256, "data": data.name, "data_fingerprint": data.fingerprint}
     for span in ranges:
         done = out / str(span) / "expert.json"

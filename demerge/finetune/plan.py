@@ -48,11 +48,6 @@ class Plan:
     out: Path
 
     @property
-    def parameters(self) -> int:
-        """The number of the denoiser's parameters."""
-        return sum(p.numel() for p in self.base.denoiser.parameters())
-
-    @property
     def total_steps(self) -> int:
         """Steps over all ranges."""
         return len(self.ranges) * self.options.max_train_steps
@@ -65,7 +60,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """The most that the run will hold on disk."""
-        return disk_bytes(self.parameters, len(self.ranges))
+        return disk_bytes(self.base.parameters, len(self.ranges))
 
     def document(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -75,7 +70,7 @@ class Plan:
             "steps_per_expert": self.options.max_train_steps,
             "finished_steps": self.finished_steps,
             "images": len(self.data),
-            "parameters": self.parameters,
+            "parameters": self.base.parameters,
             "disk_bytes": self.disk_bytes,
             "options": self.options.document(),
         }
@@ -85,7 +80,7 @@ class Plan:
         o = self.options
         batch = o.train_batch_size * o.gradient_accumulation_steps
         lines = [
-            f"base    {self.base.folder or 'random start'}: {self.parameters:,} parameters, {self.base.prediction_type}",
+            f"base    {self.base.folder or 'random start'}: {self.base.parameters:,} parameters, {self.base.prediction_type}",
             f"data    {self.data.name}: {len(self.data):,} images {self.data.shape}",
             f"ranges  {' '.join(map(str, self.ranges))}",
             f"steps   {o.max_train_steps} each, batch {batch} ({o.max_train_steps * batch / len(self.data):.1f} epochs)",

@@ -113,14 +113,14 @@ class Run:
                     fix=f"lower --learning-rate ({self.options.learning_rate:g}) or check the images",
                 )
             self.step += 1
-            if self.step % self.options.logging_steps == 0 or self.step == self.options.max_train_steps:
+            last = self.step == self.options.max_train_steps
+            if last or self.step % self.options.logging_steps == 0:
                 self._log()
             stopping = stop()
-            last = self.step == self.options.max_train_steps
             if stopping or last or self.step % self.options.checkpointing_steps == 0:
                 self._save()
             yield Progress(self.range, self.step, self.options.max_train_steps, loss, self.skipped)
-            if stopping and self.step < self.options.max_train_steps:
+            if stopping and not last:
                 raise Preempted(f"stopped at step {self.step} of {self.range}", fix="run the same command to continue")
 
     def _step(self) -> float:
