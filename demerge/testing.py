@@ -10,7 +10,7 @@ fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from demerge.merge.apply import Merge
 from demerge.merge.checks import Tensors
-from demerge.merge.registry import Method, of
+from demerge.merge.registry import Block, Method, Value, of
+from demerge.timesteps import TimestepRange
 
 SHAPES = {"conv": (3, 2, 3, 3), "linear": (5, 7), "bias": (5,), "scalar": (), "empty": (0, 4)}
 SCALES = (0.0, 1e-30, 1e-4, 1.0, 1e10)
@@ -44,14 +45,37 @@ class Case:
 
     def merge(self, method: Method, **options: object) -> dict[str, Tensor]:
         """Merge with the method's defaults but for `options`."""
-        inputs = dict.fromkeys(method.inputs, self.inputs)
-        job = Merge(method, self.base, self.experts, self.weights, method.settle(options), inputs)
+        asked = method.settle(options)
+        method = method.under(asked)
+        grams = [_grams(tensors) for tensors in self.inputs]
+        inputs = {name: grams if name in method.partial else self.inputs for name in method.inputs}
+        ranges = [TimestepRange(0, 250)] * len(self.experts)
+        job = Merge(method, self.base, self.experts, self.weights, asked, inputs, ranges=ranges)
         return {name: _join(job, name) for name in self.base}
 
 
+def _grams(tensors: Tensors) -> dict[str, Tensor]:
+    """Return Gram matrices [in in] for the tensors that are matrices: inputs of another shape, which some tensors lack."""
+    return {n: t.flatten(1).T @ t.flatten(1) for n, t in tensors.items() if t.ndim > 1}
+
+
 def _join(job: Merge, name: str) -> Tensor:
-    chunks = [merged for merged, _ in job.tensor(name)]
+    chunks = [done.merged.to(job.base[name].dtype) for done in job.tensor(name)]
     return torch.cat(chunks).view(job.base[name].shape) if chunks else job.base[name].clone()
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBlocks:
+    """Blocks in memory, as the statistics of a method see them."""
+
+    blocks: Sequence[Block]
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+    def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
+        """Yield function(block) in order."""
+        return map(function, self.blocks)
 
 
 def shapes_are_kept(method: Method, seed: int) -> None:

@@ -1,44 +1,64 @@
 """The engine: a merge as a stream of chunks, over tensors in memory or on disk alike.
 
-    tau_i = theta_i - theta_0 in float32 -> statistics (passes over model or tensor) -> method -> one rounding
+    deltas of a chunk -> statistics (passes over the model or the tensor) -> method -> one rounding
 
 Base and experts are mappings from names to tensors: a state dict, or a `Checkpoint`, whose tensors are read as they are
-used. No more than a chunk of each expert is held in memory; a method that must see whole tensors holds one of each. The
-chunk does not change the result: methods are elementwise, random numbers are counted by element, counts are exact and
-sums float64. Other arithmetic is float32 (float64 where the base is).
+used. Neither the size of the chunk nor the number of threads changes a bit of the result: methods are elementwise,
+random numbers are counted by element, and statistics are summed over blocks of a fixed size in a fixed order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from itertools import accumulate
+from threading import Lock
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from demerge.errors import InputError, NumericalError
+from demerge.errors import NumericalError
 from demerge.merge.checks import Tensors, finite, refuse_missing_inputs, refuse_unlike, settle_weights
 from demerge.merge.registry import Block, Method, called, find, of
-from demerge.randomness import key_of
+from demerge.merge.stream import CHUNK, Reader, chunked_work, ordered
+from demerge.timesteps import TimestepRange
 
-CHUNK = 1 << 18
-PHILOX_VALUES = 8  # 32-bit values per step of the counter
 Progress = Callable[[int, int, str], None]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The weights [K] and the options of the method, for a model or for one tensor."""
+
+    weights: Sequence[float]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A merged chunk [n] in the arithmetic's dtype, and the block [n] it was made of."""
+
+    merged: Tensor
+    block: Block
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged and how; `tensor(name)` gives the result.
+    """What is merged and how; `stream(names, finish)` gives the result.
 
     Attributes:
         weights: one coefficient per expert.
         options: all options of the method, settled.
         inputs: by name, the tensors of each expert that the method needs beside its weights.
         names: what base and experts are called in errors.
-        chunk: elements per expert held at once.
+        chunk: elements per expert held at once by a thread.
+        settings: the tensors that have weights and options of their own, all options settled.
+        only: the tensors to merge; the others stay the base's. None for all.
+        ranges: the timesteps of each expert, where they are known.
+        snr: the signal-to-noise ratio at each timestep [T] of the base's schedule, where it has one.
     """
 
     method: Method
@@ -51,125 +71,170 @@ class Merge:
     names: Sequence[str] = ()
     chunk: int = CHUNK
     progress: Progress = lambda done, total, what: None
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    only: Container[str] | None = None
+    ranges: Sequence[TimestepRange | None] = ()
+    snr: Tensor | None = None
+    device: str = "cpu"
+    threads: int = 1
 
-    @property
+    @cached_property
     def floating(self) -> list[str]:
-        """The names of the tensors that are merged; the others are equal in all and copied."""
-        return [name for name, tensor in self.base.items() if tensor.is_floating_point()]
+        """The names of the tensors that are merged; the others are copied from the base."""
+        return [n for n, t in self.base.items() if t.is_floating_point() and (self.only is None or n in self.only)]
 
-    def tensor(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the result for a tensor as (merged [n], base [n]) chunks in the arithmetic's dtype.
+    @cached_property
+    def reader(self) -> Reader:
+        """What reads the blocks."""
+        return Reader(self.method, self.base, self.experts, self.inputs, self.seed, self.names, self.device)
 
-        Raises:
-            NumericalError: where the method makes a number that is not finite of finite ones.
-        """
-        if self.base[name].numel() == 0:
-            return
-        supplied = self._supplied(name)
-        position = 0
-        for block in self.blocks(name):
-            merged = called(self.method.function, block.base, block.deltas, supplied=supplied | dict(block.inputs))
-            merged = self._at_corner(name, position, block, merged).reshape(-1)
-            if not finite(merged):
-                raise NumericalError(
-                    f"method {self.method.name} makes NaN or Inf of finite numbers in tensor {name}",
-                    fix="use smaller weights or another method",
-                )
-            position += merged.numel()
-            yield merged, block.base.reshape(-1)
+    def tensor(self, name: str) -> Iterator[Done]:
+        """Yield the result for one tensor, chunk by chunk."""
+        return self.stream([name], lambda name, done: done)
 
-    def blocks(self, name: str) -> Iterator[Block]:
-        """Yield the chunks of one tensor; a whole tensor in its shape where the method needs it so.
+    def stream(self, names: Sequence[str], finish: Callable[[str, Done], Value]) -> Iterator[Value]:
+        """Yield finish(name, chunk) for all chunks of the named tensors, in order; worker threads call `finish`.
 
         Raises:
             InputError: where a tensor holds NaN or Inf.
+            NumericalError: where the method makes a number that is not finite of finite ones.
         """
-        base = self.base[name]
-        step = max(1, base.numel() if self.method.whole else self.chunk)
-        shape = (-1, *base.shape) if self.method.whole else (len(self.experts), -1)
-        for start in range(0, base.numel(), step):
-            span = slice(start, min(start + step, base.numel()))
-            origin = self._read(base, span)
-            deltas = torch.stack([self._read(expert[name], span) for expert in self.experts]).sub_(origin)
-            if not finite(deltas):
-                self._name_the_culprit(name)
-            inputs = {n: torch.stack([self._read(t[name], span) for t in ts]) for n, ts in self.inputs.items()}
-            if self.method.draws:
-                inputs["uniform"] = torch.stack([self._uniform(i, name, span) for i in range(len(self.experts))])
-            yield Block(
-                origin.view(base.shape) if self.method.whole else origin,
-                deltas.view(shape),
-                {n: t.view(shape) for n, t in inputs.items()},
+        with chunked_work():
+            _ = self._model_statistics
+            for value in ordered(lambda task: task(), self._tasks(names, finish), self.threads):
+                if value is not None:
+                    yield value
+
+    def setting(self, name: str | None) -> Setting:
+        """Return the weights and options of a tensor; of the model for None."""
+        return self.settings.get(name or "") or Setting(self.weights, self.options)
+
+    # -- the order of the work ---------------------------------------------------------------------------------------
+
+    def _tasks(self, names: Sequence[str], finish: Callable[[str, Done], Value]) -> Iterator[Callable[[], Value | None]]:
+        """Yield the work in order; the statistics of a tensor come one tensor early, so that threads need not wait."""
+        prepared = [_Prepared(self, name) for name in names if self.base[name].numel()]
+        for i, current in enumerate(prepared):
+            for early in prepared[i : i + 2]:
+                yield early.prepare
+            for span in self.reader.spans(current.name, self.chunk):
+                yield partial(self._finished, current, span, finish)
+            prepared[i] = _Prepared(self, current.name)  # lets go of its block
+
+    def _finished(self, prepared: _Prepared, span: slice, finish: Callable[[str, Done], Value]) -> Value:
+        supplied, block = prepared.get()
+        if block is None or block.base.numel() != span.stop - span.start:
+            block = self._block(prepared.name, span)
+        return finish(prepared.name, Done(self._merged(prepared.name, span, block, supplied), block))
+
+    def _merged(self, name: str, span: slice, block: Block, supplied: Mapping[str, Any]) -> Tensor:
+        given = {**supplied, **block.inputs, "start": block.start}
+        merged = called(self.method.function, block.base, block.deltas, supplied=given)
+        merged = self._at_corner(name, span, block, merged).reshape(-1)
+        if not finite(merged):
+            raise NumericalError(
+                f"method {self.method.name} makes NaN or Inf of finite numbers in tensor {name}",
+                fix="use smaller weights or another method",
             )
+        return merged
+
+    def _at_corner(self, name: str, span: slice, block: Block, merged: Tensor) -> Tensor:
+        """Give the stored value where the result is the base itself or the one expert that has weight.
+
+        theta_0 + (theta_i - theta_0) rounds twice and may miss theta_i by an ulp; w = e_i gives expert i to the bit.
+        """
+        weighted = [i for i, w in enumerate(self.setting(name).weights) if w != 0]
+        if len(weighted) != 1:
+            return merged
+        stored = self.reader.stored(weighted[0], name, span, block.base.reshape(-1)).view(merged.shape)
+        return torch.where(merged == block.base + block.deltas[weighted[0]], stored, merged)
 
     # -- what the method is given ------------------------------------------------------------------------------------
 
     @cached_property
     def _model_statistics(self) -> dict[str, Any]:
-        return self._statistics("model", lambda what: _Blocks(self, self.floating, what), {})
+        return self._statistics("model", None, {}) if any(self.base[n].numel() for n in self.floating) else {}
 
-    def _supplied(self, name: str) -> dict[str, Any]:
-        found = self._model_statistics
-        found = self._statistics("tensor", lambda what: _Blocks(self, [name], None), found)
-        return self._constants | {s.name: found.get(s.name) for s in self.method.statistics}
+    def _prepared(self, name: str) -> tuple[dict[str, Any], Block | None]:
+        """Return what the method is given for a tensor, and its block where there is but one."""
+        blocks = _Blocks(self, [name], 1)
+        found = self._statistics("tensor", blocks, self._model_statistics)
+        supplied = self._constants(name) | {s.name: found.get(s.name) for s in self.method.statistics}
+        return supplied, blocks.kept
 
-    @cached_property
-    def _constants(self) -> dict[str, Any]:
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in self.base.values()) else torch.float32
-        return {"weights": torch.tensor(list(self.weights), dtype=dtype), **self.options}
-
-    def _statistics(self, scope: str, blocks: Callable[[str], _Blocks], known: Mapping[str, Any]) -> dict[str, Any]:
+    def _statistics(self, scope: str, blocks: _Blocks | None, known: Mapping[str, Any]) -> dict[str, Any]:
         found = dict(known)
         for statistic in self.method.statistics:
-            if statistic.scope(self.options) == scope:
-                supplied = self._constants | {s.name: found.get(s.name) for s in self.method.statistics}
-                found[statistic.name] = called(statistic.compute, blocks(statistic.name), supplied=supplied)
+            name = blocks.names[0] if blocks else None
+            if statistic.scope(self.setting(name).options) == scope:
+                supplied = self._constants(name) | {s.name: found.get(s.name) for s in self.method.statistics}
+                over = blocks or _Blocks(self, self.floating, self.threads, statistic.name)
+                found[statistic.name] = called(statistic.compute, over, supplied=supplied)
         return found
 
-    def _read(self, tensor: Tensor, span: slice) -> Tensor:
-        dtype = self._constants["weights"].dtype
-        return tensor.detach().reshape(-1)[span].to("cpu", dtype)
+    def _constants(self, name: str | None) -> dict[str, Any]:
+        setting = self.setting(name)
+        return {"weights": self._weights(setting), "ranges": self.ranges, "snr": self.snr, **setting.options}
 
-    def _uniform(self, expert: int, name: str, span: slice) -> Tensor:
-        return uniform(key_of(self.seed, self.method.name, expert, name), span.start, span.stop)
+    def _weights(self, setting: Setting) -> Tensor:
+        return torch.tensor(list(setting.weights), dtype=self.reader.dtype, device=self.device)
 
-    # -- exactness and faults ----------------------------------------------------------------------------------------
+    def _block(self, name: str, span: slice) -> Block:
+        return self.reader.block(name, span, self._weights(self.setting(name)), self._offsets[name])
 
-    def _at_corner(self, name: str, position: int, block: Block, merged: Tensor) -> Tensor:
-        """Give the stored value where the result is the base itself or the one expert that has weight.
-
-        theta_0 + (theta_i - theta_0) rounds twice and may miss theta_i by an ulp; w = e_i gives expert i to the bit.
-        """
-        weighted = [i for i, w in enumerate(self.weights) if w != 0]
-        if len(weighted) > 1:
-            return merged
-        if not weighted:
-            return torch.where(merged == block.base, block.base, merged)
-        span = slice(position, position + merged.numel())
-        stored = self._read(self.experts[weighted[0]][name], span).view(merged.shape)
-        return torch.where(merged == block.base + block.deltas[weighted[0]], stored, merged)
-
-    def _name_the_culprit(self, name: str) -> None:
-        names = self.names or ["the base", *(f"expert {i}" for i in range(len(self.experts)))]
-        for source, label in zip([self.base, *self.experts], names, strict=True):
-            if not finite(source[name].reshape(-1)):
-                raise InputError(f"{label}: tensor {name} holds NaN or Inf", fix="use another checkpoint of this model")
-        raise NumericalError(f"tensor {name}: a difference to the base exceeds float32", fix="check the experts")
+    @cached_property
+    def _offsets(self) -> dict[str, int]:
+        sizes = [self.base[name].numel() for name in self.floating]
+        return dict(zip(self.floating, accumulate([0, *sizes]), strict=False))
 
 
-@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What the method is given for one tensor, computed once, by the first thread that asks."""
+
+    def __init__(self, merge: Merge, name: str) -> None:
+        self.name = name
+        self._merge = merge
+        self._lock = Lock()
+        self._value: tuple[dict[str, Any], Block | None] | None = None
+
+    def get(self) -> tuple[dict[str, Any], Block | None]:
+        with self._lock:
+            if self._value is None:
+                self._value = self._merge._prepared(self.name)
+            return self._value
+
+    def prepare(self) -> None:
+        self.get()
+
+
 class _Blocks:
-    """The blocks of some tensors; each iteration is one pass, reported under `what` where that is given."""
+    """The blocks of some tensors, of a fixed size; a tensor of one block is read once for all passes over it alone."""
 
-    merge: Merge
-    names: Sequence[str]
-    what: str | None
+    def __init__(self, merge: Merge, names: Sequence[str], threads: int, what: str | None = None) -> None:
+        self.names = names
+        self.kept: Block | None = None
+        self._merge, self._threads, self._what = merge, threads, what
 
     def __iter__(self) -> Iterator[Block]:
+        return self.map(lambda block: block)
+
+    def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
+        return ordered(lambda item: function(self._block(*item)), self._items(), self._threads)
+
+    def _items(self) -> Iterator[tuple[str, slice]]:
         for done, name in enumerate(self.names):
-            if self.what:
-                self.merge.progress(done, len(self.names), self.what)
-            yield from self.merge.blocks(name)
+            if self._what:
+                self._merge.progress(done, len(self.names), self._what)
+            for span in self._merge.reader.spans(name, CHUNK):
+                yield name, span
+
+    def _block(self, name: str, span: slice) -> Block:
+        alone = len(self.names) == 1 and span.stop - span.start == self._merge.base[name].numel()
+        if not alone:
+            return self._merge._block(name, span)
+        if self.kept is None:
+            self.kept = self._merge._block(name, span)
+        return self.kept
 
 
 def merge_tensors(
@@ -180,8 +245,12 @@ def merge_tensors(
     weights: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Sequence[Tensors]] | None = None,
+    ranges: Sequence[TimestepRange | None] = (),
+    snr: Tensor | None = None,
     seed: int = 0,
     chunk: int = CHUNK,
+    threads: int = 1,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Merge state dicts in memory; the result has the base's names, shapes and dtypes.
 
@@ -189,46 +258,51 @@ def merge_tensors(
         method: a name, `path.py:function`, or the function.
         weights: one per expert; 1/K each by default.
         inputs: for example {"fisher": [one mapping per expert]}.
+        ranges: the timesteps of each expert, for methods that ask for them; `snr` [T] likewise.
 
     Raises:
         UsageError: where method, options or weights are wrong.
         InputError: where the experts do not fit the base.
     """
     chosen = find(method) if isinstance(method, str) else method if isinstance(method, Method) else of(method)
-    settled, given = settle_weights(weights, len(experts)), inputs or {}
+    settled, given, asked = settle_weights(weights, len(experts)), inputs or {}, chosen.settle(options or {})
+    chosen = chosen.under(asked)
     refuse_unlike(base, experts, ["the base", *(f"expert {i}" for i in range(len(experts)))])
     refuse_missing_inputs(chosen, base, given, len(experts))
-    job = Merge(chosen, base, experts, settled, chosen.settle(options or {}), given, seed, chunk=chunk)
-    return {name: _assemble(job, name) for name in base}
+    job = Merge(
+        chosen,
+        base,
+        experts,
+        settled,
+        asked,
+        {name: given[name] for name in chosen.inputs},
+        seed,
+        chunk=chunk,
+        ranges=ranges or [None] * len(experts),
+        snr=snr,
+        device=device,
+        threads=threads,
+    )
+    return assemble(job)
 
 
-def _assemble(job: Merge, name: str) -> Tensor:
-    base = job.base[name]
-    if not base.is_floating_point():
-        return base.clone()
-    chunks = [rounded(chunk, base.dtype, name) for chunk, _ in job.tensor(name)]
-    return torch.cat(chunks).view(base.shape) if chunks else base.clone()
+def assemble(job: Merge) -> dict[str, Tensor]:
+    """Return all tensors of a merge, in the base's dtypes."""
+    merged = {name: tensor.clone() for name, tensor in job.base.items()}
+    for name in job.floating:
+        chunks = [rounded(done.merged, merged[name].dtype, name) for done in job.tensor(name)]
+        if chunks:
+            merged[name] = torch.cat(chunks).view(merged[name].shape)
+    return merged
 
 
 def rounded(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Round a chunk to the dtype it is stored in.
+    """Round a chunk to the dtype it is stored in, on the CPU.
 
     Raises:
         NumericalError: where a value is too large for it.
     """
-    stored = chunk.to(dtype)
+    stored = chunk.to("cpu", dtype)
     if stored.dtype != chunk.dtype and not finite(stored):
         raise NumericalError(f"tensor {name} does not fit {dtype}", fix="use --save-dtype bfloat16 or float32")
     return stored
-
-
-def uniform(key: int, start: int, stop: int) -> Tensor:
-    """Return the random numbers start..stop of a key's stream, [stop - start] float32 in [0, 1), multiples of 2^-24.
-
-    Value j lies in step j // 8 of the counter, so any span is reached without drawing what comes before it.
-    """
-    first = start // PHILOX_VALUES
-    steps = -(-stop // PHILOX_VALUES) - first
-    bits = np.random.Philox(key=key).advance(first).random_raw(steps * 4).astype("<u8", copy=False).view("<u4")
-    values = torch.from_numpy((bits >> 8).astype(np.float32)) * 2.0**-24
-    return values[start - first * PHILOX_VALUES :][: stop - start]

@@ -28,6 +28,11 @@ def settle_weights(weights: Sequence[float] | None, K: int) -> list[float]:
     return settled
 
 
+def holds_deltas(expert: Tensors) -> bool:
+    """Whether an expert's tensors are differences to the base, and 0 where it has none, as with an adapter."""
+    return bool(getattr(expert, "holds_deltas", False))
+
+
 def refuse_unlike(base: Tensors, experts: Sequence[Tensors], names: Sequence[str]) -> None:
     """Refuse experts whose tensors are missing, extra, of another shape, or unequal where they are not merged.
 
@@ -35,6 +40,8 @@ def refuse_unlike(base: Tensors, experts: Sequence[Tensors], names: Sequence[str
         InputError: with one line for each kind of difference.
     """
     for expert, label in zip(experts, names[1:], strict=True):
+        if holds_deltas(expert):
+            continue
         common = [n for n in base if n in expert]
         unlike = [n for n in common if base[n].shape != expert[n].shape]
         kinds = [n for n in common if base[n].is_floating_point() != expert[n].is_floating_point()]
@@ -66,7 +73,7 @@ def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Se
                 f"method {method.name} needs {name} for each of {K} experts, {len(given)} given",
                 fix=f"put {name}.safetensors beside each expert's expert.json, or give --option {name}=PATH,PATH",
             )
-        for i, tensors in enumerate(given):
+        for i, tensors in enumerate(given if name not in method.partial else ()):
             merged = [n for n, t in base.items() if t.is_floating_point()]
             wrong = [n for n in merged if n not in tensors or tensors[n].shape != base[n].shape]
             if wrong:
@@ -77,10 +84,7 @@ def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Se
 
 
 def finite(tensor: Tensor) -> bool:
-    """Return whether all elements are finite, in one pass without a mask."""
-    if tensor.numel() == 0:
-        return True
+    """Return whether all elements are finite: the sum of finite numbers is, unless it overflows, which is then looked at."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

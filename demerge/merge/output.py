@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.headers import read_json
-from demerge.merge.apply import Merge, rounded
+from demerge.merge.apply import Done, Merge, rounded
+from demerge.merge.stream import CHUNK
 from demerge.places import Place, inside
 from demerge.weights import TORCH_NAMES
 
 CODES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 ALIGNMENT = 8
+Observe = Callable[[str, Done], Any]
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+class Sink(Protocol):
+    """What bytes are written to."""
+
+    def write(self, data: Any, /) -> object:
+        """Take some bytes."""
 
 
 @dataclass(slots=True)
@@ -31,18 +42,25 @@ class Tally:
     changed: int = 0
     survived: int = 0
 
-    def count(self, merged: Tensor, base: Tensor, stored: Tensor) -> None:
-        """Add a chunk: merged and base [n] in the arithmetic's dtype, stored [n] as it is written."""
-        changed = merged != base
-        self.changed += int(changed.count_nonzero())
-        if stored.dtype != merged.dtype:
-            changed &= stored != base.to(stored.dtype)
-        self.survived += int(changed.count_nonzero())
+    def add(self, piece: Piece) -> None:
+        """Count a piece."""
+        self.changed += piece.changed
+        self.survived += piece.survived
 
     @property
     def share(self) -> float:
         """The surviving share in [0, 1]; 1 where nothing changed."""
         return self.survived / self.changed if self.changed else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A chunk of the output [n] as it is stored, what survives in it, and what an observer saw."""
+
+    stored: Tensor
+    changed: int = 0
+    survived: int = 0
+    observed: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +72,14 @@ class Entry:
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Its size in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 def layout(base: Mapping[str, Tensor], save_dtype: str) -> list[Entry]:
@@ -73,26 +96,56 @@ def layout(base: Mapping[str, Tensor], save_dtype: str) -> list[Entry]:
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
-def chunks(job: Merge, entry: Entry, tally: Tally) -> Iterator[Tensor]:
-    """Yield the elements of one tensor as they are stored."""
-    source = job.base[entry.name]
-    if not source.is_floating_point():
-        yield source.reshape(-1)
-        return
-    for merged, base in job.tensor(entry.name):
-        stored = rounded(merged, entry.dtype, entry.name)
-        tally.count(merged, base, stored)
-        yield stored
+def pieces(job: Merge, entries: Sequence[Entry], observe: Observe | None = None) -> Iterator[Piece]:
+    """Yield the output, chunk by chunk, in the order of the entries.
 
+    Args:
+        observe: called with (name, chunk) by worker threads; what it returns stands in the piece.
+    """
+    dtypes = {entry.name: entry.dtype for entry in entries}
 
-def write(stream: BinaryIO, job: Merge, entries: Sequence[Entry], metadata: Mapping[str, str], tally: Tally) -> None:
-    """Write the merge as one safetensors file, and count what survives the rounding."""
-    stream.write(header(entries, metadata))
+    def finish(name: str, done: Done) -> Piece:
+        stored = rounded(done.merged, dtypes[name], name)
+        seen = observe(name, done) if observe else None
+        return Piece(stored, *survivors(stored, done, job.base[name].dtype), seen)
+
+    wanted = set(job.floating)
+    merged = job.stream([entry.name for entry in entries if entry.name in wanted], finish)
     for done, entry in enumerate(entries):
         job.progress(done, len(entries), "merge")
-        for stored in chunks(job, entry, tally):
-            stream.write(stored.contiguous().view(torch.uint8).numpy().data)
+        source, left = job.base[entry.name], entry.numel
+        while left and entry.name in wanted:
+            piece = next(merged)
+            left -= piece.stored.numel()
+            yield piece
+        for start in range(0, left, CHUNK):
+            yield Piece(rounded(source.reshape(-1)[start : start + CHUNK], entry.dtype, entry.name))
     job.progress(len(entries), len(entries), "merge")
+
+
+def survivors(stored: Tensor, done: Done, dtype: torch.dtype) -> tuple[int, int]:
+    """Count the entries that the merge changes, and those that differ from the base in the dtype that is stored.
+
+    numpy compares and counts several times faster than torch.
+    """
+    merged, base = done.merged.cpu(), done.block.base.reshape(-1).cpu()
+    changed = int(np.count_nonzero(merged.numpy() != base.numpy()))
+    kept = base if stored.dtype == dtype else base.to(stored.dtype).to(base.dtype)
+    return changed, int(np.count_nonzero(stored.to(base.dtype).numpy() != kept.numpy()))
+
+
+def write(
+    stream: Sink, job: Merge, entries: Sequence[Entry], metadata: Mapping[str, str], observe: Observe | None = None
+) -> tuple[Tally, list[Any]]:
+    """Write the merge as one safetensors file; return what survives the rounding, and what the observer saw."""
+    stream.write(header(entries, metadata))
+    tally, seen = Tally(), []
+    for piece in pieces(job, entries, observe):
+        stream.write(piece.stored.contiguous().view(torch.uint8).numpy().data)
+        tally.add(piece)
+        if piece.observed is not None:
+            seen.append(piece.observed)
+    return tally, seen
 
 
 def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:

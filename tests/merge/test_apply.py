@@ -11,8 +11,9 @@ from torch import Tensor
 
 from demerge.errors import InputError, NumericalError, UsageError
 from demerge.merge import Between, merge_tensors, methods
-from demerge.merge.apply import uniform
 from demerge.merge.registry import describe
+from demerge.merge.stream import uniform
+from demerge.timesteps import TimestepRange
 
 State = dict[str, Tensor]
 
@@ -92,19 +93,21 @@ def test_streamed_ties_is_that_of_the_slow_oracle(density: float) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(methods()))
-def test_chunks_leave_no_trace(name: str) -> None:
+def test_neither_chunks_nor_threads_leave_a_trace(name: str) -> None:
     base, experts = states()
-    inputs = {"fisher": [{n: t.abs() for n, t in e.items()} for e in experts]}
-    whole = merge_tensors(base, experts, name, inputs=inputs)
-    for chunk in (1, 7, 64, 1000):
-        parts = merge_tensors(base, experts, name, inputs=inputs, chunk=chunk)
+    grams = [{"a": torch.eye(30) * (i + 1)} for i in range(len(experts))]
+    inputs = {"fisher": [{n: t.abs() for n, t in e.items()} for e in experts], "gram": grams}
+    given = {"inputs": inputs, "ranges": [TimestepRange(0, 250)] * len(experts)}
+    whole = merge_tensors(base, experts, name, **given)
+    for chunk, threads in ((1, 1), (7, 3), (64, 2), (1000, 4)):
+        parts = merge_tensors(base, experts, name, chunk=chunk, threads=threads, **given)
         assert all(torch.equal(whole[n], parts[n]) for n in base)
 
 
 def test_random_numbers_are_addressed_by_their_index() -> None:
-    whole = uniform(123, 0, 1000)
+    whole = uniform([123], slice(0, 1000))[0]
     for start, stop in [(0, 1), (3, 9), (8, 16), (501, 777), (999, 1000), (5, 5)]:
-        assert torch.equal(uniform(123, start, stop), whole[start:stop])
+        assert torch.equal(uniform([123], slice(start, stop))[0], whole[start:stop])
     reference = np.random.Generator(np.random.Philox(key=123)).random(1000, dtype=np.float32)
     assert torch.equal(whole, torch.from_numpy(reference))
 
@@ -152,10 +155,12 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value: float, where: st
 
 
 def test_results_that_are_not_finite_are_refused() -> None:
-    base, experts = {"a": torch.full((2,), 3e38)}, [{"a": torch.full((2,), -3e38)}]
-    with pytest.raises(NumericalError, match="exceeds float32"):
-        merge_tensors(base, experts)
+    wide = torch.full((2,), 1.5e308, dtype=torch.float64)
+    with pytest.raises(NumericalError, match=r"exceeds torch\.float64"):
+        merge_tensors({"a": wide}, [{"a": -wide}])
     with pytest.raises(NumericalError, match="makes NaN or Inf"):
+        merge_tensors({"a": torch.zeros(2, dtype=torch.float64)}, [{"a": wide}], weights=[2.0])
+    with pytest.raises(NumericalError, match="does not fit"):
         merge_tensors({"a": torch.zeros(2)}, [{"a": torch.full((2,), 3e38)}], weights=[2.0])
     half = {"a": torch.full((2,), 6e4, dtype=torch.float16)}
     with pytest.raises(NumericalError, match="does not fit"):

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from demerge.errors import UsageError
-from demerge.merge import merge_tensors, methods, ties
+from demerge.merge import merge_tensors, methods
+from demerge.merge.papers import selection
 from demerge.merge.registry import Block, Method
-from demerge.testing import PROPERTIES, Property, check_method
+from demerge.testing import PROPERTIES, HeldBlocks, Property, check_method
+from demerge.timesteps import TimestepRange
 
 METHODS = list(methods().values())
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -51,9 +53,10 @@ VALUES = st.floats(-1e10, 1e10, width=32, allow_subnormal=True)
 @given(rows=st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4)))
 def test_finite_input_gives_finite_output_in_any_chunks(name: str, options: dict[str, Any], rows: list[list[float]]) -> None:
     base, *experts = ({"a": torch.tensor(row), "b": torch.tensor(row).half()} for row in _clipped(rows))
-    inputs = {"fisher": [{n: t.float().abs() for n, t in e.items()} for e in experts]}
-    merged = merge_tensors(base, experts, name, options=options, inputs=inputs)
-    chunked = merge_tensors(base, experts, name, options=options, inputs=inputs, chunk=2)
+    inputs = {"fisher": [{n: t.float().abs() for n, t in e.items()} for e in experts], "gram": [{} for _ in experts]}
+    ranges = [TimestepRange(0, 250)] * len(experts)
+    merged = merge_tensors(base, experts, name, options=options, inputs=inputs, ranges=ranges)
+    chunked = merge_tensors(base, experts, name, options=options, inputs=inputs, ranges=ranges, chunk=2)
     for tensor, same in zip(merged.values(), chunked.values(), strict=True):
         assert torch.isfinite(tensor).all()
         assert torch.equal(tensor, same)
@@ -110,14 +113,19 @@ def test_fisher_smaller_than_float32_still_weighs() -> None:
 
 
 @pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.77, 1.0])
-def test_thresholds_are_the_exact_kth_magnitudes(density: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("few", [0, 50, 1 << 18])
+def test_thresholds_are_the_exact_kth_magnitudes(
+    density: float, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     g = torch.Generator().manual_seed(1)
     deltas = torch.randn(3, 10_000, generator=g) * torch.tensor([[1e-30], [1.0], [1e20]])
     deltas[:, ::7] = deltas[:, 1:2]  # equal magnitudes
-    blocks = [Block(d[0], d) for d in deltas.split(333, dim=1)]
+    monkeypatch.setattr(selection, "FEW", few)
+    blocks = HeldBlocks([Block(d[0], d) for d in deltas.to(dtype).split(333, dim=1)])
     k = max(1, math.floor(density * 10_000))
-    oracle = deltas.abs().sort(dim=1, descending=True).values[:, k - 1]
-    assert torch.equal(ties.kth_magnitudes(blocks, density=density), oracle)
+    oracle = deltas.to(dtype).abs().sort(dim=1, descending=True).values[:, k - 1]
+    assert torch.equal(selection.kth_magnitudes(blocks, density=density), oracle)
 
 
 def test_scope_of_ties_is_the_model_unless_asked() -> None:

@@ -9,6 +9,8 @@ rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from demerge.errors import UsageError
@@ -31,10 +33,11 @@ def task_arithmetic(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: flo
     return base + weighted_sum(deltas, scale * weights)
 
 
-def weighted_sum(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Return sum_i w_i tau_i [*], in the order of the experts."""
-    total = deltas[0] * weights[0]
-    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+def weighted_sum(deltas: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """Return sum_i w_i tau_i [*] of K deltas [*], in the order of the experts."""
+    (first, weight), *others = zip(deltas, weights, strict=True)
+    total: Tensor = first * weight
+    for delta, weight in others:
         total.addcmul_(delta, weight)
     return total
 

@@ -1,0 +1,83 @@
+"""Consensus merging: only the entries that several experts need (TALL masks, arXiv 2405.07813).
+
+    tau_MTL = sum_i r_i tau_i                                        (of = linear, r_i = w_i / max_j abs(w_j))
+    tau_MTL = the merged task vector of TIES                         (of = ties, with `density`)
+    m_i     = [abs(tau_i) > lambda_t abs(tau_MTL - tau_i)]           expert i needs the entry
+    theta   = theta_0 + lambda [sum_i m_i >= k] tau
+
+with tau = sum_i w_i tau_i (linear) or tau_MTL (ties). k = 0 is the plain merge, 1 leaves out what no expert needs
+(catastrophic weights), 2 also what only one needs (selfish weights); where there are fewer experts than k, all of them
+must need an entry. An expert of weight 0 has no say.
+
+Differs from the paper by the weights, which it does not have, and by one `threshold` (lambda_t) for all experts, which
+it tunes for each. Differs from the authors' code where tau_MTL is of TIES: theirs is a sum of the elected entries, ours
+their mean, as in `ties`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from demerge.merge.options import Between
+from demerge.merge.papers.linear import weighted_sum
+from demerge.merge.papers.selection import kth_magnitudes
+from demerge.merge.papers.statistics import relative
+from demerge.merge.papers.ties import disjoint_merge, elect, majority_sign, trim
+from demerge.merge.registry import Blocks, Scope, Statistic, method
+
+
+def trimmed_majority(blocks: Blocks, *, trimming: Tensor) -> Tensor:
+    """Return the sign [] of the sum of all signs elected after trimming."""
+    return majority_sign(blocks.map(lambda block: elect(trim(block.deltas, trimming), block.weights, "mass")))
+
+
+def needed(deltas: Tensor, merged: Tensor, weights: Tensor, threshold: float) -> Tensor:
+    """Return how many experts of a weight other than 0 need each entry [*]."""
+    count = torch.zeros_like(merged)
+    for delta, weight in zip(deltas, weights, strict=True):
+        needs = delta.abs() > threshold * (merged - delta).abs()
+        count += needs & (weight != 0)
+    return count
+
+
+def _ties_scope(options: Mapping[str, Any]) -> Scope | None:
+    scopes: dict[str, Scope] = {"model": "model", "tensor": "tensor"}
+    return scopes[options["scope"]] if options["of"] == "ties" else None
+
+
+@method(
+    "consensus",
+    paper="arXiv 2405.07813",
+    statistics=(Statistic("trimming", kth_magnitudes, _ties_scope), Statistic("majority", trimmed_majority, _ties_scope)),
+    off={"k": 0},
+)
+def consensus(
+    base: Tensor,
+    deltas: Tensor,
+    *,
+    weights: Tensor,
+    trimming: Tensor | None,
+    majority: Tensor | None,
+    threshold: Annotated[float, Between(0, 1e6)] = 0.4,
+    k: Annotated[int, Between(0, 1e6)] = 2,
+    of: Literal["linear", "ties"] = "linear",
+    density: Annotated[float, Between(0, 1, open_low=True)] = 0.2,
+    scope: Literal["model", "tensor"] = "model",
+    scale: float = 1.0,
+) -> Tensor:
+    """Return the base plus `scale` (lambda) times those entries of the merged task vector that `k` experts need [*].
+
+    `threshold` is lambda_t: the larger, the fewer entries an expert needs. `density` and `scope` are those of ties and
+    matter where `of` is ties.
+    """
+    r = relative(weights)
+    if trimming is None or majority is None:
+        merged, length = weighted_sum(deltas, r), scale * weights.abs().amax()
+    else:
+        merged, length = disjoint_merge(trim(deltas, trimming), weights, "mass", majority), torch.full_like(weights[0], scale)
+    enough = needed(deltas, merged, weights, threshold) >= min(k, int(weights.count_nonzero()))
+    return base + length * torch.where(enough, merged, 0)
