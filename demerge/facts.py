@@ -10,6 +10,7 @@ from demerge.headers import read_json
 from demerge.weights import Checkpoint
 
 MERGED_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+FACTORS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,8 @@ def facts_of(path: Path) -> Facts:
 def _verdict(checkpoint: Checkpoint, model_class: Any, *, has_pipeline: bool) -> tuple[bool, str]:
     if checkpoint.parameters == 0:
         return False, "no floating point tensor"
-    if any(part in name for name in checkpoint for part in ("lora_A", "lora_B", "lora_up", "lora_down")):
-        return False, "a LoRA; fuse it into its base first"
+    if any(part in name for name in checkpoint for part in FACTORS):
+        return True, "a LoRA: merges as an expert of the base that it was trained on"
     if not has_pipeline:
         return True, "merges; analyze, finetune and sample need a whole pipeline folder"
     if model_class not in MERGED_CLASSES:

@@ -27,12 +27,13 @@ ITEM_BYTES: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+CONVERT = "demerge convert FILE OUT.safetensors --allow-pickle"
 DISGUISES: Mapping[bytes, str] = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself",
     b"<!doctype": "a web page, not weights; the download went wrong, fetch the file again",
     b"<html": "a web page, not weights; the download went wrong, fetch the file again",
-    b"PK\x03\x04": "a zip archive, most likely a PyTorch pickle; convert it to safetensors",
-    b"\x80": "a pickle, which may run code when opened; convert it to safetensors",
+    b"PK\x03\x04": f"a zip archive, most likely a PyTorch pickle; {CONVERT}",
+    b"\x80": f"a pickle, which may run code when opened; {CONVERT}",
     b"GGUF": "a GGUF file; name the safetensors original",
 }
 

@@ -19,15 +19,17 @@ from demerge.errors import InputError
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED = ("digits-base",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-ROOT = ("model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
-VARIANTS = ("*.fp16.*", "*.bf16.*", "*non_ema*")
-PARTS = ("unet", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+ROOT = ("model_index.json", "config.json", "scheduler_config.json", "adapter_config.json")
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+VARIANTS = ("fp16", "bf16", "non_ema")
+PARTS = ("unet", "transformer*", "vae", "scheduler", "text_encoder*", "tokenizer*")
 
 
-def local(model: str | Path) -> Path:
+def local(model: str | Path, variant: str | None = None) -> Path:
     """Return the path of a model; what is neither there nor embedded and reads `owner/name` is fetched from the Hub.
 
-    An embedded name wins over a folder of that name, which is written `./digits-base`.
+    An embedded name wins over a folder of that name, which is written `./digits-base`. Of the Hub's variants only the one
+    asked for is fetched, beside the plain weights.
 
     Raises:
         InputError: where the Hub has no such model or cannot be reached.
@@ -36,16 +38,19 @@ def local(model: str | Path) -> Path:
         return ASSETS / str(model)
     path = Path(model)
     named = HUB_ID.fullmatch(str(model)) and not path.parent.exists()
-    return _fetch(str(model)) if named and not path.exists() else path
+    return _fetch(str(model), variant) if named and not path.exists() else path
 
 
-def _fetch(model: str) -> Path:
+def _fetch(model: str, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [f"{part}/*{kind}" for part in PARTS for kind in (".json", ".txt", ".safetensors")]
+    if variant:
+        patterns += [name.replace(".", f".{variant}.") for name in WEIGHTS]
+    unwanted = [f"*.{other}*" for other in VARIANTS if other != variant]
     try:
-        return Path(snapshot_download(model, allow_patterns=[*ROOT, *patterns], ignore_patterns=list(VARIANTS)))
+        return Path(snapshot_download(model, allow_patterns=[*ROOT, *WEIGHTS, *patterns], ignore_patterns=unwanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"'{model}' is neither a file or folder here nor a model that the Hub gives ({type(error).__name__})",

@@ -1,8 +1,13 @@
-"""Where a denoiser lies on disk: a file, a component folder or a pipeline folder, sharded or not; never outside it."""
+"""Where a denoiser lies on disk: a file, a component folder or a pipeline folder, sharded or not; never outside it.
+
+Weights are named `STEM[.VARIANT].safetensors`, or by an index of shards `STEM[.VARIANT].safetensors.index[.VARIANT].json`.
+Where a folder holds both, the shards are taken, as diffusers does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -10,8 +15,11 @@ from demerge.errors import InputError
 from demerge.headers import read_json
 
 COMPONENTS = ("unet", "transformer")
-STEMS = ("diffusion_pytorch_model", "model")
-BESIDE = frozenset({"fisher.safetensors"})  # tensors that lie beside the weights and are none
+SECOND = "transformer_2"  # the denoiser of low noise, where a pipeline has two
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
+WEIGHTS = re.compile(rf"({'|'.join(STEMS)})(?:\.([\w-]+))?\.safetensors(\.index(?:\.([\w-]+))?\.json)?")
+SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+BESIDE = frozenset({"fisher.safetensors", "gram.safetensors"})  # tensors that lie beside the weights and are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +46,20 @@ class Place:
         return next((f / name for f in folders if f is not None and (f / name).is_file()), None)
 
 
-def locate(path: Path) -> Place:
+def locate(path: Path, variant: str | None = None, component: str | None = None) -> Place:
     """Find the denoiser's weights: a .safetensors file, a component folder or a pipeline folder, sharded or not.
 
+    Args:
+        variant: which weights to take of a folder that holds several, for example fp16; a folder that holds one kind, and
+            a file, are taken as they are.
+        component: which folder of a pipeline; the unet or transformer by default.
+
     Raises:
-        InputError: where there is none, only pickles, or a path that leads out of the folder.
+        InputError: where there is none, only pickles, several variants and none asked for, or a path that leads out of
+            the folder.
     """
     if path.is_file():
-        if path.name.endswith(".index.json"):
+        if path.name.endswith(".json"):
             return _sharded(path, None, path.parent, path)
         return Place(path, None, None, (path,))
     if not path.is_dir():
@@ -53,38 +67,65 @@ def locate(path: Path) -> Place:
             f"{path}: no such file or folder", fix="name a pipeline folder, a component folder or a .safetensors file"
         )
     if not (path / "model_index.json").is_file():
-        return _component(path, None, path)
+        return _component(path, None, path, variant)
     index = read_json(path / "model_index.json")
-    name = next((c for c in COMPONENTS if c in index and (path / c).is_dir()), None)
-    if name is None and (path / "config.json").is_file():
-        return _component(path, path, path)
-    if name is None:
-        wanted = " or ".join(COMPONENTS)
-        raise InputError(f"{path}: no folder {wanted}", fix="use a pipeline with a UNet or a transformer")
-    return _component(path, path, path / name)
+    wanted = COMPONENTS if component is None else (component,)
+    name = next((c for c in wanted if c in index and (path / c).is_dir()), None)
+    if name is not None:
+        inside(path, path / name)
+        return _component(path, path, path / name, variant)
+    if (path / "config.json").is_file() and component is None:
+        return _component(path, path, path, variant)
+    raise InputError(f"{path}: no folder {' or '.join(wanted)}", fix="use a pipeline with a UNet or a transformer")
 
 
-def _component(path: Path, pipeline: Path | None, folder: Path) -> Place:
+def _component(path: Path, pipeline: Path | None, folder: Path, variant: str | None) -> Place:
     present = [p for p in sorted(folder.glob("*.safetensors*")) if p.name not in BESIDE]
-    wanted = [f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json")]
-    main = [p for name in wanted for p in present if p.name == name][:1]
+    chosen = _main(folder, present, variant) or _only(present)
+    if chosen is None:
+        raise _no_weights(folder, [p for p in present if p.suffix == ".safetensors"])
+    if chosen.suffix == ".json":
+        return _sharded(path, pipeline, folder, inside(folder, chosen))
+    return Place(path, pipeline, folder, (inside(folder, chosen),))
+
+
+def _main(folder: Path, present: list[Path], variant: str | None) -> Path | None:
+    """Return the file or index of the first stem in the variant asked for: the plain one, or the only one there is."""
+    for stem in STEMS:
+        kinds = dict(_named(present, stem))
+        if len(kinds) == 1 or (variant or "") in kinds:
+            return kinds.get(variant or "") or next(iter(kinds.values()))
+        if kinds:
+            there = ", ".join(kind or "plain" for kind in kinds)
+            asked = f"no variant '{variant}'" if variant else "several variants and none of them plain"
+            raise InputError(f"{folder}: {asked}, there is {there}", fix=f"give --variant {max(kinds)}, or name a file")
+    return None
+
+
+def _named(present: list[Path], stem: str) -> Iterator[tuple[str, Path]]:
+    """Yield (variant, path) of the weights of a stem, indexes last; "" is the plain kind."""
+    for path in sorted(present, key=lambda p: (p.suffix == ".json", p.name)):
+        match = WEIGHTS.fullmatch(path.name)
+        if match and match[1] == stem and not SHARD.fullmatch(path.name):
+            yield match[2] or match[4] or "", path
+
+
+def _only(present: list[Path]) -> Path | None:
+    """Return the only index, or the only file, of whatever name."""
     indexes = [p for p in present if p.name.endswith(".index.json")]
     files = [p for p in present if p.suffix == ".safetensors"]
-    chosen = next((found[0] for found in (main, indexes, files) if len(found) == 1), None)
-    if chosen is None:
-        raise _no_weights(folder, files)
-    if chosen.suffix == ".json":
-        return _sharded(path, pipeline, folder, chosen)
-    return Place(path, pipeline, folder, (inside(folder, chosen),))
+    return next((found[0] for found in (indexes, files) if len(found) == 1), None)
 
 
 def _no_weights(folder: Path, files: list[Path]) -> InputError:
     if files:
         names = ", ".join(p.name for p in files[:5])
         return InputError(f"{folder}: several weight files, none the main one: {names}", fix="name one of the files")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
-        what = "only pickled weights, which may run code when opened"
-        return InputError(f"{folder}: {what}", fix="convert them to safetensors")
+    pickles = [p for kind in ("*.bin", "*.ckpt", "*.pth", "*.pt") for p in sorted(folder.glob(kind))]
+    if pickles:
+        what = f"only pickled weights, which may run code when opened: {pickles[0].name}"
+        target = pickles[0].with_suffix(".safetensors").name
+        return InputError(f"{folder}: {what}", fix=f"demerge convert {pickles[0]} {folder / target} --allow-pickle")
     return InputError(
         f"{folder}: no .safetensors weights", fix="name the folder that holds diffusion_pytorch_model.safetensors"
     )
@@ -108,7 +149,10 @@ def inside(root: Path, path: Path) -> Path:
     Raises:
         InputError: where a link leads elsewhere.
     """
-    home, real = root.resolve(), path.resolve()
+    try:
+        home, real = root.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # Python tells a circle of links by either, as its version is
+        raise InputError(f"{path} is a link in a circle", fix="put the file itself into the folder") from error
     cache = next((p for p in home.parents if p.name.startswith("models--") and (p / "snapshots").is_dir()), home)
     if not real.is_relative_to(cache):
         raise InputError(f"{path} leads out of {root}, to {real}", fix="put the file itself into the folder")

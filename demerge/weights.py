@@ -7,12 +7,15 @@ opening.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from demerge.errors import InputError
 from demerge.files import commit_file
@@ -31,6 +34,13 @@ TORCH_NAMES: Mapping[str, str] = {
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 HASH_CHUNK = 1 << 20
+OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=(\.(weight|bias))?\Z)")
+NEW_ATTENTION: Mapping[str, str] = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def modern(name: str) -> str:
+    """Return the name under which diffusers holds a tensor or module whose attention is named in the manner of 2022."""
+    return OLD_ATTENTION.sub(lambda match: NEW_ATTENTION[match[1]], name)
 
 
 class Checkpoint(Mapping[str, "Tensor"]):
@@ -48,6 +58,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.place = place
         self.specs: dict[str, Spec] = {}
         self.metadata: dict[str, str] = {}
+        self._views: dict[str, Tensor] = {}
         for file, header in headers.items():
             for name in header.tensors:
                 if name in self.specs:
@@ -59,13 +70,26 @@ class Checkpoint(Mapping[str, "Tensor"]):
             self._refuse_other_index(place.index)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
-        """Locate and open a file or folder.
+    def open(cls, path: str | Path, variant: str | None = None) -> Checkpoint:
+        """Locate and open a file or folder; `variant` chooses among the weights of a folder.
 
         Raises:
             InputError: where it is missing, damaged or hostile.
         """
-        return cls(locate(local(path)))
+        return cls(locate(local(path, variant), variant))
+
+    def named_like(self, base: Mapping[str, Any]) -> Checkpoint:
+        """Return this checkpoint under the names of `base`, where some are the old and some the new names of attention.
+
+        Names that are in neither manner those of the base stay as they are.
+        """
+        names = {modern(name): name for name in base}
+        renamed = {name if name in base else names.get(modern(name), name): spec for name, spec in self.specs.items()}
+        if len(renamed) != len(self.specs) or list(renamed) == list(self.specs):
+            return self
+        other = copy.copy(self)
+        other.specs, other._views = renamed, {}
+        return other
 
     def _refuse_other_index(self, index: Mapping[str, str]) -> None:
         held = {name: spec.file.name for name, spec in self.specs.items()}
@@ -87,13 +111,17 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> Tensor:
         import torch
 
+        if name in self._views:
+            return self._views[name]
         spec = self.specs[name]
         dtype: torch.dtype = getattr(torch, TORCH_NAMES[spec.dtype])
         if spec.numel == 0:
             return torch.empty(spec.shape, dtype=dtype)
         length = spec.stop - spec.start
         data = torch.frombuffer(self._maps[spec.file], dtype=torch.uint8, count=length, offset=spec.start)
-        return (data if spec.start % dtype.itemsize == 0 else data.clone()).view(dtype).view(spec.shape)
+        if spec.start % dtype.itemsize:
+            return data.clone().view(dtype).view(spec.shape)
+        return self._views.setdefault(name, data.view(dtype).view(spec.shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -129,9 +157,9 @@ def content_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of what a model computes with: names, shapes and values, whatever the file, order or dtype.
 
     The hash of the lines `name kind shape sha256(values)`, sorted by name. Floating point values count as their float32
-    values, so that a float16 file and the model loaded from it in float32 have one hash.
+    values and names as diffusers holds them, so that a file and the model loaded from it in float32 have one hash.
     """
-    lines = sorted(f"{name}\t{_kind(t)}\t{list(t.shape)}\t{_values_sha256(t)}\n" for name, t in tensors.items())
+    lines = sorted(f"{modern(name)}\t{_kind(t)}\t{list(t.shape)}\t{_values_sha256(t)}\n" for name, t in tensors.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -149,8 +177,20 @@ def _values_sha256(tensor: Tensor) -> str:
 
 
 def commit_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write tensors as one safetensors file, atomically."""
+    """Write tensors as one safetensors file, atomically; the same tensors and metadata give the same bytes."""
     from safetensors.torch import save
 
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return commit_file(path, lambda stream: stream.write(save(held, dict(metadata or {}))))
+    return commit_file(path, lambda stream: _write_ordered(stream, save(held, dict(metadata or {}))))
+
+
+def _write_ordered(stream: BinaryIO, file: bytes) -> None:
+    """Write a safetensors file with the keys of its metadata sorted: the library leaves them in a random order."""
+    length = int.from_bytes(file[:8], "little")
+    table = json.loads(file[8 : 8 + length])
+    if "__metadata__" in table:
+        table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    stream.write(len(header).to_bytes(8, "little") + header)
+    stream.write(memoryview(file)[8 + length :])

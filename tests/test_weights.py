@@ -138,6 +138,95 @@ def test_finds_files_folders_pipelines_shards_and_variants(tmp_path: Path, tiny:
     assert len(hashes) == 1
 
 
+STEM = "diffusion_pytorch_model"
+
+
+def save_variants(folder: Path, variants: dict[str, float]) -> Path:
+    """Save a tensor `a` of one value for each variant, "" for the plain one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for variant, value in variants.items():
+        name = f"{STEM}.{variant}.safetensors" if variant else f"{STEM}.safetensors"
+        save_file({"a": torch.tensor([value])}, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("variants", "asked", "value"),
+    [
+        ({"": 1, "fp16": 2}, None, 1),
+        ({"": 1, "fp16": 2}, "fp16", 2),
+        ({"fp16": 2}, None, 2),
+        ({"fp16": 2, "bf16": 3}, "bf16", 3),
+        ({"": 1}, "fp16", 1),
+        ({"non_ema": 4, "fp16": 2, "": 1}, "non_ema", 4),
+    ],
+)
+def test_takes_the_variant_asked_for_or_the_only_kind(
+    tmp_path: Path, variants: dict[str, float], asked: str | None, value: float
+) -> None:
+    folder = save_variants(tmp_path / "unet", variants)
+    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    for path in (tmp_path, folder):
+        assert Checkpoint.open(path, asked)["a"].tolist() == [value]
+
+
+@pytest.mark.parametrize(("variants", "asked"), [({"fp16": 2, "bf16": 3}, None), ({"": 1, "fp16": 2}, "bf16")])
+def test_asks_which_variant(tmp_path: Path, variants: dict[str, float], asked: str | None) -> None:
+    with pytest.raises(InputError, match="fp16") as caught:
+        Checkpoint.open(save_variants(tmp_path, variants), asked)
+    assert "--variant" in caught.value.fix
+
+
+@pytest.mark.parametrize("index", ["safetensors.index.fp16.json", "fp16.safetensors.index.json"])
+def test_finds_the_shards_of_a_variant(tmp_path: Path, index: str) -> None:
+    shards = {f"{STEM}.fp16-0000{i}-of-00002.safetensors": {str(i): torch.ones(1)} for i in (1, 2)}
+    plain = save_shards(tmp_path, shards)
+    plain.rename(tmp_path / f"{STEM}.{index}")
+    for path, variant in ((tmp_path, None), (tmp_path, "fp16"), (tmp_path / f"{STEM}.{index}", None)):
+        assert set(Checkpoint.open(path, variant)) == {"1", "2"}
+    save_file({"1": torch.zeros(1)}, tmp_path / f"{STEM}.safetensors")
+    assert set(Checkpoint.open(tmp_path)) == {"1"}
+    assert set(Checkpoint.open(tmp_path, "fp16")) == {"1", "2"}
+
+
+def test_shards_go_before_a_file_as_in_diffusers(tmp_path: Path) -> None:
+    save_shards(tmp_path, {f"{STEM}-00001-of-00001.safetensors": {"shard": torch.ones(1)}})
+    save_file({"file": torch.ones(1)}, tmp_path / f"{STEM}.safetensors")
+    assert set(Checkpoint.open(tmp_path)) == {"shard"}
+
+
+def test_a_component_that_is_a_link_out_of_its_pipeline_is_refused(tmp_path: Path) -> None:
+    save_variants(tmp_path / "secret", {"": 1})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    (tmp_path / "model" / "unet").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="leads out"):
+        locate(tmp_path / "model")
+
+
+# -- old names of attention -------------------------------------------------------------------------------------------
+
+OLD = {"mid.attentions.0.query.weight": 0, "mid.attentions.0.value.bias": 1, "mid.attentions.0.proj_attn.weight": 2}
+NEW = {"mid.attentions.0.to_q.weight": 0, "mid.attentions.0.to_v.bias": 1, "mid.attentions.0.to_out.0.weight": 2}
+
+
+def test_both_manners_of_naming_attention_are_one_model(tmp_path: Path) -> None:
+    models = [{n: torch.full((2,), float(i)) for n, i in names.items()} | {"key": torch.ones(1)} for names in (OLD, NEW)]
+    for base in models:
+        for other in models:
+            save_file(other, tmp_path / "a.safetensors")
+            named = Checkpoint.open(tmp_path / "a.safetensors").named_like(base)
+            assert set(named) == set(base) and all(torch.equal(named[n], base[n]) for n in base)
+    assert content_sha256(models[0]) == content_sha256(models[1])
+
+
+def test_names_that_fit_in_no_manner_stay(tmp_path: Path) -> None:
+    save_file({"x.to_q.weight": torch.ones(1), "x.query.weight": torch.ones(1)}, tmp_path / "a.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "a.safetensors")
+    assert checkpoint.named_like({"x.query.weight": 1}) is checkpoint
+    assert checkpoint.named_like({"other": 1}) is checkpoint
+
+
 def test_refuses_a_folder_without_weights_and_one_with_pickles(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no \.safetensors weights"):
         locate(tmp_path)
