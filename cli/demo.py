@@ -71,11 +71,12 @@ def commands(
     cells = f"--bins 10 --groups 12 --train-batch-size {cell_size}"
     yield f"analyze digits-base --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"
     ranges = f"--ranges {at}/conflict/partition.json"
-    yield f"finetune digits-base --data digits {ranges} {train} --fisher-samples 64 -o {at}/experts"
+    yield f"finetune digits-base --data digits {ranges} {train} -o {at}/experts"
     yield f"finetune digits-base --data digits --ranges joint:4 {train} -o {at}/joint"
     halfway = "--method task_arithmetic --weights 0.5 --save-dtype float32"
     yield f"merge digits-base {at}/joint/0000-1000 {halfway} -o {at}/merged/joint-0.5"
     experts = " ".join(f"{at}/experts/{span}" for span in _ranges(out / "conflict" / "partition.json"))
+    yield f"stats {experts} --data digits --what fisher --samples 64 --seed {seed}"
     for name, method in MERGES.items():
         yield f"merge digits-base {experts} {method} --save-dtype float32 -o {at}/merged/{name}"
     merged = " ".join(f"{at}/merged/{name}" for name in ("joint-0.5", *MERGES))

@@ -110,30 +110,12 @@ def _disk() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    free = _free_memory()
+    from demerge.memory import free_bytes
+
+    free = free_bytes()
     if free is not None:
         fix = "" if free >= NEED_MEMORY else "close other programs, or lower the batch size"
         yield Finding("memory", f"{free / GIB:.1f} GiB available", fix)
-
-
-def _free_memory() -> int | None:
-    """Return the bytes that may still be used, by the machine and by the control group this process is in."""
-    try:
-        free = _field(Path("/proc/meminfo"), "MemAvailable:") * 1024
-    except OSError:
-        return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        reclaimable = _field(group / "memory.stat", "inactive_file")
-    except OSError:
-        return free
-    return min(free, int(limit) - int(used) + reclaimable) if limit.isdigit() else free
-
-
-def _field(file: Path, name: str) -> int:
-    rows = (line.split() for line in file.read_text().splitlines())
-    return next((int(row[1]) for row in rows if row[0] == name), 0)
 
 
 def _cores() -> set[int]:

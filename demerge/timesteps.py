@@ -91,6 +91,30 @@ class Partition:
         return cls.from_cuts(total, [round(i * total / n) for i in range(1, n)])
 
     @classmethod
+    def parse(cls, text: str, total: int, *, besides: str = "") -> Partition:
+        """Read `uniform:N`, `joint` (one range) or the path of a partition.json, for [0, total).
+
+        Args:
+            besides: what else the caller understands, to be named in the error, for example `none`.
+
+        Raises:
+            UsageError: where the text is none of these, or the file covers another number of timesteps.
+            InputError: where the file is no partition.
+        """
+        kind, _, count = text.partition(":")
+        if text == "joint" or (kind == "uniform" and count.isdigit()):
+            return cls.uniform(total, int(count or 1))
+        if not Path(text).is_file():
+            known = ", ".join(["uniform:N", "joint", *([besides] if besides else [])])
+            raise UsageError(f"ranges '{text}' are neither {known} nor a file", fix="for example uniform:4")
+        partition = cls.load(Path(text))
+        if partition.total != total:
+            raise UsageError(
+                f"{text} covers {partition.total} timesteps, the base has {total}", fix="make the partition with this base"
+            )
+        return partition
+
+    @classmethod
     def load(cls, path: Path) -> Partition:
         """Read a `partition.json`.
 

@@ -106,3 +106,16 @@ def test_a_file_with_a_gap_says_so(tmp_path):
     path.write_text(json.dumps({"ranges": [[0, 5], [6, 9]]}))
     with pytest.raises(InputError, match="gap"):
         Partition.load(path)
+
+
+def test_a_partition_is_read_from_words_or_a_file(tmp_path):
+    path = tmp_path / "partition.json"
+    Partition.from_cuts(1000, [100]).save(path)
+    assert Partition.parse("uniform:4", 1000) == Partition.uniform(1000, 4)
+    assert Partition.parse("joint", 1000).ranges == (TimestepRange(0, 1000),)
+    assert Partition.parse(str(path), 1000).cuts == [100]
+    with pytest.raises(UsageError, match="covers 1000 timesteps, the base has 500"):
+        Partition.parse(str(path), 500)
+    for text in ("uniform", "uniform:-1", "joint:4", "0:250", "nowhere.json"):
+        with pytest.raises(UsageError, match="neither uniform:N, joint, none nor a file"):
+            Partition.parse(text, 1000, besides="none")

@@ -75,7 +75,7 @@ def prepare(
     found = entrants(models, base)
     base = base or next((e.source for e in found if e.kind == "base"), None)
     model = _some_model(found, base)
-    partition = None if model is None else _partition(words.ranges, model.T)
+    partition = None if model is None or words.ranges == "none" else Partition.parse(words.ranges, model.T, besides="none")
     load = partial(load_images, words.data, skip_broken=words.skip_broken)
     if model is not None:
         load = partial(load, channels=model.image_shape[0], resolution=model.image_shape[1])
@@ -112,17 +112,6 @@ def _judge(words: Words, real: ImageData, out: Path, progress: Progress | None) 
     reference = Reference.remembered(kept, net, images, name=f"{real.name} {real.split}", progress=progress)
     perceptual = load_lpips(device=words.device) if words.lpips else None
     return Judge(net, reference, sampler=words.sampler, steps=words.steps, perceptual=perceptual)
-
-
-def _partition(text: str, total: int) -> Partition | None:
-    if text == "none":
-        return None
-    kind, _, count = text.partition(":")
-    if kind == "uniform" and count.isdigit():
-        return Partition.uniform(total, int(count))
-    if not Path(text).is_file():
-        raise UsageError(f"ranges '{text}' are neither uniform:N, a file nor none", fix="for example uniform:4")
-    return Partition.load(Path(text))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ from demerge.errors import UsageError
 from demerge.files import refuse_existing, refuse_small_disk
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.run import Progress, Run
-from demerge.finetune.state import disk_bytes, refuse_differences
+from demerge.finetune.state import disk_bytes
+from demerge.records import refuse_differences
 from demerge.timesteps import TimestepRange
 
 

@@ -23,18 +23,9 @@ def parse_ranges(text: str, T: int) -> tuple[Partition, int]:
         UsageError: where the text is none of these, or the partition covers another number of timesteps than T.
     """
     kind, _, count = text.partition(":")
-    if kind in ("uniform", "joint") and (count.isdigit() or (kind == "joint" and not count)):
-        if kind == "uniform":
-            return Partition.uniform(T, int(count)), 1
-        return Partition.uniform(T, 1), max(1, int(count or 1))
-    if not Path(text).is_file():
-        raise UsageError(f"ranges '{text}' are neither uniform:N, joint[:K] nor a file", fix="for example uniform:4")
-    partition = Partition.load(Path(text))
-    if partition.total != T:
-        raise UsageError(
-            f"{text} covers {partition.total} timesteps, the base has {T}", fix="make the partition with this base"
-        )
-    return partition, 1
+    if kind == "joint" and count.isdigit():
+        return Partition.parse(kind, T), max(1, int(count))
+    return Partition.parse(text, T, besides="joint:K"), 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,10 @@ from demerge.files import append_line, commit_dir, commit_json, truncate
 from demerge.finetune.objective import consistency_weight, draw_timesteps, learning_rate, loss_weights
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.projection import attach, fold
-from demerge.finetune.state import newest_state, optimizer_tensors, refuse_differences, restore_optimizer, save_state
-from demerge.fisher import range_fisher, save_fisher
+from demerge.finetune.state import newest_state, optimizer_tensors, restore_optimizer, save_state
 from demerge.randomness import key_of, normal, permutation, uniform
+from demerge.records import refuse_differences
+from demerge.stats import commit_statistic, inputs_of, range_fisher
 from demerge.timesteps import TimestepRange
 
 LOG_BINS = 10
@@ -244,10 +245,10 @@ class Run:
         """Write the averaged, folded expert as a stock pipeline with `expert.json` and its log, whole or absent."""
         with commit_dir(path) as temporary:
             expert = self.base.with_denoiser(self.expert())
-            if self.options.fisher_samples:
-                save_fisher(self._fisher(expert), temporary / "fisher.safetensors")
             nn.Module.to(expert.denoiser, dtype=getattr(torch, self.options.save_dtype))
             expert.save(temporary)
+            if self.options.fisher_samples:
+                self._add_fisher(temporary, expert)
             log = self.folder / "log.jsonl"
             if log.exists():
                 shutil.copyfile(log, temporary / "log.jsonl")
@@ -263,8 +264,12 @@ class Run:
             commit_json(temporary / "expert.json", record)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _fisher(self, expert: Diffusion) -> dict[str, Tensor]:
-        return range_fisher(expert, self.data, self.range, samples=self.options.fisher_samples, seed=self.options.seed)
+    def _add_fisher(self, folder: Path, expert: Diffusion) -> None:
+        """Write the Fisher of the expert's range, as `demerge stats` would: of the weights as they are read back."""
+        nn.Module.to(expert.denoiser, dtype=torch.float32)
+        options = {"samples": self.options.fisher_samples, "seed": self.options.seed}
+        found = range_fisher(expert, self.data, self.range, samples=options["samples"], seed=options["seed"])
+        commit_statistic(folder, "fisher", found, inputs_of(expert.sha256, self.data, self.range), options)
 
     def expert(self) -> nn.Module:
         """Return the averaged weights in a stock module, in eval mode."""

@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from demerge.errors import UsageError
 from demerge.files import commit_dir, commit_file, commit_json, sha256
 
 
@@ -58,26 +57,6 @@ def newest_state(folder: Path) -> Snapshot | None:
         except (OSError, ValueError, KeyError):
             continue
     return None
-
-
-def refuse_differences(where: Path, record: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Refuse to continue a run that was begun with other options or inputs.
-
-    Raises:
-        UsageError: naming each difference with both values.
-    """
-    pairs = [("options", options), ("inputs", inputs)]
-    differences = [
-        f"{name}: recorded {record.get(part, {}).get(name)!r}, now {value!r}"
-        for part, values in pairs
-        for name, value in values.items()
-        if record.get(part, {}).get(name) != value
-    ]
-    if differences:
-        raise UsageError(
-            f"{where} was made otherwise: " + "; ".join(differences),
-            fix="give the recorded values, or another output folder",
-        )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:

@@ -1,0 +1,68 @@
+"""Statistics on disk: FOLDER/fisher.safetensors, FOLDER/gram.safetensors, and stats.json, which says how each was made.
+
+    stats.json   {"format", "fisher": {"inputs", "options", "facts", "versions"}, "gram": {the same}}
+
+The record is written before the tensors, so that tensors without a record are of another origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from demerge.data import ImageData
+from demerge.errors import InputError
+from demerge.files import commit_json
+from demerge.headers import read_json
+from demerge.records import installed, refuse_differences
+from demerge.stats.examples import Collected
+from demerge.timesteps import TimestepRange
+from demerge.weights import commit_tensors
+
+FORMAT = "demerge.stats/1"
+RECORD = "stats.json"
+
+
+def inputs_of(model_sha256: str, data: ImageData, span: TimestepRange) -> dict[str, Any]:
+    """Return what a statistic is measured on, as JSON values."""
+    return {
+        "model_sha256": model_sha256,
+        "data": data.name,
+        "data_fingerprint": data.fingerprint,
+        "range": [span.start, span.stop],
+    }
+
+
+def is_there(folder: Path, name: str, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds this statistic.
+
+    Raises:
+        UsageError: where it holds one of other options or inputs, with both values.
+        InputError: where it holds one of which nothing is recorded.
+    """
+    if not (folder / f"{name}.safetensors").is_file():
+        return False
+    record = _record(folder).get(name)
+    if not isinstance(record, dict):
+        raise InputError(f"{folder / name}.safetensors is not recorded in {RECORD}", fix="remove it, or choose another folder")
+    refuse_differences(folder / f"{name}.safetensors", record, options, inputs)
+    return True
+
+
+def commit_statistic(
+    folder: Path, name: str, collected: Collected, inputs: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Write a statistic and its record into a folder, beside what it holds already."""
+    made = {
+        "inputs": dict(inputs),
+        "options": dict(options),
+        "facts": dict(collected.facts),
+        "versions": {package: installed(package) for package in ("demerge", "diffusers", "numpy", "torch")},
+    }
+    commit_json(folder / RECORD, {"format": FORMAT, **_record(folder), name: made})
+    commit_tensors(folder / f"{name}.safetensors", collected.tensors)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
