@@ -13,7 +13,21 @@ import traceback
 import typer
 from typer.exceptions import TyperException
 
-from demerge.cli import analyze, compare, data, demo, doctor, evaluate, finetune, inspect, merge, methods, sample
+from demerge.cli import (
+    analyze,
+    compare,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    finetune,
+    inspect,
+    merge,
+    methods,
+    sample,
+    stats,
+)
 from demerge.errors import DemergeError
 
 app = typer.Typer(
@@ -33,12 +47,14 @@ app.command(rich_help_panel=START)(demo.demo)
 app.command(rich_help_panel=START)(doctor.doctor)
 app.command(rich_help_panel=PATH)(analyze.analyze)
 app.command(rich_help_panel=PATH)(finetune.finetune)
+app.command(rich_help_panel=PATH)(stats.stats)
 app.command(rich_help_panel=PATH)(merge.merge)
 app.command(rich_help_panel=PATH)(evaluate.evaluate)
 app.command(rich_help_panel=PATH)(compare.compare)
 app.command(rich_help_panel=AROUND)(methods.methods)
 app.command(rich_help_panel=AROUND)(sample.sample)
 app.command(rich_help_panel=AROUND)(inspect.inspect)
+app.command(rich_help_panel=AROUND)(convert.convert)
 app.add_typer(data.app, name="data", rich_help_panel=AROUND)
 
 

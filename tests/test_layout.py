@@ -272,7 +272,7 @@ def test_constraints_pin_every_dependency():
 
 def test_what_is_imported_is_required_and_what_is_required_is_imported():
     roots = {imported.split(".")[0] for _, path in MODULES for imported in imports(tree(path))}
-    names = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+    names = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
     imported = {names.get(root, root) for root in roots - sys.stdlib_module_names - {"demerge"}}
     core = {required(dependency) for dependency in PROJECT["project"]["dependencies"]}
     extras = {required(d) for extra in ("sd", "data") for d in PROJECT["project"]["optional-dependencies"][extra]}

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from demerge.errors import InputError, UsageError
-from demerge.evaluate.page import Exhibit
 from demerge.evaluate.protocol import Scores
 from demerge.evaluate.records import load_scores, read_scores
+from demerge.pages import Exhibit
 
 CAPTIONS = {
     "heatmap": "Similarity of the gradients of two timesteps on the base; above the diagonal its standard error.",

@@ -1,16 +1,10 @@
-"""The report as one HTML page that loads nothing: style and images lie inside, and a content security policy says so.
-
-Every text that came from outside (names of models, captions, commands) passes `text`, which escapes it.
-"""
+"""The report of `compare` as one HTML page: verdict, images, ranking, plots, protocol."""
 
 from __future__ import annotations
 
-import base64
-import html
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 
 from torch import Tensor
 
@@ -18,22 +12,9 @@ from demerge.evaluate.protocol import HIGHER_IS_BETTER, Comparison, Protocol, Ro
 from demerge.evaluate.tables import against, label, measured, number
 from demerge.evaluate.verdict import best, outcome, verdict, warnings
 from demerge.images import grid, png
+from demerge.pages import Exhibit, figure, section, text, uri, whole
 
-STYLE = Path(__file__).resolve().parents[1] / "assets" / "report.css"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
 EYEBROWS = {"better": "Merging helped", "worse": "Merging did not help", "inconclusive": "Inconclusive"}
-text: Callable[[object], str] = lambda value: html.escape(str(value), quote=True)  # noqa: E731
-
-
-@dataclass(frozen=True, slots=True)
-class Exhibit:
-    """A picture with its caption; `dark`, where there is one, is shown on dark pages, else the picture lies on white."""
-
-    caption: str
-    data: bytes
-    kind: str = "svg"
-    dark: bytes | None = None
 
 
 def page(
@@ -53,24 +34,15 @@ def page(
         _verdict(rows),
         _tiles(rows, floors),
         _contact(contact, rows),
-        _section("Ranking", RANKING, _ranking(rows, floors) + _gallery(plots, ("ranking", "tradeoff"))),
-        _section("Conflict and ranges", CONFLICT, _figures(figures)) if figures else "",
-        _section("Validation loss by range", LOSSES, _gallery(plots, ("losses",))) if "losses" in plots else "",
-        _section("Read with care", "", _list([*warnings(rows, floors), *notes], "warn")),
-        _section("Protocol", "All numbers above share it, field by field.", _protocol(protocol, rows)),
-        _section("Commands", "What made this report, to be run again.", _code(commands)) if commands else "",
+        section("Ranking", RANKING, _ranking(rows, floors) + _gallery(plots, ("ranking", "tradeoff"))),
+        section("Conflict and ranges", CONFLICT, _figures(figures)) if figures else "",
+        section("Validation loss by range", LOSSES, _gallery(plots, ("losses",))) if "losses" in plots else "",
+        section("Read with care", "", _list([*warnings(rows, floors), *notes], "warn")),
+        section("Protocol", "All numbers above share it, field by field.", _protocol(protocol, rows)),
+        section("Commands", "What made this report, to be run again.", _code(commands)) if commands else "",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{text(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{text(title)}</h1>\n<p>{text(protocol)}</p></header>\n"
-        + "\n".join(part for part in sections if part)
-        + "\n<footer>Made by demerge. The same numbers lie beside this page in scores.csv and scores.md.</footer>\n"
-        "</main>\n</body>\n</html>\n"
-    )
+    footer = "Made by demerge. The same numbers lie beside this page in scores.csv and scores.md."
+    return whole(title, protocol, sections, footer)
 
 
 RANKING = (
@@ -82,11 +54,6 @@ LOSSES = (
     "Change against the base on held-out images, with the same images, timesteps and noise for every model. Pale italics: "
     "within two standard errors of zero. Negative is better. Loss does not rank models as the Frechet distance does."
 )
-
-
-def _section(title: str, lead: str, body: str) -> str:
-    introduction = f'<p class="lead">{text(lead)}</p>' if lead else ""
-    return f"<section>\n<h2>{text(title)}</h2>\n{introduction}{body}\n</section>"
 
 
 def _verdict(rows: Sequence[Row]) -> str:
@@ -115,10 +82,10 @@ def _contact(contact: Mapping[str, Tensor], rows: Sequence[Row]) -> str:
     kinds = {row.model: row.kind for row in rows}
     strips = "".join(
         f'<span><span class="kind {kinds.get(name, "model")}">{text(name)}</span></span>'
-        f'<img alt="{len(images)} images of {text(name)}" src="{_uri(_strip(images), "png")}">'
+        f'<img alt="{len(images)} images of {text(name)}" src="{uri(_strip(images), "png")}">'
         for name, images in contact.items()
     )
-    return _section(
+    return section(
         "Same noise, different models",
         "One column is one starting noise; the images were not chosen.",
         f'<div class="scroll"><div class="sheet">{strips}</div></div>',
@@ -171,25 +138,11 @@ def _top(rows: Sequence[Row], metric: str) -> Row | None:
 
 
 def _gallery(plots: Mapping[str, Exhibit], names: Iterable[str]) -> str:
-    return "".join(_figure(plots[name]) for name in names if name in plots)
+    return "".join(figure(plots[name]) for name in names if name in plots)
 
 
 def _figures(figures: Sequence[Exhibit]) -> str:
-    return f'<div class="gallery">{"".join(map(_figure, figures))}</div>'
-
-
-def _figure(exhibit: Exhibit) -> str:
-    image = f'<img alt="{text(exhibit.caption)}" src="{_uri(exhibit.data, exhibit.kind)}">'
-    if exhibit.dark is None:
-        body = f'<div class="plate">{image}</div>'
-    else:
-        dark = _uri(exhibit.dark, exhibit.kind)
-        body = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{image}</picture>'
-    return f"<figure>{body}<figcaption>{text(exhibit.caption)}</figcaption></figure>"
-
-
-def _uri(data: bytes, kind: str) -> str:
-    return f"data:{MEDIA[kind]};base64,{base64.b64encode(data).decode('ascii')}"
+    return f'<div class="gallery">{"".join(map(figure, figures))}</div>'
 
 
 def _protocol(protocol: Protocol, rows: Sequence[Row]) -> str:

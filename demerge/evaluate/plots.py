@@ -1,27 +1,21 @@
-"""The report's plots, each a matplotlib figure drawn on its own axes, and their rendering to SVG and PNG.
-
-A plot is drawn twice, for light and for dark pages; `render` gives the bytes, the same ones for the same input.
-"""
+"""The report's plots, each a matplotlib figure drawn on its own axes; a plot is drawn twice, for light and for dark pages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from demerge.evaluate.losses import RangeLosses
 from demerge.evaluate.protocol import MINIMUM, Kind, Row
+from demerge.figures import Theme, plain
 
 COLORS: Mapping[Kind, str] = {
     "real": "#7d8590",
@@ -41,51 +35,6 @@ LABELS: Mapping[str, str] = {
     "diversity": "LPIPS diversity",
     "drift": "LPIPS drift",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Theme:
-    """Colours of ink, faint ink and lines."""
-
-    ink: str
-    faint: str
-    line: str
-    maps: str
-
-
-LIGHT = Theme("#1f2328", "#656d76", "#d8dee4", "vlag")
-DARK = Theme("#e6edf3", "#9198a1", "#3d444d", "icefire")
-Draw = Callable[[Theme], Figure]
-
-
-def render(draw: Draw, theme: Theme, kind: str) -> bytes:
-    """Draw with a theme and return the bytes of an `svg` or `png`, transparent where the page should show through."""
-    style = {
-        **sns.axes_style("ticks"),
-        "axes.edgecolor": theme.line,
-        "axes.labelcolor": theme.faint,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "font.size": 10.0,
-        "svg.hashsalt": "demerge",
-        "text.color": theme.ink,
-        "xtick.color": theme.faint,
-        "ytick.color": theme.ink,
-        "xtick.labelcolor": theme.faint,
-    }
-    stream = BytesIO()
-    with mpl.rc_context(style):
-        figure = draw(theme)
-        FigureCanvasAgg(figure)
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        face = "none" if kind == "svg" else "white"
-        figure.savefig(stream, format=kind, dpi=160, bbox_inches="tight", facecolor=face, metadata=metadata)
-    return stream.getvalue()
-
-
-def plain(name: str) -> str:
-    """Return a name that matplotlib prints as it is, at most 40 characters long."""
-    return (name if len(name) <= 40 else f"{name[:18]}…{name[-21:]}").replace("$", r"\$")
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.evaluate import plots
-from demerge.evaluate.page import Exhibit, page
+from demerge.evaluate.page import page
 from demerge.evaluate.protocol import Row, Scores, rank, rows_of
 from demerge.evaluate.tables import csv, markdown
 from demerge.evaluate.verdict import best
+from demerge.figures import DARK, LIGHT, Draw, render
 from demerge.files import commit_file, commit_text
+from demerge.pages import Exhibit
 
 CAPTIONS = {
     "ranking": "Small dots: sampling seeds; large dots: means with one standard deviation. Dashed: the base, its band of 1.3 % "
@@ -60,20 +62,20 @@ def build_report(
     drawn = dict(_drawn(ranked, floors))
     exhibits = {}
     for name, draw in drawn.items():
-        light, dark = (plots.render(draw, theme, "svg") for theme in (plots.LIGHT, plots.DARK))
+        light, dark = (render(draw, theme, "svg") for theme in (LIGHT, DARK))
         exhibits[name] = Exhibit(CAPTIONS[name], light, dark=dark)
         _commit(out / f"{name}.svg", light)
-        _commit(out / f"{name}.png", plots.render(draw, plots.LIGHT, "png"))
+        _commit(out / f"{name}.png", render(draw, LIGHT, "png"))
     ordered = _ordered(contact or {}, ranked)
     if ordered:
-        _commit(out / "contact.png", plots.render(partial(plots.contact_sheet, ordered), plots.LIGHT, "png"))
+        _commit(out / "contact.png", render(partial(plots.contact_sheet, ordered), LIGHT, "png"))
     commit_text(out / "scores.csv", csv(ranked, floors))
     commit_text(out / "scores.md", markdown(ranked, floors, title=title))
     html = page(title, ranked, floors, plots=exhibits, contact=ordered, figures=figures, commands=commands, notes=notes)
     return commit_text(out / "index.html", html)
 
 
-def _drawn(rows: Sequence[Row], floors: Sequence[Row]) -> Iterator[tuple[str, plots.Draw]]:
+def _drawn(rows: Sequence[Row], floors: Sequence[Row]) -> Iterator[tuple[str, Draw]]:
     yield "ranking", partial(plots.ranking, rows, floors)
     if len(rows) > 1 and all(row.values("precision") for row in rows):
         yield "tradeoff", partial(plots.tradeoff, rows)

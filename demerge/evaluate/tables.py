@@ -14,6 +14,7 @@ import pandas as pd
 from demerge.evaluate.plots import LABELS
 from demerge.evaluate.protocol import Comparison, Protocol, Row, Scores, compare, rank, rows_of
 from demerge.evaluate.verdict import best, verdict, warnings
+from demerge.pages import harmless
 
 METRICS = ("fd", *LABELS)
 
@@ -75,11 +76,6 @@ def csv(rows: Sequence[Row], floors: Sequence[Row]) -> str:
     text = frame.select_dtypes(exclude="number").columns
     frame[text] = frame[text].map(lambda cell: harmless(cell) if isinstance(cell, str) else cell)
     return str(frame.to_csv(index=False, float_format="%.8g"))
-
-
-def harmless(text: str) -> str:
-    """Return the text so that no spreadsheet takes it for a formula."""
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r", "\n")) else text
 
 
 def markdown(rows: Sequence[Row], floors: Sequence[Row], *, title: str) -> str:

@@ -1,34 +1,39 @@
 """Merging: methods as pure functions, streamed over files; each result carries the recipe that made it.
 
-`registry` what a method is, `options` what it may be asked, `apply` the engine, `plan` files in and files out, `checks`
-and `sources` what goes in, `output` the writing, `recipe` how a merge came about; then one paper per file: `linear`,
-`ties`, `dare`, `fisher`.
+methods/   one paper per file; `registry` what a method is, `options` what it may be asked
+recipe/    what is asked of a merge, and for which tensors
+engine     `apply` the merge, `stream` its chunks and threads, `checks` what must hold
+files      `preparation` everything found and checked, `plan` and `parts` what comes out, `output` and `adapter` how it is
+           written, `sources`, `schedule` and `denoisers` what lies around the weights, `verification` the same once more
+beside     `diagnose` and `report` what a merge did; `session` and `resident` merges in memory, again and again
 """
 
-from demerge.merge import dare, fisher, linear, ties
 from demerge.merge.apply import Merge, merge_tensors
 from demerge.merge.options import Between
-from demerge.merge.plan import MergeResult, Plan, merge, prepare
-from demerge.merge.recipe import Recipe
+from demerge.merge.plan import MergeResult, Plan
+from demerge.merge.preparation import merge, prepare
+from demerge.merge.recipe.recipe import Recipe
+from demerge.merge.recipe.rules import Rule
 from demerge.merge.registry import Block, Method, Statistic, find, method, methods
+from demerge.merge.session import MergeSession
+from demerge.merge.verification import verify
 
 __all__ = [
     "Between",
     "Block",
     "Merge",
     "MergeResult",
+    "MergeSession",
     "Method",
     "Plan",
     "Recipe",
+    "Rule",
     "Statistic",
-    "dare",
     "find",
-    "fisher",
-    "linear",
     "merge",
     "merge_tensors",
     "method",
     "methods",
     "prepare",
-    "ties",
+    "verify",
 ]

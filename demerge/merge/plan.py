@@ -1,4 +1,4 @@
-"""From files to files: `prepare` checks everything a merge needs, `Plan.run` makes it.
+"""A checked merge, to be surveyed or run: files out.
 
 A base that is a pipeline folder gives a pipeline folder in which only the denoiser is new; a component folder gives a
 component folder; an output that ends in `.safetensors` is that one file.
@@ -6,96 +6,105 @@ component folder; an output that ends in `.safetensors` is that one file.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from demerge.files import commit_dir, commit_file, commit_text, refuse_existing, refuse_small_disk
-from demerge.merge.apply import Merge, Progress
-from demerge.merge.checks import refuse_missing_inputs, refuse_unlike, settle_weights
-from demerge.merge.output import (
-    WEIGHTS_FILE,
-    Entry,
-    Tally,
-    chunks,
-    copy_files,
-    is_file,
-    kept_files,
-    layout,
-    write,
-)
-from demerge.merge.recipe import Recipe, card
-from demerge.merge.registry import Method, find
-from demerge.merge.sources import base_model, hash_files, input_paths, refuse_foreign, source
-from demerge.places import Place
-from demerge.weights import Checkpoint
+from demerge.errors import UsageError
+from demerge.files import commit_dir, commit_json, commit_text, refuse_existing, refuse_small_disk
+from demerge.hashes import Hashing
+from demerge.merge.adapter import AdapterSummary
+from demerge.merge.denoisers import index_of_two
+from demerge.merge.output import Entry, Tally, copy_files, is_file, kept_files
+from demerge.merge.parts import Metadata, Part, Written
+from demerge.merge.recipe.card import card
+from demerge.merge.recipe.recipe import DOCUMENT, Recipe
+from demerge.merge.sources import base_model
 
-FLOAT32 = 4
 OVERHEAD = 1 << 20  # header, recipe, card
+SHOWN = 20
+INDEX, CONFIG = Path("model_index.json"), "config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge: where it is, its recipe, and what survived the rounding."""
+    """A finished merge: where it is, its recipe as it is stored there, and what survived the rounding.
+
+    Attributes:
+        adapter: what an adapter holds of the merge, where one was written.
+    """
 
     path: Path
     recipe: Recipe
     tally: Tally
+    adapter: AdapterSummary | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
-    """A checked merge of which nothing is written yet."""
+    """A checked merge of which nothing is written yet.
 
-    job: Merge
-    place: Place
-    entries: Sequence[Entry]
-    recipe: Recipe
+    Attributes:
+        resolve: returns the recipe with all that is known of the inputs, given the SHA-256 of their files; paths are as
+            they were given.
+        hashing: these hashes, which are computed while the merge goes on.
+        parts: the denoisers of the output, one or two.
+        boundary: where the two share the timesteps, if the output is to have two.
+    """
 
-    def run(self, out: Path) -> MergeResult:
-        """Write the merge, whole or not at all.
+    resolve: Callable[[Mapping[Path, str]], Recipe]
+    hashing: Hashing
+    parts: Sequence[Part]
+    boundary: float | None = None
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What was asked for, with all that is known of the inputs."""
+        return self.resolve(self.hashing.result())
+
+    def run(self, out: Path, report: Path | None = None) -> MergeResult:
+        """Write the merge, whole or not at all; with `report`, a folder of diagnostics of what it did as well.
 
         Raises:
-            InputError: where `out` exists.
+            InputError: where `out` or `report` exists.
             ResourceError: where the disk does not suffice.
             NumericalError: where the result is not finite.
         """
-        refuse_existing(out)
-        kept = [] if is_file(out) else kept_files(self.place)
+        for path in (out, *([report] if report else [])):
+            refuse_existing(path)
         refuse_small_disk(out, self.disk_bytes(out))
-        tally = Tally()
         if is_file(out):
-            self._put(out, tally)
+            written = [self._only_part.commit(out, self._metadata(out.parent), diagnosed=report is not None, hashed=False)]
+            recipe = self.recipe.stored(out.parent)
         else:
-            with commit_dir(out) as folder:
-                copy_files(kept, folder)
-                self._put(folder / self._component / WEIGHTS_FILE, tally)
-                commit_text(folder / "demerge.json", self.recipe.canonical() + "\n")
-                commit_text(folder / "README.md", card(self.recipe, base_model(self.place), tally.share))
-        return MergeResult(out, self.recipe, tally)
+            recipe, written = self._folder(out, report is not None)
+        if report is not None:
+            self._report(report, recipe, written)
+        return MergeResult(out, recipe, _sum([done.tally for done in written]), written[0].adapter)
 
     def survey(self) -> Tally:
         """Run the arithmetic without writing; return what survives the rounding."""
-        tally = Tally()
-        for done, entry in enumerate(self.entries):
-            self.job.progress(done, len(self.entries), "survey")
-            for _ in chunks(self.job, entry, tally):
-                pass
-        return tally
+        return _sum([part.survey() for part in self.parts])
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The tensors of the output."""
+        return [entry for part in self.parts for entry in part.entries]
 
     @property
     def ram_bytes(self) -> int:
-        """Anonymous memory of the tensors at the peak: base, deltas and their intermediate values for one chunk."""
-        largest = max((entry.bytes // entry.dtype.itemsize for entry in self.entries), default=0)
-        held = largest if self.job.method.whole else min(largest, self.job.chunk)
-        return FLOAT32 * held * 4 * (len(self.job.experts) + 1)
+        """Anonymous memory of the tensors at the peak."""
+        return max(part.ram_bytes for part in self.parts)
 
-    def disk_bytes(self, out: Path | None) -> int:
-        """What the output takes on disk."""
-        kept = kept_files(self.place) if out is not None and not is_file(out) else []
-        return sum(entry.bytes for entry in self.entries) + sum(file.stat().st_size for file, _ in kept) + OVERHEAD
+    @property
+    def parameters(self) -> int:
+        """The number of merged elements."""
+        return sum(part.parameters(part.job.floating) for part in self.parts)
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -103,9 +112,18 @@ class Plan:
         return dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in self.entries))
 
     @property
-    def parameters(self) -> int:
-        """The number of merged elements."""
-        return sum(self.job.base[name].numel() for name in self.job.floating)
+    def rules(self) -> list[dict[str, Any]]:
+        """What each rule took, as JSON values."""
+        return [
+            {"rule": str(taken.rule), "tensors": len(taken.names), "parameters": part.parameters(taken.names)}
+            for part in self.parts
+            for taken in part.taken
+        ]
+
+    def disk_bytes(self, out: Path | None) -> int:
+        """What the output takes on disk."""
+        kept = self._kept() if out is not None and not is_file(out) else []
+        return sum(entry.bytes for entry in self.entries) + sum(file.stat().st_size for file, _ in kept) + OVERHEAD
 
     def document(self, out: Path | None, tally: Tally) -> dict[str, Any]:
         """Return the plan and what survives the rounding, as JSON values."""
@@ -113,8 +131,10 @@ class Plan:
             "out": None if out is None else str(out),
             "recipe": self.recipe.document(),
             "tensors": len(self.entries),
+            "merged_tensors": sum(len(part.job.floating) for part in self.parts),
             "tensors_by_dtype": self.dtypes,
             "parameters": self.parameters,
+            "rules": self.rules,
             "ram_bytes": self.ram_bytes,
             "disk_bytes": self.disk_bytes(out),
             "changed_entries": tally.changed,
@@ -126,117 +146,79 @@ class Plan:
         """Return the plan and what survives the rounding, for a person."""
         r = self.recipe
         options = "".join(f" {name}={value}" for name, value in r.options.items())
+        weights = [f"{weight:g}" for weight in r.weights] if r.weights is not None else ["an equal share"] * len(r.experts)
         experts = [
-            f"expert  {expert.path}: {expert.range or 'no range recorded'}, weight {weight:g}"
-            for expert, weight in zip(r.experts, r.weights, strict=True)
+            f"expert  {expert.path}: {expert.range or 'no range recorded'}, weight {weight}"
+            for expert, weight in zip(r.experts, weights, strict=True)
         ]
+        rules = [f"rule    {t['rule']}: {t['tensors']} tensors, {t['parameters']:,} parameters" for t in self.rules]
+        more = [f"rule    and {len(rules) - SHOWN} more"] if len(rules) > SHOWN else []
+        merged = sum(len(part.job.floating) for part in self.parts)
+        only = [f"only    {', '.join(r.only)}: {merged} of {len(self.entries)} tensors"] if r.only else []
         return [
             f"base    {r.base.path}: {self.parameters:,} parameters",
             *experts,
             f"method  {r.method}{options}, seed {r.seed}",
+            *rules[:SHOWN],
+            *more,
+            *only,
             f"keys    {len(self.entries)}: {', '.join(f'{n} {dtype}' for dtype, n in self.dtypes.items())}",
             f"needs   {self.ram_bytes / 1e6:.0f} MB of memory, {self.disk_bytes(out) / 1e6:.1f} MB on disk",
             f"delta   {tally.changed:,} entries change, {tally.share:.1%} of them survive the rounding",
         ]
 
+    # -- writing -------------------------------------------------------------------------------------------------------
+
     @property
-    def _component(self) -> Path:
-        """Return the denoiser's folder inside the output; older pipelines keep it in their own."""
-        place = self.place
-        return place.component.relative_to(place.pipeline) if place.pipeline and place.component else Path()
+    def _only_part(self) -> Part:
+        if len(self.parts) > 1:
+            raise UsageError(f"the output has {len(self.parts)} denoisers, not one file", fix="give -o the name of a folder")
+        return self.parts[0]
 
-    def _put(self, path: Path, tally: Tally) -> None:
-        commit_file(path, lambda stream: write(stream, self.job, self.entries, self.recipe.metadata(), tally))
+    def _kept(self) -> list[tuple[Path, Path]]:
+        """Return what a folder output copies, as (file, path in the output): nothing that is another part's or made anew."""
+        first, several = self.parts[0], len(self.parts) > 1
+        if first.lora:
+            return []
+        made = {part.folder for part in self.parts} if several else set()
+        kept = [(file, path) for file, path in kept_files(first.place) if path.parent not in made]
+        if several:
+            kept += [(folder / CONFIG, part.folder / CONFIG) for part in self.parts if (folder := part.place.component)]
+        return [(file, path) for file, path in kept if path != INDEX or self.boundary is None]
 
+    def _metadata(self, home: Path) -> Metadata:
+        """Return the metadata of weights in `home`, with zeros for the hashes that are still being computed."""
+        if self.hashing.known:
+            return Metadata(self.recipe.stored(home).metadata())
+        draft = self.resolve(defaultdict(lambda: "0" * 64))
+        return Metadata(draft.stored(home).metadata(), lambda: self.recipe.stored(home).metadata())
 
-def merge(
-    base: Path,
-    experts: Sequence[Path],
-    out: Path,
-    *,
-    method: str,
-    weights: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    save_dtype: str = "keep",
-    progress: Progress | None = None,
-) -> MergeResult:
-    """Merge experts into a base, files or folders, and write the result to `out`.
+    def _folder(self, out: Path, diagnosed: bool) -> tuple[Recipe, list[Written]]:
+        first, kept, metadata = self.parts[0], self._kept(), self._metadata(out)
+        with commit_dir(out) as folder:
+            copy_files(kept, folder)
+            if self.boundary is not None:
+                commit_json(folder / INDEX, index_of_two(first.place, self.boundary))
+            written = [part.commit(folder / part.path, metadata, diagnosed=diagnosed) for part in self.parts]
+            recipe = self.recipe.stored(out)
+            hashes = {part.path.as_posix(): done.sha256 for part, done in zip(self.parts, written, strict=True)}
+            recipe = replace(recipe, output=hashes)
+            commit_text(folder / DOCUMENT, recipe.canonical() + "\n")
+            share = written[0].adapter.share if written[0].adapter else _sum([done.tally for done in written]).share
+            commit_text(folder / "README.md", card(recipe, base_model(first.place), share))
+        return recipe, written
 
-    Args:
-        base: pipeline folder, component folder, .safetensors file or shard index.
-        out: a new folder, or a new file that ends in `.safetensors`.
-        method: a name of `methods()`, or `path.py:function`.
-        weights: one per expert; 1/K each by default.
-        options: the method's; for one that needs tensors NAME also {NAME: paths}, else they are looked for beside the
-            experts.
-        save_dtype: keep (the base's), float32, float16 or bfloat16.
-        progress: called with (done, total, what).
+    def _report(self, out: Path, recipe: Recipe, written: Sequence[Written]) -> None:
+        """Write a report for each denoiser, in folders of their own where there are several."""
+        from demerge.merge.diagnose import Diagnosis
+        from demerge.merge.report import write_report
 
-    Raises:
-        UsageError: where method, options or weights are wrong.
-        InputError: where a file is damaged, the experts do not fit the base, or `out` exists.
-        ResourceError: where the disk does not suffice.
-        NumericalError: where the result is not finite.
-    """
-    refuse_existing(out)
-    plan = prepare(
-        base,
-        experts,
-        method=method,
-        weights=weights,
-        options=options,
-        seed=seed,
-        save_dtype=save_dtype,
-        progress=progress,
-    )
-    return plan.run(out)
+        merged = [(part, done) for part, done in zip(self.parts, written, strict=True) if done.seen]
+        for part, done in merged:
+            where = out / part.folder if len(self.parts) > 1 else out
+            diagnosis = Diagnosis.of(done.seen, [expert.name for expert in part.experts])
+            write_report(where, diagnosis, replace(recipe, experts=part.experts, weights=part.job.weights))
 
 
-def prepare(
-    base: Path,
-    experts: Sequence[Path],
-    *,
-    method: str,
-    weights: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    save_dtype: str = "keep",
-    progress: Progress | None = None,
-) -> Plan:
-    """Check a merge and hash its inputs; the arguments and errors are those of `merge`."""
-    chosen, given = find(method), dict(options or {})
-    settled = settle_weights(weights, len(experts))
-    origin, tuned = Checkpoint.open(base), [Checkpoint.open(path) for path in experts]
-    names = [str(path) for path in (base, *experts)]
-    refuse_unlike(origin, tuned, names)
-    refuse_foreign(origin, tuned)
-    inputs = {
-        name: [Checkpoint.open(path) for path in paths]
-        for name, paths in input_paths(chosen, given, [e.place for e in tuned]).items()
-    }
-    refuse_missing_inputs(chosen, origin, inputs, len(tuned))
-    job = Merge(chosen, origin, tuned, settled, chosen.settle(given), inputs, seed, names, progress=progress or silent)
-    recipe = _recipe(chosen, job, origin, tuned, inputs, save_dtype)
-    return Plan(job, origin.place, layout(origin, save_dtype), recipe)
-
-
-def _recipe(
-    method: Method,
-    job: Merge,
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
-    inputs: Mapping[str, Sequence[Checkpoint]],
-    save_dtype: str,
-) -> Recipe:
-    hashes = hash_files([base, *experts, *(c for cs in inputs.values() for c in cs)])
-    beside = [{name: checkpoints[i] for name, checkpoints in inputs.items()} for i in range(len(experts))]
-    origin, *sources = (
-        source(name, checkpoint, hashes, around)
-        for name, checkpoint, around in zip(job.names, [base, *experts], [{}, *beside], strict=True)
-    )
-    return Recipe(method.name, job.options, job.weights, job.seed, save_dtype, origin, sources)
-
-
-def silent(done: int, total: int, what: str) -> None:
-    """Report nothing."""
+def _sum(tallies: Sequence[Tally]) -> Tally:
+    return Tally(sum(tally.changed for tally in tallies), sum(tally.survived for tally in tallies))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from demerge.errors import InputError, UsageError
-from demerge.files import sha256
+from demerge.hashes import remembered
 from demerge.headers import read_json
-from demerge.merge.recipe import Source
+from demerge.lora import Adapter
+from demerge.merge.recipe.asked import Source
 from demerge.merge.registry import Method
 from demerge.places import Place
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint, content_sha256
 
 Hashes = Mapping[Path, str]
+Expert = Checkpoint | Adapter
 
 
 def expert_range(place: Place) -> TimestepRange | None:
@@ -31,11 +32,44 @@ def expert_range(place: Place) -> TimestepRange | None:
     try:
         start, stop = read_json(record)["range"]
         return TimestepRange(int(start), int(stop))
-    except (KeyError, TypeError, ValueError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise InputError(f"{record}: no range [start, stop] in it", fix="use the expert.json that finetune wrote") from error
 
 
-def refuse_foreign(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
+def range_of(place: Place, asked: Source) -> TimestepRange | None:
+    """Return the timesteps an expert was trained on: what is asked for, or what its record says.
+
+    Raises:
+        UsageError: where the two disagree.
+    """
+    recorded = expert_range(place)
+    if asked.range and recorded and asked.range != recorded:
+        raise UsageError(
+            f"{asked.path} was trained on {recorded} as its expert.json says, not on {asked.range}",
+            fix="leave its range out, or name the expert of that range",
+        )
+    return asked.range or recorded
+
+
+def refuse_changed(asked: Source, found: Source) -> None:
+    """Refuse an input that is not the one whose SHA-256 the recipe names.
+
+    Raises:
+        InputError: naming the first file that differs.
+    """
+    paths = [(f"{found.path}: {name}", h, found.files.get(name)) for name, h in asked.files.items()]
+    held = {path: h for files in found.inputs.values() for path, h in files.items()}
+    paths += [(path, h, held.get(path)) for files in asked.inputs.values() for path, h in files.items() if h]
+    for what, wanted, there in paths:
+        if wanted != there:
+            now = f"now {there[:16]}..." if there else "and it is not among the files used"
+            raise InputError(
+                f"{what} is not what the recipe names: SHA-256 {wanted[:16]}..., {now}",
+                fix="bring the file back, or take the hashes (`files`, `inputs`) out of the recipe",
+            )
+
+
+def refuse_foreign(base: Checkpoint, experts: Sequence[Expert]) -> None:
     """Refuse experts that were made from another base, or predict something else.
 
     Raises:
@@ -43,7 +77,7 @@ def refuse_foreign(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
     """
     asked = [(e, read_json(record).get("base_sha256")) for e in experts if (record := e.place.beside("expert.json"))]
     if any(isinstance(hash_, str) for _, hash_ in asked):
-        found = content_sha256(base)
+        found = remembered("content", base.place.files, lambda: content_sha256(base))
         for expert, hash_ in asked:
             if isinstance(hash_, str) and hash_ != found:
                 raise InputError(
@@ -61,13 +95,13 @@ def refuse_foreign(base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
                 )
 
 
-def denoiser_class(checkpoint: Checkpoint) -> str | None:
+def denoiser_class(checkpoint: Expert) -> str | None:
     """Return the class name in the component's config."""
     name = (checkpoint.config or {}).get("_class_name")
     return name if isinstance(name, str) else None
 
 
-def prediction_type(checkpoint: Checkpoint) -> str | None:
+def prediction_type(checkpoint: Expert) -> str | None:
     """Return what the pipeline's scheduler says the denoiser predicts."""
     value = scheduler_config(checkpoint.place).get("prediction_type")
     return value if isinstance(value, str) else None
@@ -81,33 +115,35 @@ def scheduler_config(place: Place) -> dict[str, Any]:
     return read_json(path) if path is not None else {}
 
 
-def input_paths(method: Method, options: dict[str, Any], experts: Sequence[Place]) -> dict[str, list[Path]]:
-    """Take the paths NAME=PATH,PATH out of the options, or find NAME.safetensors beside each expert."""
+def input_paths(
+    method: Method, given: Mapping[str, str | Sequence[str]], asked: Sequence[Source], experts: Sequence[Place]
+) -> dict[str, list[Path]]:
+    """Return the files of tensors that a method needs: those given, else those the recipe names, else those beside experts.
+
+    Args:
+        given: by the tensors' NAME, paths, separated by commas where they are one text.
+    """
     found = {}
     for name in method.inputs:
-        given = options.pop(name, None)
-        if given is None:
-            found[name] = [p for place in experts if (p := place.beside(f"{name}.safetensors"))]
+        if name in given:
+            paths = given[name]
+            found[name] = [Path(text) for text in (paths.split(",") if isinstance(paths, str) else paths)]
+        elif all(name in source.inputs for source in asked):
+            found[name] = [Path(path) for source in asked for path in source.inputs[name]]
         else:
-            texts = given.split(",") if isinstance(given, str) else given
-            found[name] = [Path(text) for text in texts]
+            found[name] = [p for place in experts if (p := place.beside(f"{name}.safetensors"))]
     return found
 
 
-def hash_files(checkpoints: Sequence[Checkpoint]) -> Hashes:
-    """Return the SHA-256 of every file, computed side by side."""
-    files = list(dict.fromkeys(file for checkpoint in checkpoints for file in checkpoint.place.files))
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(files, pool.map(sha256, files), strict=True))
-
-
-def source(path: str, checkpoint: Checkpoint, hashes: Hashes, inputs: Mapping[str, Checkpoint]) -> Source:
-    """Return the recipe's record of an input that was named `path`."""
-    place = checkpoint.place
-    root = place.component or place.path.parent
-    files = {file.relative_to(root).as_posix(): hashes[file] for file in place.files}
-    tensors = {name: {str(c.place.path): hashes[c.place.path]} for name, c in inputs.items()}
-    return Source(path, files, expert_range(place), tensors or None)
+def source(asked: Source, opened: Sequence[Expert], hashes: Hashes, inputs: Mapping[str, Checkpoint]) -> Source:
+    """Return the recipe's record of an input: what was asked for, with the hashes of what was found."""
+    several = len({checkpoint.place.component for checkpoint in opened}) > 1
+    files: dict[str, str] = {}
+    for place in (checkpoint.place for checkpoint in opened):
+        root = (place.pipeline if several else None) or place.component or place.path.parent
+        files |= {file.relative_to(root).as_posix(): hashes[file] for file in place.files}
+    tensors = {name: {str(file): hashes[file] for file in given.place.files} for name, given in inputs.items()}
+    return Source(asked.path, asked.range, files, tensors)
 
 
 def base_model(place: Place) -> str:

@@ -30,6 +30,7 @@ COMMANDS = (
     "compare",
     "sample",
     "inspect",
+    "convert",
     "data",
     "doctor",
 )

@@ -54,6 +54,81 @@ def test_refusals(run: Any, tiny: Path, tmp_path: Path, arguments: tuple[str, ..
     assert not (tmp_path / "out").exists()
 
 
+def test_rules_ranges_and_a_report(run: Any, make_tiny: Any, tmp_path: Path) -> None:
+    base, a, b = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
+    parts = ("--rule", "mid weights=0.2..0.8,0.5", "--rule", "up scale=0.5", "--only", "mid", "--only", "up")
+    ranges = ("--range", "0:500", "--range", "none")
+    done = run("merge", base, a, b, *parts, *ranges, "--report", "--threads", "2", "-o", tmp_path / "out")
+    assert (done.code, done.out.strip()) == (0, str(tmp_path / "out"))
+    for line in ("rule    mid weights=0.2..0.8,0.5: ", "rule    up scale=0.5: ", "only    mid, up: ", "0000-0500, weight 0.5"):
+        assert line in done.err
+    assert (tmp_path / "out-report" / "index.html").is_file()
+    plan = json.loads(run("merge", base, a, b, *parts, "--dry-run", "--json").out)
+    assert [rule["rule"] for rule in plan["rules"]] == ["mid weights=0.2..0.8,0.5", "up scale=0.5"]
+    assert all(rule["tensors"] and rule["parameters"] for rule in plan["rules"])
+    assert plan["merged_tensors"] == sum(rule["tensors"] for rule in plan["rules"]) < plan["tensors"]
+
+
+def test_a_merge_by_flags_is_made_again_from_its_recipe(run: Any, make_tiny: Any, tmp_path: Path) -> None:
+    base, a, b = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
+    out, document = tmp_path / "out", tmp_path / "out" / "demerge.json"
+    assert run("merge", base, a, b, "--method", "dare", "--seed", "3", "--rule", "mid weights=0,1", "-o", out).code == 0
+    done = run("merge", "--recipe", document, "--verify", "--json")
+    assert done.code == 0 and json.loads(done.out)["equal"] is True and "equal   unet/" in done.err
+    assert run("merge", "--recipe", document, "-o", tmp_path / "again").code == 0
+    assert run("merge", "--recipe", out / WEIGHTS, "--verify", "-o", tmp_path / "again").code == 0
+    assert (tmp_path / "again" / "demerge.json").read_bytes() == document.read_bytes()
+    other = run("merge", "--recipe", document, "--seed", "4", "-o", tmp_path / "other", "--json")
+    assert json.loads(other.out)["recipe"]["seed"] == 4
+    failed = run("merge", "--recipe", document, "--verify", "-o", tmp_path / "other")
+    assert failed.code == 5 and "differs in" in failed.err
+    data = bytearray((b / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (b / WEIGHTS).write_bytes(data)
+    failed = run("merge", "--recipe", document, "--verify")
+    assert failed.code == 3 and b.name in failed.err and "is not what the recipe names" in failed.err
+
+
+def test_a_recipe_and_weights_of_files(run: Any, make_tiny: Any, tmp_path: Path) -> None:
+    base, a = make_tiny(seed=0), make_tiny(seed=1)
+    (tmp_path / "r.yaml").write_text(f"base: {base.name}\nexperts: [{a.name}]\nmethod: ties\nweights: [0.5]\n")
+    (tmp_path / "w.csv").write_text("name,expert\nmid,0.25\n*,1\n")
+    done = run("merge", "--recipe", tmp_path / "r.yaml", "--weights", tmp_path / "w.csv", "--dry-run", "--json")
+    recipe = json.loads(done.out)["recipe"]
+    assert (recipe["method"], recipe["weights"], recipe["rules"]) == ("ties", [1.0], [{"match": "mid", "weights": [0.25]}])
+    lora = run("merge", base, a, "--out-rank", "4", "-o", tmp_path / "lora", "--json")
+    assert 0 < json.loads(lora.out)["adapter"]["share"] < 1
+    assert run("merge", base, tmp_path / "lora", "--weights", "1", "-o", tmp_path / "back").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rule", "middle scale=1"), "rule 'middle scale=1' matches no tensor"),
+        (("--rule", "mid scale=1", "--rule", "mid.attn scale=2"), "is hidden"),
+        (("--rule", "mid density=0.1", "--method", "ties"), "over the whole model"),
+        (("--only", "nowhere"), "--only 'nowhere' matches no tensor"),
+        (("--range", "0:1", "--range", "1:2"), "2 ranges for 1 experts"),
+        (("--range", "a"), "'a' is not a timestep range"),
+        (("--weights", "none.csv"), "none.csv: cannot be read"),
+        (("--recipe", "r.yaml"), "from the command line or from --recipe"),
+        (("--verify",), "--verify makes the merge of a recipe again"),
+        (("--dry-run", "--report"), "--dry-run writes nothing"),
+        (("--device", "warp"), "device 'warp' cannot be used"),
+    ],
+)
+def test_refusals_of_parts(run: Any, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = run("merge", tiny, tiny, "-o", tmp_path / "out", *arguments)
+    assert done.code in (2, 3) and message in done.err and "fix:" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_help_has_groups_and_an_example(run: Any) -> None:
+    text = run("merge", "--help").out
+    for part in ("How to merge", "Which parts", "--rule", "--recipe", "--report", "demerge merge base"):
+        assert part in text
+
+
 def test_refusals_of_files(run: Any, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>")
     for arguments, message in [

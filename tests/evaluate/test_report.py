@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from demerge.errors import ComparisonError, UsageError
-from demerge.evaluate.page import Exhibit
 from demerge.evaluate.protocol import Scores
 from demerge.evaluate.report import build_report
-from demerge.evaluate.tables import escaped, harmless, lines
+from demerge.evaluate.tables import escaped, lines
+from demerge.pages import Exhibit, harmless
 
 Make = Callable[..., list[Scores]]
 HOSTILE = '=cmd|"/C calc"!A0 <script>alert(1)</script> $x_{1}$ | ` \n'

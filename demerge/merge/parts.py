@@ -1,0 +1,181 @@
+"""The denoisers of an output, each a stream of merged chunks that becomes one file: a model's weights, or an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from demerge.files import commit_file, sha256
+from demerge.merge.adapter import AdapterSummary, prefix_of, write_adapter
+from demerge.merge.apply import Done, Merge
+from demerge.merge.output import WEIGHTS_FILE, Entry, Observe, Sink, Tally, header, pieces, write
+from demerge.merge.recipe.asked import Source
+from demerge.merge.recipe.rules import Matched
+from demerge.places import Place
+
+if TYPE_CHECKING:
+    from demerge.merge.diagnose import Sums
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is known of weights once they are written.
+
+    Attributes:
+        tally: what survived the rounding.
+        seen: diagnostics of each chunk, where they were asked for.
+        sha256: of the file, empty where it was not asked for.
+        adapter: what an adapter holds of the merge.
+    """
+
+    tally: Tally
+    seen: Sequence[Sums]
+    sha256: str
+    adapter: AdapterSummary | None = None
+
+
+class Hashed:
+    """A stream that hashes what it passes on; without another stream it only hashes."""
+
+    def __init__(self, stream: Sink | None = None) -> None:
+        self._stream, self._digest = stream, hashlib.sha256()
+
+    def write(self, data: Any, /) -> None:
+        """Hash and pass on."""
+        self._digest.update(data)
+        if self._stream is not None:
+            self._stream.write(data)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of all that was written."""
+        return self._digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """The metadata of a file: `now`, or a draft of the same length until `later`, when all hashes are known."""
+
+    now: Mapping[str, str]
+    later: Callable[[], Mapping[str, str]] | None = None
+
+    def final(self) -> Mapping[str, str]:
+        """Return it once it is known."""
+        return self.later() if self.later else self.now
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """The adapter that is written in place of a model: its rank, and the dtype of its factors."""
+
+    rank: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Part:
+    """One denoiser of the output.
+
+    Attributes:
+        place: where the base's denoiser lies.
+        folder: where its weights go, inside an output folder.
+        entries: the tensors to write.
+        experts: the sources of its experts, one for each that the merge has.
+        taken: what each rule took.
+    """
+
+    job: Merge
+    place: Place
+    folder: Path
+    entries: Sequence[Entry]
+    experts: Sequence[Source]
+    taken: Sequence[Matched] = ()
+    lora: Lora | None = None
+
+    @property
+    def path(self) -> Path:
+        """Its file, inside an output folder."""
+        return Path(ADAPTER_FILE) if self.lora else self.folder / WEIGHTS_FILE
+
+    @property
+    def ram_bytes(self) -> int:
+        """Anonymous memory of the tensors at the peak: for each thread base, deltas and their intermediate values."""
+        job = self.job
+        largest = max((entry.numel for entry in self.entries), default=0)
+        held = largest if job.method.whole else min(largest, job.chunk)
+        return job.reader.dtype.itemsize * held * 4 * (len(job.experts) + 1) * job.threads
+
+    def parameters(self, names: Sequence[str]) -> int:
+        """Count the elements of some tensors."""
+        return sum(self.job.base[name].numel() for name in names)
+
+    def survey(self) -> Tally:
+        """Run the arithmetic alone; return what survives the rounding."""
+        tally = Tally()
+        for piece in pieces(self.job, self.entries):
+            tally.add(piece)
+        return tally
+
+    def commit(self, path: Path, metadata: Metadata, *, diagnosed: bool = False, hashed: bool = True) -> Written:
+        """Write the file, whole or not at all; with `diagnosed`, look at every chunk."""
+        if self.lora:
+            return self._factored(path, self.lora, metadata.final(), diagnosed)
+        written: list[Written] = []
+
+        def put(stream: BinaryIO) -> None:
+            written.append(self._streamed(stream, metadata.now, diagnosed, hashed and metadata.later is None))
+            if metadata.later:
+                stream.seek(0)
+                stream.write(header(self.entries, metadata.later()))
+
+        commit_file(path, put)
+        return replace(written[0], sha256=sha256(path)) if hashed and metadata.later else written[0]
+
+    def digest(self, metadata: Mapping[str, str]) -> str:
+        """Return the SHA-256 of the file that `commit` would write."""
+        if not self.lora:
+            return self._streamed(Hashed(), metadata).sha256
+        with TemporaryDirectory() as folder:
+            return self._factored(Path(folder) / ADAPTER_FILE, self.lora, metadata, False).sha256
+
+    def _streamed(self, stream: Sink, metadata: Mapping[str, str], diagnosed: bool = False, hashed: bool = False) -> Written:
+        sink = Hashed(stream) if hashed else stream
+        tally, seen = write(sink, self.job, self.entries, metadata, self._observer() if diagnosed else None)
+        return Written(tally, seen, sink.sha256 if isinstance(sink, Hashed) else "")
+
+    def _factored(self, path: Path, lora: Lora, metadata: Mapping[str, str], diagnosed: bool) -> Written:
+        """Write the best factors of every tensor's merged delta."""
+        tally, seen, observe = Tally(), [], self._observer() if diagnosed else None
+
+        def deltas() -> Iterator[tuple[str, Tensor]]:
+            for name in self.job.floating:
+                delta = torch.empty(self.job.base[name].numel(), dtype=self.job.reader.dtype)
+                start = 0
+                for step, found in self.job.stream([name], lambda n, done: (_step(done), observe and observe(n, done))):
+                    delta[start : (start := start + len(step))] = step
+                    seen.extend([] if found is None else [found])
+                tally.changed += int(delta.count_nonzero())
+                yield name, delta.view(self.job.base[name].shape)
+
+        prefix = prefix_of(self.place, self.job.base)
+        summary = write_adapter(path, deltas(), lora.rank, prefix, metadata, lora.dtype)
+        tally.survived = tally.changed
+        return Written(tally, seen, sha256(path), summary)
+
+    def _observer(self) -> Observe:
+        from demerge.merge.diagnose import observer
+
+        return observer(self.entries, self.job.base)
+
+
+def _step(done: Done) -> Tensor:
+    return (done.merged - done.block.base.reshape(-1)).cpu()

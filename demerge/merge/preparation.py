@@ -1,0 +1,210 @@
+"""From a recipe to a plan: everything a merge needs is found, checked and hashed, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, Unpack
+
+import torch
+
+from demerge.errors import UsageError
+from demerge.files import refuse_existing
+from demerge.hashes import Hashing
+from demerge.local import local
+from demerge.lora import open_expert
+from demerge.merge.apply import Merge, Progress
+from demerge.merge.checks import refuse_missing_inputs, refuse_unlike, settle_weights
+from demerge.merge.denoisers import Task, denoisers, tasks
+from demerge.merge.output import layout
+from demerge.merge.parts import Lora, Part
+from demerge.merge.plan import MergeResult, Plan
+from demerge.merge.recipe.asked import Asked
+from demerge.merge.recipe.recipe import Recipe
+from demerge.merge.recipe.rules import only, settle
+from demerge.merge.registry import Method, find
+from demerge.merge.schedule import snr_of
+from demerge.merge.sources import (
+    Expert,
+    input_paths,
+    range_of,
+    refuse_changed,
+    refuse_foreign,
+    scheduler_config,
+    source,
+)
+from demerge.places import locate
+from demerge.records import installed
+from demerge.timesteps import TimestepRange
+from demerge.weights import Checkpoint
+
+MOST_THREADS = 4
+VERSIONS = ("demerge", "numpy", "torch")
+Number = TypeVar("Number")
+
+
+def merge(
+    base: Path | str,
+    experts: Sequence[Path | str],
+    out: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    **asked: Unpack[Asked],
+) -> MergeResult:
+    """Merge experts into a base, files or folders, and write the result to `out`.
+
+    Args:
+        base: pipeline folder, component folder, .safetensors file or shard index; the name of an embedded model or a Hub id.
+        experts: the same, or LoRA files of the base.
+        out: a new folder, or a new file that ends in `.safetensors`.
+        device: where the arithmetic runs.
+        threads: that share the work; the available cores, up to 4, by default. The result does not depend on it.
+        progress: called with (done, total, what).
+        asked: the method, its options and more, see `Asked`.
+
+    Raises:
+        UsageError: where method, options, weights or rules are wrong.
+        InputError: where a file is damaged, the experts do not fit the base, or `out` exists.
+        ResourceError: where the disk does not suffice.
+        NumericalError: where the result is not finite.
+    """
+    refuse_existing(out)
+    recipe = Recipe.of(base, experts, **asked)
+    return prepare(recipe, device=device, threads=threads, progress=progress).run(out)
+
+
+def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, progress: Progress | None = None) -> Plan:
+    """Check the merge that a recipe asks for, and hash its inputs; see `merge`.
+
+    Raises:
+        InputError: also where an input is not the one whose SHA-256 the recipe names.
+    """
+    method = find(recipe.method)
+    settle_weights(recipe.weights, len(recipe.experts))
+    places = [locate(local(s.path, recipe.variant), recipe.variant) for s in (recipe.base, *recipe.experts)]
+    base, *experts = (denoisers(place, recipe.variant) for place in places)
+    ranges = [range_of(place, asked) for place, asked in zip(places[1:], recipe.experts, strict=True)]
+    sides = [_Side.of(task, recipe, method) for task in tasks(base, experts, ranges, recipe.boundary)]
+    if recipe.out_rank is not None and len(sides) > 1:
+        raise UsageError("an adapter is made for one denoiser, and the output has two", fix="merge each side alone")
+    hashing = Hashing(_files(sides))
+    if recipe.base.files:  # then this comes first
+        found = _resolved(recipe, ranges, sides, hashing.result())
+        for asked, there in zip((recipe.base, *recipe.experts), (found.base, *found.experts), strict=True):
+            refuse_changed(asked, there)
+    run = partial(Merge, device=device, threads=threads or _cores(), progress=progress or silent)
+    parts = [_part(recipe, side, run) for side in sides]
+    weights = parts[0].job.weights if len(parts) == 1 and len(parts[0].experts) == len(experts) else recipe.weights
+    rules = [rule.parsed(method) for rule in recipe.rules]
+    settled = replace(recipe, method=method.name, options=parts[0].job.options, weights=weights, rules=rules)
+    return Plan(partial(_resolved, settled, ranges, sides), hashing, parts, recipe.boundary)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One denoiser of the output, its inputs opened: base, experts, and the tensors that the method needs with its options."""
+
+    task: Task
+    method: Method
+    base: Checkpoint
+    experts: Sequence[Expert]
+    inputs: Mapping[str, Sequence[Checkpoint]]
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, task: Task, recipe: Recipe, method: Method) -> _Side:
+        options, given = method.separate(recipe.options)
+        settled = method.settle(options)
+        method = method.under(settled, *(settled | rule.parsed(method).plain for rule in recipe.rules))
+        asked = [recipe.experts[i] for i, _ in task.experts]
+        paths = input_paths(method, given, asked, [denoiser.place for _, denoiser in task.experts])
+        base = Checkpoint(task.base.place)
+        experts = [open_expert(d.place, base, skip_text=recipe.skip_text_encoder) for _, d in task.experts]
+        inputs = {name: [Checkpoint.open(path).named_like(base) for path in files] for name, files in paths.items()}
+        return cls(task, method, base, experts, inputs, options)
+
+    def picked(self, numbers: Sequence[Number] | None, K: int) -> tuple[Number, ...] | None:
+        """Return, of one number for each named expert, those of this side's experts."""
+        if numbers is None or len(numbers) != K:
+            return None if numbers is None else tuple(numbers)
+        return tuple(numbers[i] for i, _ in self.task.experts)
+
+
+def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
+    method = side.method
+    asked = [recipe.experts[i] for i, _ in side.task.experts]
+    names = [source.path for source in (recipe.base, *asked)]
+    refuse_unlike(side.base, side.experts, names)
+    refuse_foreign(side.base, side.experts)
+    refuse_missing_inputs(method, side.base, side.inputs, len(asked))
+    floating = [name for name, spec in side.base.specs.items() if spec.is_float]
+    chosen = only(recipe.only, floating) if recipe.only else None
+    part = partial(
+        Part,
+        place=side.base.place,
+        folder=side.task.folder,
+        entries=layout(side.base, recipe.save_dtype),
+        experts=[replace(recipe.experts[i], range=denoiser.range) for i, denoiser in side.task.experts],
+        lora=_lora(recipe),
+    )
+    settled = method.settle(side.options)
+    if not asked:  # no expert changes this one of a pipeline's two denoisers
+        return part(run(method, side.base, [], [], settled, names=names, only=frozenset()))
+    K = len(recipe.experts)
+    weights = settle_weights(side.picked(recipe.weights, K), len(asked))
+    rules = [replace(rule, weights=side.picked(rule.weights, K)) for rule in recipe.rules]
+    merged = [name for name in floating if chosen is None or name in chosen]
+    settings, taken = settle(rules, merged, method, side.options, weights)
+    job = run(
+        method,
+        side.base,
+        side.experts,
+        weights,
+        settled,
+        side.inputs,
+        recipe.seed,
+        names,
+        settings=settings,
+        only=chosen,
+        ranges=[denoiser.range for _, denoiser in side.task.experts],
+        snr=snr_of(scheduler_config(side.base.place)),
+    )
+    return part(job, taken=taken)
+
+
+def _lora(recipe: Recipe) -> Lora | None:
+    dtype = torch.float32 if recipe.save_dtype == "keep" else getattr(torch, recipe.save_dtype)
+    return None if recipe.out_rank is None else Lora(recipe.out_rank, dtype)
+
+
+def _files(sides: Sequence[_Side]) -> list[Path]:
+    given = [tensors for side in sides for found in side.inputs.values() for tensors in found]
+    opened = [*(c for side in sides for c in (side.base, *side.experts)), *given]
+    return [file for checkpoint in opened for file in checkpoint.place.files]
+
+
+def _resolved(
+    recipe: Recipe, ranges: Sequence[TimestepRange | None], sides: Sequence[_Side], hashes: Mapping[Path, str]
+) -> Recipe:
+    """Return the recipe with ranges, versions and the SHA-256 of every input."""
+    experts = []
+    for i, (asked, span) in enumerate(zip(recipe.experts, ranges, strict=True)):
+        taken = [(side, j) for side in sides for j, (number, _) in enumerate(side.task.experts) if number == i]
+        inputs = {name: found[j] for side, j in taken for name, found in side.inputs.items()}
+        experts.append(source(replace(asked, range=span), [side.experts[j] for side, j in taken], hashes, inputs))
+    base = source(recipe.base, [side.base for side in sides], hashes, {})
+    return replace(recipe, base=base, experts=experts, versions={name: installed(name) for name in VERSIONS}, output={})
+
+
+def _cores() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_THREADS, available)
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """Report nothing."""

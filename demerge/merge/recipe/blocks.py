@@ -1,0 +1,109 @@
+"""The blocks of a denoiser: short names for groups of tensors, in the order in which the data passes them.
+
+    block      tensors of diffusers' UNets                         tensors of diffusers' transformers (DiT, SD3, Flux, Wan)
+    in         conv_in                                             x_embedder, patch_embedding, pos_embed
+    time       time_embedding, add_embedding, class_embedding      time_text_embed, condition_embedder, adaln_single
+    text       encoder_hid_proj                                    context_embedder, caption_projection
+    down.N     down_blocks.N
+    mid        mid_block
+    up.N       up_blocks.N
+    blocks.N                                                       transformer_blocks.N, blocks.N
+    single.N                                                       single_transformer_blocks.N
+    out        conv_norm_out, conv_out                             norm_out, proj_out, proj_out_N, scale_shift_table
+
+Single files in the layout of the original SD, SD3 and Flux code have the same blocks (`down.N` is input_blocks.N). A tensor
+of another architecture has the block that its name begins with, up to the first number (`layers.3`).
+
+A kind cuts across the blocks, and may be given alone or behind a block (`attn`, `up.attn`, `down.1.conv`):
+
+    attn       attention layers with their projections and norms: attn, attn1, ..., attentions.N but for its transformer_blocks
+    ff         feed-forward layers of transformer blocks: ff, ff_context, ffn, mlp, proj_mlp
+    conv       convolutions by name: conv, conv1, conv2, conv_in, conv_out, conv_shortcut
+    norm       norms and modulations: norm, norm1, group_norm, conv_norm_out, ...
+    resnet     residual blocks of UNets with all they hold: resnets.N
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of single files
+BLOCKS: tuple[tuple[str, str], ...] = (
+    ("text", r"encoder_hid_proj|context_embedder|caption_projection|txt_in|condition_embedder\.text_embedder"),
+    ("time", r"(time|add|class)_embedding|time_text_embed|condition_embedder|adaln_single|(time|label)_embed|label_emb"
+             r"|time_in|vector_in|guidance_in|[ty]_embedder"),
+    ("in", r"conv_in|x_embedder|patch_embedding|pos_embed|img_in"),
+    ("down", r"(?:down|input)_blocks\.(?P<down>\d+)"),
+    ("mid", r"mid(?:dle)?_block"),
+    ("up", r"(?:up|output)_blocks\.(?P<up>\d+)"),
+    ("blocks", r"(?:(?:transformer|double|joint)_)?blocks\.(?P<blocks>\d+)"),
+    ("single", r"single_(?:transformer_)?blocks\.(?P<single>\d+)"),
+    ("out", r"conv_norm_out|conv_out|norm_out|proj_out(?:_\d+)?|final_layer|out|scale_shift_table"),
+)  # fmt: skip
+ORDER = ("in", "time", "text", "down", "mid", "up", "blocks", "single", "out")
+KINDS = {
+    "attn": r"\w*attn\d*|attentions\.\d+(?!\.transformer_blocks)",
+    "ff": r"ff|ff_context|ffn|mlp|proj_mlp",
+    "conv": r"conv\d*|conv_(?:in|out|shortcut)",
+    "norm": r"(?:\w+_)?norm\w*",
+    "resnet": r"resnets",
+}
+_BLOCK = re.compile(f"(?:{'|'.join(f'(?P<_{word}>{pattern})' for word, pattern in BLOCKS)})(?=\\.|$)")
+_KIND = {kind: re.compile(rf"(?:^|\.)(?:{pattern})(?=\.|$)") for kind, pattern in KINDS.items()}
+
+
+@cache
+def block_of(name: str) -> str:
+    """Return the block of a tensor: `down.0`, `mid`, `time`; for unknown names their beginning up to the first number."""
+    return _split(name)[0]
+
+
+@cache
+def alias(name: str) -> str:
+    """Return a tensor's name with its block in front: `down.0.resnets.1.conv1.weight`, `in.conv_in.weight`."""
+    block, rest = _split(name)
+    return f"{block}.{rest}" if rest else block
+
+
+def is_kind(kind: str, name: str) -> bool:
+    """Whether a tensor is of a kind, one of `KINDS`."""
+    return _KIND[kind].search(_bare(name)) is not None
+
+
+def by_depth(names: Iterable[str]) -> list[str]:
+    """Return the blocks of tensors, from input to output; unknown ones last, by name and number."""
+    return sorted({block_of(name) for name in names}, key=_depth)
+
+
+def grouped(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the tensors of each block, blocks from input to output, tensors in their order."""
+    groups: dict[str, list[str]] = {block: [] for block in by_depth(names)}
+    for name in names:
+        groups[block_of(name)].append(name)
+    return groups
+
+
+def _bare(name: str) -> str:
+    return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return block and rest; the rest of a block without number is the whole name, so that `time.**` can tell its parts."""
+    bare = _bare(name)
+    found = _BLOCK.match(bare)
+    if found is None:
+        unknown = re.match(r"(?:[^.\d][^.]*\.)*?\d+(?=\.)|[^.]+", bare)
+        block = unknown[0] if unknown else bare
+        return block, bare[len(block) + 1 :]
+    word = next(word for word, _ in BLOCKS if found[f"_{word}"])
+    if word in found.re.groupindex:
+        return f"{word}.{int(found[word])}", bare[found.end() + 1 :]
+    return word, bare[found.end() + 1 :] if word == "mid" else bare
+
+
+def _depth(block: str) -> tuple[int, list[tuple[bool, int, str]]]:
+    word = block.partition(".")[0]
+    stage = ORDER.index(word) if word in ORDER else len(ORDER)
+    return stage, [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in block.split(".")]
