@@ -18,5 +18,7 @@ def methods(json: Json = False) -> None:
         print(f"{d['name']}{aliases}, {d['paper'] or 'no paper'}\n    {d['summary']}")
         for name, option in d["options"].items():
             print(f"    --option {name}={option['default']}    {option['rule']}")
+        for name, options in d["presets"].items():
+            print(f"    --option preset={name}    {', '.join(f'{n}={v}' for n, v in options.items()) or 'the defaults'}")
         if d["needs"]:
             print(f"    needs {', '.join(d['needs'])}")

@@ -97,6 +97,7 @@ class Method:
         partial: the names of those that may be of any shape, and that some tensors may lack.
         draws: whether it needs random numbers.
         whole: whether it must see whole tensors in their shape; else it gets flat chunks.
+        precise: whether the arithmetic is float64 for 16-bit inputs too: where it chooses between numbers that may be equal.
         whole_with: tells from the options whether it must, for a method that need not always.
         presets: by name, the options with which other programs do the same; `preset=NAME` sets them.
         off: options with which it is the weighted mean of experts that agree in sign, where there are such; its tests use them.
@@ -116,6 +117,7 @@ class Method:
     aliases: tuple[str, ...] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     whole_with: Callable[[Mapping[str, Any]], bool] | None = None
+    precise: bool = False
 
     def under(self, *options: Mapping[str, Any]) -> Method:
         """Return the method as it is with these settled options: what it then needs from files, and whether whole tensors."""
@@ -183,6 +185,7 @@ def method(
     whole: bool | Callable[[Mapping[str, Any]], bool] = False,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     off: Mapping[str, Any] | None = None,
+    precise: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function as the merge method `name`; the function itself is returned unchanged."""
 
@@ -191,7 +194,8 @@ def method(
             raise UsageError(f"merge method '{name}' is registered twice", fix="rename one of the two")
         described = describe(function, name, paper=paper, statistics=statistics, whole=whole is True, off=off)
         sometimes = whole if callable(whole) else None
-        _METHODS[name] = replace(described, aliases=tuple(aliases), presets=presets or {}, whole_with=sometimes)
+        more = {"aliases": tuple(aliases), "presets": presets or {}, "whole_with": sometimes, "precise": precise}
+        _METHODS[name] = replace(described, **more)
         return function
 
     return register

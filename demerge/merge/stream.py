@@ -51,7 +51,9 @@ class Reader:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of the arithmetic: float32 where all inputs are narrower, else float64."""
+        """The dtype of the arithmetic: float32 where all inputs are narrower, else, or for a precise method, float64."""
+        if self.method.precise:
+            return torch.float64
         held = [self.base, *(e for e in self.experts if not holds_deltas(e))]
         wide = any(t.dtype.itemsize > 2 for tensors in held for t in tensors.values() if t.is_floating_point())
         return torch.float64 if wide else torch.float32

@@ -113,14 +113,14 @@ def rows(folder: Path, methods: list[str], threads: int, peers: dict[str, str]) 
         given = ["--option", f"fisher={fishers}"] if method == "fisher" else []
         ours = ("-m", "demerge.cli.main", "merge", *inputs, *METHODS[method].split(), *given, "--threads", str(threads))
         if method == methods[0]:
-            yield Row("demerge, hashing", method, (sys.executable, *ours, "-o", out), forgets=True)
+            yield Row("demerge-hashing", method, (sys.executable, *ours, "-o", out), forgets=True)
         yield Row("demerge", method, (sys.executable, *ours, "-o", out))
 
 
 def measure(row: Row, folder: Path) -> Cost | None:
     """Run a row once; None where its program does not have the method."""
     for stray in [*folder.glob("out*"), *([folder / "cache"] if row.forgets else [])]:
-        shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink()
+        shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
     with tempfile.TemporaryFile() as errors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,54 +18,85 @@ from torch import Tensor
 
 NOT_OFFERED = 99
 DENSITY = 0.2
-Merged = Callable[[Tensor, Tensor, "list[Tensor]"], Tensor]
+Load = Callable[[str], Tensor]
 
 
-def average(base: Tensor, deltas: Tensor, fishers: list[Tensor]) -> Tensor:
+def average(base: Tensor, experts: list[Tensor]) -> Tensor:
     """Return the mean of the experts."""
-    return base + deltas.mean(0)
+    total = experts[0].float()
+    for expert in experts[1:]:
+        total += expert.float()
+    return total / len(experts)
 
 
-def task_arithmetic(base: Tensor, deltas: Tensor, fishers: list[Tensor]) -> Tensor:
+def task_arithmetic(base: Tensor, experts: list[Tensor]) -> Tensor:
     """Return the base and 0.3 of each task vector."""
-    return base + (0.3 * deltas).sum(0)
+    origin = base.float()
+    merged = origin.clone()
+    for expert in experts:
+        merged += 0.3 * (expert.float() - origin)
+    return merged
 
 
-def ties(base: Tensor, deltas: Tensor, thresholds: Tensor) -> Tensor:
-    """Trim below the thresholds [K], elect by mass, average what agrees."""
-    trimmed = torch.where(deltas.abs() >= thresholds.view(-1, *[1] * base.ndim), deltas, 0.0)
-    sign = trimmed.sum(0).sign()
-    majority = sign.sum().sign()
-    sign = torch.where(sign == 0, majority, sign)
-    agree = (trimmed * sign > 0).to(trimmed.dtype)
-    return base + (trimmed * agree).sum(0) / agree.sum(0).clamp_min(1)
+def ties(base: Tensor, experts: list[Tensor], thresholds: list[Tensor] | None = None) -> Tensor:
+    """Trim below the thresholds, those of the tensor by default, elect by mass, average what agrees."""
+    origin = base.float()
+    deltas = torch.stack([expert.float() - origin for expert in experts])
+    magnitudes = deltas.abs()
+    if thresholds is None:
+        thresholds = [largest(m.view(-1)) for m in magnitudes]
+    for delta, magnitude, bound in zip(deltas, magnitudes, thresholds, strict=True):
+        delta *= (magnitude >= bound).float()
+    sign = deltas.sum(0).sign()
+    sign += sign.sum().sign() * (sign == 0).float()
+    agree = (deltas * sign > 0).float()
+    return origin + (deltas * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
-def ties_tensor(base: Tensor, deltas: Tensor, fishers: list[Tensor]) -> Tensor:
-    """Return TIES with the threshold of each tensor."""
-    flat = deltas.abs().flatten(1)
-    k = max(1, int(DENSITY * flat.shape[1]))
-    return ties(base, deltas, flat.kthvalue(flat.shape[1] - k + 1, dim=1).values)
+def largest(magnitudes: Tensor) -> Tensor:
+    """Return the k-th largest magnitude."""
+    n = len(magnitudes)
+    return magnitudes.kthvalue(n - max(1, int(DENSITY * n)) + 1).values
 
 
-def dare(base: Tensor, deltas: Tensor, fishers: list[Tensor]) -> Tensor:
+def dare(base: Tensor, experts: list[Tensor]) -> Tensor:
     """Return DARE with half of the entries dropped."""
-    return base + (deltas * (torch.rand_like(deltas) < 0.5) / 0.5).mean(0)
+    origin = base.float()
+    merged = origin.clone()
+    for expert in experts:
+        delta = expert.float() - origin
+        merged += delta * torch.bernoulli(torch.full_like(delta, 0.5)) / 0.5 / len(experts)
+    return merged
 
 
-def fisher(base: Tensor, deltas: Tensor, fishers: list[Tensor]) -> Tensor:
+def fisher(base: Tensor, experts: list[Tensor], fishers: list[Tensor]) -> Tensor:
     """Return the mean weighted by the Fishers."""
-    importance = torch.stack(fishers)
-    return base + (importance * deltas).sum(0) / importance.sum(0).clamp_min(1e-30)
+    total, mass = torch.zeros(base.shape), torch.zeros(base.shape)
+    for expert, weight in zip(experts, fishers, strict=True):
+        total += weight * expert.float()
+        mass += weight
+    return total / mass.clamp_min(1e-30)
 
 
-NAIVE: dict[str, Merged] = {
-    "average": average,
-    "task_arithmetic": task_arithmetic,
-    "ties-tensor": ties_tensor,
-    "dare": dare,
-    "fisher": fisher,
-}
+NAIVE = {"average": average, "task_arithmetic": task_arithmetic, "ties-tensor": ties, "dare": dare}
+
+
+def merged(method: str, names: list[str], base: Load, experts: list[Load], fishers: list[Load]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the merge, tensor by tensor, in the dtype of the base."""
+    thresholds = None
+    if method == "ties-model":
+        thresholds = [
+            largest(torch.cat([(expert(n).float() - base(n).float()).abs().view(-1) for n in names])) for expert in experts
+        ]
+    for name in names:
+        theta, tuned = base(name), [expert(name) for expert in experts]
+        if method == "ties-model":
+            found = ties(theta, tuned, thresholds)
+        elif method == "fisher":
+            found = fisher(theta, tuned, [load(name) for load in fishers])
+        else:
+            found = NAIVE[method](theta, tuned)
+        yield name, found.to(theta.dtype)
 
 
 def naive_ram(method: str, out: Path, fishers: list[Path], base: Path, experts: list[Path]) -> None:
@@ -77,16 +108,8 @@ def naive_ram(method: str, out: Path, fishers: list[Path], base: Path, experts: 
 
     origin, tuned = held(base), [held(path) for path in experts]
     weights = [held(path) for path in fishers] if method == "fisher" else []
-
-    def deltas(name: str) -> Tensor:
-        return torch.stack([expert[name].float() for expert in tuned]) - origin[name].float()
-
-    if method == "ties-model":
-        bounds = global_thresholds([[(deltas(name)[i]) for name in origin] for i in range(len(tuned))])
-        save_file({n: ties(t.float(), deltas(n), bounds).to(t.dtype) for n, t in origin.items()}, out)
-    else:
-        step = NAIVE[method]
-        save_file({n: step(t.float(), deltas(n), [w[n] for w in weights]).to(t.dtype) for n, t in origin.items()}, out)
+    found = merged(method, list(origin), origin.__getitem__, [t.__getitem__ for t in tuned], [w.__getitem__ for w in weights])
+    save_file(dict(found), out)
 
 
 def naive_stream(method: str, out: Path, fishers: list[Path], base: Path, experts: list[Path]) -> None:
@@ -95,33 +118,12 @@ def naive_stream(method: str, out: Path, fishers: list[Path], base: Path, expert
 
     origin, *tuned = [safe_open(path, "pt") for path in (base, *experts)]
     weights = [safe_open(path, "pt") for path in fishers] if method == "fisher" else []
-
-    def delta(expert: object, name: str) -> Tensor:
-        return expert.get_tensor(name).float() - origin.get_tensor(name).float()  # type: ignore[attr-defined]
-
     names = list(origin.keys())
-    bounds = None
-    if method == "ties-model":
-        bounds = torch.stack([global_thresholds([[delta(expert, name) for name in names]])[0] for expert in tuned])
     with out.open("wb") as stream:
         stream.write(header({name: origin.get_slice(name).get_shape() for name in names}))
-        for name in names:
-            theta = origin.get_tensor(name)
-            deltas = torch.stack([delta(expert, name) for expert in tuned])
-            if bounds is not None:
-                merged = ties(theta.float(), deltas, bounds)
-            else:
-                merged = NAIVE[method](theta.float(), deltas, [w.get_tensor(name) for w in weights])
-            stream.write(merged.to(theta.dtype).numpy().data)
-
-
-def global_thresholds(deltas: list[list[Tensor]]) -> Tensor:
-    """Return the k-th largest magnitude of each model's deltas."""
-    found = []
-    for model in deltas:
-        flat = torch.cat([delta.abs().view(-1) for delta in model])
-        found.append(flat.kthvalue(len(flat) - max(1, int(DENSITY * len(flat))) + 1).values)
-    return torch.stack(found)
+        loads = [[file.get_tensor for file in files] for files in (tuned, weights)]
+        for _, tensor in merged(method, names, origin.get_tensor, *loads):
+            stream.write(tensor.numpy().data)
 
 
 def header(shapes: dict[str, list[int]]) -> bytes:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from demerge.errors import InputError, UsageError
+from demerge.merge import merge
 from demerge.merge.denoisers import Denoiser, denoisers, index_of_two, split, tasks
 from demerge.places import locate
 from demerge.timesteps import TimestepRange
@@ -119,6 +120,11 @@ def test_refuses_what_has_no_side(make: Make, two: Path, tmp_path: Path) -> None
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(UsageError, match="no pipeline"):
         index_of_two(locate(tmp_path / "a.safetensors"), 0.5)
+
+
+def test_refuses_a_range_for_two(make: Make, two: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"two denoisers, whose timesteps its boundary_ratio tells, and the range 0000-0500"):
+        merge(make("one"), [two], tmp_path / "out", method="average", ranges=[TimestepRange(0, 500)])
 
 
 @pytest.mark.parametrize("boundary", [None, "0.5", 0, 1.5, True, float("nan"), [0.5]])

@@ -161,3 +161,81 @@ def test_weights_that_sum_to_zero_are_no_mean() -> None:
     for name in ("average", "fisher"):
         with pytest.raises(UsageError, match="sum to 0"):
             merge_tensors(base, experts, name, weights=[1, -1], inputs={"fisher": experts})
+
+
+# -- what other programs make of the same ------------------------------------------------------------------------------
+
+
+def as_mergekit(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
+    """TIES of one tensor as in mergekit: exactly k entries, weighted votes, even votes positive, a mean over weights."""
+    kept = torch.zeros_like(deltas)
+    for row, delta in zip(kept, deltas, strict=True):
+        chosen = delta.abs().argsort(descending=True)[: max(1, int(density * delta.numel()))]
+        row[chosen] = delta[chosen]
+    votes = kept * weights.unsqueeze(1)
+    agree = votes.sign() == torch.where(votes.sum(0) >= 0, 1, -1)
+    divisor = (weights.unsqueeze(1) * agree).sum(0)
+    return (votes * agree).sum(0) / torch.where(divisor.abs() < 1e-8, 1, divisor)
+
+
+def as_peft(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
+    """TIES of one tensor as in peft: votes without weights, the weighted sum over the count of those that agree."""
+    kept = torch.stack([torch.where(d.abs() >= d.abs().topk(int(density * d.numel())).values[-1], d, 0) for d in deltas])
+    agree = kept.sign() == torch.where(kept.sum(0) >= 0, 1, -1)
+    return (kept * weights.unsqueeze(1) * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def as_authors(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
+    """TIES of a model as by its authors: k + 1 entries, no weights, even votes as the majority, a mean over the count."""
+    n = deltas.shape[1]
+    kept = torch.stack([torch.where(d.abs() >= d.abs().kthvalue(n - int(density * n)).values, d, 0) for d in deltas])
+    sign = kept.sum(0).sign()
+    sign = torch.where(sign == 0, sign.sum().sign(), sign)
+    agree = kept * sign > 0
+    return (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("preset", "theirs", "weights"),
+    [
+        ("mergekit", as_mergekit, [0.5, 0.1, 0.7, 0.3]),
+        ("peft", as_peft, [0.5, 0.1, 0.7, 0.3]),
+        ("authors", as_authors, [0.25, 0.25, 0.25, 0.25]),
+    ],
+)
+def test_presets_of_ties_do_what_other_programs_do(preset: str, theirs: Any, weights: list[float]) -> None:
+    g = torch.Generator().manual_seed(5)
+    deltas = torch.randn(4, 5000, generator=g, dtype=torch.float64)
+    merged = merge_tensors(
+        {"w": torch.zeros(5000, dtype=torch.float64)},
+        [{"w": d} for d in deltas],
+        "ties",
+        weights=weights,
+        options={"preset": preset, "density": 0.3},
+    )
+    expected = theirs(deltas, torch.tensor(weights, dtype=torch.float64), 0.3)
+    torch.testing.assert_close(merged["w"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_exactly_k_entries_are_kept_of_equal_ones_the_first() -> None:
+    base, expert = {"a": torch.zeros(4), "b": torch.zeros(4)}, {"a": torch.tensor([1.0, 2, 1, 1]), "b": torch.ones(4)}
+    options = {"density": 0.5, "keep": "exact", "scope": "model"}
+    merged = merge_tensors(base, [expert], "ties", options=options, chunk=3)
+    assert (merged["a"].tolist(), merged["b"].tolist()) == ([1, 2, 1, 1], [0, 0, 0, 0])
+    with_tensor = merge_tensors(base, [expert], "ties", options=options | {"scope": "tensor"}, chunk=3)
+    assert (with_tensor["a"].tolist(), with_tensor["b"].tolist()) == ([1, 2, 0, 0], [1, 1, 0, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_method_does_the_same_on_a_gpu() -> None:
+    g = torch.Generator().manual_seed(6)
+    base = {"conv": torch.randn(16, 8, 3, 3, generator=g).half(), "bias": torch.randn(16, generator=g).half()}
+    experts = [{n: (t + 0.01 * torch.randn(t.shape, generator=g)).half() for n, t in base.items()} for _ in range(3)]
+    inputs = {"fisher": [{n: t.float().square() for n, t in e.items()} for e in experts], "gram": [{}] * 3}
+    for name in methods():
+        given: dict[str, Any] = {"inputs": inputs, "ranges": [TimestepRange(0, 250)] * 3}
+        here, there = (merge_tensors(base, experts, name, device=device, **given) for device in ("cpu", "cuda"))
+        for tensor in base:
+            torch.testing.assert_close(here[tensor], there[tensor], rtol=1e-3, atol=1e-5, msg=f"{name} {tensor}")

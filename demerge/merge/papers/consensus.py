@@ -54,6 +54,7 @@ def _ties_scope(options: Mapping[str, Any]) -> Scope | None:
     paper="arXiv 2405.07813",
     statistics=(Statistic("trimming", kth_magnitudes, _ties_scope), Statistic("majority", trimmed_majority, _ties_scope)),
     off={"k": 0},
+    precise=True,
 )
 def consensus(
     base: Tensor,

@@ -54,7 +54,7 @@ def pruned(delta: Tensor, uniform: Tensor, density: float, epsilon: float, ranks
     "della",
     paper="arXiv 2406.11617",
     whole=True,
-    presets={"authors": {}, "mergekit": {"rescale": "l1", "undecided": "plus", "mean": "none"}},
+    presets={"authors": {}, "mergekit": {"rescale": "l1", "undecided": "plus"}},
     off={"density": 1.0, "epsilon": 0.0},
 )
 def della(

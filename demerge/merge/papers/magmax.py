@@ -17,7 +17,7 @@ from demerge.merge.papers.statistics import relative
 from demerge.merge.registry import method
 
 
-@method("magmax", paper="arXiv 2407.06322")
+@method("magmax", paper="arXiv 2407.06322", precise=True)
 def magmax(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
     """Return the base plus `scale` (lambda) times the entry of largest magnitude among the task vectors [*].
 

@@ -54,8 +54,9 @@ def _shrunk_in_two(delta: Tensor, first: float, second: float, n: int) -> Tensor
 
 
 def elect(deltas: Sequence[Tensor], weights: Tensor, how: str, votes: Votes = "weighted") -> Tensor:
-    """Return gamma [*] in {-1, 0, 1} for deltas, K of [*], and weights [K]."""
-    counted = weights if votes == "weighted" else torch.ones_like(weights)
+    """Return gamma [*] in {-1, 0, 1} for deltas, K of [*], and weights [K]; equal weights are 1, which rounds nothing."""
+    equal = votes == "plain" or bool((weights == weights[0]).all() & (weights[0] > 0))
+    counted = torch.ones_like(weights) if equal else weights
     if how == "mass":
         return weighted_sum(deltas, counted).sign()
     return weighted_sum([delta.sign() for delta in deltas], counted.sign()).sign()
@@ -142,7 +143,7 @@ def _majority_scope(options: Mapping[str, Any]) -> Scope | None:
         Statistic("majority", trimmed_majority, _majority_scope),
     ),
     presets={
-        "authors": {"keep": "authors", "votes": "plain", "mean": "count"},
+        "authors": {"keep": "authors", "votes": "plain"},
         "mergekit": {"scope": "tensor", "keep": "exact", "undecided": "plus"},
         "peft": {"scope": "tensor", "keep": "exact", "undecided": "plus", "votes": "plain", "mean": "count"},
     },
