@@ -81,6 +81,8 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # typer catches Ctrl-C itself, and says nothing
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except DemergeError as error:
         _fail(str(error), error.exit_code, debug)

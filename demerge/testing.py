@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +91,16 @@ def shapes_are_kept(method: Method, seed: int) -> None:
 def arguments_are_kept(method: Method, seed: int) -> None:
     """Nothing that is passed in is changed, and the same call gives the same bits."""
     case, twin = Case.random(seed, K=3), Case.random(seed, K=3)
-    first, second = case.merge(method), case.merge(method)
+
+    @wraps(method.function)
+    def watched(*arguments: Tensor, **given: Any) -> Tensor:
+        passed = [*arguments, *(value for value in given.values() if isinstance(value, Tensor))]
+        before = [tensor.clone() for tensor in passed]
+        merged = method.function(*arguments, **given)
+        assert all(map(torch.equal, passed, before)), "it writes into its arguments"
+        return merged
+
+    first, second = case.merge(replace(method, function=watched)), case.merge(method)
     _assert_equal(first, second)
     given = [case.base, *case.experts, *case.inputs]
     for mine, kept in zip(given, [twin.base, *twin.experts, *twin.inputs], strict=True):
@@ -111,7 +122,7 @@ def order_does_not_matter(method: Method, seed: int) -> None:
 
 
 def one_expert_is_itself(method: Method, seed: int) -> None:
-    """With its options off, a single expert of weight 1 is the result, to the bit."""
+    """With its options off, as `@method(off={...})` declares, a single expert of weight 1 is the result, to the bit."""
     case = Case.random(seed, K=1)
     _assert_equal(case.merge(method, **(method.off or {})), case.experts[0])
 
@@ -158,8 +169,9 @@ def check_method(function: Callable[..., Tensor], *, seeds: int = 3) -> None:
         for seed in range(seeds):
             try:
                 check(of(function), seed)
-            except AssertionError as error:
-                raise AssertionError(f"{function.__name__}: {check.__doc__} seed {seed}: {error}") from error
+            except Exception as error:
+                what = error if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                raise AssertionError(f"{function.__name__}: {check.__doc__} seed {seed}: {what}") from error
 
 
 def _assert_equal(one: Tensors, other: Tensors) -> None:

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from demerge.errors import NumericalError
-from demerge.merge.checks import Tensors, finite, refuse_missing_inputs, refuse_unlike, settle_weights
+from demerge.merge.checks import (
+    Tensors,
+    blamed,
+    finite,
+    refuse_missing_inputs,
+    refuse_other_size,
+    refuse_unlike,
+    settle_weights,
+)
 from demerge.merge.registry import Block, Method, called, find, of
 from demerge.merge.stream import CHUNK, Reader, chunked_work, ordered
 from demerge.timesteps import TimestepRange
@@ -129,7 +137,9 @@ class Merge:
 
     def _merged(self, name: str, span: slice, block: Block, supplied: Mapping[str, Any]) -> Tensor:
         given = {**supplied, **block.inputs, "start": block.start}
-        merged = called(self.method.function, block.base, block.deltas, supplied=given)
+        with blamed(self.method, name):
+            merged = called(self.method.function, block.base, block.deltas, supplied=given)
+        refuse_other_size(self.method, name, block.base, merged)
         merged = self._at_corner(name, span, block, merged).reshape(-1)
         if not finite(merged):
             raise NumericalError(
@@ -169,18 +179,28 @@ class Merge:
             if statistic.scope(self.setting(name).options) == scope:
                 supplied = self._constants(name) | {s.name: found.get(s.name) for s in self.method.statistics}
                 over = blocks or _Blocks(self, self.floating, self.threads, statistic.name)
-                found[statistic.name] = called(statistic.compute, over, supplied=supplied)
+                with blamed(self.method, name):
+                    found[statistic.name] = called(statistic.compute, over, supplied=supplied)
         return found
 
     def _constants(self, name: str | None) -> dict[str, Any]:
         setting = self.setting(name)
-        return {"weights": self._weights(setting), "ranges": self.ranges, "snr": self.snr, **setting.options}
+        return {"weights": self._weights(name), "ranges": self.ranges, "snr": self.snr, **setting.options}
 
-    def _weights(self, setting: Setting) -> Tensor:
-        return torch.tensor(list(setting.weights), dtype=self.reader.dtype, device=self.device)
+    def _weights(self, name: str | None) -> Tensor:
+        """Return the weights of a tensor; one Tensor for all that have the model's."""
+        own = self.settings.get(name or "")
+        return self._own_weights(own.weights) if own else self._model_weights
+
+    @cached_property
+    def _model_weights(self) -> Tensor:
+        return self._own_weights(self.weights)
+
+    def _own_weights(self, weights: Sequence[float]) -> Tensor:
+        return torch.tensor(list(weights), dtype=self.reader.dtype, device=self.device)
 
     def _block(self, name: str, span: slice) -> Block:
-        return self.reader.block(name, span, self._weights(self.setting(name)), self._offsets[name])
+        return self.reader.block(name, span, self._weights(name), self._offsets[name])
 
     @cached_property
     def _offsets(self) -> dict[str, int]:
@@ -304,5 +324,7 @@ def rounded(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """
     stored = chunk.to("cpu", dtype)
     if stored.dtype != chunk.dtype and not finite(stored):
-        raise NumericalError(f"tensor {name} does not fit {dtype}", fix="use --save-dtype bfloat16 or float32")
+        wider = dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+        fix = "use --save-dtype bfloat16 or float32" if wider else "use smaller weights"
+        raise NumericalError(f"tensor {name} does not fit {dtype}", fix=fix)
     return stored

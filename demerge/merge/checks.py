@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from demerge.errors import InputError, UsageError
+from demerge.errors import DemergeError, InputError, UsageError
 from demerge.merge.registry import Method
 
 Tensors = Mapping[str, Tensor]
@@ -64,7 +65,7 @@ def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Se
 
     Raises:
         UsageError: where an input is not given for each expert.
-        InputError: where one lacks a tensor or has another shape.
+        InputError: where one lacks a tensor or has another shape, or, where some may be lacking, is of another model.
     """
     for name in method.inputs:
         given = inputs.get(name, ())
@@ -73,7 +74,10 @@ def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Se
                 f"method {method.name} needs {name} for each of {K} experts, {len(given)} given",
                 fix=f"put {name}.safetensors beside each expert's expert.json, or give --option {name}=PATH,PATH",
             )
-        for i, tensors in enumerate(given if name not in method.partial else ()):
+        for i, tensors in enumerate(given):
+            if name in method.partial:
+                _refuse_unknown(name, i, tensors, base)
+                continue
             merged = [n for n, t in base.items() if t.is_floating_point()]
             wrong = [n for n in merged if n not in tensors or tensors[n].shape != base[n].shape]
             if wrong:
@@ -83,8 +87,49 @@ def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Se
                 )
 
 
+def _refuse_unknown(name: str, i: int, tensors: Tensors, base: Tensors) -> None:
+    unknown = [n for n in tensors if n not in base]
+    if unknown:
+        raise InputError(
+            f"{name} of expert {i}: {len(unknown)} tensors that the base does not have: {', '.join(unknown[:5])}",
+            fix=f"make {name}.safetensors with this expert",
+        )
+
+
+@contextlib.contextmanager
+def blamed(method: Method, name: str | None) -> Iterator[None]:
+    """Name the method and the tensor where a function of another package fails; a fault of ours stays what it is.
+
+    Raises:
+        UsageError: with what the function raised.
+    """
+    try:
+        yield
+    except (DemergeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if method.function.__module__.startswith("demerge."):
+            raise
+        what = f"method {method.name} fails{f' at tensor {name}' if name else ''}: {type(error).__name__}: {error}"
+        raise UsageError(what, fix="mend it; demerge.testing.check_method finds such faults") from error
+
+
+def refuse_other_size(method: Method, name: str, base: Tensor, merged: object) -> None:
+    """Refuse a result that cannot take the base's place.
+
+    Raises:
+        UsageError: saying what the method returned.
+    """
+    if not isinstance(merged, Tensor) or merged.numel() != base.numel():
+        found = list(merged.shape) if isinstance(merged, Tensor) else type(merged).__name__
+        raise UsageError(
+            f"method {method.name} returns {found} for {list(base.shape)} of tensor {name}",
+            fix="return a tensor of the base's shape",
+        )
+
+
 def finite(tensor: Tensor) -> bool:
     """Return whether all elements are finite: the sum of finite numbers is, unless it overflows, which is then looked at."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

@@ -56,14 +56,21 @@ class Option:
         return parsed
 
 
-def option(default: Any, hint: Any) -> Option:
-    """Return the option that a parameter's default and annotation declare."""
-    between = None
+def option(name: str, default: Any, hint: Any) -> Option:
+    """Return the option that a parameter's default and annotation declare; without one, the type is that of the default.
+
+    Raises:
+        UsageError: where the type is none of those that can be written on a command line.
+    """
+    between, hint = None, type(default) if hint is None else hint
     if get_origin(hint) is Annotated:
         hint, *rules = get_args(hint)
         between = next((r for r in rules if isinstance(r, Between)), None)
     if get_origin(hint) is Literal:
         return Option(default, str, choices=get_args(hint))
+    if hint not in (float, int, bool, str):
+        fix = "annotate float, int, bool, str, Literal[...] or Annotated[float, Between(0, 1)]"
+        raise UsageError(f"option {name}={default} of a merge method is of the type {hint}", fix=fix)
     return Option(default, hint, between=between)
 
 

@@ -88,10 +88,10 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
     settle_weights(recipe.weights, len(recipe.experts))
     places = [locate(local(s.path, recipe.variant), recipe.variant) for s in (recipe.base, *recipe.experts)]
     base, *experts = (denoisers(place, recipe.variant) for place in places)
-    for asked, found in zip(recipe.experts, experts, strict=True):
-        if asked.range and len(found) > 1:
+    for asked, sides_of in zip(recipe.experts, experts, strict=True):
+        if asked.range and len(sides_of) > 1:
             raise UsageError(
-                f"{asked.path} has two denoisers, whose timesteps its boundary_ratio tells, and the range {asked.range} is given",
+                f"{asked.path} has two denoisers, whose timesteps its boundary_ratio tells; the range {asked.range} is given",
                 fix="leave the range out (none), or name the folder of one of the two",
             )
     ranges = [range_of(place, asked) for place, asked in zip(places[1:], recipe.experts, strict=True)]

@@ -18,7 +18,7 @@ options, their annotation being the rule: `float`, `int`, `bool`, `str`, `Litera
                 `Tensor | None`, [K ...] of any shape, and None for a tensor that the files do not have, as with `gram`
 
 `@method` registers the function and returns it unchanged. Other packages register by the entry point group
-`demerge.methods`.
+`demerge.methods`: NAME = a module with such functions, or one function, which without a decorator gets that name.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def method(
             raise UsageError(f"merge method '{name}' is registered twice", fix="rename one of the two")
         described = describe(function, name, paper=paper, statistics=statistics, whole=whole is True, off=off)
         sometimes = whole if callable(whole) else None
-        more = {"aliases": tuple(aliases), "presets": presets or {}, "whole_with": sometimes, "precise": precise}
-        _METHODS[name] = replace(described, **more)
+        described = replace(described, aliases=tuple(aliases), presets=presets or {})
+        _METHODS[name] = replace(described, whole_with=sometimes, precise=precise)
         return function
 
     return register
@@ -210,24 +210,38 @@ def describe(
     whole: bool = False,
     off: Mapping[str, Any] | None = None,
 ) -> Method:
-    """Read a method's options and needs from its signature."""
-    hints = get_type_hints(function, include_extras=True)
+    """Read a method's options and needs from its signature.
+
+    Raises:
+        UsageError: where the engine cannot call it, or an option is of a type that cannot be written on a command line.
+    """
     keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     needs = [p.name for p in keywords if p.default is p.empty]
+    hints = _hints(function, name, needs)
     inputs = tuple(n for n in needs if n not in SUPPLIED and n not in {s.name for s in statistics})
     return Method(
         name=name,
         function=function,
         summary=(inspect.getdoc(function) or "").partition("\n")[0],
         paper=paper,
-        options={p.name: option(p.default, hints[p.name]) for p in keywords if p.default is not p.empty},
+        options={p.name: option(p.name, p.default, hints.get(p.name)) for p in keywords if p.default is not p.empty},
         inputs=inputs,
-        partial=frozenset(n for n in inputs if type(None) in get_args(hints[n])),
+        partial=frozenset(n for n in inputs if type(None) in get_args(hints.get(n))),
         draws="uniform" in needs,
         statistics=tuple(statistics),
         whole=whole,
         off=off,
     )
+
+
+def _hints(function: Callable[..., Tensor], name: str, needs: Sequence[str]) -> dict[str, Any]:
+    """Return the annotations of a function that can be called as a method."""
+    try:
+        inspect.signature(function).bind(None, None, **dict.fromkeys(needs))
+        return get_type_hints(function, include_extras=True)
+    except (TypeError, NameError) as error:
+        fix = "write it as function(base, deltas, *, weights, ...), and import what its annotations name"
+        raise UsageError(f"{name} is no merge method: {error}", fix=fix) from error
 
 
 def methods() -> dict[str, Method]:
@@ -271,7 +285,14 @@ def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
 def _load() -> None:
     importlib.import_module("demerge.merge.papers").import_all()
     for entry in entry_points(group="demerge.methods"):
-        entry.load()
+        try:
+            found = entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist else entry.module
+            what = f"{package} has a merge method that cannot be imported: {entry.value}: {type(error).__name__}: {error}"
+            raise InputError(what, fix=f"mend or uninstall {package}") from error
+        if inspect.isfunction(found) and all(m.function is not found for m in _METHODS.values()):
+            method(entry.name, paper="")(found)
 
 
 def _from_file(name: str) -> Method:

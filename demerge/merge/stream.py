@@ -73,10 +73,8 @@ class Reader:
         """
         source = self.base[name]
         base = self._read(source, span)
-        deltas = torch.empty(len(self.experts), base.numel(), dtype=self.dtype, device=self.device)
-        for delta, expert in zip(deltas, self.experts, strict=True):
-            self._difference(delta, base, expert, name, span)
-        if not finite(deltas):
+        deltas = self._deltas(base, name, span)
+        if not (finite(base) and finite(deltas)):
             self._name_the_culprit(name)
         inputs = {n: self._input(n, name, span) for n in self.inputs}
         if self.method.draws:
@@ -97,21 +95,34 @@ class Reader:
     def _read(self, tensor: Tensor, span: slice) -> Tensor:
         return tensor.detach().reshape(-1)[span].to(self.device, self.dtype)
 
-    def _difference(self, delta: Tensor, base: Tensor, expert: Tensors, name: str, span: slice) -> None:
-        if name in expert:
-            delta.copy_(expert[name].detach().reshape(-1)[span])
-        else:
-            delta.zero_()
-        if not holds_deltas(expert):
-            delta.sub_(base)
+    def _deltas(self, base: Tensor, name: str, span: slice) -> Tensor:
+        deltas = torch.empty(len(self.experts), len(base), dtype=self.dtype, device=self.device)
+        for delta, expert in zip(deltas, self.experts, strict=True):
+            if name in expert:
+                delta.copy_(expert[name].detach().reshape(-1)[span])
+            else:
+                delta.zero_()
+        tuned = [i for i, expert in enumerate(self.experts) if not holds_deltas(expert)]
+        if len(tuned) == len(deltas):
+            return deltas.sub_(base)
+        for i in tuned:
+            deltas[i].sub_(base)
+        return deltas
 
     def _input(self, what: str, name: str, span: slice) -> Tensor | None:
         sources = self.inputs[what]
         if what not in self.method.partial:
-            return torch.stack([self._read(tensors[name], span) for tensors in sources])
-        if not all(name in tensors for tensors in sources):
+            found = torch.stack([self._read(tensors[name], span) for tensors in sources])
+        elif all(name in tensors for tensors in sources):
+            found = torch.stack([tensors[name].detach().to(self.device, self.dtype) for tensors in sources])
+        else:
             return None
-        return torch.stack([tensors[name].detach().to(self.device, self.dtype) for tensors in sources])
+        if not finite(found):
+            culprit = next(i for i, tensors in enumerate(sources) if not finite(tensors[name]))
+            raise InputError(
+                f"{what} of expert {culprit}: tensor {name} holds NaN or Inf", fix=f"make {what}.safetensors again"
+            )
+        return found
 
     def _name_the_culprit(self, name: str) -> None:
         names = self.names or ["the base", *(f"expert {i}" for i in range(len(self.experts)))]

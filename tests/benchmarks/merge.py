@@ -112,7 +112,7 @@ def rows(folder: Path, methods: list[str], threads: int, peers: dict[str, str]) 
             yield Row(who, method, (python, str(PEERS), who, method, out, fishers, *inputs))
         given = ["--option", f"fisher={fishers}"] if method == "fisher" else []
         ours = ("-m", "demerge.cli.main", "merge", *inputs, *METHODS[method].split(), *given, "--threads", str(threads))
-        if method == methods[0]:
+        if method in (methods[0], "fisher"):  # which reads other files too
             yield Row("demerge-hashing", method, (sys.executable, *ours, "-o", out), forgets=True)
         yield Row("demerge", method, (sys.executable, *ours, "-o", out))
 

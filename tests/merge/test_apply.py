@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -213,6 +216,28 @@ def test_inputs_must_fit() -> None:
         merge_tensors(base, experts, "fisher", inputs={"fisher": [{"a": base["a"]}] * 3})
 
 
+NAN, EYE = float("nan"), torch.eye(30)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("fisher", {"a": torch.full((40, 30), NAN)}, "fisher of expert 1: tensor a holds NaN or Inf"),
+        ("fisher", {"a": -torch.ones(40, 30)}, "a Fisher has negative entries"),
+        ("regmean", {"a": NAN * EYE}, "gram of expert 1: tensor a holds NaN or Inf"),
+        ("regmean", {"a": -EYE}, "has a negative diagonal"),
+        ("regmean", {"a": EYE + EYE.roll(1, 0)}, "is not symmetric"),
+        ("regmean", {"other": EYE}, "gram of expert 1: 1 tensors that the base does not have: other"),
+    ],
+)
+def test_inputs_must_be_what_they_are_named(name: str, wrong: State, message: str) -> None:
+    base, experts = states()
+    good = {"a": EYE} if name == "regmean" else {n: torch.ones(base[n].shape) for n in "ab"}
+    inputs = {"gram" if name == "regmean" else name: [good, {**good, **wrong}, good]}
+    with pytest.raises(InputError, match=message):
+        merge_tensors(base, experts, name, inputs=inputs)
+
+
 # -- methods of other people ------------------------------------------------------------------------------------------
 
 
@@ -253,3 +278,62 @@ def test_a_method_can_be_a_function_in_a_file(tmp_path: Any) -> None:
     assert merge_tensors(base, experts, f"{path}:largest", options={"factor": "2"})["w"].tolist() == [4, -2]
     with pytest.raises(UsageError, match="no function 'smallest'"):
         merge_tensors(base, experts, f"{path}:smallest")
+
+
+FAULTS = {
+    "short": ("def short(base, deltas, *, weights): return base[:1]", r"short returns \[1\] for \[2\] of tensor w"),
+    "nothing": ("def nothing(base, deltas, *, weights): return None", "nothing returns NoneType"),
+    "raises": ("def raises(base, deltas, *, weights): raise ValueError('boom')", "raises fails at tensor w: ValueError: boom"),
+    "third": ("def third(base, deltas, weights): return base", "third is no merge method: missing a required argument"),
+    "odd": ("def odd(base, deltas, *, weights, a=None): return base", "option a=None of a merge method is of the type"),
+    "lost": ("def lost(base, deltas, *, weights: 'Gone'): return base", "lost is no merge method: name 'Gone'"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_method_of_another_is_named(name: str, tmp_path: Any) -> None:
+    source, message = FAULTS[name]
+    path = tmp_path / "mine.py"
+    path.write_text(source + "\n")
+    with pytest.raises(UsageError, match=message):
+        merge_tensors({"w": torch.zeros(2)}, [{"w": torch.ones(2)}], f"{path}:{name}")
+
+
+def test_options_without_a_type_have_that_of_their_default() -> None:
+    def f(base, deltas, *, weights, fisher, a=0.5, b=True):  # type: ignore[no-untyped-def]
+        return base
+
+    method = describe(f, "f", paper="")
+    assert method.inputs == ("fisher",) and method.settle({"a": "2", "b": "false"}) == {"a": 2.0, "b": False}
+
+
+PLUGIN = """
+from demerge.merge import method
+@method("plugin_module", paper="")
+def named(base, deltas, *, weights):
+    return base
+def plain(base, deltas, *, weights, scale: float = 1.0):
+    return base + scale * deltas.sum(0)
+"""
+LIST = "import demerge.merge as m; print({'plugin_module', 'plugin_plain'} <= set(m.methods()))"
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        ("a = plugin\nplugin_plain = plugin:plain", "True"),
+        ("a = plugin:gone", "plugin has a merge method that cannot be imported"),
+    ],
+)
+def test_other_packages_register_modules_and_functions(points: str, said: str, tmp_path: Any) -> None:
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    record = tmp_path / "plugin-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text(f"[demerge.methods]\n{points}\n")
+    places = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": places}
+    ran = subprocess.run(
+        [sys.executable, "-c", LIST], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert said in ran.stdout + ran.stderr

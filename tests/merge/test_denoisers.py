@@ -123,7 +123,7 @@ def test_refuses_what_has_no_side(make: Make, two: Path, tmp_path: Path) -> None
 
 
 def test_refuses_a_range_for_two(make: Make, two: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"two denoisers, whose timesteps its boundary_ratio tells, and the range 0000-0500"):
+    with pytest.raises(UsageError, match=r"two denoisers, whose timesteps its boundary_ratio tells; the range 0000-0500"):
         merge(make("one"), [two], tmp_path / "out", method="average", ranges=[TimestepRange(0, 500)])
 
 

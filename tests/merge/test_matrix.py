@@ -305,6 +305,13 @@ def test_solve_is_the_pseudo_inverse(n: int, rank: int, seed: int) -> None:
     torch.testing.assert_close(solve(right, gram, 1e-10), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_polar_factor_differentiates_where_singular_values_are_equal() -> None:
+    g = torch.Generator().manual_seed(3)
+    M = torch.randn(5, 3, generator=g, dtype=torch.float64)
+    for matrix in (M, M.T, torch.linalg.qr(M).Q):
+        assert torch.autograd.gradcheck(polar, matrix.clone().requires_grad_())
+
+
 def test_merges_differentiate_in_their_weights() -> None:
     g = torch.Generator().manual_seed(9)
     from demerge.merge.papers import iso, knots, star, tsv, wudi
@@ -314,7 +321,7 @@ def test_merges_differentiate_in_their_weights() -> None:
     merges: list[Callable[[Tensor], Tensor]] = [
         lambda w: tsv.tsv(base, deltas, weights=w),
         lambda w: iso.iso_c(base, deltas, weights=w),
-        lambda w: iso.iso_cts(base, deltas, weights=w),
+        lambda w: iso.iso_cts(base, deltas, weights=w, common=0.2),  # one dimension to each expert
         lambda w: star.star(base, deltas, weights=w),
         lambda w: wudi.wudi(base, deltas, weights=w),
         lambda w: knots.knots(base, deltas, weights=w, uniform=torch.zeros(3, 4, 7)),

@@ -45,6 +45,19 @@ def test_check_method_finds_a_wrong_method() -> None:
         check_method(forgets_the_base)
 
 
+def test_check_method_finds_methods_that_write_into_arguments_or_fail() -> None:
+    def writes(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
+        return deltas.mul_(weights.view(-1, *[1] * base.ndim)).sum(0) + base
+
+    def fails(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
+        return base / 0
+
+    with pytest.raises(AssertionError, match="it writes into its arguments"):
+        check_method(writes)
+    with pytest.raises(AssertionError, match="NumericalError: method fails makes NaN or Inf"):
+        check_method(fails)
+
+
 VALUES = st.floats(-1e10, 1e10, width=32, allow_subnormal=True)
 
 

@@ -135,6 +135,7 @@ def test_weights_may_be_a_file(models: Path) -> None:
         ("base: b\nexperts: [{path: e, weight: 1}, f]\n", "weights are given twice or in part", "each expert"),
         ("base: b\nexperts: [{path: e, weight: 1}]\nweights: [1]\n", "twice or in part", ""),
         ("base: b\nexperts: [{path: e, weight: x}]\n", "weights are not numbers", ""),
+        ("base: b\nexperts: [e]\nweights: [true]\n", "weights are not numbers", ""),
         ("base: b\nexperts: [{path: e, range: 10:50}]\n", "range is 650", "[start, stop]"),
         ("base: b\nexperts: [{path: e, range: [500, 0]}]\n", "is empty", ""),
         ("base: b\nexperts: [e]\nrules: [{weights: [1]}]\n", "a rule names no pattern", "match"),

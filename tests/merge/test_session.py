@@ -142,10 +142,7 @@ def test_gradients_are_finite_differences(name: str) -> None:
     assert float(gradient.abs().max()) > 1e-3
 
 
-REPEATED = {"iso_cts"}  # flat spectra: the gradient of an eigenvector of a repeated eigenvalue is not defined
-
-
-@pytest.mark.parametrize("name", [name for name in methods() if name not in REPEATED])
+@pytest.mark.parametrize("name", methods())
 def test_theta_of_every_method_has_a_gradient_or_none_and_no_nan(name: str) -> None:
     w = torch.tensor(W, requires_grad=True)
     total = torch.stack([t.double().sum() for t in session_of(name).theta(w).values()]).sum()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from demerge.errors import InputError
 from demerge.merge.papers.linear import nonzero_sum, weighted_sum
 from demerge.merge.registry import Block, Blocks, Scope, Statistic, method
 
@@ -50,8 +51,10 @@ def fisher(
 
     Raises:
         UsageError: where the weights sum to 0.
+        InputError: where a Fisher is negative.
     """
     nonzero_sum(weights)
+    refuse_negative(fisher)
     relative = weights / weights.abs().max()
     if norm is not None:
         relative = relative / (norm / norm.min()).to(relative)
@@ -61,6 +64,16 @@ def fisher(
     if bool(total.abs().min() > 0):
         return base + merged
     return base + torch.where(total == 0, weighted_sum(deltas, weights / nonzero_sum(weights)), merged)
+
+
+def refuse_negative(fisher: Tensor) -> None:
+    """Refuse what is no mean of squares.
+
+    Raises:
+        InputError: where an entry is negative.
+    """
+    if fisher.numel() and bool(fisher.min() < 0):
+        raise InputError("a Fisher has negative entries, and is a mean of squares", fix="make fisher.safetensors again")
 
 
 def nonzero(values: Tensor) -> Tensor:

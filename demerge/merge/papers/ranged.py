@@ -24,6 +24,7 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.merge.options import Between
+from demerge.merge.papers.fisher import refuse_negative
 from demerge.merge.papers.linear import nonzero_sum, weighted_sum
 from demerge.merge.papers.statistics import cosines, gram, summed
 from demerge.merge.registry import Block, Blocks, Scope, Statistic, method
@@ -37,6 +38,7 @@ def traces(blocks: Blocks, *, weights: Tensor) -> Tensor:
 
     Raises:
         UsageError: where the experts have no Fisher.
+        InputError: where it has negative entries.
     """
     zero = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
     return summed(blocks, lambda block: _fisher(block).reshape(len(weights), -1).sum(1, dtype=torch.float64), zero)
@@ -49,6 +51,7 @@ def _fisher(block: Block) -> Tensor:
             "option by=fisher needs the Fisher of each expert, none given",
             fix="make fisher.safetensors beside each expert with `demerge stats`, or choose by=mass",
         )
+    refuse_negative(fisher)
     return fisher
 
 

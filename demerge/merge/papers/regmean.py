@@ -25,6 +25,8 @@ from demerge.merge.papers.linear import nonzero_sum, weighted_sum
 from demerge.merge.papers.spectral import ROUNDING, as_matrix, solve, total, unit
 from demerge.merge.registry import method
 
+SYMMETRIC = 1e-3  # of the largest entry: what sums in half precision may miss
+
 
 @method("regmean", paper="arXiv 2212.09849", aliases=("lot",), whole=True, off={})
 def regmean(
@@ -41,7 +43,7 @@ def regmean(
 
     Raises:
         UsageError: where the weights sum to 0.
-        InputError: where the Gram matrices do not fit the tensor or are not finite.
+        InputError: where the Gram matrices do not fit the tensor or are none.
     """
     w = weights / nonzero_sum(weights)
     mean = weighted_sum(deltas, w)
@@ -57,8 +59,14 @@ def _refuse_unfit(gram: Tensor, base: Tensor) -> None:
     if gram.shape[1:] != (n, n):
         found = f"the Gram matrices do not fit: {list(gram.shape[1:])} for a weight {list(base.shape)}"
         raise InputError(found, fix="make gram.safetensors with these experts")
-    if not finite(gram):
-        raise InputError(f"a Gram matrix for a weight {list(base.shape)} holds NaN or Inf", fix="make gram.safetensors again")
+    if n and not (finite(gram) and _is_symmetric(gram) and bool((gram.diagonal(dim1=1, dim2=2) >= 0).all())):
+        what = f"a Gram matrix for a weight {list(base.shape)} holds NaN or Inf, is not symmetric, or has a negative diagonal"
+        raise InputError(what, fix="make gram.safetensors again")
+
+
+def _is_symmetric(gram: Tensor) -> bool:
+    uneven = (gram - gram.mT).abs().amax((1, 2))
+    return bool((uneven <= SYMMETRIC * gram.abs().amax((1, 2))).all())
 
 
 def _damped(gram: Tensor, alpha: float) -> Tensor:

@@ -11,7 +11,7 @@ rounding of float32 inputs leaves: they count as 0 and have no singular vectors,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,8 +89,29 @@ def _lengths_and_directions(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def polar(matrix: Tensor) -> Tensor:
     """Return U V^T [m n], the nearest matrix with orthonormal rows or columns; directions without length stay 0."""
-    U, _, Vh = thin_svd(matrix)
-    return U @ Vh
+    factor: Tensor = _Polar.apply(matrix)  # type: ignore[no-untyped-call]
+    return factor
+
+
+class _Polar(torch.autograd.Function):
+    """The polar factor P with a derivative of its own: that of eigenvectors is infinite where singular values are equal.
+
+    dL/dM = U ((X - X^T) / (s_i + s_j)) V^T + (I - U U^T) G V S^-1 V^T + U S^-1 U^T G (I - V V^T),  G = dL/dP, X = U^T G V
+    """
+
+    @staticmethod
+    def forward(context: Any, matrix: Tensor) -> Tensor:
+        U, S, Vh = thin_svd(matrix)
+        context.save_for_backward(U, S, Vh)
+        return U @ Vh
+
+    @staticmethod
+    def backward(context: Any, G: Tensor) -> Tensor:
+        U, S, Vh = context.saved_tensors
+        X = U.mT @ G @ Vh.mT
+        left, right = G @ Vh.mT - U @ X, U.mT @ G - X @ Vh
+        gradient: Tensor = U @ ((X - X.mT) / (S.unsqueeze(1) + S)) @ Vh + left / S @ Vh + U @ (right / S.unsqueeze(1))
+        return gradient
 
 
 def solve(right: Tensor, gram: Tensor, rtol: float) -> Tensor:

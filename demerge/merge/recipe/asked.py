@@ -12,7 +12,7 @@ from demerge.errors import UsageError
 from demerge.merge.recipe.coefficients import read_coefficients
 from demerge.merge.recipe.documents import refuse_unknown, typed
 from demerge.merge.recipe.paths import found, stored
-from demerge.merge.recipe.rules import Rule
+from demerge.merge.recipe.rules import Rule, number
 from demerge.timesteps import TimestepRange
 
 
@@ -138,6 +138,6 @@ def read_weights(
     if isinstance(whole, str):
         return read_coefficients(folder / whole)
     try:
-        return ([float(weight) for weight in whole or each] if whole or each else None), []
+        return ([number(weight) for weight in whole or each] if whole or each else None), []
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: weights are not numbers", fix="for example weights: [0.5, 0.5]") from error

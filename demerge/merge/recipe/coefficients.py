@@ -19,7 +19,7 @@ from typing import Any
 
 from demerge.errors import DemergeError, InputError, UsageError
 from demerge.merge.recipe.documents import read_document, read_rows, refuse_unknown, typed
-from demerge.merge.recipe.rules import Rule
+from demerge.merge.recipe.rules import Rule, number
 
 KEYS = ("format", "weights", "tensors", "blocks")
 ENDS = (".json", ".yaml", ".yml", ".csv")
@@ -51,7 +51,7 @@ def _of_rows(rows: list[list[str]]) -> tuple[list[float] | None, list[Rule]]:
     if len(whole) > 1:
         raise UsageError(f"{len(whole)} rows {WHOLE}")
     rules = [Rule.of(name.strip(), numbers, {}) for name, *numbers in rows if name.strip() != WHOLE]
-    return ([float(number) for number in whole[0]] if whole else None), rules
+    return ([number(text) for text in whole[0]] if whole else None), rules
 
 
 def _of_table(table: Mapping[str, Any]) -> tuple[list[float] | None, list[Rule]]:
@@ -59,4 +59,4 @@ def _of_table(table: Mapping[str, Any]) -> tuple[list[float] | None, list[Rule]]
     whole = typed(table, "weights", list, "the table")
     parts = [typed(table, key, dict, "the table") or {} for key in ("tensors", "blocks")]
     rules = [Rule.of(name, numbers, {}) for part in parts for name, numbers in part.items()]
-    return (None if whole is None else [float(number) for number in whole]), rules
+    return (None if whole is None else [number(value) for value in whole]), rules

@@ -239,10 +239,19 @@ def _refuse_parts_of_a_whole(taken: Sequence[Matched], settings: Mapping[str, Se
                 )
 
 
-def _number(value: Any) -> float | Ramp:
+def number(value: Any) -> float:
+    """Return a number, given as one or as text.
+
+    Raises:
+        TypeError, ValueError: where it is none; true and false are none.
+    """
     if isinstance(value, bool):
         raise TypeError(value)
-    return _ramp(value) or float(value)
+    return float(value)
+
+
+def _number(value: Any) -> float | Ramp:
+    return _ramp(value) or number(value)
 
 
 def _ramp(value: Any) -> Ramp | None:
