@@ -20,7 +20,8 @@ from torch import Tensor
 
 from demerge.merge.apply import Merge
 from demerge.merge.checks import Tensors
-from demerge.merge.registry import Block, Method, Value, of
+from demerge.merge.contract import Block, Method, Value
+from demerge.merge.registry import of
 from demerge.timesteps import TimestepRange
 
 SHAPES = {"conv": (3, 2, 3, 3), "linear": (5, 7), "bias": (5,), "scalar": (), "empty": (0, 4)}

@@ -24,12 +24,9 @@ from demerge.merge.checks import (
     Tensors,
     blamed,
     finite,
-    refuse_missing_inputs,
     refuse_other_size,
-    refuse_unlike,
-    settle_weights,
 )
-from demerge.merge.registry import Block, Method, called, find, of
+from demerge.merge.contract import Block, Method, called
 from demerge.merge.stream import CHUNK, Reader, chunked_work, ordered
 from demerge.timesteps import TimestepRange
 
@@ -255,76 +252,3 @@ class _Blocks:
         if self.kept is None:
             self.kept = self._merge._block(name, span)
         return self.kept
-
-
-def merge_tensors(
-    base: Tensors,
-    experts: Sequence[Tensors],
-    method: str | Method | Callable[..., Tensor] = "task_arithmetic",
-    *,
-    weights: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, Sequence[Tensors]] | None = None,
-    ranges: Sequence[TimestepRange | None] = (),
-    snr: Tensor | None = None,
-    seed: int = 0,
-    chunk: int = CHUNK,
-    threads: int = 1,
-    device: str = "cpu",
-) -> dict[str, Tensor]:
-    """Merge state dicts in memory; the result has the base's names, shapes and dtypes.
-
-    Args:
-        method: a name, `path.py:function`, or the function.
-        weights: one per expert; 1/K each by default.
-        inputs: for example {"fisher": [one mapping per expert]}.
-        ranges: the timesteps of each expert, for methods that ask for them; `snr` [T] likewise.
-
-    Raises:
-        UsageError: where method, options or weights are wrong.
-        InputError: where the experts do not fit the base.
-    """
-    chosen = find(method) if isinstance(method, str) else method if isinstance(method, Method) else of(method)
-    settled, given, asked = settle_weights(weights, len(experts)), inputs or {}, chosen.settle(options or {})
-    chosen = chosen.under(asked)
-    refuse_unlike(base, experts, ["the base", *(f"expert {i}" for i in range(len(experts)))])
-    refuse_missing_inputs(chosen, base, given, len(experts))
-    job = Merge(
-        chosen,
-        base,
-        experts,
-        settled,
-        asked,
-        {name: given[name] for name in chosen.inputs},
-        seed,
-        chunk=chunk,
-        ranges=ranges or [None] * len(experts),
-        snr=snr,
-        device=device,
-        threads=threads,
-    )
-    return assemble(job)
-
-
-def assemble(job: Merge) -> dict[str, Tensor]:
-    """Return all tensors of a merge, in the base's dtypes."""
-    merged = {name: tensor.clone() for name, tensor in job.base.items()}
-    for name in job.floating:
-        chunks = [rounded(done.merged, merged[name].dtype, name) for done in job.tensor(name)]
-        if chunks:
-            merged[name] = torch.cat(chunks).view(merged[name].shape)
-    return merged
-
-
-def rounded(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Round a chunk to the dtype it is stored in, on the CPU.
-
-    Raises:
-        NumericalError: where a value is too large for it.
-    """
-    stored = chunk.to("cpu", dtype)
-    if stored.dtype != chunk.dtype and not finite(stored):
-        wider = dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
-        fix = "use --save-dtype bfloat16 or float32" if wider else "use smaller weights"
-        raise NumericalError(f"tensor {name} does not fit {dtype}", fix=fix)
-    return stored

@@ -1,4 +1,4 @@
-"""What must hold before a merge begins: weights, keys, shapes, dtypes, inputs."""
+"""What must hold of a merge: weights, keys, shapes, dtypes, inputs before it begins, finite numbers that fit while it runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from demerge.errors import DemergeError, InputError, UsageError
-from demerge.merge.registry import Method
+from demerge.errors import DemergeError, InputError, NumericalError, UsageError
+from demerge.merge.contract import Method
 
 Tensors = Mapping[str, Tensor]
 
@@ -133,3 +133,17 @@ def finite(tensor: Tensor) -> bool:
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+
+
+def rounded(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Round a chunk to the dtype it is stored in, on the CPU.
+
+    Raises:
+        NumericalError: where a value is too large for it.
+    """
+    stored = chunk.to("cpu", dtype)
+    if stored.dtype != chunk.dtype and not finite(stored):
+        wider = dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+        fix = "use --save-dtype bfloat16 or float32" if wider else "use smaller weights"
+        raise NumericalError(f"tensor {name} does not fit {dtype}", fix=fix)
+    return stored

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demerge.merge.apply import Done, rounded
+from demerge.merge.apply import Done
+from demerge.merge.checks import rounded
 from demerge.merge.output import Entry, survivors
 from demerge.merge.papers.statistics import cosines, norms, row_grams
 from demerge.merge.recipe.blocks import block_of, grouped

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.headers import read_json
-from demerge.merge.apply import Done, Merge, rounded
+from demerge.merge.apply import Done, Merge
+from demerge.merge.checks import rounded
 from demerge.merge.stream import CHUNK
 from demerge.places import Place, inside
 from demerge.weights import TORCH_NAMES
@@ -25,6 +26,7 @@ from demerge.weights import TORCH_NAMES
 CODES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 ALIGNMENT = 8
 Observe = Callable[[str, Done], Any]
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -192,3 +194,13 @@ def copy_files(files: Sequence[tuple[Path, Path]], folder: Path) -> None:
 def is_file(out: Path) -> bool:
     """Whether an output is one file."""
     return out.suffix == ".safetensors"
+
+
+def refuse_pickle(out: Path) -> None:
+    """Refuse an output that would be taken for a pickle.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if out.suffix in PICKLES:
+        raise UsageError(f"{out} has the name of a pickle", fix="give a name that ends in .safetensors, or that of a folder")

@@ -18,7 +18,7 @@ from demerge.files import commit_dir, commit_json, commit_text, refuse_existing,
 from demerge.hashes import Hashing
 from demerge.merge.adapter import AdapterSummary
 from demerge.merge.denoisers import index_of_two
-from demerge.merge.output import Entry, Tally, copy_files, is_file, kept_files
+from demerge.merge.output import Entry, Tally, copy_files, is_file, kept_files, refuse_pickle
 from demerge.merge.parts import Metadata, Part, Written
 from demerge.merge.recipe.card import card
 from demerge.merge.recipe.recipe import DOCUMENT, Recipe
@@ -69,12 +69,14 @@ class Plan:
         """Write the merge, whole or not at all; with `report`, a folder of diagnostics of what it did as well.
 
         Raises:
+            UsageError: where `out` has the name of a pickle.
             InputError: where `out` or `report` exists.
             ResourceError: where the disk does not suffice.
             NumericalError: where the result is not finite.
         """
         for path in (out, *([report] if report else [])):
             refuse_existing(path)
+        refuse_pickle(out)
         refuse_small_disk(out, self.disk_bytes(out))
         if is_file(out):
             written = [self._only_part.commit(out, self._metadata(out.parent), diagnosed=report is not None, hashed=False)]

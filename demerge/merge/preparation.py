@@ -18,6 +18,7 @@ from demerge.local import local
 from demerge.lora import open_expert
 from demerge.merge.apply import Merge, Progress
 from demerge.merge.checks import refuse_missing_inputs, refuse_unlike, settle_weights
+from demerge.merge.contract import Method
 from demerge.merge.denoisers import Task, denoisers, tasks
 from demerge.merge.output import layout
 from demerge.merge.parts import Lora, Part
@@ -25,7 +26,7 @@ from demerge.merge.plan import MergeResult, Plan
 from demerge.merge.recipe.asked import Asked
 from demerge.merge.recipe.recipe import Recipe
 from demerge.merge.recipe.rules import only, settle
-from demerge.merge.registry import Method, find
+from demerge.merge.registry import find
 from demerge.merge.schedule import snr_of
 from demerge.merge.sources import (
     Expert,

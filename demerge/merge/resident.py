@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from demerge.merge.checks import Tensors
-from demerge.merge.registry import Block, Method, Statistic, called
+from demerge.merge.contract import Block, Method, Statistic, called
 from demerge.merge.stream import CHUNK, Reader
 
 Value = TypeVar("Value")

@@ -29,9 +29,10 @@ from demerge.errors import InputError, ResourceError, UsageError
 from demerge.lora import Adapter, open_expert
 from demerge.memory import free_bytes
 from demerge.merge.checks import Tensors, refuse_missing_inputs, refuse_unlike, settle_weights
+from demerge.merge.contract import Method
 from demerge.merge.recipe.blocks import block_of, by_depth
 from demerge.merge.recipe.rules import select
-from demerge.merge.registry import Method, find
+from demerge.merge.registry import find
 from demerge.merge.resident import Dtype, Weights, bytes_needed, load
 from demerge.merge.schedule import snr_of
 from demerge.merge.sources import expert_range, refuse_foreign, scheduler_config

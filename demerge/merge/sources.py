@@ -10,8 +10,8 @@ from demerge.errors import InputError, UsageError
 from demerge.hashes import remembered
 from demerge.headers import read_json
 from demerge.lora import Adapter
+from demerge.merge.contract import Method
 from demerge.merge.recipe.asked import Source
-from demerge.merge.registry import Method
 from demerge.places import Place
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint, content_sha256

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from demerge.errors import InputError, NumericalError
 from demerge.merge.checks import Tensors, finite, holds_deltas
-from demerge.merge.registry import Block, Method
+from demerge.merge.contract import Block, Method
 from demerge.randomness import key_of
 
 CHUNK = 1 << 18  # elements per expert: the chunks of all experts fit the caches

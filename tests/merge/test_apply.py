@@ -14,7 +14,7 @@ from torch import Tensor
 
 from demerge.errors import InputError, NumericalError, UsageError
 from demerge.merge import Between, merge_tensors, methods
-from demerge.merge.registry import describe
+from demerge.merge.contract import describe
 from demerge.merge.stream import uniform
 from demerge.timesteps import TimestepRange
 

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.merge import apply, merge_tensors
-from demerge.merge.apply import Merge, assemble
+from demerge.merge.apply import Merge
+from demerge.merge.contract import Block
 from demerge.merge.papers.della import probabilities
 from demerge.merge.papers.karcher import direction
 from demerge.merge.papers.statistics import cosines, gram, row_grams
-from demerge.merge.registry import Block, find
+from demerge.merge.registry import find
 from demerge.merge.stream import uniform
+from demerge.merge.tensors import assemble
 from demerge.randomness import key_of
 from demerge.testing import HeldBlocks
 from demerge.timesteps import TimestepRange
@@ -149,7 +151,7 @@ def stock_ratio(deltas: Rows, weights: Rows) -> float:
     if not pairs:
         return 1.0
     angles = [deltas[i] @ deltas[j] / (np.linalg.norm(deltas[i]) * np.linalg.norm(deltas[j])) for i, j in pairs]
-    c = max(0.0, np.average(angles, weights=[abs(weights[i] * weights[j]) for i, j in pairs]))
+    c = np.average(angles, weights=[abs(weights[i] * weights[j]) for i, j in pairs])
     N = weights.sum() ** 2 / (weights**2).sum()
     return float(N * c / (1 + (N - 1) * c))
 
@@ -401,15 +403,16 @@ def test_model_stock_by_row_takes_each_output_alone() -> None:
     torch.testing.assert_close(merged["conv"].view(2, 2), expected)
 
 
-def test_model_stock_may_keep_a_negative_ratio_and_adjacent_pairs() -> None:
+def test_model_stock_keeps_a_negative_ratio_unless_asked_for_the_base() -> None:
     base = {"w": torch.zeros(2)}
     experts = [{"w": torch.tensor(d)} for d in ([1.0, 0], [-0.6, 0.8], [-1.0, 0])]
-    two = merge_tensors(base, experts[:2], "model_stock", options={"negative": "keep"})["w"]
+    two = merge_tensors(base, experts[:2], "model_stock")["w"]
     torch.testing.assert_close(two, -1.2 / 0.4 * torch.tensor([0.2, 0.4]))
-    opposite = merge_tensors(base, experts[::2], "model_stock", options={"negative": "keep"})["w"]
+    assert merge_tensors(base, experts[:2], "model_stock", options={"negative": "base"})["w"].tolist() == [0, 0]
+    opposite = merge_tensors(base, experts[::2], "model_stock")["w"]
     assert opposite.tolist() == [0, 0]
     three = merge_tensors(base, experts, "model_stock", options={"pairs": "adjacent"})["w"]
-    assert three.tolist() == [0, 0]  # cosines -0.6 and 0.6
+    torch.testing.assert_close(three, torch.zeros(2), rtol=0, atol=1e-6)  # cosines -0.6 and 0.6
 
 
 def test_slerp_of_two_is_the_closed_form() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.merge import merge_tensors, methods
+from demerge.merge.contract import Block, Method
 from demerge.merge.papers import selection
-from demerge.merge.registry import Block, Method
 from demerge.testing import PROPERTIES, HeldBlocks, Property, check_method
 from demerge.timesteps import TimestepRange
 

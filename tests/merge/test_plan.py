@@ -200,6 +200,12 @@ def test_an_output_that_exists_is_refused(tiny: Path, tune: Tune, tmp_path: Path
             merge(tiny, [tiny], tmp_path / out, method="average")
 
 
+@pytest.mark.parametrize("name", ["merged.ckpt", "merged.pt", "merged.bin"])
+def test_an_output_with_the_name_of_a_pickle_is_refused(tiny: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} has the name of a pickle"):
+        merge(tiny, [tiny], tmp_path / name, method="average")
+
+
 def test_a_folder_needs_a_config(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="without a config"):
         merge(tiny / WEIGHTS, [tiny / WEIGHTS], tmp_path / "out", method="average")

@@ -35,11 +35,10 @@ def task_arithmetic(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: flo
 
 def weighted_sum(deltas: Iterable[Tensor], weights: Tensor) -> Tensor:
     """Return sum_i w_i tau_i [*] of K deltas [*], in the order of the experts."""
-    numbers = weights if weights.requires_grad else weights.tolist()  # which torch multiplies faster
-    (first, weight), *others = zip(deltas, numbers, strict=True)
+    (first, weight), *others = zip(deltas, weights, strict=True)
     total: Tensor = first * weight
     for delta, weight in others:
-        total = total.addcmul_(delta, weight) if isinstance(weight, Tensor) else total.add_(delta, alpha=weight)
+        total.addcmul_(delta, weight)
     return total
 
 

@@ -6,8 +6,9 @@
 for each tensor, for each of its rows (`by=row`: one output each, vectors are one row) or once for the model. With equal
 weights c is the mean over all pairs and N = K. A task vector of 0 has the cosine 0 to all; one expert alone has t = 1.
 
-Differs from the paper, which has two experts and no weights, by the mean over pairs and by v and N. Task vectors that
-disagree (c < 0) give the base; `negative=keep` leaves t negative, as other programs do, and is 0 unless 1 + (N - 1) c > 0.
+Differs from the paper, which has two experts and no weights, by the mean over pairs and by v and N, and where task vectors
+are all but opposite: t has a pole at c = -1/(N - 1) and is 0 where 1 + (N - 1) c <= 0.01. `negative=base` gives the base for
+all that disagree (c < 0).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from demerge.merge.papers.linear import nonzero_sum, weighted_sum
 from demerge.merge.papers.statistics import cosines, gram, row_grams
 from demerge.merge.registry import Scope, Statistic, method
 
-NOISE = 1e-6  # of a sum of cosines
+POLE = 0.01
 
 
 def ratio(grams: Tensor, weights: Tensor, pairs: str, negative: str) -> Tensor:
@@ -37,7 +38,7 @@ def ratio(grams: Tensor, weights: Tensor, pairs: str, negative: str) -> Tensor:
     c = c.clamp_min(0) if negative == "base" else c
     N = nonzero_sum(w).square() / w.square().sum()
     below = 1 + (N - 1) * c
-    return torch.where(below > NOISE, N * c / below.clamp_min(NOISE), 0.0)
+    return torch.where(below > POLE, N * c / below.clamp_min(POLE), 0.0)
 
 
 def _gram_scope(options: Mapping[str, Any]) -> Scope | None:
@@ -59,7 +60,7 @@ def model_stock(
     gram: Tensor | None,
     by: Literal["tensor", "row", "model"] = "tensor",
     pairs: Literal["all", "adjacent"] = "all",
-    negative: Literal["base", "keep"] = "base",
+    negative: Literal["keep", "base"] = "keep",
     scale: float = 1.0,
 ) -> Tensor:
     """Return the base plus `scale` times t times the weighted mean of the task vectors [*].

@@ -27,8 +27,8 @@ from typing import Any
 from demerge.errors import UsageError
 from demerge.merge.apply import Setting
 from demerge.merge.checks import settle_weights
+from demerge.merge.contract import Method
 from demerge.merge.recipe.blocks import KINDS, ORDER, alias, block_of, by_depth, is_kind
-from demerge.merge.registry import Method
 
 SYNTAX = "write PATTERN NAME=VALUE ..., for example 'up.attn weights=0.2..0.8,0.5 scale=0.7'"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
