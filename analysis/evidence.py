@@ -1,28 +1,26 @@
-"""How far a cut is to be believed: explained share with errors, held-out gain, stability under resampling.
+"""How far a cut is to be believed: explained share with errors, stability under resampling.
 
-    ES(ranges) = J(ranges) / J(blocks)           1: the ranges lose nothing of what all blocks apart would gain
-    held out   = mean over halves (A, B) of [J_B(cut on A) - J_B(other)] / J(blocks)
+    ES(ranges) = J(ranges) / J(blocks)           0: no more than one range; 1: nothing lost of what all blocks apart would gain
     support    = share of Bayesian bootstrap draws over groups (weights Exp(1), unequal groups paired) with a cut within a bin
 
-ES of a cut on the data that chose it flatters the cut; the held-out gain does not, and alone decides the advice. Blocks and
-the scales of bins are those of the whole map. Errors are the jackknife's over groups, of the whole procedure where a cut is
-found anew.
+ES does not change with the length of the gradients, so that it can be compared between models; noise can carry its estimate
+out of [0, 1], where it is cut off. ES of a cut on the data that chose it flatters the cut: see crossfit.py. Blocks and the
+scales of bins are those of the whole map. Errors are the jackknife's over groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from demerge.analysis.blocks import LEAST_KNOWN, Blocks, blocks
-from demerge.analysis.segmentation import METHODS, Objective, cover, cut, least_width, on_bins, program
+from demerge.analysis.segmentation import METHODS, Objective, cover, cut, edges_of, on_bins
 from demerge.analysis.similarity import (
     RESOLVED,
     Similarity,
-    halves,
     kernel,
     leave_one_out,
     similarity,
@@ -68,7 +66,7 @@ class Evidence:
     blocks: Blocks
 
     @classmethod
-    def of(cls, map: ConflictMap, score: str = "cosine") -> Evidence:
+    def of(cls, map: ConflictMap, score: str = "step") -> Evidence:
         """Prepare what all questions share."""
         found = similarity(map)
         return cls(map, score, found, Objective.of(map, score, found), blocks(map))
@@ -89,41 +87,28 @@ class Evidence:
         return self.blocks.known >= LEAST_KNOWN and self.conflict.above(RESOLVED)
 
     def share(self, partition: Partition) -> Estimate:
-        """Return ES of a partition."""
+        """Return ES of a partition, in [0, 1]."""
         shares = cover(self.map, partition)
-        return estimate(self.map, lambda K: self.objective.gain(K, shares) / self.objective.gain(K, self.apart), self.found.K)
+        found = estimate(self.map, lambda K: self.objective.gain(K, shares) / self.objective.gain(K, self.apart), self.found.K)
+        return Estimate(float(np.clip(found.value, 0, 1)), found.se)
 
-    def best(self, K: Array, n: int) -> Partition:
-        """Return the best cut of K [N N] into n ranges between the map's blocks."""
-        return on_bins(self.map, program(self.objective.table(K), n, self.blocks.edges, least_width(self.map, n)))
+    def edges(self, K: Array, counts: Sequence[int], method: str = "gradient", minimum: int | None = None) -> list[list[int]]:
+        """Return the edges of the best cuts of K [N N] between the map's blocks, for each number of ranges."""
+        return edges_of(self.objective.table(K), counts, self.blocks.edges, method, minimum)
 
-    def held_out_gain(self, n: int, method: str) -> Estimate:
-        """Return how much more of J the cut of one half of the groups explains on the other half than `method` does."""
-        M, other = self.map.M, cover(self.map, cut(self.map, n, method))
-        whole = self._held_out(list(range(M)), n, other)
-        without = [self._held_out([g for g in range(M) if g != m], n, other) for m in range(M)]
-        return Estimate(whole, float(standard_error(np.array(without))))
-
-    def _held_out(self, groups: list[int], n: int, other: Array) -> float:
-        first, second = (kernel(self.map, weighted(h)) for h in halves(groups, self.map.M, self.map.origin.seed))
-        gains = [
-            self.objective.gain(b, cover(self.map, self.best(a, n))) - self.objective.gain(b, other)
-            for a, b in zip(first, second, strict=True)
-        ]
-        return float(np.mean(gains)) / self.conflict.value
-
-    def bootstrap(self, n: int) -> Array:
-        """Return the inner cuts of 200 bootstrap draws, in timesteps, [200 n-1]."""
+    def bootstrap(self, n: int, method: str = "gradient", minimum: int | None = None) -> Array:
+        """Return the inner cuts of 200 bootstrap draws, in timesteps, [200 n-1]; fewer where `hierarchical` finds none."""
         weights = generator(self.map.origin.seed, "analysis-bootstrap").exponential(size=(DRAWS, self.map.M))
-        return np.array([self.best(K, n).cuts for K in kernel(self.map, weighted(weights))], dtype=np.float64)
+        cuts = [self.edges(K, [n], method, minimum)[0][1:-1] for K in kernel(self.map, weighted(weights))]
+        places = np.array(self.map.edges, dtype=np.float64)
+        return places[np.array([inner for inner in cuts if len(inner) == n - 1], dtype=np.intp).reshape(-1, n - 1)]
 
 
 def support(map: ConflictMap, partition: Partition, draws: Array) -> list[tuple[int, float, int, int]]:
     """Return for each cut: its timestep, the share of draws with a cut within one bin, and the central 90 % of its draws."""
-    result = []
+    edges, result = np.array(map.edges), []
     for k, place in enumerate(partition.cuts):
-        i = map.edges.index(place)
-        low, high = map.edges[max(0, i - 1)], map.edges[min(map.N, i + 1)]
+        low, high = edges[np.searchsorted(edges, place) - 1], edges[np.searchsorted(edges, place, side="right")]
         near = ((draws >= low) & (draws <= high)).any(1).mean()
         a, b = np.quantile(draws[:, k], [0.05, 0.95], method="nearest")
         result.append((place, float(near), int(a), int(b)))

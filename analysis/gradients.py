@@ -1,74 +1,164 @@
 """Gradients of the loss by bin of timesteps and group of samples, and their inner products.
 
-    s_i^m = grad_theta (1/B) sum_b |y - f(x_t, t)|^2,    t uniform in bin i, samples b of group m
+    s_i^m = grad_theta (1/B) sum_b |y - f(x_t, t)|^2,    t uniform in bin i, samples b of group m  (draws.py)
 
-at the base model, in eval mode (no dropout), in float32. Gradients of all cells (i, m) must meet in pairs, so all are kept
-at once, [N M D]; where that passes `memory`, coordinates are kept in parts and the cells are run through once per part:
-inner products add up over parts, and every draw is a function of its key, so each pass sees the same samples.
+at the base model, in eval mode (no dropout), in float32. Each cell (i, m) is one ordinary backward pass. Gradients of all
+cells must meet in pairs, and one of two engines keeps what that takes:
 
-Draws (x0, eps, position of t in its bin) are shared between the bins of a group, never between groups: differences between
-bins are then not those of their samples, and the statistic that pairs different groups stays unbiased (see similarity.py).
-Images are drawn with replacement: the mean gradient estimated is the one over the data set, for which a base was trained.
-Positions are stratified: of B draws, draw b lies in [b/B, (b+1)/B) of its bin. With `antithetic`, B/2 draws are each taken
-with eps and -eps, which takes away the noise that is odd in eps.
+    exact           the gradients, [M N D]
+    sketch-65521    a count sketch of each, [M N k], whatever the model: <h(s), h(s')> for <s, s'>  (sketch.py)
 
-The metric `adam` scales coordinate p by v_p^(-1/4), v the mean of squared gradients over all cells, so that <a, b> becomes
-sum_p a_p b_p / sqrt(v_p), as an Adam step weighs it; in `euclid` a few tensors carry nearly all of it, noise included.
+The first is taken where it fits `memory`, and is the oracle of the second.
+
+The metric `adam` scales coordinate p by v_p^(-1/4), so that <a, b> becomes sum_p a_p b_p / sqrt(v_p), as an Adam step weighs
+it; in `euclid` a few tensors carry nearly all of it, noise included. v, the mean of squared gradients over all bins, must
+be known before a gradient is sketched: it comes from a pilot of one cell per bin on samples of its own, for both engines, so
+that the metric is the same one and does not depend on the noise of any group.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from demerge.conflict import MIN_GROUPS, Array, ConflictMap, Origin
+from demerge.analysis.backward import Backward, select
+from demerge.analysis.cells import Cells, Progress, products
+from demerge.analysis.draws import Draws
+from demerge.analysis.partial import Partial
+from demerge.analysis.sketch import CountSketch, K
+from demerge.conflict import MIN_GROUPS, ConflictMap, Origin
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
-from demerge.errors import NumericalError, ResourceError, UsageError
-from demerge.randomness import normal, uniform
-from demerge.timesteps import Partition, TimestepRange
-
-Progress = Callable[[int, int, str], None]
-Draw = tuple[Tensor, Tensor | None, Tensor, Tensor]
+from demerge.errors import ResourceError, UsageError
+from demerge.files import refuse_small_disk
+from demerge.timesteps import Partition
 
 DRAWS = ("shared", "independent")
 METRICS = ("euclid", "adam")
+ENGINES = ("auto", "exact", "sketch")
 MEMORY = 2 << 30
-MAX_PARTS = 16
-COLUMNS = 1 << 15
 MAX_LOG_SNR = 20.0  # schedules that end in pure noise have log SNR = -inf
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a measurement will take: backward passes of B samples each, and bytes for the gradients it keeps."""
+    """What a measurement will take: backward passes of B samples each, and bytes for what it keeps of the gradients."""
 
     passes: int
-    parts: int
+    engine: str
     bytes: int
 
     def __str__(self) -> str:
-        return f"{self.passes} backward passes, {self.bytes / 1e6:,.0f} MB of gradients"
+        kept = "exact gradients" if self.engine == "exact" else f"sketches of {K:,} numbers"
+        return f"{self.passes} backward passes, {self.bytes / 1e6:,.0f} MB of {kept}"
 
 
-def cost(model: Diffusion, *, bins: int, groups: int, memory: int = MEMORY) -> Cost:
-    """Return what `measure` will take.
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How gradients are measured; see `measure`.
 
     Raises:
-        ResourceError: where the gradients would have to be kept in more than 16 parts.
+        UsageError: where a value is out of its range.
     """
-    D, parts = model.parameters, _parts(model.parameters, memory // (4 * bins * groups))
-    if len(parts) > MAX_PARTS:
-        raise ResourceError(
-            f"{bins * groups} gradients of {D:,} parameters fit {memory / 1e9:.1f} GB in {len(parts)} parts only",
-            fix="allow more memory, or take fewer bins or groups",
-        )
-    return Cost(bins * groups * len(parts), len(parts), 4 * bins * groups * (parts[0].stop - parts[0].start))
+
+    bins: int = 20
+    groups: int = 8
+    batch_size: int = 16
+    seed: int = 0
+    draws: str = "shared"
+    antithetic: bool = False
+    metric: str = "euclid"
+    engine: str = "auto"
+    params: str = "all"
+    memory: int = MEMORY
+
+    def __post_init__(self) -> None:
+        if self.groups < MIN_GROUPS:
+            raise UsageError(f"{self.groups} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
+        if min(self.bins, self.batch_size, self.memory) < 1:
+            raise UsageError(
+                f"{self.bins} bins, batch size {self.batch_size} and {self.memory} bytes must all be at least 1",
+                fix="give more",
+            )
+        for name, value, known in (
+            ("draws", self.draws, DRAWS),
+            ("metric", self.metric, METRICS),
+            ("engine", self.engine, ENGINES),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
+        if self.antithetic and self.batch_size % 2:
+            raise UsageError(f"batch size {self.batch_size} makes no antithetic pairs", fix="give an even one")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Gradients of a model on data, as they are about to be measured.
+
+    Raises:
+        UsageError: where there is no image, a setting does not fit the model, or `params` fits no parameter.
+        ResourceError: where what is to be kept does not fit the memory.
+    """
+
+    model: Diffusion
+    data: ImageData
+    settings: Settings
+    mode: str = "auto"
+
+    def __post_init__(self) -> None:
+        if len(self.data) < 1:
+            raise UsageError("there is no image to measure gradients on", fix="give more data")
+        Partition.uniform(self.model.T, self.settings.bins)
+        self.cost()
+
+    @property
+    def parameters(self) -> int:
+        """D, the number of coordinates of a gradient."""
+        return sum(p.numel() for p in select(self.model.denoiser, self.settings.params).values())
+
+    def cost(self) -> Cost:
+        """Return what `run` will take, and with which engine."""
+        s, D = self.settings, self.parameters
+        cells, pilot = s.bins * s.groups, s.bins if s.metric == "adam" else 0
+        exact = s.engine == "exact" or (s.engine == "auto" and (4 * cells * D <= s.memory or D <= K))
+        needed = 4 * cells * (D if exact else K)
+        if needed > s.memory:
+            instead = ", or --engine sketch" if exact and D > K else ""
+            raise ResourceError(
+                f"{cells} {'gradients' if exact else 'sketches'} of {D if exact else K:,} numbers take {needed / 1e9:.2f} GB,"
+                f" and memory for them is {s.memory / 1e9:.2f} GB",
+                fix=f"allow more memory{instead}, or take fewer bins or groups",
+            )
+        return Cost(cells + pilot, "exact" if exact else f"sketch-{K}", needed)
+
+    def origin(self) -> Origin:
+        """Return what the map will be one of."""
+        s = self.settings
+        facts = (self.model.sha256, self.data.fingerprint, self.parameters, self.cost().engine)
+        return Origin(*facts, s.draws, s.antithetic, s.metric, s.batch_size, s.seed, s.params)
+
+    def run(self, partial: Partial, progress: Progress | None = None) -> ConflictMap:
+        """Measure what `partial` does not hold yet, and return the map.
+
+        Raises:
+            NumericalError: where a gradient is not finite, naming bin, group and sample.
+        """
+        s, cost = self.settings, self.cost()
+        denoiser = copy.deepcopy(self.model.denoiser).float().eval()
+        student, backward = self.model.with_denoiser(denoiser), Backward(denoiser, s.params, self.mode)
+        bins = Partition.uniform(self.model.T, s.bins)
+        draws = Draws(student, self.data, bins, s.groups, s.batch_size, s.seed, s.draws == "shared", s.antithetic)
+        sketch = None if cost.engine == "exact" else CountSketch.of(backward.D, s.seed, device=self.model.device)
+        if partial.folder is not None:
+            refuse_small_disk(partial.folder, cost.bytes)
+        rows = Cells(draws, backward, sketch, partial, cost.passes, progress).rows(adam=s.metric == "adam")
+        gram = products(rows.flatten(0, 1)).reshape(s.groups, s.bins, s.groups, s.bins).transpose(1, 0, 3, 2)
+        log_snr = self.model.snr().log().clamp(-MAX_LOG_SNR, MAX_LOG_SNR).numpy()
+        return ConflictMap(bins, gram, log_snr, self.origin())
+
+    def key(self) -> dict[str, object]:
+        """Return what a part must be a part of."""
+        return {"bins": self.settings.bins, "groups": self.settings.groups, **asdict(self.origin())}
 
 
 def measure(
@@ -82,7 +172,10 @@ def measure(
     draws: str = "shared",
     antithetic: bool = False,
     metric: str = "euclid",
+    engine: str = "auto",
+    params: str = "all",
     memory: int = MEMORY,
+    mode: str = "auto",
     progress: Progress | None = None,
 ) -> ConflictMap:
     """Measure how the gradients of `bins` equal bins of timesteps conflict, on `groups` groups of `batch_size` samples.
@@ -91,116 +184,16 @@ def measure(
         draws: `shared` between the bins of a group, or `independent` as a cross-check.
         antithetic: whether each draw is taken with its noise and with the opposite; the batch size must be even.
         metric: of inner products, `euclid` or `adam`.
-        memory: bytes that the kept gradients may take.
+        engine: what is kept of the gradients: `exact`, `sketch`, or `auto`, exact where it fits the memory.
+        params: the parameters that count: `all`, `lora`, or a regular expression that occurs in their names.
+        memory: bytes that kept gradients or sketches may take.
+        mode: how gradients are taken up: `flat`, `hooks`, or `auto` by size; the map is the same up to rounding.
         progress: called as progress(done, total, what) after each backward pass.
 
     Raises:
         UsageError: where an argument is out of its range or the data does not fit the model.
-        ResourceError: where the gradients do not fit the memory.
+        ResourceError: where what is kept does not fit the memory.
         NumericalError: where a gradient is not finite.
     """
-    _check_arguments(data, groups, batch_size, draws, antithetic, metric, memory)
-    partition = Partition.uniform(model.T, bins)
-    total = cost(model, bins=bins, groups=groups, memory=memory)
-    denoiser = copy.deepcopy(model.denoiser).float().eval().requires_grad_(True)
-    student = model.with_denoiser(denoiser)
-    gram: Array = np.zeros((bins * groups, bins * groups))
-    done = 0
-    for part in _parts(model.parameters, memory // (4 * bins * groups)):
-        rows = torch.empty(bins * groups, part.stop - part.start, device=model.device)
-        for cell, loss in _losses(student, data, partition, groups, batch_size, seed, draws, antithetic):
-            rows[cell] = _gradient(loss, denoiser)[part]
-            if not bool(rows[cell].isfinite().all()):
-                raise NumericalError(
-                    f"the gradient in bin {partition[cell // groups]} is not finite", fix="check the model's weights"
-                )
-            done += 1
-            if progress is not None:
-                progress(done, total.passes, f"bin {partition[cell // groups]}")
-        gram += products(rows if metric == "euclid" else rows.mul_(adam_scale(rows)))
-    origin = Origin(model.sha256, data.fingerprint, model.parameters, "exact", draws, antithetic, metric, batch_size, seed)
-    return ConflictMap(
-        partition,
-        gram.reshape(bins, groups, bins, groups),
-        model.snr().log().clamp(-MAX_LOG_SNR, MAX_LOG_SNR).numpy(),
-        origin,
-    )
-
-
-def products(rows: Tensor) -> Array:
-    """Return the inner products [R R] of the rows of [R D], blocks of float32 products summed in float64."""
-    gram: Array = np.zeros((len(rows), len(rows)))
-    for block in rows.split(COLUMNS, dim=1):
-        gram += (block @ block.T).cpu().double().numpy()
-    return (gram + gram.T) / 2
-
-
-def adam_scale(rows: Tensor) -> Tensor:
-    """Return v^(-1/4) [D], v the mean square of each coordinate of rows [R D]; 1 where v = 0 and there is nothing to scale."""
-    root = torch.linalg.vector_norm(rows, dim=0) / len(rows) ** 0.5
-    return torch.where(root > 0, root, 1).rsqrt()
-
-
-def _check_arguments(
-    data: ImageData, groups: int, batch_size: int, draws: str, antithetic: bool, metric: str, memory: int
-) -> None:
-    if groups < MIN_GROUPS:
-        raise UsageError(f"{groups} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
-    if batch_size < 1 or memory < 1 or len(data) < 1:
-        raise UsageError(
-            f"batch size {batch_size}, {memory} bytes and {len(data)} images must all be at least 1", fix="give more"
-        )
-    for name, value, known in (("draws", draws, DRAWS), ("metric", metric, METRICS)):
-        if value not in known:
-            raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
-    if antithetic and batch_size % 2:
-        raise UsageError(f"batch size {batch_size} makes no antithetic pairs", fix="give an even one")
-
-
-def _parts(D: int, limit: int) -> list[slice]:
-    """Split the coordinates [0, D) into parts of at most `limit`, and at least one."""
-    width = min(D, max(1, limit))
-    return [slice(start, min(start + width, D)) for start in range(0, D, width)]
-
-
-def _losses(
-    model: Diffusion, data: ImageData, bins: Partition, groups: int, B: int, seed: int, draws: str, antithetic: bool
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (cell, mean loss) for all cells i * groups + m, group after group."""
-    for m in range(groups):
-        shared = _draw(model, data, m, B, seed, antithetic) if draws == "shared" else None
-        for i, span in enumerate(bins):
-            x0, condition, noise, position = shared or _draw(model, data, groups * (1 + i) + m, B, seed, antithetic)
-            t = _timesteps(span, position).to(model.device)
-            yield i * groups + m, model.loss(x0, noise, t, condition).mean()
-
-
-def _draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithetic: bool) -> Draw:
-    """Return x0 [B *], the condition, noise [B *] and positions in [0, 1) [B] of one key."""
-    n = B // 2 if antithetic else B
-    samples = range(n)
-    chosen = (uniform(seed, "analysis-image", samples=samples, step=key) * len(data)).long().tolist()
-    captions = [data.captions[i] for i in chosen] if model.requires_text and data.captions is not None else None
-    x0, condition = model.encode(data.floats(chosen), captions)
-    noise = normal(model.sample_shape, seed, "analysis-noise", samples=samples, step=key).to(model.device)
-    position = (torch.arange(n) + uniform(seed, "analysis-t", samples=samples, step=key)) / n
-    if not antithetic:
-        return x0, condition, noise, position
-    twice = None if condition is None else torch.cat([condition, condition])
-    return torch.cat([x0, x0]), twice, torch.cat([noise, -noise]), torch.cat([position, position])
-
-
-def _timesteps(span: TimestepRange, position: Tensor) -> Tensor:
-    """Return the timesteps [B] at positions in [0, 1) of a range; each t of the range covers an equal share."""
-    return span.start + (position * len(span)).long().clamp(max=len(span) - 1)
-
-
-def _gradient(loss: Tensor, denoiser: nn.Module) -> Tensor:
-    """Return the gradient [D] in the order of the parameters, 0 for those that the loss does not reach.
-
-    All of it is taken even where a part is kept: torch 2.13 crashes on the CPU in the backward of some group norms when one
-    of their parameters alone is asked for.
-    """
-    parameters = list(denoiser.parameters())
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+    settings = Settings(bins, groups, batch_size, seed, draws, antithetic, metric, engine, params, memory)
+    return Measurement(model, data, settings, mode).run(Partial(None, {}), progress)

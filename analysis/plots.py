@@ -21,6 +21,7 @@ from demerge.analysis.evidence import Evidence, curve
 from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity, t_quantile
 from demerge.analysis.taskvectors import TaskVectors
 from demerge.conflict import Array, ConflictMap
+from demerge.figures import styled
 from demerge.timesteps import Partition
 
 BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
@@ -29,7 +30,7 @@ RANGES = range(1, 11)
 WAYS = {"gradient": "gradient (found and judged on one map)", "uniform": "uniform in t", "logsnr": "uniform in log SNR"}
 
 
-def figures(map: ConflictMap, partition: Partition, *, score: str = "cosine") -> dict[str, Figure]:
+def figures(map: ConflictMap, partition: Partition, *, score: str = "step") -> dict[str, Figure]:
     """Draw everything a map has to show, by file name."""
     return {
         "heatmap": heat_map(map, partition),
@@ -49,8 +50,7 @@ def render(figure: Figure, kind: str = "svg") -> bytes:
 
 def _figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    with sns.axes_style("ticks"):
-        axes = [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
+    axes = [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
     for ax in axes:
         sns.despine(ax=ax)
     return figure, axes
@@ -59,6 +59,7 @@ def _figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tup
 # -- the map -------------------------------------------------------------------------------------------------------------
 
 
+@styled
 def heat_map(map: ConflictMap, partition: Partition | None = None) -> Figure:
     """Draw rho below the diagonal, its SE above; unresolved bins hatched, cuts as lines."""
     found = similarity(map)
@@ -106,6 +107,7 @@ def _heading(map: ConflictMap, found: Similarity) -> str:
 # -- similarity by distance ----------------------------------------------------------------------------------------------
 
 
+@styled
 def similarity_by_distance(map: ConflictMap) -> Figure:
     """Draw the mean rho by lag of bins with its 95 % interval, the naive cosine beside it; and rho by distance in log SNR."""
     figure, (left, right) = _figure(2, width=9.6, height=4.0)
@@ -140,6 +142,7 @@ def _limits(*series: pd.Series) -> tuple[float, float]:
 # -- strength and noise --------------------------------------------------------------------------------------------------
 
 
+@styled
 def strength(map: ConflictMap, partition: Partition | None = None) -> Figure:
     """Draw |mu_t| with its 95 % interval (unresolved bins open) and the noise scale nu_t in samples."""
     found = similarity(map)
@@ -170,7 +173,8 @@ def strength(map: ConflictMap, partition: Partition | None = None) -> Figure:
 # -- how many ranges -----------------------------------------------------------------------------------------------------
 
 
-def cost_curve(map: ConflictMap, chosen: int | None = None, *, score: str = "cosine") -> Figure:
+@styled
+def cost_curve(map: ConflictMap, chosen: int | None = None, *, score: str = "step") -> Figure:
     """Draw the explained share of the conflict against the number of ranges for three ways to cut, with SE."""
     evidence = Evidence.of(map, score)
     figure, (ax,) = _figure()
@@ -192,6 +196,7 @@ def cost_curve(map: ConflictMap, chosen: int | None = None, *, score: str = "cos
 # -- task vectors --------------------------------------------------------------------------------------------------------
 
 
+@styled
 def task_vector_norms(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     """Draw |tau_k| on each tensor, in the order of the model, one line for each expert."""
     figure, (ax,) = _figure(width=9.6)
@@ -206,6 +211,7 @@ def task_vector_norms(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     return figure
 
 
+@styled
 def task_vector_similarity(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     """Draw cosines between task vectors and, beside them, the share of energy at opposed signs."""
     figure, axes = _figure(2, width=9.6, height=4.0)

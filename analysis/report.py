@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from demerge.analysis.blocks import LEAST_KNOWN
+from demerge.analysis.crossfit import HeldOut, unsure
 from demerge.analysis.evidence import Estimate, Evidence, estimate, support
-from demerge.analysis.plots import figures, render
-from demerge.analysis.segmentation import METHODS, cut
+from demerge.analysis.segmentation import GIVEN, METHODS, cut
 from demerge.analysis.similarity import leave_one_out, standard_error, t_quantile
 from demerge.conflict import ConflictMap
 from demerge.errors import NumericalError
@@ -26,20 +27,38 @@ from demerge.timesteps import Partition
 BEAT = 2.0
 
 
-def summary(map: ConflictMap, n: int = 4, *, method: str = "gradient", score: str = "cosine") -> dict[str, Any]:
+def summary(
+    map: ConflictMap,
+    n: int = 4,
+    *,
+    method: str = "gradient",
+    score: str = "step",
+    minimum: int | None = None,
+    given: Partition | None = None,
+) -> dict[str, Any]:
     """Say what the map supports: JSON values only, None for what cannot be said.
+
+    Args:
+        n: number of ranges; that of `given` where there is one.
+        method: one of METHODS, or `advised`: `gradient` or `uniform`, whichever the advice is.
+        minimum: least width of a range in bins for cuts that look at the map; None is that of `cut`.
+        given: a cut of one's own to be judged and taken, called `given`.
 
     Keys: bins, groups, batch_size, draws, ranges, score; `unresolved` ranges of t; `blocks` and the share of
     [0, T) `known` by them; `conflict` (J of all blocks apart); `cuts`
-    by method, each with cuts, share, se; `support` of each gradient cut; `held_out` gain over uniform and logsnr;
-    `row_sums`; `advice`, the method to take, and its `reason`; `taken`, the `method` asked for, or uniform where that finds no
-    cut.
+    by method, each with cuts, share, se; `judged`, the cut that the next three are about: what was asked for, or gradient where
+    that does not look at the map; `support` of each of its cuts; its `held_out` gain over uniform and logsnr;
+    `advice`, it or uniform, and its `reason`; `row_sums`; `taken`, what was asked for, or uniform where that finds no cut.
     """
-    evidence = Evidence.of(map, score)
-    cuts, why = _cuts(map, n, score)
-    best = cuts["gradient"]
-    held_out = {other: evidence.held_out_gain(n, other) for other in METHODS[1:]} if best and evidence.sure and n > 1 else {}
-    advice, reason = _advice(evidence, n, why, held_out)
+    evidence, n = Evidence.of(map, score), n if given is None else len(given)
+    cuts, why = _cuts(map, n, score, minimum)
+    if given is not None:
+        cuts, method = {"given": given, **cuts}, "given"
+    judged = "gradient" if method in ("advised", *GIVEN) else method
+    best = cuts[judged]
+    held_out = _held_out(evidence, judged, best, minimum) if best and evidence.sure and n > 1 else {}
+    advice, reason = _advice(evidence, n, judged, why.get(judged, ""), held_out)
+    asked = advice if method == "advised" else method
     return {
         "bins": map.N,
         "groups": map.M,
@@ -52,37 +71,49 @@ def summary(map: ConflictMap, n: int = 4, *, method: str = "gradient", score: st
         "known": _finite(evidence.blocks.known),
         "conflict": _number(evidence.conflict),
         "cuts": {name: _described(evidence, partition) for name, partition in cuts.items()},
-        "support": _support(evidence, best, n),
+        "judged": judged,
+        "support": _support(evidence, judged, best, minimum),
         "held_out": {name: _number(gain) for name, gain in held_out.items()},
         "row_sums": row_sums(map),
         "advice": advice,
         "reason": reason,
-        "taken": method if cuts[method] else "uniform",
+        "taken": asked if cuts[asked] else "uniform",
     }
 
 
-def _cuts(map: ConflictMap, n: int, score: str) -> tuple[dict[str, Partition | None], str]:
-    """Return the cut of each method, None for a gradient cut that cannot be made, and why it cannot."""
-    cuts: dict[str, Partition | None] = dict.fromkeys(METHODS)
-    cuts |= {method: cut(map, n, method) for method in METHODS[1:]}
-    try:
-        cuts["gradient"] = cut(map, n, score=score)
-    except NumericalError as error:
-        return cuts, error.what
-    return cuts, ""
+def _cuts(map: ConflictMap, n: int, score: str, minimum: int | None) -> tuple[dict[str, Partition | None], dict[str, str]]:
+    """Return the cut of each method, None where it cannot be made, and why it cannot."""
+    cuts: dict[str, Partition | None] = {}
+    why: dict[str, str] = {}
+    for method in METHODS:
+        try:
+            cuts[method] = cut(map, n, method, score=score, minimum=minimum)
+        except NumericalError as error:
+            cuts[method], why[method] = None, error.what
+    return cuts, why
 
 
-def _advice(evidence: Evidence, n: int, why: str, held_out: dict[str, Estimate]) -> tuple[str, str]:
-    if why or n == 1:
-        return "uniform", why or "one range leaves nothing to choose"
-    if not evidence.sure:
-        return "uniform", "no conflict between bins is resolved"
-    if len(evidence.blocks) == n:
+def _held_out(evidence: Evidence, judged: str, best: Partition, minimum: int | None) -> dict[str, Estimate]:
+    """Return how much more of J the judged cut explains than each of GIVEN, on groups that did not choose it.
+
+    A given cut was chosen elsewhere, and is judged as it is.
+    """
+    held_out, n = HeldOut.of(evidence), len(best)
+    gains = held_out.given(best) if judged == "given" else held_out.gains([n], judged, minimum)[:, 0]
+    return {other: held_out.share(gains - held_out.gains([n], other)[:, 0]) for other in GIVEN}
+
+
+def _advice(evidence: Evidence, n: int, judged: str, why: str, held_out: dict[str, Estimate]) -> tuple[str, str]:
+    if why or not evidence.sure:
+        return "uniform", why or unsure(evidence)
+    if n == 1:
+        return "uniform", "one range leaves nothing to choose"
+    if len(evidence.blocks) == n and judged != "given":
         return "uniform", f"noise leaves {n} blocks of bins, so that there was one way to cut and nothing to choose"
     gain = held_out["uniform"]
     if gain.above(BEAT):
-        return "gradient", f"on held-out groups the gradient cut explains {gain} more of the conflict than uniform"
-    return "uniform", f"on held-out groups the gradient cut gains {gain} over uniform, less than {BEAT:g} SE"
+        return judged, f"on held-out groups the {judged} cut explains {gain} more of the conflict than uniform"
+    return "uniform", f"on held-out groups the {judged} cut gains {gain} over uniform, less than {BEAT:g} SE"
 
 
 def _described(evidence: Evidence, partition: Partition | None) -> dict[str, Any] | None:
@@ -92,11 +123,16 @@ def _described(evidence: Evidence, partition: Partition | None) -> dict[str, Any
     return {"cuts": partition.cuts, "share": _finite(share.value), "se": _finite(share.se)}
 
 
-def _support(evidence: Evidence, best: Partition | None, n: int) -> list[dict[str, Any]]:
-    if best is None or n == 1:
+def _support(evidence: Evidence, judged: str, best: Partition | None, minimum: int | None) -> list[dict[str, Any]]:
+    """Say how often the bootstrap puts a cut where the judged one has it; a given one is held against the gradient's."""
+    if best is None or len(best) == 1 or evidence.blocks.known < LEAST_KNOWN:
+        return []
+    try:
+        draws = evidence.bootstrap(len(best), "gradient" if judged == "given" else judged, minimum)
+    except NumericalError:  # noise leaves no such cut to hold a given one against
         return []
     keys = ("cut", "support", "low", "high")
-    return [dict(zip(keys, row, strict=True)) for row in support(evidence.map, best, evidence.bootstrap(n))]
+    return [dict(zip(keys, row, strict=True)) for row in support(evidence.map, best, draws)] if len(draws) else []
 
 
 def row_sums(map: ConflictMap) -> dict[str, Any]:
@@ -121,31 +157,48 @@ def _finite(value: float) -> float | None:
 
 def lines(said: dict[str, Any]) -> list[str]:
     """Return a summary for a person."""
+    rows = said["row_sums"]
     text = [
-        f"map       {said['bins']} bins, {said['groups']} groups of {said['batch_size']}, {said['draws']} draws,"
-        f" {len(said['unresolved'])} bins unresolved; "
-        f"merged to {said['blocks']} blocks, resolved on {said['known']:.0%} of [0, T)",
-        f"row sums  |gbar|^2 / sum w |mu|^2 = {_pair(said['row_sums']['ratio'], said['row_sums']['se'])},"
-        f" {said['row_sums']['rows']} of {said['bins']} rows not 0 (near 0 at a converged base: opposing bins are then a must)",
+        (
+            "map",
+            f"{said['bins']} bins, {said['groups']} groups of {said['batch_size']}, {said['draws']} draws,"
+            f" {len(said['unresolved'])} bins unresolved; "
+            f"merged to {said['blocks']} blocks, resolved on {said['known']:.0%} of [0, T)",
+        ),
+        (
+            "row sums",
+            f"|gbar|^2 / sum w |mu|^2 = {_pair(rows['ratio'], rows['se'])},"
+            f" {rows['rows']} of {said['bins']} rows not 0 (near 0 at a converged base: opposing bins are then a must)",
+        ),
     ]
     for name, described in said["cuts"].items():
         found = "no cut" if described is None else f"{described['cuts']} explains {_pair(described['share'], described['se'])}"
-        text.append(f"{name:9} {found}")
+        text.append((name, found))
     for row in said["support"]:
-        text.append(
-            f"cut {row['cut']:4}  in {row['support']:.0%} of bootstrap draws, 90 % between {row['low']} and {row['high']}"
-        )
-    return [*text, f"advice    {said['advice']}: {said['reason']}", f"taken     the {said['taken']} cut"]
+        spread = f"in {row['support']:.0%} of bootstrap draws, 90 % between {row['low']} and {row['high']}"
+        text.append((f"cut {row['cut']}", spread))
+    for other, gain in said["held_out"].items():
+        held_out = f"{said['judged']} explains {_pair(gain['value'], gain['se'], '+.2f')} more than {other}"
+        text.append(("held out", held_out))
+    text += [("advice", f"{said['advice']}: {said['reason']}"), ("taken", f"the {said['taken']} cut")]
+    return [f"{label:12}  {found}" for label, found in text]
 
 
-def _pair(value: float | None, se: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f} ± {math.nan if se is None else se:.2f}"
+def _pair(value: float | None, se: float | None, form: str = ".2f") -> str:
+    return "unknown" if value is None else f"{value:{form}} ± {math.nan if se is None else se:.2f}"
+
+
+def taken(map: ConflictMap, said: dict[str, Any]) -> Partition:
+    """Return the cut that a summary says was taken."""
+    return Partition.from_cuts(map.T, said["cuts"][said["taken"]]["cuts"])
 
 
 def write(map: ConflictMap, out: Path, said: dict[str, Any]) -> list[Path]:
     """Write map, the cut that was taken, summary and plots into the folder OUT; return what was written."""
+    from demerge.analysis.plots import figures, render
+
     written = [map.save(out / "conflict.safetensors")]
-    partition = cut(map, said["ranges"], said["taken"], score=said["score"])
+    partition = taken(map, said)
     partition.save(out / "partition.json")
     commit_json(out / "summary.json", said)
     written += [out / "partition.json", out / "summary.json"]

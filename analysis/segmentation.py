@@ -5,11 +5,11 @@ square comes from K by 2-D prefix sums. What ranges gain over one model for all,
 
     J(ranges) = sum_R v(R) - v([0, T))
 
-    step       v(R) = w_R |gbar_R|                      an Adam-like step of fixed length in each range
+    step       v(R) = w_R |gbar_R|                      an Adam-like step of fixed length in each range; the default
     energy     v(R) = w_R |gbar_R|^2                    a gradient step
-    cosine     v(R) = (1/|R|) sum_{a,b in R} rho_ab     the same with all bins' gradients scaled to length 1; the default
+    cosine     v(R) = (1/|R|) sum_{a,b in R} rho_ab     the same with all bins' gradients scaled to length 1
 
-is a sum over ranges, so that the best contiguous cut is exact by dynamic programming in O(n N^2). K is the unbiased estimate
+is a sum over ranges, so that the best contiguous cut is exact by dynamic programming (search.py). K is the unbiased estimate
 of similarity.py and v of a negative square is 0. That kink makes `step` unsteady where gradients are near 0, as at a converged
 base; `cosine` is smooth, and not ruled by the bins with the largest gradients as `energy` is.
 
@@ -25,15 +25,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from demerge.analysis.blocks import blocks
+from demerge.analysis.search import nested, no_cut, program
 from demerge.analysis.similarity import Similarity, similarity
 from demerge.conflict import Array, ConflictMap
-from demerge.errors import NumericalError, UsageError
+from demerge.errors import UsageError
 from demerge.timesteps import Partition
 
-METHODS = ("gradient", "uniform", "logsnr")
+FOUND = ("gradient", "hierarchical")
+GIVEN = ("uniform", "logsnr")
+METHODS = (*FOUND, *GIVEN)
 SCORES = ("step", "energy", "cosine")
 
 
@@ -96,18 +98,19 @@ class Objective:
 
 
 def cut(
-    map: ConflictMap, n: int = 4, method: str = "gradient", *, score: str = "cosine", minimum: int | None = None
+    map: ConflictMap, n: int = 4, method: str = "gradient", *, score: str = "step", minimum: int | None = None
 ) -> Partition:
     """Cut [0, T) into n ranges.
 
     Args:
-        method: `gradient` (maximise J on the map), `uniform` (equal widths), `logsnr` (equal widths in log SNR).
-        score: `step`, `energy` or `cosine`, for `gradient`.
-        minimum: least width of a range in bins, for `gradient`; None is N // (2 n).
+        method: `gradient` (maximise J on the map), `hierarchical` (split where J gains most, again and again), `uniform`
+            (equal widths), `logsnr` (equal widths in log SNR).
+        score: `step`, `energy` or `cosine`, for methods that look at the map.
+        minimum: least width of a range in bins, for these methods; None is `least_width`.
 
     Raises:
         UsageError: where an argument is out of its range.
-        NumericalError: where noise leaves too little for `gradient` to cut by: too few blocks, or less than half of [0, T).
+        NumericalError: where noise leaves too little of the map to cut by: too few blocks, or less than half of [0, T).
     """
     if method not in METHODS:
         raise UsageError(f"method '{method}' is unknown", fix=f"use one of {', '.join(METHODS)}")
@@ -119,12 +122,31 @@ def cut(
         return equal_log_snr(map, n)
     found, allowed = similarity(map), blocks(map).require_known().edges
     table = Objective.of(map, score, found).table(found.K)
-    return on_bins(map, program(table, n, allowed, least_width(map, n) if minimum is None else minimum))
+    (edges,) = edges_of(table, [n], allowed, method, minimum)
+    if len(edges) <= n:
+        raise no_cut(allowed, n, least_width(map.N, n, method) if minimum is None else minimum)
+    return on_bins(map, edges)
 
 
-def least_width(map: ConflictMap, n: int) -> int:
-    """Return the default least width of a range in bins."""
-    return max(1, map.N // (2 * n))
+def edges_of(table: Array, counts: Sequence[int], allowed: Sequence[int], method: str, minimum: int | None) -> list[list[int]]:
+    """Return the edges of the cuts that `gradient` or `hierarchical` finds in a table of v, for each number of ranges.
+
+    `hierarchical` returns its finest partition where it can split no more.
+
+    Raises:
+        NumericalError: where there is no cut for `gradient`.
+    """
+    N = len(table) - 1
+    widths = [least_width(N, n, method) if minimum is None else minimum for n in counts]
+    if method == "gradient":
+        return [program(table, n, allowed, width) for n, width in zip(counts, widths, strict=True)]
+    found = nested(table, max(counts), allowed, widths[0])
+    return [found[min(n, len(found)) - 1] for n in counts]
+
+
+def least_width(N: int, n: int, method: str = "gradient") -> int:
+    """Return the default least width of a range in bins: N // (2 n), and 1 for `hierarchical`, whose cuts do not ask for n."""
+    return max(1, N // (2 * n)) if method == "gradient" else 1
 
 
 def equal_log_snr(map: ConflictMap, n: int) -> Partition:
@@ -139,36 +161,6 @@ def equal_log_snr(map: ConflictMap, n: int) -> Partition:
 def on_bins(map: ConflictMap, edges: Sequence[int]) -> Partition:
     """Return the partition whose ranges are the bins between `edges`, indices from 0 to N."""
     return Partition.from_cuts(map.T, [map.edges[i] for i in edges[1:-1]])
-
-
-def program(table: Array, n: int, allowed: Sequence[int], minimum: int = 1) -> list[int]:
-    """Return the n + 1 edges that maximise the sum of table[a, b] over ranges, exactly; of equals those of lower t.
-
-    Args:
-        table: value of the range [a, b), [N+1 N+1].
-        allowed: indices where an edge may lie, ascending from 0 to N.
-        minimum: least width of a range, in bins.
-
-    Raises:
-        NumericalError: where no such cut exists.
-    """
-    edges = np.asarray(allowed)
-    steps = np.where(edges[None, :] - edges[:, None] >= max(1, minimum), table[np.ix_(edges, edges)], -np.inf)
-    best = np.where(np.arange(len(edges)) == 0, 0.0, -np.inf)
-    came: list[NDArray[np.intp]] = []
-    for _ in range(n):
-        totals = best[:, None] + steps
-        came.append(totals.argmax(0))
-        best = totals.max(0)
-    if not np.isfinite(best[-1]):
-        raise NumericalError(
-            f"{len(edges) - 1} blocks of bins give no {n} ranges of {minimum} bins or more",
-            fix="measure more groups or larger batches, or take the uniform cut",
-        )
-    path = [len(edges) - 1]
-    for step in reversed(came):
-        path.append(int(step[path[-1]]))
-    return [int(edges[i]) for i in reversed(path)]
 
 
 def cover(map: ConflictMap, partition: Partition) -> Array:

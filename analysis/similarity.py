@@ -33,6 +33,7 @@ from demerge.randomness import generator
 
 RESOLVED = 3.0
 MAX_SPLITS = 20
+LISTED = 16  # groups up to which all halves are listed and chosen from without repetition
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,10 +106,11 @@ def leave_one_out(map: ConflictMap) -> Array:
 
 def halves(groups: Sequence[int], M: int, seed: int) -> tuple[Array, Array]:
     """Return weights on groups [S M] of up to 20 ordered ways to halve `groups`, and those of the other halves."""
-    firsts = list(combinations(groups, len(groups) // 2))
-    if len(firsts) > MAX_SPLITS:
-        chosen = generator(seed, "analysis-halves", len(groups)).choice(len(firsts), MAX_SPLITS, replace=False)
-        firsts = [firsts[i] for i in sorted(chosen)]
+    stream, half = generator(seed, "analysis-halves", len(groups)), len(groups) // 2
+    if len(groups) > LISTED:
+        firsts = [tuple(stream.permutation(list(groups))[:half]) for _ in range(MAX_SPLITS)]
+    elif len(firsts := list(combinations(groups, half))) > MAX_SPLITS:
+        firsts = [firsts[i] for i in sorted(stream.choice(len(firsts), MAX_SPLITS, replace=False))]
     A, whole = np.zeros((len(firsts), M)), np.zeros(M)
     for row, first in zip(A, firsts, strict=True):
         row[list(first)] = 1

@@ -3,8 +3,11 @@
     norm_lk   = |tau_k| on tensor l
     cosine_kn = <tau_k, tau_n> / (|tau_k| |tau_n|)
     sign_kn   = share of the energy sum_p |tau_kp tau_np| at coordinates where the signs differ
+    rank      = effective rank of [tau_1 .. tau_K], as demerge.merge.diagnose defines it: 1 (all parallel) to K
 
-Tensors are taken one by one, so lazy mappings (a `Checkpoint`) are never held whole. Sums run in float64.
+Each is given for tensors, for blocks of the denoiser (`by_block`) and for the whole; an expert stands for its range, so a
+table of norms is one of layers by ranges. Tensors are taken one by one, so lazy mappings (a `Checkpoint`) are never held
+whole. Sums run in float64.
 
 Papers: task arithmetic (arXiv 2212.04089), sign conflict (TIES, arXiv 2306.01708).
 """
@@ -15,11 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from demerge.conflict import Array
 from demerge.errors import InputError, UsageError
+from demerge.merge.diagnose import effective_rank
+from demerge.merge.recipe.blocks import grouped
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +51,16 @@ class TaskVectors:
         return norms
 
     @property
+    def effective_ranks(self) -> Array:
+        """The effective rank of the K task vectors on each tensor, [L]; 0 where none of them moves."""
+        return np.array([effective_rank(torch.from_numpy(gram)) for gram in self.gram])
+
+    @property
+    def effective_rank(self) -> float:
+        """The effective rank of the whole task vectors."""
+        return effective_rank(torch.from_numpy(self.gram.sum(0)))
+
+    @property
     def cosine(self) -> Array:
         """Cosines of whole task vectors, [K K]; NaN for a zero vector."""
         gram = self.gram.sum(0)
@@ -55,6 +71,30 @@ class TaskVectors:
     def sign_conflict(self) -> Array:
         """Share of energy where signs differ, [K K] in [0, 1]; NaN where two vectors share no coordinate."""
         return _ratio(self.opposed.sum(0), self.energy.sum(0))
+
+    def by_block(self) -> TaskVectors:
+        """Return the same for the blocks of the denoiser, from input to output, each taken as one tensor."""
+        index = {name: i for i, name in enumerate(self.names)}
+        groups = grouped(self.names)
+        rows = [[index[name] for name in names] for names in groups.values()]
+        sums = ([values[row].sum(0) for row in rows] for values in (self.gram, self.opposed, self.energy))
+        return TaskVectors(tuple(groups), *(np.array(each) for each in sums))
+
+    def table(self, labels: Sequence[str]) -> pd.DataFrame:
+        """Return one row for each tensor: the norm of each expert, then means over pairs of cosine and sign conflict, and rank.
+
+        Raises:
+            UsageError: where there is not one label for each expert.
+        """
+        K = self.gram.shape[1]
+        if len(labels) != K:
+            raise UsageError(f"{len(labels)} labels for {K} task vectors", fix="give one for each")
+        pairs, norms = np.triu_indices(K, 1), self.norms
+        cosine = _ratio(self.gram, norms[:, :, None] * norms[:, None, :])[:, *pairs]
+        opposed = _ratio(self.opposed, self.energy)[:, *pairs]
+        table = pd.DataFrame(norms, index=list(self.names), columns=[f"norm {label}" for label in labels])
+        shares = {"cosine": _mean(cosine), "sign_conflict": _mean(opposed), "effective_rank": self.effective_ranks}
+        return table.assign(**shares)
 
 
 def task_vectors(base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> TaskVectors:
@@ -94,6 +134,12 @@ def _products(base: Tensor, experts: Sequence[Tensor], name: str) -> tuple[Array
     tau = torch.stack([expert.double().flatten() - base.double().flatten() for expert in experts])
     gram, energy = tau @ tau.T, tau.abs() @ tau.abs().T
     return gram.numpy(), ((energy - gram) / 2).clamp(min=0).numpy(), energy.numpy()
+
+
+def _mean(values: Array) -> Array:
+    """Return the mean of the finite values of each row [L P]; NaN where there are none."""
+    known = np.isfinite(values)
+    return _ratio(np.where(known, values, 0.0).sum(1), known.sum(1).astype(np.float64))
 
 
 def _ratio(above: Array, below: Array) -> Array:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, say
+from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, ranges_of, say
 
 MEASURE, CUT = "Measurement", "Cut"
 
@@ -16,8 +16,11 @@ def analyze(
     model: Annotated[str, typer.Argument(help="Pipeline folder or Hub id.")],
     data: Annotated[str, typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder that gets conflict.safetensors, partition.json, plots.")],
-    ranges: Annotated[int, typer.Option("-n", "--ranges", min=1, help="Ranges to cut into.", rich_help_panel=CUT)] = 4,
-    method: Annotated[str, typer.Option(help="gradient, uniform or logsnr.", rich_help_panel=CUT)] = "gradient",
+    ranges: Annotated[
+        str,
+        typer.Option("-n", "--ranges", help="Ranges to cut into; auto is what held-out groups support.", rich_help_panel=CUT),
+    ] = "4",
+    method: Annotated[str, typer.Option(help="gradient, hierarchical, uniform or logsnr.", rich_help_panel=CUT)] = "gradient",
     score: Annotated[str, typer.Option(help="What gradient maximises: step, energy or cosine.", rich_help_panel=CUT)] = "step",
     bins: Annotated[int, typer.Option(min=1, help="Bins of timesteps.", rich_help_panel=MEASURE)] = 20,
     groups: Annotated[
@@ -33,10 +36,17 @@ def analyze(
         bool, typer.Option("--antithetic", help="Take each noise with its opposite.", rich_help_panel=MEASURE)
     ] = False,
     metric: Annotated[str, typer.Option(help="Inner products: euclid, or adam.", rich_help_panel=MEASURE)] = "euclid",
+    engine: Annotated[
+        str, typer.Option(help="Keep of the gradients: exact, sketch, or auto: exact if it fits.", rich_help_panel=MEASURE)
+    ] = "auto",
+    exact: Annotated[bool, typer.Option("--exact", help="The same as --engine exact.", rich_help_panel=MEASURE)] = False,
+    params: Annotated[
+        str, typer.Option(help="Parameters that count: all, lora, or a REGEX in their names.", rich_help_panel=MEASURE)
+    ] = "all",
     split: Annotated[str, typer.Option(help="train, test or all.", rich_help_panel=MEASURE)] = "train",
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
     memory: Annotated[
-        float, typer.Option(min=0.001, help="GB for gradients; less memory means more passes.", rich_help_panel=MEASURE)
+        float, typer.Option(min=0.001, help="GB for gradients or their sketches.", rich_help_panel=MEASURE)
     ] = 2.0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -44,11 +54,14 @@ def analyze(
 ) -> None:
     """Measure the conflict map, cut [0, T) into ranges, and say how far to believe it.
 
-    The map is kept: the same measurement again only cuts anew, without the model's gradients.
+    The map is kept: the same measurement again only cuts anew, without the model's gradients. Stopped midway, the same command
+    goes on after the last finished group.
     """
+    from demerge.analysis.crossfit import count
     from demerge.analysis.report import lines, summary, write
     from demerge.analysis.stage import prepare
 
+    n = ranges_of(ranges)
     plan = prepare(
         model,
         data,
@@ -59,11 +72,13 @@ def analyze(
         draws=draws,
         antithetic=antithetic,
         metric=metric,
+        engine="exact" if exact else engine,
+        params=params,
         seed=seed,
         split=split,
         skip_broken=skip_broken,
         memory=int(memory * 1e9),
-        ranges=ranges,
+        ranges=n or 1,
         method=method,
         score=score,
         device=device_of(device),
@@ -71,8 +86,7 @@ def analyze(
     say(str(plan))
     with progress(plan.cost.passes, "analyze") as bar:
         map = plan.map(bar)
-    map.save(out / "conflict.safetensors")
-    said = summary(map, ranges, method=method, score=score)
+    said = summary(map, n or count(map, method=method, score=score).chosen, method=method, score=score)
     for line in lines(said):
         say(line)
     files = write(map, out, said)

@@ -34,6 +34,21 @@ def emit(result: dict[str, Any], path: Path | None, as_json: bool) -> None:
         print(path)
 
 
+def ranges_of(text: str) -> int | None:
+    """Return the number of ranges that is asked for, None for `auto`.
+
+    Raises:
+        UsageError: where the text is neither.
+    """
+    from demerge.errors import UsageError
+
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise UsageError(f"-n '{text}' is no number of ranges", fix="give a whole number from 1 on, or auto")
+    return int(text)
+
+
 def device_of(name: str) -> str:
     """Return the device that `auto` stands for, or the name itself once torch knows it.
 

@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from demerge.cli import (
     analyze,
+    coefficients,
     compare,
     convert,
     data,
@@ -25,6 +26,7 @@ from demerge.cli import (
     inspect,
     merge,
     methods,
+    ranges,
     sample,
     stats,
 )
@@ -46,8 +48,10 @@ START, PATH, AROUND = "Start here", "The path, in order", "Around it"
 app.command(rich_help_panel=START)(demo.demo)
 app.command(rich_help_panel=START)(doctor.doctor)
 app.command(rich_help_panel=PATH)(analyze.analyze)
+app.command(rich_help_panel=PATH)(ranges.ranges)
 app.command(rich_help_panel=PATH)(finetune.finetune)
 app.command(rich_help_panel=PATH)(stats.stats)
+app.command(rich_help_panel=PATH)(coefficients.coefficients)
 app.command(rich_help_panel=PATH)(merge.merge)
 app.command(rich_help_panel=PATH)(evaluate.evaluate)
 app.command(rich_help_panel=PATH)(compare.compare)

@@ -43,12 +43,13 @@ class Origin:
         model: SHA-256 of the base denoiser's tensors.
         data: fingerprint of the images.
         parameters: D, the length of a gradient.
-        engine: `exact`, or how gradients were shortened before their products were taken.
+        engine: `exact`, or how gradients were shortened before their products were taken: `sketch-65521`.
         draws: `shared` between the bins of a group, or `independent`.
         antithetic: whether a group's noise comes in pairs eps, -eps.
         metric: of the inner products, `euclid` or `adam`.
         batch_size: samples per bin and group.
-        seed: of all draws.
+        seed: of all draws and of a sketch.
+        params: which parameters count: `all`, `lora` or a regular expression.
     """
 
     model: str
@@ -60,9 +61,10 @@ class Origin:
     metric: str
     batch_size: int
     seed: int
+    params: str = "all"
 
     def __post_init__(self) -> None:
-        texts = (self.model, self.data, self.engine, self.draws, self.metric)
+        texts = (self.model, self.data, self.engine, self.draws, self.metric, self.params)
         if not all(isinstance(text, str) for text in texts) or type(self.antithetic) is not bool:
             raise InputError(f"origin: {texts}, antithetic {self.antithetic} is of another type", fix="measure the map again")
         numbers = (self.parameters, self.batch_size, self.seed)

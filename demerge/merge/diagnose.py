@@ -72,10 +72,8 @@ class Sums:
 
     @property
     def effective_rank(self) -> float:
-        """The effective rank of the task vectors, from the eigenvalues of their Gram matrix."""
-        s = torch.linalg.eigvalsh(self.gram).clamp(min=0).sqrt()
-        p = s[s > 0] / s.sum()
-        return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+        """The effective rank of the task vectors."""
+        return effective_rank(self.gram)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -97,6 +95,13 @@ class Sums:
             "distance": self.squares**0.5,
             "effective_rank": self.effective_rank,
         }
+
+
+def effective_rank(gram: Tensor) -> float:
+    """Return the effective rank of vectors from their Gram matrix [K K], whose eigenvalues are s^2; 0 where all are 0."""
+    s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = s[s > 0] / s.sum()
+    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
 
 def observer(entries: Sequence[Entry], base: Mapping[str, Tensor]) -> Callable[[str, Done], Sums]:

@@ -104,6 +104,12 @@ class MergeSession:
         """The names of the tensors that are merged."""
         return list(self._resident.held)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of w: [K], or [G K] with groups."""
+        K, G = self._resident.K, len(self.groups)
+        return (G, K) if G else (K,)
+
     def theta(self, w: W) -> dict[str, Tensor]:
         """Merge: theta by name, in the dtypes of the base, differentiable in w; integer buffers are left out.
 

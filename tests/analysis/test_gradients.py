@@ -1,4 +1,4 @@
-"""Measurement: the gradients are those of the loss, the draws are as promised, and the memory changes nothing."""
+"""Measurement: the gradients are those of the loss, the draws are as promised, sketches and resumes change nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.gradients import _draw, adam_scale, cost, measure, products
+from demerge.analysis.cells import adam_scale, products
+from demerge.analysis.draws import draw
+from demerge.analysis.gradients import Measurement, Settings, measure
+from demerge.analysis.partial import Partial
 from demerge.analysis.similarity import cross, kernel, similarity
 from demerge.conflict import Array
 from demerge.data import load_images
@@ -63,34 +66,115 @@ def test_the_gram_is_that_of_plain_backward_passes(tiny: Path) -> None:
     rows = []
     for i, span in enumerate(map.bins):
         for m in range(5):
-            x0, condition, noise, position = _draw(model, data, m, 2, 3, False)
-            t = torch.tensor([span.start + int(p * len(span)) for p in position])
+            drawn = draw(model, data, m, 2, 3, False)
+            t = torch.tensor([span.start + int(p * len(span)) for p in drawn.position])
             assert all(int(each) in span for each in t), i
             model.denoiser.zero_grad()
-            model.loss(x0, noise, t, condition).mean().backward()
+            model.loss(drawn.x0, drawn.noise, t, drawn.condition).mean().backward()
             rows.append(torch.cat([p.grad.flatten() for p in model.denoiser.parameters()]).double().numpy())
     flat = np.array(rows)
     assert np.allclose(map.gram.reshape(15, 15), flat @ flat.T, rtol=1e-4, atol=1e-6 * (flat**2).sum(1).max())
     assert map.origin.parameters == flat.shape[1]
 
 
-def test_little_memory_takes_more_passes_to_the_same_map(tiny: Path) -> None:
+@pytest.mark.parametrize("metric", ["euclid", "adam"])
+def test_a_sketch_gives_the_map_of_the_exact_gradients(make_tiny: Any, metric: str) -> None:
+    model, data = Diffusion.load(make_tiny(block_out_channels=(16, 32))), load_images("digits", limit=20)
+    assert model.parameters > 65_521
+    exact, sketch = (measure(model, data, **SMALL, metric=metric, engine=engine) for engine in ("exact", "sketch"))
+    norms = np.sqrt(np.diagonal(exact.gram.reshape(15, 15)))
+    error = (sketch.gram - exact.gram).reshape(15, 15) / np.outer(norms, norms)
+    assert 0 < abs(error).max() < 4 / 65_521**0.5
+    assert (exact.origin.engine, sketch.origin.engine) == ("exact", "sketch-65521")
+
+
+def test_hooks_give_the_map_of_the_flat_pass(tiny: Path) -> None:
     model, data = Diffusion.load(tiny), load_images("digits", limit=20)
-    for metric in ("euclid", "adam"):
-        whole = measure(model, data, **SMALL, metric=metric)
-        memory = 4 * 15 * 20_000
-        assert cost(model, bins=3, groups=5, memory=memory).parts > 1
-        parts = measure(model, data, **SMALL, metric=metric, memory=memory)
-        assert np.allclose(parts.gram, whole.gram, rtol=1e-4, atol=1e-6 * abs(whole.gram).max())
+    for options in ({"engine": "exact"}, {"engine": "sketch"}, {"engine": "sketch", "metric": "adam", "params": "attentions"}):
+        flat, hooks = (measure(model, data, **SMALL, **options, mode=mode).gram for mode in ("flat", "hooks"))
+        assert np.allclose(hooks, flat, rtol=1e-5, atol=1e-7 * abs(flat).max())
+    with pytest.raises(UsageError, match="flat, hooks"):
+        measure(model, data, **SMALL, mode="some")
 
 
 def test_the_cost_is_said_first(tiny: Path) -> None:
-    model = Diffusion.load(tiny)
+    model, data = Diffusion.load(tiny), load_images("digits", limit=5)
     D = sum(p.numel() for p in model.denoiser.parameters())
-    whole = cost(model, bins=3, groups=5)
-    assert (whole.passes, whole.parts, whole.bytes) == (15, 1, 4 * 15 * D) and "15 backward passes" in str(whole)
-    with pytest.raises(ResourceError, match="parts"):
-        cost(model, bins=3, groups=5, memory=1)
+
+    def cost(**settings: Any) -> Any:
+        return Measurement(model, data, Settings(**{**SMALL, **settings})).cost()
+
+    whole, sketched = cost(), cost(engine="sketch", metric="adam")
+    assert (whole.passes, whole.engine, whole.bytes) == (15, "exact", 4 * 15 * D)
+    assert (sketched.passes, sketched.engine, sketched.bytes) == (18, "sketch-65521", 4 * 15 * 65_521)
+    assert "15 backward passes" in str(whole) and "sketches of 65,521 numbers" in str(sketched)
+    assert cost(memory=4 * 15 * D).engine == "exact"
+    with pytest.raises(ResourceError, match="15 gradients"):
+        cost(memory=4 * 15 * D - 1)
+    with pytest.raises(ResourceError, match="15 sketches"):
+        cost(memory=4 * 15 * 65_521 - 1, engine="sketch")
+
+
+def test_sketches_are_taken_where_gradients_do_not_fit(make_tiny: Any) -> None:
+    model, data = Diffusion.load(make_tiny(block_out_channels=(16, 32))), load_images("digits", limit=5)
+    assert model.parameters > 65_521
+    memory = 4 * 15 * 65_521
+    assert Measurement(model, data, Settings(**SMALL, memory=memory)).cost().engine == "sketch-65521"
+    with pytest.raises(ResourceError, match="gradients") as caught:
+        Measurement(model, data, Settings(**SMALL, memory=memory, engine="exact"))
+    assert "--engine sketch" in caught.value.fix
+
+
+def test_params_choose_what_counts(tiny: Path) -> None:
+    model, data = Diffusion.load(tiny), load_images("digits", limit=20)
+    chosen = [p for name, p in model.denoiser.named_parameters() if "norm" in name and name.endswith("weight")]
+    map = measure(model, data, **SMALL, params=r"norm.*weight$")
+    assert (map.origin.params, map.origin.parameters) == (r"norm.*weight$", sum(p.numel() for p in chosen))
+    model.denoiser.requires_grad_(True)
+    drawn = draw(model, data, 0, 2, 0, False)
+    gradients = torch.autograd.grad(drawn.loss(model, map.bins.ranges[0]), list(model.denoiser.parameters()))
+    of = dict(zip(model.denoiser.parameters(), gradients, strict=True))
+    assert map.gram[0, 0, 0, 0] == pytest.approx(sum(float(of[p].double().square().sum()) for p in chosen), rel=1e-4)
+    for wrong in ("lora", "nowhere", "("):
+        with pytest.raises(UsageError, match="params"):
+            measure(model, data, **SMALL, params=wrong)
+
+
+def test_adapters_alone_can_count(linear: Any, images: Any) -> None:
+    class Adapted(type(linear.denoiser)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(3)
+            self.lora_A = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Any, t: Any) -> Any:
+            return super().forward(x * self.lora_A.prod(), t)
+
+    assert measure(linear.with_denoiser(Adapted()), images, **SMALL, params="lora").origin.parameters == 2
+
+
+def test_a_finished_group_is_not_measured_again(linear: Any, images: Any, tmp_path: Path) -> None:
+    """Groups of two runs in one folder are one run; what is damaged is made again, what is foreign is refused."""
+    measurement = Measurement(linear, images, Settings(**SMALL, metric="adam", engine="sketch"))
+    whole = measurement.run(Partial(None, {}))
+    one, other = (Partial(tmp_path / name, measurement.key()) for name in ("one", "other"))
+    for partial in (one, other):
+        assert np.array_equal(measurement.run(partial).gram, whole.gram)
+    for name in ("pilot", "group-0001", "group-0003"):
+        (one.folder / f"{name}.safetensors").unlink()
+    for name in ("group-0001", "group-0003"):
+        (other.folder / f"{name}.safetensors").rename(one.folder / f"{name}.safetensors")
+    (one.folder / "group-0004.safetensors").write_bytes(b"x")
+    seen: list[tuple[int, int, str]] = []
+    assert np.array_equal(measurement.run(one, lambda *step: seen.append(step)).gram, whole.gram)
+    assert [step[2] for step in seen] == [f"{what} {bin}" for what in ("pilot", "bin") for bin in whole.bins]
+    other_seed = Measurement(linear, images, Settings(**SMALL, metric="adam", engine="sketch", seed=1))
+    foreign = Partial(one.folder, other_seed.key())
+    for refused in (foreign.check, lambda: other_seed.run(foreign)):
+        with pytest.raises(UsageError, match="seed 0 there, 1 asked"):
+            refused()
+    one.check()
+    one.sweep()
+    assert not one.folder.exists()
 
 
 def test_maps_repeat_and_differ_by_seed(linear: Any, images: Any) -> None:
@@ -104,14 +188,17 @@ def test_draws_are_shared_between_bins_only_when_asked(linear: Any, images: Any,
 
     def spy(*arguments: Any) -> Any:
         keys.append(arguments[2])
-        return _draw(*arguments)
+        return draw(*arguments)
 
-    monkeypatch.setattr("demerge.analysis.gradients._draw", spy)
+    monkeypatch.setattr("demerge.analysis.draws.draw", spy)
     measure(linear, images, **SMALL)
     assert keys == [0, 1, 2, 3, 4]
     keys.clear()
     measure(linear, images, **SMALL, draws="independent")
     assert len(set(keys)) == len(keys) == 15 and not set(keys) & set(range(5))
+    keys.clear()
+    measure(linear, images, **SMALL, draws="independent", metric="adam")
+    assert len(set(keys)) == len(keys) == 18
 
 
 def test_dropout_is_off(tiny: Path, linear: Any, images: Any) -> None:
@@ -130,14 +217,14 @@ def test_products_of_long_rows() -> None:
 
 
 def test_the_adam_scale_by_hand() -> None:
-    assert adam_scale(torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 7.0]])).tolist() == pytest.approx([2**-0.5, 1, 5**-0.5])
+    assert adam_scale(torch.tensor([4.0, 0.0, 25.0])).tolist() == pytest.approx([2**-0.5, 1, 5**-0.5])
 
 
 def test_adam_products_are_divided_by_the_root_of_v() -> None:
     rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 9)
-    root_v = rows.double().square().mean(0).sqrt()
-    expected = torch.einsum("ap,bp,p->ab", rows.double(), rows.double(), 1 / root_v)
-    assert np.allclose(products(rows * adam_scale(rows)), expected.numpy(), rtol=1e-5, atol=1e-5)
+    v = rows.square().mean(0)
+    expected = torch.einsum("ap,bp,p->ab", rows.double(), rows.double(), 1 / v.double().sqrt())
+    assert np.allclose(products(rows * adam_scale(v)), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +235,7 @@ def test_adam_products_are_divided_by_the_root_of_v() -> None:
         {"memory": 0},
         {"draws": "some"},
         {"metric": "l1"},
+        {"engine": "some"},
         {"bins": 31},
         {"bins": 0},
         {"antithetic": True, "batch_size": 3},
@@ -158,11 +246,35 @@ def test_wrong_arguments_are_usage_errors(linear: Any, images: Any, wrong: dict[
         measure(linear, images, **{**SMALL, **wrong})
 
 
-def test_a_gradient_that_is_not_finite_names_its_bin(linear: Any, images: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"engine": "sketch", "mode": "hooks"}, {"metric": "adam"}])
+def test_a_gradient_that_is_not_finite_names_its_bin(linear: Any, images: Any, options: dict[str, Any]) -> None:
     with torch.no_grad():
         linear.denoiser.theta[0, 0, 0] = torch.nan
-    with pytest.raises(NumericalError, match="bin 0000-0010"):
-        measure(linear, images, **SMALL)
+    where = "pilot" if "metric" in options else "group 0"
+    with pytest.raises(
+        NumericalError, match=rf"bin 0000-0010, {where}, is not finite, at sample 0 \(image \d of toy, t = \d\)"
+    ):
+        measure(linear, images, **SMALL, **options)
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketch"])
+def test_a_gradient_that_is_not_finite_names_its_sample(
+    linear: Any, images: Any, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last image of group 0 is broken."""
+    images_of_group = draw(linear, images, 0, 2, 0, False).images
+    broken = images_of_group[-1]
+    floats = type(images).floats
+
+    def damaged(self: Any, indices: Any, flip: Any = None) -> Any:
+        values = floats(self, indices, flip)
+        values[[i for i, index in enumerate(indices) if index == broken]] = torch.inf
+        return values
+
+    monkeypatch.setattr(type(images), "floats", damaged)
+    expected = rf"group 0, is not finite, at sample {images_of_group.index(broken)} \(image {broken} of toy"
+    with pytest.raises(NumericalError, match=expected):
+        measure(linear, images, **SMALL, engine=engine)
 
 
 def test_a_text_model_is_measured_with_its_captions(tiny_text: Path, image_folder: Path) -> None:
@@ -170,5 +282,7 @@ def test_a_text_model_is_measured_with_its_captions(tiny_text: Path, image_folde
     data = load_images(image_folder, resolution=16, channels=3)
     map = measure(model, data, bins=2, groups=5, batch_size=1)
     assert map.gram.shape == (2, 5, 2, 5) and similarity(map).reliability.shape == (2,)
+    attention = measure(model, data, bins=2, groups=5, batch_size=1, engine="sketch", params=r"attn2\.to_[kv]", mode="hooks")
+    assert 0 < attention.origin.parameters < map.origin.parameters and (np.diagonal(attention.gram.reshape(10, 10)) > 0).all()
     with pytest.raises(UsageError, match="captions"):
         measure(model, load_images("digits", resolution=16, channels=3, limit=5), bins=2, groups=5, batch_size=1)

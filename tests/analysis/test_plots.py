@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import style
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from demerge.analysis.plots import figures, heat_map, render, task_vector_norms, task_vector_similarity
+from demerge.analysis.plots import figures, heat_map, render, similarity_by_distance, task_vector_norms, task_vector_similarity
 from demerge.analysis.taskvectors import task_vectors
 from demerge.timesteps import Partition
 
@@ -29,6 +31,16 @@ def test_unresolved_bins_are_hatched_and_cuts_drawn(planted: Any) -> None:
     assert [len(figure.axes[0].patches) for figure in (clear, dark)] == [0, 64]
     assert len(clear.axes[0].lines) == 6
     assert "8 unresolved" in dark.axes[0].get_title(loc="left")
+
+
+def test_a_dark_style_leaves_dark_ink_on_white(planted: Any) -> None:
+    with style.context("dark_background"):
+        figure = similarity_by_distance(planted([0, 4, 8]))
+        assert to_hex(figure.get_facecolor()) == to_hex(figure.axes[0].get_facecolor()) == "#ffffff"
+        texts = [*figure.axes[0].get_legend().get_texts(), figure.axes[0].title, figure.axes[0].xaxis.label]
+        assert {to_hex(text.get_color()) for text in texts} == {"#262626"}
+        render(figure, "png")
+        assert {to_hex(label.get_color()) for label in figure.axes[0].get_xticklabels()} == {"#262626"}
 
 
 def test_equal_maps_give_equal_bytes(planted: Any) -> None:

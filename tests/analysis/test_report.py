@@ -11,7 +11,7 @@ import pytest
 
 from demerge.analysis import SCORES, cut, lines, summary, write
 from demerge.analysis.evidence import Evidence, curve, support
-from demerge.analysis.report import row_sums
+from demerge.analysis.report import row_sums, taken
 from demerge.conflict import ConflictMap
 from demerge.timesteps import Partition
 
@@ -26,6 +26,35 @@ def test_uneven_planted_cuts_beat_uniform_on_held_out_groups(planted: Any, score
     assert shares["gradient"] > shares["uniform"] and shares["gradient"] > shares["logsnr"]
     assert [row["support"] for row in said["support"]] == [1.0] * 3
     assert json.dumps(said, allow_nan=False)
+
+
+def test_a_cut_of_ones_own_is_judged_and_taken(planted: Any) -> None:
+    map = planted([0, 2, 4, 6, 16])
+    good, poor = (Partition.from_cuts(1000, cuts) for cuts in ([125, 250, 375], [30, 800, 900]))
+    for given, advice in ((good, "given"), (poor, "uniform")):
+        said = summary(map, 9, given=given, minimum=1)
+        assert (said["ranges"], said["judged"], said["taken"], said["advice"]) == (4, "given", "given", advice), said["reason"]
+        assert said["cuts"]["given"]["cuts"] == given.cuts and taken(map, said) == given
+        assert [row["support"] == 1 for row in said["support"]] == [advice == "given"] * 3
+    assert said["held_out"]["uniform"]["value"] < 0
+
+
+def test_hierarchical_cuts_are_judged_where_they_are_asked_for(planted: Any) -> None:
+    said = summary(planted([0, 2, 4, 6, 16]), 4, method="hierarchical")
+    assert (said["judged"], said["advice"], said["taken"]) == ("hierarchical", "hierarchical", "hierarchical")
+    assert said["cuts"]["hierarchical"]["cuts"] == [125, 250, 375] and len(said["support"]) == 3
+
+
+@pytest.mark.parametrize(("edges", "advice"), [([0, 2, 4, 6, 16], "gradient"), ([0, 4, 8, 12, 16], "uniform")])
+def test_advised_takes_the_advice(planted: Any, edges: list[int], advice: str) -> None:
+    said = summary(planted(edges, noise=0.15), 4, method="advised")
+    assert said["judged"] == "gradient" and said["advice"] == said["taken"] == advice
+
+
+def test_the_least_width_is_kept_by_all_that_is_said(planted: Any) -> None:
+    said = summary(planted([0, 1, 2, 16]), 3, minimum=4)
+    assert np.diff([0, *said["cuts"]["gradient"]["cuts"], 1000]).min() >= 250
+    assert min(row["low"] for row in said["support"]) >= 250
 
 
 def test_planted_uniform_cuts_are_advised_as_uniform(planted: Any) -> None:
@@ -66,6 +95,11 @@ def test_support_counts_draws_near_a_cut(planted: Any) -> None:
     partition = cut(map, 2, minimum=1)
     draws = np.array([[375.0]] * 8 + [[500.0]] + [[875.0]])
     assert support(map, partition, draws) == [(375, 0.9, 375, 875)]
+
+
+def test_support_of_a_cut_within_a_bin(planted: Any) -> None:
+    map = planted([0, 3, 8])
+    assert support(map, Partition.from_cuts(1000, [300]), np.array([[250.0], [375.0], [500.0]])) == [(300, 2 / 3, 250, 500)]
 
 
 def test_the_curve_reaches_one_where_all_blocks_are_apart(planted: Any) -> None:

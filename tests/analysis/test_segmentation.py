@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from demerge.analysis.blocks import blocks
-from demerge.analysis.segmentation import METHODS, SCORES, Objective, cover, cut, equal_log_snr, program
+from demerge.analysis.segmentation import FOUND, METHODS, SCORES, Objective, cover, cut, equal_log_snr, least_width
 from demerge.analysis.similarity import similarity
 from demerge.errors import NumericalError, UsageError
 from demerge.timesteps import Partition
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 10), st.integers(1, 6), st.integers(1, 3), st.integers(0, 10**6))
-def test_the_program_equals_brute_force(N: int, n: int, minimum: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    table = rng.standard_normal((N + 1, N + 1))
-    allowed = [0, *[i for i in range(1, N) if rng.random() < 0.8], N]
-    ways = [[0, *inner, N] for inner in combinations(allowed[1:-1], n - 1)]
-    ways = [way for way in ways if min(np.diff(way)) >= minimum]
-    if not ways:
-        with pytest.raises(NumericalError, match="give no"):
-            program(table, n, allowed, minimum)
-        return
-    best = max(ways, key=lambda way: sum(table[a, b] for a, b in pairwise(way)))
-    assert program(table, n, allowed, minimum) == best
+@pytest.mark.parametrize("method", FOUND)
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("edges", [[0, 3, 8], [0, 2, 7, 12], [0, 4, 8, 10, 16], [0, 1, 2, 3], [0, 5]])
+def test_planted_cuts_are_recovered(planted: Any, method: str, score: str, edges: list[int]) -> None:
+    map = planted(edges)
+    assert cut(map, len(edges) - 1, method, score=score, minimum=1).cuts == [map.edges[i] for i in edges[1:-1]]
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("edges", [[0, 3, 8], [0, 2, 7, 12], [0, 4, 8, 10, 16], [0, 1, 2, 3], [0, 5]])
-def test_planted_cuts_are_recovered(planted: Any, score: str, edges: list[int]) -> None:
-    map = planted(edges)
-    assert cut(map, len(edges) - 1, score=score, minimum=1).cuts == [map.edges[i] for i in edges[1:-1]]
+def test_hierarchical_cuts_are_nested_and_the_program_is_no_worse(map_of: Any, score: str) -> None:
+    rng = np.random.default_rng(5)
+    mu = np.cumsum(rng.standard_normal((12, 20)), axis=0)
+    map = map_of(3 * mu[:, None] + rng.standard_normal((12, 6, 20)))
+    found = similarity(map)
+    objective, before = Objective.of(map, score, found), set()
+    for n in range(1, 9):
+        greedy = cut(map, n, "hierarchical", score=score)
+        exact = cut(map, n, score=score, minimum=1)
+        J = [objective.gain(found.K, cover(map, partition)) for partition in (greedy, exact)]
+        assert len(greedy) == n and before < {0, *greedy.cuts} and J[0] <= J[1] + 1e-12 * abs(J[1])
+        before = {0, *greedy.cuts}
+
+
+def test_hierarchical_says_where_it_can_split_no_more(planted: Any) -> None:
+    map = planted([0, 4, 9])
+    assert cut(map, 3, minimum=3).cuts == [333, 667]
+    with pytest.raises(NumericalError, match="no 3 ranges of 3 bins"):
+        cut(map, 3, "hierarchical", minimum=3)
+
+
+def test_the_default_least_width() -> None:
+    assert [least_width(20, n) for n in (1, 4, 20)] == [10, 2, 1]
+    assert [least_width(20, n, "hierarchical") for n in (1, 4, 20)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -36,3 +36,34 @@ def test_what_does_not_fit_is_named() -> None:
         task_vectors(BASE, [{**BASE, "a": torch.zeros(3)}])
     with pytest.raises(UsageError):
         task_vectors(BASE, [])
+
+
+def test_blocks_add_up_their_tensors() -> None:
+    base = {"up_blocks.0.a": torch.zeros(2), "conv_in.weight": torch.zeros(3), "up_blocks.0.b": torch.zeros(2, 2)}
+    g = torch.Generator().manual_seed(0)
+    experts = [{n: torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(3)]
+    whole = task_vectors(base, experts)
+    blocks = whole.by_block()
+    assert blocks.names == ("in", "up.0")
+    assert blocks.norms[1] == pytest.approx(np.sqrt(whole.norms[0] ** 2 + whole.norms[2] ** 2))
+    assert blocks.cosine == pytest.approx(whole.cosine) and blocks.sign_conflict == pytest.approx(whole.sign_conflict)
+    assert blocks.effective_rank == pytest.approx(whole.effective_rank)
+
+
+def test_effective_rank_by_hand() -> None:
+    found = task_vectors(BASE, [expert([3, 0], [1, 1]), expert([0, 3], [2, 2])])
+    assert found.effective_ranks == pytest.approx([2, 1])
+    assert task_vectors(BASE, [BASE, BASE]).effective_rank == 0
+    tau = torch.tensor([[3.0, 0, 1, 1], [0, 3, 2, 2]], dtype=torch.float64)
+    p = torch.linalg.svdvals(tau) / torch.linalg.svdvals(tau).sum()
+    assert found.effective_rank == pytest.approx(float(torch.exp(-(p * p.log()).sum())))
+
+
+def test_the_table_has_a_row_for_each_tensor() -> None:
+    table = task_vectors(BASE, [expert([3, 4], [0, 0]), expert([3, -4], [0, 2]), expert([0, 0], [0, 0])]).table("xyz")
+    assert table.columns.tolist() == ["norm x", "norm y", "norm z", "cosine", "sign_conflict", "effective_rank"]
+    assert table.loc["a", "norm x":"norm z"].tolist() == [5, 5, 0]
+    assert table.cosine["a"] == pytest.approx(-7 / 25) and table.sign_conflict["a"] == pytest.approx(16 / 25)
+    assert np.isnan(table.cosine["b"]) and table.effective_rank["b"] == pytest.approx(1)
+    with pytest.raises(UsageError, match="1 labels for 2"):
+        task_vectors(BASE, [BASE, BASE]).table(["x"])

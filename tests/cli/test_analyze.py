@@ -27,8 +27,19 @@ def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> Non
     said = json.loads(again.out)
     assert said["taken"] == "uniform" and said["cuts"]["uniform"]["cuts"] == [500]
     assert "there already" in again.err and (out / "conflict.safetensors").read_bytes() == kept
+    found = run("analyze", tiny, *SMALL, "-n", "auto", "--method", "hierarchical", "-o", out, "--json")
+    assert found.code == 0 and json.loads(found.out)["ranges"] == len(Partition.load(out / "partition.json"))
     other = run("analyze", tiny, *SMALL, "--seed", 1, "-o", out)
     assert other.code == 2 and "seed 0 there, 1 asked" in other.err
+
+
+def test_sketches_of_chosen_parameters(run: Any, tiny: Path, tmp_path: Path) -> None:
+    done = run("analyze", tiny, *SMALL, "-n", 2, "--engine", "sketch", "--params", "attentions", "-o", tmp_path / "out")
+    assert done.code == 0 and "sketches of 65,521 numbers" in done.err, done.err
+    origin = ConflictMap.load(tmp_path / "out" / "conflict.safetensors").origin
+    assert (origin.engine, origin.params) == ("sketch-65521", "attentions")
+    other = run("analyze", tiny, *SMALL, "-n", 2, "--exact", "-o", tmp_path / "out")
+    assert other.code == 2 and "engine sketch-65521 there, exact asked" in other.err
 
 
 def test_a_damaged_map_is_refused_before_anything_is_measured(run: Any, tiny: Path, tmp_path: Path) -> None:
@@ -41,12 +52,15 @@ def test_a_damaged_map_is_refused_before_anything_is_measured(run: Any, tiny: Pa
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--method", "best"), 2, "gradient, uniform, logsnr"),
+        (("--method", "best"), 2, "gradient, hierarchical, uniform, logsnr"),
         (("--draws", "none"), 2, "shared, independent"),
+        (("--engine", "some"), 2, "auto, exact, sketch"),
+        (("--params", "nowhere"), 2, "fits none"),
         (("-n", 7), 2, "ranges <= bins"),
+        (("-n", 0), 2, "auto"),
         (("--bins", 2000), 2, "bins"),
         (("--groups", 4), 2, "--groups"),
-        (("--memory", 0.001, "--bins", 1000, "--groups", 50), 4, "parts only"),
+        (("--memory", 0.001, "--bins", 1000, "--groups", 50), 4, "take fewer bins or groups"),
         (("--data", "nowhere"), 3, "nowhere"),
         (("--antithetic", "--train-batch-size", 3), 2, "even"),
     ],

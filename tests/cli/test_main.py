@@ -23,6 +23,7 @@ from demerge.errors import (
 COMMANDS = (
     "demo",
     "analyze",
+    "ranges",
     "finetune",
     "merge",
     "methods",

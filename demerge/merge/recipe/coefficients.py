@@ -8,7 +8,8 @@ JSON or YAML                                        CSV: a head, then rows in th
                                                         *,0.5,0.5
 
 Each name is the pattern of a rule (`demerge.merge.recipe.rules`), with all that holds for rules: the first that matches wins, a
-ramp runs over depth, and a name that matches nothing is an error. In JSON and YAML the tensors come before the blocks.
+ramp runs over depth, and a name that matches nothing is an error. In JSON and YAML the tensors come before the blocks; what
+stands under `record` (how `demerge coefficients` found the weights) is for people.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from demerge.errors import DemergeError, InputError, UsageError
 from demerge.merge.recipe.documents import read_document, read_rows, refuse_unknown, typed
 from demerge.merge.recipe.rules import Rule, number
 
-KEYS = ("format", "weights", "tensors", "blocks")
+KEYS = ("format", "weights", "tensors", "blocks", "record")
 ENDS = (".json", ".yaml", ".yml", ".csv")
 WHOLE = "*"
 

@@ -1,0 +1,211 @@
+"""Merge coefficients in closed form, from how a base's outputs answer to its experts (`demerge.analysis.responses`).
+
+    dL(w) = sum_R q_R dL_R(w) = b.w + w A w,     q_R = |R|/T, or |R|/T / L_R with `relative`
+    w*    = -1/2 (A + rho diag A)^-1 b
+
+w* is the least-squares solution of sum_p w_p u_p = -r over all timesteps: what two experts do alike is counted once, and
+where they pull apart the ranges' losses decide. rho shrinks all weights towards 0, in units in which scaling a task vector
+changes nothing; where none is given, it is the one of RIDGES whose weights, fitted without a group, serve that group best. An
+expert that does not change the outputs has weight 0.
+
+The loss on the samples that chose w flatters it. So what is predicted is cross-fitted: the change on group m is that of
+weights fitted, rho included, on the other groups. Its SE is the jackknife's over groups, SE^2 = (M-1)/M sum_g (theta_(g) -
+mean)^2, where theta_(g) is cross-fitted anew without group g (for the rho found with it); without that its interval, by
+quantiles of Student's t at M - 1 degrees of freedom, covers the truth in 82 % of noisy cases and not in 94 %. What the
+quadratic form does not see at w* is measured (`responses.bend`) and added. Where the interval covers 0, nothing is promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from demerge.analysis.responses import Responses
+from demerge.analysis.similarity import standard_error, t_quantile
+from demerge.conflict import Array
+from demerge.errors import UsageError
+
+RIDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+RESOLUTION = 1e-6  # of products of float32 outputs, at unit diagonal
+LEVEL = 0.95
+Bend = Callable[[Array], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of loss relative to a loss, its standard error, and the half width of its 95 % interval."""
+
+    value: float
+    se: float
+    half: float
+
+    @classmethod
+    def of(cls, change: Array, loss: Array, without: Array | None = None) -> Change:
+        """Return sum_m change_m / sum_m loss_m of M groups, with the jackknife's error.
+
+        Args:
+            change, loss: of each group, [M].
+            without: [M M], in row g the changes as they are where group g takes no part; `change` again by default.
+        """
+        rows = np.broadcast_to(change, (len(change),) * 2) if without is None else without
+        se = float(standard_error((rows.sum(1) - np.diagonal(rows)) / (loss.sum() - loss)))
+        return cls(float(change.sum() / loss.sum()), se, se * t_quantile(len(loss), LEVEL))
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return abs(self.value) > self.half
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2%} ± {self.se:.2%}"
+
+    def document(self) -> dict[str, Any]:
+        """Return the change as JSON values."""
+        interval = [self.value - self.half, self.value + self.half]
+        return {"change": self.value, "se": self.se, "interval": interval, "promised": self.sure}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """The change of loss in each range, and over all of them, weighted as the objective weighs them."""
+
+    ranges: Mapping[str, Change]
+    total: Change
+
+    def document(self) -> dict[str, Any]:
+        """Return the changes as JSON values."""
+        return {"total": self.total.document(), "ranges": {name: found.document() for name, found in self.ranges.items()}}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coefficients:
+    """What the responses say about weights.
+
+    Attributes:
+        w: the weights [K], or [B K] per block.
+        ridge: rho.
+        predicted: of w, cross-fitted, with the bend.
+        fitted: the total change on the samples that chose w, by the quadratic form alone: too good.
+        bend: the part of the predicted change that the quadratic form does not see.
+        average: of the weights 1/K, on the same samples, with its bend.
+        gained: how much more w changes the total than the average does; below 0 is better.
+    """
+
+    responses: Responses
+    w: Array
+    ridge: float
+    predicted: Prediction
+    fitted: float
+    bend: Change
+    average: Prediction
+    gained: Change
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objective:
+    """dL(w) = b.w + w A w on each of M groups: b [M P], A [M P P]."""
+
+    b: Array
+    A: Array
+
+    def without(self, *m: int) -> Objective:
+        """Return the objective of the other groups."""
+        return Objective(np.delete(self.b, m, 0), np.delete(self.A, m, 0))
+
+    def weights(self, ridge: float) -> Array:
+        """Return w* [P] of all groups; of least length where several are as good."""
+        b, A = self.b.mean(0), self.A.mean(0)
+        scale = np.sqrt(np.diagonal(A))
+        unit = np.where(scale > 0, scale, 1)
+        v, *_ = np.linalg.lstsq(A / np.outer(unit, unit) + ridge * np.eye(len(b)), -b / (2 * unit), rcond=RESOLUTION)
+        w: Array = np.where(scale > 0, v / unit, 0)
+        return w
+
+    def left_out(self, ridge: float) -> float:
+        """Return the mean change on each group under the weights of the others."""
+        each = [self.without(m).weights(ridge) for m in range(len(self.b))]
+        return float(np.mean([b @ w + w @ A @ w for b, A, w in zip(self.b, self.A, each, strict=True)]))
+
+    def settled(self, ridge: float | None) -> float:
+        """Return rho: the one given, or that of the least change on groups left out, the larger one of equals."""
+        return ridge if ridge is not None else min(reversed(RIDGES), key=self.left_out)
+
+
+def coefficients(
+    found: Responses, *, ridge: float | None = None, relative: bool = False, bend: Bend | None = None
+) -> Coefficients:
+    """Solve for the weights, and predict what they change.
+
+    Args:
+        ridge: rho; None to choose it.
+        relative: whether a range's loss counts relative to the base's, so that small t do not decide alone.
+        bend: gives what the quadratic form does not see at weights [P], [R M]; None for a model that is linear.
+
+    Raises:
+        UsageError: where the ridge is negative or not finite.
+    """
+    if ridge is not None and not 0 <= ridge < float("inf"):
+        raise UsageError(f"ridge {ridge} is no shrinkage", fix="give a number >= 0, or leave it out")
+    q = found.shares / (found.loss.mean(1) if relative else 1)
+    objective = Objective(np.einsum("r,rmp->mp", q, found.slope), np.einsum("r,rmpq->mpq", q, found.products))
+    rho = objective.settled(ridge)
+    w = objective.weights(rho)
+    cross = CrossFit.of(objective, ridge)
+    average = CrossFit.given(np.full(found.P, 1 / found.K), found.M)
+    mine, theirs = (np.zeros_like(found.loss) if bend is None else bend(x) for x in (w, average.W[0]))
+    rows = [
+        q @ (found.change(one) + mine - found.change(other) - theirs)
+        for one, other in zip(cross.rows, average.rows, strict=True)
+    ]
+    return Coefficients(
+        found,
+        w.reshape(len(found.blocks), found.K) if found.blocks else w,
+        rho,
+        _predicted(found, cross, q, mine),
+        float((q @ found.change(w)).sum() / (q @ found.loss).sum()),
+        Change.of(q @ mine, q @ found.loss),
+        _predicted(found, average, q, theirs),
+        Change.of(rows[0], q @ found.loss, np.stack(rows[1:])),
+    )
+
+
+def predict(found: Responses, w: Array) -> Prediction:
+    """Predict by the quadratic form what weights [P] change that these samples did not choose; ranges count by shares."""
+    return _predicted(found, CrossFit.given(w, found.M), found.shares, np.zeros_like(found.loss))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CrossFit:
+    """Weights for the samples of each group: W[m] is not fitted on group m, V[g, m] neither on m nor on g."""
+
+    W: Array
+    V: Array
+
+    @classmethod
+    def of(cls, objective: Objective, ridge: float | None) -> CrossFit:
+        """Fit."""
+        groups = range(len(objective.b))
+        rhos = [objective.without(m).settled(ridge) for m in groups]
+        W = [objective.without(m).weights(rhos[m]) for m in groups]
+        return cls(np.stack(W), np.stack([[objective.without(m, g).weights(rhos[m]) for m in groups] for g in groups]))
+
+    @classmethod
+    def given(cls, w: Array, M: int) -> CrossFit:
+        """Return weights [P] that no sample chose."""
+        return cls(np.broadcast_to(w, (M, len(w))), np.broadcast_to(w, (M, M, len(w))))
+
+    @property
+    def rows(self) -> list[Array]:
+        """W, then V[g] for each g."""
+        return [self.W, *self.V]
+
+
+def _predicted(found: Responses, weights: CrossFit, q: Array, bent: Array) -> Prediction:
+    """Return the changes of the ranges and of all of them, counted by q [R], with what bends [R M]."""
+    change, *without = (found.change(W) + bent for W in weights.rows)
+    rows = np.stack(without, 1)
+    ranges = {str(span): Change.of(change[r], found.loss[r], rows[r]) for r, span in enumerate(found.ranges)}
+    return Prediction(ranges, Change.of(q @ change, q @ found.loss, np.einsum("r,rgm->gm", q, rows)))

@@ -1,0 +1,89 @@
+"""What the gradients are measured on: samples x0, noise and timesteps, by bin of timesteps and group of samples.
+
+Draws (x0, eps, position of t in its bin) are shared between the bins of a group, never between groups: differences between
+bins are then not those of their samples, and the statistic that pairs different groups stays unbiased (see similarity.py).
+Images are drawn with replacement: the mean gradient estimated is the one over the data set, for which a base was trained.
+Positions are stratified: of B draws, draw b lies in [b/B, (b+1)/B) of its bin. With `antithetic`, B/2 draws are each taken
+with eps and -eps, which takes away the noise that is odd in eps. Every draw is a function of (seed, its key) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from demerge.data import ImageData
+from demerge.diffusion import Diffusion
+from demerge.randomness import normal, uniform
+from demerge.timesteps import Partition, TimestepRange
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draw:
+    """B samples: their `images` in the data set, x0 and noise [B *], the condition, and positions in [0, 1) [B]."""
+
+    images: list[int]
+    x0: Tensor
+    condition: Tensor | None
+    noise: Tensor
+    position: Tensor
+
+    def timesteps(self, span: TimestepRange) -> Tensor:
+        """Return the timesteps [B] at the positions in a range; each t of the range covers an equal share."""
+        return span.start + (self.position * len(span)).long().clamp(max=len(span) - 1)
+
+    def loss(self, model: Diffusion, span: TimestepRange) -> Tensor:
+        """Return the mean loss [] at the timesteps of a range."""
+        return model.loss(self.x0, self.noise, self.timesteps(span).to(model.device), self.condition).mean()
+
+    def only(self, b: int) -> Draw:
+        """Return sample b alone."""
+        keep = slice(b, b + 1)
+        condition = None if self.condition is None else self.condition[keep]
+        return Draw(self.images[keep], self.x0[keep], condition, self.noise[keep], self.position[keep])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """The draws of a measurement of M groups on a partition into N bins."""
+
+    model: Diffusion
+    data: ImageData
+    bins: Partition
+    groups: int
+    batch_size: int
+    seed: int
+    shared: bool
+    antithetic: bool
+
+    def group(self, m: int) -> Iterator[Draw]:
+        """Yield the draw of each bin of group m."""
+        shared = self._of(m) if self.shared else None
+        for i in range(len(self.bins)):
+            yield shared or self._of(self.groups * (1 + i) + m)
+
+    def pilot(self) -> Iterator[Draw]:
+        """Yield a draw for each bin that no group has."""
+        for i in range(len(self.bins)):
+            yield self._of(self.groups * (1 + len(self.bins)) + i)
+
+    def _of(self, key: int) -> Draw:
+        return draw(self.model, self.data, key, self.batch_size, self.seed, self.antithetic)
+
+
+def draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithetic: bool) -> Draw:
+    """Return the B samples of one key."""
+    n = B // 2 if antithetic else B
+    samples = range(n)
+    chosen = (uniform(seed, "analysis-image", samples=samples, step=key) * len(data)).long().tolist()
+    captions = [data.captions[i] for i in chosen] if model.requires_text and data.captions is not None else None
+    x0, condition = model.encode(data.floats(chosen), captions)
+    noise = normal(model.sample_shape, seed, "analysis-noise", samples=samples, step=key).to(model.device)
+    position = (torch.arange(n) + uniform(seed, "analysis-t", samples=samples, step=key)) / n
+    if not antithetic:
+        return Draw(chosen, x0, condition, noise, position)
+    twice = None if condition is None else torch.cat([condition, condition])
+    return Draw(2 * chosen, torch.cat([x0, x0]), twice, torch.cat([noise, -noise]), torch.cat([position, position]))

@@ -1,0 +1,96 @@
+"""Count sketch of gradients: k numbers in place of D, whose inner products stay.
+
+    h(x)_j = sum_{p = j mod k} sigma(p) x_p,     E <h(x), h(y)> = <x, y>,     SD <= sqrt(2/k) |x| |y|
+
+k is prime, so that no stride of a layer's shape falls into one bucket again and again. The buckets of k coordinates in a
+row are all different: the sketch is a sum of rows of k signed coordinates, without scattered writes, the same in every run.
+It is linear: sketches add up over pieces of a gradient, over microbatches and over processes.
+
+The sign sigma(p) is the top bit of a counter hash of p and the seed (the finaliser of SplitMix64), not a draw of a torch
+generator, whose stream differs between devices. It is kept as one byte per coordinate. p counts the coordinates of the
+parameters one after another in the logical order of each, whatever its layout in memory.
+
+Papers: Charikar, Chen, Farach-Colton: Finding frequent items in data streams (ICALP 2002); SplitMix64: Steele, Lea, Flood
+(OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from demerge.randomness import key_of
+from demerge.stats.examples import accumulator
+
+K = 65_521  # the largest prime below 2^16
+ROWS, ACCELERATED_ROWS = 8, 512  # of k at a time: those that stay in a processor's cache, and those worth a kernel's start
+HASHED = 1 << 20
+WORD = 1 << 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CountSketch:
+    """The map h from D coordinates to k; `signs` [D] int8 is sigma."""
+
+    signs: Tensor
+    k: int = K
+
+    @classmethod
+    def of(cls, D: int, seed: int, *, k: int = K, device: torch.device | str = "cpu") -> CountSketch:
+        """Make the sketch of D coordinates that a seed stands for."""
+        pieces = [signs(start, min(start + HASHED, D), seed, device) for start in range(0, D, HASHED)]
+        return cls(torch.cat(pieces), k)
+
+    def zeros(self) -> Tensor:
+        """Return the sketch [k] of 0, in float64 where the device has it, for `add`."""
+        return accumulator((self.k,), self.signs.device)
+
+    def add(self, total: Tensor, start: int, x: Tensor) -> None:
+        """Add the sketch of the coordinates [start, start + n), x [n] of any float dtype, to `total` [k] in place."""
+        rows = ROWS if x.device.type == "cpu" else ACCELERATED_ROWS
+        for a, b in _spans(start, start + len(x), self.k, rows):
+            signed = x[a - start : b - start].float() * self.signs[a:b]
+            bucket = a % self.k
+            if bucket or b - a < self.k:
+                total[bucket : bucket + b - a] += signed
+            else:
+                total += signed.view(-1, self.k).sum(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return h(x) [k] in float32 of a whole gradient x [D]."""
+        total = self.zeros()
+        self.add(total, 0, x)
+        return total.float()
+
+
+def _spans(start: int, stop: int, k: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut [start, stop) into the head of a row, blocks of whole rows of k, `most` of them each, and the tail of a row."""
+    while start < stop:
+        rows = 0 if start % k else min((stop - start) // k, most)
+        end = start + rows * k if rows else min(stop, start - start % k + k)
+        yield start, end
+        start = end
+
+
+def signs(start: int, stop: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return sigma(p) in {-1, 1} for p in [start, stop), int8.
+
+    Integers wrap around at 2^64 on every device; a shift drags the sign bit along, which the masks take off again.
+    """
+    key = key_of(seed, "analysis-sketch") % WORD
+    z = torch.arange(start + 1, stop + 1, device=device) * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)) * _signed(factor)
+    return 1 - 2 * (z < 0).to(torch.int8)  # the last step of SplitMix64, z ^ z >> 31, leaves the top bit as it is
+
+
+def _shifted(z: Tensor, n: int) -> Tensor:
+    return (z >> n) & ((1 << (64 - n)) - 1)
+
+
+def _signed(word: int) -> int:
+    """Return the signed integer of the same 64 bits."""
+    return word - WORD if word >= WORD // 2 else word

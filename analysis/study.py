@@ -1,0 +1,169 @@
+"""Two estimators of similarity side by side: the plug-in cosine of the literature, and the unbiased one of similarity.py.
+
+    plug-in     cos(S_i, S_j), S_i the sum over all groups: biased by noise, upwards for shared draws, downwards for independent
+    unbiased    K_ij / sqrt(K_ii K_jj) from pairs of different groups, for resolved bins alone
+
+Both get intervals from the same jackknife over groups: the plug-in's are narrow and in the wrong place, since a standard
+error tells nothing of a bias. Where the truth is known (known.py) errors are counted; on a real base two kinds of draws must
+give one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from demerge.analysis.gradients import DRAWS
+from demerge.analysis.known import Known
+from demerge.analysis.similarity import (
+    cross,
+    kernel,
+    leave_one_out,
+    normalised,
+    similarity,
+    standard_error,
+    t_quantile,
+)
+from demerge.conflict import Array, ConflictMap
+from demerge.errors import UsageError
+
+PLUG_IN, UNBIASED = "plug-in", "unbiased"
+
+
+def errors(
+    known: Known, draws: Iterable[str] = DRAWS, *, groups: int = 8, batch_size: int = 8, maps: int = 200, seed: int = 0
+) -> pd.DataFrame:
+    """Measure a known problem many times and return how far both cosines are from the truth.
+
+    One row for each kind of draws and estimator, over all pairs of bins and all maps:
+        bias: mean of estimate - truth, and `bias_se`, its own standard error over maps; for `neighbours` too.
+        rmse: root of the mean squared error.
+        covered: share of the 95 % intervals (jackknife, Student's t) that hold the truth.
+        unresolved: share of bins for which the estimator gives nothing; the plug-in always gives something.
+
+    Raises:
+        UsageError: as `Known.measure` does, and for fewer than 2 maps.
+    """
+    if maps < 2:
+        raise UsageError(f"{maps} maps have no spread", fix="give at least 2")
+    rows = []
+    for kind in draws:
+        found = [known.measure(groups=groups, batch_size=batch_size, draws=kind, seed=seed + number) for number in range(maps)]
+        for name, estimates in (
+            (PLUG_IN, [_plug_in(map) for map in found]),
+            (UNBIASED, [_unbiased(map) for map in found]),
+        ):
+            rows.append({"draws": kind, "estimator": name, **_errors(known.cosine, estimates, t_quantile(groups))})
+    return pd.DataFrame(rows)
+
+
+def _errors(truth: Array, estimates: list[tuple[Array, Array]], factor: float) -> dict[str, float]:
+    error = np.array([value for value, _ in estimates]) - truth  # [maps N N], NaN where unresolved
+    half = factor * np.array([se for _, se in estimates])
+    pairs, beside = np.triu_indices(len(truth), 1), (np.arange(len(truth) - 1), np.arange(1, len(truth)))
+    pair_error, pair_half = error[:, *pairs], half[:, *pairs]
+    known = np.isfinite(pair_error)
+    bias, bias_se = _mean(pair_error)
+    near, near_se = _mean(error[:, *beside])
+    return {
+        "bias": bias,
+        "bias_se": bias_se,
+        "neighbours": near,
+        "neighbours_se": near_se,
+        "rmse": float(np.sqrt(np.mean(pair_error[known] ** 2))) if known.any() else float("nan"),
+        "covered": float((abs(pair_error) <= pair_half)[known].mean()) if known.any() else float("nan"),
+        "unresolved": float(np.isnan(np.diagonal(error, axis1=1, axis2=2)).mean()),
+    }
+
+
+def _mean(values: Array) -> tuple[float, float]:
+    """Return the mean of all finite entries [maps P], and its standard error over maps."""
+    known = np.isfinite(values)
+    total, count = np.where(known, values, 0).sum(1), known.sum(1)
+    if not count.any():
+        return float("nan"), float("nan")
+    mean = total.sum() / count.sum()
+    return float(mean), float((total - mean * count).std(ddof=1) / count.mean() / len(values) ** 0.5)
+
+
+def by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -> pd.DataFrame:
+    """Return the mean cosine of neighbours as groups are added: columns draws, estimator, samples, cosine, half, unresolved.
+
+    `maps` are named by their kind of draws. `half` is half the 95 % interval; `unresolved` counts bins. The unbiased mean is
+    taken over resolved pairs and is NaN where there are none; the plug-in's is over all pairs.
+    """
+    counts, rows = list(groups), []
+    for kind, map in maps.items():
+        for count in (n for n in counts if n <= map.M):
+            part = first_groups(map, count)
+            found, samples = similarity(part), count * map.origin.batch_size
+            for name, value, without, unresolved in (
+                (PLUG_IN, found.naive, _plug_in_without(part), 0),
+                (UNBIASED, found.cosine, normalised(leave_one_out(part), found.resolved), int((~found.resolved).sum())),
+            ):
+                half = t_quantile(count) * float(standard_error(np.array([_beside(each) for each in without])))
+                rows.append((kind, name, samples, _beside(value), half, unresolved))
+    return pd.DataFrame(rows, columns=["draws", "estimator", "samples", "cosine", "half", "unresolved"])
+
+
+def first_groups(map: ConflictMap, groups: int) -> ConflictMap:
+    """Return the map of the first groups alone, as if no more had been measured."""
+    return replace(map, gram=np.ascontiguousarray(map.gram[:, :groups, :, :groups]))
+
+
+def disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFrame:
+    """Compare two maps of one model that share no sample, one of shared and one of independent draws, say.
+
+    The mean gradients are the model's, however the samples were drawn: an estimator that gives two answers is biased, and no
+    truth is needed to see it. One row for each estimator: the mean of <mu_i, mu_j> over pairs of bins i < j as each map has
+    it, the standard errors, and `z`, the difference in units of its own.
+
+    Raises:
+        UsageError: where the maps have other bins, or fewer than two.
+    """
+    if first.edges != second.edges or first.N < 2:
+        raise UsageError(f"maps of {first.N} and {second.N} bins do not compare", fix="measure both on the same bins")
+    rows = []
+    for name, kernels in ((PLUG_IN, _plug_in_kernels), (UNBIASED, _unbiased_kernels)):
+        (a, a_se), (b, b_se) = (_pair_mean(*kernels(map)) for map in (first, second))
+        scale = float(np.hypot(a_se, b_se))
+        rows.append((name, a, a_se, b, b_se, (a - b) / scale if scale else 0.0))
+    return pd.DataFrame(rows, columns=["estimator", "first", "first_se", "second", "second_se", "z"])
+
+
+def _pair_mean(K: Array, left_out: Array) -> tuple[float, float]:
+    i, j = np.triu_indices(len(K), 1)
+    return float(K[i, j].mean()), float(standard_error(left_out[:, i, j].mean(1)))
+
+
+def _beside(cosine: Array) -> float:
+    values = np.diagonal(cosine, 1)
+    known = np.isfinite(values)
+    return float(values[known].mean()) if known.any() else float("nan")
+
+
+def _unbiased(map: ConflictMap) -> tuple[Array, Array]:
+    found = similarity(map)
+    return found.cosine, found.cosine_se
+
+
+def _plug_in(map: ConflictMap) -> tuple[Array, Array]:
+    return similarity(map).naive, standard_error(_plug_in_without(map))
+
+
+def _plug_in_without(map: ConflictMap) -> Array:
+    """Return the plug-in cosine without group m, for each m, [M N N]."""
+    return normalised(_plug_in_kernels(map)[1], np.ones(map.N, dtype=bool))
+
+
+def _plug_in_kernels(map: ConflictMap) -> tuple[Array, Array]:
+    """Return <S_i, S_j> / M^2 [N N], and the same without group m, for each m, [M N N]."""
+    left = 1 - np.eye(map.M)
+    return kernel(map, np.ones((map.M, map.M))), kernel(map, left[:, :, None] * left[:, None, :])
+
+
+def _unbiased_kernels(map: ConflictMap) -> tuple[Array, Array]:
+    return kernel(map, cross(map.M)), leave_one_out(map)

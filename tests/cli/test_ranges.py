@@ -1,0 +1,101 @@
+"""`demerge ranges`: what scripts rely on, that the map alone is enough, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from demerge.conflict import ConflictMap, Origin
+from demerge.timesteps import Partition
+
+
+@pytest.fixture
+def conflict(tmp_path: Path) -> Path:
+    """A stored map of 16 bins whose gradients turn at 125, 250 and 375."""
+    rng, directions = np.random.default_rng(0), np.repeat(np.eye(4, 12), [2, 2, 2, 10], axis=0)
+    s = directions[:, None] + 0.2 * rng.standard_normal((16, 8, 12))
+    origin = Origin("model", "data", 12, "exact", "shared", False, "euclid", 4, 0)
+    gram = np.einsum("imd,jnd->imjn", s, s)
+    return ConflictMap(Partition.uniform(1000, 16), gram, np.linspace(9, -10, 1000), origin).save(
+        tmp_path / "conflict.safetensors"
+    )
+
+
+def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> None:
+    done = run("ranges", conflict)
+    assert (done.code, done.out) == (0, "0:125 125:250 250:375 375:1000\n")
+    for word in ("by cross-fit", "held out", "bootstrap", "logsnr", "advice        gradient"):
+        assert word in done.err
+    out = tmp_path / "new" / "partition.json"
+    wrote = run("ranges", tmp_path, "-n", "auto", "-o", out)
+    assert (wrote.code, wrote.out.strip()) == (0, str(out)) and Partition.load(out).cuts == [125, 250, 375]
+    kept = out.read_bytes()
+    assert run("ranges", conflict, "-o", out).code == 0 and out.read_bytes() == kept
+    said = json.loads(run("ranges", conflict, "-n", 2, "--method", "hierarchical", "-o", out, "--json").out)
+    assert said["ranges"] == 2 and said["taken"] == "hierarchical" and len(Partition.load(out)) == 2
+    assert said["partition"] == [[r.start, r.stop] for r in Partition.load(out)]
+
+
+def test_a_list_of_cuts_is_judged_and_written(run: Any, conflict: Path, tmp_path: Path) -> None:
+    done = run("ranges", conflict, "--cuts", "100,500", "-n", 3, "--score", "cosine", "-o", tmp_path / "p.json", "--json")
+    said = json.loads(done.out)
+    assert (done.code, said["taken"], said["ranges"], said["score"]) == (0, "given", 3, "cosine")
+    assert Partition.load(tmp_path / "p.json").cuts == said["cuts"]["given"]["cuts"] == [100, 500]
+
+
+def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: Path) -> None:
+    done = run("ranges", conflict, "--model", tiny)
+    assert (done.code, "measured on a model of sha256 model..." in done.err) == (3, True)
+    assert run("ranges", conflict, "--model", "nowhere/at-all").code == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("-n", 17), 2, "17 ranges, and the map has 16 bins"),
+        (("-n", "many"), 2, "'many' is no number of ranges"),
+        (("-n", 0), 2, "'0' is no number of ranges"),
+        (("--minimum", 9, "-n", 2), 2, "2 ranges of 9 bins"),
+        (("--minimum", 0), 2, "--minimum"),
+        (("--method", "best"), 2, "hierarchical"),
+        (("--score", "sum"), 2, "step, energy, cosine"),
+        (("--cuts", "500,125"), 2, "ascend"),
+        (("--cuts", "125", "-n", 4), 2, "2 ranges"),
+        (("--cuts", "125", "--method", "uniform"), 2, "leave out --method"),
+        (("-o", "."), 2, "is no partition"),
+        (("-o", "conflict.safetensors"), 2, "is no partition"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    run: Any, conflict: Path, arguments: tuple[Any, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(conflict.parent)
+    before = conflict.read_bytes()
+    done = run("ranges", conflict, *arguments)
+    assert (done.code, message in done.err, done.out) == (code, True, ""), done.err
+    assert [path.name for path in conflict.parent.iterdir()] == [conflict.name] and conflict.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x" * 100])
+def test_a_broken_map_is_a_bad_input(run: Any, tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "conflict.safetensors").write_bytes(content)
+    done = run("ranges", tmp_path)
+    assert (done.code, "not a conflict map" in done.err, "fix:" in done.err) == (3, True, True)
+
+
+def test_neither_diffusers_nor_plots_are_loaded(conflict: Path) -> None:
+    code = (
+        f"import sys; sys.argv = ['demerge', 'ranges', {str(conflict)!r}]\n"
+        "from demerge.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'diffusers', 'transformers', 'matplotlib', 'seaborn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
