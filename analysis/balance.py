@@ -23,7 +23,7 @@ from demerge.data import load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.files import refuse_existing
-from demerge.hashes import remembered
+from demerge.hashes import remembered_content
 from demerge.headers import read_json
 from demerge.lora import open_expert
 from demerge.merge import MergeSession
@@ -149,9 +149,7 @@ def _data_of(place: Place) -> Any:
 
 def _sha256(model: Expert) -> str:
     """Return the hash of a model's tensors, or of the deltas that a LoRA stands for."""
-    if isinstance(model, Checkpoint):
-        return remembered("content", model.place.files, lambda: content_sha256(model))
-    return content_sha256(model)
+    return remembered_content(model) if isinstance(model, Checkpoint) else content_sha256(model)
 
 
 def _own(places: Sequence[Place], T: int) -> Partition:

@@ -79,8 +79,7 @@ def draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithe
     n = B // 2 if antithetic else B
     samples = range(n)
     chosen = (uniform(seed, "analysis-image", samples=samples, step=key) * len(data)).long().tolist()
-    captions = [data.captions[i] for i in chosen] if model.requires_text and data.captions is not None else None
-    x0, condition = model.encode(data.floats(chosen), captions)
+    x0, condition = model.encode_from(data, chosen)
     noise = normal(model.sample_shape, seed, "analysis-noise", samples=samples, step=key).to(model.device)
     position = (torch.arange(n) + uniform(seed, "analysis-t", samples=samples, step=key)) / n
     if not antithetic:

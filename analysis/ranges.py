@@ -111,9 +111,10 @@ def load_map(path: Path, model: str | None = None) -> ConflictMap:
     map = ConflictMap.load(path / "conflict.safetensors" if path.is_dir() else path)
     if model is None:
         return map
-    from demerge.weights import Checkpoint, content_sha256
+    from demerge.hashes import remembered_content
+    from demerge.weights import Checkpoint
 
-    sha256 = content_sha256(Checkpoint.open(model))
+    sha256 = remembered_content(Checkpoint.open(model))
     if sha256 != map.origin.model:
         raise InputError(
             f"{path} was measured on a model of sha256 {map.origin.model[:16]}..., {model} has {sha256[:16]}...",

@@ -138,9 +138,7 @@ class Draws:
         for numbers in torch.arange(self.J).split(size):
             samples: list[int] = numbers.tolist()
             chosen = [images[j % len(images)] for j in samples]
-            captions = self.data.captions
-            texts = [captions[i] for i in chosen] if captions is not None and model.requires_text else None
-            x0, condition = model.encode(self.data.floats(chosen), texts)
+            x0, condition = model.encode_from(self.data, chosen)
             noise = normal(model.sample_shape, self.seed, "coefficients-noise", samples=samples, step=step).to(model.device)
             place = (numbers + uniform(self.seed, "coefficients-t", samples=samples, step=step)) / self.J
             t = (span.start + (place * len(span)).long().clamp(max=len(span) - 1)).to(model.device)

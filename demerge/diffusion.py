@@ -27,6 +27,7 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
+from demerge.data import ImageData
 from demerge.errors import InputError, UsageError
 from demerge.files import commit_json
 from demerge.headers import read_json
@@ -218,6 +219,11 @@ class Diffusion:
         if self.vae is None:
             return images, condition
         return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor, condition
+
+    def encode_from(self, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Encode images of a data set, with their captions where the base takes text; see `encode`."""
+        known = data.captions if self.requires_text else None
+        return self.encode(data.floats(indices), None if known is None else [known[i] for i in indices])
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from demerge.errors import DemergeError
 from demerge.files import commit_text, sha256
+from demerge.weights import Checkpoint, content_sha256
 
 SETTLED = 2_000_000_000  # nanoseconds since the last change
 MOST = 10_000  # entries; the oldest go first
@@ -58,6 +59,11 @@ def remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> 
         found = compute()
         _remember({key: found} if _settled(kind, files, key) else {})
     return found
+
+
+def remembered_content(checkpoint: Checkpoint) -> str:
+    """Return `content_sha256` of a checkpoint, from memory where it is there."""
+    return remembered("content", checkpoint.place.files, lambda: content_sha256(checkpoint))
 
 
 def _key(kind: str, files: Sequence[Path]) -> str:

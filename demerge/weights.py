@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import mmap
 import re
 from collections.abc import Iterator, Mapping
@@ -174,6 +175,13 @@ def _values_sha256(tensor: Tensor) -> str:
         chunk = flat[start : start + HASH_CHUNK]
         digest.update((chunk.float() if chunk.is_floating_point() else chunk).cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def finite(tensor: Tensor) -> bool:
+    """Return whether all elements are finite: the sum of finite numbers is, unless it overflows, which is then looked at."""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def commit_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:

@@ -107,8 +107,7 @@ def _losses(model: Diffusion, data: ImageData, span: TimestepRange, r: int, draw
     """Return the losses [B] of some draws j of range r; draw j takes image order[j mod N]."""
     order = permutation(len(data), seed, "validation-images", r)
     chosen = [order[j % len(data)] for j in draws]
-    captions = [data.captions[i] for i in chosen] if data.captions is not None else None
-    x0, condition = model.encode(data.floats(chosen), captions)
+    x0, condition = model.encode_from(data, chosen)
     noise = normal(model.sample_shape, seed, "validation-noise", samples=draws, step=r)
     t = _timesteps(span, r, draws, seed)
     return model.loss(x0, noise.to(model.device), t.to(model.device), condition).cpu()

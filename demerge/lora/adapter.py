@@ -26,7 +26,7 @@ from demerge.local import local
 from demerge.lora.names import Keys, Modules
 from demerge.lora.settings import Settings, config_beside
 from demerge.places import Place, locate
-from demerge.weights import Checkpoint
+from demerge.weights import Checkpoint, finite
 
 HELD = 3  # expanded deltas kept: threads that read chunks in order are in two or three tensors
 BLOCK = 1 << 20  # elements in float64 at once
@@ -183,7 +183,7 @@ class Adapter(Mapping[str, Tensor]):
         else:
             m = self._file[factors.magnitude].double().reshape(-1)
             dense = _decomposed(base.double(), torch.cat(list(blocks)).view(base.shape), m, factors.axis).float()
-        if not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
+        if not finite(dense):
             self._refuse(f"{factors.up} and {factors.down} make NaN or Inf", "use another file of this LoRA")
         return dense
 

@@ -20,15 +20,11 @@ import torch
 from torch import Tensor
 
 from demerge.errors import NumericalError
-from demerge.merge.checks import (
-    Tensors,
-    blamed,
-    finite,
-    refuse_other_size,
-)
+from demerge.merge.checks import Tensors, blamed, refuse_other_size
 from demerge.merge.contract import Block, Method, called
 from demerge.merge.stream import CHUNK, Reader, chunked_work, ordered
 from demerge.timesteps import TimestepRange
+from demerge.weights import finite
 
 Progress = Callable[[int, int, str], None]
 Value = TypeVar("Value")
@@ -166,23 +162,21 @@ class Merge:
         """Return what the method is given for a tensor, and its block where there is but one."""
         blocks = _Blocks(self, [name], 1)
         found = self._statistics("tensor", blocks, self._model_statistics)
-        supplied = self._constants(name) | {s.name: found.get(s.name) for s in self.method.statistics}
-        return supplied, blocks.kept
+        return self._supplied(name, found), blocks.kept
 
     def _statistics(self, scope: str, blocks: _Blocks | None, known: Mapping[str, Any]) -> dict[str, Any]:
         found = dict(known)
         for statistic in self.method.statistics:
             name = blocks.names[0] if blocks else None
             if statistic.scope(self.setting(name).options) == scope:
-                supplied = self._constants(name) | {s.name: found.get(s.name) for s in self.method.statistics}
                 over = blocks or _Blocks(self, self.floating, self.threads, statistic.name)
                 with blamed(self.method, name):
-                    found[statistic.name] = called(statistic.compute, over, supplied=supplied)
+                    found[statistic.name] = called(statistic.compute, over, supplied=self._supplied(name, found))
         return found
 
-    def _constants(self, name: str | None) -> dict[str, Any]:
-        setting = self.setting(name)
-        return {"weights": self._weights(name), "ranges": self.ranges, "snr": self.snr, **setting.options}
+    def _supplied(self, name: str | None, found: Mapping[str, Any]) -> dict[str, Any]:
+        constants = {"weights": self._weights(name), "ranges": self.ranges, "snr": self.snr, **self.setting(name).options}
+        return constants | {s.name: found.get(s.name) for s in self.method.statistics}
 
     def _weights(self, name: str | None) -> Tensor:
         """Return the weights of a tensor; one Tensor for all that have the model's."""

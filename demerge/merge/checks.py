@@ -11,6 +11,7 @@ from torch import Tensor
 
 from demerge.errors import DemergeError, InputError, NumericalError, UsageError
 from demerge.merge.contract import Method
+from demerge.weights import finite
 
 Tensors = Mapping[str, Tensor]
 
@@ -126,13 +127,6 @@ def refuse_other_size(method: Method, name: str, base: Tensor, merged: object) -
             f"method {method.name} returns {found} for {list(base.shape)} of tensor {name}",
             fix="return a tensor of the base's shape",
         )
-
-
-def finite(tensor: Tensor) -> bool:
-    """Return whether all elements are finite: the sum of finite numbers is, unless it overflows, which is then looked at."""
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
-    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def rounded(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:

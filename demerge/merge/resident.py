@@ -19,7 +19,7 @@ from torch import Tensor
 
 from demerge.merge.checks import Tensors
 from demerge.merge.contract import Block, Method, Statistic, called
-from demerge.merge.stream import CHUNK, Reader
+from demerge.merge.stream import CHUNK, Reader, spans
 
 Value = TypeVar("Value")
 Weights = Callable[[str | None], Tensor]  # the weights [K] of a tensor; of the model for None
@@ -74,9 +74,7 @@ class Resident:
     # -- blocks ------------------------------------------------------------------------------------------------------
 
     def _spans(self, name: str, step: int) -> list[slice]:
-        numel = self.held[name].base.numel()
-        step = max(1, numel if self.method.whole else step)
-        return [slice(start, min(start + step, numel)) for start in range(0, numel, step)]
+        return spans(self.held[name].base.numel(), step, self.method.whole)
 
     def _block(self, name: str, span: slice, weights: Weights) -> Block:
         """Return the block of a span; nothing is copied that is kept in the arithmetic's dtype."""

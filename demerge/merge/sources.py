@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import InputError, UsageError
-from demerge.hashes import remembered
+from demerge.hashes import remembered_content
 from demerge.headers import read_json
 from demerge.lora import Adapter
 from demerge.merge.contract import Method
 from demerge.merge.recipe.asked import Source
 from demerge.places import Place
 from demerge.timesteps import TimestepRange
-from demerge.weights import Checkpoint, content_sha256
+from demerge.weights import Checkpoint
 
 Hashes = Mapping[Path, str]
 Expert = Checkpoint | Adapter
@@ -77,7 +77,7 @@ def refuse_foreign(base: Checkpoint, experts: Sequence[Expert]) -> None:
     """
     asked = [(e, read_json(record).get("base_sha256")) for e in experts if (record := e.place.beside("expert.json"))]
     if any(isinstance(hash_, str) for _, hash_ in asked):
-        found = remembered("content", base.place.files, lambda: content_sha256(base))
+        found = remembered_content(base)
         for expert, hash_ in asked:
             if isinstance(hash_, str) and hash_ != found:
                 raise InputError(

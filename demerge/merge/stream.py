@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError, NumericalError
-from demerge.merge.checks import Tensors, finite, holds_deltas
+from demerge.merge.checks import Tensors, holds_deltas
 from demerge.merge.contract import Block, Method
 from demerge.randomness import key_of
+from demerge.weights import finite
 
 CHUNK = 1 << 18  # elements per expert: the chunks of all experts fit the caches
 AHEAD = 2  # chunks that each thread may be ahead of the writer
@@ -60,9 +61,7 @@ class Reader:
 
     def spans(self, name: str, step: int) -> list[slice]:
         """Return the spans that a tensor is read in; one for a method that sees whole tensors."""
-        numel = self.base[name].numel()
-        step = max(1, numel if self.method.whole else step)
-        return [slice(start, min(start + step, numel)) for start in range(0, numel, step)]
+        return spans(self.base[name].numel(), step, self.method.whole)
 
     def block(self, name: str, span: slice, weights: Tensor, offset: int = 0) -> Block:
         """Read the block of a span; `offset` is the number of elements in the tensors before this one.
@@ -130,6 +129,12 @@ class Reader:
             if name in source and not finite(source[name].reshape(-1)):
                 raise InputError(f"{label}: tensor {name} holds NaN or Inf", fix="use another checkpoint of this model")
         raise NumericalError(f"tensor {name}: a difference to the base exceeds {self.dtype}", fix="check the experts")
+
+
+def spans(numel: int, step: int, whole: bool) -> list[slice]:
+    """Return the spans of `step` elements that cover [0, numel); one for a method that sees whole tensors."""
+    step = max(1, numel if whole else step)
+    return [slice(start, min(start + step, numel)) for start in range(0, numel, step)]
 
 
 def uniform(keys: Sequence[int], span: slice) -> Tensor:

@@ -95,9 +95,8 @@ class Sampler:
 
     @torch.no_grad()
     def _draw(self, numbers: Sequence[int], images: Sequence[int]) -> Examples:
-        model, captions = self.model, self.data.captions
-        texts = [captions[i] for i in images] if captions is not None and model.requires_text else None
-        x0, condition = model.encode(self.data.floats(images), texts)
+        model = self.model
+        x0, condition = model.encode_from(self.data, images)
         position = uniform(self.seed, "stats timestep", samples=numbers)
         t = (self.span.start + position * len(self.span)).long().to(x0.device)
         noise = normal(x0.shape[1:], self.seed, "stats noise", samples=numbers).to(x0.device)

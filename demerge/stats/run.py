@@ -18,12 +18,13 @@ from demerge.data import ImageData, load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.files import refuse_small_disk
+from demerge.hashes import remembered_content
 from demerge.stats.examples import Collected
 from demerge.stats.fisher import range_fisher
 from demerge.stats.gram import layers_of, range_gram, width
 from demerge.stats.record import commit_statistic, inputs_of, is_there
 from demerge.timesteps import Partition, TimestepRange
-from demerge.weights import Checkpoint, content_sha256
+from demerge.weights import Checkpoint
 
 STATISTICS: Mapping[str, Callable[..., Collected]] = {"fisher": range_fisher, "gram": range_gram}
 PROBE = 8
@@ -157,7 +158,7 @@ def prepare(
 
 def _jobs(model: str, data: ImageData, T: int, ranges: str | None, out: Path | None, what: Sequence[str]) -> Iterator[Job]:
     checkpoint = Checkpoint.open(model)
-    sha256 = content_sha256(checkpoint)
+    sha256 = remembered_content(checkpoint)
     for span, folder in _folders(model, checkpoint, T, ranges, out):
         for name in what:
             yield Job(model, span, name, folder, inputs_of(sha256, data, span))

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from demerge.merge.options import Between
-from demerge.merge.papers.selection import kth, magnitudes_at
+from demerge.merge.papers.selection import kth, magnitudes_at, share_of
 from demerge.merge.papers.stages import Then, aggregate, majority_of, majority_scope
 from demerge.merge.papers.statistics import l1_factors
 from demerge.merge.papers.ties import Mean, trim_exactly
@@ -64,7 +64,7 @@ def trail(blocks: Blocks, *, density: float, gamma: float) -> Trail:
 
 def counts(n: int, density: float, gamma: float) -> tuple[int, int]:
     """Return k and t, how many of n entries are kept, and how many larger ones are not."""
-    k = max(1, math.floor(density * n))
+    k = share_of(density, n)
     return k, min(math.floor(gamma * n), n - k)
 
 

@@ -12,7 +12,6 @@ since the sign of a row of S V_i^T is arbitrary and a majority of such signs mea
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from demerge.merge.options import Between
 from demerge.merge.papers.dare import drop
 from demerge.merge.papers.linear import weighted_sum
+from demerge.merge.papers.selection import share_of
 from demerge.merge.papers.spectral import as_matrix, thin_svd
 from demerge.merge.papers.ties import disjoint_merge, trim
 from demerge.merge.registry import method
@@ -63,5 +63,5 @@ def _thresholds(aligned: Tensor, density: float) -> Tensor:
     n = aligned[0].numel()
     if n == 0:
         return aligned.new_zeros(len(aligned))
-    k = max(1, math.floor(density * n))
+    k = share_of(density, n)
     return aligned.abs().flatten(1).kthvalue(n - k + 1, dim=1).values

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError
-from demerge.merge.checks import finite
 from demerge.merge.options import Between
 from demerge.merge.papers.linear import nonzero_sum, weighted_sum
 from demerge.merge.papers.spectral import ROUNDING, as_matrix, solve, total, unit
 from demerge.merge.registry import method
+from demerge.weights import finite
 
 SYMMETRIC = 1e-3  # of the largest entry: what sums in half precision may miss
 

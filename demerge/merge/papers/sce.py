@@ -13,7 +13,6 @@ Squares are taken in float64: those of small deltas are 0 in half precision.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from demerge.merge.options import Between
 from demerge.merge.papers.linear import weighted_sum
-from demerge.merge.papers.selection import kth
+from demerge.merge.papers.selection import kth, share_of
 from demerge.merge.papers.statistics import summed
 from demerge.merge.registry import Block, Blocks, Scope, Statistic, method
 
@@ -47,7 +46,7 @@ def thresholds(blocks: Blocks, *, weights: Tensor, density: float) -> Tensor:
     varying = int(summed(blocks, lambda block: spread(block.deltas).count_nonzero(), zero))
     if varying == 0:
         return torch.zeros((), dtype=torch.float64)
-    rank = max(1, math.floor(density * varying))
+    rank = share_of(density, varying)
     return kth(blocks, lambda block: spread(block.deltas).unsqueeze(0), lambda n: rank)[0]
 
 

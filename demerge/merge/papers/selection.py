@@ -50,9 +50,14 @@ class _Bucket:
         return torch.from_numpy(array[np.flatnonzero((array >= self.low) & (array <= high))])
 
 
+def share_of(density: float, n: int) -> int:
+    """Return k = max(1, floor(density n)), how many of n entries a density keeps."""
+    return max(1, math.floor(density * n))
+
+
 def kth_magnitudes(blocks: Blocks, *, density: float) -> Tensor:
     """Return for each expert the k-th largest magnitude of its delta [K], exactly, k = max(1, floor(density n))."""
-    return kth(blocks, lambda block: block.deltas, lambda n: max(1, math.floor(density * n)))
+    return kth(blocks, lambda block: block.deltas, lambda n: share_of(density, n))
 
 
 def kth(blocks: Blocks, values: Callable[[Block], Tensor], rank: Callable[[int], int]) -> Tensor:

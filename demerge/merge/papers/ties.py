@@ -26,7 +26,7 @@ from torch.nn.functional import hardshrink
 
 from demerge.merge.options import Between
 from demerge.merge.papers.linear import weighted_sum
-from demerge.merge.papers.selection import kth, magnitudes_at
+from demerge.merge.papers.selection import kth, magnitudes_at, share_of
 from demerge.merge.registry import Block, Blocks, Scope, Statistic, method
 
 Votes = Literal["weighted", "plain"]
@@ -105,7 +105,7 @@ def thresholds(blocks: Blocks, *, density: float, keep: str) -> Tensor:
 
 def last_kept(blocks: Blocks, *, density: float, threshold: Tensor) -> Tensor:
     """Return the index [K] of the last entry at the threshold that is kept, so that exactly k are."""
-    return magnitudes_at(blocks, threshold, lambda n: max(1, math.floor(density * n)))
+    return magnitudes_at(blocks, threshold, lambda n: share_of(density, n))
 
 
 def trimmed_majority(blocks: Blocks, *, threshold: Tensor, last: Tensor | None, elect: str, votes: Votes) -> Tensor:
