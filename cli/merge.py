@@ -122,7 +122,7 @@ def merge(
     device: Device = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads that share the work; the cores, up to 4, by default.", rich_help_panel=RUN),
+        typer.Option(min=1, help="Processes that share the work; the cores, up to 4, by default.", rich_help_panel=RUN),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from demerge.merge.apply import Merge
 from demerge.merge.checks import Tensors
-from demerge.merge.contract import Block, Method, Value
+from demerge.merge.contract import Block, Blocks, Method
 from demerge.merge.registry import of
 from demerge.timesteps import TimestepRange
 
@@ -68,17 +68,13 @@ def _join(job: Merge, name: str) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldBlocks:
+class HeldBlocks(Blocks):
     """Blocks in memory, as the statistics of a method see them."""
 
     blocks: Sequence[Block]
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)
-
-    def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
-        """Yield function(block) in order."""
-        return map(function, self.blocks)
 
 
 def shapes_are_kept(method: Method, seed: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -351,20 +350,6 @@ def test_merges_like_the_model_that_it_makes_of_the_base(base: Tensors, save: Sa
         expected = merge_tensors(base, [fused, other], method)
         for name in base:
             torch.testing.assert_close(merged[name], expected[name], rtol=1e-5, atol=1e-6)
-
-
-def test_threads_read_the_same_deltas(base: Tensors, save: Save) -> None:
-    names = [n.removesuffix(".weight") for n, t in base.items() if t.ndim == 4]
-    pairs = {n: factors(base[f"{n}.weight"], seed=i) for i, n in enumerate(names)}
-    tensors = {f"{n}.lora_A.weight": A for n, (A, _) in pairs.items()} | {
-        f"{n}.lora_B.weight": B for n, (_, B) in pairs.items()
-    }
-    adapter = opened(save(tensors), base)
-    alone = {n: adapter[n].clone() for n in adapter}
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda n: torch.equal(adapter[n], alone[n]), [n for n in adapter for _ in range(3)]))
-    assert all(together) and len(together) == 3 * len(names)
-    assert list(adapter) == [n for n in base if n in adapter]
 
 
 def test_a_model_is_opened_as_a_model_under_the_names_of_the_base(save: Save) -> None:

@@ -6,13 +6,12 @@ r"""A LoRA as an expert: the factors of a file, expanded to the exact deltas of 
     DoRA            delta = m V / ||V|| - W_0,   V = W_0 + s B A, the norm over each output's weights
 
 LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353). A `dora_scale` of shape [1, in] says that the norm is over
-each input's weights. Products are taken in float64 and rounded once, so that they do not depend on the machine's threads.
+each input's weights. Products are taken in float64 and rounded once, so that they do not depend on torch's threads.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from demerge.lora.settings import Settings, config_beside
 from demerge.places import Place, locate
 from demerge.weights import Checkpoint, finite
 
-HELD = 3  # expanded deltas kept: threads that read chunks in order are in two or three tensors
 BLOCK = 1 << 20  # elements in float64 at once
 LISTED = 5
 Shape = tuple[int, ...]
@@ -49,7 +47,7 @@ class Factors:
 class Adapter(Mapping[str, Tensor]):
     """The deltas of a LoRA by the base's tensor names, float32 in the base's shapes, expanded when they are read.
 
-    A tensor that the LoRA does not touch is not in the mapping: its delta is 0. It may be read from several threads.
+    A tensor that the LoRA does not touch is not in the mapping: its delta is 0. The last one that was read is kept.
 
     Attributes:
         place: where it lies; its files are what a recipe hashes.
@@ -68,16 +66,13 @@ class Adapter(Mapping[str, Tensor]):
         self.skipped = tuple(keys.text)
         self._factors = self._resolved(keys)
         self._held: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Tensor:
         factors = self._factors[name]
-        with self._lock:
-            if name not in self._held:
-                if len(self._held) == HELD:
-                    del self._held[next(iter(self._held))]
-                self._held[name] = self._expanded(name, factors)
-            return self._held[name]
+        if name not in self._held:
+            self._held = {}  # before the next is expanded
+            self._held = {name: self._expanded(name, factors)}
+        return self._held[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._factors)

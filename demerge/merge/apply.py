@@ -3,7 +3,7 @@
     deltas of a chunk -> statistics (passes over the model or the tensor) -> method -> one rounding
 
 Base and experts are mappings from names to tensors: a state dict, or a `Checkpoint`, whose tensors are read as they are
-used. Neither the size of the chunk nor the number of threads changes a bit of the result: methods are elementwise,
+used. Neither the size of the chunk nor the number of workers changes a bit of the result: methods are elementwise,
 random numbers are counted by element, and statistics are summed over blocks of a fixed size in a fixed order.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate
-from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +20,13 @@ from torch import Tensor
 
 from demerge.errors import NumericalError
 from demerge.merge.checks import Tensors, blamed, refuse_other_size
-from demerge.merge.contract import Block, Method, called
-from demerge.merge.stream import CHUNK, Reader, chunked_work, ordered
+from demerge.merge.contract import Block, Blocks, Method, called
+from demerge.merge.stream import CHUNK, Reader, chunked_work
+from demerge.merge.workers import ordered, total
 from demerge.timesteps import TimestepRange
 from demerge.weights import finite
 
+BATCH = 1 << 26  # elements of each expert between two passes
 Progress = Callable[[int, int, str], None]
 Value = TypeVar("Value")
 
@@ -55,10 +56,11 @@ class Merge:
         options: all options of the method, settled.
         inputs: by name, the tensors of each expert that the method needs beside its weights.
         names: what base and experts are called in errors.
-        chunk: elements per expert held at once by a thread.
+        chunk: elements per expert held at once by a worker.
         settings: the tensors that have weights and options of their own, all options settled.
         only: the tensors to merge; the others stay the base's. None for all.
         ranges: the timesteps of each expert, where they are known.
+        threads: worker processes that share the arithmetic, where the system can fork.
         snr: the signal-to-noise ratio at each timestep [T] of the base's schedule, where it has one.
     """
 
@@ -94,17 +96,17 @@ class Merge:
         return self.stream([name], lambda name, done: done)
 
     def stream(self, names: Sequence[str], finish: Callable[[str, Done], Value]) -> Iterator[Value]:
-        """Yield finish(name, chunk) for all chunks of the named tensors, in order; worker threads call `finish`.
+        """Yield finish(name, chunk) for all chunks of the named tensors, in order; worker processes call `finish`.
 
         Raises:
             InputError: where a tensor holds NaN or Inf.
             NumericalError: where the method makes a number that is not finite of finite ones.
         """
         with chunked_work():
-            _ = self._model_statistics
-            for value in ordered(lambda task: task(), self._tasks(names, finish), self.threads):
-                if value is not None:
-                    yield value
+            for batch in self._batches([name for name in names if self.base[name].numel()]):
+                supplied = self._prepared(batch)
+                items = [(name, span) for name in batch for span in self.reader.spans(name, self.chunk)]
+                yield from ordered(partial(self._finished, supplied, finish), items, self._workers)
 
     def setting(self, name: str | None) -> Setting:
         """Return the weights and options of a tensor; of the model for None."""
@@ -112,21 +114,34 @@ class Merge:
 
     # -- the order of the work ---------------------------------------------------------------------------------------
 
-    def _tasks(self, names: Sequence[str], finish: Callable[[str, Done], Value]) -> Iterator[Callable[[], Value | None]]:
-        """Yield the work in order; the statistics of a tensor come one tensor early, so that threads need not wait."""
-        prepared = [_Prepared(self, name) for name in names if self.base[name].numel()]
-        for i, current in enumerate(prepared):
-            for early in prepared[i : i + 2]:
-                yield early.prepare
-            for span in self.reader.spans(current.name, self.chunk):
-                yield partial(self._finished, current, span, finish)
-            prepared[i] = _Prepared(self, current.name)  # lets go of its block
+    def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Cut the names so that a second pass over a batch finds it in memory, where there is a first pass."""
+        _ = self._model_statistics  # before any worker is forked
+        first = any(
+            s.scope(self.setting(n).options) == "tensor" for s in self.method.statistics for n in (None, *self.settings)
+        )
+        batch, size = [], 0
+        for name in names:
+            batch.append(name)
+            size += self.base[name].numel()
+            if first and size >= BATCH:
+                yield batch
+                batch, size = [], 0
+        yield batch
 
-    def _finished(self, prepared: _Prepared, span: slice, finish: Callable[[str, Done], Value]) -> Value:
-        supplied, block = prepared.get()
-        if block is None or block.base.numel() != span.stop - span.start:
-            block = self._block(prepared.name, span)
-        return finish(prepared.name, Done(self._merged(prepared.name, span, block, supplied), block))
+    @cached_property
+    def _workers(self) -> int:
+        """How many processes share the work; one where tensors are on another device, which a fork cannot use."""
+        held = [self.base, *self.experts, *(tensors for given in self.inputs.values() for tensors in given)]
+        on_cpu = all(t.device.type == "cpu" for tensors in held for t in tensors.values())
+        return self.threads if self.device == "cpu" and on_cpu else 1
+
+    def _finished(
+        self, supplied: Mapping[str, Mapping[str, Any]], finish: Callable[[str, Done], Value], item: tuple[str, slice]
+    ) -> Value:
+        name, span = item
+        block = self._block(name, span)
+        return finish(name, Done(self._merged(name, span, block, supplied[name]), block))
 
     def _merged(self, name: str, span: slice, block: Block, supplied: Mapping[str, Any]) -> Tensor:
         given = {**supplied, **block.inputs, "start": block.start}
@@ -158,18 +173,20 @@ class Merge:
     def _model_statistics(self) -> dict[str, Any]:
         return self._statistics("model", None, {}) if any(self.base[n].numel() for n in self.floating) else {}
 
-    def _prepared(self, name: str) -> tuple[dict[str, Any], Block | None]:
-        """Return what the method is given for a tensor, and its block where there is but one."""
-        blocks = _Blocks(self, [name], 1)
-        found = self._statistics("tensor", blocks, self._model_statistics)
-        return self._supplied(name, found), blocks.kept
+    def _prepared(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return what the method is given for each tensor; the largest first, so that no worker is left with it."""
+        falling = sorted(names, key=lambda name: -self.base[name].numel())
+        return dict(zip(falling, ordered(self._prepare, falling, self._workers, ahead=len(falling)), strict=True))
+
+    def _prepare(self, name: str) -> dict[str, Any]:
+        return self._supplied(name, self._statistics("tensor", _Blocks(self, [name], 1), self._model_statistics))
 
     def _statistics(self, scope: str, blocks: _Blocks | None, known: Mapping[str, Any]) -> dict[str, Any]:
         found = dict(known)
         for statistic in self.method.statistics:
             name = blocks.names[0] if blocks else None
             if statistic.scope(self.setting(name).options) == scope:
-                over = blocks or _Blocks(self, self.floating, self.threads, statistic.name)
+                over = blocks or _Blocks(self, self.floating, self._workers, statistic.name)
                 with blamed(self.method, name):
                     found[statistic.name] = called(statistic.compute, over, supplied=self._supplied(name, found))
         return found
@@ -199,50 +216,25 @@ class Merge:
         return dict(zip(self.floating, accumulate([0, *sizes]), strict=False))
 
 
-class _Prepared:
-    """What the method is given for one tensor, computed once, by the first thread that asks."""
+class _Blocks(Blocks):
+    """The blocks of some tensors, of a fixed size."""
 
-    def __init__(self, merge: Merge, name: str) -> None:
-        self.name = name
-        self._merge = merge
-        self._lock = Lock()
-        self._value: tuple[dict[str, Any], Block | None] | None = None
-
-    def get(self) -> tuple[dict[str, Any], Block | None]:
-        with self._lock:
-            if self._value is None:
-                self._value = self._merge._prepared(self.name)
-            return self._value
-
-    def prepare(self) -> None:
-        self.get()
-
-
-class _Blocks:
-    """The blocks of some tensors, of a fixed size; a tensor of one block is read once for all passes over it alone."""
-
-    def __init__(self, merge: Merge, names: Sequence[str], threads: int, what: str | None = None) -> None:
+    def __init__(self, merge: Merge, names: Sequence[str], workers: int, what: str | None = None) -> None:
         self.names = names
-        self.kept: Block | None = None
-        self._merge, self._threads, self._what = merge, threads, what
+        self._merge, self._workers, self._what = merge, workers, what
+        self._items = [(name, span) for name in names for span in merge.reader.spans(name, CHUNK)]
 
     def __iter__(self) -> Iterator[Block]:
-        return self.map(lambda block: block)
+        return (self._merge._block(*item) for item in self._items)
 
     def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
-        return ordered(lambda item: function(self._block(*item)), self._items(), self._threads)
-
-    def _items(self) -> Iterator[tuple[str, slice]]:
-        for done, name in enumerate(self.names):
+        for done, value in enumerate(ordered(self._of_block(function), self._items, self._workers)):
             if self._what:
-                self._merge.progress(done, len(self.names), self._what)
-            for span in self._merge.reader.spans(name, CHUNK):
-                yield name, span
+                self._merge.progress(done, len(self._items), self._what)
+            yield value
 
-    def _block(self, name: str, span: slice) -> Block:
-        alone = len(self.names) == 1 and span.stop - span.start == self._merge.base[name].numel()
-        if not alone:
-            return self._merge._block(name, span)
-        if self.kept is None:
-            self.kept = self._merge._block(name, span)
-        return self.kept
+    def total(self, count: Callable[[Block], Tensor], /) -> Tensor:
+        return total(self._of_block(count), self._items, self._workers)
+
+    def _of_block(self, function: Callable[[Block], Value]) -> Callable[[tuple[str, slice]], Value]:
+        return lambda item: function(self._merge._block(*item))

@@ -21,10 +21,11 @@ options, their annotation being the rule: `float`, `int`, `bool`, `str`, `Litera
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
+from functools import cache, reduce
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -51,14 +52,23 @@ class Block:
     start: int = 0
 
 
-class Blocks(Protocol):
-    """The blocks of a tensor or a model; each iteration is one pass over them, in an order that never changes."""
+class Blocks(ABC):
+    """The blocks of a tensor or a model; each iteration is one pass over them, in an order that never changes.
 
+    The engine's `map` and `total` share the work among processes: functions must be pure, and what they return travels.
+    """
+
+    @abstractmethod
     def __iter__(self) -> Iterator[Block]:
         """Yield the blocks."""
 
     def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
-        """Yield function(block) in the order of the blocks; worker threads call it, so it must be pure."""
+        """Yield function(block) in the order of the blocks."""
+        return map(function, self)
+
+    def total(self, count: Callable[[Block], Tensor], /) -> Tensor:
+        """Return the sum of count(block) [*], of numbers whose sum has no rounding: their order is not fixed."""
+        return reduce(Tensor.add_, map(count, self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@
                       the task vectors as vectors: how many independent directions the experts take, 1 to K (0 for no change)
 
 All follow from sums over entries, taken in float64 chunk by chunk and added in the order of the file: the numbers do not
-depend on the threads. A block's are those of its tensors taken as one vector. A cosine with a task vector of 0 is 0.
+depend on the number of workers. A block's are those of its tensors taken as one vector. A cosine with a task vector of 0 is 0.
 
 Papers: effective rank (Roy and Vetterli, EUSIPCO 2007), sign conflict (TIES, arXiv 2306.01708).
 """

@@ -102,7 +102,7 @@ def pieces(job: Merge, entries: Sequence[Entry], observe: Observe | None = None)
     """Yield the output, chunk by chunk, in the order of the entries.
 
     Args:
-        observe: called with (name, chunk) by worker threads; what it returns stands in the piece.
+        observe: called with (name, chunk) by worker processes; what it returns stands in the piece.
     """
     dtypes = {entry.name: entry.dtype for entry in entries}
 

@@ -108,7 +108,7 @@ class Part:
 
     @property
     def ram_bytes(self) -> int:
-        """Anonymous memory of the tensors at the peak: for each thread base, deltas and their intermediate values."""
+        """Anonymous memory of the tensors at the peak: for each worker base, deltas and their intermediate values."""
         job = self.job
         largest = max((entry.numel for entry in self.entries), default=0)
         held = largest if job.method.whole else min(largest, job.chunk)
@@ -157,10 +157,12 @@ class Part:
         tally, seen, observe = Tally(), [], self._observer() if diagnosed else None
 
         def deltas() -> Iterator[tuple[str, Tensor]]:
+            steps = self.job.stream(self.job.floating, lambda n, done: (_step(done), observe and observe(n, done)))
             for name in self.job.floating:
                 delta = torch.empty(self.job.base[name].numel(), dtype=self.job.reader.dtype)
                 start = 0
-                for step, found in self.job.stream([name], lambda n, done: (_step(done), observe and observe(n, done))):
+                while start < len(delta):
+                    step, found = next(steps)
                     delta[start : (start := start + len(step))] = step
                     seen.extend([] if found is None else [found])
                 tally.changed += int(delta.count_nonzero())

@@ -64,7 +64,7 @@ def merge(
         experts: the same, or LoRA files of the base.
         out: a new folder, or a new file that ends in `.safetensors`.
         device: where the arithmetic runs.
-        threads: that share the work; the available cores, up to 4, by default. The result does not depend on it.
+        threads: processes that share the work; the available cores, up to 4, by default. The result does not depend on it.
         progress: called with (done, total, what).
         asked: the method, its options and more, see `Asked`.
 

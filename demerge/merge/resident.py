@@ -12,16 +12,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from demerge.merge.checks import Tensors
-from demerge.merge.contract import Block, Method, Statistic, called
+from demerge.merge.contract import Block, Blocks, Method, Statistic, called
 from demerge.merge.stream import CHUNK, Reader, spans
 
-Value = TypeVar("Value")
 Weights = Callable[[str | None], Tensor]  # the weights [K] of a tensor; of the model for None
 Dtype = torch.dtype | Literal["stored"]
 
@@ -119,7 +118,7 @@ class Resident:
 
 
 @dataclass(frozen=True, slots=True)
-class _Blocks:
+class _Blocks(Blocks):
     """The blocks of some tensors, of the size that the engine gives them."""
 
     resident: Resident
@@ -130,9 +129,6 @@ class _Blocks:
         for name in self.names:
             for span in self.resident._spans(name, CHUNK):
                 yield self.resident._block(name, span, self.weights)
-
-    def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
-        return map(function, self)
 
 
 class WeightsWereRead(Exception):

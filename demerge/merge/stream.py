@@ -1,20 +1,17 @@
-"""The stream of chunks that a merge reads: spans of tensors, their deltas, and work on them in order by threads.
+"""The chunks that a merge reads: spans of tensors, and their deltas.
 
     tau_i = theta_i - theta_0
 
 in float32 for 16-bit inputs and in float64 for wider ones, so that what a method makes of them is rounded once. No more
-than a chunk of each expert is in memory for each thread.
+than a chunk of each expert is in memory for each worker.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +24,7 @@ from demerge.randomness import key_of
 from demerge.weights import finite
 
 CHUNK = 1 << 18  # elements per expert: the chunks of all experts fit the caches
-AHEAD = 2  # chunks that each thread may be ahead of the writer
 PHILOX_VALUES = 8  # 32-bit values per step of the counter
-Item = TypeVar("Item")
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -150,25 +144,6 @@ def uniform(keys: Sequence[int], span: slice) -> Tensor:
         bits = np.random.Philox(key=key).advance(first).random_raw(steps * 4).astype("<u8", copy=False).view("<u4")
         row.copy_(torch.from_numpy(np.right_shift(bits, 8, out=bits).view("<i4"))[skipped : skipped + len(row)])
     return values.mul_(2.0**-24)
-
-
-def ordered(function: Callable[[Item], Value], items: Iterable[Item], threads: int) -> Iterator[Value]:
-    """Yield function(item) in the order of the items, computed by worker threads that keep little ahead."""
-    if threads == 1:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[Value]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > AHEAD * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 @contextlib.contextmanager

@@ -68,8 +68,11 @@ def merge_tensors(
 def assemble(job: Merge) -> dict[str, Tensor]:
     """Return all tensors of a merge, in the base's dtypes."""
     merged = {name: tensor.clone() for name, tensor in job.base.items()}
+    chunks = job.stream(job.floating, lambda name, done: rounded(done.merged, job.base[name].dtype, name))
     for name in job.floating:
-        chunks = [rounded(done.merged, merged[name].dtype, name) for done in job.tensor(name)]
-        if chunks:
-            merged[name] = torch.cat(chunks).view(merged[name].shape)
+        start, flat = 0, torch.empty_like(merged[name]).reshape(-1)
+        while start < len(flat):
+            chunk = next(chunks)
+            flat[start : (start := start + len(chunk))] = chunk
+        merged[name] = flat.view(merged[name].shape)
     return merged

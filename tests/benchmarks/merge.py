@@ -5,8 +5,10 @@
 makes a base and four experts in float16, random weights in the shapes of a real model, and runs each row in a process of
 its own: the floor (`cat` of the inputs, `cp` of one), naive torch loops (`peers.py`), ours with hashes known and unknown,
 and mergekit 0.1.5 and sd-mecha 1.1.8 where `--mergekit PYTHON` and `--sd-mecha PYTHON` name interpreters that have them.
-The table holds medians of CPU seconds with start-up, wall seconds, the peak of anonymous memory, gigabytes read and
-written per CPU second, and the CPU seconds relative to the naive streamed loop.
+`demerge-two` is ours with `--threads 2`, `demerge-pair` two merges of one thread at once: what two cores give at all.
+The table holds medians of CPU seconds with start-up, wall seconds, the peak of anonymous memory (of several processes at
+most this, since they share some), gigabytes read and written per CPU second, and the CPU seconds relative to the naive
+streamed loop.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -101,7 +104,7 @@ def make(folder: Path, size: str) -> None:
         save_file({name: t.square_() for name, t in normal(0.001).items()}, folder / f"fisher{i}.safetensors")
 
 
-def rows(folder: Path, methods: list[str], threads: int, peers: dict[str, str]) -> Iterator[Row]:
+def rows(folder: Path, methods: list[str], peers: dict[str, str]) -> Iterator[Row]:
     """Yield what is to be measured."""
     inputs = [str(folder / f"{name}.safetensors") for name in ("base", *(f"expert{i}" for i in range(EXPERTS)))]
     fishers = ",".join(str(folder / f"fisher{i}.safetensors") for i in range(EXPERTS))
@@ -111,10 +114,17 @@ def rows(folder: Path, methods: list[str], threads: int, peers: dict[str, str]) 
         for who, python in {"naive-ram": sys.executable, "naive-stream": sys.executable, **peers}.items():
             yield Row(who, method, (python, str(PEERS), who, method, out, fishers, *inputs))
         given = ["--option", f"fisher={fishers}"] if method == "fisher" else []
-        ours = ("-m", "demerge.cli.main", "merge", *inputs, *METHODS[method].split(), *given, "--threads", str(threads))
+        ours = (sys.executable, "-m", "demerge.cli.main", "merge", *inputs, *METHODS[method].split(), *given, "-o", out)
+        one = (*ours, "--threads", "1")
         if method in (methods[0], "fisher"):  # which reads other files too
-            yield Row("demerge-hashing", method, (sys.executable, *ours, "-o", out), forgets=True)
-        yield Row("demerge", method, (sys.executable, *ours, "-o", out))
+            yield Row("demerge-hashing", method, one, forgets=True)
+        yield Row("demerge", method, one)
+        yield Row("demerge-two", method, (*ours, "--threads", "2"))
+        yield Row(
+            "demerge-pair",
+            method,
+            ("sh", "-c", f"{shlex.join(one)} & {shlex.join((*one, '-o', out.replace('out.', 'out2.')))} && wait $!"),
+        )
 
 
 def measure(row: Row, folder: Path) -> Cost | None:
@@ -138,12 +148,14 @@ def measure(row: Row, folder: Path) -> Cost | None:
 
 
 def anonymous(pid: int) -> int:
-    """Return a process's anonymous memory in bytes: what it holds itself, not the files it maps."""
+    """Return the anonymous memory of a process and its children in bytes: what they hold themselves, not files they map."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return own + sum(anonymous(int(child)) for child in children)
 
 
 def table(runs: dict[Row, list[Cost]], traffic: dict[str, float]) -> list[dict[str, object]]:
@@ -167,7 +179,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "church", "sd15-half", "sd15"], default="tiny")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
-    parser.add_argument("--threads", type=int, default=1, help="of ours")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep the workload here, or use the one that is here")
     parser.add_argument("--mergekit", metavar="PYTHON")
@@ -181,7 +192,7 @@ def main() -> None:
         if not (folder / "base.safetensors").exists():
             make(folder, asked.size)
         peers = {who: python for who, python in (("mergekit", asked.mergekit), ("sd-mecha", asked.sd_mecha)) if python}
-        planned = rows(folder, asked.methods.split(","), asked.threads, peers)
+        planned = rows(folder, asked.methods.split(","), peers)
         chosen = [row for row in planned if not asked.only or row.who in asked.only.split(",")]
         runs: dict[Row, list[Cost]] = {}
         for _ in range(asked.repeat):
@@ -194,7 +205,7 @@ def main() -> None:
     lines = table(runs, {"cat + cp": models, "fisher": models + fishers})
     show(lines)
     if asked.json:
-        json.dump({"size": asked.size, "threads": asked.threads, "repeat": asked.repeat, "rows": lines}, sys.stdout, indent=2)
+        json.dump({"size": asked.size, "repeat": asked.repeat, "rows": lines}, sys.stdout, indent=2)
 
 
 def show(lines: list[dict[str, object]]) -> None:

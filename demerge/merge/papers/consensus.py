@@ -32,7 +32,7 @@ from demerge.merge.registry import Blocks, Scope, Statistic, method
 
 def trimmed_majority(blocks: Blocks, *, trimming: Tensor) -> Tensor:
     """Return the sign [] of the sum of all signs elected after trimming."""
-    return majority_sign(blocks.map(lambda block: elect(trim(block.deltas, trimming), block.weights, "mass")))
+    return majority_sign(blocks, lambda block: elect(trim(block.deltas, trimming), block.weights, "mass"))
 
 
 def needed(deltas: Tensor, merged: Tensor, weights: Tensor, threshold: float) -> Tensor:

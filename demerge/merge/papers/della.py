@@ -21,7 +21,7 @@ from demerge.merge.options import Between
 from demerge.merge.papers.dare import kept
 from demerge.merge.papers.stages import Then, aggregate
 from demerge.merge.papers.statistics import l1_norms
-from demerge.merge.papers.ties import Mean, elect, majority_sign
+from demerge.merge.papers.ties import Mean, balance, elect
 from demerge.merge.registry import method
 
 PIECE = 1 << 20  # entries ranked at once
@@ -86,5 +86,5 @@ def della(
         )
     thinned = [pruned(d, u, density, epsilon, ranks, rescale) for d, u in zip(deltas, uniform, strict=True)]
     wanted = then == "ties" and undecided == "majority"
-    majority = majority_sign([elect(thinned, weights, "mass")]) if wanted else None
+    majority = balance(elect(thinned, weights, "mass")).sign() if wanted else None
     return aggregate(base, thinned, weights, then, majority, mean, scale)

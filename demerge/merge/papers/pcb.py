@@ -60,7 +60,7 @@ def score_bounds(blocks: Blocks, *, weights: Tensor, bounds: Tensor, balance: st
     def p(block: Block) -> Tensor:
         return scores(block.deltas, block.weights, bounds, balance)
 
-    largest = [found.reshape(len(weights), -1).amax(1) for found in blocks.map(p)]
+    largest = list(blocks.map(lambda block: p(block).reshape(len(weights), -1).amax(1)))
     if not largest:
         return torch.zeros(2, len(weights))
     q = kth(blocks, lambda block: p(block).clamp_min(0), lambda n: n - math.floor(n * (1 - density)))

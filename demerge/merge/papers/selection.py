@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,27 +65,21 @@ def kth(blocks: Blocks, values: Callable[[Block], Tensor], rank: Callable[[int],
 
     Equal magnitudes count one by one; a rank outside 1..n stands for the nearest.
     """
-    dtypes = set()
+    dtype = values(next(iter(blocks))).dtype
 
     def bits(block: Block) -> Tensor:
         magnitudes = values(block).abs()
-        dtypes.add(magnitudes.dtype)
-        return magnitudes.reshape(len(magnitudes), -1).view(INTEGERS[magnitudes.dtype])
+        return magnitudes.reshape(len(magnitudes), -1).view(INTEGERS[dtype])
 
-    counts = _total(blocks, lambda block: _upper_digits(bits(block)))
-    dtype = dtypes.pop()
+    counts = blocks.total(lambda block: _upper_digits(bits(block)))
     n = int(counts[0].sum())
     first = _Bucket(0, torch.finfo(dtype).bits, min(max(1, rank(n)), n), n)
     buckets = [first.narrowed(row) for row in counts]
     while buckets[0].shift and max(bucket.count for bucket in buckets) > FEW:
-        lower = _total(blocks, partial(_digits, bits, buckets))
+        lower = blocks.total(partial(_digits, bits, buckets))
         buckets = [bucket.narrowed(row) for bucket, row in zip(buckets, lower, strict=True)]
     found = [b.low for b in buckets] if buckets[0].shift == 0 else _collected(blocks, bits, buckets)
     return torch.tensor(found, dtype=INTEGERS[dtype]).view(dtype)
-
-
-def _total(blocks: Blocks, count: Callable[[Block], Tensor]) -> Tensor:
-    return reduce(Tensor.add_, blocks.map(count))
 
 
 def _upper_digits(bits: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def aggregate(
 
 def majority_of(blocks: Blocks, thinned: Callable[[Block], list[Tensor]]) -> Tensor:
     """Return the sign [] of the sum of all signs that the thinned task vectors elect."""
-    return majority_sign(blocks.map(lambda block: elect(thinned(block), block.weights, "mass")))
+    return majority_sign(blocks, lambda block: elect(thinned(block), block.weights, "mass"))
 
 
 def majority_scope(options: Mapping[str, Any]) -> Scope | None:

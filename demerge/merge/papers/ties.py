@@ -17,7 +17,7 @@ On a CPU sign, clamp and hardshrink run at the speed of memory, comparisons ten 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -92,9 +92,14 @@ def disjoint_merge(
     return total.div_(mass.clamp_min_(float(least) / 2)).mul_(sign)  # the mass is 0 or at least `least`
 
 
-def majority_sign(signs: Iterable[Tensor]) -> Tensor:
-    """Return the sign [] of the sum of elected signs, chunks of [n]."""
-    return torch.tensor(float(sum(int(s.sum()) for s in signs))).sign()
+def majority_sign(blocks: Blocks, elected: Callable[[Block], Tensor]) -> Tensor:
+    """Return the sign [] of the sum of the signs that are elected in all blocks."""
+    return blocks.total(lambda block: balance(elected(block))).sign()
+
+
+def balance(signs: Tensor) -> Tensor:
+    """Return how many more of the signs [*] are positive than negative, []."""
+    return signs.detach().sum().double().cpu()
 
 
 def thresholds(blocks: Blocks, *, density: float, keep: str) -> Tensor:
@@ -110,7 +115,7 @@ def last_kept(blocks: Blocks, *, density: float, threshold: Tensor) -> Tensor:
 
 def trimmed_majority(blocks: Blocks, *, threshold: Tensor, last: Tensor | None, elect: str, votes: Votes) -> Tensor:
     """Return the sign [] of the sum of all signs elected after trimming."""
-    return majority_sign(blocks.map(lambda b: _elected(_trimmed(b.deltas, threshold, last, b.start), b, elect, votes)))
+    return majority_sign(blocks, lambda b: _elected(_trimmed(b.deltas, threshold, last, b.start), b, elect, votes))
 
 
 def _elected(trimmed: list[Tensor], block: Block, how: str, votes: Votes) -> Tensor:

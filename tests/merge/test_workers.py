@@ -1,0 +1,132 @@
+"""Work shared by forked processes: the order, the values, the errors, and that nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from demerge.errors import InputError, ResourceError
+from demerge.merge.workers import CAN_FORK, SLOT, ordered, total
+
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="workers are forked on Linux alone")
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+def value(i: int) -> dict[str, object]:
+    time.sleep(0.003 * (i * 7 % 5))
+    return {"i": i, "pid": os.getpid(), "tensors": [torch.full((i, 2), i).to(dtype) for dtype in DTYPES]}
+
+
+@pytest.mark.parametrize("ahead", [None, 3, 100])
+def test_values_come_in_order_from_several_processes(ahead: int | None) -> None:
+    found = list(ordered(value, range(40), 3, ahead))
+    assert [row["i"] for row in found] == list(range(40))
+    assert len({row["pid"] for row in found} - {os.getpid()}) == 3
+    for row in found:
+        for got, expected in zip(row["tensors"], value(row["i"])["tensors"], strict=True):
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
+def test_one_worker_or_one_item_stays_in_this_process() -> None:
+    assert list(ordered(lambda i: os.getpid(), [0, 1], 1)) == [os.getpid()] * 2
+    assert list(ordered(lambda i: os.getpid(), [0], 4)) == [os.getpid()]
+    assert list(ordered(lambda i: i, [], 4)) == []
+
+
+def test_tensors_outlive_their_place_and_may_be_larger_than_it() -> None:
+    def made(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.full((SLOT // 4 - i,), i), torch.arange(10).view(2, 5).T + i, torch.tensor(float(i))
+
+    for i, found in enumerate(list(ordered(made, range(12), 2))):
+        assert all(map(torch.equal, found, made(i)))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_total_is_the_sum(workers: int) -> None:
+    for n in (1, 3, 50):
+        assert torch.equal(total(lambda i: torch.tensor([i, 1]), range(n), workers), torch.tensor([sum(range(n)), n]))
+
+
+def test_an_error_keeps_its_class_its_fix_and_where_it_was_raised() -> None:
+    def fails(i: int) -> int:
+        if i == 3:
+            raise InputError("tensor x holds NaN", fix="use another")
+        return i
+
+    found = []
+    with pytest.raises(InputError, match="tensor x holds NaN") as raised:
+        for i in ordered(fails, range(10), 2):
+            found.append(i)
+    assert found == [0, 1, 2] and raised.value.fix == "use another" and "in fails" in raised.value.__notes__[0]
+
+
+def test_an_error_that_cannot_travel_is_told() -> None:
+    def fails(i: int) -> int:
+        error = ValueError(f"item {i}")
+        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise error
+
+    with pytest.raises(RuntimeError, match="ValueError: item 0"):
+        list(ordered(fails, range(3), 2))
+
+
+def test_a_killed_worker_is_an_error_and_the_others_end() -> None:
+    def work(i: int) -> int:
+        if i == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+    seen: set[int] = set()
+    with pytest.raises(ResourceError, match="SIGKILL"):
+        for pid in ordered(work, range(20), 3):
+            seen.add(pid)
+    assert seen and not any(map(alive, seen))
+
+
+def test_who_stops_listening_leaves_nobody_behind() -> None:
+    running = ordered(lambda i: os.getpid(), range(1000), 2)
+    seen = {next(running) for _ in range(20)}
+    running.close()
+    assert len(seen) == 2 and not any(map(alive, seen))
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    def work(i: int) -> int:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(0.01)
+        return i
+
+    parent = os.fork()
+    if parent == 0:
+        try:
+            list(ordered(work, range(10_000), 3))
+        finally:
+            os._exit(0)
+    pids = until(lambda: [int(file.name) for file in tmp_path.iterdir()], 3)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert until(lambda: [pid for pid in pids if not alive(pid)], 3)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(found: Callable[[], list[int]], n: int) -> list[int]:
+    for _ in range(500):
+        if len(found()) == n:
+            break
+        time.sleep(0.01)
+    assert len(found()) == n
+    return found()
