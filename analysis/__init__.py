@@ -1,14 +1,12 @@
 """Gradient analysis: measure the conflict map of a base, read it, cut it, draw it.
 
-measure(model, data)        -> ConflictMap       gradients.py
-cut(map, n)                 -> Partition         segmentation.py
-count(map)                  -> how many ranges   crossfit.py
-summary(map, n)             -> what to believe   report.py
-figures(map, partition)     -> matplotlib        plots.py
-task_vectors(base, experts) -> norms, angles     taskvectors.py
-loss_path, loss_plane       -> loss around it    landscape.py
-errors(known problem)       -> who is biased     study.py, known.py
-prepare(base, experts)      -> weights to merge  balance.py (responses.py measures, coefficients.py solves)
+measurement/   gradients by bin and group       measure(model, data) -> ConflictMap
+similarity     of bins, unbiased, with errors
+cutting/       into ranges, and its evidence     cut(map, n) -> Partition, count(map) -> how many ranges
+report         what to believe, and its files    summary(map, n), write(map, out, summary)
+plots          of a map                          figures(map, partition) -> matplotlib
+experts/       what experts do to their base: task vectors, losses, outputs, weights to merge by
+study/         which estimator is to be believed
 
 Names below are imported when first used: a stored map is read and cut without what measures one.
 """
@@ -19,21 +17,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from demerge.analysis.crossfit import count
-    from demerge.analysis.gradients import Cost, Measurement, Settings, measure
+    from demerge.analysis.cutting.crossfit import count
+    from demerge.analysis.cutting.segmentation import METHODS, SCORES, cut
+    from demerge.analysis.measurement.gradients import Cost, Measurement, Settings, measure
     from demerge.analysis.report import lines, summary, write
-    from demerge.analysis.segmentation import METHODS, SCORES, cut
 
 HOMES = {
-    "METHODS": "segmentation",
-    "SCORES": "segmentation",
-    "Cost": "gradients",
-    "Measurement": "gradients",
-    "Settings": "gradients",
-    "count": "crossfit",
-    "cut": "segmentation",
+    "METHODS": "cutting.segmentation",
+    "SCORES": "cutting.segmentation",
+    "Cost": "measurement.gradients",
+    "Measurement": "measurement.gradients",
+    "Settings": "measurement.gradients",
+    "count": "cutting.crossfit",
+    "cut": "cutting.segmentation",
     "lines": "report",
-    "measure": "gradients",
+    "measure": "measurement.gradients",
     "summary": "report",
     "write": "report",
 }

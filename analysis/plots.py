@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from demerge.analysis.evidence import Evidence, curve
+from demerge.analysis.cutting.evidence import Evidence, curve
+from demerge.analysis.experts.taskvectors import TaskVectors
 from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity, t_quantile
-from demerge.analysis.taskvectors import TaskVectors
 from demerge.conflict import Array, ConflictMap
 from demerge.figures import styled
 from demerge.timesteps import Partition

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from demerge.analysis.blocks import LEAST_KNOWN
-from demerge.analysis.crossfit import HeldOut, unsure
-from demerge.analysis.evidence import Estimate, Evidence, estimate, support
-from demerge.analysis.segmentation import GIVEN, METHODS, cut
+from demerge.analysis.cutting.blocks import LEAST_KNOWN
+from demerge.analysis.cutting.crossfit import HeldOut, unsure
+from demerge.analysis.cutting.evidence import Estimate, Evidence, estimate, support
+from demerge.analysis.cutting.segmentation import GIVEN, METHODS, cut
 from demerge.analysis.similarity import leave_one_out, standard_error, t_quantile
 from demerge.conflict import ConflictMap
 from demerge.errors import NumericalError

@@ -43,6 +43,9 @@ def analyze(
     params: Annotated[
         str, typer.Option(help="Parameters that count: all, lora, or a REGEX in their names.", rich_help_panel=MEASURE)
     ] = "all",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Sketch each layer too, for `demerge layers`.", rich_help_panel=MEASURE)
+    ] = False,
     split: Annotated[str, typer.Option(help="train, test or all.", rich_help_panel=MEASURE)] = "train",
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
     memory: Annotated[
@@ -57,9 +60,9 @@ def analyze(
     The map is kept: the same measurement again only cuts anew, without the model's gradients. Stopped midway, the same command
     goes on after the last finished group.
     """
-    from demerge.analysis.crossfit import count
+    from demerge.analysis.cutting.crossfit import count
+    from demerge.analysis.measurement.stage import prepare
     from demerge.analysis.report import lines, summary, write
-    from demerge.analysis.stage import prepare
 
     n = ranges_of(ranges)
     plan = prepare(
@@ -74,6 +77,7 @@ def analyze(
         metric=metric,
         engine="exact" if exact else engine,
         params=params,
+        layers=layers,
         seed=seed,
         split=split,
         skip_broken=skip_broken,

@@ -7,13 +7,15 @@ at the base model. The map keeps the inner products of all of them,
 
 which is everything that similarity, errors, cuts and their bootstrap need: they are post-processing without the model.
 How the products were made (from exact gradients or from sketches of them) is a field, `engine`, and no other matter here.
+Beside them it keeps count sketches h(s_i^m) [k], whose products with the sketch of any other vector, such as a task vector, are
+<s_i^m, vector> up to an error of about |s| |vector| sqrt(2/k); where it was asked for, a short one of each layer too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,12 @@ from demerge.files import commit_file
 from demerge.timesteps import Partition
 
 Array = NDArray[np.float64]
+Sketches = NDArray[np.float32]
 
 FORMAT = "demerge.conflict/1"
+ARRAYS = ("gram", "log_snr", "sketches", "layers")
+K = 65_521  # numbers of a sketch: the largest prime below 2^16
+LAYER_K = 509  # of one of a layer: the largest prime below 2^9
 MIN_GROUPS = 5
 MAX_CELLS = 1 << 14
 MAX_TIMESTEPS = 1 << 20
@@ -81,6 +87,9 @@ class ConflictMap:
         gram: G [N M N M], float64, read-only.
         log_snr: log SNR(t) [T], float64, read-only, of the base's schedule.
         origin: what it was measured on.
+        layout: how many coordinates each parameter has, by name, in their order; empty where there is no sketch.
+        sketches: h(s_i^m) [N M k], float32, read-only.
+        layers: the sketches of each layer's part of s_i^m, side by side [N M W], float32, read-only (see `layers_of`).
 
     Raises:
         InputError: where shapes do not fit, a value is not finite, G is no Gram matrix, or there are fewer than 5 groups.
@@ -90,13 +99,20 @@ class ConflictMap:
     gram: Array
     log_snr: Array
     origin: Origin
+    layout: Mapping[str, int] = field(default_factory=dict)
+    sketches: Sketches | None = None
+    layers: Sketches | None = None
 
     def __post_init__(self) -> None:
         _check(self)
-        for name in ("gram", "log_snr"):
-            view = getattr(self, name).view()
+        for name, array in self._arrays().items():
+            view = array.view()
             view.flags.writeable = False
             object.__setattr__(self, name, view)
+
+    def _arrays(self) -> dict[str, Any]:
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     @property
     def N(self) -> int:
@@ -130,8 +146,9 @@ class ConflictMap:
 
     def save(self, path: Path) -> Path:
         """Write the map as safetensors, whole or not at all; equal maps give equal bytes."""
-        header = {"format": FORMAT, "edges": self.edges, "origin": asdict(self.origin)}
-        tensors = {"gram": np.ascontiguousarray(self.gram), "log_snr": np.ascontiguousarray(self.log_snr)}
+        layout = [[name, numel] for name, numel in self.layout.items()]
+        header = {"format": FORMAT, "edges": self.edges, "origin": asdict(self.origin), "layout": layout}
+        tensors = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
         data = safetensors.numpy.save(tensors, metadata={"demerge": json.dumps(header, sort_keys=True)})
         return commit_file(path, lambda stream: stream.write(data))
 
@@ -146,9 +163,9 @@ class ConflictMap:
             with safetensors.safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("demerge", "null"))
                 _check_header(header, {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
-                gram, log_snr = file.get_tensor("gram"), file.get_tensor("log_snr")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             bins = Partition.from_cuts(header["edges"][-1], header["edges"][1:-1])
-            return cls(bins, gram, log_snr, Origin(**header["origin"]))
+            return cls(bins, origin=Origin(**header["origin"]), layout=dict(header.get("layout", [])), **arrays)
         except UNREADABLE as error:
             what = error.what if isinstance(error, DemergeError) else f"{type(error).__name__}: {error}"
             raise InputError(f"{path}: not a conflict map: {what}", fix="measure it again with `demerge analyze`") from error
@@ -161,7 +178,7 @@ def _check_header(header: Any, shapes: Mapping[str, list[int]]) -> None:
     edges = header["edges"]
     if not isinstance(edges, list) or len(edges) < 2 or not all(type(edge) is int for edge in edges) or edges[0] != 0:
         raise InputError("the edges of its bins are no ascending numbers from 0")
-    if set(shapes) != {"gram", "log_snr"}:
+    if not {"gram", "log_snr"} <= set(shapes) <= set(ARRAYS):
         raise InputError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}, not gram and log_snr")
     if len(shapes["gram"]) != 4 or shapes["gram"][0] * shapes["gram"][1] > MAX_CELLS or edges[-1] > MAX_TIMESTEPS:
         raise InputError(f"its gram of shape {shapes['gram']} over {edges[-1]} timesteps is too large to be one")
@@ -176,8 +193,10 @@ def _check(map: ConflictMap) -> None:
         raise InputError(f"{gram.shape[1]} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
     if gram.dtype != np.float64 or log_snr.dtype != np.float64:
         raise InputError(f"gram and log_snr are {gram.dtype} and {log_snr.dtype}, not float64", fix=fix)
-    if not (np.isfinite(gram).all() and np.isfinite(log_snr).all()):
-        raise InputError("gram or log_snr holds a value that is not finite", fix=fix)
+    _check_sketches(map)
+    for name, array in map._arrays().items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} holds a value that is not finite", fix=fix)
     flat = gram.reshape(N * gram.shape[1], -1)
     norms = np.sqrt(np.clip(np.diagonal(flat), 0, None))
     slack = 1e-4 * np.outer(norms, norms)
@@ -187,3 +206,26 @@ def _check(map: ConflictMap) -> None:
         or (abs(flat) > np.outer(norms, norms) + slack).any()
     ):
         raise InputError("gram holds no inner products of vectors", fix=fix)
+
+
+def _check_sketches(map: ConflictMap) -> None:
+    D, fix = map.origin.parameters, "measure the map again"
+    sizes = list(map.layout.values())
+    if map.sketches is None and map.layers is None and not sizes:
+        return
+    if not all(type(size) is int and size > 0 for size in sizes) or sum(sizes) != D:
+        raise InputError(f"its layout does not have {D} coordinates", fix=fix)
+    widths = {"sketches": min(K, D), "layers": sum(min(LAYER_K, size) for size in layers_of(map.layout).values())}
+    for name, width in widths.items():
+        array = getattr(map, name)
+        if array is not None and (array.shape != (map.N, map.M, width) or array.dtype != np.float32):
+            raise InputError(f"{name} is {array.dtype} {array.shape}, not float32 {(map.N, map.M, width)}", fix=fix)
+
+
+def layers_of(layout: Mapping[str, int]) -> dict[str, int]:
+    """Return how many coordinates each layer has: the parameters of one module, which follow one another."""
+    found: dict[str, int] = {}
+    for name, numel in layout.items():
+        layer = name.rpartition(".")[0] or name
+        found[layer] = found.get(layer, 0) + numel
+    return found

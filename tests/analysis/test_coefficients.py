@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from demerge.analysis import responses as module
-from demerge.analysis.balance import document, lines, verdict
-from demerge.analysis.coefficients import Change, Coefficients, coefficients, predict
-from demerge.analysis.responses import Draws, Responses, bend, passes, responses
+from demerge.analysis.experts.balance import document, lines, verdict
+from demerge.analysis.experts.coefficients import Change, Coefficients, coefficients, predict
+from demerge.analysis.experts.responses import Draws, Responses, bend, passes, responses
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import NumericalError, UsageError

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from demerge.analysis.coefficients import coefficients, predict
-from demerge.analysis.responses import Draws, responses
+from demerge.analysis.experts.coefficients import coefficients, predict
+from demerge.analysis.experts.responses import Draws, responses
 from demerge.data import load_images
 from demerge.diffusion import Diffusion
 from demerge.evaluate.losses import range_losses

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demerge.analysis.crossfit import MOST, HeldOut, count, one_se
-from demerge.analysis.evidence import Estimate, Evidence
-from demerge.analysis.segmentation import FOUND, METHODS, SCORES, cover, cut
+from demerge.analysis.cutting.crossfit import MOST, HeldOut, count, one_se
+from demerge.analysis.cutting.evidence import Estimate, Evidence
+from demerge.analysis.cutting.segmentation import FOUND, METHODS, SCORES, cover, cut
 from demerge.analysis.similarity import halves, kernel, standard_error, weighted
-from demerge.analysis.study import Known
+from demerge.analysis.study.estimators import Known
 from demerge.conflict import Array
 from demerge.errors import NumericalError, UsageError
 from demerge.timesteps import Partition

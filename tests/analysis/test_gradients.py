@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.cells import adam_scale, products
-from demerge.analysis.draws import draw
-from demerge.analysis.gradients import Measurement, Settings, measure
-from demerge.analysis.partial import Partial
+from demerge.analysis.measurement.cells import adam_scale, products
+from demerge.analysis.measurement.draws import draw
+from demerge.analysis.measurement.gradients import Measurement, Settings, measure
+from demerge.analysis.measurement.partial import Partial
 from demerge.analysis.similarity import cross, kernel, similarity
 from demerge.conflict import Array
 from demerge.data import load_images
@@ -190,7 +190,7 @@ def test_draws_are_shared_between_bins_only_when_asked(linear: Any, images: Any,
         keys.append(arguments[2])
         return draw(*arguments)
 
-    monkeypatch.setattr("demerge.analysis.draws.draw", spy)
+    monkeypatch.setattr("demerge.analysis.measurement.draws.draw", spy)
     measure(linear, images, **SMALL)
     assert keys == [0, 1, 2, 3, 4]
     keys.clear()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.landscape import Landscape, loss_path, loss_plane
-from demerge.analysis.landscape_plots import loss_along_path, loss_on_plane, norms_by_block
+from demerge.analysis.experts.landscape import Landscape, loss_path, loss_plane
+from demerge.analysis.experts.plots import loss_along_path, loss_on_plane, norms_by_block
+from demerge.analysis.experts.taskvectors import task_vectors
 from demerge.analysis.plots import render
-from demerge.analysis.taskvectors import task_vectors
 from demerge.errors import InputError, UsageError
 from demerge.evaluate.losses import range_losses
 from demerge.timesteps import Partition
@@ -83,7 +83,7 @@ def test_the_model_stays_as_it_is(linear: Any, images: Any, monkeypatch: pytest.
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("demerge.analysis.landscape.range_losses", fail)
+    monkeypatch.setattr("demerge.analysis.experts.landscape.range_losses", fail)
     with pytest.raises(RuntimeError):
         loss_path(linear, moved(linear, 1.0, slice(0, 9)), images, TWO, **SIZE)
     assert torch.equal(linear.denoiser.theta, before) and linear.denoiser.theta.requires_grad

@@ -11,8 +11,8 @@ from matplotlib import style
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from demerge.analysis.experts.taskvectors import task_vectors
 from demerge.analysis.plots import figures, heat_map, render, similarity_by_distance, task_vector_norms, task_vector_similarity
-from demerge.analysis.taskvectors import task_vectors
 from demerge.timesteps import Partition
 
 

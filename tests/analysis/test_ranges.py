@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demerge.analysis.ranges import given_cuts, lines, load_map, ranges, refuse_to_replace
+from demerge.analysis.cutting.ranges import given_cuts, lines, load_map, ranges, refuse_to_replace
 from demerge.errors import InputError, UsageError
 from demerge.timesteps import Partition
 

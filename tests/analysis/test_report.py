@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from demerge.analysis import SCORES, cut, lines, summary, write
-from demerge.analysis.evidence import Evidence, curve, support
+from demerge.analysis.cutting.evidence import Evidence, curve, support
 from demerge.analysis.report import row_sums, taken
 from demerge.conflict import ConflictMap
 from demerge.timesteps import Partition

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from demerge.analysis.search import nested, program, total
+from demerge.analysis.cutting.search import nested, program, total
 from demerge.errors import NumericalError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demerge.analysis.blocks import blocks
-from demerge.analysis.segmentation import FOUND, METHODS, SCORES, Objective, cover, cut, equal_log_snr, least_width
+from demerge.analysis.cutting.blocks import blocks
+from demerge.analysis.cutting.segmentation import FOUND, METHODS, SCORES, Objective, cover, cut, equal_log_snr, least_width
 from demerge.analysis.similarity import similarity
 from demerge.errors import NumericalError, UsageError
 from demerge.timesteps import Partition

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from demerge.analysis.backward import Backward
-from demerge.analysis.sketch import CountSketch, K, signs
+from demerge.analysis.measurement.backward import Backward
+from demerge.analysis.measurement.sketch import CountSketch, K, signs
 from demerge.randomness import key_of
 
 WORD = 1 << 64
@@ -34,7 +34,7 @@ def sign_by_hand(p: int, seed: int) -> int:
 def test_the_sketch_is_a_scattered_sum(D: int) -> None:
     sketch = CountSketch.of(D, seed=3, k=7)
     x = torch.randn(D, generator=torch.Generator().manual_seed(D))
-    assert torch.allclose(sketch(x).double(), reference(x, sketch.signs, 7), atol=1e-6 * float(x.norm()))
+    assert torch.allclose(sketch(x).double(), reference(x, sketch.signs, sketch.k), atol=1e-6 * float(x.norm()))
     pieces = sketch.zeros()
     for start in range(0, D, 13):
         sketch.add(pieces, start, x[start : start + 13])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.taskvectors import task_vectors
+from demerge.analysis.experts.taskvectors import task_vectors
 from demerge.errors import InputError, UsageError
 
 BASE = {"a": torch.tensor([1.0, 1.0]), "b": torch.zeros(1, 2), "steps": torch.tensor(3)}

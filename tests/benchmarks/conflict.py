@@ -22,8 +22,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from demerge.analysis.draws import Draws
-from demerge.analysis.gradients import measure
+from demerge.analysis.measurement.draws import Draws
+from demerge.analysis.measurement.gradients import measure
 from demerge.conflict import ConflictMap
 from demerge.data import ImageData, load_images
 from demerge.diffusion import Diffusion

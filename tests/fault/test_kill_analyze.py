@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from demerge.analysis.stage import Plan, prepare
+from demerge.analysis.measurement.stage import Plan, prepare
 from demerge.files import sha256
 
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from demerge.analysis.cells import Progress
-from demerge.analysis.gradients import MEMORY, Cost, Measurement, Settings
-from demerge.analysis.partial import Partial
-from demerge.analysis.segmentation import METHODS, SCORES
+from demerge.analysis.cutting.segmentation import METHODS, SCORES
+from demerge.analysis.measurement.cells import Progress
+from demerge.analysis.measurement.gradients import MEMORY, Cost, Measurement, Settings
+from demerge.analysis.measurement.partial import Partial
 from demerge.conflict import ConflictMap
 from demerge.data import load_images
 from demerge.diffusion import Diffusion
@@ -59,6 +59,7 @@ def prepare(
     metric: str = "euclid",
     engine: str = "auto",
     params: str = "all",
+    layers: bool = False,
     seed: int = 0,
     split: str = "train",
     skip_broken: bool = False,
@@ -78,7 +79,7 @@ def prepare(
     for name, value, known in (("method", method, METHODS), ("score", score, SCORES)):
         if value not in known:
             raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
-    settings = Settings(bins, groups, batch_size, seed, draws, antithetic, metric, engine, params, memory)
+    settings = Settings(bins, groups, batch_size, seed, draws, antithetic, metric, engine, params, layers, memory)
     base = Diffusion.load(model, device=device)
     if not 1 <= ranges <= bins <= base.T:
         raise UsageError(
@@ -99,7 +100,7 @@ def _earlier(path: Path, asked: Mapping[str, Any]) -> ConflictMap | None:
     if not path.exists():
         return None
     map = ConflictMap.load(path)
-    there = {"bins": map.N, "groups": map.M, **asdict(map.origin)}
+    there = {"bins": map.N, "groups": map.M, "layers": asked["layers"] and map.layers is not None, **asdict(map.origin)}
     differences = [f"{name} {there[name]} there, {asked[name]} asked" for name in asked if there[name] != asked[name]]
     if differences:
         raise UsageError(f"{path} is of another measurement: {'; '.join(differences)}", fix="choose another folder")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from demerge.analysis.plots import BLUE, GREY, ORANGE
-from demerge.analysis.study import PLUG_IN, UNBIASED
+from demerge.analysis.study.estimators import PLUG_IN, UNBIASED
 from demerge.figures import styled
 
 STYLES = {PLUG_IN: (ORANGE, "s", "--"), UNBIASED: (BLUE, "o", "-")}

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from demerge.analysis.coefficients import Change, Coefficients, coefficients
-from demerge.analysis.responses import BATCH, Draws, Progress, bend, bytes_held, passes, responses
+from demerge.analysis.experts.coefficients import Change, Coefficients, coefficients
+from demerge.analysis.experts.responses import BATCH, Draws, Progress, bend, bytes_held, passes, responses
 from demerge.data import load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demerge.analysis.blocks import blocks
-from demerge.analysis.search import nested, no_cut, program
+from demerge.analysis.cutting.blocks import blocks
+from demerge.analysis.cutting.search import nested, no_cut, program
 from demerge.analysis.similarity import Similarity, similarity
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import UsageError

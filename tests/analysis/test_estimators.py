@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from demerge.analysis.gradients import DRAWS
-from demerge.analysis.known import Known
+from demerge.analysis.measurement.gradients import DRAWS
 from demerge.analysis.plots import render
 from demerge.analysis.similarity import halves, similarity
-from demerge.analysis.study import PLUG_IN, UNBIASED, by_samples, disagreement, errors, first_groups
-from demerge.analysis.study_plots import neighbours_by_samples
+from demerge.analysis.study.estimators import PLUG_IN, UNBIASED, by_samples, disagreement, errors, first_groups
+from demerge.analysis.study.known import Known
+from demerge.analysis.study.plots import neighbours_by_samples
 from demerge.errors import UsageError
 
 EVEN = Known(strengths=(1.0, 1.5, 1.0, 0.8))

@@ -21,16 +21,19 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict, dataclass
 
-from demerge.analysis.backward import Backward, select
-from demerge.analysis.cells import Cells, Progress, products
-from demerge.analysis.draws import Draws
-from demerge.analysis.partial import Partial
-from demerge.analysis.sketch import CountSketch, K
-from demerge.conflict import MIN_GROUPS, ConflictMap, Origin
+from torch import Tensor
+
+from demerge.analysis.measurement.backward import Backward, select
+from demerge.analysis.measurement.cells import Cells, Everything, Keep, Progress, SideBySide, products
+from demerge.analysis.measurement.draws import Draws
+from demerge.analysis.measurement.partial import Partial
+from demerge.analysis.measurement.sketch import CountSketch
+from demerge.conflict import LAYER_K, MIN_GROUPS, ConflictMap, K, Origin, layers_of
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import ResourceError, UsageError
 from demerge.files import refuse_small_disk
+from demerge.stats.examples import accumulator
 from demerge.timesteps import Partition
 
 DRAWS = ("shared", "independent")
@@ -70,6 +73,7 @@ class Settings:
     metric: str = "euclid"
     engine: str = "auto"
     params: str = "all"
+    layers: bool = False
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
@@ -112,16 +116,22 @@ class Measurement:
         self.cost()
 
     @property
+    def layout(self) -> dict[str, int]:
+        """How many coordinates each parameter has, by name, in their order."""
+        return {name: p.numel() for name, p in select(self.model.denoiser, self.settings.params).items()}
+
+    @property
     def parameters(self) -> int:
         """D, the number of coordinates of a gradient."""
-        return sum(p.numel() for p in select(self.model.denoiser, self.settings.params).values())
+        return sum(self.layout.values())
 
     def cost(self) -> Cost:
         """Return what `run` will take, and with which engine."""
         s, D = self.settings, self.parameters
         cells, pilot = s.bins * s.groups, s.bins if s.metric == "adam" else 0
         exact = s.engine == "exact" or (s.engine == "auto" and (4 * cells * D <= s.memory or D <= K))
-        needed = 4 * cells * (D if exact else K)
+        kept = min(K, D) + (sum(min(LAYER_K, size) for size in layers_of(self.layout).values()) if s.layers else 0)
+        needed = 4 * cells * (kept + (D if exact else 0))
         if needed > s.memory:
             instead = ", or --engine sketch" if exact and D > K else ""
             raise ResourceError(
@@ -148,17 +158,33 @@ class Measurement:
         student, backward = self.model.with_denoiser(denoiser), Backward(denoiser, s.params, self.mode)
         bins = Partition.uniform(self.model.T, s.bins)
         draws = Draws(student, self.data, bins, s.groups, s.batch_size, s.seed, s.draws == "shared", s.antithetic)
-        sketch = None if cost.engine == "exact" else CountSketch.of(backward.D, s.seed, device=self.model.device)
+        sketch = CountSketch.of(backward.D, s.seed, device=self.model.device)
+        short = SideBySide([sketch, *([sketch.layers(self.layout)] if s.layers else [])])
+        keep: Keep = Everything(backward.D) if cost.engine == "exact" else short
         if partial.folder is not None:
             refuse_small_disk(partial.folder, cost.bytes)
-        rows = Cells(draws, backward, sketch, partial, cost.passes, progress).rows(adam=s.metric == "adam")
-        gram = products(rows.flatten(0, 1)).reshape(s.groups, s.bins, s.groups, s.bins).transpose(1, 0, 3, 2)
+        rows = Cells(draws, backward, keep, partial, cost.passes, progress).rows(adam=s.metric == "adam")
+        whole, short_rows = (rows, _shortened(rows, short)) if cost.engine == "exact" else (rows[..., : sketch.width], rows)
+        gram = products(whole.flatten(0, 1)).reshape(s.groups, s.bins, s.groups, s.bins).transpose(1, 0, 3, 2)
         log_snr = self.model.snr().log().clamp(-MAX_LOG_SNR, MAX_LOG_SNR).numpy()
-        return ConflictMap(bins, gram, log_snr, self.origin())
+        sketches, layers = short_rows.transpose(0, 1).cpu().numpy()[..., : sketch.width], None
+        if s.layers:
+            layers = short_rows.transpose(0, 1).cpu().numpy()[..., sketch.width :]
+        return ConflictMap(bins, gram, log_snr, self.origin(), self.layout, sketches, layers)
 
     def key(self) -> dict[str, object]:
         """Return what a part must be a part of."""
-        return {"bins": self.settings.bins, "groups": self.settings.groups, **asdict(self.origin())}
+        s = self.settings
+        return {"bins": s.bins, "groups": s.groups, "layers": s.layers, **asdict(self.origin())}
+
+
+def _shortened(rows: Tensor, keep: Keep) -> Tensor:
+    """Return what is kept [M N width] of gradients [M N D]."""
+    flat = rows.flatten(0, 1)
+    found = accumulator((len(flat), keep.width), rows.device)
+    for total, row in zip(found, flat, strict=True):
+        keep.add(total, 0, row)
+    return found.float().unflatten(0, rows.shape[:2])
 
 
 def measure(
@@ -174,6 +200,7 @@ def measure(
     metric: str = "euclid",
     engine: str = "auto",
     params: str = "all",
+    layers: bool = False,
     memory: int = MEMORY,
     mode: str = "auto",
     progress: Progress | None = None,
@@ -186,6 +213,7 @@ def measure(
         metric: of inner products, `euclid` or `adam`.
         engine: what is kept of the gradients: `exact`, `sketch`, or `auto`, exact where it fits the memory.
         params: the parameters that count: `all`, `lora`, or a regular expression that occurs in their names.
+        layers: whether a short sketch of each layer's gradient is kept too.
         memory: bytes that kept gradients or sketches may take.
         mode: how gradients are taken up: `flat`, `hooks`, or `auto` by size; the map is the same up to rounding.
         progress: called as progress(done, total, what) after each backward pass.
@@ -195,5 +223,5 @@ def measure(
         ResourceError: where what is kept does not fit the memory.
         NumericalError: where a gradient is not finite.
     """
-    settings = Settings(bins, groups, batch_size, seed, draws, antithetic, metric, engine, params, memory)
+    settings = Settings(bins, groups, batch_size, seed, draws, antithetic, metric, engine, params, layers, memory)
     return Measurement(model, data, settings, mode).run(Partial(None, {}), progress)

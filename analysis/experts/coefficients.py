@@ -1,4 +1,4 @@
-"""Merge coefficients in closed form, from how a base's outputs answer to its experts (`demerge.analysis.responses`).
+"""Merge coefficients in closed form, from how a base's outputs answer to its experts (`demerge.analysis.experts.responses`).
 
     dL(w) = sum_R q_R dL_R(w) = b.w + w A w,     q_R = |R|/T, or |R|/T / L_R with `relative`
     w*    = -1/2 (A + rho diag A)^-1 b
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from demerge.analysis.responses import Responses
+from demerge.analysis.experts.responses import Responses
 from demerge.analysis.similarity import standard_error, t_quantile
 from demerge.conflict import Array
 from demerge.errors import UsageError

@@ -16,8 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from demerge.analysis.gradients import DRAWS
-from demerge.analysis.known import Known
+from demerge.analysis.measurement.gradients import DRAWS
 from demerge.analysis.similarity import (
     cross,
     kernel,
@@ -27,6 +26,7 @@ from demerge.analysis.similarity import (
     standard_error,
     t_quantile,
 )
+from demerge.analysis.study.known import Known
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import UsageError
 

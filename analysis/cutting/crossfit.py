@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demerge.analysis.blocks import LEAST_KNOWN
-from demerge.analysis.evidence import Estimate, Evidence
-from demerge.analysis.search import total
-from demerge.analysis.segmentation import FOUND, GIVEN, METHODS, cover, cut
+from demerge.analysis.cutting.blocks import LEAST_KNOWN
+from demerge.analysis.cutting.evidence import Estimate, Evidence
+from demerge.analysis.cutting.search import total
+from demerge.analysis.cutting.segmentation import FOUND, GIVEN, METHODS, cover, cut
 from demerge.analysis.similarity import halves, kernel, standard_error, weighted
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import NumericalError, UsageError

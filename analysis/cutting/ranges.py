@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from demerge.analysis.crossfit import count
-from demerge.analysis.evidence import Estimate
+from demerge.analysis.cutting.crossfit import count
+from demerge.analysis.cutting.evidence import Estimate
+from demerge.analysis.cutting.segmentation import METHODS, SCORES
 from demerge.analysis.report import lines as summary_lines
 from demerge.analysis.report import summary, taken
-from demerge.analysis.segmentation import METHODS, SCORES
 from demerge.conflict import ConflictMap
 from demerge.errors import InputError, UsageError
 from demerge.timesteps import Partition

@@ -2,6 +2,8 @@
 
     h(x)_j = sum_{p = j mod k} sigma(p) x_p,     E <h(x), h(y)> = <x, y>,     SD <= sqrt(2/k) |x| |y|
 
+A layer has a sketch of its own, of its coordinates alone, shorter: k = 509, or all of them where they are fewer.
+
 k is prime, so that no stride of a layer's shape falls into one bucket again and again. The buckets of k coordinates in a
 row are all different: the sketch is a sum of rows of k signed coordinates, without scattered writes, the same in every run.
 It is linear: sketches add up over pieces of a gradient, over microbatches and over processes.
@@ -16,16 +18,16 @@ Papers: Charikar, Chen, Farach-Colton: Finding frequent items in data streams (I
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from demerge.conflict import LAYER_K, K, layers_of
 from demerge.randomness import key_of
 from demerge.stats.examples import accumulator
 
-K = 65_521  # the largest prime below 2^16
 ROWS, ACCELERATED_ROWS = 8, 512  # of k at a time: those that stay in a processor's cache, and those worth a kernel's start
 HASHED = 1 << 20
 WORD = 1 << 64
@@ -40,9 +42,22 @@ class CountSketch:
 
     @classmethod
     def of(cls, D: int, seed: int, *, k: int = K, device: torch.device | str = "cpu") -> CountSketch:
-        """Make the sketch of D coordinates that a seed stands for."""
+        """Make the sketch of D coordinates that a seed stands for; all of them are kept where they are fewer than k."""
         pieces = [signs(start, min(start + HASHED, D), seed, device) for start in range(0, D, HASHED)]
-        return cls(torch.cat(pieces), k)
+        return cls(torch.cat(pieces), min(k, D))
+
+    @property
+    def width(self) -> int:
+        """How many numbers are kept, k."""
+        return self.k
+
+    def layers(self, layout: Mapping[str, int]) -> LayerSketches:
+        """Return the sketch of each layer of a layout, with the same signs."""
+        parts, start = [], 0
+        for size in layers_of(layout).values():
+            parts.append((start, CountSketch(self.signs[start : start + size], min(LAYER_K, size))))
+            start += size
+        return LayerSketches(parts)
 
     def zeros(self) -> Tensor:
         """Return the sketch [k] of 0, in float64 where the device has it, for `add`."""
@@ -64,6 +79,27 @@ class CountSketch:
         total = self.zeros()
         self.add(total, 0, x)
         return total.float()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSketches:
+    """The sketches of layers side by side; `parts` are the first coordinate of each layer and its sketch."""
+
+    parts: Sequence[tuple[int, CountSketch]]
+
+    @property
+    def width(self) -> int:
+        """How many numbers are kept, W."""
+        return sum(sketch.k for _, sketch in self.parts)
+
+    def add(self, total: Tensor, start: int, x: Tensor) -> None:
+        """Add the sketches of the coordinates [start, start + n), x [n], to `total` [W] in place."""
+        column = 0
+        for first, sketch in self.parts:
+            a, b = max(first, start), min(first + len(sketch.signs), start + len(x))
+            if a < b:
+                sketch.add(total[column : column + sketch.k], a - first, x[a - start : b - start])
+            column += sketch.k
 
 
 def _spans(start: int, stop: int, k: int, most: int) -> Iterator[tuple[int, int]]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from demerge.analysis.blocks import LEAST_KNOWN, Blocks, blocks
-from demerge.analysis.segmentation import METHODS, Objective, cover, cut, edges_of, on_bins
+from demerge.analysis.cutting.blocks import LEAST_KNOWN, Blocks, blocks
+from demerge.analysis.cutting.segmentation import METHODS, Objective, cover, cut, edges_of, on_bins
 from demerge.analysis.similarity import (
     RESOLVED,
     Similarity,

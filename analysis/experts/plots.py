@@ -15,10 +15,10 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from demerge.analysis.landscape import PATH, PLANE, Landscape
+from demerge.analysis.experts.landscape import PATH, PLANE, Landscape
+from demerge.analysis.experts.taskvectors import TaskVectors
 from demerge.analysis.plots import GREY
 from demerge.analysis.similarity import t_quantile
-from demerge.analysis.taskvectors import TaskVectors
 from demerge.conflict import Array
 from demerge.errors import UsageError
 from demerge.evaluate.losses import BLOCKS

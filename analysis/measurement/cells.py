@@ -6,18 +6,20 @@ a finished group are committed, so that a killed measurement loses one group at 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from demerge.analysis.backward import Backward, Consume
-from demerge.analysis.draws import Draw, Draws
-from demerge.analysis.partial import Partial
-from demerge.analysis.sketch import CountSketch
+from demerge.analysis.measurement.backward import Backward, Consume
+from demerge.analysis.measurement.draws import Draw, Draws
+from demerge.analysis.measurement.partial import Partial
 from demerge.conflict import Array
 from demerge.errors import NumericalError
+from demerge.stats.examples import accumulator
 from demerge.timesteps import TimestepRange
 
 Progress = Callable[[int, int, str], None]
@@ -25,19 +27,58 @@ Progress = Callable[[int, int, str], None]
 COLUMNS = 1 << 15
 
 
+class Keep(Protocol):
+    """What is kept of a gradient: a linear map to `width` numbers."""
+
+    @property
+    def width(self) -> int:
+        """How many numbers."""
+
+    def add(self, total: Tensor, start: int, x: Tensor) -> None:
+        """Add what is kept of the coordinates [start, start + n), x [n], to `total` [width] in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """Keeps the gradient itself, of `width` coordinates."""
+
+    width: int
+
+    def add(self, total: Tensor, start: int, x: Tensor) -> None:
+        """Add x [n] to the coordinates [start, start + n) of `total` [width]."""
+        total[start : start + len(x)] += x
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Keeps several things of a gradient, one after the other."""
+
+    parts: Sequence[Keep]
+
+    @property
+    def width(self) -> int:
+        """How many numbers all of them keep."""
+        return sum(part.width for part in self.parts)
+
+    def add(self, total: Tensor, start: int, x: Tensor) -> None:
+        """Add x [n] to each part."""
+        for part, own in zip(self.parts, total.split([part.width for part in self.parts]), strict=True):
+            part.add(own, start, x)
+
+
 @dataclass(slots=True)
 class Cells:
     """The cells of a measurement, run through once.
 
     Attributes:
-        sketch: what is kept of a gradient; the whole where it is None.
+        keep: what is kept of a gradient.
         total: how many backward passes there will be, for `progress`, called as progress(done, total, what) after each.
         scale: v^(-1/4) [D] of the adam metric.
     """
 
     draws: Draws
     backward: Backward
-    sketch: CountSketch | None
+    keep: Keep
     partial: Partial
     total: int
     progress: Progress | None = None
@@ -50,8 +91,7 @@ class Cells:
         Raises:
             NumericalError: where a gradient is not finite, naming bin, group and sample.
         """
-        width = self.backward.D if self.sketch is None else self.sketch.k
-        N, M = len(self.draws.bins), self.draws.groups
+        width, N, M = self.keep.width, len(self.draws.bins), self.draws.groups
         rows = torch.zeros(M, N, width, device=self.draws.model.device)
         if adam:
             self.scale = adam_scale(self.pilot())
@@ -87,12 +127,9 @@ class Cells:
     def _fill(self, rows: Tensor, m: int) -> None:
         """Put the gradient or sketch of each bin on group m into rows [N *]."""
         for row, span, draw in zip(rows, self.draws.bins, self.draws.group(m), strict=True):
-            if self.sketch is None:
-                self.backward(draw.loss(self.draws.model, span), self._weighed(_into(row)))
-            else:
-                total = self.sketch.zeros()
-                self.backward(draw.loss(self.draws.model, span), self._weighed(_sketched(self.sketch, total)))
-                row.copy_(total)
+            total = accumulator((self.keep.width,), row.device)
+            self.backward(draw.loss(self.draws.model, span), self._weighed(partial(self.keep.add, total)))
+            row.copy_(total)
             self._refuse_infinite(row, span, f"group {m}", draw)
             self._tick(f"bin {span}")
 
@@ -125,17 +162,6 @@ class Cells:
         found: list[bool] = []
         self.backward(draw.loss(self.draws.model, span), lambda _, values: found.append(bool(values.isfinite().all())))
         return all(found)
-
-
-def _into(row: Tensor) -> Consume:
-    def put(start: int, values: Tensor) -> None:
-        row[start : start + len(values)] = values
-
-    return put
-
-
-def _sketched(sketch: CountSketch, total: Tensor) -> Consume:
-    return lambda start, values: sketch.add(total, start, values)
 
 
 def products(rows: Tensor) -> Array:

@@ -1,0 +1,5 @@
+"""What experts do to their base: their task vectors, the losses around it, and weights that follow from its outputs.
+
+`taskvectors` compares them entry by entry, `landscape` evaluates losses along them, `responses` their effect on outputs, of
+which `coefficients` makes weights in closed form; `balance` is the command `demerge coefficients`.
+"""
