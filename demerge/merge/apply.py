@@ -115,7 +115,10 @@ class Merge:
     # -- the order of the work ---------------------------------------------------------------------------------------
 
     def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Cut the names so that a second pass over a batch finds it in memory, where there is a first pass."""
+        """Cut the names so that a second pass over a batch finds it in memory, where there is a first pass.
+
+        One worker takes them one by one: what is known of many tensors would lie in between the chunks' memory.
+        """
         _ = self._model_statistics  # before any worker is forked
         first = any(
             s.scope(self.setting(n).options) == "tensor" for s in self.method.statistics for n in (None, *self.settings)
@@ -124,7 +127,7 @@ class Merge:
         for name in names:
             batch.append(name)
             size += self.base[name].numel()
-            if first and size >= BATCH:
+            if first and (size >= BATCH or self._workers == 1):
                 yield batch
                 batch, size = [], 0
         yield batch
