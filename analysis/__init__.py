@@ -4,6 +4,7 @@ measurement/   gradients by bin and group       measure(model, data) -> Conflict
 similarity     of bins, unbiased, with errors
 cutting/       into ranges, and its evidence     cut(map, n) -> Partition, count(map) -> how many ranges
 report         what to believe, and its files    summary(map, n), write(map, out, summary)
+page, next     conflict.html: all of it for a person, and what to do next
 plots          of a map                          figures(map, partition) -> matplotlib
 experts/       what experts do to their base: task vectors, losses, outputs, weights to merge by
 study/         which estimator is to be believed
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from demerge.analysis.cutting.crossfit import count
     from demerge.analysis.cutting.segmentation import METHODS, SCORES, cut
-    from demerge.analysis.measurement.gradients import Cost, Measurement, Settings, measure
+    from demerge.analysis.measurement.gradients import Cost, Measurement, measure
+    from demerge.analysis.measurement.settings import Settings
     from demerge.analysis.report import lines, summary, write
 
 HOMES = {
@@ -27,7 +29,7 @@ HOMES = {
     "SCORES": "cutting.segmentation",
     "Cost": "measurement.gradients",
     "Measurement": "measurement.gradients",
-    "Settings": "measurement.gradients",
+    "Settings": "measurement.settings",
     "count": "cutting.crossfit",
     "cut": "cutting.segmentation",
     "lines": "report",

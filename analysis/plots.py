@@ -1,7 +1,8 @@
 """Plots of a conflict map and of task vectors: a value in, a matplotlib figure out; `render` makes bytes of it.
 
 Colours are of seaborn's `colorblind` and of maps that keep their order in grey; what is not resolved is hatched, never
-coloured. Nothing touches pyplot's state.
+coloured. Figures lie on white, whatever style is set, to be read in print and in dark notebooks; with `theme=DARK` a dark page
+shows through. Nothing touches pyplot's state.
 """
 
 from __future__ import annotations
@@ -17,26 +18,47 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from demerge.analysis.cutting.evidence import Evidence, curve
+from demerge.analysis.cutting.crossfit import Count, count
+from demerge.analysis.cutting.cut_plots import cut_support, explained_share
+from demerge.analysis.cutting.evidence import Evidence
+from demerge.analysis.cutting.segmentation import FOUND
 from demerge.analysis.experts.taskvectors import TaskVectors
 from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity, t_quantile
 from demerge.conflict import Array, ConflictMap
-from demerge.figures import styled
+from demerge.figures import DARK, LIGHT, Theme, styled
 from demerge.timesteps import Partition
 
 BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
 GREY = "0.55"
-RANGES = range(1, 11)
-WAYS = {"gradient": "gradient (found and judged on one map)", "uniform": "uniform in t", "logsnr": "uniform in log SNR"}
+MANY = 40
 
 
-def figures(map: ConflictMap, partition: Partition, *, score: str = "step") -> dict[str, Figure]:
-    """Draw everything a map has to show, by file name."""
+def figures(
+    map: ConflictMap,
+    partition: Partition,
+    *,
+    score: str = "step",
+    method: str = "gradient",
+    minimum: int | None = None,
+    counted: Count | None = None,
+    theme: Theme = LIGHT,
+) -> dict[str, Figure]:
+    """Draw everything a map has to show, by file name.
+
+    Args:
+        partition: the cut that was taken.
+        score, method, minimum: how cuts that look at the map are found.
+        counted: what `count` found with these, where it is known already.
+    """
+    looks = method if method in FOUND else "gradient"
+    counted = counted or count(map, method=looks, score=score, minimum=minimum)
+    evidence = Evidence.of(map, score)
     return {
-        "heatmap": heat_map(map, partition),
-        "similarity": similarity_by_distance(map),
-        "strength": strength(map, partition),
-        "curve": cost_curve(map, len(partition), score=score),
+        "heatmap": heat_map(map, partition, theme=theme),
+        "curve": explained_share(evidence, counted, len(partition), theme=theme),
+        "support": cut_support(evidence, partition, looks, minimum, theme=theme),
+        "similarity": similarity_by_distance(map, theme=theme),
+        "strength": strength(map, partition, theme=theme),
     }
 
 
@@ -60,26 +82,21 @@ def _figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tup
 
 
 @styled
-def heat_map(map: ConflictMap, partition: Partition | None = None) -> Figure:
-    """Draw rho below the diagonal, its SE above; unresolved bins hatched, cuts as lines."""
+def heat_map(map: ConflictMap, partition: Partition | None = None, *, theme: Theme = LIGHT) -> Figure:
+    """Draw rho on and below the diagonal, its SE above; unresolved bins hatched, cuts as lines."""
     found = similarity(map)
-    figure, (ax,) = _figure(width=7.2, height=5.6)
+    figure, (ax,) = _figure(width=7.4, height=4.9)
     upper = np.triu(np.ones((map.N, map.N), dtype=bool), 1)
-    _mesh(figure, ax, map, np.where(upper, np.nan, np.clip(found.cosine, -1, 1)), "vlag", (-1, 1), "cosine of gradients")
-    top = np.nanmax(np.where(upper, found.cosine_se, np.nan), initial=0.0) or 1.0
-    _mesh(
-        figure,
-        ax,
-        map,
-        np.where(upper, found.cosine_se, np.nan),
-        "Greys",
-        (0, max(top, 1e-6)),
-        "SE (above the diagonal)",
-    )
-    _hatch(ax, map, found)
+    se = np.where(upper, found.cosine_se, np.nan)
+    if np.isfinite(se).any():
+        span = (0.0, max(float(np.nanmax(se)), 1e-6))
+        _mesh(figure, ax, map, se, "Greys_r" if theme is DARK else "Greys", span, "standard error (above the diagonal)")
+    cosine = np.where(upper, np.nan, np.clip(found.cosine, -1, 1))
+    _mesh(figure, ax, map, cosine, theme.maps, (-1, 1), "cosine of gradients (below)")
+    _hatch(ax, map, found, theme)
     for place in partition.cuts if partition else []:
-        ax.axvline(place, color="black", lw=1.4, ls="--")
-        ax.axhline(place, color="black", lw=1.4, ls="--")
+        ax.axvline(place, color=theme.ink, lw=1.4, ls="--")
+        ax.axhline(place, color=theme.ink, lw=1.4, ls="--")
     ax.set(xlabel="timestep t (0 = least noise)", ylabel="timestep t", aspect="equal", xlim=(0, map.T), ylim=(map.T, 0))
     ax.set_title(_heading(map, found), loc="left", fontsize=10)
     return figure
@@ -87,15 +104,17 @@ def heat_map(map: ConflictMap, partition: Partition | None = None) -> Figure:
 
 def _mesh(figure: Figure, ax: Axes, map: ConflictMap, values: Array, cmap: str, span: tuple[float, float], label: str) -> None:
     mesh = ax.pcolormesh(map.edges, map.edges, np.ma.masked_invalid(values), cmap=cmap, vmin=span[0], vmax=span[1])
-    mesh.set_rasterized(False)
-    figure.colorbar(mesh, ax=ax, label=label, shrink=0.8, pad=0.02)
+    mesh.set_rasterized(map.N > MANY)
+    bar = figure.colorbar(mesh, ax=ax, label=label, shrink=0.8, pad=0.02)
+    bar.outline.set_visible(False)
 
 
-def _hatch(ax: Axes, map: ConflictMap, found: Similarity) -> None:
+def _hatch(ax: Axes, map: ConflictMap, found: Similarity, theme: Theme) -> None:
+    face, edge = ("none", "0.4") if theme is DARK else ("0.96", "0.7")
     for (i, j), value in np.ndenumerate(found.cosine):
         if not np.isfinite(value):
             x, y = map.bins[j], map.bins[i]
-            ax.add_patch(Rectangle((x.start, y.start), len(x), len(y), facecolor="0.96", edgecolor="0.7", hatch="////", lw=0))
+            ax.add_patch(Rectangle((x.start, y.start), len(x), len(y), facecolor=face, edgecolor=edge, hatch="////", lw=0))
 
 
 def _heading(map: ConflictMap, found: Similarity) -> str:
@@ -108,7 +127,7 @@ def _heading(map: ConflictMap, found: Similarity) -> str:
 
 
 @styled
-def similarity_by_distance(map: ConflictMap) -> Figure:
+def similarity_by_distance(map: ConflictMap, *, theme: Theme = LIGHT) -> Figure:
     """Draw the mean rho by lag of bins with its 95 % interval, the naive cosine beside it; and rho by distance in log SNR."""
     figure, (left, right) = _figure(2, width=9.6, height=4.0)
     lags, pairs = by_lag(map), by_log_snr(map)
@@ -118,7 +137,18 @@ def similarity_by_distance(map: ConflictMap) -> Figure:
     left.set(xlabel="distance in timesteps", ylabel="cosine of gradients", ylim=_limits(lags.cosine, lags.naive))
     left.legend(frameon=False)
     if len(pairs):
-        sns.scatterplot(pairs, x="distance", y="cosine", hue="t", palette="viridis", ax=right, s=18, linewidth=0)
+        sns.scatterplot(
+            pairs,
+            x="distance",
+            y="cosine",
+            hue="t",
+            palette="cool" if theme is DARK else "viridis",
+            ax=right,
+            s=18,
+            linewidth=0,
+        )
+    else:
+        right.text(0.5, 0.5, "no pair is resolved", ha="center", transform=right.transAxes)
     right.set(xlabel="distance in log SNR", ylabel="", ylim=_limits(pairs.cosine, lags.naive))
     if right.get_legend():
         sns.move_legend(right, "best", title="t of the lower bin", frameon=False, fontsize=8)
@@ -143,7 +173,7 @@ def _limits(*series: pd.Series) -> tuple[float, float]:
 
 
 @styled
-def strength(map: ConflictMap, partition: Partition | None = None) -> Figure:
+def strength(map: ConflictMap, partition: Partition | None = None, *, theme: Theme = LIGHT) -> Figure:
     """Draw |mu_t| with its 95 % interval (unresolved bins open) and the noise scale nu_t in samples."""
     found = similarity(map)
     figure, (left, right) = _figure(2, width=9.6, height=3.8)
@@ -151,7 +181,7 @@ def strength(map: ConflictMap, partition: Partition | None = None) -> Figure:
     size, low, high = (np.sqrt(np.clip(v, 0, None)) for v in (signal, signal - half, signal + half))
     left.errorbar(map.timesteps, size, [size - low, high - size], fmt="none", ecolor=BLUE, elinewidth=1, capsize=2)
     sns.lineplot(x=map.timesteps, y=size, ax=left, color=BLUE, lw=1)
-    for known, face, label in ((True, BLUE, "resolved"), (False, "white", "unresolved")):
+    for known, face, label in ((True, BLUE, "resolved"), (False, left.get_facecolor(), "unresolved")):
         here = found.resolved == known
         if not here.any():
             continue
@@ -166,30 +196,7 @@ def strength(map: ConflictMap, partition: Partition | None = None) -> Figure:
     right.set(xlabel="timestep t", ylabel="noise scale, samples", yscale="log", xlim=left.get_xlim())
     for ax in (left, right):
         for place in partition.cuts if partition else []:
-            ax.axvline(place, color="black", lw=1, ls="--", zorder=0)
-    return figure
-
-
-# -- how many ranges -----------------------------------------------------------------------------------------------------
-
-
-@styled
-def cost_curve(map: ConflictMap, chosen: int | None = None, *, score: str = "step") -> Figure:
-    """Draw the explained share of the conflict against the number of ranges for three ways to cut, with SE."""
-    evidence = Evidence.of(map, score)
-    figure, (ax,) = _figure()
-    counts = [n for n in RANGES if n <= map.N]
-    if evidence.sure:
-        shares = curve(evidence, counts)
-        for (method, label), colour, marker in zip(WAYS.items(), (BLUE, ORANGE, GREEN), "os^", strict=True):
-            rows = shares[shares.method == method]
-            ax.errorbar(rows.ranges, rows.share, rows.se, color=colour, marker=marker, ms=5, capsize=2, label=label)
-        ax.legend(frameon=False, loc="lower right")
-    else:
-        ax.text(0.5, 0.5, "too little of the conflict is resolved", ha="center", transform=ax.transAxes)
-    if chosen:
-        ax.axvline(chosen, color=GREY, lw=1, ls=":", zorder=0)
-    ax.set(xlabel="number of ranges", ylabel=f"explained share of the conflict ({score})", xticks=counts)
+            ax.axvline(place, color=theme.ink, lw=1, ls="--", zorder=0)
     return figure
 
 

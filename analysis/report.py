@@ -4,24 +4,28 @@ OUT/conflict.safetensors   the map
 OUT/partition.json         the cut that was asked for; uniform where noise leaves no gradient cut
 OUT/summary.json           shares of three cuts with errors, support of each cut, row-sum check, advice
 OUT/*.svg, *.png           plots
+OUT/conflict.html          all of it on one page, and what to do next
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from demerge.analysis.cutting.benefit import benefit
 from demerge.analysis.cutting.blocks import LEAST_KNOWN
 from demerge.analysis.cutting.crossfit import HeldOut, unsure
 from demerge.analysis.cutting.evidence import Estimate, Evidence, estimate, support
+from demerge.analysis.cutting.needed import MOST, groups_needed
 from demerge.analysis.cutting.segmentation import GIVEN, METHODS, cut
 from demerge.analysis.similarity import leave_one_out, standard_error, t_quantile
 from demerge.conflict import ConflictMap
 from demerge.errors import NumericalError
-from demerge.files import commit_file, commit_json
+from demerge.files import commit_file, commit_json, commit_text
 from demerge.timesteps import Partition
 
 BEAT = 2.0
@@ -48,7 +52,8 @@ def summary(
     [0, T) `known` by them; `conflict` (J of all blocks apart); `cuts`
     by method, each with cuts, share, se; `judged`, the cut that the next three are about: what was asked for, or gradient where
     that does not look at the map; `support` of each of its cuts; its `held_out` gain over uniform and logsnr;
-    `advice`, it or uniform, and its `reason`; `row_sums`; `taken`, what was asked for, or uniform where that finds no cut.
+    `advice`, it or uniform, and its `reason`; `row_sums`; `taken`, what was asked for, or uniform where that finds no cut;
+    `benefit`, what training experts of the cut that was taken promises; `groups_needed` for all bins to be resolved.
     """
     evidence, n = Evidence.of(map, score), n if given is None else len(given)
     cuts, why = _cuts(map, n, score, minimum)
@@ -59,6 +64,8 @@ def summary(
     held_out = _held_out(evidence, judged, best, minimum) if best and evidence.sure and n > 1 else {}
     advice, reason = _advice(evidence, n, judged, why.get(judged, ""), held_out)
     asked = advice if method == "advised" else method
+    chosen = asked if cuts[asked] else "uniform"
+    partition = cuts[chosen] or Partition.uniform(map.T, n)
     return {
         "bins": map.N,
         "groups": map.M,
@@ -77,7 +84,9 @@ def summary(
         "row_sums": row_sums(map),
         "advice": advice,
         "reason": reason,
-        "taken": asked if cuts[asked] else "uniform",
+        "taken": chosen,
+        "benefit": benefit(evidence, partition, chosen, minimum).document(),
+        "groups_needed": groups_needed(map, evidence.found),
     }
 
 
@@ -162,7 +171,7 @@ def lines(said: dict[str, Any]) -> list[str]:
         (
             "map",
             f"{said['bins']} bins, {said['groups']} groups of {said['batch_size']}, {said['draws']} draws,"
-            f" {len(said['unresolved'])} bins unresolved; "
+            f" {_unresolved(said)}; "
             f"merged to {said['blocks']} blocks, resolved on {said['known']:.0%} of [0, T)",
         ),
         (
@@ -180,30 +189,46 @@ def lines(said: dict[str, Any]) -> list[str]:
     for other, gain in said["held_out"].items():
         held_out = f"{said['judged']} explains {_pair(gain['value'], gain['se'], '+.2f')} more than {other}"
         text.append(("held out", held_out))
-    text += [("advice", f"{said['advice']}: {said['reason']}"), ("taken", f"the {said['taken']} cut")]
+    text += [("benefit", said["benefit"]["sentence"]), ("advice", f"{said['advice']}: {said['reason']}")]
+    text.append(("taken", f"the {said['taken']} cut"))
     return [f"{label:12}  {found}" for label, found in text]
+
+
+def _unresolved(said: dict[str, Any]) -> str:
+    within_reach = said["unresolved"] and said["groups_needed"] < MOST
+    more = f" ({said['groups_needed']} groups or more would do)" if within_reach else ""
+    return f"{len(said['unresolved'])} bins unresolved{more}"
 
 
 def _pair(value: float | None, se: float | None, form: str = ".2f") -> str:
     return "unknown" if value is None else f"{value:{form}} ± {math.nan if se is None else se:.2f}"
 
 
-def taken(map: ConflictMap, said: dict[str, Any]) -> Partition:
+def taken(map: ConflictMap, said: Mapping[str, Any]) -> Partition:
     """Return the cut that a summary says was taken."""
     return Partition.from_cuts(map.T, said["cuts"][said["taken"]]["cuts"])
 
 
-def write(map: ConflictMap, out: Path, said: dict[str, Any]) -> list[Path]:
-    """Write map, the cut that was taken, summary and plots into the folder OUT; return what was written."""
-    from demerge.analysis.plots import figures, render
+def write(
+    map: ConflictMap, out: Path, said: dict[str, Any], *, model: str = "MODEL", data: str = "DATA", split: str = "train"
+) -> list[Path]:
+    """Write map, the cut that was taken, summary, plots and page into the folder OUT; return what was written.
+
+    Args:
+        model, data, split: what the map was measured on, for the commands on the page.
+    """
+    from demerge.analysis.next import Names
+    from demerge.analysis.page import NAME, page, pictures
+    from demerge.analysis.plots import render
 
     written = [map.save(out / "conflict.safetensors")]
     partition = taken(map, said)
     partition.save(out / "partition.json")
     commit_json(out / "summary.json", said)
     written += [out / "partition.json", out / "summary.json"]
-    for name, figure in figures(map, partition, score=said["score"]).items():
-        for kind in ("svg", "png"):
-            picture = render(figure, kind)
+    figures, shown = pictures(map, partition, said)
+    for name, figure in figures.items():
+        for kind, picture in (("svg", shown[name].data), ("png", render(figure, "png"))):
             written.append(commit_file(out / f"{name}.{kind}", lambda stream, picture=picture: stream.write(picture)))  # type: ignore[misc]
-    return written
+    names = Names(model, data, split, out, out / "partition.json")
+    return [*written, commit_text(out / NAME, page(map, partition, said, shown, names))]

@@ -24,8 +24,23 @@ def analyze(
     score: Annotated[str, typer.Option(help="What gradient maximises: step, energy or cosine.", rich_help_panel=CUT)] = "step",
     bins: Annotated[int, typer.Option(min=1, help="Bins of timesteps.", rich_help_panel=MEASURE)] = 20,
     groups: Annotated[
-        int, typer.Option(min=5, help="Groups of samples; errors come from their differences.", rich_help_panel=MEASURE)
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=5,
+            help="Groups of samples, whose differences give the errors: 8; with --budget or --se the most there may be: 64.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="As many groups as fit in 90s, 10m or 2h, at least 5.", rich_help_panel=MEASURE),
+    ] = None,
+    se: Annotated[
+        float | None,
+        typer.Option(
+            help="Groups until the similarity of neighbouring bins has this median SE, such as 0.02.", rich_help_panel=MEASURE
+        ),
+    ] = None,
     train_batch_size: Annotated[
         int, typer.Option("--train-batch-size", min=1, help="Samples per bin and group.", rich_help_panel=MEASURE)
     ] = 16,
@@ -33,8 +48,11 @@ def analyze(
         str, typer.Option(help="shared between the bins of a group, or independent.", rich_help_panel=MEASURE)
     ] = "shared",
     antithetic: Annotated[
-        bool, typer.Option("--antithetic", help="Take each noise with its opposite.", rich_help_panel=MEASURE)
-    ] = False,
+        str,
+        typer.Option(
+            help="Take each noise with its opposite: on, off, or auto: in bins where that helps.", rich_help_panel=MEASURE
+        ),
+    ] = "off",
     metric: Annotated[str, typer.Option(help="Inner products: euclid, or adam.", rich_help_panel=MEASURE)] = "euclid",
     engine: Annotated[
         str, typer.Option(help="Keep of the gradients: exact, sketch, or auto: exact if it fits.", rich_help_panel=MEASURE)
@@ -46,6 +64,17 @@ def analyze(
     layers: Annotated[
         bool, typer.Option("--layers", help="Sketch each layer too, for `demerge layers`.", rich_help_panel=MEASURE)
     ] = False,
+    fisher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANGES",
+            help="uniform:N, joint or partition.json: the Fisher of each range too, into OUT/fisher, for `merge`.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    mixed_precision: Annotated[
+        str, typer.Option("--mixed-precision", help="no, or bf16 in the model's passes.", rich_help_panel=MEASURE)
+    ] = "no",
     split: Annotated[str, typer.Option(help="train, test or all.", rich_help_panel=MEASURE)] = "train",
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
     memory: Annotated[
@@ -57,10 +86,12 @@ def analyze(
 ) -> None:
     """Measure the conflict map, cut [0, T) into ranges, and say how far to believe it.
 
-    The map is kept: the same measurement again only cuts anew, without the model's gradients. Stopped midway, the same command
-    goes on after the last finished group.
+    The map is kept: the same measurement again only cuts anew, without the model's gradients, and more groups are added to
+    those it has. Stopped midway, the same command goes on after the last finished group. Under `accelerate launch` or
+    `torchrun` the groups are shared among the processes.
     """
     from demerge.analysis.cutting.crossfit import count
+    from demerge.analysis.measurement.settings import seconds_of
     from demerge.analysis.measurement.stage import prepare
     from demerge.analysis.report import lines, summary, write
 
@@ -82,16 +113,25 @@ def analyze(
         split=split,
         skip_broken=skip_broken,
         memory=int(memory * 1e9),
+        budget=None if budget is None else seconds_of(budget),
+        se=se,
+        precision=mixed_precision,
         ranges=n or 1,
         method=method,
         score=score,
+        fisher=fisher,
         device=device_of(device),
     )
+    if not plan.world.main:
+        plan.map()
+        return
     say(str(plan))
     with progress(plan.cost.passes, "analyze") as bar:
         map = plan.map(bar)
+    for line in plan.lines(map):
+        say(line)
     said = summary(map, n or count(map, method=method, score=score).chosen, method=method, score=score)
     for line in lines(said):
         say(line)
-    files = write(map, out, said)
+    files = write(map, out, said, model=model, data=data, split=split)
     emit({"out": out, "files": files, **said}, out, json)

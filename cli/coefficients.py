@@ -20,7 +20,9 @@ def coefficients(
     ],
     data: Annotated[str, typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="A new .json file, for `demerge merge --weights`.")],
-    per: Annotated[str, typer.Option(help="model or block: what has weights of its own.", rich_help_panel=SOLUTION)] = "model",
+    per: Annotated[
+        str, typer.Option(help="model, block or layer: what has weights of its own.", rich_help_panel=SOLUTION)
+    ] = "model",
     ridge: Annotated[
         float | None,
         typer.Option(

@@ -28,6 +28,9 @@ def finetune(
     skip_broken: Annotated[bool, _option("--skip-broken", "Leave out images that cannot be read.", DATA)] = False,
     random_flip: Annotated[bool, _option("--random-flip", "Mirror half of the images.", DATA)] = False,
     init: Annotated[str, typer.Option(help="pretrained, or random to train a base.")] = "pretrained",
+    train_layers: Annotated[
+        Path | None, _option("--train-layers", "layers.json of `demerge layers`: what is trained; the rest stays.", TRAINING)
+    ] = None,
     max_train_steps: Annotated[int, _option("--max-train-steps", "Optimizer steps per expert.", TRAINING)] = 1000,
     train_batch_size: Annotated[int, _option("--train-batch-size", "Images per step.", TRAINING)] = 64,
     gradient_accumulation_steps: Annotated[
@@ -81,7 +84,18 @@ def finetune(
     given = locals()
     options = FinetuneOptions(**{f.name: given[f.name] for f in fields(FinetuneOptions) if f.name in given})
     place = device_of(device)
-    plan = prepare(model, data, ranges, options, out, split=split, init=init, device=place, skip_broken=skip_broken)
+    plan = prepare(
+        model,
+        data,
+        ranges,
+        options,
+        out,
+        split=split,
+        init=init,
+        device=place,
+        skip_broken=skip_broken,
+        train_layers=train_layers,
+    )
     for line in plan.lines():
         say(line)
     if dry_run:
@@ -89,7 +103,7 @@ def finetune(
         return
     with stop_signals() as stop, progress(plan.total_steps, "finetune") as bar:
         done = plan.finished_steps
-        for step in train(plan.base, plan.data, plan.ranges, plan.options, out, stop=stop):
+        for step in train(plan.base, plan.data, plan.ranges, plan.options, out, layers=plan.layers, stop=stop):
             bar(done + step.step, plan.total_steps, f"{step.range} loss {step.loss:.4f}")
             done += step.total if step.step == step.total else 0
     emit(plan.document(), out, json)

@@ -24,11 +24,14 @@ from demerge.cli import (
     evaluate,
     finetune,
     inspect,
+    landscape,
+    layers,
     merge,
     methods,
     ranges,
     sample,
     stats,
+    transfer,
 )
 from demerge.errors import DemergeError
 
@@ -49,10 +52,13 @@ app.command(rich_help_panel=START)(demo.demo)
 app.command(rich_help_panel=START)(doctor.doctor)
 app.command(rich_help_panel=PATH)(analyze.analyze)
 app.command(rich_help_panel=PATH)(ranges.ranges)
+app.command(rich_help_panel=PATH)(layers.layers)
 app.command(rich_help_panel=PATH)(finetune.finetune)
 app.command(rich_help_panel=PATH)(stats.stats)
+app.command(rich_help_panel=PATH)(transfer.transfer)
 app.command(rich_help_panel=PATH)(coefficients.coefficients)
 app.command(rich_help_panel=PATH)(merge.merge)
+app.command(rich_help_panel=PATH)(landscape.landscape)
 app.command(rich_help_panel=PATH)(evaluate.evaluate)
 app.command(rich_help_panel=PATH)(compare.compare)
 app.command(rich_help_panel=AROUND)(methods.methods)

@@ -28,14 +28,17 @@ def ranges(
         int | None, typer.Option(min=1, help="Least width of a range in bins, for gradient and hierarchical.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base; a map of other weights is refused.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the ranges here, for example partition.json.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Write the ranges here, for example partition.json, and conflict.html beside."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Cut [0, T) into ranges by a stored map; say what they gain, how sure that is, and what else there is.
 
     The model and its data are not needed.
     """
-    from demerge.analysis import ranges as stage
+    from demerge.analysis.cutting import ranges as stage
     from demerge.analysis.report import taken
 
     count = ranges_of(n)
@@ -45,11 +48,13 @@ def ranges(
         raise UsageError(f"--cuts {cuts} fixes the method and {len(given)} ranges", fix="leave out --method and -n")
     if out is not None:
         stage.refuse_to_replace(out)
+    page = None if out is None else stage.page_beside(out)
     said = stage.ranges(found, count, method=method or stage.ADVISED, score=score, minimum=minimum, given=given)
     for line in stage.lines(said):
         say(line)
-    if out is not None:
+    if out is not None and page is not None:
         taken(found, said).save(out)
-    emit({"out": out, **said}, out, json)
+        stage.write_beside(found, said, page, stored=map, out=out, model=model, minimum=minimum)
+    emit({"out": out, "page": page, **said}, out, json)
     if out is None and not json:
         print(" ".join(f"{start}:{stop}" for start, stop in said["partition"]))

@@ -22,6 +22,10 @@ def sample(
     captions: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Text file, a caption per line, for text-to-image models.")
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Classes for class-conditional models, for example 3,3,7; one after the other by default."),
+    ] = None,
     eval_batch_size: Annotated[int, typer.Option("--eval-batch-size", min=1, help="Images per forward pass.")] = 64,
     seed: Seed = 0,
     device: Device = "auto",
@@ -31,7 +35,7 @@ def sample(
     from demerge.diffusion import Diffusion
     from demerge.files import refuse_existing
     from demerge.images import write_pngs
-    from demerge.sample import load_routed
+    from demerge.sample import labels_of, load_routed
     from demerge.sample import sample as draw
 
     refuse_existing(out)
@@ -47,6 +51,7 @@ def sample(
             sampler=sampler,
             batch_size=eval_batch_size,
             captions=texts,
+            labels=None if labels is None else labels_of(labels),
             progress=bar,
         )
     write_pngs(out, images)

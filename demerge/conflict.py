@@ -51,11 +51,13 @@ class Origin:
         parameters: D, the length of a gradient.
         engine: `exact`, or how gradients were shortened before their products were taken: `sketch-65521`.
         draws: `shared` between the bins of a group, or `independent`.
-        antithetic: whether a group's noise comes in pairs eps, -eps.
+        antithetic: whether a group's noise comes in pairs eps, -eps; one for each bin where a pilot chose.
         metric: of the inner products, `euclid` or `adam`.
         batch_size: samples per bin and group.
         seed: of all draws and of a sketch.
         params: which parameters count: `all`, `lora` or a regular expression.
+        precision: of the model's own arithmetic: `no` (float32), or `bf16` under autocast; sums are float32 and float64.
+        prediction: what the model predicts, which is its loss's target: `epsilon`, `v_prediction` or `sample`.
     """
 
     model: str
@@ -63,15 +65,21 @@ class Origin:
     parameters: int
     engine: str
     draws: str
-    antithetic: bool
+    antithetic: bool | tuple[bool, ...]
     metric: str
     batch_size: int
     seed: int
     params: str = "all"
+    precision: str = "no"
+    prediction: str = ""
 
     def __post_init__(self) -> None:
-        texts = (self.model, self.data, self.engine, self.draws, self.metric, self.params)
-        if not all(isinstance(text, str) for text in texts) or type(self.antithetic) is not bool:
+        given: Any = self.antithetic
+        if isinstance(given, list):  # as JSON has it
+            object.__setattr__(self, "antithetic", tuple(given))
+        texts = (self.model, self.data, self.engine, self.draws, self.metric, self.params, self.precision, self.prediction)
+        pairs = self.antithetic if isinstance(self.antithetic, tuple) else (self.antithetic,)
+        if not all(isinstance(text, str) for text in texts) or not all(type(paired) is bool for paired in pairs):
             raise InputError(f"origin: {texts}, antithetic {self.antithetic} is of another type", fix="measure the map again")
         numbers = (self.parameters, self.batch_size, self.seed)
         if not all(type(number) is int for number in numbers) or min(self.parameters, self.batch_size) < 1:
@@ -193,6 +201,8 @@ def _check(map: ConflictMap) -> None:
         raise InputError(f"{gram.shape[1]} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
     if gram.dtype != np.float64 or log_snr.dtype != np.float64:
         raise InputError(f"gram and log_snr are {gram.dtype} and {log_snr.dtype}, not float64", fix=fix)
+    if isinstance(map.origin.antithetic, tuple) and len(map.origin.antithetic) != N:
+        raise InputError(f"antithetic noise is said of {len(map.origin.antithetic)} bins, not of {N}", fix=fix)
     _check_sketches(map)
     for name, array in map._arrays().items():
         if not np.isfinite(array).all():

@@ -8,8 +8,9 @@
     SNR(t):            abar_t / (1 - abar_t)
 
 abar, the prediction type and T are the base's own, read from its scheduler's config; nothing is filled in by a default.
-Models are stock diffusers pipelines: UNet2DModel, or UNet2DConditionModel with a CLIP text encoder and an AutoencoderKL.
-They are read by `demerge.pipelines`.
+Models are stock diffusers pipelines, read by `demerge.pipelines`: UNet2DModel, UNet2DConditionModel with a CLIP text encoder
+and an AutoencoderKL, or a DiT with class labels and an AutoencoderKL. The condition c is told by `demerge.conditions`. Of a
+denoiser that also learns the variance (a DiT: 2 C channels) the first C channels are f.
 
 Papers: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), latent diffusion (arXiv 2112.10752).
 """
@@ -27,11 +28,12 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
+from demerge.conditions import Classes, classes_of
 from demerge.data import ImageData
 from demerge.errors import InputError, UsageError
 from demerge.files import commit_json
 from demerge.headers import read_json
-from demerge.pipelines import TextEncoder, load_denoiser, load_scheduler, load_text, resolve
+from demerge.pipelines import TextEncoder, denoiser_part, load_denoiser, load_scheduler, load_text, resolve
 from demerge.weights import content_sha256
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -60,11 +62,7 @@ class Diffusion:
             raise UsageError(
                 f"prediction type '{self.prediction_type}' is unknown", fix=f"use one of {', '.join(PREDICTION_TYPES)}"
             )
-        if getattr(self.config, "addition_embed_type", None) or getattr(self.config, "class_embed_type", None):
-            raise UsageError(
-                "the denoiser takes conditions besides text (addition_embed_type or class_embed_type)",
-                fix="use an unconditional base or a text-to-image base of the SD 1.x or 2.x kind",
-            )
+        classes_of(self.config)
 
     # -- reading and writing -----------------------------------------------------------------------------------------
 
@@ -113,13 +111,14 @@ class Diffusion:
             return
         index = read_json(self.folder / "model_index.json")
         parts = [p for p in sorted(self.folder.iterdir()) if p.is_dir() and p.name in index]
-        copied = [p for p in parts if p.name not in ("unet", "scheduler")]
+        own = (denoiser_part(index), "scheduler")
+        copied = [p for p in parts if p.name not in own]
         for part in copied:
             shutil.copytree(part, path / part.name)
-        absent = {n for n, v in index.items() if isinstance(v, list)} - {"unet", "scheduler", *(p.name for p in copied)}
+        absent = {n for n, v in index.items() if isinstance(v, list)} - {*own, *(p.name for p in copied)}
         commit_json(path / "model_index.json", {n: [None, None] if n in absent else v for n, v in index.items()})
         self.scheduler.save_pretrained(path / "scheduler")
-        self.denoiser.save_pretrained(path / "unet")  # type: ignore[operator]
+        self.denoiser.save_pretrained(path / own[0])  # type: ignore[operator]
 
     def with_denoiser(self, denoiser: nn.Module) -> Diffusion:
         """Return the same diffusion around another denoiser."""
@@ -187,6 +186,11 @@ class Diffusion:
         return self.text is not None
 
     @property
+    def classes(self) -> Classes | None:
+        """The classes that the denoiser takes, None where it takes none."""
+        return classes_of(self.config)
+
+    @property
     def sha256(self) -> str:
         """The hash of the denoiser's tensors: names, dtypes, shapes and values."""
         return content_sha256(self.denoiser.state_dict())
@@ -199,31 +203,52 @@ class Diffusion:
     # -- mathematics -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, images: Tensor, captions: Sequence[str] | None = None) -> tuple[Tensor, Tensor | None]:
-        """Turn images [B C H W] in [-1, 1] and captions into (x_0 [B *sample_shape], condition [B L D] or None).
+    def encode(
+        self, images: Tensor, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Turn images [B C H W] in [-1, 1] and what is known of them into (x_0 [B *sample_shape], condition); see `condition`.
 
         Raises:
-            UsageError: where the images have another shape than the base's, or a text-to-image base gets no captions.
+            UsageError: where the images have another shape than the base's, or what the base needs to know is missing.
         """
         if tuple(images.shape[1:]) != self.image_shape:
             raise UsageError(
                 f"images are {tuple(images.shape[1:])}, the base expects {self.image_shape}",
                 fix="load the data with the base's resolution and channels",
             )
-        if self.text is not None and captions is None:
-            raise UsageError(
-                "the base takes text and the data has no captions", fix="add a metadata.jsonl with file_name and text"
-            )
-        condition = self.text(captions) if self.text is not None and captions is not None else None
+        condition = self.condition(len(images), captions, labels)
         images = images.to(self.device)
         if self.vae is None:
             return images, condition
         return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor, condition
 
+    @torch.no_grad()
+    def condition(self, n: int, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None) -> Tensor | None:
+        """Return c for n samples: hidden states of captions [n L D], labels of classes [n], or None, as the denoiser takes it.
+
+        Raises:
+            UsageError: where captions or labels are missing, or a label is no class of the base's.
+        """
+        if self.text is not None:
+            return self.text(_required(captions))
+        return None if self.classes is None else self.classes.labels(labels, n).to(self.device)
+
+    def told(self, data: ImageData) -> str | None:
+        """Say what the denoiser is told of the images of a data set, None where it is told nothing.
+
+        Raises:
+            UsageError: where captions or labels are missing, or a label is no class of the base's.
+        """
+        if self.text is not None:
+            return f"captions, {len(set(_required(data.captions))):,} different ones"
+        if self.classes is None:
+            return None
+        self.classes.labels(data.labels, len(data))
+        return f"classes, {self.classes.told(data.labels)}"
+
     def encode_from(self, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Encode images of a data set, with their captions where the base takes text; see `encode`."""
-        known = data.captions if self.requires_text else None
-        return self.encode(data.floats(indices), None if known is None else [known[i] for i in indices])
+        """Encode images of a data set, with their captions or labels where the base takes them; see `encode`."""
+        return self.encode(data.floats(indices), *data.known(indices))
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
@@ -251,15 +276,27 @@ class Diffusion:
         a, s = self._coefficients(t, x0)
         return a * noise - s * x0
 
+    def arguments(self, condition: Tensor | None) -> dict[str, Tensor]:
+        """Return the denoiser's keyword arguments for a condition."""
+        if condition is None:
+            return {}
+        return {"encoder_hidden_states" if self.classes is None else "class_labels": condition}
+
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        """Return f(x_t, t, c) [B C H W]; a learned variance behind the first C channels is left out."""
-        arguments = {} if condition is None else {"encoder_hidden_states": condition}
-        output: Tensor = self.denoiser(x_t, t, **arguments).sample
+        """Return f(x_t, t, c) [B C H W] for t [B] or one for all; a learned variance behind the C channels is left out."""
+        each = torch.as_tensor(t, device=x_t.device).reshape(-1).expand(len(x_t))
+        output: Tensor = self.denoiser(x_t, each, **self.arguments(condition)).sample
         return output[:, : x_t.shape[1]]
 
     def loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return |y - f(x_t, t, c)|^2 for each sample [B], averaged over its elements."""
         return squared_error(self.predict(self.add_noise(x0, noise, t), t, condition), self.target(x0, noise, t))
+
+
+def _required(captions: Sequence[str] | None) -> Sequence[str]:
+    if captions is None:
+        raise UsageError("the base takes text and the data has no captions", fix="add a metadata.jsonl with file_name and text")
+    return captions
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

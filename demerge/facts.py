@@ -9,7 +9,7 @@ from typing import Any
 from demerge.headers import read_json
 from demerge.weights import Checkpoint
 
-MERGED_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+MERGED_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel")
 FACTORS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 
 

@@ -56,11 +56,17 @@ def render(draw: Draw, theme: Theme, kind: str) -> bytes:
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Make a drawing function use dark ink on white, whatever style is set: readable in print and in dark notebooks."""
+    """Make a drawing function use dark ink on white, whatever style is set: readable in print and in dark notebooks.
+
+    Called with `theme=DARK`, where it takes a theme, it uses bright ink and leaves the ground to the page behind it.
+    """
 
     @wraps(draw)
     def drawn(*arguments: P.args, **keywords: P.kwargs) -> Figure:
-        with sns.axes_style("ticks"):
+        inks = dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), DARK.ink)
+        grounds = dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none")
+        dark = {**inks, **grounds, "axes.edgecolor": DARK.faint}
+        with sns.axes_style("ticks", dark if keywords.get("theme") is DARK else {}):
             return draw(*arguments, **keywords)
 
     return drawn

@@ -15,12 +15,16 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from demerge.conditions import keep_labels
 from demerge.errors import InputError, UsageError
 from demerge.local import local
+from demerge.places import COMPONENTS
 
 DENOISERS: Mapping[str, type[diffusers.ModelMixin]] = {
     "UNet2DModel": diffusers.UNet2DModel,
     "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+    "DiTTransformer2DModel": diffusers.DiTTransformer2DModel,
+    "Transformer2DModel": diffusers.DiTTransformer2DModel,  # its name in older files, as those of facebook/DiT-XL-2-256
 }
 
 
@@ -56,7 +60,7 @@ def resolve(model: str | Path) -> Path:
         if (folder / "model_index.json").is_file() and (folder == path or (path / "config.json").is_file()):
             return folder
     what = "no model_index.json there, so no scheduler is known" if path.exists() else "no such folder"
-    raise InputError(f"{model}: {what}", fix="name a whole pipeline folder (model_index.json, unet/, scheduler/)")
+    raise InputError(f"{model}: {what}", fix="name a pipeline folder (model_index.json, scheduler/, unet/ or transformer/)")
 
 
 def part(folder: Path, name: str) -> Path:
@@ -67,8 +71,15 @@ def part(folder: Path, name: str) -> Path:
 def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:
     entry = index.get(part)
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-        raise InputError(f"{folder}/model_index.json: no component '{part}'", fix="use a pipeline with unet and scheduler")
+        raise InputError(
+            f"{folder}/model_index.json: no component '{part}'", fix="use a pipeline with scheduler, and unet or transformer"
+        )
     return entry[1]
+
+
+def denoiser_part(index: Mapping[str, Any]) -> str:
+    """Return the name of the denoiser's component in a pipeline's index, `unet` where there is none."""
+    return next((name for name in COMPONENTS if name in index), "unet")
 
 
 def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixin:
@@ -77,19 +88,21 @@ def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixi
     Raises:
         InputError: where its class is not supported, or the weights do not fit the config.
     """
-    name = _class_name(folder, index, "unet")
+    component = denoiser_part(index)
+    name = _class_name(folder, index, component)
     if name not in DENOISERS:
         raise InputError(f"{folder}: denoiser class '{name}' is not supported", fix=f"use one of {', '.join(DENOISERS)}")
     try:
         model, report = DENOISERS[name].from_pretrained(
-            part(folder, "unet"), use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            part(folder, component), use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}/unet: cannot be loaded: {error}", fix="check config.json and the weights") from error
+        raise InputError(f"{folder}/{component}: cannot be loaded: {error}", fix="check config.json and the weights") from error
     problems = {key: sorted(report[key])[:5] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
     if problems:
-        raise InputError(f"{folder}/unet: the weights do not fit the config: {problems}", fix="use the matching weights")
+        raise InputError(f"{folder}/{component}: the weights do not fit the config: {problems}", fix="use the matching weights")
     denoiser: diffusers.ModelMixin = model
+    keep_labels(denoiser)
     return denoiser
 
 

@@ -43,6 +43,7 @@ def sample(
     sampler: str = "ddim",
     batch_size: int = 64,
     captions: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
     first: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -50,32 +51,54 @@ def sample(
 
     Args:
         captions: for a text-to-image model; image i gets captions[i % len(captions)].
+        labels: for a model of C classes, likewise; 0, 1 .. C - 1 by default. A DiT takes C for no class.
         progress: called with (images done, n) after each batch.
 
     Raises:
-        UsageError: where n, steps or the sampler is out of range, or captions are missing.
+        UsageError: where n, steps, the sampler or a label is out of range, or captions are missing.
         NumericalError: where an image is not finite.
     """
     _check(model, n, steps, sampler, batch_size, captions)
+    condition = _conditions(model, captions, labels)
     scheduler = make_scheduler(model, steps, sampler)
     images = torch.empty(n, *model.image_shape, dtype=torch.uint8)
     for start in range(0, n, batch_size):
         indices = list(range(first + start, first + min(start + batch_size, n)))
-        texts = [captions[i % len(captions)] for i in indices] if captions else None
-        images[start : start + len(indices)] = _batch(model, scheduler, seed, indices, texts)
+        images[start : start + len(indices)] = _batch(model, scheduler, seed, indices, condition(indices))
         if progress is not None:
             progress(start + len(indices), n)
     return images
 
 
+def labels_of(text: str) -> list[int]:
+    """Read numbers of classes, separated by commas.
+
+    Raises:
+        UsageError: where one is no whole number.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise UsageError(f"labels '{text}' are no numbers of classes", fix="give whole numbers, for example 3,3,7")
+    return [int(word) for word in words]
+
+
 def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
-    """Return a scheduler with `steps` inference steps, from the base's own config."""
+    """Return a scheduler with `steps` inference steps, from the base's own config.
+
+    Raises:
+        UsageError: where the base's own scheduler needs a variance that the denoiser learned.
+    """
     if sampler == "ddim":
         config = dict(model.scheduler.config) | {"timestep_spacing": "leading"}
         if config.get("steps_offset", 0) > model.T - 1 - (steps - 1) * (model.T // steps):
             config["steps_offset"] = 0  # the offset would lead beyond T
         scheduler: Any = diffusers.DDIMScheduler.from_config(config)
     else:
+        if str(model.scheduler.config.get("variance_type", "")).startswith("learned"):
+            raise UsageError(
+                f"the base's own {type(model.scheduler).__name__} draws with a learned variance, which is not supported",
+                fix="use the sampler ddim",
+            )
         scheduler = type(model.scheduler).from_config(model.scheduler.config)
     scheduler.set_timesteps(steps)
     return scheduler
@@ -91,9 +114,27 @@ def _check(model: Diffusion, n: int, steps: int, sampler: str, batch_size: int, 
         raise UsageError("the model takes text", fix="give captions")
 
 
-def _batch(model: Diffusion, scheduler: Any, seed: int, indices: Sequence[int], captions: Sequence[str] | None) -> Tensor:
+def _conditions(
+    model: Diffusion, captions: Sequence[str] | None, labels: Sequence[int] | None
+) -> Callable[[Sequence[int]], Tensor | None]:
+    """Return the function that gives the condition of some images."""
+    known: Sequence[int] = []
+    if labels is not None and (model.classes is None or not labels):
+        what = "the model takes no classes" if model.classes is None else "there is none among them"
+        raise UsageError(f"labels were given, and {what}", fix="leave them out")
+    if model.classes is not None:
+        known = labels or range(model.classes.count)
+        model.classes.labels(known, len(known))
+
+    def of(indices: Sequence[int]) -> Tensor | None:
+        texts = [captions[i % len(captions)] for i in indices] if captions else None
+        return model.condition(len(indices), texts, [known[i % len(known)] for i in indices] if known else None)
+
+    return of
+
+
+def _batch(model: Diffusion, scheduler: Any, seed: int, indices: Sequence[int], condition: Tensor | None) -> Tensor:
     scheduler.set_timesteps(scheduler.num_inference_steps)  # forgets the batch before: PNDM and others keep a history
-    condition = model.text(captions) if model.text is not None and captions is not None else None
     x = normal(model.sample_shape, seed, "image", samples=indices).to(model.device) * scheduler.init_noise_sigma
     arguments: dict[str, Any] = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
@@ -131,7 +172,7 @@ class RoutedDenoiser(nn.Module):
         """Return the prediction [B C H W] for x [B C H W] at t, a number or [B]."""
         timesteps = torch.as_tensor(t).reshape(-1).expand(len(x)).to(x.device)
         routes = torch.tensor([self.partition.route(value) for value in timesteps.tolist()], device=x.device)
-        output = x.new_empty(len(x), self.config.out_channels, *x.shape[2:])
+        output = x.new_empty(len(x), self.config.out_channels or self.config.in_channels, *x.shape[2:])
         for route in routes.unique().tolist():
             rows = (routes == route).nonzero().flatten()
             kept = {name: value[rows] for name, value in condition.items()}

@@ -92,13 +92,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-    )
+    vae = _tiny_vae()
     pipeline = diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
@@ -111,6 +105,38 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pipeline.save_pretrained(folder / "base")
     return folder / "base"
+
+
+@pytest.fixture(scope="session")
+def tiny_dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DiTPipeline: DiTTransformer2DModel of 10 classes with a learned variance, AutoencoderKL; 16 x 16 x 3 images."""
+    import diffusers
+
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_embeds_ada_norm=10,
+    )
+    folder = tmp_path_factory.mktemp("dit") / "base"
+    diffusers.DiTPipeline(transformer, _tiny_vae(), diffusers.DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def _tiny_vae() -> Any:
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
 
 
 def _clip_tokenizer(folder: Path) -> Any:

@@ -415,3 +415,28 @@ def test_missing_and_empty_sources(tmp_path):
     write_images(tmp_path, 1)
     with pytest.raises(DemergeError, match="empty"):
         load_images(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["cat/a.png", "cat/deep/b.png", "dog/a.png"], [0, 0, 1]),
+        (["train/dog/a.png", "train/eel/a.png", "test/cat/a.png", "test/dog/b.png"], [0, 1, 1, 2]),
+        (["2/a.png", "10/a.png"], [10, 2]),
+        (["cat/a.png", "cat/b.png"], None),
+        (["cat/a.png", "dog/a.png", "loose.png"], None),
+        (["train/a.png", "test/a.png"], None),
+    ],
+)
+def test_folders_are_classes(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(4, 4)).save(tmp_path / name)
+    assert load_images(tmp_path, split="all").labels == expected
+
+
+def test_a_broken_file_does_not_shift_the_classes(tmp_path):
+    write_images(tmp_path / "b", 1)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(b"")
+    assert load_images(tmp_path, split="all", skip_broken=True).labels == [1]

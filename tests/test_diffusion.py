@@ -124,3 +124,42 @@ def test_text_to_image_pipeline_loads_encodes_and_saves(tiny_text: Path, tmp_pat
     assert Diffusion.load(tmp_path).sha256 == model.sha256
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(stock) is diffusers.StableDiffusionPipeline
+
+
+def test_dit_loads_encodes_and_saves_as_a_stock_pipeline(tiny_dit: Path, tmp_path: Path) -> None:
+    model = Diffusion.load(tiny_dit)
+    x0, labels = model.encode(torch.zeros(2, 3, 16, 16), labels=[3, 10])
+    assert labels is not None
+    assert (x0.shape, labels.tolist()) == ((2, 4, 8, 8), [3, 10])
+    with torch.no_grad():
+        noise, t = torch.randn_like(x0), torch.tensor([5, 700])
+        output = model.denoiser(model.add_noise(x0, noise, t), t, class_labels=labels).sample
+        assert output.shape[1] == 8  # half of it is the learned variance
+        torch.testing.assert_close(model.loss(x0, noise, t, labels), (output[:, :4] - noise).square().mean((1, 2, 3)))
+    model.save(tmp_path)
+    assert Diffusion.load(tmp_path / "transformer").sha256 == model.sha256
+    stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is diffusers.DiTPipeline
+    assert len(stock(class_labels=[1], num_inference_steps=2, guidance_scale=1.0, output_type="np").images) == 1
+
+
+def test_dit_under_its_old_class_name(tiny_dit: Path, tmp_path: Path) -> None:
+    """The files of facebook/DiT-XL-2-256 name the class Transformer2DModel, which was several models in one."""
+    folder = tmp_path / "old"
+    shutil.copytree(tiny_dit, folder)
+    index, config = folder / "model_index.json", folder / "transformer" / "config.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "transformer": ["diffusers", "Transformer2DModel"]}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "Transformer2DModel"}))
+    assert Diffusion.load(folder).sha256 == Diffusion.load(tiny_dit).sha256
+    config.write_text(json.dumps({**json.loads(config.read_text()), "norm_type": "ada_norm_single"}))
+    with pytest.raises(InputError, match="transformer: cannot be loaded"):
+        Diffusion.load(folder)
+
+
+def test_an_index_without_denoiser_says_so(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    file = folder / "model_index.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "unet"}))
+    with pytest.raises(InputError, match="no component 'unet'"):
+        Diffusion.load(folder)

@@ -276,7 +276,7 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
     imported = {names.get(root, root) for root in roots - sys.stdlib_module_names - {"demerge"}}
     core = {required(dependency) for dependency in PROJECT["project"]["dependencies"]}
     extras = {required(d) for extra in ("sd", "data") for d in PROJECT["project"]["optional-dependencies"][extra]}
-    assert imported - extras == core - {"accelerate"}  # diffusers loads weights through it
+    assert imported - extras == core
 
 
 def test_continuous_integration_is_the_two_commands():

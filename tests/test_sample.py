@@ -14,7 +14,7 @@ import torch
 
 from demerge.diffusion import Diffusion
 from demerge.errors import InputError, NumericalError, UsageError
-from demerge.sample import load_routed, make_scheduler, routed, sample
+from demerge.sample import labels_of, load_routed, make_scheduler, routed, sample
 from demerge.timesteps import Partition
 
 
@@ -136,3 +136,48 @@ def test_non_finite_image_is_an_error(model: Diffusion) -> None:
         model.denoiser.conv_out.bias.fill_(float("nan"))
     with pytest.raises(NumericalError, match="finite"):
         sample(model, 1, seed=0, steps=2)
+
+
+def test_classes_of_a_dit_follow_one_another_or_are_given(tiny_dit: Path) -> None:
+    model = Diffusion.load(tiny_dit)
+    with torch.no_grad():  # a DiT starts as the identity, whatever the class
+        g = torch.Generator().manual_seed(0)
+        for parameter in model.denoiser.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.3)
+    options = {"seed": 3, "steps": 3}
+    images = sample(model, 12, **options)
+    assert images.shape == (12, 3, 16, 16)
+    assert torch.equal(images, sample(model, 12, labels=range(10), **options))
+    assert torch.equal(images[10:], sample(model, 2, first=10, labels=list(range(10)), **options))
+    other = sample(model, 12, labels=[10], **options)
+    assert not torch.equal(images, other)
+    for wrong in ([11], [-1], []):
+        with pytest.raises(UsageError, match="label"):
+            sample(model, 2, labels=wrong, **options)
+
+
+def test_a_model_without_classes_takes_no_labels(model: Diffusion) -> None:
+    with pytest.raises(UsageError, match="takes no classes"):
+        sample(model, 1, seed=0, labels=[0])
+
+
+def test_labels_are_read_as_numbers() -> None:
+    assert labels_of("3, 3,7") == [3, 3, 7]
+    for wrong in ("", "cat", "1,,2", "-1"):
+        with pytest.raises(UsageError, match="no numbers of classes"):
+            labels_of(wrong)
+
+
+def test_a_learned_variance_is_refused_by_name(tiny_dit: Path) -> None:
+    model = Diffusion.load(tiny_dit)
+    learned = replace(model, scheduler=diffusers.DDPMScheduler(variance_type="learned_range"))
+    with pytest.raises(UsageError, match="DDPMScheduler draws with a learned variance"):
+        sample(learned, 1, seed=0, steps=2, sampler="base")
+    assert len(sample(learned, 1, seed=0, steps=2)) == 1
+
+
+def test_experts_of_a_dit_are_routed(tiny_dit: Path) -> None:
+    model = Diffusion.load(tiny_dit)
+    ensemble = routed(model, Partition.from_cuts(1000, [500]), [model.denoiser, copy.deepcopy(model.denoiser)])
+    images = sample(ensemble, 3, seed=0, steps=2)
+    assert int((images.int() - sample(model, 3, seed=0, steps=2).int()).abs().max()) <= 1

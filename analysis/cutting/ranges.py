@@ -7,7 +7,7 @@ own where one is given. The map alone is needed: no model, no data, no accelerat
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,12 @@ def load_map(path: Path, model: str | None = None) -> ConflictMap:
     """Read a conflict.safetensors, or the one in a folder; refuse one of another model than `model`, where one is named.
 
     Raises:
-        InputError: where there is no map, or it was measured on other weights.
+        InputError: where there is no map, or it was measured on other weights or another schedule.
     """
     map = ConflictMap.load(path / "conflict.safetensors" if path.is_dir() else path)
     if model is None:
         return map
+    from demerge.analysis.measurement.schedule import refuse_other_schedule
     from demerge.hashes import remembered_content
     from demerge.weights import Checkpoint
 
@@ -120,6 +121,7 @@ def load_map(path: Path, model: str | None = None) -> ConflictMap:
             f"{path} was measured on a model of sha256 {map.origin.model[:16]}..., {model} has {sha256[:16]}...",
             fix="name the base that the map was measured on, or measure this one with `demerge analyze`",
         )
+    refuse_other_schedule(map, path, model)
     return map
 
 
@@ -135,6 +137,35 @@ def refuse_to_replace(out: Path) -> None:
         Partition.load(out)
     except InputError as error:
         raise UsageError(f"{out} is there and is no partition", fix="name another file, for example partition.json") from error
+
+
+def page_beside(out: Path) -> Path:
+    """Return the place of the page beside a partition: conflict.html in its folder.
+
+    Raises:
+        UsageError: where something else is there.
+    """
+    from demerge.analysis.page import NAME, refuse_to_replace
+
+    refuse_to_replace(out.parent / NAME)
+    return out.parent / NAME
+
+
+def write_beside(
+    map: ConflictMap,
+    said: Mapping[str, Any],
+    page: Path,
+    *,
+    stored: Path,
+    out: Path,
+    model: str | None = None,
+    minimum: int | None = None,
+) -> None:
+    """Write the page of what `ranges` said of the map in `stored` and wrote to `out`."""
+    from demerge.analysis.next import Names
+    from demerge.analysis.page import write_page
+
+    write_page(map, taken(map, said), said, page, Names(model or "MODEL", map=stored, partition=out), minimum)
 
 
 # -- for a person --------------------------------------------------------------------------------------------------------

@@ -7,33 +7,37 @@ prediction says so. With the test split the prediction is sharper, and what is t
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from torch import nn
 
 from demerge.analysis.experts.coefficients import Change, Coefficients, coefficients
-from demerge.analysis.experts.responses import BATCH, Draws, Progress, bend, bytes_held, passes, responses
+from demerge.analysis.experts.records import own_ranges, sha256_of
+from demerge.analysis.experts.responses import BATCH, Draws, Progress, bend, bytes_held, merges, passes, responses
 from demerge.data import load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.files import refuse_existing
-from demerge.hashes import remembered_content
 from demerge.headers import read_json
 from demerge.lora import open_expert
 from demerge.merge import MergeSession
-from demerge.merge.sources import Expert, expert_range, refuse_foreign
+from demerge.merge.recipe.blocks import KINDS
+from demerge.merge.sources import refuse_foreign
 from demerge.places import Place
 from demerge.records import installed
 from demerge.timesteps import Partition
-from demerge.weights import Checkpoint, content_sha256
+from demerge.weights import Checkpoint
 
-PER = ("model", "block")
+PER = ("model", "block", "layer")
+SHOWN = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,20 +55,25 @@ class Plan:
         return passes(self.draws, math.prod(self.session.shape))
 
     def seconds(self) -> float:
-        """Estimate what `run` takes, by a probe of one batch."""
-        cell = next(self.draws.cells(self.draws.ranges[0], 0, 0, BATCH))
+        """Estimate what `run` takes, by a probe of one batch and one merge."""
+        cell, model = next(self.draws.cells(self.draws.ranges[0], 0, 0, BATCH)), copy.deepcopy(self.draws.model.denoiser)
         start = time.perf_counter()
         self.draws.model.predict(cell.x_t, cell.t, cell.condition)
-        return (time.perf_counter() - start) * self.passes / len(cell.t)
+        predicted = time.perf_counter()
+        self.session.apply(0.5, model)
+        merged = time.perf_counter() - predicted
+        return (predicted - start) * self.passes / len(cell.t) + merged * merges(self.draws, math.prod(self.session.shape))
 
     def lines(self) -> list[str]:
         """Return the plan and its cost for a person."""
         draws, P = self.draws, math.prod(self.session.shape)
         held = (self.session.bytes + bytes_held(draws, P)) / 1e6
+        told = draws.model.told(draws.data)
         note = "note    experts were trained on these very images: the prediction is too good by what they remember"
         return [
             *([note] if self.inputs["trained_on"] else []),
             f"data    {draws.data.name}, {draws.data.split}: {len(draws.data):,} images in {draws.groups} groups",
+            *([f"given   {told}"] if told else []),
             f"ranges  {draws.ranges}",
             f"cost    {self.passes:,} samples through the model for {P} weights: some {self.seconds():.0f} s, {held:.0f} MB",
         ]
@@ -107,6 +116,7 @@ def prepare(
 
     Args:
         ranges: uniform:N, joint or a partition.json; the experts' own where None.
+        per: what has weights of its own: `model`, `block`, or `layer`, a module with tensors of its own.
 
     Raises:
         UsageError: where an argument is wrong or the experts have no ranges that make a partition.
@@ -117,19 +127,19 @@ def prepare(
         raise UsageError(f"{out} is no name for a file of weights", fix="end it in .json")
     refuse_existing(out)
     if per not in PER:
-        raise UsageError(f"per '{per}' is unknown", fix=f"use {' or '.join(PER)}")
+        raise UsageError(f"per '{per}' is unknown", fix=f"use {', '.join(PER)}")
     origin = Checkpoint.open(base)
     tuned = [open_expert(path, origin) for path in experts]
     refuse_foreign(origin, tuned)
     model = Diffusion.load(base, device=device)
-    partition = Partition.parse(ranges, model.T) if ranges is not None else _own([e.place for e in tuned], model.T)
+    partition = Partition.parse(ranges, model.T) if ranges is not None else own_ranges([e.place for e in tuned], model.T)
     channels, height, _ = model.image_shape
     images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
     draws = Draws(model, images, partition, samples, groups, seed)
-    session = MergeSession(origin, tuned, device, groups="blocks" if per == "block" else None)
+    session = MergeSession(origin, tuned, device, groups=_groups(per, model.denoiser))
     inputs = {
-        "base": {"path": base, "sha256": _sha256(origin)},
-        "experts": [{"path": path, "sha256": _sha256(found)} for path, found in zip(experts, tuned, strict=True)],
+        "base": {"path": base, "sha256": sha256_of(origin)},
+        "experts": [{"path": path, "sha256": sha256_of(found)} for path, found in zip(experts, tuned, strict=True)],
         "data": images.name,
         "data_fingerprint": images.fingerprint,
         "split": split,
@@ -140,6 +150,21 @@ def prepare(
     return Plan(draws, session, options, inputs)
 
 
+def _groups(per: str, denoiser: nn.Module) -> Literal["blocks"] | Sequence[str] | None:
+    """Return what has weights of its own, as a merge session takes it."""
+    return {"model": None, "block": "blocks", "layer": layers(denoiser)}[per]
+
+
+def layers(denoiser: nn.Module) -> list[str]:
+    """Return the patterns of the layers, modules with tensors of their own; what holds other layers comes after these."""
+    names = [name for name, tensor in denoiser.state_dict().items() if tensor.is_floating_point()]
+    found = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    holding = {layer.rsplit(".", i)[0] for layer in found for i in range(1, layer.count(".") + 1)}
+    nested = sorted((layer for layer in found if layer in holding), key=lambda layer: -layer.count("."))
+    chosen = [layer for layer in found if layer not in holding] + nested
+    return [f"{layer}.*" if layer in KINDS else layer for layer in chosen]
+
+
 def _data_of(place: Place) -> Any:
     """Return the fingerprint of the data that an expert's record says it was trained on."""
     record = place.beside("expert.json")
@@ -147,32 +172,11 @@ def _data_of(place: Place) -> Any:
     return inputs.get("data_fingerprint") if isinstance(inputs, dict) else None
 
 
-def _sha256(model: Expert) -> str:
-    """Return the hash of a model's tensors, or of the deltas that a LoRA stands for."""
-    return remembered_content(model) if isinstance(model, Checkpoint) else content_sha256(model)
-
-
-def _own(places: Sequence[Place], T: int) -> Partition:
-    """Return the partition that the experts' ranges make.
-
-    Raises:
-        UsageError: where they make none.
-    """
-    spans = sorted(span for place in places if (span := expert_range(place)))
-    try:
-        partition = Partition(tuple(dict.fromkeys(spans)))
-    except UsageError as error:
-        raise UsageError(f"the experts' ranges make no partition: {error.what}", fix="give --ranges, e.g. uniform:4") from error
-    if partition.total != T:
-        raise UsageError(f"the experts' ranges {partition} do not cover [0, {T})", fix="give --ranges, for example uniform:4")
-    return partition
-
-
 # -- what is said -----------------------------------------------------------------------------------------------------------
 
 
 def document(made: Coefficients, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the file of weights that `demerge merge --weights` takes; per block, the model's are the blocks' mean."""
+    """Return the file of weights that `demerge merge --weights` takes; the model's are the mean of its blocks or layers."""
     blocks = made.responses.blocks
     weights = {"weights": (made.w.mean(0) if blocks else made.w).tolist()}
     parts = {"blocks": dict(zip(blocks, made.w.tolist(), strict=True))} if blocks else {}
@@ -196,16 +200,25 @@ def lines(made: Coefficients) -> list[str]:
         f"{span}  {loss:9.5f}  {_told(made.predicted.ranges[str(span)])}  {_told(made.average.ranges[str(span)])}"
         for span, loss in zip(found.ranges, found.loss.mean(1), strict=True)
     ]
-    names = found.blocks or ("weights",)
     return [
         f"{'range':9s}  {'base loss':>9s}  {'predicted change':28s}  1/K each",
         *rows,
         f"{'all':20s}  {_told(made.predicted.total)}  {_told(made.average.total)}",
-        *(f"{name:9s}  {' '.join(f'{w:7.3f}' for w in row)}" for name, row in zip(names, np.atleast_2d(made.w), strict=True)),
+        *_weights(made),
         f"ridge      {made.ridge:g}",
         f"bend       {made.bend}: measured at these weights, beyond what the closed form sees",
         *verdict(made),
     ]
+
+
+def _weights(made: Coefficients) -> list[str]:
+    """Return the weights, or of many their spread over blocks or layers."""
+    names, rows = made.responses.blocks or ("weights",), np.atleast_2d(made.w)
+    if len(names) > SHOWN:
+        names, rows = ("least", "median", "most"), np.quantile(rows, (0, 0.5, 1), axis=0)
+    width = max(9, *(len(name) for name in names))
+    told = [f"{name:{width}s}  {' '.join(f'{w:7.3f}' for w in row)}" for name, row in zip(names, rows, strict=True)]
+    return told if len(made.responses.blocks) <= SHOWN else [f"of {len(made.responses.blocks)} layers:", *told]
 
 
 def verdict(made: Coefficients) -> list[str]:

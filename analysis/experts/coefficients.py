@@ -1,12 +1,13 @@
 """Merge coefficients in closed form, from how a base's outputs answer to its experts (`demerge.analysis.experts.responses`).
 
     dL(w) = sum_R q_R dL_R(w) = b.w + w A w,     q_R = |R|/T, or |R|/T / L_R with `relative`
-    w*    = -1/2 (A + rho diag A)^-1 b
+    w*    = -1/2 (A + rho diag A)^-1 b         by one eigendecomposition of A for all rho
 
 w* is the least-squares solution of sum_p w_p u_p = -r over all timesteps: what two experts do alike is counted once, and
 where they pull apart the ranges' losses decide. rho shrinks all weights towards 0, in units in which scaling a task vector
 changes nothing; where none is given, it is the one of RIDGES whose weights, fitted without a group, serve that group best. An
-expert that does not change the outputs has weight 0.
+expert that does not change the outputs has weight 0. Of weights per layer, P = K x layers is often more than the
+samples tell apart; rho and the cross-fit are then what keeps the prediction honest.
 
 The loss on the samples that chose w flatters it. So what is predicted is cross-fitted: the change on group m is that of
 weights fitted, rho included, on the other groups. Its SE is the jackknife's over groups, SE^2 = (M-1)/M sum_g (theta_(g) -
@@ -17,7 +18,7 @@ quadratic form does not see at w* is measured (`responses.bend`) and added. Wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ class Coefficients:
     """What the responses say about weights.
 
     Attributes:
-        w: the weights [K], or [B K] per block.
+        w: the weights [K], or [B K] per block or layer.
         ridge: rho.
         predicted: of w, cross-fitted, with the bend.
         fitted: the total change on the samples that chose w, by the quadratic form alone: too good.
@@ -111,27 +112,41 @@ class Objective:
     b: Array
     A: Array
 
-    def without(self, *m: int) -> Objective:
-        """Return the objective of the other groups."""
-        return Objective(np.delete(self.b, m, 0), np.delete(self.A, m, 0))
+    @property
+    def M(self) -> int:
+        """The number of groups."""
+        return len(self.b)
 
-    def weights(self, ridge: float) -> Array:
-        """Return w* [P] of all groups; of least length where several are as good."""
-        b, A = self.b.mean(0), self.A.mean(0)
-        scale = np.sqrt(np.diagonal(A))
+    @property
+    def P(self) -> int:
+        """The number of weights."""
+        return int(self.b.shape[1])
+
+    def weights(self, ridges: Sequence[float], *out: int) -> Array:
+        """Return w* for each of n values of rho, fitted without the groups `out`, [n P]; of least length of equals."""
+        groups = self.M - len(out)
+        b = (self.b.sum(0) - sum(self.b[m] for m in out)) / groups
+        A = (self.A.sum(0) - sum(self.A[m] for m in out)) / groups
+        scale = np.sqrt(np.maximum(np.diagonal(A), 0))
         unit = np.where(scale > 0, scale, 1)
-        v, *_ = np.linalg.lstsq(A / np.outer(unit, unit) + ridge * np.eye(len(b)), -b / (2 * unit), rcond=RESOLUTION)
+        e, V = np.linalg.eigh(A / np.outer(unit, unit))
+        rho = np.asarray(ridges, dtype=np.float64)[:, None]
+        stretched = np.maximum(e, 0) + rho
+        kept = stretched > RESOLUTION * stretched[:, -1:]
+        v = np.where(kept, V.T @ (-b / (2 * unit)), 0) / np.where(kept, stretched, 1) @ V.T
         w: Array = np.where(scale > 0, v / unit, 0)
         return w
 
-    def left_out(self, ridge: float) -> float:
-        """Return the mean change on each group under the weights of the others."""
-        each = [self.without(m).weights(ridge) for m in range(len(self.b))]
-        return float(np.mean([b @ w + w @ A @ w for b, A, w in zip(self.b, self.A, each, strict=True)]))
+    def changes(self, m: int, W: Array) -> Array:
+        """Return the change on group m of weights [n P], [n]."""
+        changes: Array = W @ self.b[m] + np.einsum("np,np->n", W @ self.A[m], W)
+        return changes
 
-    def settled(self, ridge: float | None) -> float:
-        """Return rho: the one given, or that of the least change on groups left out, the larger one of equals."""
-        return ridge if ridge is not None else min(reversed(RIDGES), key=self.left_out)
+
+def settled(ridges: Sequence[float], changes: Sequence[Array]) -> int:
+    """Return the place of the rho of the least mean change on groups left out, [n] each; the larger one of equals."""
+    mean = np.mean(changes, axis=0)
+    return min(reversed(range(len(ridges))), key=lambda i: float(mean[i]))
 
 
 def coefficients(
@@ -151,9 +166,10 @@ def coefficients(
         raise UsageError(f"ridge {ridge} is no shrinkage", fix="give a number >= 0, or leave it out")
     q = found.shares / (found.loss.mean(1) if relative else 1)
     objective = Objective(np.einsum("r,rmp->mp", q, found.slope), np.einsum("r,rmpq->mpq", q, found.products))
-    rho = objective.settled(ridge)
-    w = objective.weights(rho)
-    cross = CrossFit.of(objective, ridge)
+    ridges = RIDGES if ridge is None else (ridge,)
+    cross = CrossFit.of(objective, ridges)
+    rho = ridges[settled(ridges, [objective.changes(m, objective.weights(ridges, m)) for m in range(objective.M)])]
+    w = objective.weights((rho,))[0]
     average = CrossFit.given(np.full(found.P, 1 / found.K), found.M)
     mine, theirs = (np.zeros_like(found.loss) if bend is None else bend(x) for x in (w, average.W[0]))
     rows = [
@@ -185,12 +201,18 @@ class CrossFit:
     V: Array
 
     @classmethod
-    def of(cls, objective: Objective, ridge: float | None) -> CrossFit:
-        """Fit."""
-        groups = range(len(objective.b))
-        rhos = [objective.without(m).settled(ridge) for m in groups]
-        W = [objective.without(m).weights(rhos[m]) for m in groups]
-        return cls(np.stack(W), np.stack([[objective.without(m, g).weights(rhos[m]) for m in groups] for g in groups]))
+    def of(cls, objective: Objective, ridges: Sequence[float]) -> CrossFit:
+        """Fit; of several rho, each W[m] has the one that serves the groups other than m best, and V[:, m] has it too."""
+        groups = range(objective.M)
+        twice = {(m, g): objective.weights(ridges, m, g) for m in groups for g in range(m)}
+        W, V = np.zeros((objective.M, objective.P)), np.zeros((objective.M, objective.M, objective.P))
+        for m in groups:
+            left = {g: twice[max(m, g), min(m, g)] for g in groups if g != m}
+            i = settled(ridges, [objective.changes(g, each) for g, each in left.items()])
+            W[m] = V[m, m] = objective.weights(ridges[i : i + 1], m)[0]
+            for g, each in left.items():
+                V[g, m] = each[i]
+        return cls(W, V)
 
     @classmethod
     def given(cls, w: Array, M: int) -> CrossFit:

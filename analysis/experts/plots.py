@@ -1,4 +1,4 @@
-"""Plots of task vectors by block and of the losses around a base; what noise does not tell from the base is marked.
+"""Plots of task vectors by block, of the losses around a base, and of what is predicted of them; noise is marked as noise.
 
 Blue is a lower loss than the base's, red a higher one, white the same; the line around a valley is the base's own loss.
 """
@@ -12,17 +12,20 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from demerge.analysis.experts.landscape import PATH, PLANE, Landscape
 from demerge.analysis.experts.taskvectors import TaskVectors
+from demerge.analysis.experts.transfer import Transfer
 from demerge.analysis.plots import GREY
 from demerge.analysis.similarity import t_quantile
 from demerge.conflict import Array
 from demerge.errors import UsageError
 from demerge.evaluate.losses import BLOCKS
 from demerge.figures import plain, styled
+from demerge.merge.recipe.blocks import grouped
 
 COLUMNS = 4
 MARKERS = "osD^vP*X"
@@ -124,6 +127,68 @@ def norms_by_block(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     right.barh(places, table.effective_rank, color=sns.color_palette("colorblind")[0], height=0.7)
     right.set(xlim=(0, len(labels)), ylim=(len(norms), 0), xlabel=f"effective rank, of {len(labels)}", yticks=[])
     sns.despine(ax=right, left=True)
+    return figure
+
+
+@styled
+def norms_by_layer(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
+    """Draw |tau_k| for each layer of the denoiser and expert, layers from input to output, lengths on a logarithmic scale.
+
+    Raises:
+        UsageError: where there is not one label for each expert.
+    """
+    layers = vectors.by_layer()
+    if len(labels) != layers.norms.shape[1]:
+        raise UsageError(f"{len(labels)} labels for {layers.norms.shape[1]} task vectors", fix="give one for each")
+    order = [(block, i) for block, names in grouped(layers.names).items() for i in map(layers.names.index, names)]
+    norms = layers.norms[[i for _, i in order]]
+    known = np.ma.masked_less_equal(norms, 0)
+    limits = (float(known.min()), float(known.max())) if known.count() else (0.1, 1.0)
+    figure = Figure(figsize=(2.6 + 0.9 * len(labels), 6.5), layout="constrained")
+    ax = figure.add_subplot()
+    norm = LogNorm(limits[0], max(limits[1], 1.001 * limits[0]))
+    mesh = ax.pcolormesh(known, cmap="viridis", norm=norm, rasterized=True)
+    starts = [p for p, (block, _) in enumerate(order) if p == 0 or order[p - 1][0] != block]
+    middles = [(a + b) / 2 for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
+    for start in starts[1:]:
+        ax.axhline(start, color="white", lw=1.2)
+    ax.set(xlabel="expert", ylabel=f"{len(order)} layers, by block", ylim=(len(order), 0), facecolor="0.9")
+    ax.set_yticks(middles, [plain(order[p][0]) for p in starts])
+    ax.set_xticks(np.arange(len(labels)) + 0.5, [plain(label) for label in labels])
+    ax.tick_params(length=0)
+    figure.colorbar(mesh, ax=ax, label="length of the task vector")
+    sns.despine(ax=ax, left=True, bottom=True)
+    return figure
+
+
+@styled
+def transfer_matrix(transfer: Transfer) -> Figure:
+    """Draw the predicted change of the loss for each expert and range, with its 95 % interval; unresolved cells are hatched.
+
+    Losses of different ranges have no common scale: a colour says what share of its range's largest resolved change one is.
+    """
+    found, labels = transfer.changes, [plain(name) for name in transfer.names]
+    K, R = found.value.shape
+    known = np.where(found.resolved, found.value, np.nan)
+    largest = np.nanmax(abs(known), axis=0, initial=0.0)
+    shares = np.divide(known, largest, out=np.full_like(known, np.nan), where=largest > 0)
+    figure = Figure(figsize=(2.6 + 1.35 * R + 0.05 * max(map(len, labels)), 1.7 + 0.55 * K), layout="constrained")
+    ax = figure.add_subplot()
+    mesh = ax.pcolormesh(np.ma.masked_invalid(shares), cmap="vlag", vmin=-1, vmax=1, edgecolors="white", linewidth=1.5)
+    for (k, r), sure in np.ndenumerate(found.resolved):
+        if not sure:
+            ax.add_patch(Rectangle((r, k), 1, 1, facecolor="0.96", edgecolor="0.75", hatch="////", lw=0))
+        text = f"{found.value[k, r]:+.1e}\n± {found.half[k, r]:.1e}"
+        ink = "white" if sure and abs(shares[k, r]) > 0.5 else "0.15"
+        box = None if sure else {"boxstyle": "round,pad=0.15", "fc": "0.96", "ec": "none"}
+        ax.annotate(text, (r + 0.5, k + 0.5), ha="center", va="center", fontsize=8, color=ink, bbox=box)
+    ax.set(xlabel="range of timesteps", ylabel="expert", xlim=(0, R), ylim=(K, 0))
+    ax.set_xticks(np.arange(R) + 0.5, [str(span) for span in transfer.ranges])
+    ax.set_yticks(np.arange(K) + 0.5, labels)
+    ax.tick_params(length=0)
+    ax.set_title("Predicted first-order change of the loss; unresolved hatched", loc="left", fontsize=10)
+    figure.colorbar(mesh, ax=ax, label="share of the range's largest change", ticks=[-1, 0, 1])
+    sns.despine(ax=ax, left=True, bottom=True)
     return figure
 
 

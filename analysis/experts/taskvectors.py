@@ -5,9 +5,9 @@
     sign_kn   = share of the energy sum_p |tau_kp tau_np| at coordinates where the signs differ
     rank      = effective rank of [tau_1 .. tau_K], as demerge.merge.diagnose defines it: 1 (all parallel) to K
 
-Each is given for tensors, for blocks of the denoiser (`by_block`) and for the whole; an expert stands for its range, so a
-table of norms is one of layers by ranges. Tensors are taken one by one, so lazy mappings (a `Checkpoint`) are never held
-whole. Sums run in float64.
+Each is given for tensors, for layers (`by_layer`: a module with all its own tensors), for blocks of the denoiser (`by_block`)
+and for the whole; an expert stands for its range, so a table of norms is one of layers by ranges. Tensors are
+taken one by one, so lazy mappings (a `Checkpoint`) are never held whole. Sums run in float64.
 
 Papers: task arithmetic (arXiv 2212.04089), sign conflict (TIES, arXiv 2306.01708).
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from demerge.conflict import Array
 from demerge.errors import InputError, UsageError
+from demerge.merge.checks import holds_deltas
 from demerge.merge.diagnose import effective_rank
 from demerge.merge.recipe.blocks import grouped
 
@@ -72,10 +73,19 @@ class TaskVectors:
         """Share of energy where signs differ, [K K] in [0, 1]; NaN where two vectors share no coordinate."""
         return _ratio(self.opposed.sum(0), self.energy.sum(0))
 
+    def by_layer(self) -> TaskVectors:
+        """Return the same for the layers, in the order of their first tensors, each taken as one tensor."""
+        groups: dict[str, list[str]] = {}
+        for name in self.names:
+            groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        return self._summed(groups)
+
     def by_block(self) -> TaskVectors:
         """Return the same for the blocks of the denoiser, from input to output, each taken as one tensor."""
+        return self._summed(grouped(self.names))
+
+    def _summed(self, groups: Mapping[str, Sequence[str]]) -> TaskVectors:
         index = {name: i for i, name in enumerate(self.names)}
-        groups = grouped(self.names)
         rows = [[index[name] for name in names] for names in groups.values()]
         sums = ([values[row].sum(0) for row in rows] for values in (self.gram, self.opposed, self.energy))
         return TaskVectors(tuple(groups), *(np.array(each) for each in sums))
@@ -98,7 +108,7 @@ class TaskVectors:
 
 
 def task_vectors(base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> TaskVectors:
-    """Compare the task vectors of experts of one base, given as state dicts.
+    """Compare the task vectors of experts of one base, given as state dicts or as the deltas of a LoRA.
 
     Raises:
         UsageError: where there is no expert.
@@ -109,31 +119,39 @@ def task_vectors(base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tens
     for k, expert in enumerate(experts):
         _check_keys(base, expert, k)
     names = [name for name in base if base[name].is_floating_point()]
-    parts = [_products(base[name], [expert[name] for expert in experts], name) for name in names]
+    parts = [_products(base[name], experts, name) for name in names]
     shape = (len(names), len(experts), len(experts))
     gram, opposed, energy = (np.array([part[i] for part in parts]).reshape(shape) for i in range(3))
     return TaskVectors(tuple(names), gram, opposed, energy)
 
 
 def _check_keys(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], k: int) -> None:
-    missing, extra = sorted(set(base) - set(expert)), sorted(set(expert) - set(base))
+    missing = [] if holds_deltas(expert) else sorted(set(base) - set(expert))
+    extra = sorted(set(expert) - set(base))
     if missing or extra:
         raise InputError(
             f"expert {k}: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}", fix="use experts of this base"
         )
 
 
-def _products(base: Tensor, experts: Sequence[Tensor], name: str) -> tuple[Array, Array, Array]:
+def _products(base: Tensor, experts: Sequence[Mapping[str, Tensor]], name: str) -> tuple[Array, Array, Array]:
     """Return gram, opposed and energy [K K] of one tensor."""
-    for k, expert in enumerate(experts):
-        if expert.shape != base.shape:
-            raise InputError(
-                f"expert {k}: '{name}' is {list(expert.shape)}, the base's {list(base.shape)}",
-                fix="use experts of this base",
-            )
-    tau = torch.stack([expert.double().flatten() - base.double().flatten() for expert in experts])
+    tau = torch.stack([_delta(base, expert, k, name) for k, expert in enumerate(experts)])
     gram, energy = tau @ tau.T, tau.abs() @ tau.abs().T
     return gram.numpy(), ((energy - gram) / 2).clamp(min=0).numpy(), energy.numpy()
+
+
+def _delta(base: Tensor, expert: Mapping[str, Tensor], k: int, name: str) -> Tensor:
+    """Return tau_k on one tensor, flat, in float64."""
+    if name not in expert:
+        return torch.zeros(base.numel(), dtype=torch.float64)
+    found = expert[name].detach().cpu()
+    if found.shape != base.shape:
+        raise InputError(
+            f"expert {k}: '{name}' is {list(found.shape)}, the base's {list(base.shape)}", fix="use experts of this base"
+        )
+    delta = found.double() if holds_deltas(expert) else found.double() - base.detach().cpu().double()
+    return delta.flatten()
 
 
 def _mean(values: Array) -> Array:

@@ -11,12 +11,13 @@ layout in memory number them alike.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from demerge.errors import UsageError
+from demerge.numerics import steady_norms
 
 Consume = Callable[[int, Tensor], None]
 
@@ -60,16 +61,13 @@ class Backward:
     def __init__(self, denoiser: nn.Module, which: str = "all", mode: str = "auto") -> None:
         if mode not in MODES:
             raise UsageError(f"mode '{mode}' is unknown", fix=f"use one of {', '.join(MODES)}")
-        starts: dict[Tensor, int] = {}
+        denoiser.requires_grad_(False)
+        self._starts: dict[Tensor, int] = {}
         self.D = 0
         for parameter in select(denoiser, which).values():
-            starts[parameter] = self.D
+            self._starts[parameter.requires_grad_(True)] = self.D
             self.D += parameter.numel()
-        self._starts = starts
-        self._asked = list(dict.fromkeys(_with_siblings(denoiser, starts)))
-        denoiser.requires_grad_(False)
-        for parameter in self._asked:
-            parameter.requires_grad_(True)
+        steady_norms(denoiser)
         self._flat = mode == "flat" or (mode == "auto" and FLAT >= self.D)
 
     def __call__(self, loss: Tensor, consume: Consume) -> None:
@@ -80,31 +78,18 @@ class Backward:
             self._piece_by_piece(loss, consume)
 
     def _whole(self, loss: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(loss, self._asked, allow_unused=True, materialize_grads=True)
-        of: dict[Tensor, Tensor] = dict(zip(self._asked, gradients, strict=True))
-        return torch.cat([of[parameter].reshape(-1) for parameter in self._starts])
+        gradients = torch.autograd.grad(loss, list(self._starts), allow_unused=True, materialize_grads=True)
+        return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
     def _piece_by_piece(self, loss: Tensor, consume: Consume) -> None:
         def finished(parameter: Tensor) -> None:
-            start = self._starts.get(parameter)
-            if start is not None and parameter.grad is not None:
-                consume(start, parameter.grad.reshape(-1))
+            if parameter.grad is not None:
+                consume(self._starts[parameter], parameter.grad.reshape(-1))
             parameter.grad = None
 
-        handles = [parameter.register_post_accumulate_grad_hook(finished) for parameter in self._asked]
+        handles = [parameter.register_post_accumulate_grad_hook(finished) for parameter in self._starts]
         try:
             loss.backward()
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _with_siblings(denoiser: nn.Module, chosen: dict[Tensor, int]) -> Iterator[nn.Parameter]:
-    """Yield the parameters of all modules that own a chosen one.
-
-    torch 2.13 crashes on the CPU in the backward of some group norms when one of their parameters alone is asked for.
-    """
-    for module in denoiser.modules():
-        own = list(module.parameters(recurse=False))
-        if any(parameter in chosen for parameter in own):
-            yield from own

@@ -1,14 +1,18 @@
 """The cells of a conflict map, group after group: one backward pass each, of which a row is kept.
 
 A row is the gradient of the cell's loss, or a count sketch of it, in the adam metric scaled by v^(-1/4) beforehand. Rows of
-a finished group are committed, so that a killed measurement loses one group at most.
+a finished group are committed, so that a killed measurement loses one group at most (of each process). Whatever the
+precision of the model's arithmetic, rows are summed in float64 and kept in float32.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle, islice
 from typing import Protocol
 
 import torch
@@ -16,15 +20,21 @@ from torch import Tensor
 
 from demerge.analysis.measurement.backward import Backward, Consume
 from demerge.analysis.measurement.draws import Draw, Draws
+from demerge.analysis.measurement.fisher import RangeFisher
+from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.analysis.measurement.partial import Partial
-from demerge.conflict import Array
+from demerge.conflict import MIN_GROUPS, Array
 from demerge.errors import NumericalError
-from demerge.stats.examples import accumulator
+from demerge.numerics import accumulator
 from demerge.timesteps import TimestepRange
 
 Progress = Callable[[int, int, str], None]
 
+Enough = Callable[[Tensor], bool]
+
 COLUMNS = 1 << 15
+TRIALS = 4  # of each kind of noise
+TIMED, TIMED_SECONDS = 6, 1.0
 
 
 class Keep(Protocol):
@@ -73,7 +83,11 @@ class Cells:
     Attributes:
         keep: what is kept of a gradient.
         total: how many backward passes there will be, for `progress`, called as progress(done, total, what) after each.
+        world: the processes that share the groups; every n-th one is this one's.
+        precision: of the model's forward pass, `no` or `bf16` under autocast.
         scale: v^(-1/4) [D] of the adam metric.
+        fisher: takes its share of each cell, where it is asked for.
+        took: seconds of each group that was measured, not loaded.
     """
 
     draws: Draws
@@ -82,56 +96,151 @@ class Cells:
     partial: Partial
     total: int
     progress: Progress | None = None
+    world: World = ALONE
+    precision: str = "no"
     scale: Tensor | None = None
+    fisher: RangeFisher | None = None
     done: int = 0
+    took: list[float] = field(default_factory=list)
 
-    def rows(self, *, adam: bool = False) -> Tensor:
-        """Return the gradients or sketches of all cells, [M N *]; each finished group is committed.
+    def rows(self, most: int, *, adam: bool = False, start: Tensor | None = None, enough: Enough | None = None) -> Tensor:
+        """Return the gradients or sketches of the cells of M groups, [M N *]; each finished group is committed.
+
+        Args:
+            most: M, or the most there may be, where `enough` ends it before.
+            start: rows of the first groups [m N *], from an earlier map.
+            enough: whether the rows [m N *] are enough, asked from 5 groups on.
 
         Raises:
             NumericalError: where a gradient is not finite, naming bin, group and sample.
         """
-        width, N, M = self.keep.width, len(self.draws.bins), self.draws.groups
-        rows = torch.zeros(M, N, width, device=self.draws.model.device)
+        known = 0 if start is None else len(start)
+        rows = torch.zeros(most, len(self.draws.bins), self.keep.width, device=self.device)
+        if start is not None:
+            rows[:known] = start.to(rows.device)
+            self.done += known * len(self.draws.bins)
         if adam:
             self.scale = adam_scale(self.pilot())
-        for m in range(M):
-            found = self.partial.load(name := f"group-{m:04d}", (N, width))
-            if found is not None:
-                rows[m] = found.to(rows.device)
-                self.done += N
-                continue
-            self._fill(rows[m], m)
-            self.partial.save(name, rows[m])
-        return rows
+        while known < most:
+            stop = min(known + self.world.size, most)
+            if known + self.world.rank < stop:
+                self._group(rows[known + self.world.rank], known + self.world.rank)
+            for m in range(known, stop):
+                self.world.share(rows[m], m - known)
+            known = stop
+            if enough is not None and known >= MIN_GROUPS:
+                done = self.world.main and enough(rows[:known])
+                if self.world.agree(done, self.device):
+                    break
+        return rows[:known]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.draws.model.device
+
+    def seconds(self) -> float:
+        """Return the seconds of one backward pass, as found on a few cells; a first one that takes long is enough."""
+        spans = self.draws.bins.ranges
+        passes: list[float] = []
+        for i, draw in enumerate(islice(cycle(self.draws.pilot()), TIMED)):
+            began = time.perf_counter()
+            bool(self._kept(draw, spans[i % len(spans)]).isfinite().all())  # waits for the device
+            passes.append(time.perf_counter() - began)
+            if sum(passes) > TIMED_SECONDS:
+                break
+        return self.world.agree(statistics.median(passes[1:] or passes), self.device)
 
     def pilot(self) -> Tensor:
         """Return v [D], the mean square of each coordinate over a cell of each bin."""
-        found = self.partial.load("pilot", (self.backward.D,))
-        device = self.draws.model.device
-        if found is not None:
-            self.done += len(self.draws.bins)
-            return found.to(device)
-        v = torch.zeros(self.backward.D, device=device)
+        found = self._once("pilot", (self.backward.D,), self._mean_squares)
+        return found.to(self.device)
+
+    def noise(self) -> tuple[bool, ...]:
+        """Return for each bin whether antithetic noise gives the shorter gradients, which have the same mean.
+
+        E |s|^2 = |mu|^2 + tr Sigma / B: of two kinds of B samples, the one with the shorter gradients has less noise. TRIALS
+        cells of two samples each are compared, and each bin goes by the sum over itself and its neighbours.
+        """
+        squares = self._once("antithetic", (2, len(self.draws.bins)), self._trial_squares)
+        near = squares.clone()
+        near[:, 1:] += squares[:, :-1]
+        near[:, :-1] += squares[:, 1:]
+        return tuple((near[1] < near[0]).tolist())
+
+    def _once(self, name: str, shape: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
+        """Return what the first process loads, or makes and commits, as all need it."""
+        values = torch.zeros(tuple(shape), device=self.device)
+        if self.world.main:
+            found = self.partial.load(name, shape)
+            if found is None:
+                found = make()
+                self.partial.save(name, found)
+            else:
+                self.done += (2 * TRIALS if name == "antithetic" else 1) * len(self.draws.bins)
+            values.copy_(found)
+        return self.world.share(values)
+
+    def _mean_squares(self) -> Tensor:
+        v = torch.zeros(self.backward.D, device=self.device)
 
         def add(start: int, values: Tensor) -> None:
             v[start : start + len(values)] += values.float().square() / len(self.draws.bins)
 
         for span, draw in zip(self.draws.bins, self.draws.pilot(), strict=True):
-            self.backward(draw.loss(self.draws.model, span), add)
+            self.backward(self._loss(draw, span), add)
             self._refuse_infinite(v, span, "pilot", draw)
             self._tick(f"pilot {span}")
-        self.partial.save("pilot", v)
         return v
+
+    def _trial_squares(self) -> Tensor:
+        """Return the sums of squares of plain and antithetic gradients, [2 N]."""
+        squares = torch.zeros(2, len(self.draws.bins))
+        for i, span in enumerate(self.draws.bins):
+            for j in range(TRIALS):
+                for kind, draw in enumerate(self.draws.trial(i, j)):
+                    kept = self._kept(draw, span)
+                    self._refuse_infinite(kept, span, "pilot of the noise", draw)
+                    squares[kind, i] += float(kept.square().sum())
+                    self._tick(f"noise {span}")
+        return squares
+
+    def _group(self, rows: Tensor, m: int) -> None:
+        """Load group m into rows [N *], or measure and commit it."""
+        found = self.partial.load(name := f"group-{m:04d}", rows.shape)
+        if found is not None and (self.fisher is None or self.fisher.holds(m)):
+            rows.copy_(found)
+            self.done += len(rows) * self.world.size
+            return
+        began = time.perf_counter()
+        self._fill(rows, m)
+        self.partial.save(name, rows)
+        if self.fisher is not None:
+            self.fisher.commit(m)
+        self.took.append(time.perf_counter() - began)
 
     def _fill(self, rows: Tensor, m: int) -> None:
         """Put the gradient or sketch of each bin on group m into rows [N *]."""
-        for row, span, draw in zip(rows, self.draws.bins, self.draws.group(m), strict=True):
-            total = accumulator((self.keep.width,), row.device)
-            self.backward(draw.loss(self.draws.model, span), self._weighed(partial(self.keep.add, total)))
-            row.copy_(total)
+        for i, (row, span, draw) in enumerate(zip(rows, self.draws.bins, self.draws.group(m), strict=True)):
+            if self.fisher is None:
+                row.copy_(self._kept(draw, span))
+            else:
+                total = accumulator((self.keep.width,), row.device)
+                consume = self._weighed(partial(self.keep.add, total))
+                self.fisher.cell(m, i, draw, self._loss, self.backward, consume)
+                row.copy_(total)
             self._refuse_infinite(row, span, f"group {m}", draw)
-            self._tick(f"bin {span}")
+            self._tick(f"bin {span}", self.world.size)
+
+    def _kept(self, draw: Draw, span: TimestepRange) -> Tensor:
+        """Return what is kept [*] of the gradient of one cell, summed in float64."""
+        total = accumulator((self.keep.width,), self.device)
+        self.backward(self._loss(draw, span), self._weighed(partial(self.keep.add, total)))
+        return total
+
+    def _loss(self, draw: Draw, span: TimestepRange) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return draw.loss(self.draws.model, span)
 
     def _weighed(self, consume: Consume) -> Consume:
         """Scale the pieces as the metric says before they are consumed."""
@@ -140,10 +249,10 @@ class Cells:
             return consume
         return lambda start, values: consume(start, values.float() * scale[start : start + len(values)])
 
-    def _tick(self, what: str) -> None:
-        self.done += 1
+    def _tick(self, what: str, passes: int = 1) -> None:
+        self.done += passes
         if self.progress is not None:
-            self.progress(self.done, self.total, what)
+            self.progress(min(self.done, self.total), self.total, what)
 
     def _refuse_infinite(self, values: Tensor, span: TimestepRange, where: str, draw: Draw) -> None:
         """Refuse a cell by the first of its samples whose gradient is not finite; a sketch of it is not finite either."""
@@ -160,16 +269,17 @@ class Cells:
 
     def _is_finite(self, draw: Draw, span: TimestepRange) -> bool:
         found: list[bool] = []
-        self.backward(draw.loss(self.draws.model, span), lambda _, values: found.append(bool(values.isfinite().all())))
+        self.backward(self._loss(draw, span), lambda _, values: found.append(bool(values.isfinite().all())))
         return all(found)
 
 
-def products(rows: Tensor) -> Array:
-    """Return the inner products [R R] of the rows of [R D], blocks of float32 products summed in float64."""
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for block in rows.split(COLUMNS, dim=1):
-        gram += (block @ block.T).cpu().double()
-    found: Array = ((gram + gram.T) / 2).numpy()
+def products(rows: Tensor, others: Tensor | None = None) -> Array:
+    """Return the inner products [R S] of the rows of [R D] with themselves or [S D], blocks of float32 summed in float64."""
+    against = rows if others is None else others
+    gram = torch.zeros(len(rows), len(against), dtype=torch.float64)
+    for block, other in zip(rows.split(COLUMNS, dim=1), against.split(COLUMNS, dim=1), strict=True):
+        gram += (block @ other.T).cpu().double()
+    found: Array = ((gram + gram.T) / 2 if others is None else gram).numpy()
     return found
 
 

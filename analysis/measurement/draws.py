@@ -4,17 +4,19 @@ Draws (x0, eps, position of t in its bin) are shared between the bins of a group
 bins are then not those of their samples, and the statistic that pairs different groups stays unbiased (see similarity.py).
 Images are drawn with replacement: the mean gradient estimated is the one over the data set, for which a base was trained.
 Positions are stratified: of B draws, draw b lies in [b/B, (b+1)/B) of its bin. With `antithetic`, B/2 draws are each taken
-with eps and -eps, which takes away the noise that is odd in eps. Every draw is a function of (seed, its key) alone.
+with eps and -eps, which takes away the noise that is odd in eps, and doubles what is even. Every draw is a function of (seed,
+its key) alone, and no key depends on how many groups there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from demerge.conflict import MAX_CELLS
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.randomness import normal, uniform
@@ -48,30 +50,40 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """The draws of a measurement of M groups on a partition into N bins."""
+    """The draws of a measurement on a partition into N bins.
+
+    Attributes:
+        antithetic: whether noise comes with its opposite, for all bins or for each.
+    """
 
     model: Diffusion
     data: ImageData
     bins: Partition
-    groups: int
     batch_size: int
     seed: int
     shared: bool
-    antithetic: bool
+    antithetic: bool | Sequence[bool]
 
     def group(self, m: int) -> Iterator[Draw]:
         """Yield the draw of each bin of group m."""
-        shared = self._of(m) if self.shared else None
-        for i in range(len(self.bins)):
-            yield shared or self._of(self.groups * (1 + i) + m)
+        pairs = [self.antithetic] * len(self.bins) if isinstance(self.antithetic, bool) else self.antithetic
+        shared = {paired: self._of(m, paired) for paired in set(pairs)} if self.shared else {}
+        for i, paired in enumerate(pairs):
+            yield shared[paired] if self.shared else self._of(MAX_CELLS * (1 + i) + m, paired)
 
     def pilot(self) -> Iterator[Draw]:
-        """Yield a draw for each bin that no group has."""
+        """Yield a draw for each bin that no group has; plain where each bin has its own kind of noise."""
         for i in range(len(self.bins)):
-            yield self._of(self.groups * (1 + len(self.bins)) + i)
+            yield self._of(MAX_CELLS * (1 + len(self.bins)) + i, self.antithetic is True)
 
-    def _of(self, key: int) -> Draw:
-        return draw(self.model, self.data, key, self.batch_size, self.seed, self.antithetic)
+    def trial(self, i: int, j: int) -> tuple[Draw, Draw]:
+        """Return two samples of bin i that no group has, for trial j of the noise, and one of them with its opposite noise."""
+        key = MAX_CELLS * (2 + len(self.bins) + i) + j
+        plain, paired = (draw(self.model, self.data, key, 2, self.seed, antithetic) for antithetic in (False, True))
+        return plain, paired
+
+    def _of(self, key: int, antithetic: bool) -> Draw:
+        return draw(self.model, self.data, key, self.batch_size, self.seed, antithetic)
 
 
 def draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithetic: bool) -> Draw:

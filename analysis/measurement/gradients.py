@@ -19,80 +19,48 @@ that the metric is the same one and does not depend on the noise of any group.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
-
-from torch import Tensor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from demerge.analysis.measurement.backward import Backward, select
-from demerge.analysis.measurement.cells import Cells, Everything, Keep, Progress, SideBySide, products
+from demerge.analysis.measurement.cells import TRIALS, Cells, Everything, Keep, Progress, SideBySide
 from demerge.analysis.measurement.draws import Draws
+from demerge.analysis.measurement.fisher import RangeFisher
+from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.analysis.measurement.partial import Partial
+from demerge.analysis.measurement.run import Run
+from demerge.analysis.measurement.schedule import described, log_snr
+from demerge.analysis.measurement.settings import MEMORY, Settings, duration, groups_of
 from demerge.analysis.measurement.sketch import CountSketch
-from demerge.conflict import LAYER_K, MIN_GROUPS, ConflictMap, K, Origin, layers_of
+from demerge.conflict import LAYER_K, MAX_CELLS, MIN_GROUPS, Array, ConflictMap, K, Origin, layers_of
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import ResourceError, UsageError
-from demerge.files import refuse_small_disk
-from demerge.stats.examples import accumulator
 from demerge.timesteps import Partition
-
-DRAWS = ("shared", "independent")
-METRICS = ("euclid", "adam")
-ENGINES = ("auto", "exact", "sketch")
-MEMORY = 2 << 30
-MAX_LOG_SNR = 20.0  # schedules that end in pure noise have log SNR = -inf
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a measurement will take: backward passes of B samples each, and bytes for what it keeps of the gradients."""
+    """What a measurement will take: backward passes of B samples each, and bytes for what it keeps of the gradients.
+
+    Attributes:
+        seconds: expected, None where they were not measured.
+        trials: backward passes of two samples each, for the choice of the noise.
+        most: whether it may be less, as the number of groups is open.
+    """
 
     passes: int
     engine: str
     bytes: int
+    seconds: float | None = None
+    trials: int = 0
+    most: bool = False
 
     def __str__(self) -> str:
         kept = "exact gradients" if self.engine == "exact" else f"sketches of {K:,} numbers"
-        return f"{self.passes} backward passes, {self.bytes / 1e6:,.0f} MB of {kept}"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How gradients are measured; see `measure`.
-
-    Raises:
-        UsageError: where a value is out of its range.
-    """
-
-    bins: int = 20
-    groups: int = 8
-    batch_size: int = 16
-    seed: int = 0
-    draws: str = "shared"
-    antithetic: bool = False
-    metric: str = "euclid"
-    engine: str = "auto"
-    params: str = "all"
-    layers: bool = False
-    memory: int = MEMORY
-
-    def __post_init__(self) -> None:
-        if self.groups < MIN_GROUPS:
-            raise UsageError(f"{self.groups} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
-        if min(self.bins, self.batch_size, self.memory) < 1:
-            raise UsageError(
-                f"{self.bins} bins, batch size {self.batch_size} and {self.memory} bytes must all be at least 1",
-                fix="give more",
-            )
-        for name, value, known in (
-            ("draws", self.draws, DRAWS),
-            ("metric", self.metric, METRICS),
-            ("engine", self.engine, ENGINES),
-        ):
-            if value not in known:
-                raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
-        if self.antithetic and self.batch_size % 2:
-            raise UsageError(f"batch size {self.batch_size} makes no antithetic pairs", fix="give an even one")
+        took = "" if self.seconds is None else f", {'at most' if self.most else 'about'} {duration(self.seconds)}"
+        trials = f" and {self.trials} of 2 samples" if self.trials else ""
+        return f"{'up to ' * self.most}{self.passes} backward passes{trials}{took}, {self.bytes / 1e6:,.0f} MB of {kept}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +93,36 @@ class Measurement:
         """D, the number of coordinates of a gradient."""
         return sum(self.layout.values())
 
-    def cost(self) -> Cost:
-        """Return what `run` will take, and with which engine."""
+    @property
+    def log_snr(self) -> Array:
+        """log SNR(t) [T] of the model's schedule, within +-20."""
+        return log_snr(self.model)
+
+    @property
+    def exact(self) -> bool:
+        """Whether whole gradients are kept."""
         s, D = self.settings, self.parameters
-        cells, pilot = s.bins * s.groups, s.bins if s.metric == "adam" else 0
-        exact = s.engine == "exact" or (s.engine == "auto" and (4 * cells * D <= s.memory or D <= K))
-        kept = min(K, D) + (sum(min(LAYER_K, size) for size in layers_of(self.layout).values()) if s.layers else 0)
-        needed = 4 * cells * (kept + (D if exact else 0))
+        return s.engine == "exact" or (s.engine == "auto" and (s.bins * s.groups * self._bytes(True) <= s.memory or D <= K))
+
+    @property
+    def most(self) -> int:
+        """M, or the most groups there may be: where their number is open, no more than fit the memory."""
+        s = self.settings
+        if not s.open:
+            return s.groups
+        return max(MIN_GROUPS, min(s.groups, s.memory // (s.bins * self._bytes(self.exact)), MAX_CELLS // s.bins))
+
+    def _bytes(self, exact: bool) -> int:
+        """Return what one cell takes: sketches, and the gradient where that is kept."""
+        D, layers = self.parameters, layers_of(self.layout).values()
+        kept = min(K, D) + (sum(min(LAYER_K, size) for size in layers) if self.settings.layers else 0)
+        return 4 * (kept + (D if exact else 0))
+
+    def cost(self, groups: int | None = None) -> Cost:
+        """Return what `run` will take, and with which engine; of that many groups, or the most."""
+        s, D, exact = self.settings, self.parameters, self.exact
+        cells = s.bins * (groups or self.most)
+        needed = cells * self._bytes(exact)
         if needed > s.memory:
             instead = ", or --engine sketch" if exact and D > K else ""
             raise ResourceError(
@@ -139,52 +130,56 @@ class Measurement:
                 f" and memory for them is {s.memory / 1e9:.2f} GB",
                 fix=f"allow more memory{instead}, or take fewer bins or groups",
             )
-        return Cost(cells + pilot, "exact" if exact else f"sketch-{K}", needed)
+        if cells > MAX_CELLS:
+            raise UsageError(
+                f"{cells:,} cells are more than the {MAX_CELLS:,} of a map",
+                fix=f"take {MAX_CELLS // s.bins} groups, or fewer bins",
+            )
+        pilot, trials = s.bins * (s.metric == "adam"), 2 * TRIALS * s.bins * (s.antithetic == "auto")
+        return Cost(cells + pilot, "exact" if exact else f"sketch-{K}", needed, None, trials)
 
-    def origin(self) -> Origin:
-        """Return what the map will be one of."""
+    def origin(self, antithetic: bool | tuple[bool, ...] | None = None) -> Origin:
+        """Return what the map will be one of; where a pilot chooses the noise, with what it chose."""
+        s, of = self.settings, self.model
+        facts = (of.sha256, self.data.fingerprint, self.parameters, self.cost().engine, s.draws)
+        paired = s.antithetic == "on" if antithetic is None else antithetic
+        return Origin(*facts, paired, s.metric, s.batch_size, s.seed, s.params, s.precision, of.prediction_type)
+
+    def key(self) -> dict[str, Any]:
+        """Return what a part must be a part of; the number of groups is none of it."""
         s = self.settings
-        facts = (self.model.sha256, self.data.fingerprint, self.parameters, self.cost().engine)
-        return Origin(*facts, s.draws, s.antithetic, s.metric, s.batch_size, s.seed, s.params)
+        own = {"bins": s.bins, "layers": s.layers, "schedule": described(self.log_snr)}
+        return {**own, **asdict(self.origin()), "antithetic": s.antithetic}
 
-    def run(self, partial: Partial, progress: Progress | None = None) -> ConflictMap:
-        """Measure what `partial` does not hold yet, and return the map.
+    def begin(self, partial: Partial, *, world: World = ALONE, start: ConflictMap | None = None, timed: bool = False) -> Run:
+        """Make ready to measure what neither `partial` nor the map `start` of fewer groups holds.
+
+        Args:
+            world: the processes among which the groups are shared.
+            timed: whether a backward pass is timed for the cost; for a budget it always is.
 
         Raises:
-            NumericalError: where a gradient is not finite, naming bin, group and sample.
+            UsageError: where `start` was made of exact gradients, which a map does not hold.
+            ResourceError: where the budget does not suffice for 5 groups.
         """
-        s, cost = self.settings, self.cost()
+        s = self.settings
         denoiser = copy.deepcopy(self.model.denoiser).float().eval()
         student, backward = self.model.with_denoiser(denoiser), Backward(denoiser, s.params, self.mode)
         bins = Partition.uniform(self.model.T, s.bins)
-        draws = Draws(student, self.data, bins, s.groups, s.batch_size, s.seed, s.draws == "shared", s.antithetic)
+        draws = Draws(student, self.data, bins, s.batch_size, s.seed, s.draws == "shared", s.antithetic == "on")
         sketch = CountSketch.of(backward.D, s.seed, device=self.model.device)
         short = SideBySide([sketch, *([sketch.layers(self.layout)] if s.layers else [])])
-        keep: Keep = Everything(backward.D) if cost.engine == "exact" else short
-        if partial.folder is not None:
-            refuse_small_disk(partial.folder, cost.bytes)
-        rows = Cells(draws, backward, keep, partial, cost.passes, progress).rows(adam=s.metric == "adam")
-        whole, short_rows = (rows, _shortened(rows, short)) if cost.engine == "exact" else (rows[..., : sketch.width], rows)
-        gram = products(whole.flatten(0, 1)).reshape(s.groups, s.bins, s.groups, s.bins).transpose(1, 0, 3, 2)
-        log_snr = self.model.snr().log().clamp(-MAX_LOG_SNR, MAX_LOG_SNR).numpy()
-        sketches, layers = short_rows.transpose(0, 1).cpu().numpy()[..., : sketch.width], None
-        if s.layers:
-            layers = short_rows.transpose(0, 1).cpu().numpy()[..., sketch.width :]
-        return ConflictMap(bins, gram, log_snr, self.origin(), self.layout, sketches, layers)
+        keep: Keep = Everything(backward.D) if self.exact else short
+        cells = Cells(draws, backward, keep, partial, 0, world=world, precision=s.precision)
+        run = Run(self, cells, sketch, short, start)
+        if timed or s.budget is not None:
+            run = replace(run, seconds=cells.seconds())
+        run.refuse_small_budget()
+        return run
 
-    def key(self) -> dict[str, object]:
-        """Return what a part must be a part of."""
-        s = self.settings
-        return {"bins": s.bins, "groups": s.groups, "layers": s.layers, **asdict(self.origin())}
-
-
-def _shortened(rows: Tensor, keep: Keep) -> Tensor:
-    """Return what is kept [M N width] of gradients [M N D]."""
-    flat = rows.flatten(0, 1)
-    found = accumulator((len(flat), keep.width), rows.device)
-    for total, row in zip(found, flat, strict=True):
-        keep.add(total, 0, row)
-    return found.float().unflatten(0, rows.shape[:2])
+    def run(self, partial: Partial, progress: Progress | None = None, fisher: RangeFisher | None = None) -> ConflictMap:
+        """Measure what `partial` does not hold yet, and return the map; see `Run.map`."""
+        return self.begin(partial).map(progress, fisher)
 
 
 def measure(
@@ -192,36 +187,59 @@ def measure(
     data: ImageData,
     *,
     bins: int = 20,
-    groups: int = 8,
+    groups: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     draws: str = "shared",
-    antithetic: bool = False,
+    antithetic: str | bool = "off",
     metric: str = "euclid",
     engine: str = "auto",
     params: str = "all",
     layers: bool = False,
     memory: int = MEMORY,
+    budget: float | None = None,
+    se: float | None = None,
+    precision: str = "no",
     mode: str = "auto",
     progress: Progress | None = None,
 ) -> ConflictMap:
-    """Measure how the gradients of `bins` equal bins of timesteps conflict, on `groups` groups of `batch_size` samples.
+    """Measure how the gradients of `bins` equal bins of timesteps conflict, on groups of `batch_size` samples.
 
     Args:
+        groups: how many groups, 8 by default; with a budget or an SE the most there may be, 64 by default.
         draws: `shared` between the bins of a group, or `independent` as a cross-check.
-        antithetic: whether each draw is taken with its noise and with the opposite; the batch size must be even.
+        antithetic: whether each draw is taken with its noise and with the opposite: `on`, `off`, or `auto`, in those bins
+            where a pilot finds less noise so; the batch size must be even.
         metric: of inner products, `euclid` or `adam`.
         engine: what is kept of the gradients: `exact`, `sketch`, or `auto`, exact where it fits the memory.
         params: the parameters that count: `all`, `lora`, or a regular expression that occurs in their names.
         layers: whether a short sketch of each layer's gradient is kept too.
         memory: bytes that kept gradients or sketches may take.
+        budget: seconds; as many groups are measured as fit, at least 5.
+        se: groups are measured until the median SE of the similarity of neighbouring bins is at most this.
+        precision: of the model's forward pass: `no`, float32, or `bf16` under autocast; gradients are summed in float64.
         mode: how gradients are taken up: `flat`, `hooks`, or `auto` by size; the map is the same up to rounding.
         progress: called as progress(done, total, what) after each backward pass.
 
     Raises:
         UsageError: where an argument is out of its range or the data does not fit the model.
-        ResourceError: where what is kept does not fit the memory.
+        ResourceError: where what is kept does not fit the memory, or 5 groups do not fit the budget.
         NumericalError: where a gradient is not finite.
     """
-    settings = Settings(bins, groups, batch_size, seed, draws, antithetic, metric, engine, params, layers, memory)
+    settings = Settings(
+        bins=bins,
+        groups=groups_of(groups, open=budget is not None or se is not None),
+        batch_size=batch_size,
+        seed=seed,
+        draws=draws,
+        antithetic=antithetic,
+        metric=metric,
+        engine=engine,
+        params=params,
+        layers=layers,
+        memory=memory,
+        budget=budget,
+        se=se,
+        precision=precision,
+    )
     return Measurement(model, data, settings, mode).run(Partial(None, {}), progress)

@@ -66,6 +66,10 @@ class Partial:
             data = safetensors.torch.save(tensors, {"demerge": json.dumps(self.key, sort_keys=True)})
             commit_file(self._path(self.folder, name), lambda stream: stream.write(data))
 
+    def count(self, name: str) -> int:
+        """Return how many parts there are whose names begin so."""
+        return 0 if self.folder is None else len(list(self.folder.glob(f"{name}*.safetensors")))
+
     def sweep(self) -> None:
         """Remove the folder, once the whole is safe."""
         if self.folder is not None and self.folder.is_dir():

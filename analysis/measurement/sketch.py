@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from demerge.conflict import LAYER_K, K, layers_of
+from demerge.numerics import accumulator
 from demerge.randomness import key_of
-from demerge.stats.examples import accumulator
 
 ROWS, ACCELERATED_ROWS = 8, 512  # of k at a time: those that stay in a processor's cache, and those worth a kernel's start
 HASHED = 1 << 20

@@ -3,47 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from demerge.analysis.cutting.segmentation import METHODS, SCORES
+from demerge.analysis.measurement.budget import neighbour_se, said
 from demerge.analysis.measurement.cells import Progress
-from demerge.analysis.measurement.gradients import MEMORY, Cost, Measurement, Settings
+from demerge.analysis.measurement.fisher import FisherFiles, fisher_files
+from demerge.analysis.measurement.gradients import Cost, Measurement
+from demerge.analysis.measurement.lock import alone_in
+from demerge.analysis.measurement.parallel import ALONE, World, join
 from demerge.analysis.measurement.partial import Partial
+from demerge.analysis.measurement.run import Run
+from demerge.analysis.measurement.schedule import described
+from demerge.analysis.measurement.settings import MEMORY, Settings, groups_of
 from demerge.conflict import ConflictMap
 from demerge.data import load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 
+MAP, PARTIAL = "conflict.safetensors", "conflict.partial"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything one analysis takes; the map's place is OUT/conflict.safetensors, its finished groups' OUT/conflict.partial."""
+    """Everything one analysis takes; the map's place is OUT/conflict.safetensors, its finished groups' OUT/conflict.partial.
+
+    Attributes:
+        found: the map that is there already and is the one that was asked for.
+        run: what is to be measured where there is none, or more groups than it has, or a Fisher.
+        world: the processes that share the work; the first one writes.
+    """
 
     measurement: Measurement
     out: Path
     partial: Partial
-    cost: Cost
     found: ConflictMap | None
+    run: Run | None
+    fisher: FisherFiles | None = None
+    world: World = ALONE
+
+    @property
+    def cost(self) -> Cost:
+        """What is left to be done."""
+        return self.measurement.cost() if self.run is None else self.run.cost
 
     def __str__(self) -> str:
-        if self.found is not None:
+        if self.run is None:
             return "cost      nothing: the map of this measurement is there already"
-        return f"cost      {self.cost}; batches of {self.measurement.settings.batch_size}"
+        s, start = self.measurement.settings, self.run.start
+        told = self.measurement.model.told(self.measurement.data)
+        cost = (f"given     {told}\n" if told else "") + f"cost      {self.cost}; batches of {s.batch_size}"
+        if start is not None:
+            cost += f"; {start.M * s.bins} passes were done before"
+        if self.world.size > 1:
+            cost += f"; shared by {self.world.size} processes"
+        return cost if self.fisher is None else f"{cost}\n{self.fisher}"
 
     def map(self, progress: Progress | None = None) -> ConflictMap:
         """Return the map that is there, or measure and save it; groups that an earlier call finished are not measured again.
 
         Raises:
+            UsageError: where another process is at work in OUT.
             NumericalError: where a gradient is not finite.
         """
-        map = self.found
-        if map is None:
-            map = self.measurement.run(self.partial, progress)
-            map.save(self.out / "conflict.safetensors")
-        self.partial.sweep()
+        with alone_in(self.out / PARTIAL) if self.world.main else nullcontext():
+            if self.world.main:
+                self._refuse_new_map()
+            fisher = None if self.fisher is None else self.fisher.fisher
+            measured = None if self.run is None else self.run.map(progress, fisher)
+            map = cast("ConflictMap", self.found or measured)
+            if self.world.main:
+                self._keep(map)
         return map
+
+    def _refuse_new_map(self) -> None:
+        """Refuse to replace a map that another process finished since `prepare` looked."""
+        started = self.run is not None and self.run.start is None and self.fisher is None
+        if started and (self.out / MAP).exists():
+            raise UsageError(f"another process has finished {self.out / MAP} meanwhile", fix="run the same command again")
+
+    def _keep(self, map: ConflictMap) -> None:
+        if map is not self.found:
+            map.save(self.out / MAP)
+        if self.fisher is not None:
+            self.fisher.write(self.measurement.model.denoiser)
+        self.partial.sweep()
+
+    def lines(self, map: ConflictMap) -> list[str]:
+        """Return whether the map is as sure as was asked."""
+        target = self.measurement.settings.se
+        return [] if target is None else [f"{'se':12}  {said(map, target)}"]
 
 
 def prepare(
@@ -52,10 +104,10 @@ def prepare(
     out: Path,
     *,
     bins: int = 20,
-    groups: int = 8,
+    groups: int | None = None,
     batch_size: int = 16,
     draws: str = "shared",
-    antithetic: bool = False,
+    antithetic: str | bool = "off",
     metric: str = "euclid",
     engine: str = "auto",
     params: str = "all",
@@ -64,22 +116,45 @@ def prepare(
     split: str = "train",
     skip_broken: bool = False,
     memory: int = MEMORY,
+    budget: float | None = None,
+    se: float | None = None,
+    precision: str = "no",
     ranges: int = 4,
     method: str = "gradient",
     score: str = "step",
+    fisher: str | None = None,
     device: str = "cpu",
 ) -> Plan:
-    """Load what an analysis needs and check it before any gradient is taken.
+    """Load what an analysis needs and check it, and time a few backward passes where there is something to measure.
+
+    A map in OUT of the same measurement is taken as it is where it has as many groups as were asked for, where their number
+    was left open (None, or found by a budget), or where it has the SE; it is extended where more are asked for.
 
     Raises:
         UsageError: where an argument is wrong, or OUT holds the map or finished groups of another measurement.
         InputError: where model, data or a map in OUT cannot be read.
-        ResourceError: where the gradients do not fit the memory.
+        ResourceError: where the gradients do not fit the memory, or 5 groups do not fit the budget.
     """
     for name, value, known in (("method", method, METHODS), ("score", score, SCORES)):
         if value not in known:
             raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
-    settings = Settings(bins, groups, batch_size, seed, draws, antithetic, metric, engine, params, layers, memory)
+    world, device = join(device)
+    settings = Settings(
+        bins=bins,
+        groups=groups_of(groups, open=budget is not None or se is not None),
+        batch_size=batch_size,
+        seed=seed,
+        draws=draws,
+        antithetic=antithetic,
+        metric=metric,
+        engine=engine,
+        params=params,
+        layers=layers,
+        memory=memory,
+        budget=budget,
+        se=se,
+        precision=precision,
+    )
     base = Diffusion.load(model, device=device)
     if not 1 <= ranges <= bins <= base.T:
         raise UsageError(
@@ -87,12 +162,37 @@ def prepare(
         )
     channels, height, _ = base.image_shape
     images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
+    base.told(images)
     measurement = Measurement(base, images, settings)
-    partial = Partial(out / "conflict.partial", measurement.key())
-    found = _earlier(out / "conflict.safetensors", partial.key)
-    if found is None:
-        partial.check()
-    return Plan(measurement, out, partial, measurement.cost(), found)
+    partial = Partial(out / PARTIAL, measurement.key())
+    found = _earlier(out / MAP, partial.key)
+    if world.agree(there := 0 if found is None else found.M, device) != there:
+        raise UsageError(f"{out / MAP} is not the same file for all processes", fix="give a folder that they share")
+    if found is not None and groups is not None and groups < found.M and not settings.open:
+        raise UsageError(
+            f"{out / MAP} is of another measurement: groups {found.M} there, {groups} asked",
+            fix=f"choose another folder, or leave out --groups to take the map with {found.M}",
+        )
+    squares = None if fisher is None else fisher_files(measurement, fisher, out)
+    if squares is not None and world.size > 1:
+        raise UsageError("the Fisher is summed in one process", fix="start one process, or leave out --fisher")
+    start = None if found is None or _suffices(found, measurement, groups) else found
+    found = None if start is not None else found
+    if squares is not None and squares.are_there() and found is not None:
+        squares = None
+    if found is not None and squares is None:
+        return Plan(measurement, out, partial, found, None, world=world)
+    partial.check()
+    run = measurement.begin(partial, world=world, start=None if squares is not None else start, timed=True)
+    return Plan(measurement, out, partial, found, run, squares, world)
+
+
+def _suffices(found: ConflictMap, measurement: Measurement, asked: int | None) -> bool:
+    """Return whether a map of the same measurement is all that is asked for."""
+    s = measurement.settings
+    if s.se is not None:
+        return measurement.most <= found.M or neighbour_se(found) <= s.se
+    return s.budget is not None or asked is None or asked <= found.M
 
 
 def _earlier(path: Path, asked: Mapping[str, Any]) -> ConflictMap | None:
@@ -100,7 +200,14 @@ def _earlier(path: Path, asked: Mapping[str, Any]) -> ConflictMap | None:
     if not path.exists():
         return None
     map = ConflictMap.load(path)
-    there = {"bins": map.N, "groups": map.M, "layers": asked["layers"] and map.layers is not None, **asdict(map.origin)}
+    pairs = map.origin.antithetic
+    there = {
+        **asdict(map.origin),
+        "bins": map.N,
+        "layers": asked["layers"] and map.layers is not None,
+        "schedule": described(map.log_snr),
+        "antithetic": "auto" if isinstance(pairs, tuple) else "on" if pairs else "off",
+    }
     differences = [f"{name} {there[name]} there, {asked[name]} asked" for name in asked if there[name] != asked[name]]
     if differences:
         raise UsageError(f"{path} is of another measurement: {'; '.join(differences)}", fix="choose another folder")

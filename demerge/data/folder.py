@@ -97,7 +97,8 @@ def read_folder(folder: Path, *, skip_broken: bool = False) -> Source:
     good = [path for path in paths if path not in broken]
     captions = read_captions(folder, good)
     pixels = Files(tuple(good), tuple(headers[path] for path in good))
-    return Source(folder.resolve().name, pixels, _content(folder, good, captions), own_test(folder, good), captions)
+    content, labels = _content(folder, good, captions), class_labels(folder, good, paths)
+    return Source(folder.resolve().name, pixels, content, own_test(folder, good), captions, labels)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -239,6 +240,25 @@ def own_test(folder: Path, paths: Sequence[Path]) -> tuple[int, ...] | None:
     """Return the positions under `test/`, where every image lies under `train/` or `test/`."""
     tops = [path.relative_to(folder).parts[0] for path in paths]
     return tuple(i for i, top in enumerate(tops) if top == "test") if set(tops) == {"train", "test"} else None
+
+
+def class_labels(folder: Path, images: Sequence[Path], every: Sequence[Path] | None = None) -> list[int] | None:
+    """Return the class of each image: its folder's place among all, in alphabetical order, or the folder's name as a number.
+
+    The folder is the first below the source, or below its `train/` and `test/`. Numbers count where every folder's name is one.
+    None where an image lies in no such folder, or there is but one.
+
+    Args:
+        every: images of all classes, where `images` are some of them.
+    """
+    below = 1 if own_test(folder, every or images) is not None else 0
+    parts = {path: path.relative_to(folder).parts for path in every or images}
+    names = sorted({part[below] for part in parts.values() if len(part) > below + 1})
+    if len(names) < 2 or any(len(part) <= below + 1 for part in parts.values()):
+        return None
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    of = {name: int(name) if numbers else i for i, name in enumerate(names)}
+    return [of[parts[path][below]] for path in images]
 
 
 def _broken(folder: Path, total: int, errors: Sequence[InputError]) -> InputError:

@@ -110,14 +110,15 @@ class ImageData:
             images[marked] = images[marked].flip(-1)
         return images
 
+    def known(self, indices: Sequence[int]) -> tuple[list[str] | None, list[int] | None]:
+        """Return captions and labels of the images at `indices`, None for what the source does not have."""
+        captions = None if self.captions is None else [self.captions[i] for i in indices]
+        return captions, None if self.labels is None else [self.labels[i] for i in indices]
+
     def subset(self, indices: Sequence[int]) -> ImageData:
         """Return the data set of the images at `indices`, in that order."""
-        return replace(
-            self,
-            positions=tuple(self.positions[i] for i in indices),
-            captions=None if self.captions is None else [self.captions[i] for i in indices],
-            labels=None if self.labels is None else [self.labels[i] for i in indices],
-        )
+        captions, labels = self.known(indices)
+        return replace(self, positions=tuple(self.positions[i] for i in indices), captions=captions, labels=labels)
 
     def _image(self, position: int) -> Pixels8:
         if position in self._cache:

@@ -18,6 +18,7 @@ CAPTIONS = {
     "heatmap": "Similarity of the gradients of two timesteps on the base; above the diagonal its standard error.",
     "similarity": "How similarity falls with the distance between timesteps.",
     "curve": "Share of the conflict that each number of ranges resolves, for three ways to cut.",
+    "support": "How often cuts fall at each place when the groups of samples are resampled.",
     "strength": "Strength of the mean gradient, and how many samples its noise is worth.",
 }
 

@@ -1,7 +1,7 @@
 """Decoupled finetuning: one expert per range of timesteps, and the joint control, from one loop.
 
 `options` what is asked, `plan` what it takes, `loop` over ranges, `run` the training of one expert, `objective` its loss,
-`projection` the foldable W, `state` its checkpoints.
+`projection` the foldable W, `layers` a choice of what is trained, `state` its checkpoints.
 """
 
 from demerge.finetune.loop import finetune

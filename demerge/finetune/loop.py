@@ -18,6 +18,7 @@ from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.files import refuse_existing, refuse_small_disk
+from demerge.finetune.layers import digest, refuse_unknown_layers, trained_parameters
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.run import Progress, Run
 from demerge.finetune.state import disk_bytes
@@ -32,15 +33,18 @@ def finetune(
     options: FinetuneOptions,
     out: Path,
     *,
+    layers: Sequence[str] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
     """Train an expert of `base` on each range and write it to OUT/RANGE; yield after each step.
 
     Args:
+        layers: the modules whose own parameters are trained; all others stay the base's. None trains all.
         stop: asked after each step; once true, the step's state is committed and `Preempted` raised.
 
     Raises:
-        UsageError: where OUT holds work of other options, inputs or ranges.
+        UsageError: where OUT holds work of other options, inputs, layers or ranges.
+        InputError: where the base has no layer of a name.
         NumericalError: where five steps in a row have no finite loss and gradient.
         Preempted: where `stop` said so; the same call continues.
     """
@@ -50,14 +54,16 @@ def finetune(
         if not (out / str(span) / "expert.json").is_file():
             refuse_existing(out / str(span))
     _refuse_other_ranges(out, ranges)
-    refuse_small_disk(out, disk_bytes(base.parameters, len(ranges)))
-    inputs = {"base_sha256": base.sha256, "data": data.name, "data_fingerprint": data.fingerprint}
+    refuse_unknown_layers(base.denoiser, layers or (), "layers")
+    refuse_small_disk(out, disk_bytes(base.parameters, len(ranges), trained_parameters(base.denoiser, layers)))
+    facts = {"base_sha256": base.sha256, "data": data.name, "data_fingerprint": data.fingerprint}
+    inputs = {**facts, "layers_sha256": digest(layers)}
     for span in ranges:
         done = out / str(span) / "expert.json"
         if done.is_file():
             refuse_differences(done.parent, json.loads(done.read_text(encoding="utf-8")), options.document(), inputs)
             continue
-        run = Run.begin(base, data, span, options, out / "state" / str(span), inputs)
+        run = Run.begin(base, data, span, options, out / "state" / str(span), inputs, layers)
         yield from run.train(stop)
         run.finish(out / str(span))
     with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ from typing import Any
 from demerge.data import ImageData, load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
+from demerge.finetune.layers import load_layers, trained_parameters
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.state import disk_bytes
 from demerge.timesteps import Partition, TimestepRange
@@ -37,6 +38,8 @@ class Plan:
     ranges: tuple[TimestepRange, ...]
     options: FinetuneOptions
     out: Path
+    layers: tuple[str, ...] | None = None
+    ranked_for: tuple[TimestepRange, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -49,9 +52,14 @@ class Plan:
         return sum((self.out / str(r) / "expert.json").is_file() for r in self.ranges) * self.options.max_train_steps
 
     @property
+    def trained(self) -> int:
+        """How many parameters are trained."""
+        return trained_parameters(self.base.denoiser, self.layers)
+
+    @property
     def disk_bytes(self) -> int:
         """The most that the run will hold on disk."""
-        return disk_bytes(self.base.parameters, len(self.ranges))
+        return disk_bytes(self.base.parameters, len(self.ranges), self.trained)
 
     def document(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -62,6 +70,7 @@ class Plan:
             "finished_steps": self.finished_steps,
             "images": len(self.data),
             "parameters": self.base.parameters,
+            "trained_parameters": self.trained,
             "disk_bytes": self.disk_bytes,
             "options": self.options.document(),
         }
@@ -77,6 +86,12 @@ class Plan:
             f"steps   {o.max_train_steps} each, batch {batch} ({o.max_train_steps * batch / len(self.data):.1f} epochs)",
             f"disk    up to {self.disk_bytes / 1e6:.0f} MB",
         ]
+        if told := self.base.told(self.data):
+            lines.insert(2, f"given   {told}")
+        if self.layers is not None:
+            lines.insert(1, f"layers  {len(self.layers)}: {self.trained / self.base.parameters:.1%} of the parameters train")
+        if self.ranked_for and self.ranked_for != self.ranges:
+            lines.append(f"note    the layers were chosen for the ranges {' '.join(map(str, self.ranked_for))}")
         if o.consistency > 0:
             share = 1 / (1 + o.consistency)
             lines.append(f"note    consistency {o.consistency:g} lets an expert reach {share:.0%} of its correction")
@@ -94,15 +109,21 @@ def prepare(
     init: str = "pretrained",
     device: str = "cpu",
     skip_broken: bool = False,
+    train_layers: Path | None = None,
 ) -> Plan:
     """Load what a finetune needs and settle its options.
 
     Where no ranges are given they are `uniform:4`. With `init="random"` the model is a config, the objective has no teacher
     and no projection, and the range is [0, T) unless one is given.
 
+    Args:
+        train_layers: a layers.json; without one all layers are trained.
+
     Raises:
-        UsageError, InputError: where model, data, ranges or init are wrong.
+        UsageError, InputError: where model, data, ranges, layers or init are wrong.
     """
+    if init == "random" and train_layers is not None:
+        raise UsageError("a random start trains all layers", fix="leave out --train-layers, or give a pretrained base")
     if init not in ("pretrained", "random"):
         raise UsageError(f"init '{init}' is unknown", fix="use pretrained or random")
     if init == "random":
@@ -116,6 +137,6 @@ def prepare(
     if height != width:
         raise UsageError(f"the base makes {width} x {height} images", fix="use a base of square images")
     images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
-    if base.requires_text and images.captions is None:
-        raise UsageError(f"the base takes text and {data} has no captions", fix="add metadata.jsonl with file_name and text")
-    return Plan(base, images, partition.ranges, options, out)
+    base.told(images)
+    layers, ranked_for = (None, ()) if train_layers is None else load_layers(train_layers, base)
+    return Plan(base, images, partition.ranges, options, out, layers, ranked_for)

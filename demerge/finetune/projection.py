@@ -15,7 +15,7 @@ sum is what is stored; attention `to_out`; feed-forward out; `proj_out`. W = I l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,11 @@ def sites(denoiser: nn.Module) -> Iterator[list[nn.Module]]:
                 yield [module]
 
 
-def attach(denoiser: nn.Module) -> nn.Module:
-    """Put a W = I behind every site, in place; its state dict grows by the W's."""
+def attach(denoiser: nn.Module, frozen: Collection[nn.Module] = ()) -> nn.Module:
+    """Put a W = I behind every site, in place, but those with a frozen map; its state dict grows by the W's."""
     for maps in list(sites(denoiser)):
+        if any(linear in frozen for linear in maps):
+            continue
         mix = ChannelMix(maps[0].weight.shape[0]).to(maps[0].weight)  # type: ignore[arg-type, index]
         for linear in maps:
             parametrize.register_parametrization(linear, "weight", mix)

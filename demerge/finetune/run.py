@@ -23,6 +23,7 @@ from demerge.data import ImageData
 from demerge.diffusion import Diffusion, squared_error
 from demerge.errors import NumericalError, Preempted
 from demerge.files import append_line, commit_dir, commit_json, truncate
+from demerge.finetune.layers import freeze_others
 from demerge.finetune.objective import consistency_weight, draw_timesteps, learning_rate, loss_weights
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.projection import attach, fold
@@ -62,6 +63,7 @@ class Run:
     ema: dict[str, Tensor]
     optimizer: torch.optim.AdamW
     weights: Tensor
+    layers: Sequence[str] | None = None
     step: int = 0
     skipped: int = 0
     window: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -76,12 +78,14 @@ class Run:
         options: FinetuneOptions,
         folder: Path,
         inputs: dict[str, Any],
+        layers: Sequence[str] | None = None,
     ) -> Run:
         """Copy the base, attach the projection, and continue from the newest checkpoint where there is one."""
-        denoiser = copy.deepcopy(base.denoiser).train().requires_grad_(True)
+        denoiser = copy.deepcopy(base.denoiser).train()
+        frozen = freeze_others(denoiser, layers)
         if options.projection == "foldable":
-            attach(denoiser)
-        parameters: dict[str, Tensor] = dict(denoiser.named_parameters())
+            attach(denoiser, frozen)
+        parameters: dict[str, Tensor] = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         mixes = [parameter for name, parameter in parameters.items() if name.endswith(".W")]
         others = [parameter for name, parameter in parameters.items() if not name.endswith(".W")]
         groups: list[dict[str, Any]] = [{"params": others}]
@@ -96,7 +100,8 @@ class Run:
         )
         ema = {name: p.detach().clone() for name, p in parameters.items()}
         weights = loss_weights(base, options)
-        run = cls(base, base.with_denoiser(denoiser), data, span, options, folder, inputs, parameters, ema, optimizer, weights)
+        student = base.with_denoiser(denoiser)
+        run = cls(base, student, data, span, options, folder, inputs, parameters, ema, optimizer, weights, layers)
         run._resume()
         return run
 
@@ -176,8 +181,10 @@ class Run:
         indices = [self._order((first + s) // n)[(first + s) % n] for s in samples]
         flips = (uniform(o.seed, "flip", samples=samples, step=self.step) < 0.5).tolist() if o.random_flip else None
         images = self.data.floats(indices, flips)
-        captions = None if self.data.captions is None else [self.data.captions[i] for i in indices]
-        return self.base.encode(images, captions if self.base.requires_text else None)
+        x0, condition = self.base.encode(images, *self.data.known(indices))
+        if condition is not None and self.base.classes is not None:
+            condition = self.base.classes.dropped(condition, uniform(o.seed, "label", samples=samples, step=self.step))
+        return x0, condition
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self.orders:
@@ -258,6 +265,7 @@ class Run:
                 "base_sha256": self.inputs["base_sha256"],
                 "steps": self.step,
                 "skipped_steps": self.skipped,
+                "train_layers": None if self.layers is None else list(self.layers),
                 "inputs": self.inputs,
                 "options": self.options.document(),
             }
@@ -274,7 +282,8 @@ class Run:
     def expert(self) -> nn.Module:
         """Return the averaged weights in a stock module, in eval mode."""
         averaged = copy.deepcopy(self.student.denoiser)
+        parameters = dict(averaged.named_parameters())
         with torch.no_grad():
-            for name, parameter in averaged.named_parameters():
-                parameter.copy_(self.ema[name])
+            for name, mean in self.ema.items():
+                parameters[name].copy_(mean)
         return fold(averaged, copy.deepcopy(self.base.denoiser)).eval().requires_grad_(False)

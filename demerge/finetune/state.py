@@ -30,9 +30,9 @@ class Snapshot:
     record: dict[str, Any]
 
 
-def disk_bytes(parameters: int, experts: int) -> int:
-    """Return the bytes of the experts and of two checkpoints (weights, average, two moments), in float32."""
-    return 4 * parameters * (experts + 2 * 4)
+def disk_bytes(parameters: int, experts: int, trained: int) -> int:
+    """Return the bytes of the experts and of two checkpoints (what is trained, its average, two moments), in float32."""
+    return 4 * (parameters * experts + trained * 2 * 4)
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:

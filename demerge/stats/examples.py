@@ -114,10 +114,5 @@ def evaluated(module: nn.Module) -> Iterator[nn.Module]:
             part.training = mode
 
 
-def accumulator(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return zeros in float64 where the model is, or on the CPU where its device has no float64."""
-    return torch.zeros(tuple(shape), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-
-
 def silent(done: int, total: int) -> None:
     """Report nothing."""

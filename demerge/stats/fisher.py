@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion, squared_error
-from demerge.stats.examples import Collected, Examples, Progress, Sampler, accumulator, evaluated, silent
+from demerge.numerics import accumulator
+from demerge.stats.examples import Collected, Examples, Progress, Sampler, evaluated, silent
 from demerge.timesteps import TimestepRange
 
 BATCH, SMALLEST_BATCH = 32, 8
@@ -56,7 +57,7 @@ def range_fisher(
             sampler.refuse_infinite(numbers, norms, "the gradient")
             progress(numbers.stop, samples)
     means = {name: (total / samples).float().cpu() for name, total in sums.items()}
-    return Collected(_by_state_name(model.denoiser, means), {"gradients": how, "batch": size})
+    return Collected(by_state_name(model.denoiser, means), {"gradients": how, "batch": size})
 
 
 def one_by_one(model: Diffusion) -> Gradients:
@@ -91,7 +92,7 @@ def _loss(
     model: Diffusion, parameters: dict[str, Tensor], x_t: Tensor, y: Tensor, t: Tensor, condition: Tensor | None = None
 ) -> Tensor:
     """Return |y - f(x_t, t, c)|^2 [] of one example, x_t and y [*sample_shape], with `parameters` for the model's own."""
-    arguments = {} if condition is None else {"encoder_hidden_states": condition[None]}
+    arguments = model.arguments(None if condition is None else condition[None])
     output: Tensor = functional_call(model.denoiser, parameters, (x_t[None], t[None]), arguments).sample
     return squared_error(output[:, : len(x_t)], y[None]).sum()
 
@@ -130,7 +131,7 @@ def _add_squares(sums: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) ->
     return torch.stack(norms).sum(0)
 
 
-def _by_state_name(module: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_state_name(module: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name F as the state dict does: a tied parameter has it under each of its names, a buffer's is 0."""
     first: dict[int, str] = {}
     names = {n: first.setdefault(id(p), n) for n, p in module.named_parameters(remove_duplicate=False)}

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
-from demerge.stats.examples import Collected, Progress, Sampler, accumulator, evaluated, silent
+from demerge.numerics import accumulator
+from demerge.stats.examples import Collected, Progress, Sampler, evaluated, silent
 from demerge.timesteps import TimestepRange
 
 BATCH = 8

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from demerge.analysis import responses as module
-from demerge.analysis.experts.balance import document, lines, verdict
+from demerge.analysis.experts import responses as module
+from demerge.analysis.experts.balance import document, layers, lines, verdict
 from demerge.analysis.experts.coefficients import Change, Coefficients, coefficients, predict
-from demerge.analysis.experts.responses import Draws, Responses, bend, passes, responses
+from demerge.analysis.experts.responses import Draws, Responses, bend, bytes_held, passes, responses
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import NumericalError, UsageError
@@ -91,13 +91,14 @@ def at(draws: Draws, source: MergeSession, w: Any) -> nn.Module:
 # -- the quadratic form --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("groups", [None, "blocks"])
-def test_predicted_change_is_the_measured_one_where_the_model_is_linear(draws: Draws, groups: Any) -> None:
+@pytest.mark.parametrize("per", ["model", "block", "layer"])
+def test_predicted_change_is_the_measured_one_where_the_model_is_linear(draws: Draws, per: str) -> None:
+    groups: Any = {"model": None, "block": "blocks", "layer": layers(draws.model.denoiser)}[per]
     source = session(draws.model, moved(draws.model.denoiser, 3), groups=groups)
     found = responses(draws, source)
     base = loss_of(draws, draws.model.denoiser)
     np.testing.assert_allclose(found.loss, base, rtol=1e-5)
-    assert found.blocks == (() if groups is None else ("mid", "out"))
+    assert found.blocks == {"model": (), "block": ("mid", "out"), "layer": ("mid_block", "conv_out")}[per]
     for seed in range(3):
         w = np.random.default_rng(seed).normal(size=source.shape)
         measured = loss_of(draws, at(draws, source, w)) - base
@@ -131,6 +132,7 @@ def test_equal_for_any_memory_and_batch_and_the_model_stays(draws: Draws, monkey
     for name in ("loss", "slope", "products"):
         assert np.array_equal(getattr(whole, name), getattr(small, name))
     assert seen[-1] == (2 * 8 * 25 * 3, passes(draws, 2))
+    assert bytes_held(draws, 2) == 25 * 4 * 7 * 9 + 8 * 2 * 8 * 9  # one batch's outputs, and the products
     monkeypatch.setattr(module, "BATCH", 3)
     np.testing.assert_allclose(responses(draws, source).products, whole.products, rtol=1e-5)
     assert all(torch.equal(before[n], t) for n, t in draws.model.denoiser.state_dict().items())
@@ -265,6 +267,52 @@ def test_document_is_what_merge_reads(tmp_path: Any) -> None:
     assert whole == pytest.approx([0.2, 0.3])
     assert [rule.pattern for rule in rules] == ["mid", "out"]
     np.testing.assert_allclose([rule.weights for rule in rules], [[0.1, 0.2], [0.3, 0.4]])
+
+
+# -- layers --------------------------------------------------------------------------------------------------------------
+
+
+class Nested(nn.Module):
+    """A module with a parameter of its own and two below, one of them named as a kind of layer is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        self.outer.scale = nn.Parameter(torch.zeros(1))
+        self.norm = nn.BatchNorm1d(1)
+        self.table = nn.Parameter(torch.zeros(1))
+
+
+def test_layers_are_narrow_first_and_each_tensor_is_in_one() -> None:
+    module_of = Nested()
+    state = {n: t for n, t in module_of.state_dict().items() if t.is_floating_point()}
+    assert layers(module_of) == ["table", "outer.0", "outer.1", "norm.*", "outer"]
+    source = MergeSession(state, [{n: t + 1 for n, t in state.items()}], groups=layers(module_of))
+    theta = source.theta(torch.arange(5.0)[:, None])
+    assert {n: float(t - state[n].flatten()[0]) for n, t in theta.items() if t.numel() == 1} == {
+        "table": 0, "outer.0.weight": 1, "outer.0.bias": 1, "outer.1.weight": 2, "outer.1.bias": 2, "norm.weight": 3,
+        "norm.bias": 3, "norm.running_mean": 3, "norm.running_var": 3, "outer.scale": 4,
+    }  # fmt: skip
+
+
+def test_more_weights_than_samples_tell_apart_keep_the_prediction_honest() -> None:
+    """60 weights and 16 groups of noise: what is fitted looks good, what is predicted does not."""
+    rng = np.random.default_rng(2)
+    products = np.tile(np.eye(60), (1, 16, 1, 1))
+    noise = Responses(Partition.uniform(10, 1), (), 60, np.ones((1, 16)), 0.3 * rng.normal(size=(1, 16, 60)), products)
+    free, made = coefficients(noise, ridge=0), coefficients(noise)
+    assert free.fitted < -0.05 and free.predicted.total.value > 0
+    assert made.ridge >= 10
+    assert not made.predicted.total.sure or made.predicted.total.value > 0
+
+
+def test_many_weights_are_told_by_their_spread() -> None:
+    found = planted(np.linspace(-1, 1, 40), noise=0.01)
+    layered = Responses(found.ranges, tuple(f"layer.{i}" for i in range(20)), 2, found.loss, found.slope, found.products)
+    told = lines(coefficients(layered, ridge=0))
+    assert "of 20 layers:" in told
+    assert [line.split()[0] for line in told if line.startswith(("least", "median", "most"))] == ["least", "median", "most"]
+    assert not any(line.startswith("layer.") for line in told)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from demerge.analysis.measurement.gradients import DRAWS
+from demerge.analysis.measurement.settings import DRAWS
 from demerge.analysis.plots import render
 from demerge.analysis.similarity import halves, similarity
 from demerge.analysis.study.estimators import PLUG_IN, UNBIASED, by_samples, disagreement, errors, first_groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.measurement.cells import adam_scale, products
+from demerge.analysis.measurement.cells import Everything, SideBySide, adam_scale, products
 from demerge.analysis.measurement.draws import draw
-from demerge.analysis.measurement.gradients import Measurement, Settings, measure
+from demerge.analysis.measurement.gradients import Measurement, measure
 from demerge.analysis.measurement.partial import Partial
+from demerge.analysis.measurement.settings import Settings
+from demerge.analysis.measurement.sketch import CountSketch
 from demerge.analysis.similarity import cross, kernel, similarity
-from demerge.conflict import Array
+from demerge.conflict import Array, ConflictMap
 from demerge.data import load_images
 from demerge.diffusion import Diffusion
-from demerge.errors import NumericalError, ResourceError, UsageError
+from demerge.errors import InputError, NumericalError, ResourceError, UsageError
+from demerge.numerics import accumulator
 
 SMALL = {"bins": 3, "groups": 5, "batch_size": 2}
 
@@ -35,7 +39,9 @@ def truth(model: Any, data: Any, edges: list[int]) -> Array:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"draws": "independent"}, {"antithetic": True}], ids=["shared", "independent", "antithetic"]
+    "options",
+    [{}, {"draws": "independent"}, {"antithetic": True}, {"antithetic": "auto"}],
+    ids=["shared", "independent", "antithetic", "pilot"],
 )
 def test_a_linear_problem_is_measured_without_bias(linear: Any, images: Any, options: dict[str, Any]) -> None:
     maps = [measure(linear, images, **SMALL, **options, seed=seed) for seed in range(60)]
@@ -54,6 +60,59 @@ def test_antithetic_noise_takes_away_noise(linear: Any, images: Any) -> None:
         return float(squares[0] - kernel(map, cross(map.M))[0, 0])
 
     assert noise(True) < 0.8 * noise(False)
+
+
+def test_the_pilot_takes_antithetic_noise_where_it_helps(linear: Any, images: Any) -> None:
+    """Noise of the linear problem is odd in eps at small t, and even in eps where x_t is nearly eps."""
+    settings: dict[str, Any] = {"bins": 30, "groups": 40, "batch_size": 2}
+    off, on, auto = (measure(linear, images, **settings, antithetic=kind) for kind in ("off", "on", "auto"))
+    assert isinstance(auto.origin.antithetic, tuple) and (off.origin.antithetic, on.origin.antithetic) == (False, True)
+    chosen = np.array(auto.origin.antithetic)
+    plain, paired = (np.einsum("imim->i", map.gram) / map.M for map in (off, on))
+    clear = abs(np.log(paired / plain)) > 0.25
+    assert (paired < plain)[clear].any() and (paired > plain)[clear].any()
+    assert (chosen == (paired < plain))[clear].mean() > 0.85
+    assert np.array_equal(auto.gram[chosen][:, :, chosen], on.gram[chosen][:, :, chosen])
+    assert np.array_equal(auto.gram[~chosen][:, :, ~chosen], off.gram[~chosen][:, :, ~chosen])
+
+
+def test_the_noise_of_each_bin_is_stored(linear: Any, images: Any, tmp_path: Path) -> None:
+    map = measure(linear, images, **SMALL, antithetic="auto")
+    assert ConflictMap.load(map.save(tmp_path / "conflict.safetensors")).origin == map.origin
+    with pytest.raises(InputError, match="antithetic noise is said of 2 bins, not of 3"):
+        replace(map, origin=replace(map.origin, antithetic=(True, False)))
+    with pytest.raises(InputError, match="another type"):
+        replace(map.origin, antithetic=(1, 0, 0))
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketch"])
+def test_low_precision_passes_are_summed_in_full(tiny: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model computes in bf16, and no sum does: a row is that of its gradients' float64 sum."""
+    model, data = Diffusion.load(tiny), load_images("digits", split="train", limit=20)
+    full = measure(model, data, **SMALL, engine=engine)
+    seen: list[torch.dtype] = []
+    predict = Diffusion.predict
+
+    def spy(self: Any, *arguments: Any) -> Any:
+        seen.append(predict(self, *arguments).dtype)
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(Diffusion, "predict", spy)
+    half = measure(model, data, **SMALL, engine=engine, precision="bf16")
+    assert set(seen) == {torch.bfloat16} and half.origin.precision == "bf16"
+    norms = np.sqrt(np.diagonal(full.gram.reshape(15, 15)))
+    assert 0 < (abs(half.gram - full.gram).reshape(15, 15) / np.outer(norms, norms)).max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_of_low_precision_add_up_in_full(dtype: torch.dtype) -> None:
+    """4096 gradients of 2^-9 add up to 8, and in bf16 to no more than 0.5."""
+    sketch, piece = CountSketch.of(10, 0), torch.full((10,), 2.0**-9, dtype=dtype)
+    for keep in (sketch, Everything(10), SideBySide([sketch, sketch.layers({"a.weight": 10})])):
+        total = accumulator((keep.width,), torch.device("cpu"))
+        for _ in range(4096):
+            keep.add(total, 0, piece)
+        assert total.abs().tolist() == [8.0] * keep.width
 
 
 def test_the_gram_is_that_of_plain_backward_passes(tiny: Path) -> None:
@@ -105,14 +164,14 @@ def test_the_cost_is_said_first(tiny: Path) -> None:
         return Measurement(model, data, Settings(**{**SMALL, **settings})).cost()
 
     whole, sketched = cost(), cost(engine="sketch", metric="adam")
-    assert (whole.passes, whole.engine, whole.bytes) == (15, "exact", 4 * 15 * D)
-    assert (sketched.passes, sketched.engine, sketched.bytes) == (18, "sketch-65521", 4 * 15 * 65_521)
+    assert (whole.passes, whole.engine, whole.bytes) == (15, "exact", 4 * 15 * 2 * D)  # with the sketches
+    assert (sketched.passes, sketched.engine, sketched.bytes) == (18, "sketch-65521", 4 * 15 * D)
     assert "15 backward passes" in str(whole) and "sketches of 65,521 numbers" in str(sketched)
-    assert cost(memory=4 * 15 * D).engine == "exact"
+    assert cost(memory=4 * 15 * 2 * D).engine == "exact"
     with pytest.raises(ResourceError, match="15 gradients"):
-        cost(memory=4 * 15 * D - 1)
+        cost(memory=4 * 15 * 2 * D - 1)
     with pytest.raises(ResourceError, match="15 sketches"):
-        cost(memory=4 * 15 * 65_521 - 1, engine="sketch")
+        cost(memory=4 * 15 * D - 1, engine="sketch")
 
 
 def test_sketches_are_taken_where_gradients_do_not_fit(make_tiny: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from demerge.analysis.experts.landscape import Landscape, loss_path, loss_plane
-from demerge.analysis.experts.plots import loss_along_path, loss_on_plane, norms_by_block
+from demerge.analysis.experts.plots import loss_along_path, loss_on_plane, norms_by_block, norms_by_layer
 from demerge.analysis.experts.taskvectors import task_vectors
 from demerge.analysis.plots import render
 from demerge.errors import InputError, UsageError
@@ -138,3 +138,14 @@ def test_norms_by_block_are_drawn() -> None:
     vectors = task_vectors(base, [{n: t + k for n, t in base.items()} for k in (0.0, 1.0, -2.0)])
     figure = norms_by_block(vectors, "xyz")
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["in", "mid"] and len(render(figure, "png")) > 5000
+
+
+def test_norms_by_layer_are_drawn_by_block() -> None:
+    base = {"conv_in.weight": torch.zeros(4), "mid_block.a.weight": torch.zeros(3), "mid_block.b.weight": torch.zeros(2)}
+    for steps in ((0.0, 1.0, -2.0), (0.0, 0.0, 0.0)):
+        vectors = task_vectors(base, [{n: t + k for n, t in base.items()} for k in steps])
+        figure = norms_by_layer(vectors, "xyz")
+        assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["in", "mid"]
+        assert figure.axes[0].get_ylabel() == "3 layers, by block" and len(render(figure, "png")) > 5000
+    with pytest.raises(UsageError, match="1 labels for 3"):
+        norms_by_layer(vectors, ["x"])

@@ -30,11 +30,13 @@ def test_as_many_ranges_as_planted_where_they_are_planted(planted: Any) -> None:
     text = lines(said)
     assert text[-1] == "ranges        [0, 125) [125, 250) [250, 375) [375, 1000), gradient"
     assert sum(line.endswith("   <") for line in text) == 1
+    assert said["benefit"]["promised"] and said["benefit"]["held_out"] and len(said["benefit"]["ranges"]) == 4
 
 
 def test_uniform_is_used_where_it_is_not_beaten(planted: Any) -> None:
     said = ranges(planted([0, 4, 8, 12, 16], noise=0.15))
     assert (said["ranges"], said["advice"], said["taken"]) == (4, "uniform", "uniform")
+    assert said["benefit"]["promised"] and not said["benefit"]["held_out"], "a cut that was not found needs no cross-fit"
     assert said["partition"] == [[0, 250], [250, 500], [500, 750], [750, 1000]]
 
 
@@ -85,6 +87,8 @@ def test_what_is_no_list_of_cuts(text: str) -> None:
 def test_maps_are_found_in_their_folder_and_held_against_a_model(planted: Any, tiny: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
+    from demerge.analysis.measurement.schedule import log_snr
+    from demerge.diffusion import Diffusion
     from demerge.weights import Checkpoint, content_sha256
 
     map = planted([0, 4, 8])
@@ -93,7 +97,10 @@ def test_maps_are_found_in_their_folder_and_held_against_a_model(planted: Any, t
     with pytest.raises(InputError, match="measured on a model of sha256 model"):
         load_map(tmp_path, str(tiny))
     own = replace(map, origin=replace(map.origin, model=content_sha256(Checkpoint.open(tiny))))
-    own.save(tmp_path / "own")
+    own.save(tmp_path / "other")
+    with pytest.raises(InputError, match=r"measured on a schedule of 1000 timesteps with log SNR 9\.00"):
+        load_map(tmp_path / "other", str(tiny))
+    replace(own, log_snr=log_snr(Diffusion.load(str(tiny)))).save(tmp_path / "own")
     assert load_map(tmp_path / "own", str(tiny)).origin == own.origin
 
 

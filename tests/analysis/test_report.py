@@ -76,6 +76,16 @@ def test_noise_is_called_noise(map_of: Any) -> None:
     assert any("uniform" in line for line in lines(said)) and json.dumps(said, allow_nan=False)
 
 
+def test_a_summary_says_what_it_promises_and_how_many_groups_would_do(planted: Any) -> None:
+    clear, dim = summary(planted([0, 2, 4, 6, 16]), 4), summary(planted([0, 2, 4, 6, 16], noise=1.2), 4)
+    assert clear["benefit"]["promised"] and clear["groups_needed"] == clear["groups"] == 8
+    assert [row["range"] for row in clear["benefit"]["ranges"]] == [[0, 125], [125, 250], [250, 375], [375, 1000]]
+    assert any(line.startswith("benefit       a joint first step misses") for line in lines(clear))
+    assert dim["unresolved"] and dim["groups_needed"] > 8
+    assert any(f"({dim['groups_needed']} groups or more would do)" in line for line in lines(dim))
+    assert lines(clear)[-1] == "taken         the gradient cut"
+
+
 def test_one_direction_leaves_nothing_to_gain(map_of: Any) -> None:
     s = np.eye(1, 20)[:, None] + 0.2 * np.random.default_rng(0).standard_normal((1, 8, 20)).repeat(8, 0)
     assert summary(map_of(s), 4)["advice"] == "uniform"
@@ -113,13 +123,14 @@ def test_the_curve_reaches_one_where_all_blocks_are_apart(planted: Any) -> None:
 
 @pytest.mark.parametrize("noise", [0.1, 30.0])
 def test_write_leaves_every_file_and_reads_back(planted: Any, tmp_path: Path, noise: float) -> None:
-    map = planted([0, 2, 4, 6, 8], noise=noise)
+    map = planted([0, 1, 2, 3, 4], noise=noise)
     said = summary(map, 4)
-    written = write(map, tmp_path / "out", said)
+    written = write(map, tmp_path / "out", said, model="my base", data="digits")
     assert {path.name for path in written} == {path.name for path in (tmp_path / "out").iterdir()}
-    assert len(written) == 3 + 2 * 4
+    assert len(written) == 3 + 2 * 5 + 1
     assert np.array_equal(ConflictMap.load(tmp_path / "out" / "conflict.safetensors").gram, map.gram)
     assert Partition.load(tmp_path / "out" / "partition.json").cuts == [250, 500, 750]
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(said))
-    for path in written[3:]:
+    assert "demerge finetune &#x27;my base&#x27; --data digits" in written[-1].read_text(encoding="utf-8")
+    for path in written[3:-1]:
         assert path.read_bytes()[:5] == (b"<?xml" if path.suffix == ".svg" else b"\x89PNG\r")

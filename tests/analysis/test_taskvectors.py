@@ -67,3 +67,28 @@ def test_the_table_has_a_row_for_each_tensor() -> None:
     assert np.isnan(table.cosine["b"]) and table.effective_rank["b"] == pytest.approx(1)
     with pytest.raises(UsageError, match="1 labels for 2"):
         task_vectors(BASE, [BASE, BASE]).table(["x"])
+
+
+def test_layers_are_modules_with_all_their_tensors() -> None:
+    base = {"up.0.conv.weight": torch.zeros(2, 2), "up.0.conv.bias": torch.zeros(2), "theta": torch.zeros(3)}
+    g = torch.Generator().manual_seed(0)
+    experts = [{n: torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(2)]
+    whole = task_vectors(base, experts)
+    layers = whole.by_layer()
+    assert layers.names == ("up.0.conv", "theta")
+    assert layers.norms[0] == pytest.approx(np.hypot(whole.norms[0], whole.norms[1]))
+    assert layers.norms[1] == pytest.approx(whole.norms[2])
+    assert layers.cosine == pytest.approx(whole.cosine) and layers.effective_rank == pytest.approx(whole.effective_rank)
+
+
+def test_deltas_of_a_lora_are_task_vectors() -> None:
+    class Deltas(dict[str, torch.Tensor]):
+        holds_deltas = True
+
+    lora = Deltas(a=torch.tensor([3.0, 4.0]))
+    found, same = task_vectors(BASE, [lora]), task_vectors(BASE, [expert([3, 4], [0, 0])])
+    assert found.norms.tolist() == same.norms.tolist() == [[5], [0]]
+    with pytest.raises(InputError, match=r"extra \['c'\]"):
+        task_vectors(BASE, [Deltas(c=torch.zeros(1))])
+    with pytest.raises(InputError, match="'a' is \\[3\\]"):
+        task_vectors(BASE, [Deltas(a=torch.zeros(3))])

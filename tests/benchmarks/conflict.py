@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/conflict.py --batch-size 16 --repeat 3
 
 runs each model's cells (bins x groups) in turns as plain forward and backward passes (the same draws, no optimizer) and as
-`measure` with each engine, whole calls with their set-up, and compares seconds: of the CPU, or on an accelerator of the
-clock. `overhead` is the median over the turns of a row's seconds over those of the plain passes in the same turn. `rmse` is
-that of the cosines of all pairs of cells against those of exact gradients, where both fit the memory. Models: the `digits`
-base, `small` with 1.6 M parameters at 32 x 32, `cifar10` with the 36 M of google/ddpm-cifar10-32, both with random weights.
-`--json` prints one document; its `overhead_ratio` is that of the flat sketch of the last model.
+`measure` with each engine, flat also with sketches of the layers, whole calls with their set-up, and compares seconds: of the
+CPU, or on an accelerator of the clock. `overhead` is the median over the turns of a row's seconds over those of the plain
+passes in the same turn. `rmse` is that of the cosines of all pairs of cells against those of exact gradients, where both fit
+the memory. Models: the `digits` base, `small` with 1.6 M parameters at 32 x 32, `cifar10` with the 36 M of google/ddpm-
+cifar10-32, both with random weights. `--json` prints one document; its `overhead_ratio` is that of the flat sketch of the
+last model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,12 @@ from demerge.diffusion import Diffusion
 from demerge.timesteps import Partition
 
 MODELS = ("digits", "small", "cifar10")
-ENGINES = {"exact": ("exact", "flat"), "sketch flat": ("sketch", "flat"), "sketch hooks": ("sketch", "hooks")}
+ENGINES: dict[str, dict[str, Any]] = {
+    "exact": {"engine": "exact", "mode": "flat"},
+    "sketch flat": {"engine": "sketch", "mode": "flat"},
+    "sketch hooks": {"engine": "sketch", "mode": "hooks"},
+    "sketch layers": {"engine": "sketch", "mode": "flat", "layers": True},
+}
 
 
 def load(name: str, device: str) -> tuple[Diffusion, ImageData]:
@@ -55,7 +62,7 @@ def load(name: str, device: str) -> tuple[Diffusion, ImageData]:
 def plain(model: Diffusion, data: ImageData, bins: int, groups: int, batch_size: int) -> None:
     """Run forward and backward of every cell."""
     partition = Partition.uniform(model.T, bins)
-    draws = Draws(model, data, partition, groups, batch_size, seed=0, shared=True, antithetic=False)
+    draws = Draws(model, data, partition, batch_size, seed=0, shared=True, antithetic=False)
     model.denoiser.requires_grad_(True)
     for m in range(groups):
         for span, draw in zip(partition, draws.group(m), strict=True):
@@ -92,9 +99,9 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
     plain(model, data, 1, 1, asked.batch_size)  # warms up
     fits = 4 * asked.bins * asked.groups * model.parameters <= asked.memory * 1e9
     rows = {"plain": lambda: plain(model, data, **cells)}
-    for row, (engine, mode) in ENGINES.items():
-        if engine != "exact" or fits:
-            rows[row] = lambda engine=engine, mode=mode: measure(model, data, **cells, engine=engine, mode=mode)
+    for row, settings in ENGINES.items():
+        if row != "exact" or fits:
+            rows[row] = lambda settings=settings: measure(model, data, **cells, **settings)
     times: dict[str, list[float]] = {row: [] for row in rows}
     maps: dict[str, ConflictMap] = {}
     for _ in range(asked.repeat):

@@ -21,7 +21,7 @@ def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> Non
     assert "30 backward passes" in done.err and "advice" in done.err
     assert ConflictMap.load(out / "conflict.safetensors").N == 6
     assert len(Partition.load(out / "partition.json")) == 3
-    assert {path.suffix for path in out.iterdir()} == {".safetensors", ".json", ".svg", ".png"}
+    assert {path.suffix for path in out.iterdir()} == {".safetensors", ".json", ".svg", ".png", ".html"}
     kept = (out / "conflict.safetensors").read_bytes()
     again = run("analyze", tiny, *SMALL, "--ranges", 2, "--method", "uniform", "-o", out, "--json")
     said = json.loads(again.out)
@@ -34,8 +34,10 @@ def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> Non
 
 
 def test_sketches_of_chosen_parameters(run: Any, tiny: Path, tmp_path: Path) -> None:
-    done = run("analyze", tiny, *SMALL, "-n", 2, "--engine", "sketch", "--params", "attentions", "-o", tmp_path / "out")
+    given = ("-n", 2, "--engine", "sketch", "--params", "attentions", "--budget", "1h")
+    done = run("analyze", tiny, *SMALL, *given, "-o", tmp_path / "out")
     assert done.code == 0 and "sketches of 65,521 numbers" in done.err, done.err
+    assert "30 backward passes, about" in done.err
     origin = ConflictMap.load(tmp_path / "out" / "conflict.safetensors").origin
     assert (origin.engine, origin.params) == ("sketch-65521", "attentions")
     other = run("analyze", tiny, *SMALL, "-n", 2, "--exact", "-o", tmp_path / "out")
@@ -62,7 +64,13 @@ def test_a_damaged_map_is_refused_before_anything_is_measured(run: Any, tiny: Pa
         (("--groups", 4), 2, "--groups"),
         (("--memory", 0.001, "--bins", 1000, "--groups", 50), 4, "take fewer bins or groups"),
         (("--data", "nowhere"), 3, "nowhere"),
-        (("--antithetic", "--train-batch-size", 3), 2, "even"),
+        (("--antithetic", "auto", "--train-batch-size", 3), 2, "even"),
+        (("--antithetic", "maybe"), 2, "off, on, auto"),
+        (("--budget", "10"), 2, "90s, 10m or 2h"),
+        (("--budget", "0.001s"), 4, "give --budget"),
+        (("--se", 0), 2, "above 0"),
+        (("--mixed-precision", "fp8"), 2, "no, bf16"),
+        (("--fisher", "uniform:2", "--budget", "1h"), 2, "leave out --budget"),
     ],
 )
 def test_mistakes_end_in_one_message(

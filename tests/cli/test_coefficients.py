@@ -62,6 +62,22 @@ def test_weights_per_block(run: Run, tiny: Path, experts: list[Path], tmp_path: 
     torch.testing.assert_close(load_file(merged / WEIGHTS)["conv_in.weight"], base + first * (a - base) + second * (b - base))
 
 
+def test_weights_per_layer(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+    file, expert = tmp_path / "w.json", experts[0]
+    done = run("coefficients", tiny, expert, *QUICK, "--ranges", "joint", "--samples", 5, "--per", "layer", "-o", file)
+    assert done.code == 0, done.err
+    made, names = json.loads(file.read_text())["blocks"], list(load_file(tiny / WEIGHTS))
+    assert set(made) == {name.rpartition(".")[0] for name in names}
+    assert f"samples through the model for {len(made)} weights" in done.err
+    assert f"of {len(made)} layers:" in done.err
+    merged = tmp_path / "merged"
+    assert run("merge", tiny, expert, "--weights", file, "-o", merged).code == 0
+    base, moved, result = (load_file(place / WEIGHTS) for place in (tiny, expert, merged))
+    for name in names:
+        (w,) = made[name.rpartition(".")[0]]
+        torch.testing.assert_close(result[name], base[name] + w * (moved[name] - base[name]))
+
+
 def test_the_same_again_is_the_same_to_the_byte(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.json" for i in range(3)]
     for file, seed in zip(files, (0, 0, 1), strict=True):
@@ -75,7 +91,7 @@ def test_the_same_again_is_the_same_to_the_byte(run: Run, tiny: Path, experts: l
     [
         (("-o", "w.txt"), 2, "is no name for a file of weights"),
         (("-o", "there.json"), 3, "exists already"),
-        (("--per", "layer"), 2, "per 'layer' is unknown"),
+        (("--per", "tensor"), 2, "per 'tensor' is unknown"),
         (("--ranges", "unifrom:2"), 2, "neither uniform:N"),
         (("--samples", 4), 2, "4 samples per range do not fill 5 groups"),
         (("--split", "test", "--groups", 1000, "--samples", 2000), 2, "images do not fill 1000 groups"),

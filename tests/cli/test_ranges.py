@@ -30,16 +30,24 @@ def conflict(tmp_path: Path) -> Path:
 def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> None:
     done = run("ranges", conflict)
     assert (done.code, done.out) == (0, "0:125 125:250 250:375 375:1000\n")
-    for word in ("by cross-fit", "held out", "bootstrap", "logsnr", "advice        gradient"):
+    for word in (
+        "by cross-fit",
+        "held out",
+        "bootstrap",
+        "logsnr",
+        "benefit       a joint first step",
+        "advice        gradient",
+    ):
         assert word in done.err
     out = tmp_path / "new" / "partition.json"
     wrote = run("ranges", tmp_path, "-n", "auto", "-o", out)
     assert (wrote.code, wrote.out.strip()) == (0, str(out)) and Partition.load(out).cuts == [125, 250, 375]
-    kept = out.read_bytes()
-    assert run("ranges", conflict, "-o", out).code == 0 and out.read_bytes() == kept
+    page = (out.parent / "conflict.html").read_text(encoding="utf-8")
+    assert "125, 250 and 375 into 4 ranges" in page and f"--ranges {out}" in page and "joint:4" in page
     said = json.loads(run("ranges", conflict, "-n", 2, "--method", "hierarchical", "-o", out, "--json").out)
     assert said["ranges"] == 2 and said["taken"] == "hierarchical" and len(Partition.load(out)) == 2
     assert said["partition"] == [[r.start, r.stop] for r in Partition.load(out)]
+    assert said["page"] == str(out.parent / "conflict.html") and said["benefit"]["promised"]
 
 
 def test_a_list_of_cuts_is_judged_and_written(run: Any, conflict: Path, tmp_path: Path) -> None:
@@ -80,6 +88,14 @@ def test_mistakes_end_in_one_message(
     done = run("ranges", conflict, *arguments)
     assert (done.code, message in done.err, done.out) == (code, True, ""), done.err
     assert [path.name for path in conflict.parent.iterdir()] == [conflict.name] and conflict.read_bytes() == before
+
+
+def test_a_page_of_ones_own_is_kept(run: Any, conflict: Path, tmp_path: Path) -> None:
+    page = tmp_path / "conflict.html"
+    page.write_text("mine")
+    done = run("ranges", conflict, "-o", tmp_path / "p.json")
+    assert (done.code, "is no page of a conflict map" in done.err, page.read_text()) == (2, True, "mine")
+    assert not (tmp_path / "p.json").exists()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"x" * 100])

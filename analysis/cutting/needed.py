@@ -1,0 +1,38 @@
+"""How many groups would resolve the bins that noise hides, from the noise that was seen.
+
+A bin is resolved where K_ii > 3 SE(K_ii). K_ii is a U-statistic of pairs of groups, whose variance at M groups is
+
+    Var(M) = [4 (M - 2) sigma_1^2 + 2 sigma_2^2] / (M (M - 1)),
+
+sigma_2^2 that of one pair <s_i^m, s_i^n>, sigma_1^2 <= sigma_2^2 / 2 that of its mean over n. The first comes from all pairs,
+the second from the jackknife's SE at the M that were measured. The signal is itself uncertain: where K_ii is below its SE, the
+SE is taken in its place, and the number is one that is needed at least.
+
+Paper: Hoeffding, A class of statistics with asymptotically normal distribution, 1948.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from demerge.analysis.similarity import RESOLVED, Similarity
+from demerge.conflict import ConflictMap
+
+MOST = 100_000
+
+
+def groups_needed(map: ConflictMap, found: Similarity) -> int:
+    """Return the fewest groups at which every bin would likely be resolved, M where all are; at most 100,000."""
+    return max([map.M, *(_of_bin(map, found, int(i)) for i in np.flatnonzero(~found.resolved))])
+
+
+def _of_bin(map: ConflictMap, found: Similarity, i: int) -> int:
+    M, se = map.M, float(found.K_se[i, i])
+    signal = max(float(found.K[i, i]), se)
+    if signal <= 0:
+        return MOST
+    pair = float(map.gram[i, :, i, :][np.triu_indices(M, 1)].var(ddof=1))
+    one = float(np.clip((se**2 * M * (M - 1) - 2 * pair) / (4 * (M - 2)), 0, pair / 2))
+    m = np.arange(M + 1, MOST + 1, dtype=np.float64)
+    enough = signal**2 > RESOLVED**2 * (4 * (m - 2) * one + 2 * pair) / (m * (m - 1))
+    return int(m[enough.argmax()]) if enough.any() else MOST

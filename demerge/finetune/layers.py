@@ -1,0 +1,97 @@
+"""Training some layers only: `demerge layers` names them in a layers.json, all others stay the base's to the bit.
+
+A layer is a module with the parameters of its own. Those of the others get no gradient, no moments of the optimizer, no
+average and no place in a checkpoint. The projection W is put behind a site where all maps that share it are trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from demerge.conflict import layers_of
+from demerge.diffusion import Diffusion
+from demerge.errors import InputError, UsageError
+from demerge.headers import read_json
+from demerge.numerics import steady_norms
+from demerge.timesteps import TimestepRange
+
+FORMAT = "demerge.layers/1"
+NAMED = 3
+
+
+def load_layers(path: Path, base: Diffusion) -> tuple[tuple[str, ...], tuple[TimestepRange, ...]]:
+    """Read a layers.json: the layers to train, and the ranges they were chosen for.
+
+    Raises:
+        InputError: where the file is none, is of another base, or names layers that the base does not have.
+    """
+    document = read_json(path)
+    fix = "make it with `demerge layers MAP -o layers.json`"
+    if document.get("format") != FORMAT:
+        raise InputError(f"{path}: it does not say '{FORMAT}'", fix=fix)
+    names, spans = document.get("train"), document.get("ranges")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: train is no list of names of layers", fix=fix)
+    if document.get("model") != base.sha256:
+        raise InputError(
+            f"{path} is of a base of sha256 {str(document.get('model'))[:16]}..., this one has {base.sha256[:16]}...",
+            fix="give the base that its map was measured on, or measure this one with `demerge analyze --layers`",
+        )
+    refuse_unknown_layers(base.denoiser, names, str(path))
+    return tuple(names), _ranges(spans, path, fix)
+
+
+def _ranges(spans: Any, path: Path, fix: str) -> tuple[TimestepRange, ...]:
+    try:
+        return tuple(TimestepRange(int(start), int(stop)) for start, stop in spans)
+    except (TypeError, ValueError, UsageError) as error:
+        raise InputError(f"{path}: ranges is no list of [start, stop]", fix=fix) from error
+
+
+def refuse_unknown_layers(denoiser: nn.Module, names: Iterable[str], where: str) -> None:
+    """Refuse names that are no layers of a denoiser.
+
+    Raises:
+        InputError: naming the first ones.
+    """
+    known = layers_of({name: parameter.numel() for name, parameter in denoiser.named_parameters()})
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+        raise InputError(
+            f"{where}: the base has no layer {', '.join(unknown[:NAMED])}{more}",
+            fix=f"its {len(known)} layers have names like {', '.join(list(known)[:NAMED])}",
+        )
+
+
+def digest(names: Sequence[str] | None) -> str | None:
+    """Return the SHA-256 of a choice of layers, whatever their order; None is all of them."""
+    return None if names is None else hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()
+
+
+def trained_parameters(denoiser: nn.Module, names: Sequence[str] | None) -> int:
+    """Return how many parameters the layers have; None is all of them."""
+    sizes = layers_of({name: parameter.numel() for name, parameter in denoiser.named_parameters()})
+    return sum(size for layer, size in sizes.items() if names is None or layer in set(names))
+
+
+def freeze_others(denoiser: nn.Module, names: Sequence[str] | None) -> set[nn.Module]:
+    """Let the parameters of the layers alone require gradients, in place; None is all of them.
+
+    Returns:
+        the modules that own a parameter which does not train.
+    """
+    chosen, frozen = None if names is None else set(names), set()
+    for prefix, module in denoiser.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            (layer,) = layers_of({f"{prefix}.{key}" if prefix else key: 1})
+            parameter.requires_grad_(chosen is None or layer in chosen)
+            if not parameter.requires_grad:
+                frozen.add(module)
+    steady_norms(denoiser)
+    return frozen
