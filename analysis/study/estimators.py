@@ -111,7 +111,8 @@ def by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -> pd.Dat
 
 def first_groups(map: ConflictMap, groups: int) -> ConflictMap:
     """Return the map of the first groups alone, as if no more had been measured."""
-    return replace(map, gram=np.ascontiguousarray(map.gram[:, :groups, :, :groups]))
+    sketches, layers = (None if rows is None else rows[:, :groups] for rows in (map.sketches, map.layers))
+    return replace(map, gram=np.ascontiguousarray(map.gram[:, :groups, :, :groups]), sketches=sketches, layers=layers)
 
 
 def disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFrame:
