@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from demerge.analysis.cutting.needed import MOST
-from demerge.conflict import ConflictMap
+from demerge.conflict import ConflictMap, K
 from demerge.timesteps import Partition
 
 DEFAULTS = {
@@ -55,11 +55,11 @@ def steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names
 
 
 def _experts(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names) -> list[Step]:
-    file, K = shlex.quote(str(names.partition)), len(partition)
+    file = shlex.quote(str(names.partition))
     what = "Train an expert for each range" if said["benefit"]["promised"] else "To try all the same: an expert for each range"
     train = [
         f"demerge finetune {names.on()} --ranges {file} -o experts",
-        f"demerge finetune {names.on()} --ranges joint:{K} -o joint",
+        f"demerge finetune {names.on()} --ranges joint:{len(partition)} -o joint",
     ]
     found = [(f"{what}, and the control that gets as many steps without ranges.", train)]
     if map.sketches is not None:
@@ -74,6 +74,8 @@ def _hidden(map: ConflictMap, said: Mapping[str, Any], names: Names) -> list[Ste
         return []
     groups, folder = said["groups_needed"], names.map.parent if names.map.suffix else names.map
     why = f"{len(said['unresolved'])} of {map.N} bins are unresolved; some {groups:,} groups or more would do."
+    if map.origin.engine == "exact" and map.origin.parameters > K:  # such a map cannot be extended
+        return [(why, [_again(map, names, Path("conflict-more"), groups=groups, engine="sketch")])]
     return [(why, [_again(map, names, folder, groups=groups)])]
 
 
@@ -81,7 +83,7 @@ def _layers(map: ConflictMap, names: Names) -> list[Step]:
     stored, measure = names.map, []
     if map.layers is None:
         stored = Path("conflict-layers")
-        measure = [f"{_again(map, names, stored)} --layers"]
+        measure = [f"{_again(map, names, stored, metric='adam')} --layers"]
     rank = f"demerge layers {shlex.quote(str(stored))} --ranges {shlex.quote(str(names.partition))} -o layers.json"
     return [("Which layers conflict, to train only these with finetune --train-layers layers.json.", [*measure, rank])]
 

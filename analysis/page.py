@@ -59,8 +59,9 @@ def page(map: ConflictMap, partition: Partition, said: Mapping[str, Any], shown:
 
 
 RANGES = (
-    "Missed: the part of what a first step along the range's own gradient gains there that a joint step of the same length "
-    "does not, with its 95 % interval. Support: how often resampled groups put a cut near the end of the range."
+    "Missed: the part of what a first step along the range's own gradient gains there that a joint step at the same rate "
+    "does not, with its 95 % interval; below 0 the joint step, a longer one, gains more there. Support: how often resampled "
+    "groups put a cut near the end of the range."
 )
 MEASURED = (
     "Gradients of one base on groups of samples; products of different groups alone count, so that noise neither invents "

@@ -191,11 +191,12 @@ def _recipe(path: Path | None, base: str | None, experts: list[str], weights: st
     """Return the recipe of a file with what is asked beside it, or of base and experts."""
     from demerge.errors import UsageError
     from demerge.merge import Recipe
-    from demerge.merge.recipe.coefficients import is_coefficients, read_coefficients
+    from demerge.merge.recipe.coefficients import is_coefficients, read_coefficients, refuse_other_order
 
     if (path is None) == (base is None):
         raise UsageError("base and experts come from the command line or from --recipe", fix="merge BASE EXPERT... -o OUT")
     if weights is not None and is_coefficients(weights):
+        refuse_other_order(Path(weights), experts)
         whole, rules = read_coefficients(Path(weights))
         asked = {**asked, "weights": whole, "rules": [*asked.get("rules", ()), *rules]}
     elif weights is not None:

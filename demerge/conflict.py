@@ -167,6 +167,9 @@ class ConflictMap:
         Raises:
             InputError: where the file is missing, damaged or something else.
         """
+        if not path.is_file():
+            fix = "name the folder or file that `demerge analyze` wrote"
+            raise InputError(f"{path}: not a conflict map: there is no such file", fix=fix)
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("demerge", "null"))

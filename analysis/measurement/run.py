@@ -46,7 +46,7 @@ class Run:
         if self.start is not None and self.measurement.exact and self.measurement.parameters > K:
             raise UsageError(
                 f"a map of {self.start.M} groups of exact gradients cannot be extended: it does not hold them",
-                fix="choose another folder, or ask for no more groups",
+                fix="measure a map of sketches in another folder, with --engine sketch, or ask for no more groups",
             )
         if self.start is not None and self.start.layers is not None and not self.measurement.settings.layers:
             raise UsageError(

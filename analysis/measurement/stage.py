@@ -52,7 +52,8 @@ class Plan:
 
     def __str__(self) -> str:
         if self.run is None:
-            return "cost      nothing: the map of this measurement is there already"
+            there = "" if self.found is None else f", with {self.found.M} groups; --groups N adds to them"
+            return f"cost      nothing: the map of this measurement is there already{there}"
         s, start = self.measurement.settings, self.run.start
         told = self.measurement.model.told(self.measurement.data)
         cost = (f"given     {told}\n" if told else "") + f"cost      {self.cost}; batches of {s.batch_size}"
@@ -147,7 +148,7 @@ def prepare(
         draws=draws,
         antithetic=antithetic,
         metric=metric,
-        engine=engine,
+        engine=_as_before(out / MAP, engine),
         params=params,
         layers=layers,
         memory=memory,
@@ -185,6 +186,11 @@ def prepare(
     partial.check()
     run = measurement.begin(partial, world=world, start=None if squares is not None else start, timed=True)
     return Plan(measurement, out, partial, found, run, squares, world)
+
+
+def _as_before(path: Path, engine: str) -> str:
+    """Return the engine of the map at `path`, where there is one and the choice was left open."""
+    return ConflictMap.load(path).origin.engine.partition("-")[0] if engine == "auto" and path.exists() else engine
 
 
 def _suffices(found: ConflictMap, measurement: Measurement, asked: int | None) -> bool:

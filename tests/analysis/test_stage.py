@@ -65,6 +65,12 @@ def test_a_map_that_suffices_is_taken_as_it_is(tiny: Path, tmp_path: Path) -> No
     assert further.lines(further.map())[0].startswith("se ") and ConflictMap.load(tmp_path / MAP).M == 7
 
 
+def test_the_engine_left_open_is_that_of_the_map_that_is_there(tiny: Path, tmp_path: Path) -> None:
+    plan(tiny, tmp_path, groups=5, engine="sketch").map()
+    assert "there already, with 5 groups" in str(plan(tiny, tmp_path))
+    assert plan(tiny, tmp_path, groups=6).map().origin.engine == "sketch-65521"
+
+
 def test_more_groups_do_not_lose_the_layers(tiny: Path, tmp_path: Path) -> None:
     plan(tiny, tmp_path, groups=5, bins=2, layers=True).map()
     assert plan(tiny, tmp_path, bins=2).map().layers is not None

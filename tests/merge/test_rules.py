@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from demerge.errors import InputError, UsageError
 from demerge.merge import Recipe, find, merge_tensors, prepare
 from demerge.merge.recipe.blocks import alias, block_of, by_depth, is_kind
-from demerge.merge.recipe.coefficients import read_coefficients
+from demerge.merge.recipe.coefficients import read_coefficients, refuse_other_order
 from demerge.merge.recipe.rules import Ramp, Rule, matcher, only, select, settle
 
 UNET = (
@@ -272,3 +273,13 @@ def test_damaged_files_of_weights_are_refused(name: str, text: str | None, messa
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
         read_coefficients(tmp_path / name)
+
+
+def test_weights_of_the_same_experts_in_another_order_are_refused(tmp_path: Path) -> None:
+    record = {"inputs": {"experts": [{"path": "a"}, {"path": "b"}]}}
+    (file := tmp_path / "w.json").write_text(json.dumps({"weights": [0.2, 0.8], "record": record}))
+    refuse_other_order(file, ["a", "b"])
+    refuse_other_order(file, ["c", "d"])
+    with pytest.raises(UsageError, match="another order") as raised:
+        refuse_other_order(file, ["b", "a"])
+    assert "a b" in raised.value.fix

@@ -14,7 +14,7 @@ stands under `record` (how `demerge coefficients` found the weights) is for peop
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,22 @@ def read_coefficients(path: Path) -> tuple[list[float] | None, list[Rule]]:
         raise InputError(
             f"{path}: no file of weights: {what}", fix='for example {"weights": [0.5, 0.5], "blocks": {"mid": [0.3, 0.7]}}'
         ) from error
+
+
+def refuse_other_order(path: Path, experts: Sequence[str]) -> None:
+    """Refuse a file of weights that `demerge coefficients` found for the same experts in another order.
+
+    Raises:
+        UsageError: naming the order that it has.
+    """
+    record = read_document(path).get("record") if path.suffix != ".csv" else None
+    try:
+        named = [str(expert["path"]) for expert in record["inputs"]["experts"]] if record else []
+    except (KeyError, TypeError):
+        return
+    there, given = ([Path(name).resolve() for name in names] for names in (named, experts))
+    if there != given and sorted(there) == sorted(given):
+        raise UsageError(f"{path} has weights for the experts in another order", fix=f"give them as {' '.join(named)}")
 
 
 def _of_rows(rows: list[list[str]]) -> tuple[list[float] | None, list[Rule]]:
