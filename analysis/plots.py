@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -25,11 +26,10 @@ from demerge.analysis.cutting.segmentation import FOUND
 from demerge.analysis.experts.taskvectors import TaskVectors
 from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity, t_quantile
 from demerge.conflict import Array, ConflictMap
-from demerge.figures import DARK, LIGHT, Theme, styled
+from demerge.figures import BLUE, DARK, GREY, LIGHT, ORANGE, Theme, styled
+from demerge.files import commit_file
 from demerge.timesteps import Partition
 
-BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
-GREY = "0.55"
 MANY = 40
 
 
@@ -68,6 +68,12 @@ def render(figure: Figure, kind: str = "svg") -> bytes:
     with mpl.rc_context({"svg.hashsalt": "demerge"}):
         figure.savefig(stream, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else {"Software": None})
     return stream.getvalue()
+
+
+def write(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure into a folder as NAME.svg and NAME.png; return both."""
+    pictures = {folder / f"{name}.{kind}": render(figure, kind) for kind in ("svg", "png")}
+    return [commit_file(path, lambda stream, picture=picture: stream.write(picture)) for path, picture in pictures.items()]  # type: ignore[misc]
 
 
 def _figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:

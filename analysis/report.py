@@ -19,7 +19,7 @@ import numpy as np
 from demerge.analysis.cutting.benefit import benefit
 from demerge.analysis.cutting.blocks import LEAST_KNOWN
 from demerge.analysis.cutting.crossfit import HeldOut, unsure
-from demerge.analysis.cutting.evidence import Estimate, Evidence, estimate, support
+from demerge.analysis.cutting.evidence import Estimate, Evidence, estimate, short, support
 from demerge.analysis.cutting.needed import MOST, groups_needed
 from demerge.analysis.cutting.segmentation import GIVEN, METHODS, cut
 from demerge.analysis.similarity import leave_one_out, standard_error, t_quantile
@@ -75,7 +75,7 @@ def summary(
         "score": score,
         "unresolved": [[r.start, r.stop] for r, known in zip(map.bins, evidence.found.resolved, strict=True) if not known],
         "blocks": len(evidence.blocks),
-        "known": _finite(evidence.blocks.known),
+        "known": short(evidence.blocks.known),
         "conflict": _number(evidence.conflict),
         "cuts": {name: _described(evidence, partition) for name, partition in cuts.items()},
         "judged": judged,
@@ -129,7 +129,7 @@ def _described(evidence: Evidence, partition: Partition | None) -> dict[str, Any
     if partition is None:
         return None
     share = evidence.share(partition) if evidence.sure else Estimate(math.nan, math.nan)
-    return {"cuts": partition.cuts, "share": _finite(share.value), "se": _finite(share.se)}
+    return {"cuts": partition.cuts, "share": short(share.value), "se": short(share.se)}
 
 
 def _support(evidence: Evidence, judged: str, best: Partition | None, minimum: int | None) -> list[dict[str, Any]]:
@@ -153,15 +153,11 @@ def row_sums(map: ConflictMap) -> dict[str, Any]:
     w, K, left_out = map.widths, Evidence.of(map).found.K, leave_one_out(map)
     ratio = estimate(map, lambda K: K @ w @ w / (np.diagonal(K, axis1=-2, axis2=-1) @ w), K)
     rows = abs(K @ w) > t_quantile(map.M) * standard_error(left_out @ w)
-    return {"ratio": _finite(ratio.value), "se": _finite(ratio.se), "rows": int(rows.sum())}
+    return {"ratio": short(ratio.value), "se": short(ratio.se), "rows": int(rows.sum())}
 
 
 def _number(estimate: Estimate) -> dict[str, float | None]:
-    return {"value": _finite(estimate.value), "se": _finite(estimate.se)}
-
-
-def _finite(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return {"value": short(estimate.value), "se": short(estimate.se)}
 
 
 def lines(said: dict[str, Any]) -> list[str]:

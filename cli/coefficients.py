@@ -93,5 +93,6 @@ def coefficients(
         made = plan.run(bar)
     for line in lines(made):
         say(line)
-    commit_json(out, document(made, plan.record()))
-    emit({"out": str(out), **document(made, plan.record())}, out, json)
+    said = document(made, plan.record())
+    commit_json(out, said)
+    emit({"out": str(out), **said}, out, json)

@@ -228,7 +228,7 @@ def _check_sketches(map: ConflictMap) -> None:
         return
     if not all(type(size) is int and size > 0 for size in sizes) or sum(sizes) != D:
         raise InputError(f"its layout does not have {D} coordinates", fix=fix)
-    widths = {"sketches": min(K, D), "layers": sum(min(LAYER_K, size) for size in layers_of(map.layout).values())}
+    widths = {"sketches": min(K, D), "layers": sum(layer_widths(map.layout))}
     for name, width in widths.items():
         array = getattr(map, name)
         if array is not None and (array.shape != (map.N, map.M, width) or array.dtype != np.float32):
@@ -239,6 +239,16 @@ def layers_of(layout: Mapping[str, int]) -> dict[str, int]:
     """Return how many coordinates each layer has: the parameters of one module, which follow one another."""
     found: dict[str, int] = {}
     for name, numel in layout.items():
-        layer = name.rpartition(".")[0] or name
+        layer = layer_of(name)
         found[layer] = found.get(layer, 0) + numel
     return found
+
+
+def layer_of(name: str) -> str:
+    """Return the layer of a parameter or buffer: its module, or its own name where it has none."""
+    return name.rpartition(".")[0] or name
+
+
+def layer_widths(layout: Mapping[str, int]) -> list[int]:
+    """Return how many numbers the sketch of each layer has, side by side in `ConflictMap.layers`."""
+    return [min(LAYER_K, size) for size in layers_of(layout).values()]

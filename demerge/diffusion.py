@@ -29,7 +29,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from demerge.conditions import Classes, classes_of
-from demerge.data import ImageData
+from demerge.data import ImageData, load_images
 from demerge.errors import InputError, UsageError
 from demerge.files import commit_json
 from demerge.headers import read_json
@@ -165,6 +165,11 @@ class Diffusion:
         size = self.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.config.in_channels), int(height), int(width)
+
+    def load_images(self, source: str, *, split: str, skip_broken: bool) -> ImageData:
+        """Load a data set in the shape of this model's images, which are square; see `demerge.data.load_images`."""
+        channels, height, _ = self.image_shape
+        return load_images(source, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -24,6 +24,8 @@ class Theme:
     maps: str
 
 
+BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
+GREY = "0.55"
 LIGHT = Theme("#1f2328", "#656d76", "#d8dee4", "vlag")
 DARK = Theme("#e6edf3", "#9198a1", "#3d444d", "icefire")
 Draw = Callable[[Theme], Figure]

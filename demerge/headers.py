@@ -86,6 +86,14 @@ def read_header(path: Path) -> Header:
     return Header(ordered, metadata)
 
 
+def format_of(path: Path) -> Any:
+    """Return what a JSON document says it is, its `format`; None where it says nothing or is damaged."""
+    try:
+        return read_json(path).get("format")
+    except InputError:
+        return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of at most 16 MB, duplicate keys refused.
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from demerge.analysis.cutting.crossfit import HeldOut
-from demerge.analysis.cutting.evidence import Evidence
+from demerge.analysis.cutting.evidence import Evidence, short
 from demerge.analysis.cutting.search import total
 from demerge.analysis.cutting.segmentation import FOUND, Objective, cover
 from demerge.analysis.similarity import leave_one_out, standard_error, t_quantile
@@ -60,7 +60,7 @@ class Interval:
 
     def document(self) -> dict[str, float | None]:
         """Return JSON values, None for what is not known."""
-        return {name: _finite(getattr(self, name)) for name in ("value", "se", "low", "high")}
+        return {name: short(getattr(self, name)) for name in ("value", "se", "low", "high")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,3 @@ def _share(explained: Array, gain: Array, explained_left: Array, gain_left: Arra
     if explained <= 0 or (explained_left <= 0).any():
         return Interval(math.nan, math.nan, math.nan, math.nan)
     return Interval.of(float(gain / explained), gain_left / explained_left)
-
-
-def _finite(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None

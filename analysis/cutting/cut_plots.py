@@ -11,11 +11,9 @@ from demerge.analysis.cutting.crossfit import Count
 from demerge.analysis.cutting.evidence import Evidence, curve
 from demerge.conflict import Array
 from demerge.errors import NumericalError
-from demerge.figures import LIGHT, Theme, styled
+from demerge.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, Theme, styled
 from demerge.timesteps import Partition
 
-COLOURS = sns.color_palette("colorblind", 3)
-GREY = "0.55"
 WAYS = {"uniform": "uniform in t", "logsnr": "uniform in log SNR"}
 
 
@@ -41,7 +39,7 @@ def explained_share(evidence: Evidence, counted: Count, chosen: int | None = Non
 
 
 def _held_out(ax: Axes, counted: Count) -> None:
-    for (method, shares), colour, marker in zip(counted.shares.items(), COLOURS, "os^", strict=True):
+    for (method, shares), colour, marker in zip(counted.shares.items(), (BLUE, ORANGE, GREEN), "os^", strict=True):
         counts, values, errors = zip(*((k, share.value, share.se) for k, share in enumerate(shares, 1)), strict=True)
         label = WAYS.get(method, f"{method}, held out")
         ax.errorbar(counts, values, errors, color=colour, marker=marker, ms=5, capsize=2, label=label)
@@ -52,7 +50,7 @@ def _seen(ax: Axes, evidence: Evidence, counted: Count) -> None:
     looks, shares = next(iter(counted.shares.items()))
     seen = curve(evidence, range(1, len(shares) + 1))
     seen = seen[seen.method == looks]
-    ax.plot(seen.ranges, seen.share, color=COLOURS[0], alpha=0.5, lw=1, ls="--", label=f"{looks}, on the groups it saw")
+    ax.plot(seen.ranges, seen.share, color=BLUE, alpha=0.5, lw=1, ls="--", label=f"{looks}, on the groups it saw")
 
 
 @styled
@@ -75,7 +73,7 @@ def cut_support(
     else:
         places = np.array(map.edges[1:-1])
         share = (draws[:, :, None] == places).any(1).mean(0)
-        ax.bar(places, share, width=0.6 * map.T / map.N, color=COLOURS[0])
+        ax.bar(places, share, width=0.6 * map.T / map.N, color=BLUE)
     for place in partition.cuts:
         ax.axvline(place, color=theme.ink, lw=1.2, ls="--")
         ax.annotate(str(place), (place, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="center", va="bottom")

@@ -10,6 +10,7 @@ scales of bins are those of the whole map. Errors are the jackknife's over group
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,11 @@ class Estimate:
     def above(self, factor: float) -> bool:
         """Whether the value lies more than `factor` standard errors above 0."""
         return self.value > factor * self.se
+
+
+def short(value: float) -> float | None:
+    """Return a number for JSON, of six digits; None where it is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def estimate(map: ConflictMap, statistic: Callable[[Array], Array], K: Array) -> Estimate:

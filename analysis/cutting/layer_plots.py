@@ -10,9 +10,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from demerge.analysis.plots import BLUE, GREEN, GREY, ORANGE
 from demerge.analysis.similarity import t_quantile
-from demerge.figures import plain, styled
+from demerge.figures import BLUE, GREEN, GREY, ORANGE, plain, styled
 
 TOP = 20
 LABELS = {"ranked": "by gain per parameter", "size": "smallest first", "random": "random"}

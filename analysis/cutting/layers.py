@@ -38,10 +38,10 @@ from numpy.typing import NDArray
 from demerge.analysis.cutting.evidence import Estimate
 from demerge.analysis.cutting.segmentation import cover
 from demerge.analysis.similarity import cross, halves, standard_error, t_quantile, weighted
-from demerge.conflict import LAYER_K, Array, ConflictMap, layers_of
+from demerge.conflict import Array, ConflictMap, layer_widths, layers_of
 from demerge.errors import InputError, UsageError
 from demerge.files import commit_file
-from demerge.headers import read_json
+from demerge.headers import format_of
 from demerge.randomness import generator
 from demerge.timesteps import Partition
 
@@ -81,8 +81,7 @@ class LayerGains:
             raise InputError("the map has no sketches of layers", fix="measure it with `demerge analyze --layers`")
         sizes, apart = layers_of(map.layout), _apart(map, partition)
         products, column = [], 0
-        for size in sizes.values():
-            width = min(LAYER_K, size)
+        for width in layer_widths(map.layout):
             z = np.tensordot(apart, map.layers[..., column : column + width].astype(np.float64), 1)
             products.append(np.einsum("rmk,rnk->mn", z, z, optimize=True))
             column += width
@@ -291,15 +290,8 @@ def refuse_to_replace(out: Path | None, plot: Path | None) -> None:
     """
     if plot is not None and (plot.suffix not in PLOTS or plot.is_dir()):
         raise UsageError(f"plot {plot} is neither .svg nor .png", fix="name a file, for example --plot layers.svg")
-    if out is None or not out.exists():
-        return
-    fix = "name another file, for example layers.json"
-    try:
-        known = read_json(out).get("format") == FORMAT
-    except InputError as error:
-        raise UsageError(f"{out} is there and is no choice of layers", fix=fix) from error
-    if not known:
-        raise UsageError(f"{out} is there and is no choice of layers", fix=fix)
+    if out is not None and out.exists() and format_of(out) != FORMAT:
+        raise UsageError(f"{out} is there and is no choice of layers", fix="name another file, for example layers.json")
 
 
 def draw(said: dict[str, Any], path: Path) -> Path:

@@ -20,18 +20,16 @@ import numpy as np
 from torch import nn
 
 from demerge.analysis.experts.coefficients import Change, Coefficients, coefficients
-from demerge.analysis.experts.records import own_ranges, sha256_of
+from demerge.analysis.experts.records import measured_on, own_ranges, sha256_of
 from demerge.analysis.experts.responses import BATCH, Draws, Progress, bend, bytes_held, merges, passes, responses
-from demerge.data import load_images
+from demerge.conflict import layer_of
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.files import refuse_existing
-from demerge.headers import read_json
 from demerge.lora import open_expert
 from demerge.merge import MergeSession
 from demerge.merge.recipe.blocks import KINDS
 from demerge.merge.sources import refuse_foreign
-from demerge.places import Place
 from demerge.records import installed
 from demerge.timesteps import Partition
 from demerge.weights import Checkpoint
@@ -133,18 +131,13 @@ def prepare(
     refuse_foreign(origin, tuned)
     model = Diffusion.load(base, device=device)
     partition = Partition.parse(ranges, model.T) if ranges is not None else own_ranges([e.place for e in tuned], model.T)
-    channels, height, _ = model.image_shape
-    images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
+    images = model.load_images(data, split=split, skip_broken=skip_broken)
     draws = Draws(model, images, partition, samples, groups, seed)
     session = MergeSession(origin, tuned, device, groups=_groups(per, model.denoiser))
     inputs = {
         "base": {"path": base, "sha256": sha256_of(origin)},
         "experts": [{"path": path, "sha256": sha256_of(found)} for path, found in zip(experts, tuned, strict=True)],
-        "data": images.name,
-        "data_fingerprint": images.fingerprint,
-        "split": split,
-        "trained_on": [path for path, e in zip(experts, tuned, strict=True) if _data_of(e.place) == images.fingerprint],
-        "ranges": [[span.start, span.stop] for span in partition],
+        **measured_on(images, split, partition, experts, tuned),
     }
     options = {"per": per, "samples": samples, "groups": groups, "ridge": ridge, "relative": relative, "step": step}
     return Plan(draws, session, options, inputs)
@@ -158,18 +151,11 @@ def _groups(per: str, denoiser: nn.Module) -> Literal["blocks"] | Sequence[str] 
 def layers(denoiser: nn.Module) -> list[str]:
     """Return the patterns of the layers, modules with tensors of their own; what holds other layers comes after these."""
     names = [name for name, tensor in denoiser.state_dict().items() if tensor.is_floating_point()]
-    found = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    found = list(dict.fromkeys(map(layer_of, names)))
     holding = {layer.rsplit(".", i)[0] for layer in found for i in range(1, layer.count(".") + 1)}
     nested = sorted((layer for layer in found if layer in holding), key=lambda layer: -layer.count("."))
     chosen = [layer for layer in found if layer not in holding] + nested
     return [f"{layer}.*" if layer in KINDS else layer for layer in chosen]
-
-
-def _data_of(place: Place) -> Any:
-    """Return the fingerprint of the data that an expert's record says it was trained on."""
-    record = place.beside("expert.json")
-    inputs = read_json(record).get("inputs") if record is not None else None
-    return inputs.get("data_fingerprint") if isinstance(inputs, dict) else None
 
 
 # -- what is said -----------------------------------------------------------------------------------------------------------

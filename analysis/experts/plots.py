@@ -19,12 +19,11 @@ from matplotlib.patches import Rectangle
 from demerge.analysis.experts.landscape import PATH, PLANE, Landscape
 from demerge.analysis.experts.taskvectors import TaskVectors
 from demerge.analysis.experts.transfer import Transfer
-from demerge.analysis.plots import GREY
 from demerge.analysis.similarity import t_quantile
 from demerge.conflict import Array
 from demerge.errors import UsageError
 from demerge.evaluate.losses import BLOCKS
-from demerge.figures import plain, styled
+from demerge.figures import GREY, plain, styled
 from demerge.merge.recipe.blocks import grouped
 
 COLUMNS = 4

@@ -19,9 +19,9 @@ from demerge.analysis.experts.records import own_ranges, sha256_of
 from demerge.analysis.experts.sketched import Progress
 from demerge.analysis.experts.transfer import Products, Transfer, sketches_of, transfer
 from demerge.conflict import ConflictMap
-from demerge.errors import InputError, UsageError
-from demerge.files import commit_file, commit_json
-from demerge.headers import read_json
+from demerge.errors import UsageError
+from demerge.files import commit_json
+from demerge.headers import format_of
 from demerge.lora import open_expert
 from demerge.merge.checks import refuse_unlike
 from demerge.merge.sources import Expert, refuse_foreign
@@ -120,13 +120,7 @@ def refuse_to_replace(out: Path) -> None:
     file, fix = out / "transfer.json", "name another folder"
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is there and is no folder", fix=fix)
-    if not file.exists():
-        return
-    try:
-        there = read_json(file).get("format")
-    except InputError:
-        there = None
-    if there != FORMAT:
+    if file.exists() and format_of(file) != FORMAT:
         raise UsageError(f"{file} is there and is no prediction of `demerge transfer`", fix=fix)
 
 
@@ -208,11 +202,7 @@ def _layers(made: Transfer) -> list[str]:
 def write(made: Transfer, plan: Plan, out: Path) -> list[Path]:
     """Write transfer.json and the plots into the folder OUT; return what was written."""
     from demerge.analysis.experts.plots import transfer_matrix
-    from demerge.analysis.plots import render
+    from demerge.analysis.plots import write as write_plot
 
     commit_json(out / "transfer.json", document(made, plan))
-    written, figure = [out / "transfer.json"], transfer_matrix(made)
-    for kind in ("svg", "png"):
-        picture = render(figure, kind)
-        written.append(commit_file(out / f"transfer.{kind}", lambda stream, picture=picture: stream.write(picture)))  # type: ignore[misc]
-    return written
+    return [out / "transfer.json", *write_plot(transfer_matrix(made), out, "transfer")]

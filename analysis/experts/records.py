@@ -1,11 +1,14 @@
-"""What experts carry with them: the ranges of their records, and the hash of what they change."""
+"""What experts carry with them: the ranges and the data of their records, and the hash of what they change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from demerge.data import ImageData
 from demerge.errors import UsageError
 from demerge.hashes import remembered_content
+from demerge.headers import read_json
 from demerge.merge.sources import Expert, expert_range
 from demerge.places import Place
 from demerge.timesteps import Partition
@@ -31,3 +34,24 @@ def own_ranges(places: Sequence[Place], T: int) -> Partition:
 def sha256_of(model: Expert) -> str:
     """Return the hash of a model's tensors, or of the deltas that a LoRA stands for."""
     return remembered_content(model) if isinstance(model, Checkpoint) else content_sha256(model)
+
+
+def measured_on(
+    images: ImageData, split: str, ranges: Partition, paths: Sequence[str], experts: Sequence[Expert]
+) -> dict[str, Any]:
+    """Return the data and ranges that experts are measured on, and which of them were trained on these very images."""
+    known = [path for path, e in zip(paths, experts, strict=True) if _data_of(e.place) == images.fingerprint]
+    return {
+        "data": images.name,
+        "data_fingerprint": images.fingerprint,
+        "split": split,
+        "trained_on": known,
+        "ranges": [[span.start, span.stop] for span in ranges],
+    }
+
+
+def _data_of(place: Place) -> Any:
+    """Return the fingerprint of the data that an expert's record says it was trained on."""
+    record = place.beside("expert.json")
+    inputs = read_json(record).get("inputs") if record is not None else None
+    return inputs.get("data_fingerprint") if isinstance(inputs, dict) else None

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from demerge.analysis.experts.taskvectors import delta
 from demerge.analysis.measurement.sketch import CountSketch
-from demerge.conflict import Array, ConflictMap, layers_of
+from demerge.conflict import Array, ConflictMap, layer_of, layers_of
 from demerge.errors import InputError
-from demerge.merge.checks import holds_deltas
 from demerge.weights import finite, modern
 
 Progress = Callable[[int, int, str], None]
@@ -60,9 +60,12 @@ def sketched(
     squares, outside = np.zeros((K, len(short.parts))), np.zeros(K)
     for done, name in enumerate(names, 1):
         for n, expert in enumerate(experts):
-            tau = _delta(base[name], expert, name, labels[n])
+            tau = delta(base[name], expert, name, labels[n])
             if tau is None:
                 continue
+            if not finite(tau):
+                what = f"{labels[n]}: tensor '{name}' holds NaN or Inf, or the base's does"
+                raise InputError(what, fix="use another checkpoint of it")
             square = float(tau.square().sum())
             if name not in places:
                 outside[n] += square
@@ -91,22 +94,6 @@ def _places(map: ConflictMap, base: Model) -> dict[str, tuple[int, int]]:
         if tensor.numel() != numel or not tensor.is_floating_point():
             what = f"'{name}' is {tensor.dtype} {list(tensor.shape)} in the base, {numel} coordinates in the map"
             raise InputError(what, fix="name the base that the map was measured on")
-        places[of[modern(name)]] = (start, layers.index(name.rpartition(".")[0] or name))
+        places[of[modern(name)]] = (start, layers.index(layer_of(name)))
         start += numel
     return places
-
-
-def _delta(base: Tensor, expert: Model, name: str, label: str) -> Tensor | None:
-    """Return tau on one tensor, flat, float64; None where a LoRA leaves it as it is."""
-    if name not in expert:
-        if holds_deltas(expert):
-            return None
-        raise InputError(f"{label}: tensor '{name}' is missing", fix="use experts of this base")
-    own = expert[name]
-    if own.shape != base.shape:
-        what = f"{label}: '{name}' is {list(own.shape)}, the base's {list(base.shape)}"
-        raise InputError(what, fix="use experts of this base")
-    tau = own.double() if holds_deltas(expert) else own.double() - base.double()
-    if not finite(tau):
-        raise InputError(f"{label}: tensor '{name}' holds NaN or Inf, or the base's does", fix="use another checkpoint of it")
-    return tau.reshape(-1)

@@ -22,15 +22,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from demerge.analysis.experts.landscape import Landscape, Progress, loss_path, loss_plane
-from demerge.analysis.experts.records import own_ranges, sha256_of
+from demerge.analysis.experts.records import measured_on, own_ranges, sha256_of
 from demerge.analysis.experts.taskvectors import TaskVectors, task_vectors
 from demerge.analysis.similarity import t_quantile
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.evaluate.losses import BLOCKS, range_losses
-from demerge.files import commit_dir, commit_file, commit_json, commit_text, refuse_existing
-from demerge.headers import read_json
+from demerge.files import commit_dir, commit_json, commit_text, refuse_existing
 from demerge.lora import open_expert
 from demerge.merge.checks import refuse_unlike
 from demerge.merge.sources import Expert, expert_range, refuse_foreign
@@ -209,8 +208,7 @@ def prepare(
     tuned = opened[: len(experts)]
     model = Diffusion.load(base, device=device)
     partition = Partition.parse(ranges, model.T) if ranges is not None else own_ranges([e.place for e in tuned], model.T)
-    channels, height, _ = model.image_shape
-    images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
+    images = model.load_images(data, split=split, skip_broken=skip_broken)
     model.told(images)
     labels = _labels(experts, [expert.place for expert in tuned])
     end = None if merged is None else (Path(merged).name, opened[-1])
@@ -218,11 +216,7 @@ def prepare(
         "base": {"path": base, "sha256": sha256_of(origin)},
         "experts": _hashed(experts, tuned, labels),
         "merged": None if merged is None else {"path": merged, "sha256": sha256_of(opened[-1])},
-        "data": images.name,
-        "data_fingerprint": images.fingerprint,
-        "split": split,
-        "trained_on": [path for path, e in zip(paths, opened, strict=True) if _data_of(e.place) == images.fingerprint],
-        "ranges": [[span.start, span.stop] for span in partition],
+        **measured_on(images, split, partition, paths, opened),
     }
     return Plan(model, images, partition, origin, tuned, labels, end, asked, points, samples, seed, inputs)
 
@@ -257,13 +251,6 @@ def _hashed(paths: Sequence[str], experts: Sequence[Expert], labels: Sequence[st
         {"path": path, "label": label, "sha256": sha256_of(expert)}
         for path, expert, label in zip(paths, experts, labels, strict=True)
     ]
-
-
-def _data_of(place: Place) -> Any:
-    """Return the fingerprint of the data that an expert's record says it was trained on."""
-    record = place.beside("expert.json")
-    inputs = read_json(record).get("inputs") if record is not None else None
-    return inputs.get("data_fingerprint") if isinstance(inputs, dict) else None
 
 
 # -- what is said -----------------------------------------------------------------------------------------------------------
@@ -372,14 +359,12 @@ def figures(found: Survey) -> dict[str, Figure]:
 
 def write(found: Survey, made: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the document, tables of blocks and layers, and plots into the new folder OUT, whole or absent; return its files."""
-    from demerge.analysis.plots import render
+    from demerge.analysis.plots import write as write_plot
 
     with commit_dir(out) as folder:
         commit_json(folder / "landscape.json", made)
         for name, part in (("blocks", found.vectors.by_block()), ("layers", found.vectors.by_layer())):
             commit_text(folder / f"{name}.csv", part.table(found.labels).rename_axis("name").to_csv(lineterminator="\n"))
         for name, figure in figures(found).items():
-            for kind in ("svg", "png"):
-                picture = render(figure, kind)
-                commit_file(folder / f"{name}.{kind}", lambda stream, picture=picture: stream.write(picture))  # type: ignore[misc]
+            write_plot(figure, folder, name)
     return sorted(out.iterdir())

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from demerge.conflict import Array
+from demerge.conflict import Array, layer_of
 from demerge.errors import InputError, UsageError
 from demerge.merge.checks import holds_deltas
 from demerge.merge.diagnose import effective_rank
@@ -77,7 +77,7 @@ class TaskVectors:
         """Return the same for the layers, in the order of their first tensors, each taken as one tensor."""
         groups: dict[str, list[str]] = {}
         for name in self.names:
-            groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+            groups.setdefault(layer_of(name), []).append(name)
         return self._summed(groups)
 
     def by_block(self) -> TaskVectors:
@@ -136,22 +136,31 @@ def _check_keys(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], k: int
 
 def _products(base: Tensor, experts: Sequence[Mapping[str, Tensor]], name: str) -> tuple[Array, Array, Array]:
     """Return gram, opposed and energy [K K] of one tensor."""
-    tau = torch.stack([_delta(base, expert, k, name) for k, expert in enumerate(experts)])
+    found = [delta(base, expert, name, f"expert {k}") for k, expert in enumerate(experts)]
+    tau = torch.stack([torch.zeros(base.numel(), dtype=torch.float64) if tau is None else tau for tau in found])
     gram, energy = tau @ tau.T, tau.abs() @ tau.abs().T
     return gram.numpy(), ((energy - gram) / 2).clamp(min=0).numpy(), energy.numpy()
 
 
-def _delta(base: Tensor, expert: Mapping[str, Tensor], k: int, name: str) -> Tensor:
-    """Return tau_k on one tensor, flat, in float64."""
+def delta(base: Tensor, expert: Mapping[str, Tensor], name: str, label: str) -> Tensor | None:
+    """Return tau on one tensor, flat, in float64 on the CPU; None where a LoRA leaves it as it is.
+
+    Args:
+        label: of the expert, for errors.
+
+    Raises:
+        InputError: where the expert lacks the tensor or has another shape.
+    """
     if name not in expert:
-        return torch.zeros(base.numel(), dtype=torch.float64)
-    found = expert[name].detach().cpu()
-    if found.shape != base.shape:
-        raise InputError(
-            f"expert {k}: '{name}' is {list(found.shape)}, the base's {list(base.shape)}", fix="use experts of this base"
-        )
-    delta = found.double() if holds_deltas(expert) else found.double() - base.detach().cpu().double()
-    return delta.flatten()
+        if holds_deltas(expert):
+            return None
+        raise InputError(f"{label}: tensor '{name}' is missing", fix="use experts of this base")
+    own = expert[name].detach().cpu()
+    if own.shape != base.shape:
+        what = f"{label}: '{name}' is {list(own.shape)}, the base's {list(base.shape)}"
+        raise InputError(what, fix="use experts of this base")
+    tau = own.double() if holds_deltas(expert) else own.double() - base.detach().cpu().double()
+    return tau.flatten()
 
 
 def _mean(values: Array) -> Array:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from demerge.analysis.cutting.segmentation import cover
 from demerge.analysis.experts.sketched import Model, Progress, Vectors, sketched
 from demerge.analysis.similarity import cross, kernel, leave_one_out, standard_error, t_quantile
-from demerge.conflict import LAYER_K, Array, ConflictMap, Sketches, layers_of
+from demerge.conflict import Array, ConflictMap, Sketches, layer_widths, layers_of
 from demerge.errors import InputError, UsageError
 from demerge.timesteps import Partition
 
@@ -184,7 +184,7 @@ def _squares(K: Array, weights: Array) -> Array:
 def _by_layer(map: ConflictMap, layers: Sketches, weights: Array, vectors: Vectors) -> Products:
     """Return the part of <gbar_r, tau_n> on each layer, [K L R]."""
     sizes = np.array(list(layers_of(map.layout).values()))
-    kept = np.minimum(sizes, LAYER_K)
+    kept = np.array(layer_widths(map.layout))
     starts = np.cumsum(kept) - kept
     each, squares = [], []
     for row in weights:

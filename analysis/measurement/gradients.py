@@ -32,7 +32,7 @@ from demerge.analysis.measurement.run import Run
 from demerge.analysis.measurement.schedule import described, log_snr
 from demerge.analysis.measurement.settings import MEMORY, Settings, duration, groups_of
 from demerge.analysis.measurement.sketch import CountSketch
-from demerge.conflict import LAYER_K, MAX_CELLS, MIN_GROUPS, Array, ConflictMap, K, Origin, layers_of
+from demerge.conflict import MAX_CELLS, MIN_GROUPS, Array, ConflictMap, K, Origin, layer_widths
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import ResourceError, UsageError
@@ -114,8 +114,8 @@ class Measurement:
 
     def _bytes(self, exact: bool) -> int:
         """Return what one cell takes: sketches, and the gradient where that is kept."""
-        D, layers = self.parameters, layers_of(self.layout).values()
-        kept = min(K, D) + (sum(min(LAYER_K, size) for size in layers) if self.settings.layers else 0)
+        D = self.parameters
+        kept = min(K, D) + (sum(layer_widths(self.layout)) if self.settings.layers else 0)
         return 4 * (kept + (D if exact else 0))
 
     def cost(self, groups: int | None = None) -> Cost:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from demerge.conflict import LAYER_K, K, layers_of
+from demerge.conflict import K, layer_widths, layers_of
 from demerge.numerics import accumulator
 from demerge.randomness import key_of
 
@@ -54,8 +54,8 @@ class CountSketch:
     def layers(self, layout: Mapping[str, int]) -> LayerSketches:
         """Return the sketch of each layer of a layout, with the same signs."""
         parts, start = [], 0
-        for size in layers_of(layout).values():
-            parts.append((start, CountSketch(self.signs[start : start + size], min(LAYER_K, size))))
+        for size, width in zip(layers_of(layout).values(), layer_widths(layout), strict=True):
+            parts.append((start, CountSketch(self.signs[start : start + size], width)))
             start += size
         return LayerSketches(parts)
 

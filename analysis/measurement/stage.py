@@ -20,7 +20,6 @@ from demerge.analysis.measurement.run import Run
 from demerge.analysis.measurement.schedule import described
 from demerge.analysis.measurement.settings import MEMORY, Settings, groups_of
 from demerge.conflict import ConflictMap
-from demerge.data import load_images
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 
@@ -140,6 +139,7 @@ def prepare(
         if value not in known:
             raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
     world, device = join(device)
+    there = ConflictMap.load(out / MAP) if (out / MAP).exists() else None
     settings = Settings(
         bins=bins,
         groups=groups_of(groups, open=budget is not None or se is not None),
@@ -148,7 +148,7 @@ def prepare(
         draws=draws,
         antithetic=antithetic,
         metric=metric,
-        engine=_as_before(out / MAP, engine),
+        engine=there.origin.engine.partition("-")[0] if there is not None and engine == "auto" else engine,
         params=params,
         layers=layers,
         memory=memory,
@@ -161,13 +161,13 @@ def prepare(
         raise UsageError(
             f"{ranges} ranges, {bins} bins and {base.T} timesteps do not fit", fix="give ranges <= bins <= timesteps"
         )
-    channels, height, _ = base.image_shape
-    images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
+    images = base.load_images(data, split=split, skip_broken=skip_broken)
     base.told(images)
     measurement = Measurement(base, images, settings)
     partial = Partial(out / PARTIAL, measurement.key())
-    found = _earlier(out / MAP, partial.key)
-    if world.agree(there := 0 if found is None else found.M, device) != there:
+    found = None if there is None else _earlier(there, out / MAP, partial.key)
+    groups_there = 0 if found is None else found.M
+    if world.agree(groups_there, device) != groups_there:
         raise UsageError(f"{out / MAP} is not the same file for all processes", fix="give a folder that they share")
     if found is not None and groups is not None and groups < found.M and not settings.open:
         raise UsageError(
@@ -188,11 +188,6 @@ def prepare(
     return Plan(measurement, out, partial, found, run, squares, world)
 
 
-def _as_before(path: Path, engine: str) -> str:
-    """Return the engine of the map at `path`, where there is one and the choice was left open."""
-    return ConflictMap.load(path).origin.engine.partition("-")[0] if engine == "auto" and path.exists() else engine
-
-
 def _suffices(found: ConflictMap, measurement: Measurement, asked: int | None) -> bool:
     """Return whether a map of the same measurement is all that is asked for."""
     s = measurement.settings
@@ -201,11 +196,8 @@ def _suffices(found: ConflictMap, measurement: Measurement, asked: int | None) -
     return s.budget is not None or asked is None or asked <= found.M
 
 
-def _earlier(path: Path, asked: Mapping[str, Any]) -> ConflictMap | None:
-    """Return the map at `path` where there is one; refuse one of another measurement."""
-    if not path.exists():
-        return None
-    map = ConflictMap.load(path)
+def _earlier(map: ConflictMap, path: Path, asked: Mapping[str, Any]) -> ConflictMap:
+    """Return the map at `path`; refuse one of another measurement."""
     pairs = map.origin.antithetic
     there = {
         **asdict(map.origin),

@@ -7,9 +7,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from demerge.analysis.plots import BLUE, GREY, ORANGE
 from demerge.analysis.study.estimators import PLUG_IN, UNBIASED
-from demerge.figures import styled
+from demerge.figures import BLUE, GREY, ORANGE, styled
 
 STYLES = {PLUG_IN: (ORANGE, "s", "--"), UNBIASED: (BLUE, "o", "-")}
 

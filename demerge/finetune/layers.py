@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from demerge.conflict import layers_of
+from demerge.conflict import layer_of, layers_of
 from demerge.diffusion import Diffusion
 from demerge.errors import InputError, UsageError
 from demerge.headers import read_json
@@ -89,7 +89,7 @@ def freeze_others(denoiser: nn.Module, names: Sequence[str] | None) -> set[nn.Mo
     chosen, frozen = None if names is None else set(names), set()
     for prefix, module in denoiser.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            (layer,) = layers_of({f"{prefix}.{key}" if prefix else key: 1})
+            layer = layer_of(f"{prefix}.{key}" if prefix else key)
             parameter.requires_grad_(chosen is None or layer in chosen)
             if not parameter.requires_grad:
                 frozen.add(module)

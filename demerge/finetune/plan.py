@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.finetune.layers import load_layers, trained_parameters
@@ -133,10 +133,10 @@ def prepare(
         base = Diffusion.load(model, device=device)
     partition, factor = parse_ranges(ranges or ("joint" if init == "random" else "uniform:4"), base.T)
     options = replace(options, max_train_steps=options.max_train_steps * factor)
-    channels, height, width = base.image_shape
+    _, height, width = base.image_shape
     if height != width:
         raise UsageError(f"the base makes {width} x {height} images", fix="use a base of square images")
-    images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
+    images = base.load_images(data, split=split, skip_broken=skip_broken)
     base.told(images)
     layers, ranked_for = (None, ()) if train_layers is None else load_layers(train_layers, base)
     return Plan(base, images, partition.ranges, options, out, layers, ranked_for)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from demerge.errors import NumericalError
-from demerge.merge.checks import Tensors, blamed, refuse_other_size
+from demerge.merge.checks import Tensors, blamed, holds_deltas, refuse_other_size
 from demerge.merge.contract import Block, Blocks, Method, called
 from demerge.merge.stream import CHUNK, Reader, chunked_work
 from demerge.merge.workers import ordered, total
@@ -134,8 +134,14 @@ class Merge:
 
     @cached_property
     def _workers(self) -> int:
-        """How many processes share the work; one where tensors are on another device, which a fork cannot use."""
-        held = [self.base, *self.experts, *(tensors for given in self.inputs.values() for tensors in given)]
+        """How many processes share the work; one where tensors are on another device, which a fork cannot use.
+
+        A LoRA is left out of the look: its deltas are on the CPU, and each would be expanded.
+        """
+        if self.threads == 1:
+            return 1
+        tuned = [expert for expert in self.experts if not holds_deltas(expert)]
+        held = [self.base, *tuned, *(tensors for given in self.inputs.values() for tensors in given)]
         on_cpu = all(t.device.type == "cpu" for tensors in held for t in tensors.values())
         return self.threads if self.device == "cpu" and on_cpu else 1
 
@@ -232,12 +238,15 @@ class _Blocks(Blocks):
 
     def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
         for done, value in enumerate(ordered(self._of_block(function), self._items, self._workers)):
-            if self._what:
-                self._merge.progress(done, len(self._items), self._what)
+            self._told(done, len(self._items))
             yield value
 
     def total(self, count: Callable[[Block], Tensor], /) -> Tensor:
-        return total(self._of_block(count), self._items, self._workers)
+        return total(self._of_block(count), self._items, self._workers, self._told)
+
+    def _told(self, done: int, of: int) -> None:
+        if self._what:
+            self._merge.progress(done, of, self._what)
 
     def _of_block(self, function: Callable[[Block], Value]) -> Callable[[tuple[str, slice]], Value]:
         return lambda item: function(self._merge._block(*item))

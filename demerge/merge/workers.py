@@ -64,11 +64,26 @@ def ordered(
             worker.stop()
 
 
-def total(function: Callable[[Item], Tensor], items: Sequence[Item], workers: int) -> Tensor:
-    """Return the sum of function(item) over one item or more, of integers: each worker adds up its own."""
-    parts = min(len(items), PARTS * workers) if workers > 1 else 1
+def total(
+    function: Callable[[Item], Tensor],
+    items: Sequence[Item],
+    workers: int,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Tensor:
+    """Return the sum of function(item) over one item or more, of integers: each worker adds up its own, part by part.
+
+    Args:
+        progress: called as progress(done, of) after each part.
+    """
+    parts = min(len(items), PARTS * workers)
     runs = [items[len(items) * i // parts : len(items) * (i + 1) // parts] for i in range(parts)]
-    return reduce(Tensor.add_, ordered(lambda run: reduce(Tensor.add_, map(function, run)), runs, workers))
+    sums = ordered(lambda run: reduce(Tensor.add_, map(function, run)), runs, workers)
+    found = next(sums)
+    progress(1, parts)
+    for done, value in enumerate(sums, 2):
+        found.add_(value)
+        progress(done, parts)
+    return found
 
 
 def _in_order(crew: Sequence[_Worker], n: int, ahead: int) -> Iterator[Any]:

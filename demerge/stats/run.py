@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.files import refuse_small_disk
@@ -144,8 +144,7 @@ def prepare(
         if name not in STATISTICS:
             raise UsageError(f"statistic '{name}' is unknown", fix=f"use {' or '.join(STATISTICS)}")
     first = Diffusion.load(models[0], device=device)
-    channels, height, _ = first.image_shape
-    images = load_images(data, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
+    images = first.load_images(data, split=split, skip_broken=skip_broken)
     options = {"samples": samples, "seed": seed}
     jobs = [job for model in models for job in _jobs(model, images, first.T, ranges, out, list(dict.fromkeys(what)))]
     for path, times in Counter(job.path for job in jobs).items():
