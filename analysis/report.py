@@ -51,7 +51,8 @@ def summary(
     Keys: bins, groups, batch_size, draws, ranges, score; `unresolved` ranges of t; `blocks` and the share of
     [0, T) `known` by them; `conflict` (J of all blocks apart); `cuts`
     by method, each with cuts, share, se; `judged`, the cut that the next three are about: what was asked for, or gradient where
-    that does not look at the map; `support` of each of its cuts; its `held_out` gain over uniform and logsnr;
+    that does not look at the map; `support` of each of its cuts, `low` and `high` None where it is given;
+    its `held_out` gain over uniform and logsnr;
     `advice`, it or uniform, and its `reason`; `row_sums`; `taken`, what was asked for, or uniform where that finds no cut;
     `benefit`, what training experts of the cut that was taken promises; `groups_needed` for all bins to be resolved.
     """
@@ -133,15 +134,22 @@ def _described(evidence: Evidence, partition: Partition | None) -> dict[str, Any
 
 
 def _support(evidence: Evidence, judged: str, best: Partition | None, minimum: int | None) -> list[dict[str, Any]]:
-    """Say how often the bootstrap puts a cut where the judged one has it; a given one is held against the gradient's."""
+    """Say how often the bootstrap puts a cut where the judged one has it, and where else: `low` and `high`, 90 % of its draws.
+
+    A given cut is held against the draws of the gradient's cut into as many ranges: its own places do not vary.
+    """
     if best is None or len(best) == 1 or evidence.blocks.known < LEAST_KNOWN:
         return []
     try:
         draws = evidence.bootstrap(len(best), "gradient" if judged == "given" else judged, minimum)
     except NumericalError:  # noise leaves no such cut to hold a given one against
         return []
-    keys = ("cut", "support", "low", "high")
-    return [dict(zip(keys, row, strict=True)) for row in support(evidence.map, best, draws)] if len(draws) else []
+    rows = support(evidence.map, best, draws) if len(draws) else []
+    spread = [(None, None) if judged == "given" else (low, high) for *_, low, high in rows]
+    return [
+        {"cut": place, "support": share, "low": low, "high": high}
+        for (place, share, *_), (low, high) in zip(rows, spread, strict=True)
+    ]
 
 
 def row_sums(map: ConflictMap) -> dict[str, Any]:
@@ -180,14 +188,19 @@ def lines(said: dict[str, Any]) -> list[str]:
         found = "no cut" if described is None else f"{described['cuts']} explains {_pair(described['share'], described['se'])}"
         text.append((name, found))
     for row in said["support"]:
-        spread = f"in {row['support']:.0%} of bootstrap draws, 90 % between {row['low']} and {row['high']}"
-        text.append((f"cut {row['cut']}", spread))
+        text.append((f"cut {row['cut']}", _supported(said, row)))
     for other, gain in said["held_out"].items():
         held_out = f"{said['judged']} explains {_pair(gain['value'], gain['se'], '+.2f')} more than {other}"
         text.append(("held out", held_out))
     text += [("benefit", said["benefit"]["sentence"]), ("advice", f"{said['advice']}: {said['reason']}")]
     text.append(("taken", f"the {said['taken']} cut"))
     return [f"{label:12}  {found}" for label, found in text]
+
+
+def _supported(said: dict[str, Any], row: dict[str, Any]) -> str:
+    if row["low"] is None:
+        return f"the gradient's own {said['ranges']} ranges have a cut within a bin in {row['support']:.0%} of bootstrap draws"
+    return f"in {row['support']:.0%} of bootstrap draws, 90 % between {row['low']} and {row['high']}"
 
 
 def _unresolved(said: dict[str, Any]) -> str:
@@ -206,18 +219,26 @@ def taken(map: ConflictMap, said: Mapping[str, Any]) -> Partition:
 
 
 def write(
-    map: ConflictMap, out: Path, said: dict[str, Any], *, model: str = "MODEL", data: str = "DATA", split: str = "train"
+    map: ConflictMap,
+    out: Path,
+    said: dict[str, Any],
+    *,
+    model: str = "MODEL",
+    data: str = "DATA",
+    split: str = "train",
+    stored: bool = False,
 ) -> list[Path]:
     """Write map, the cut that was taken, summary, plots and page into the folder OUT; return what was written.
 
     Args:
         model, data, split: what the map was measured on, for the commands on the page.
+        stored: whether the map lies in OUT already, where another process may have extended it since; it is left alone then.
     """
     from demerge.analysis.next import Names
     from demerge.analysis.page import NAME, page, pictures
     from demerge.analysis.plots import render
 
-    written = [map.save(out / "conflict.safetensors")]
+    written = [out / "conflict.safetensors" if stored else map.save(out / "conflict.safetensors")]
     partition = taken(map, said)
     partition.save(out / "partition.json")
     commit_json(out / "summary.json", said)

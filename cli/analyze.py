@@ -33,7 +33,11 @@ def analyze(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="As many groups as fit in 90s, 10m or 2h, at least 5.", rich_help_panel=MEASURE),
+        typer.Option(
+            help="As many groups as fit in 90s, 10m or 2h, at least 5. A map that is there is taken as it is, whatever the "
+            "budget; --groups N without --budget adds to it.",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
     se: Annotated[
         float | None,
@@ -133,5 +137,5 @@ def analyze(
     said = summary(map, n or count(map, method=method, score=score).chosen, method=method, score=score)
     for line in lines(said):
         say(line)
-    files = write(map, out, said, model=model, data=data, split=split)
+    files = [*write(map, out, said, model=model, data=data, split=split, stored=True), *plan.files]
     emit({"out": out, "files": files, **said}, out, json)

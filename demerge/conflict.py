@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from demerge.errors import DemergeError, InputError
 from demerge.files import commit_file
+from demerge.headers import read_header
 from demerge.timesteps import Partition
 
 Array = NDArray[np.float64]
@@ -171,15 +172,19 @@ class ConflictMap:
             fix = "name the folder or file that `demerge analyze` wrote"
             raise InputError(f"{path}: not a conflict map: there is no such file", fix=fix)
         try:
+            there = read_header(path)
+            header = json.loads(there.metadata.get("demerge", "null"))
+            _check_header(header, {name: list(spec.shape) for name, spec in there.tensors.items()})
             with safetensors.safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("demerge", "null"))
-                _check_header(header, {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                arrays = {name: file.get_tensor(name) for name in there.tensors}
             bins = Partition.from_cuts(header["edges"][-1], header["edges"][1:-1])
             return cls(bins, origin=Origin(**header["origin"]), layout=dict(header.get("layout", [])), **arrays)
         except UNREADABLE as error:
-            what = error.what if isinstance(error, DemergeError) else f"{type(error).__name__}: {error}"
-            raise InputError(f"{path}: not a conflict map: {what}", fix="measure it again with `demerge analyze`") from error
+            what = "what it says of itself is incomplete or damaged"
+            if isinstance(error, DemergeError):
+                what = error.what.removeprefix(f"{path}: ")
+            fix = "remove it and measure it again with `demerge analyze`"
+            raise InputError(f"{path}: not a conflict map: {what}", fix=fix) from error
 
 
 def _check_header(header: Any, shapes: Mapping[str, list[int]]) -> None:

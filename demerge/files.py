@@ -137,7 +137,11 @@ def sha256(path: Path) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        what = f"{path}: its folder cannot be made: {error.strerror}: {error.filename}"
+        raise ResourceError(what, fix="choose a place inside of folders only, where you may write") from error
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)(\.old)?\.tmp")
     for stray in list(path.parent.iterdir()):
         match = pattern.fullmatch(stray.name)

@@ -102,7 +102,7 @@ class Partition:
             InputError: where the file is no partition.
         """
         kind, _, count = text.partition(":")
-        if text == "joint" or (kind == "uniform" and count.isdigit()):
+        if text == "joint" or (kind == "uniform" and count.isascii() and count.isdigit()):
             return cls.uniform(total, int(count or 1))
         if not Path(text).is_file():
             known = ", ".join(["uniform:N", "joint", *([besides] if besides else [])])

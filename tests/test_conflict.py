@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,3 +91,16 @@ def test_a_bad_file_is_an_input_error_that_names_it(name: str, tmp_path: Path) -
     with pytest.raises(InputError, match=r"conflict\.safetensors: not a conflict map") as error:
         ConflictMap.load(path)
     assert error.value.fix
+    assert not re.search(r"\w+Error\b|\w+\(\)", str(error.value))
+
+
+@pytest.mark.parametrize("part", ["none", "length", "header", "description", "data"])
+def test_a_map_cut_short_is_said_to_be(part: str, tmp_path: Path) -> None:
+    path = MAP.save(tmp_path / "conflict.safetensors")
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    stop = {"none": 0, "length": 4, "header": header // 2, "description": header, "data": header + 100}[part]
+    path.write_bytes(whole[:stop])
+    with pytest.raises(InputError, match=rf"not a conflict map: truncated: {stop} bytes") as error:
+        ConflictMap.load(path)
+    assert error.value.fix == "remove it and measure it again with `demerge analyze`"

@@ -24,8 +24,8 @@ import numpy as np
 
 from demerge.analysis.cutting.blocks import LEAST_KNOWN
 from demerge.analysis.cutting.evidence import Estimate, Evidence
-from demerge.analysis.cutting.search import total
-from demerge.analysis.cutting.segmentation import FOUND, GIVEN, METHODS, cover, cut
+from demerge.analysis.cutting.search import no_cut, total
+from demerge.analysis.cutting.segmentation import FOUND, GIVEN, METHODS, cover, cut, least_width
 from demerge.analysis.similarity import halves, kernel, standard_error, weighted
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import NumericalError, UsageError
@@ -119,6 +119,9 @@ def count(map: ConflictMap, *, method: str = "gradient", score: str = "step", mi
     for each in (looks, *GIVEN):
         gains = held_out.gains(counts, each, minimum)
         shares[each] = [held_out.share(column) for column in gains.T]
+    if len(counts) == 1:
+        width = least_width(map.N, 2, looks) if minimum is None else minimum
+        return Count(1, no_cut(evidence.blocks.edges, 2, width).what, shares)
     return Count(*one_se(shares[method]), shares)
 
 

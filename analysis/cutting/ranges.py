@@ -68,10 +68,10 @@ def _check(map: ConflictMap, n: int | None, method: str, score: str, minimum: in
             raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
     if n is not None and not 1 <= n <= map.N:
         raise UsageError(f"{n} ranges, and the map has {map.N} bins", fix=f"give 1 <= n <= {map.N}, or auto")
-    least, parts = 1 if minimum is None else minimum, n or 1
-    if least < 1 or least * parts > map.N:
+    parts = n or min(2, map.N)
+    if minimum is not None and not 1 <= minimum <= map.N // parts:
         raise UsageError(
-            f"{parts} ranges of {least} bins or more do not fit the map's {map.N} bins",
+            f"minimum {minimum}: {parts} ranges of {minimum} bins or more do not fit the map's {map.N} bins",
             fix=f"give 1 <= minimum <= {map.N // parts}",
         )
 

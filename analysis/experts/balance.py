@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from demerge.analysis.experts.coefficients import Change, Coefficients, coefficients
-from demerge.analysis.experts.records import measured_on, own_ranges, sha256_of
+from demerge.analysis.experts.coefficients import INTERVAL, Change, Coefficients, coefficients
+from demerge.analysis.experts.records import measured_on, own_ranges, refuse_infinite, sha256_of
 from demerge.analysis.experts.responses import BATCH, Draws, Progress, bend, bytes_held, merges, passes, responses
 from demerge.conflict import layer_of
 from demerge.diffusion import Diffusion
@@ -130,7 +130,9 @@ def prepare(
     tuned = [open_expert(path, origin) for path in experts]
     refuse_foreign(origin, tuned)
     model = Diffusion.load(base, device=device)
-    partition = Partition.parse(ranges, model.T) if ranges is not None else own_ranges([e.place for e in tuned], model.T)
+    given = None if ranges is None else Partition.parse(ranges, model.T)
+    refuse_infinite([base, *experts], [origin, *tuned])
+    partition = given or own_ranges([e.place for e in tuned], model.T)
     images = model.load_images(data, split=split, skip_broken=skip_broken)
     draws = Draws(model, images, partition, samples, groups, seed)
     session = MergeSession(origin, tuned, device, groups=_groups(per, model.denoiser))
@@ -175,6 +177,11 @@ def document(made: Coefficients, record: Mapping[str, Any]) -> dict[str, Any]:
         "bend": made.bend.document(),
         "average": made.average.document(),
         "against_average": made.gained.document(),
+        "outside": {
+            "interval": list(INTERVAL),
+            "weights": [{"block": block or None, "expert": k, "weight": w} for block, k, w in made.outside],
+            "ridge": made.calm if made.outside else None,
+        },
     }
     return {"format": "demerge.coefficients/1", **weights, **parts, "record": {**record, **said}}
 
@@ -191,6 +198,7 @@ def lines(made: Coefficients) -> list[str]:
         *rows,
         f"{'all':20s}  {_told(made.predicted.total)}  {_told(made.average.total)}",
         *_weights(made),
+        *_outside(made),
         f"ridge      {made.ridge:g}",
         f"bend       {made.bend}: measured at these weights, beyond what the closed form sees",
         *verdict(made),
@@ -205,6 +213,17 @@ def _weights(made: Coefficients) -> list[str]:
     width = max(9, *(len(name) for name in names))
     told = [f"{name:{width}s}  {' '.join(f'{w:7.3f}' for w in row)}" for name, row in zip(names, rows, strict=True)]
     return told if len(made.responses.blocks) <= SHOWN else [f"of {len(made.responses.blocks)} layers:", *told]
+
+
+def _outside(made: Coefficients) -> list[str]:
+    """Return, where there are weights outside of INTERVAL, how many, the farthest, and what a larger ridge would do."""
+    if not made.outside:
+        return []
+    block, k, w = made.outside[0]
+    which = f"{w:.3g} of expert {k}{f' at {block}' if block else ''}"
+    ridge = f"a --ridge above {made.ridge:g} shrinks them" if made.calm is None else f"--ridge {made.calm:g} brings all inside"
+    count = f"{len(made.outside)} of {made.w.size} weights lie outside [{INTERVAL[0]:g}, {INTERVAL[1]:g}]"
+    return [f"outside    {count}, over a task vector from base and expert, the farthest {which}; {ridge}"]
 
 
 def verdict(made: Coefficients) -> list[str]:

@@ -14,6 +14,9 @@ weights fitted, rho included, on the other groups. Its SE is the jackknife's ove
 mean)^2, where theta_(g) is cross-fitted anew without group g (for the rho found with it); without that its interval, by
 quantiles of Student's t at M - 1 degrees of freedom, covers the truth in 82 % of noisy cases and not in 94 %. What the
 quadratic form does not see at w* is measured (`responses.bend`) and added. Where the interval covers 0, nothing is promised.
+
+A weight of 0 is the base, of 1 the expert. Outside INTERVAL = [-1, 2] a weight goes further from both than they are from each
+other, where no response was measured; a lone one beside small ones comes of u_p that the samples hardly tell apart.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from demerge.conflict import Array
 from demerge.errors import UsageError
 
 RIDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+INTERVAL = (-1.0, 2.0)
 RESOLUTION = 1e-6  # of products of float32 outputs, at unit diagonal
 LEVEL = 0.95
 Bend = Callable[[Array], Array]
@@ -93,6 +97,7 @@ class Coefficients:
         bend: the part of the predicted change that the quadratic form does not see.
         average: of the weights 1/K, on the same samples, with its bend.
         gained: how much more w changes the total than the average does; below 0 is better.
+        calm: the least of RIDGES from rho on that has all weights in INTERVAL, None where none has.
     """
 
     responses: Responses
@@ -103,6 +108,15 @@ class Coefficients:
     bend: Change
     average: Prediction
     gained: Change
+    calm: float | None = None
+
+    @property
+    def outside(self) -> list[tuple[str, int, float]]:
+        """The weights outside INTERVAL: block or layer, empty for the model's; number of the expert; weight. Farthest first."""
+        rows, names = np.atleast_2d(self.w), self.responses.blocks or ("",)
+        places = np.argwhere((rows < INTERVAL[0]) | (rows > INTERVAL[1])).tolist()
+        found = [(names[b], k, float(rows[b, k])) for b, k in places]
+        return sorted(found, key=lambda entry: -abs(entry[2] - sum(INTERVAL) / 2))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,6 +184,8 @@ def coefficients(
     cross = CrossFit.of(objective, ridges)
     rho = ridges[settled(ridges, [objective.changes(m, objective.weights(ridges, m)) for m in range(objective.M)])]
     w = objective.weights((rho,))[0]
+    larger = [rho, *(ridge for ridge in RIDGES if ridge > rho)]
+    calm = [bool(((x >= INTERVAL[0]) & (x <= INTERVAL[1])).all()) for x in objective.weights(larger)]
     average = CrossFit.given(np.full(found.P, 1 / found.K), found.M)
     mine, theirs = (np.zeros_like(found.loss) if bend is None else bend(x) for x in (w, average.W[0]))
     rows = [
@@ -185,6 +201,7 @@ def coefficients(
         Change.of(q @ mine, q @ found.loss),
         _predicted(found, average, q, theirs),
         Change.of(rows[0], q @ found.loss, np.stack(rows[1:])),
+        next((ridge for ridge, inside in zip(larger, calm, strict=True) if inside), None),
     )
 
 

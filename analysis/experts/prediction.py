@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from demerge.analysis.cutting.ranges import load_map
-from demerge.analysis.experts.records import own_ranges, sha256_of
+from demerge.analysis.experts.records import own_ranges, refuse_infinite, sha256_of
 from demerge.analysis.experts.sketched import Progress
 from demerge.analysis.experts.transfer import Products, Transfer, sketches_of, transfer
 from demerge.conflict import ConflictMap
@@ -88,14 +88,16 @@ def prepare(map: Path, base: str, experts: Sequence[str], *, ranges: str | None 
     Raises:
         UsageError: where the experts have no ranges that make a partition, or the ranges are of another T.
         InputError: where a file cannot be read, the map has no sketches, is in another metric or of another base, or an expert
-            does not fit the base.
+            does not fit the base or holds NaN or Inf.
     """
     found, origin = load_map(map, base), Checkpoint.open(base)
     sketches_of(found)
     tuned = [open_expert(path, origin, skip_text=skip_text) for path in experts]
     refuse_foreign(origin, tuned)
     refuse_unlike(origin, tuned, [base, *experts])
-    partition = Partition.parse(ranges, found.T) if ranges is not None else own_ranges([e.place for e in tuned], found.T)
+    given = None if ranges is None else Partition.parse(ranges, found.T)
+    refuse_infinite([base, *experts], [origin, *tuned])
+    partition = given or own_ranges([e.place for e in tuned], found.T)
     inputs = {
         "map": str(map),
         "base": {"path": base, "sha256": found.origin.model},

@@ -1,4 +1,4 @@
-"""What experts carry with them: the ranges and the data of their records, and the hash of what they change."""
+"""What experts carry with them: the ranges and the data of their records, the hash of what they change, and finite numbers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from demerge.data import ImageData
-from demerge.errors import UsageError
+from demerge.errors import InputError, UsageError
 from demerge.hashes import remembered_content
 from demerge.headers import read_json
 from demerge.merge.sources import Expert, expert_range
 from demerge.places import Place
 from demerge.timesteps import Partition
-from demerge.weights import Checkpoint, content_sha256
+from demerge.weights import Checkpoint, content_sha256, finite
 
 
 def own_ranges(places: Sequence[Place], T: int) -> Partition:
@@ -29,6 +29,19 @@ def own_ranges(places: Sequence[Place], T: int) -> Partition:
     if partition.total != T:
         raise UsageError(f"the experts' ranges {partition} do not cover [0, {T})", fix="give --ranges, for example uniform:4")
     return partition
+
+
+def refuse_infinite(paths: Sequence[str], models: Sequence[Expert]) -> None:
+    """Refuse models that hold a number that is not finite, before anything is made of their records.
+
+    Raises:
+        InputError: naming file and tensor.
+    """
+    for path, model in zip(paths, models, strict=True):
+        for name in model:
+            if not finite(model[name]):
+                file = model.specs[name].file if isinstance(model, Checkpoint) else path
+                raise InputError(f"{file}: tensor '{name}' holds NaN or Inf", fix="use another checkpoint of this model")
 
 
 def sha256_of(model: Expert) -> str:

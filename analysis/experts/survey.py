@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from demerge.analysis.experts.landscape import Landscape, Progress, loss_path, loss_plane
-from demerge.analysis.experts.records import measured_on, own_ranges, sha256_of
+from demerge.analysis.experts.records import measured_on, own_ranges, refuse_infinite, sha256_of
 from demerge.analysis.experts.taskvectors import TaskVectors, task_vectors
 from demerge.analysis.similarity import t_quantile
 from demerge.data import ImageData
@@ -207,7 +207,9 @@ def prepare(
     refuse_unlike(origin, opened, [base, *paths])
     tuned = opened[: len(experts)]
     model = Diffusion.load(base, device=device)
-    partition = Partition.parse(ranges, model.T) if ranges is not None else own_ranges([e.place for e in tuned], model.T)
+    given = None if ranges is None else Partition.parse(ranges, model.T)
+    refuse_infinite([base, *paths], [origin, *opened])
+    partition = given or own_ranges([e.place for e in tuned], model.T)
     images = model.load_images(data, split=split, skip_broken=skip_broken)
     model.told(images)
     labels = _labels(experts, [expert.place for expert in tuned])

@@ -109,7 +109,7 @@ class Cells:
         Args:
             most: M, or the most there may be, where `enough` ends it before.
             start: rows of the first groups [m N *], from an earlier map.
-            enough: whether the rows [m N *] are enough, asked from 5 groups on.
+            enough: whether the rows [m N *] are enough, asked from 5 groups on, and from those that the Fisher holds.
 
         Raises:
             NumericalError: where a gradient is not finite, naming bin, group and sample.
@@ -121,14 +121,17 @@ class Cells:
             self.done += known * len(self.draws.bins)
         if adam:
             self.scale = adam_scale(self.pilot())
+        least = max(MIN_GROUPS, 0 if self.fisher is None else self.fisher.done)
         while known < most:
             stop = min(known + self.world.size, most)
             if known + self.world.rank < stop:
                 self._group(rows[known + self.world.rank], known + self.world.rank)
             for m in range(known, stop):
                 self.world.share(rows[m], m - known)
+                if self.fisher is not None:
+                    self._commit(self.fisher, m, m - known)
             known = stop
-            if enough is not None and known >= MIN_GROUPS:
+            if enough is not None and known >= least:
                 done = self.world.main and enough(rows[:known])
                 if self.world.agree(done, self.device):
                     break
@@ -140,12 +143,17 @@ class Cells:
         return self.draws.model.device
 
     def seconds(self) -> float:
-        """Return the seconds of one backward pass, as found on a few cells; a first one that takes long is enough."""
+        """Return the seconds of a cell's backward passes, as found on a few cells; a first one that takes long is enough."""
         spans = self.draws.bins.ranges
         passes: list[float] = []
         for i, draw in enumerate(islice(cycle(self.draws.pilot()), TIMED)):
             began = time.perf_counter()
-            bool(self._kept(draw, spans[i % len(spans)]).isfinite().all())  # waits for the device
+            span, total = spans[i % len(spans)], accumulator((self.keep.width,), self.device)
+            if self.fisher is None:
+                total = self._kept(draw, span)
+            else:
+                self.fisher.passes(draw, span, self._loss, self.backward, self._weighed(partial(self.keep.add, total)))
+            bool(total.isfinite().all())  # waits for the device
             passes.append(time.perf_counter() - began)
             if sum(passes) > TIMED_SECONDS:
                 break
@@ -215,9 +223,14 @@ class Cells:
         began = time.perf_counter()
         self._fill(rows, m)
         self.partial.save(name, rows)
-        if self.fisher is not None:
-            self.fisher.commit(m)
         self.took.append(time.perf_counter() - began)
+
+    def _commit(self, fisher: RangeFisher, m: int, owner: int) -> None:
+        """Let the Fisher take group m; the time counts to this process's own group."""
+        began = time.perf_counter()
+        fisher.commit(m, owner)
+        if self.took and owner == self.world.rank:
+            self.took[-1] += time.perf_counter() - began
 
     def _fill(self, rows: Tensor, m: int) -> None:
         """Put the gradient or sketch of each bin on group m into rows [N *]."""

@@ -21,8 +21,10 @@ so that more microbatches are worth more: digits base, 20 bins, 8 groups of 16, 
     trace, 4 ranges      0.60-1.10    0.70-0.98    0.94-1.04    0.96-1.04
     |dtheta - theirs|    0.120        0.097        0.090        0.143     of `merge --method fisher`, relative; average 0.82
 
-The sums are committed after each group as the map's rows are, OUT/conflict.partial/fisher/0003.safetensors: those of the
-groups up to 3.
+The cells of a group are summed by themselves, and the groups one after the other, so that the sums do not depend on how many
+processes share the groups. They are committed after each group, OUT/conflict.partial/fisher/0003.safetensors: those of the
+groups up to 3. The finished Fisher is their mean, from which they do not come back to the bit: one of more groups is
+measured from the first group on.
 """
 
 from __future__ import annotations
@@ -37,10 +39,13 @@ from torch import Tensor, nn
 
 from demerge.analysis.measurement.backward import Backward, Consume
 from demerge.analysis.measurement.draws import Draw
+from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.analysis.measurement.partial import Partial
-from demerge.errors import ResourceError, UsageError
+from demerge.errors import InputError, ResourceError, UsageError
 from demerge.files import refuse_small_disk
+from demerge.headers import read_json
 from demerge.memory import free_bytes
+from demerge.records import STATS
 from demerge.stats import Collected, commit_statistic, inputs_of
 from demerge.stats.fisher import by_state_name
 from demerge.stats.record import is_there
@@ -60,7 +65,11 @@ class RangeFisher:
     """The Fisher of each range of a partition, as cells of M groups of B samples are run through.
 
     Attributes:
+        groups: M, or the most there may be.
+        world: the processes that share the groups.
         done: how many groups, from the first, the sums hold.
+        sums: over the groups, [R D].
+        part: over the cells of the group at hand, [R D]; of one process alone those of the range at hand, [1 D].
 
     Raises:
         UsageError: where an edge of a range is none of the bins, or B samples do not make microbatches.
@@ -71,8 +80,10 @@ class RangeFisher:
     groups: int
     batch_size: int
     partial: Partial
+    world: World = ALONE
     done: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    part: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def __post_init__(self) -> None:
         inside = sorted(set(self.ranges.cuts) - set(self.bins.cuts))
@@ -92,18 +103,33 @@ class RangeFisher:
         """k, the number of microbatches of a cell."""
         return next(k for k in range(PARTS, 0, -1) if self.batch_size % k == 0)
 
-    def samples(self, span: TimestepRange) -> int:
+    @property
+    def vectors(self) -> int:
+        """How many vectors of D numbers it takes: sums, parts, two of the cell at hand, and one of another process."""
+        R = len(self.ranges)
+        return 2 * R + 3 if self.world.size > 1 else R + 3
+
+    @property
+    def committed(self) -> int:
+        """How many groups, from the first, an earlier call has committed."""
+        return next((m + 1 for m in reversed(range(self.groups)) if self.partial.has(f"{m:04d}")), 0)
+
+    def samples(self, span: TimestepRange, groups: int) -> int:
         """Return how many examples the Fisher of a range is taken from."""
-        return sum(own.start in span for own in self.bins) * self.groups * self.batch_size
+        return sum(own.start in span for own in self.bins) * groups * self.batch_size
 
     def begin(self, D: int, device: torch.device) -> None:
         """Make room for D coordinates, and take up what an earlier call committed."""
-        self.sums, self.done = torch.zeros(len(self.ranges), D, device=device), 0
-        for m in reversed(range(self.groups)):
+        R = len(self.ranges)
+        self.sums, self.done = torch.zeros(R, D, device=device), 0
+        self.part = torch.zeros(R if self.world.size > 1 else 1, D, device=device)
+        for m in reversed(range(self.groups if self.world.main else 0)):
             found = self.partial.load(f"{m:04d}", self.sums.shape)
             if found is not None:
                 self.sums, self.done = found.to(device), m + 1
-                return
+                break
+        self.done = int(self.world.agree(self.done, device))
+        self.world.share(self.sums)
 
     def holds(self, m: int) -> bool:
         """Whether the sums hold group m."""
@@ -112,7 +138,22 @@ class RangeFisher:
     def cell(self, m: int, i: int, draw: Draw, loss: Loss, backward: Backward, consume: Consume) -> None:
         """Run the backward passes of the cell of bin i and group m, `consume` its gradient, and add to the Fisher."""
         B, k, span = self.batch_size, self.parts, self.bins[i]
-        s, squares = self.sums.new_zeros(2, self.sums.shape[1])
+        s, squares = self.passes(draw, span, loss, backward, consume)
+        if self.holds(m):
+            return
+        r = self._of(i)
+        weight, total = len(span) / len(self.ranges[r]), self.part[r % len(self.part)]
+        total.addcmul_(s, s, value=weight)
+        if k > 1:
+            spread = squares.mul_(k).addcmul_(s, s, value=-1).clamp_(min=0)  # below 0 by rounding only
+            total.add_(spread, alpha=weight * (B - 1) / (k - 1))
+        if self.world.size == 1 and span.stop == self.ranges[r].stop:
+            self._take(r, 0)
+
+    def passes(self, draw: Draw, span: TimestepRange, loss: Loss, backward: Backward, consume: Consume) -> Tensor:
+        """Run the backward passes of a cell, `consume` its gradient s, and return s and sum_j x_j^2, [2 D]."""
+        k = self.parts
+        s, squares = found = torch.zeros(2, backward.D, device=draw.x0.device)
 
         def add(start: int, values: Tensor) -> None:
             own, x = slice(start, start + len(values)), values.float()
@@ -122,23 +163,25 @@ class RangeFisher:
 
         for j in range(k):
             backward(loss(every(draw, j, k), span) / k, add)
-        if self.holds(m):
-            return
-        r = self._of(i)
-        weight, total = len(span) / len(self.ranges[r]), self.sums[r]
-        total.addcmul_(s, s, value=weight)
-        if k > 1:
-            spread = squares.mul_(k).addcmul_(s, s, value=-1).clamp_(min=0)  # below 0 by rounding only
-            total.add_(spread, alpha=weight * (B - 1) / (k - 1))
+        return found
 
-    def commit(self, m: int) -> None:
-        """Commit the sums, which hold group m and all before it now."""
+    def commit(self, m: int, owner: int) -> None:
+        """Take group m from the process that has measured it, and commit the sums, which hold all before it."""
         if self.holds(m):
             return
-        self.partial.save(f"{m:04d}", self.sums)
-        if self.partial.folder is not None and m > 0:
-            (self.partial.folder / f"{m - 1:04d}.safetensors").unlink(missing_ok=True)
+        for r in range(len(self.ranges) if self.world.size > 1 else 0):
+            self._take(r, owner)
+        if self.world.main:
+            self.partial.save(f"{m:04d}", self.sums)
+            if self.partial.folder is not None and m > 0:
+                (self.partial.folder / f"{m - 1:04d}.safetensors").unlink(missing_ok=True)
         self.done = m + 1
+
+    def _take(self, r: int, owner: int) -> None:
+        """Add what the process `owner` has of a group on range r to the sums."""
+        part = self.part[r % len(self.part)] if owner == self.world.rank else torch.empty_like(self.sums[r])
+        self.sums[r] += self.world.share(part, owner)
+        part.zero_()
 
     def means(self, r: int, denoiser: nn.Module) -> dict[str, Tensor]:
         """Return F of range r for each tensor of the state dict, float32 on the CPU."""
@@ -176,61 +219,73 @@ class FisherFiles:
 
     @property
     def bytes(self) -> int:
-        """What the sums take, and two vectors more for the cell at hand."""
-        return 4 * (len(self.fisher.ranges) + 2) * self.parameters
+        """What the sums and the cell at hand take."""
+        return 4 * self.fisher.vectors * self.parameters
 
     def are_there(self) -> bool:
-        """Return whether all files are there.
+        """Return whether all files are there; one of fewer groups is to be made again.
 
         Raises:
             UsageError: where one was made otherwise.
         """
-        there = [is_there(self.folder / str(s), NAME, self.inputs[s], self._said(s)) for s in self.fisher.ranges]
-        return all(there)
+        groups = {span: min(self._recorded(span), self.fisher.groups) for span in self.fisher.ranges}
+        there = [is_there(self.folder / str(s), NAME, self.inputs[s], self._said(s, n)) for s, n in groups.items()]
+        return all(there) and set(groups.values()) == {self.fisher.groups}
 
     def write(self, denoiser: nn.Module) -> list[Path]:
-        """Write the files, each with its record."""
-        k = self.fisher.parts
+        """Write the files, each with its record, of the groups that the sums hold."""
+        k, groups = self.fisher.parts, self.fisher.done
         facts = {"gradients": f"{k} microbatches a cell", "batch": self.fisher.batch_size // k}
         for r, span in enumerate(self.fisher.ranges):
             collected = Collected(self.fisher.means(r, denoiser), facts)
-            commit_statistic(self.folder / str(span), NAME, collected, self.inputs[span], self._said(span))
+            self.paths[r].unlink(missing_ok=True)  # so that no record stands beside one of fewer groups
+            commit_statistic(self.folder / str(span), NAME, collected, self.inputs[span], self._said(span, groups))
         return self.paths
 
-    def _said(self, span: TimestepRange) -> dict[str, Any]:
-        return {"samples": self.fisher.samples(span), **self.options}
+    def _said(self, span: TimestepRange, groups: int) -> dict[str, Any]:
+        return {"samples": self.fisher.samples(span, groups), "groups": groups, **self.options}
+
+    def _recorded(self, span: TimestepRange) -> int:
+        """Return of how many groups the file of a range is, or of those that are asked for where there is none."""
+        try:
+            groups = read_json(self.folder / str(span) / STATS)[NAME]["options"]["groups"]
+        except (InputError, KeyError, TypeError):
+            groups = None
+        return groups if type(groups) is int else self.fisher.groups
 
     def __str__(self) -> str:
         k, b = self.fisher.parts, self.fisher.batch_size // self.fisher.parts
         passes = f"{k} passes of {b} samples for each cell" if k > 1 else "each cell is an example"
-        return f"fisher    {self.fisher.ranges}: {passes}, {self.bytes / 1e6:,.0f} MB of sums, into {self.folder}"
+        before = sorted({n for span in self.fisher.ranges if (n := self._recorded(span)) != self.fisher.groups})
+        instead = f", in place of the one of {' and '.join(map(str, before))} groups" if before else ""
+        where = f"{self.bytes / 1e6:,.0f} MB of sums, into {self.folder}{instead}"
+        return f"fisher    {self.fisher.ranges}: {passes}, {where}"
 
 
-def fisher_files(measurement: Measurement, ranges: str, out: Path) -> FisherFiles:
+def fisher_files(measurement: Measurement, ranges: str, out: Path, world: World = ALONE) -> FisherFiles:
     """Prepare the Fisher of ranges beside a measurement, and check it.
 
     Args:
         ranges: uniform:N, joint or a partition.json.
         out: the folder of the map; the Fisher goes into OUT/fisher.
+        world: the processes that share the groups.
 
     Raises:
         UsageError: where the samples of a cell are not independent, ranges do not fit bins, or not all parameters count.
         ResourceError: where memory or disk does not suffice for the sums.
     """
     model, s = measurement.model, measurement.settings
-    if s.open or s.precision != "no":
-        raise UsageError(
-            "the Fisher is one of a fixed number of groups in float32", fix="leave out --budget, --se and --mixed-precision"
-        )
+    if s.precision != "no":
+        raise UsageError("the Fisher is taken in float32", fix="leave out --mixed-precision")
     if s.antithetic != "off":
         raise UsageError("antithetic samples are not independent, and the Fisher needs such", fix="leave out --antithetic")
     if s.params != "all":
         raise UsageError(f"the Fisher of params '{s.params}' alone does not merge a model", fix="leave out --params")
     spans = Partition.parse(ranges, model.T)
     edges = [0, *spans.cuts, spans.total]
-    own = Partial(out / "conflict.partial" / NAME, {**measurement.key(), "groups": s.groups, NAME: edges, "parts": PARTS})
-    fisher = RangeFisher(spans, Partition.uniform(model.T, s.bins), s.groups, s.batch_size, own)
-    options = {name: getattr(s, name) for name in ("bins", "groups", "batch_size", "draws", "seed")}
+    own = Partial(out / "conflict.partial" / NAME, {**measurement.key(), NAME: edges, "parts": PARTS})
+    fisher = RangeFisher(spans, Partition.uniform(model.T, s.bins), measurement.most, s.batch_size, own, world)
+    options = {name: getattr(s, name) for name in ("bins", "batch_size", "draws", "seed")}
     sha256 = model.sha256
     inputs = {span: inputs_of(sha256, measurement.data, span) for span in spans}
     made = FisherFiles(fisher, out / NAME, inputs, options, model.parameters)

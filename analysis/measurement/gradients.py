@@ -47,6 +47,7 @@ class Cost:
         seconds: expected, None where they were not measured.
         trials: backward passes of two samples each, for the choice of the noise.
         most: whether it may be less, as the number of groups is open.
+        more: backward passes beyond one for each cell, as a Fisher takes it in microbatches.
     """
 
     passes: int
@@ -55,12 +56,14 @@ class Cost:
     seconds: float | None = None
     trials: int = 0
     most: bool = False
+    more: int = 0
 
     def __str__(self) -> str:
         kept = "exact gradients" if self.engine == "exact" else f"sketches of {K:,} numbers"
         took = "" if self.seconds is None else f", {'at most' if self.most else 'about'} {duration(self.seconds)}"
         trials = f" and {self.trials} of 2 samples" if self.trials else ""
-        return f"{'up to ' * self.most}{self.passes} backward passes{trials}{took}, {self.bytes / 1e6:,.0f} MB of {kept}"
+        passes = f"{'up to ' * self.most}{self.passes + self.more} backward passes{trials}{took}"
+        return f"{passes}, {self.bytes / 1e6:,.0f} MB of {kept}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +121,8 @@ class Measurement:
         kept = min(K, D) + (sum(layer_widths(self.layout)) if self.settings.layers else 0)
         return 4 * (kept + (D if exact else 0))
 
-    def cost(self, groups: int | None = None) -> Cost:
-        """Return what `run` will take, and with which engine; of that many groups, or the most."""
+    def cost(self, groups: int | None = None, parts: int = 1) -> Cost:
+        """Return what `run` will take, and with which engine; of that many groups, or the most, each cell in microbatches."""
         s, D, exact = self.settings, self.parameters, self.exact
         cells = s.bins * (groups or self.most)
         needed = cells * self._bytes(exact)
@@ -136,7 +139,7 @@ class Measurement:
                 fix=f"take {MAX_CELLS // s.bins} groups, or fewer bins",
             )
         pilot, trials = s.bins * (s.metric == "adam"), 2 * TRIALS * s.bins * (s.antithetic == "auto")
-        return Cost(cells + pilot, "exact" if exact else f"sketch-{K}", needed, None, trials)
+        return Cost(cells + pilot, "exact" if exact else f"sketch-{K}", needed, None, trials, more=cells * (parts - 1))
 
     def origin(self, antithetic: bool | tuple[bool, ...] | None = None) -> Origin:
         """Return what the map will be one of; where a pilot chooses the noise, with what it chose."""
@@ -151,11 +154,20 @@ class Measurement:
         own = {"bins": s.bins, "layers": s.layers, "schedule": described(self.log_snr)}
         return {**own, **asdict(self.origin()), "antithetic": s.antithetic}
 
-    def begin(self, partial: Partial, *, world: World = ALONE, start: ConflictMap | None = None, timed: bool = False) -> Run:
+    def begin(
+        self,
+        partial: Partial,
+        *,
+        world: World = ALONE,
+        start: ConflictMap | None = None,
+        fisher: RangeFisher | None = None,
+        timed: bool = False,
+    ) -> Run:
         """Make ready to measure what neither `partial` nor the map `start` of fewer groups holds.
 
         Args:
             world: the processes among which the groups are shared.
+            fisher: takes its share of each cell; what it does not hold is measured again, whatever `start` holds.
             timed: whether a backward pass is timed for the cost; for a budget it always is.
 
         Raises:
@@ -170,7 +182,7 @@ class Measurement:
         sketch = CountSketch.of(backward.D, s.seed, device=self.model.device)
         short = SideBySide([sketch, *([sketch.layers(self.layout)] if s.layers else [])])
         keep: Keep = Everything(backward.D) if self.exact else short
-        cells = Cells(draws, backward, keep, partial, 0, world=world, precision=s.precision)
+        cells = Cells(draws, backward, keep, partial, 0, world=world, precision=s.precision, fisher=fisher)
         run = Run(self, cells, sketch, short, start)
         if timed or s.budget is not None:
             run = replace(run, seconds=cells.seconds())
@@ -179,7 +191,7 @@ class Measurement:
 
     def run(self, partial: Partial, progress: Progress | None = None, fisher: RangeFisher | None = None) -> ConflictMap:
         """Measure what `partial` does not hold yet, and return the map; see `Run.map`."""
-        return self.begin(partial).map(progress, fisher)
+        return self.begin(partial, fisher=fisher).map(progress)
 
 
 def measure(

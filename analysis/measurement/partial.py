@@ -49,7 +49,7 @@ class Partial:
         Raises:
             UsageError: where the part is one of another measurement.
         """
-        if self.folder is None or not self._path(self.folder, name).is_file():
+        if self.folder is None or not self.has(name):
             return None
         try:
             with safetensors.safe_open(self._path(self.folder, name), framework="pt") as file:
@@ -65,6 +65,10 @@ class Partial:
             tensors = {"values": values.detach().cpu().contiguous()}
             data = safetensors.torch.save(tensors, {"demerge": json.dumps(self.key, sort_keys=True)})
             commit_file(self._path(self.folder, name), lambda stream: stream.write(data))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that part."""
+        return self.folder is not None and self._path(self.folder, name).is_file()
 
     def count(self, name: str) -> int:
         """Return how many parts there are whose names begin so."""

@@ -31,8 +31,8 @@ class Run:
 
     Attributes:
         sketch, short: the sketch of a gradient, alone and with those of its layers.
-        start: a map of fewer groups, to be extended.
-        seconds: of one backward pass, where it was timed.
+        start: a map of fewer groups, to be extended; with a Fisher, which lies in no map, to be measured again.
+        seconds: of the backward passes of a cell, where they were timed.
     """
 
     measurement: Measurement
@@ -43,7 +43,7 @@ class Run:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start is not None and self.measurement.exact and self.measurement.parameters > K:
+        if self.start is not None and self.fisher is None and self.measurement.exact and self.measurement.parameters > K:
             raise UsageError(
                 f"a map of {self.start.M} groups of exact gradients cannot be extended: it does not hold them",
                 fix="measure a map of sketches in another folder, with --engine sketch, or ask for no more groups",
@@ -54,21 +54,32 @@ class Run:
             )
 
     @property
+    def fisher(self) -> RangeFisher | None:
+        """The Fisher that takes its share of each cell, where it is asked for."""
+        return self.cells.fisher
+
+    @property
     def known(self) -> int:
         """How many groups need not be measured, as far as this process sees."""
-        return max(0 if self.start is None else self.start.M, self.cells.partial.count("group-"))
+        there = self.cells.partial.count("group-")
+        if self.fisher is not None:
+            return min(there, self.fisher.committed)
+        return max(0 if self.start is None else self.start.M, there)
 
     @property
     def cost(self) -> Cost:
         """What it will take; where the number of groups is open, that of as many as the budget holds, or of the most."""
         s, most = self.measurement.settings, self.measurement.most
         if self.seconds is None:
-            return replace(self.measurement.cost(), most=s.open)
+            return replace(self._cost(most), most=s.open)
         if s.budget is not None:
             left = max(0.0, s.budget - self._took(0))
             fitting = self.cells.world.size * int(left / (s.bins * self.seconds))
             most = min(most, max(MIN_GROUPS, self.known + fitting))
-        return replace(self.measurement.cost(most), seconds=self._took(most - self.known), most=s.se is not None)
+        return replace(self._cost(most), seconds=self._took(most - self.known), most=s.se is not None)
+
+    def _cost(self, groups: int) -> Cost:
+        return self.measurement.cost(groups, 1 if self.fisher is None else self.fisher.parts)
 
     def _took(self, groups: int) -> float:
         """Return the expected seconds of that many groups, and of the pilots."""
@@ -101,8 +112,8 @@ class Run:
             fix=", or ".join([f"give --budget {math.ceil(needed * 1.1)}s", *fewer]),
         )
 
-    def map(self, progress: Progress | None = None, fisher: RangeFisher | None = None) -> ConflictMap:
-        """Measure, and return the map; `fisher` takes its share of each cell.
+    def map(self, progress: Progress | None = None) -> ConflictMap:
+        """Measure, and return the map.
 
         Raises:
             NumericalError: where a gradient is not finite, naming bin, group and sample.
@@ -111,9 +122,9 @@ class Run:
         s = of.settings
         if cells.partial.folder is not None:
             refuse_small_disk(cells.partial.folder, cost.bytes)
-        if fisher is not None:
-            fisher.begin(cells.backward.D, of.model.device)
-        cells.progress, cells.fisher, cells.total = progress, fisher, cost.passes + cost.trials
+        if self.fisher is not None:
+            self.fisher.begin(cells.backward.D, of.model.device)
+        cells.progress, cells.total = progress, cost.passes + cost.trials
         origin = of.origin(self._antithetic())
         width = of.parameters if of.exact else self.sketch.width
 
@@ -135,7 +146,7 @@ class Run:
 
     def _rows(self) -> Tensor | None:
         """Return the rows of the map to be extended, [M N *]; where a sketch keeps all coordinates it is the gradient."""
-        if self.start is None or self.start.sketches is None:
+        if self.start is None or self.start.sketches is None or self.fisher is not None:
             return None
         parts = [self.start.sketches]
         if self.measurement.exact:

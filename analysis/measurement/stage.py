@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,10 @@ from demerge.analysis.measurement.parallel import ALONE, World, join
 from demerge.analysis.measurement.partial import Partial
 from demerge.analysis.measurement.run import Run
 from demerge.analysis.measurement.schedule import described
-from demerge.analysis.measurement.settings import MEMORY, Settings, groups_of
+from demerge.analysis.measurement.settings import MEMORY, Settings, duration, groups_of
 from demerge.conflict import ConflictMap
 from demerge.diffusion import Diffusion
-from demerge.errors import UsageError
+from demerge.errors import ResourceError, UsageError
 
 MAP, PARTIAL = "conflict.safetensors", "conflict.partial"
 
@@ -33,6 +34,7 @@ class Plan:
     Attributes:
         found: the map that is there already and is the one that was asked for.
         run: what is to be measured where there is none, or more groups than it has, or a Fisher.
+        fisher: the Fisher that is asked for; it is there where there is no run.
         world: the processes that share the work; the first one writes.
     """
 
@@ -56,11 +58,19 @@ class Plan:
         s, start = self.measurement.settings, self.run.start
         told = self.measurement.model.told(self.measurement.data)
         cost = (f"given     {told}\n" if told else "") + f"cost      {self.cost}; batches of {s.batch_size}"
-        if start is not None:
+        if self._again > 0:
+            cost += f"; {self._again} groups of the map are measured again, as no sums for the Fisher are kept"
+        elif start is not None:
             cost += f"; {start.M * s.bins} passes were done before"
         if self.world.size > 1:
             cost += f"; shared by {self.world.size} processes"
         return cost if self.fisher is None else f"{cost}\n{self.fisher}"
+
+    @property
+    def _again(self) -> int:
+        """How many groups of a map that is there are measured again, for the Fisher."""
+        there = self.found or (None if self.run is None else self.run.start)
+        return 0 if self.fisher is None or there is None else there.M - self.fisher.fisher.committed
 
     def map(self, progress: Progress | None = None) -> ConflictMap:
         """Return the map that is there, or measure and save it; groups that an earlier call finished are not measured again.
@@ -72,8 +82,7 @@ class Plan:
         with alone_in(self.out / PARTIAL) if self.world.main else nullcontext():
             if self.world.main:
                 self._refuse_new_map()
-            fisher = None if self.fisher is None else self.fisher.fisher
-            measured = None if self.run is None else self.run.map(progress, fisher)
+            measured = None if self.run is None else self.run.map(progress)
             map = cast("ConflictMap", self.found or measured)
             if self.world.main:
                 self._keep(map)
@@ -81,16 +90,21 @@ class Plan:
 
     def _refuse_new_map(self) -> None:
         """Refuse to replace a map that another process finished since `prepare` looked."""
-        started = self.run is not None and self.run.start is None and self.fisher is None
+        started = self.run is not None and self.run.start is None and self.found is None
         if started and (self.out / MAP).exists():
             raise UsageError(f"another process has finished {self.out / MAP} meanwhile", fix="run the same command again")
 
     def _keep(self, map: ConflictMap) -> None:
         if map is not self.found:
             map.save(self.out / MAP)
-        if self.fisher is not None:
+        if self.fisher is not None and self.run is not None:
             self.fisher.write(self.measurement.model.denoiser)
         self.partial.sweep()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the Fisher, where it is asked for."""
+        return [] if self.fisher is None else self.fisher.paths
 
     def lines(self, map: ConflictMap) -> list[str]:
         """Return whether the map is as sure as was asked."""
@@ -128,7 +142,8 @@ def prepare(
     """Load what an analysis needs and check it, and time a few backward passes where there is something to measure.
 
     A map in OUT of the same measurement is taken as it is where it has as many groups as were asked for, where their number
-    was left open (None, or found by a budget), or where it has the SE; it is extended where more are asked for.
+    was left open (None, or found by a budget), or where it has the SE; it is extended where more are asked for. A Fisher is
+    one of all groups of the map; where it is there of fewer, or not at all, all groups are measured for it.
 
     Raises:
         UsageError: where an argument is wrong, or OUT holds the map or finished groups of another measurement.
@@ -174,18 +189,29 @@ def prepare(
             f"{out / MAP} is of another measurement: groups {found.M} there, {groups} asked",
             fix=f"choose another folder, or leave out --groups to take the map with {found.M}",
         )
-    squares = None if fisher is None else fisher_files(measurement, fisher, out)
-    if squares is not None and world.size > 1:
-        raise UsageError("the Fisher is summed in one process", fix="start one process, or leave out --fisher")
     start = None if found is None or _suffices(found, measurement, groups) else found
     found = None if start is not None else found
-    if squares is not None and squares.are_there() and found is not None:
-        squares = None
-    if found is not None and squares is None:
-        return Plan(measurement, out, partial, found, None, world=world)
+    if found is not None and fisher is not None:
+        measurement = replace(measurement, settings=replace(settings, groups=found.M, budget=None, se=None))
+    squares = None if fisher is None else fisher_files(measurement, fisher, out, world)
+    if found is not None and (squares is None or squares.are_there()):
+        return Plan(measurement, out, partial, found, None, squares, world)
     partial.check()
-    run = measurement.begin(partial, world=world, start=None if squares is not None else start, timed=True)
+    of = None if squares is None else squares.fisher
+    run = measurement.begin(partial, world=world, start=start, fisher=of, timed=True)
+    if found is not None and budget is not None:
+        _refuse_late_fisher(found, run.cost, budget)
     return Plan(measurement, out, partial, found, run, squares, world)
+
+
+def _refuse_late_fisher(found: ConflictMap, cost: Cost, budget: float) -> None:
+    """Refuse a Fisher of all groups of a map that does not fit the budget."""
+    if cost.seconds is not None and cost.seconds > budget:
+        raise ResourceError(
+            f"the Fisher of the map's {found.M} groups takes about {duration(cost.seconds)},"
+            f" and the budget is {duration(budget)}",
+            fix=f"give --budget {math.ceil(cost.seconds * 1.1)}s, or leave it out",
+        )
 
 
 def _suffices(found: ConflictMap, measurement: Measurement, asked: int | None) -> bool:

@@ -14,6 +14,12 @@ from demerge.merge.contract import Method
 from demerge.weights import finite
 
 Tensors = Mapping[str, Tensor]
+STATS = "make what is missing beside the experts: demerge stats EXPERT... --data D --what"
+MAKE: Mapping[str, str] = {  # how the tensors are made that methods of our own need
+    "fisher": f"{STATS} fisher; or take those of the ranges at the base: demerge analyze BASE --data D --fisher RANGES -o MAP, "
+    "then --option fisher=MAP/fisher",
+    "gram": f"{STATS} gram",
+}
 
 
 def settle_weights(weights: Sequence[float] | None, K: int) -> list[float]:
@@ -73,7 +79,7 @@ def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Se
         if len(given) != K:
             raise UsageError(
                 f"method {method.name} needs {name} for each of {K} experts, {len(given)} given",
-                fix=f"put {name}.safetensors beside each expert's expert.json, or give --option {name}=PATH,PATH",
+                fix=f"{MAKE.get(name, f'put {name}.safetensors beside each expert.json')}, or give --option {name}=PATH,PATH",
             )
         for i, tensors in enumerate(given):
             if name in method.partial:

@@ -20,6 +20,7 @@ from demerge.merge.apply import Merge, Progress
 from demerge.merge.checks import refuse_missing_inputs, refuse_unlike, settle_weights
 from demerge.merge.contract import Method
 from demerge.merge.denoisers import Task, denoisers, tasks
+from demerge.merge.inputs import input_paths, refuse_of_others
 from demerge.merge.output import layout
 from demerge.merge.parts import Lora, Part
 from demerge.merge.plan import MergeResult, Plan
@@ -28,15 +29,7 @@ from demerge.merge.recipe.recipe import Recipe
 from demerge.merge.recipe.rules import only, settle
 from demerge.merge.registry import find
 from demerge.merge.schedule import snr_of
-from demerge.merge.sources import (
-    Expert,
-    input_paths,
-    range_of,
-    refuse_changed,
-    refuse_foreign,
-    scheduler_config,
-    source,
-)
+from demerge.merge.sources import Expert, range_of, refuse_changed, refuse_foreign, scheduler_config, source
 from demerge.places import locate
 from demerge.records import installed
 from demerge.timesteps import TimestepRange
@@ -129,7 +122,7 @@ class _Side:
         settled = method.settle(options)
         method = method.under(settled, *(settled | rule.parsed(method).plain for rule in recipe.rules))
         asked = [recipe.experts[i] for i, _ in task.experts]
-        paths = input_paths(method, given, asked, [denoiser.place for _, denoiser in task.experts])
+        paths = input_paths(method, given, asked, [denoiser for _, denoiser in task.experts])
         base = Checkpoint(task.base.place)
         experts = [open_expert(d.place, base, skip_text=recipe.skip_text_encoder) for _, d in task.experts]
         inputs = {name: [Checkpoint.open(path).named_like(base) for path in files] for name, files in paths.items()}
@@ -149,6 +142,8 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
     refuse_unlike(side.base, side.experts, names)
     refuse_foreign(side.base, side.experts)
     refuse_missing_inputs(method, side.base, side.inputs, len(asked))
+    ranges = [denoiser.range for _, denoiser in side.task.experts]
+    refuse_of_others(side.base, side.experts, ranges, side.inputs, models=recipe.variant is None)
     floating = [name for name, spec in side.base.specs.items() if spec.is_float]
     chosen = only(recipe.only, floating) if recipe.only else None
     part = partial(
@@ -156,7 +151,7 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
         place=side.base.place,
         folder=side.task.folder,
         entries=layout(side.base, recipe.save_dtype),
-        experts=[replace(recipe.experts[i], range=denoiser.range) for i, denoiser in side.task.experts],
+        experts=[replace(source, range=span) for source, span in zip(asked, ranges, strict=True)],
         lora=_lora(recipe),
     )
     settled = method.settle(side.options)
@@ -178,7 +173,7 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
         names,
         settings=settings,
         only=chosen,
-        ranges=[denoiser.range for _, denoiser in side.task.experts],
+        ranges=ranges,
         snr=snr_of(scheduler_config(side.base.place)),
     )
     return part(job, taken=taken)

@@ -30,6 +30,7 @@ from demerge.lora import Adapter, open_expert
 from demerge.memory import free_bytes
 from demerge.merge.checks import Tensors, refuse_missing_inputs, refuse_unlike, settle_weights
 from demerge.merge.contract import Method
+from demerge.merge.inputs import refuse_of_others
 from demerge.merge.recipe.blocks import block_of, by_depth
 from demerge.merge.recipe.rules import select
 from demerge.merge.registry import find
@@ -88,12 +89,16 @@ class MergeSession:
         refuse_unlike(origin, tuned, ["the base", *(f"expert {i}" for i in range(len(tuned)))])
         given = _inputs(chosen, tuned, inputs or {})
         refuse_missing_inputs(chosen, origin, given, len(tuned))
+        spans = list(ranges) if ranges is not None else [_range(expert) for expert in tuned]
+        if len(spans) != len(tuned):
+            raise UsageError(f"{len(spans)} ranges for {len(tuned)} experts", fix="give one for each, or None")
+        refuse_of_others(origin, tuned, spans, given)
         self.device = torch.device(device)
         self.bytes = bytes_needed(origin, len(tuned), given, draws=chosen.draws, dtype=dtype)
         _refuse_small_memory(self.bytes, str(device))
         constants = {
             **settled,
-            "ranges": list(ranges) if ranges is not None else [_range(expert) for expert in tuned],
+            "ranges": spans,
             "snr": snr_of(scheduler_config(origin.place)) if isinstance(origin, Checkpoint) else None,
         }
         self._resident = load(Reader(chosen, origin, tuned, given, seed), constants, self.device, dtype)

@@ -1,4 +1,4 @@
-"""What lies around the weights of a merge's inputs: expert.json, configs, tensors a method needs, and the hashes."""
+"""What lies around the weights of a merge's inputs: expert.json, configs, and the hashes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from demerge.errors import InputError, UsageError
 from demerge.hashes import remembered_content
 from demerge.headers import read_json
 from demerge.lora import Adapter
-from demerge.merge.contract import Method
 from demerge.merge.recipe.asked import Source
 from demerge.places import Place
 from demerge.timesteps import TimestepRange
@@ -113,26 +112,6 @@ def scheduler_config(place: Place) -> dict[str, Any]:
     places = [folder / "scheduler", folder] if folder else []
     path = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()), None)
     return read_json(path) if path is not None else {}
-
-
-def input_paths(
-    method: Method, given: Mapping[str, str | Sequence[str]], asked: Sequence[Source], experts: Sequence[Place]
-) -> dict[str, list[Path]]:
-    """Return the files of tensors that a method needs: those given, else those the recipe names, else those beside experts.
-
-    Args:
-        given: by the tensors' NAME, paths, separated by commas where they are one text.
-    """
-    found = {}
-    for name in method.inputs:
-        if name in given:
-            paths = given[name]
-            found[name] = [Path(text) for text in (paths.split(",") if isinstance(paths, str) else paths)]
-        elif all(name in source.inputs for source in asked):
-            found[name] = [Path(path) for source in asked for path in source.inputs[name]]
-        else:
-            found[name] = [p for place in experts if (p := place.beside(f"{name}.safetensors"))]
-    return found
 
 
 def source(asked: Source, opened: Sequence[Expert], hashes: Hashes, inputs: Mapping[str, Checkpoint]) -> Source:

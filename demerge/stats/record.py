@@ -2,11 +2,13 @@
 
     stats.json   {"format", "fisher": {"inputs", "options", "facts", "versions"}, "gram": {the same}}
 
-The record is written before the tensors, so that tensors without a record are of another origin.
+The record is written before the tensors, so that tensors without a record are of another origin. What they were measured on
+is in their own metadata too, so that a file that is copied elsewhere still says it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,13 @@ from demerge.data import ImageData
 from demerge.errors import InputError
 from demerge.files import commit_json
 from demerge.headers import read_json
-from demerge.records import installed, refuse_differences
+from demerge.records import MEASURED, STATS, installed, refuse_differences
 from demerge.stats.examples import Collected
 from demerge.timesteps import TimestepRange
 from demerge.weights import commit_tensors
 
 FORMAT = "demerge.stats/1"
-RECORD = "stats.json"
+RECORD = STATS
 
 
 def inputs_of(model_sha256: str, data: ImageData, span: TimestepRange) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def commit_statistic(
         "versions": {package: installed(package) for package in ("demerge", "diffusers", "numpy", "torch")},
     }
     commit_json(folder / RECORD, {"format": FORMAT, **_record(folder), name: made})
-    commit_tensors(folder / f"{name}.safetensors", collected.tensors)
+    commit_tensors(folder / f"{name}.safetensors", collected.tensors, {MEASURED: json.dumps(made["inputs"], sort_keys=True)})
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -221,6 +221,32 @@ def test_noise_is_shrunk_and_promises_nothing() -> None:
     assert any("covers 0" in line for line in lines(made))
 
 
+def test_weights_far_from_base_and_expert_are_pointed_out() -> None:
+    made = coefficients(planted([5.0, 0.3, -1.5]), ridge=0)
+    assert [(block, k, round(w, 6)) for block, k, w in made.outside] == [("", 0, 5.0), ("", 2, -1.5)]
+    told = [line for line in lines(made) if line.startswith("outside")]
+    assert told == [
+        "outside    2 of 3 weights lie outside [-1, 2], over a task vector from base and expert, the farthest 5 of expert 0; "
+        f"--ridge {made.calm:g} brings all inside"
+    ]
+    assert not coefficients(planted([5.0, 0.3, -1.5]), ridge=made.calm).outside
+    said = document(made, {})["record"]["outside"]
+    assert (said["interval"], said["ridge"]) == ([-1, 2], made.calm)
+    assert [(entry["block"], entry["expert"]) for entry in said["weights"]] == [(None, 0), (None, 2)]
+    inside = coefficients(planted([1.9, -0.9]), ridge=0)
+    assert not any(line.startswith("outside") for line in lines(inside))
+    assert document(inside, {})["record"]["outside"] == {"interval": [-1, 2], "weights": [], "ridge": None}
+    far = coefficients(planted([1e6]), ridge=200.0)
+    assert far.calm is None and "a --ridge above 200 shrinks them" in "\n".join(lines(far))
+
+
+def test_the_farthest_weight_is_named_by_its_layer() -> None:
+    flat = planted([5.0, 0.3, 0.1, -4.5])
+    made = coefficients(Responses(flat.ranges, ("mid", "out"), 2, flat.loss, flat.slope, flat.products), ridge=0)
+    assert [(block, k) for block, k, _ in made.outside] == [("out", 1), ("mid", 0)]
+    assert any("the farthest -4.5 of expert 1 at out; " in line for line in lines(made))
+
+
 def test_weights_that_harm_are_said_to_harm() -> None:
     found = planted([0.5, 0.5])
     harm = predict(found, np.array([-2.0, -2.0])).total

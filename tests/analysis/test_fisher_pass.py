@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -15,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from demerge.analysis.measurement import fisher as module
+from demerge.analysis.measurement.backward import Backward
 from demerge.analysis.measurement.draws import draw
 from demerge.analysis.measurement.fisher import RangeFisher, every, fisher_files
 from demerge.analysis.measurement.gradients import Measurement, Settings
 from demerge.analysis.measurement.partial import Partial
 from demerge.analysis.measurement.stage import prepare
-from demerge.errors import UsageError
+from demerge.errors import ResourceError, UsageError
 from demerge.stats import range_fisher
 from demerge.timesteps import Partition
 
@@ -194,6 +197,127 @@ def test_the_stage_writes_what_merge_takes(tiny: Path, tmp_path: Path, add_exper
     experts = [add_expert(tmp_path / "experts" / path.parent.name, *map(int, path.parent.name.split("-"))) for path in paths]
     merge(tiny, experts, tmp_path / "merged", method="fisher", options={"fisher": ",".join(map(str, paths))})
     assert (tmp_path / "merged" / "demerge.json").is_file()
+
+
+def prepared(tiny: Path, out: Path, **settings: Any) -> Any:
+    """Plan the Fisher of two ranges beside a map of four bins."""
+    return prepare(str(tiny), "digits", out, **{"bins": 4, "batch_size": 2, "ranges": 2, "fisher": "uniform:2", **settings})
+
+
+def told(out: Path) -> list[tuple[int, int]]:
+    """Return groups and samples of the records."""
+    records = [json.loads(path.read_text())["fisher"]["options"] for path in sorted((out / "fisher").glob("*/stats.json"))]
+    return [(record["groups"], record["samples"]) for record in records]
+
+
+def test_it_has_the_groups_of_the_map_that_is_there(tiny: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    prepared(tiny, whole, groups=9).map()
+    prepared(tiny, out, groups=9, fisher=None).map()
+    plan = prepared(tiny, out)
+    assert plan.cost.passes + plan.cost.more == 4 * 9 * 2
+    assert "72 backward passes, about" in str(plan) and "9 groups of the map are measured again" in str(plan)
+    assert plan.map().M == 9 and told(out) == told(whole) == [(9, 36), (9, 36)]
+    for path in (whole / "fisher").rglob("*.safetensors"):
+        assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
+
+
+def test_more_groups_make_map_and_fisher_of_all_of_them(tiny: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    prepared(tiny, whole, groups=10).map()
+    prepared(tiny, out, groups=5).map()
+    plan = prepared(tiny, out, groups=10)
+    assert "80 backward passes" in str(plan) and "5 groups of the map are measured again" in str(plan)
+    assert "in place of the one of 5 groups" in str(plan)
+    assert plan.map().M == 10 and told(out) == [(10, 40), (10, 40)]
+    for path in whole.rglob("*.*"):
+        assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
+    (out / "conflict.safetensors").unlink()
+    with pytest.raises(UsageError, match="groups: recorded 10, now 5"):
+        prepared(tiny, out, groups=5)
+
+
+def test_killed_while_the_files_are_written_no_record_stands_beside_another_fisher(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(tiny, tmp_path, groups=5).map()
+    files, commit = sorted((tmp_path / "fisher").rglob("*.safetensors")), module.commit_statistic
+
+    def killed(folder: Path, *arguments: Any) -> None:
+        if folder.name == "0500-1000":
+            raise Killed
+        commit(folder, *arguments)
+
+    monkeypatch.setattr(module, "commit_statistic", killed)
+    with pytest.raises(Killed):
+        prepared(tiny, tmp_path, groups=6).map()
+    assert [path.exists() for path in files] == [True, False] and told(tmp_path) == [(6, 24), (5, 20)]
+    monkeypatch.undo()
+    plan, seen = prepared(tiny, tmp_path), []
+    assert "again" not in str(plan)
+    plan.map(lambda done, total, what: seen.append(done))
+    assert not seen and told(tmp_path) == [(6, 24), (6, 24)]
+
+
+def test_a_fisher_of_fewer_groups_than_the_map_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    prepared(tiny, tmp_path, groups=5, engine="sketch").map()
+    prepared(tiny, tmp_path, groups=6, engine="sketch", fisher=None).map()
+    assert told(tmp_path) == [(5, 20), (5, 20)]
+    prepared(tiny, tmp_path).map()
+    assert told(tmp_path) == [(6, 24), (6, 24)]
+
+
+def test_sums_of_a_killed_run_serve_one_of_more_groups(linear: Any, images: Any, tmp_path: Path) -> None:
+    few, many = (Measurement(linear, images, Settings(6, groups, 4)) for groups in (5, 8))
+    partial = Partial(tmp_path / "conflict.partial", few.key())
+    few.run(partial, None, fisher_files(few, "uniform:2", tmp_path).fisher)
+    again, seen = fisher_files(many, "uniform:2", tmp_path).fisher, []
+    assert again.committed == 5
+    many.run(partial, lambda done, total, what: seen.append(done), again)
+    assert len(seen) == 3 * 6
+    for one, other in zip(flat(again, linear), found(linear, images, tmp_path, groups=8), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_more_groups_with_a_fisher_do_not_lose_the_layers(tiny: Path, tmp_path: Path) -> None:
+    prepared(tiny, tmp_path, groups=5, layers=True, fisher=None).map()
+    with pytest.raises(UsageError, match="has sketches of layers"):
+        prepared(tiny, tmp_path, groups=6)
+
+
+def test_the_cost_counts_microbatches_and_a_budget_too(linear: Any, images: Any, tmp_path: Path, clock: list[float]) -> None:
+    """By a clock that goes on by a second with each backward pass: 6 bins of 4 samples, 24 s a group, 6 of them in 150 s."""
+    measurement = Measurement(linear, images, Settings(6, 64, 4, budget=150.0))
+    partial = Partial(tmp_path / "conflict.partial", measurement.key())
+    fisher = fisher_files(measurement, "uniform:2", tmp_path).fisher
+    run = measurement.begin(partial, fisher=fisher)
+    assert (run.cost.passes, run.cost.more, run.cost.seconds) == (36, 108, 144.0)
+    assert "144 backward passes, about 2" in str(run.cost)
+    assert run.map().M == fisher.done == 6
+    with pytest.raises(ResourceError, match="5 groups of 6 bins take about 2 min"):
+        Measurement(linear, images, Settings(6, 64, 4, budget=100.0)).begin(NOWHERE, fisher=fisher)
+
+
+def test_a_budget_that_a_fisher_of_the_map_does_not_fit_is_refused(tiny: Path, tmp_path: Path) -> None:
+    prepared(tiny, tmp_path, groups=5, fisher=None).map()
+    with pytest.raises(ResourceError, match="the Fisher of the map's 5 groups takes about"):
+        prepared(tiny, tmp_path, budget=1e-4)
+    assert prepared(tiny, tmp_path, budget=600.0).map().M == 5 and told(tmp_path) == [(5, 20), (5, 20)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that goes on by a second with each backward pass."""
+    now, call = [0.0], Backward.__call__
+
+    def slow(self: Any, *arguments: Any) -> None:
+        now[0] += 1.0
+        call(self, *arguments)
+
+    monkeypatch.setattr(Backward, "__call__", slow)
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(time, name, lambda: now[0])
+    return now
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------

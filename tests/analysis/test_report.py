@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def test_a_cut_of_ones_own_is_judged_and_taken(planted: Any) -> None:
         assert (said["ranges"], said["judged"], said["taken"], said["advice"]) == (4, "given", "given", advice), said["reason"]
         assert said["cuts"]["given"]["cuts"] == given.cuts and taken(map, said) == given
         assert [row["support"] == 1 for row in said["support"]] == [advice == "given"] * 3
+        assert [(row["low"], row["high"]) for row in said["support"]] == [(None, None)] * 3  # they do not vary
+        assert sum("the gradient's own 4 ranges have a cut within a bin in" in line for line in lines(said)) == 3
     assert said["held_out"]["uniform"]["value"] < 0
 
 
@@ -134,3 +137,11 @@ def test_write_leaves_every_file_and_reads_back(planted: Any, tmp_path: Path, no
     assert "demerge finetune &#x27;my base&#x27; --data digits" in written[-1].read_text(encoding="utf-8")
     for path in written[3:-1]:
         assert path.read_bytes()[:5] == (b"<?xml" if path.suffix == ".svg" else b"\x89PNG\r")
+
+
+def test_a_map_that_is_stored_is_left_alone(planted: Any, tmp_path: Path) -> None:
+    map = planted([0, 1, 2, 3, 4])
+    kept = replace(map, origin=replace(map.origin, data="extended")).save(tmp_path / "conflict.safetensors").read_bytes()
+    written = write(map, tmp_path, summary(map, 4), stored=True)
+    assert written[0].read_bytes() == kept
+    assert write(map, tmp_path, summary(map, 4))[0].read_bytes() != kept

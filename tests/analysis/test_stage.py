@@ -134,14 +134,23 @@ def test_one_process_is_alone() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("settings", [{}, {"se": 1e-6}], ids=["fixed", "open"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"antithetic": "auto"},
+        {"antithetic": "auto", "se": 1e-6},
+        {"bins": 4, "fisher": "uniform:2"},
+        {"bins": 4, "fisher": "joint", "se": 1e-6},
+    ],
+    ids=["fixed", "open", "fisher", "open fisher"],
+)
 def test_two_processes_make_the_map_of_one(
     tiny: Path, tmp_path: Path, settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With the variables that torchrun sets; a process that is not the first prints and writes nothing but its groups."""
     torch.set_num_threads(1)
-    common: dict[str, Any] = {"bins": 2, "groups": 7, "metric": "adam", "antithetic": "auto"}
-    plan(tiny, tmp_path / "one", **common).map()
+    common: dict[str, Any] = {"bins": 2, "groups": 7, "metric": "adam"}
+    plan(tiny, tmp_path / "one", **{**common, **settings, "se": None}).map()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -157,12 +166,12 @@ def test_two_processes_make_the_map_of_one(
                 os._exit(code)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     assert capfd.readouterr().out == ""
-    assert sha256(tmp_path / "one" / MAP) == sha256(tmp_path / "two" / MAP)
-    assert [path.name for path in (tmp_path / "two").iterdir()] == [MAP]
+    one, two = ({p.relative_to(out): sha256(p) for p in out.rglob("*.*")} for out in (tmp_path / "one", tmp_path / "two"))
+    assert one == two and len(one) == {"uniform:2": 5, "joint": 3}.get(settings.get("fisher", ""), 1)
 
 
 def _first(tiny: Path, out: Path, common: dict[str, Any], settings: dict[str, Any]) -> int:
-    ready = plan(tiny, out, **common, **settings)
+    ready = plan(tiny, out, **{**common, **settings})
     ready.map()
     return 0 if "shared by 2 processes" in str(ready) else 3
 

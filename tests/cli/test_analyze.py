@@ -51,6 +51,16 @@ def test_a_damaged_map_is_refused_before_anything_is_measured(run: Any, tiny: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["conflict.safetensors"]
 
 
+def test_the_document_names_the_files_of_the_fisher(run: Any, tiny: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        done = run("analyze", tiny, *SMALL, "-n", 2, "--fisher", "uniform:2", "-o", tmp_path / "out", "--json")
+        assert done.code == 0, done.err
+        files = [Path(name) for name in json.loads(done.out)["files"]]
+        assert files[-2:] == [tmp_path / "out" / "fisher" / name / "fisher.safetensors" for name in ("0000-0500", "0500-1000")]
+        assert all(path.is_file() for path in files)
+    assert "nothing" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -70,7 +80,8 @@ def test_a_damaged_map_is_refused_before_anything_is_measured(run: Any, tiny: Pa
         (("--budget", "0.001s"), 4, "give --budget"),
         (("--se", 0), 2, "above 0"),
         (("--mixed-precision", "fp8"), 2, "no, bf16"),
-        (("--fisher", "uniform:2", "--budget", "1h"), 2, "leave out --budget"),
+        (("--fisher", "uniform:2", "--budget", "0.001s"), 4, "give --budget"),
+        (("--fisher", "uniform:2", "--mixed-precision", "bf16"), 2, "leave out --mixed-precision"),
     ],
 )
 def test_mistakes_end_in_one_message(

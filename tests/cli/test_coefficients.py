@@ -129,6 +129,15 @@ def test_experts_whose_ranges_make_no_partition_need_ranges(
     assert run("coefficients", tiny, experts[1], *QUICK, "--ranges", "joint", *out).code == 0
 
 
+def test_numbers_that_are_not_finite_are_named_before_ranges(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+    broken = experts[1] / WEIGHTS
+    tensors = load_file(broken)
+    tensors["conv_in.weight"][0] = float("nan")
+    save_file(tensors, broken)
+    done = run("coefficients", tiny, experts[1], *QUICK, "-o", tmp_path / "w.json")
+    assert (done.code, f"{broken}: tensor 'conv_in.weight' holds NaN or Inf" in done.err) == (3, True), done.err
+
+
 def test_experts_of_other_bases_and_shapes_are_refused(
     run: Run, tiny: Path, experts: list[Path], make_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

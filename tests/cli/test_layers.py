@@ -79,11 +79,14 @@ def test_what_scripts_rely_on(run: Any, conflict: Path) -> None:
         (("--share", 0), 2, "share 0 is not in"),
         (("--share", 1e-6), 2, "no layer fits"),
         (("--ranges", "unifrom:2"), 2, "neither uniform:N"),
+        (("--ranges", "uniform:\N{SUPERSCRIPT TWO}"), 2, "neither uniform:N"),
         (("--ranges", "joint"), 2, "one range decouples nothing"),
         (("--ranges", "uniform:5"), 2, "holds no whole bin"),
         (("--model", "nowhere"), 3, "nowhere"),
         (("--plot", "layers.pdf"), 2, "neither .svg nor .png"),
         (("-o", "conflict.safetensors"), 2, "is no choice of layers"),
+        (("-o", "conflict.safetensors/l.json"), 4, "its folder cannot be made"),
+        (("--plot", "conflict.safetensors/l.svg"), 4, "its folder cannot be made"),
         (("-o", "."), 2, "is no choice of layers"),
     ],
 )
@@ -95,6 +98,12 @@ def test_mistakes_end_in_one_message(
     done = run("layers", conflict, *arguments)
     assert (done.code, message in done.err, done.out) == (code, True, ""), done.err
     assert [path.name for path in conflict.parent.iterdir()] == [conflict.name] and conflict.read_bytes() == before
+
+
+def test_ranges_of_another_number_of_timesteps_are_refused(run: Any, conflict: Path, tmp_path: Path) -> None:
+    Partition.uniform(500, 2).save(tmp_path / "p.json")
+    done = run("layers", conflict, "--ranges", tmp_path / "p.json")
+    assert (done.code, "covers 500 timesteps" in done.err) == (2, True)
 
 
 def test_a_map_without_layers_says_how_to_measure_them(run: Any, conflict: Path) -> None:

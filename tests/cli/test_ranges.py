@@ -50,6 +50,11 @@ def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> 
     assert said["page"] == str(out.parent / "conflict.html") and said["benefit"]["promised"]
 
 
+def test_one_range_says_why_there_are_no_more(run: Any, conflict: Path) -> None:
+    done = run("ranges", conflict, "-n", 1, "--minimum", 16)
+    assert (done.code, "supported     1: 16 blocks of bins give no 2 ranges of 16 bins or more" in done.err) == (0, True)
+
+
 def test_a_list_of_cuts_is_judged_and_written(run: Any, conflict: Path, tmp_path: Path) -> None:
     done = run("ranges", conflict, "--cuts", "100,500", "-n", 3, "--score", "cosine", "-o", tmp_path / "p.json", "--json")
     said = json.loads(done.out)
@@ -70,6 +75,12 @@ def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: 
         (("-n", "many"), 2, "'many' is no number of ranges"),
         (("-n", 0), 2, "'0' is no number of ranges"),
         (("--minimum", 9, "-n", 2), 2, "2 ranges of 9 bins"),
+        (
+            ("--minimum", 9),
+            2,
+            "minimum 9: 2 ranges of 9 bins or more do not fit the map's 16 bins",
+        ),
+        (("--minimum", 5, "-n", 4), 2, "fix: give 1 <= minimum <= 4\n"),
         (("--minimum", 0), 2, "--minimum"),
         (("--method", "best"), 2, "hierarchical"),
         (("--score", "sum"), 2, "step, energy, cosine"),
@@ -78,6 +89,10 @@ def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: 
         (("--cuts", "125", "--method", "uniform"), 2, "leave out --method"),
         (("-o", "."), 2, "is no partition"),
         (("-o", "conflict.safetensors"), 2, "is no partition"),
+        (("-o", "conflict.safetensors/p.json"), 4, "its folder cannot be made"),
+        (("--cuts", "125,125"), 2, "ascend"),
+        (("--cuts", "125,1000"), 2, "ascend"),
+        (("--cuts", "125,"), 2, "no list of timesteps"),
     ],
 )
 def test_mistakes_end_in_one_message(

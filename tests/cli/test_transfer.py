@@ -146,6 +146,29 @@ def test_experts_and_ranges_that_do_not_fit(
     assert (done.code, "was finetuned from a base of sha256" in done.err) == (3, True)
 
 
+@pytest.mark.parametrize("ranges", [(), ("--ranges", "uniform:2")], ids=["own", "given"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named_before_ranges(
+    run: Run, conflict: Path, tiny: Path, experts: list[Path], ranges: tuple[str, ...], number: float
+) -> None:
+    broken = experts[1] / WEIGHTS
+    tensors = load_file(broken)
+    tensors["conv_in.weight"][0] = number
+    save_file(tensors, broken)
+    done = run("transfer", conflict, experts[1], "--base", tiny, *ranges)
+    assert (done.code, f"{broken}: tensor 'conv_in.weight' holds NaN or Inf" in done.err) == (3, True), done.err
+
+
+def test_a_map_cut_short_is_refused(run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+    cut = tmp_path / "conflict.safetensors"
+    for size in (0, 4, 1000, conflict.stat().st_size - 9):
+        cut.write_bytes(conflict.read_bytes()[:size])
+        for command in (("transfer", cut, *experts, "--base", tiny), ("layers", cut), ("ranges", cut)):
+            done = run(*command)
+            assert (done.code, f"{cut}: not a conflict map: truncated" in done.err) == (3, True), done.err
+            assert "remove it and measure it again" in done.err
+
+
 def test_what_is_there_is_not_replaced(run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("mine")
