@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -22,11 +22,12 @@ from demerge.errors import NumericalError
 from demerge.merge.checks import Tensors, blamed, holds_deltas, refuse_other_size
 from demerge.merge.contract import Block, Blocks, Method, called
 from demerge.merge.stream import CHUNK, Reader, chunked_work
-from demerge.merge.workers import ordered, total
+from demerge.merge.workers import ALONE, Crew, run
 from demerge.timesteps import TimestepRange
 from demerge.weights import finite
 
 BATCH = 1 << 26  # elements of each expert between two passes
+PARTS = 8  # of a sum, for each process
 Progress = Callable[[int, int, str], None]
 Value = TypeVar("Value")
 
@@ -103,10 +104,8 @@ class Merge:
             NumericalError: where the method makes a number that is not finite of finite ones.
         """
         with chunked_work():
-            for batch in self._batches([name for name in names if self.base[name].numel()]):
-                supplied = self._prepared(batch)
-                items = [(name, span) for name in batch for span in self.reader.spans(name, self.chunk)]
-                yield from ordered(partial(self._finished, supplied, finish), items, self._workers)
+            held = [name for name in names if self.base[name].numel()]
+            yield from run(partial(self._program, held, finish), min(self._workers, len(self._items(held))))
 
     def setting(self, name: str | None) -> Setting:
         """Return the weights and options of a tensor; of the model for None."""
@@ -114,12 +113,22 @@ class Merge:
 
     # -- the order of the work ---------------------------------------------------------------------------------------
 
-    def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
+    def _program(self, names: Sequence[str], finish: Callable[[str, Done], Value], crew: Crew) -> Iterator[Value]:
+        """Do the work of `stream`, as one of a crew."""
+        if not self._of_model and any(self.base[n].numel() for n in self.floating):
+            self._of_model.update(self._statistics("model", self.floating, crew, {}))
+        for batch in self._batches(names, crew):
+            supplied = self._prepared(batch, crew)
+            yield from crew.ordered(partial(self._finished, supplied, finish), self._items(batch))
+
+    def _items(self, names: Sequence[str]) -> list[tuple[str, slice]]:
+        return [(name, span) for name in names for span in self.reader.spans(name, self.chunk)]
+
+    def _batches(self, names: Sequence[str], crew: Crew) -> Iterator[list[str]]:
         """Cut the names so that a second pass over a batch finds it in memory, where there is a first pass.
 
-        One worker takes them one by one: what is known of many tensors would lie in between the chunks' memory.
+        A lone process takes them one by one: what is known of many tensors would lie in between the chunks' memory.
         """
-        _ = self._model_statistics  # before any worker is forked
         first = any(
             s.scope(self.setting(n).options) == "tensor" for s in self.method.statistics for n in (None, *self.settings)
         )
@@ -127,7 +136,7 @@ class Merge:
         for name in names:
             batch.append(name)
             size += self.base[name].numel()
-            if first and (size >= BATCH or self._workers == 1):
+            if first and (size >= BATCH or crew.size == 1):
                 yield batch
                 batch, size = [], 0
         yield batch
@@ -179,23 +188,25 @@ class Merge:
     # -- what the method is given ------------------------------------------------------------------------------------
 
     @cached_property
-    def _model_statistics(self) -> dict[str, Any]:
-        return self._statistics("model", None, {}) if any(self.base[n].numel() for n in self.floating) else {}
+    def _of_model(self) -> dict[str, Any]:
+        """The statistics of the model, once a program has measured them."""
+        return {}
 
-    def _prepared(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def _prepared(self, names: Sequence[str], crew: Crew) -> dict[str, dict[str, Any]]:
         """Return what the method is given for each tensor; the largest first, so that no worker is left with it."""
         falling = sorted(names, key=lambda name: -self.base[name].numel())
-        return dict(zip(falling, ordered(self._prepare, falling, self._workers, ahead=len(falling)), strict=True))
+        found = crew.agreed(self._of_tensor, falling, list)
+        return {name: self._supplied(name, statistics) for name, statistics in zip(falling, found, strict=True)}
 
-    def _prepare(self, name: str) -> dict[str, Any]:
-        return self._supplied(name, self._statistics("tensor", _Blocks(self, [name], 1), self._model_statistics))
+    def _of_tensor(self, name: str) -> dict[str, Any]:
+        return self._statistics("tensor", [name], ALONE, self._of_model)
 
-    def _statistics(self, scope: str, blocks: _Blocks | None, known: Mapping[str, Any]) -> dict[str, Any]:
-        found = dict(known)
+    def _statistics(self, scope: str, names: Sequence[str], crew: Crew, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is known and the statistics of the scope, over all the named tensors."""
+        found, name = dict(known), None if scope == "model" else names[0]
         for statistic in self.method.statistics:
-            name = blocks.names[0] if blocks else None
             if statistic.scope(self.setting(name).options) == scope:
-                over = blocks or _Blocks(self, self.floating, self._workers, statistic.name)
+                over = _Blocks(self, names, crew, statistic.name if scope == "model" else None)
                 with blamed(self.method, name):
                     found[statistic.name] = called(statistic.compute, over, supplied=self._supplied(name, found))
         return found
@@ -228,25 +239,32 @@ class Merge:
 class _Blocks(Blocks):
     """The blocks of some tensors, of a fixed size."""
 
-    def __init__(self, merge: Merge, names: Sequence[str], workers: int, what: str | None = None) -> None:
-        self.names = names
-        self._merge, self._workers, self._what = merge, workers, what
+    def __init__(self, merge: Merge, names: Sequence[str], crew: Crew, what: str | None) -> None:
+        self._merge, self._crew, self._what = merge, crew, what
         self._items = [(name, span) for name in names for span in merge.reader.spans(name, CHUNK)]
 
     def __iter__(self) -> Iterator[Block]:
         return (self._merge._block(*item) for item in self._items)
 
     def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
-        for done, value in enumerate(ordered(self._of_block(function), self._items, self._workers)):
-            self._told(done, len(self._items))
-            yield value
+        found = self._crew.agreed(lambda item: function(self._merge._block(*item)), self._items, self._listed)
+        return iter(found)
 
     def total(self, count: Callable[[Block], Tensor], /) -> Tensor:
-        return total(self._of_block(count), self._items, self._workers, self._told)
+        """Return the sum, each process adding up runs of blocks by itself."""
+        n, parts = len(self._items), min(len(self._items), PARTS * self._crew.size)
+        runs = [self._items[n * i // parts : n * (i + 1) // parts] for i in range(parts)]
+        return self._crew.agreed(
+            lambda run: reduce(Tensor.add_, (count(self._merge._block(*item)) for item in run)),
+            runs,
+            lambda sums: reduce(Tensor.add_, self._told(sums, parts)),
+        )
 
-    def _told(self, done: int, of: int) -> None:
-        if self._what:
-            self._merge.progress(done, of, self._what)
+    def _listed(self, values: Iterator[Value]) -> list[Value]:
+        return list(self._told(values, len(self._items)))
 
-    def _of_block(self, function: Callable[[Block], Value]) -> Callable[[tuple[str, slice]], Value]:
-        return lambda item: function(self._merge._block(*item))
+    def _told(self, values: Iterator[Value], of: int) -> Iterator[Value]:
+        for done, value in enumerate(values, 1):
+            if self._what:
+                self._merge.progress(done, of, self._what)
+            yield value

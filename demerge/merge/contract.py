@@ -55,7 +55,8 @@ class Block:
 class Blocks(ABC):
     """The blocks of a tensor or a model; each iteration is one pass over them, in an order that never changes.
 
-    The engine's `map` and `total` share the work among processes: functions must be pure, and what they return travels.
+    The engine's `map` and `total` share the work among processes: functions must be pure, and what they return travels, and is
+    held for all blocks by `map`.
     """
 
     @abstractmethod

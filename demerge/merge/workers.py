@@ -1,10 +1,15 @@
-"""Work on items in order, shared by forked processes.
+"""A program whose work is shared by forked processes, all of which run it.
 
-Processes, since threads that call many small operations wait for one another: two of them took 1.1 times to twice the CPU
-time of one. A worker is forked when the work begins, so functions and what they hold need not be pickled; its results
-travel back, tensors in shared memory where they fit. It ends when its parent does, however that ends.
+    parent    hands out the numbers of items, and takes what is made of them
+    worker    makes of the items what it is asked to, and is told what came of all of them, where the program goes on from it
 
-    parent -> worker    the index of the next item, at most AHEAD waiting
+Both come to the same calls of `Crew` in the same order. Processes, since threads that call many small operations wait for
+one another: two of them took 1.1 times to twice the CPU time of one. A worker is forked once, when the program begins: what
+it holds need not be pickled, and what it has mapped or allocated serves all of its work. (Forked anew for each pass over a
+model, two workers took 16 % more CPU time.) Tensors travel in shared memory where they fit. A worker ends when its parent
+does, however that ends.
+
+    parent -> worker    the index of the next item, at most AHEAD waiting; after the last the result, pickled
     worker -> parent    (index, value), or the error that ended it
 """
 
@@ -19,10 +24,9 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import reduce
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
@@ -35,71 +39,90 @@ from demerge.errors import ResourceError
 AHEAD = 4  # items that a worker is given before it has answered
 SLOT = 1 << 21  # bytes of shared memory for the tensors of one answer
 ALIGNMENT = 64
-PARTS = 8  # partial sums of each worker
 CAN_FORK = sys.platform == "linux"  # elsewhere a fork of a process that has used its system's libraries may crash
 Item = TypeVar("Item")
 Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 
-def ordered(
-    function: Callable[[Item], Value], items: Sequence[Item], workers: int, ahead: int | None = None
-) -> Iterator[Value]:
-    """Yield function(item) in the order of the items; in this process for one worker.
+@dataclass(eq=False, slots=True)
+class Crew:
+    """The `size` processes that share the work of a program; a lone one does all of it itself."""
 
-    Args:
-        ahead: how many values may wait for one before them; two for each worker by default.
+    size: int = 1
 
-    Raises:
-        ResourceError: where a worker was killed.
-    """
-    workers = min(workers, len(items)) if CAN_FORK else 1
-    if workers <= 1:
+    def ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        """Yield function(item) in the order of the items; nothing in a worker.
+
+        Raises:
+            ResourceError: where a worker was killed.
+        """
         yield from map(function, items)
+
+    def agreed(
+        self, function: Callable[[Item], Value], items: Sequence[Item], combine: Callable[[Iterator[Value]], Result]
+    ) -> Result:
+        """Return combine(the values function(item) in the order of the items), which one process makes and all know.
+
+        Raises:
+            ResourceError: where a worker was killed.
+        """
+        return combine(map(function, items))
+
+
+ALONE = Crew()
+
+
+def run(program: Callable[[Crew], Iterable[Value]], workers: int) -> Iterator[Value]:
+    """Yield what program(crew) yields, its work shared by forked workers where there are to be more than one."""
+    if workers <= 1 or not CAN_FORK:
+        yield from program(ALONE)
         return
-    crew = [_Worker.forked(function, items) for _ in range(workers)]
+    hands = [_Worker.forked(program, workers) for _ in range(workers)]
     try:
-        yield from _in_order(crew, len(items), ahead or AHEAD * workers)
+        yield from program(_Parent(workers, hands))
     finally:
-        for worker in crew:
-            worker.stop()
+        for hand in hands:
+            hand.stop()
 
 
-def total(
-    function: Callable[[Item], Tensor],
-    items: Sequence[Item],
-    workers: int,
-    progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Tensor:
-    """Return the sum of function(item) over one item or more, of integers: each worker adds up its own, part by part.
+@dataclass(eq=False, slots=True)
+class _Parent(Crew):
+    """The crew as the parent sees it."""
 
-    Args:
-        progress: called as progress(done, of) after each part.
-    """
-    parts = min(len(items), PARTS * workers)
-    runs = [items[len(items) * i // parts : len(items) * (i + 1) // parts] for i in range(parts)]
-    sums = ordered(lambda run: reduce(Tensor.add_, map(function, run)), runs, workers)
-    found = next(sums)
-    progress(1, parts)
-    for done, value in enumerate(sums, 2):
-        found.add_(value)
-        progress(done, parts)
-    return found
+    workers: Sequence[_Worker] = ()
 
+    def ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        yield from self._in_order(len(items), AHEAD * self.size)
+        self._tell(None)
 
-def _in_order(crew: Sequence[_Worker], n: int, ahead: int) -> Iterator[Any]:
-    ready: dict[int, Any] = {}
-    given = 0
-    for i in range(n):
-        while i not in ready:
-            for worker in sorted(crew, key=lambda worker: worker.waiting):
-                if worker.waiting < AHEAD and given < min(n, i + ahead):
-                    worker.give(given)
-                    given += 1
-            for connection in wait([worker.pipe for worker in crew if worker.waiting]):
-                worker = next(worker for worker in crew if worker.pipe is connection)
-                index, value = worker.receive()
-                ready[index] = value
-        yield ready.pop(i)
+    def agreed(
+        self, function: Callable[[Item], Value], items: Sequence[Item], combine: Callable[[Iterator[Value]], Result]
+    ) -> Result:
+        result = combine(self._in_order(len(items), len(items)))
+        self._tell(result)
+        return result
+
+    def _in_order(self, n: int, ahead: int) -> Iterator[Any]:
+        """Hand out n items and yield their values, of which at most `ahead` wait for one before them."""
+        ready: dict[int, Any] = {}
+        given = 0
+        for i in range(n):
+            while i not in ready:
+                for worker in sorted(self.workers, key=lambda worker: worker.waiting):
+                    if worker.waiting < AHEAD and given < min(n, i + ahead):
+                        worker.give(given)
+                        given += 1
+                for connection in wait([worker.pipe for worker in self.workers if worker.waiting]):
+                    worker = next(worker for worker in self.workers if worker.pipe is connection)
+                    index, value = worker.receive()
+                    ready[index] = value
+            yield ready.pop(i)
+
+    def _tell(self, result: Any) -> None:
+        message = _dumped(result, memoryview(bytearray()))
+        for worker in self.workers:
+            worker.send(message)
 
 
 @dataclass(eq=False, slots=True)
@@ -114,7 +137,7 @@ class _Worker:
     status: int | None = field(default=None)
 
     @classmethod
-    def forked(cls, function: Callable[[Item], Value], items: Sequence[Item]) -> _Worker:
+    def forked(cls, program: Callable[[Crew], Iterable[Any]], size: int) -> _Worker:
         ours, theirs = Pipe()
         shared = mmap.mmap(-1, AHEAD * SLOT)
         with warnings.catch_warnings():  # Python 3.12 warns where there are threads: a worker takes none of their locks
@@ -122,15 +145,19 @@ class _Worker:
             pid = os.fork()
         if pid == 0:
             ours.close()
-            _serve(theirs, shared, function, items)
+            _serve(_Hand(size, pipe=theirs, shared=shared), program)
         theirs.close()
         return cls(pid, ours, shared)
 
     def give(self, index: int) -> None:
-        """Let it work on an item; where it has died, `receive` says so."""
+        """Let it work on an item."""
         self.waiting += 1
+        self.send(b"%d" % index)
+
+    def send(self, message: bytes) -> None:
+        """Send a message; where it has died, `receive` says so."""
         with suppress(BrokenPipeError, ConnectionResetError):
-            self.pipe.send_bytes(str(index).encode())
+            self.pipe.send_bytes(message)
 
     def receive(self) -> tuple[int, Any]:
         try:
@@ -163,16 +190,39 @@ def _ending(status: int) -> str:
 # -- in the worker -------------------------------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, shared: mmap.mmap, function: Callable[[Item], Value], items: Sequence[Item]) -> NoReturn:
-    """Answer until the parent closes the pipe or is gone; nothing of the parent is cleaned up or flushed here."""
+@dataclass(eq=False, slots=True)
+class _Hand(Crew):
+    """The crew as a worker sees it."""
+
+    pipe: Connection = field(kw_only=True)
+    shared: mmap.mmap = field(kw_only=True)
+    answered: int = 0
+
+    def ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        self._told(function, items)
+        yield from ()
+
+    def agreed(
+        self, function: Callable[[Item], Value], items: Sequence[Item], combine: Callable[[Iterator[Value]], Result]
+    ) -> Result:
+        result: Result = self._told(function, items)
+        return result
+
+    def _told(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Any:
+        """Make what is handed out, and return the result that ends it."""
+        while (message := self.pipe.recv_bytes()).isdigit():
+            self.pipe.send_bytes(_answer(function, items, int(message), _slot(self.shared, self.answered)))
+            self.answered += 1
+        return _Loads(message, memoryview(b"")).load()
+
+
+def _serve(crew: _Hand, program: Callable[[Crew], Iterable[Any]]) -> NoReturn:
+    """Run the program until its end, or until the parent is gone; nothing of the parent is cleaned up or flushed here."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        answered = 0
-        while True:
-            index = int(pipe.recv_bytes())
-            pipe.send_bytes(_answer(function, items, index, _slot(shared, answered)))
-            answered += 1
+        for _ in program(crew):
+            pass
     finally:
         os._exit(0)
 

@@ -6,18 +6,23 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from demerge.errors import InputError, ResourceError
-from demerge.merge.workers import CAN_FORK, SLOT, ordered, total
+from demerge.merge.workers import CAN_FORK, SLOT, Crew, run
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="workers are forked on Linux alone")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+def ordered(function: Callable[[int], Any], items: Sequence[int], workers: int) -> Iterator[Any]:
+    return run(lambda crew: crew.ordered(function, items), workers)
 
 
 def value(i: int) -> dict[str, object]:
@@ -25,9 +30,8 @@ def value(i: int) -> dict[str, object]:
     return {"i": i, "pid": os.getpid(), "tensors": [torch.full((i, 2), i).to(dtype) for dtype in DTYPES]}
 
 
-@pytest.mark.parametrize("ahead", [None, 3, 100])
-def test_values_come_in_order_from_several_processes(ahead: int | None) -> None:
-    found = list(ordered(value, range(40), 3, ahead))
+def test_values_come_in_order_from_several_processes() -> None:
+    found = list(ordered(value, range(40), 3))
     assert [row["i"] for row in found] == list(range(40))
     assert len({row["pid"] for row in found} - {os.getpid()}) == 3
     for row in found:
@@ -35,9 +39,8 @@ def test_values_come_in_order_from_several_processes(ahead: int | None) -> None:
             assert got.dtype == expected.dtype and torch.equal(got, expected)
 
 
-def test_one_worker_or_one_item_stays_in_this_process() -> None:
+def test_a_lone_process_does_it_all_and_no_items_are_none() -> None:
     assert list(ordered(lambda i: os.getpid(), [0, 1], 1)) == [os.getpid()] * 2
-    assert list(ordered(lambda i: os.getpid(), [0], 4)) == [os.getpid()]
     assert list(ordered(lambda i: i, [], 4)) == []
 
 
@@ -50,9 +53,36 @@ def test_tensors_outlive_their_place_and_may_be_larger_than_it() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_a_total_is_the_sum(workers: int) -> None:
-    for n in (1, 3, 50):
-        assert torch.equal(total(lambda i: torch.tensor([i, 1]), range(n), workers), torch.tensor([sum(range(n)), n]))
+def test_all_go_on_from_what_one_process_made_of_all_values(workers: int) -> None:
+    combined = []
+
+    def program(crew: Crew) -> Iterator[tuple[int, list[int], Tensor]]:
+        def combine(values: Iterator[Tensor]) -> Tensor:
+            combined.append(os.getpid())
+            return torch.stack(list(values))
+
+        squares = crew.agreed(lambda i: torch.tensor(i * i), range(50), combine)
+        nothing = crew.agreed(lambda i: i, [], list)
+        rest = crew.agreed(lambda i: i + int(squares.sum()), range(3), list)  # a worker has to know the squares
+        return crew.ordered(lambda i: (os.getpid(), nothing + rest, squares + i), range(20))
+
+    found = list(run(program, workers))
+    squares = torch.arange(50) ** 2
+    assert combined == [os.getpid()]
+    assert all(rest == [40425, 40426, 40427] and torch.equal(x, squares + i) for i, (_, rest, x) in enumerate(found))
+    assert len({pid for pid, *_ in found}) == workers and (workers == 1) == ({pid for pid, *_ in found} == {os.getpid()})
+
+
+def test_an_error_of_the_program_itself_ends_all() -> None:
+    def program(crew: Crew) -> Iterator[int]:
+        yield from crew.ordered(lambda i: os.getpid(), range(20))
+        raise InputError("no", fix="yes")
+
+    seen: set[int] = set()
+    with pytest.raises(InputError, match="no"):
+        for pid in run(program, 3):
+            seen.add(pid)
+    assert len(seen) > 1 and not any(map(alive, seen))
 
 
 def test_an_error_keeps_its_class_its_fix_and_where_it_was_raised() -> None:
