@@ -42,10 +42,11 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A merged chunk [n] in the arithmetic's dtype, and the block [n] it was made of."""
+    """A merged chunk [n] in the arithmetic's dtype, the block [n] it was made of, and where in the tensor it starts."""
 
     merged: Tensor
     block: Block
+    start: int
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Merge:
     ) -> Value:
         name, span = item
         block = self._block(name, span)
-        return finish(name, Done(self._merged(name, span, block, supplied[name]), block))
+        return finish(name, Done(self._merged(name, span, block, supplied[name]), block, span.start))
 
     def _merged(self, name: str, span: slice, block: Block, supplied: Mapping[str, Any]) -> Tensor:
         given = {**supplied, **block.inputs, "start": block.start}

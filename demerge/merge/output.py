@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedWriter
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +29,7 @@ from demerge.weights import TORCH_NAMES
 CODES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 ALIGNMENT = 8
 Observe = Callable[[str, Done], Any]
+Put = Callable[[str, int, Tensor], object]
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -57,8 +61,9 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A chunk of the output [n] as it is stored, what survives in it, and what an observer saw."""
+    """A chunk of n elements of the output as it is stored, empty where it was put; what survives in it; what was observed."""
 
+    n: int
     stored: Tensor
     changed: int = 0
     survived: int = 0
@@ -98,18 +103,26 @@ def layout(base: Mapping[str, Tensor], save_dtype: str) -> list[Entry]:
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
-def pieces(job: Merge, entries: Sequence[Entry], observe: Observe | None = None) -> Iterator[Piece]:
+def pieces(job: Merge, entries: Sequence[Entry], observe: Observe | None = None, put: Put | None = None) -> Iterator[Piece]:
     """Yield the output, chunk by chunk, in the order of the entries.
 
     Args:
         observe: called with (name, chunk) by worker processes; what it returns stands in the piece.
+        put: called with (name, index of the first element, chunk [n] as it is stored) by the process that makes it.
     """
     dtypes = {entry.name: entry.dtype for entry in entries}
+
+    def placed(name: str, start: int, stored: Tensor) -> Tensor:
+        if put is None:
+            return stored
+        put(name, start, stored)
+        return stored.new_empty(0)
 
     def finish(name: str, done: Done) -> Piece:
         stored = rounded(done.merged, dtypes[name], name)
         seen = observe(name, done) if observe else None
-        return Piece(stored, *survivors(stored, done, job.base[name].dtype), seen)
+        counts = survivors(stored, done, job.base[name].dtype)
+        return Piece(len(stored), placed(name, done.start, stored), *counts, seen)
 
     wanted = set(job.floating)
     merged = job.stream([entry.name for entry in entries if entry.name in wanted], finish)
@@ -118,10 +131,11 @@ def pieces(job: Merge, entries: Sequence[Entry], observe: Observe | None = None)
         source, left = job.base[entry.name], entry.numel
         while left and entry.name in wanted:
             piece = next(merged)
-            left -= piece.stored.numel()
+            left -= piece.n
             yield piece
         for start in range(0, left, CHUNK):
-            yield Piece(rounded(source.reshape(-1)[start : start + CHUNK], entry.dtype, entry.name))
+            stored = rounded(source.reshape(-1)[start : start + CHUNK], entry.dtype, entry.name)
+            yield Piece(len(stored), placed(entry.name, start, stored))
     job.progress(len(entries), len(entries), "merge")
 
 
@@ -139,15 +153,41 @@ def survivors(stored: Tensor, done: Done, dtype: torch.dtype) -> tuple[int, int]
 def write(
     stream: Sink, job: Merge, entries: Sequence[Entry], metadata: Mapping[str, str], observe: Observe | None = None
 ) -> tuple[Tally, list[Any]]:
-    """Write the merge as one safetensors file; return what survives the rounding, and what the observer saw."""
-    stream.write(header(entries, metadata))
+    """Write the merge as one safetensors file; return what survives the rounding, and what the observer saw.
+
+    Where the work is shared and the stream is a file, each process writes the chunks that it makes.
+    """
+    head = header(entries, metadata)
+    stream.write(head)
+    put = _putter(stream, entries, len(head)) if isinstance(stream, BufferedWriter) and job.threads > 1 else None
     tally, seen = Tally(), []
-    for piece in pieces(job, entries, observe):
-        stream.write(piece.stored.contiguous().view(torch.uint8).numpy().data)
+    for piece in pieces(job, entries, observe, put):
+        stream.write(_bytes(piece.stored))
         tally.add(piece)
         if piece.observed is not None:
             seen.append(piece.observed)
     return tally, seen
+
+
+def _putter(stream: BufferedWriter, entries: Sequence[Entry], start: int) -> Put:
+    """Return what writes a chunk to its place in a file whose tensors begin at `start`."""
+    stream.flush()
+    file, sizes = stream.fileno(), [entry.bytes for entry in entries]
+    places = {e.name: (place, e.dtype.itemsize) for e, place in zip(entries, accumulate(sizes, initial=start), strict=False)}
+
+    def put(name: str, index: int, stored: Tensor) -> None:
+        place, itemsize = places[name]
+        data, written = memoryview(_bytes(stored)), 0
+        while written < len(data):
+            written += os.pwrite(file, data[written:], place + index * itemsize + written)
+
+    return put
+
+
+def _bytes(stored: Tensor) -> memoryview:
+    """Return the bytes of a tensor."""
+    data: memoryview = stored.contiguous().view(torch.uint8).numpy().data
+    return data
 
 
 def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:

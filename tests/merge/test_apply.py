@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from demerge.errors import InputError, NumericalError, UsageError
-from demerge.merge import Between, merge_tensors, methods
+from demerge.errors import InputError, NumericalError, ResourceError, UsageError
+from demerge.merge import Between, merge, merge_tensors, methods
 from demerge.merge.contract import describe
-from demerge.merge.stream import uniform
+from demerge.merge.stream import CHUNK, uniform
 from demerge.timesteps import TimestepRange
 
 State = dict[str, Tensor]
@@ -337,3 +341,46 @@ def test_other_packages_register_modules_and_functions(points: str, said: str, t
         [sys.executable, "-c", LIST], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
     )
     assert said in ran.stdout + ran.stderr
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path) -> tuple[Path, list[Path]]:
+    """Save a base and experts of several dtypes, larger than a chunk, with tensors that are not merged."""
+    base, experts = states(K=2)
+    g = torch.Generator().manual_seed(1)
+    large = [torch.randn(3 * CHUNK + 5, generator=g).half() for _ in range(3)]
+    models = [
+        state | {"large": each, "flag": torch.tensor([True])} for state, each in zip([base, *experts], large, strict=True)
+    ]
+    paths = [folder / f"{i}.safetensors" for i in range(3)]
+    for model, path in zip(models, paths, strict=True):
+        save_file(model, path)
+    return paths[0], paths[1:]
+
+
+@pytest.mark.parametrize("options", [{"scope": "model"}, {"scope": "tensor"}])
+def test_a_file_has_the_same_bytes_whoever_writes_them(tmp_path: Path, options: dict[str, str]) -> None:
+    base, experts = saved(tmp_path)
+    places = [tmp_path / str(n) / "out.safetensors" for n in (1, 2, 3)]
+    made = [merge(base, experts, out, method="ties", options=options, threads=n).path for n, out in enumerate(places, 1)]
+    assert len({path.read_bytes() for path in made}) == 1
+    together = merge_tensors(load_file(base), [load_file(path) for path in experts], "ties", options=options)
+    for name, tensor in load_file(made[0]).items():
+        assert torch.equal(tensor, together[name])
+
+
+def test_a_full_disk_that_a_worker_meets_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = saved(tmp_path)
+    there, room = set(tmp_path.iterdir()), 1 << 20
+
+    def pwrite(file: int, data: memoryview, place: int) -> int:
+        if place + len(data) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(data)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(ResourceError, match=re.escape(f"{tmp_path / 'out.safetensors'}: the disk is full")):
+        merge(base, experts, tmp_path / "out.safetensors", threads=2)
+    assert set(tmp_path.iterdir()) == there
