@@ -248,18 +248,19 @@ class _Blocks(Blocks):
         return (self._merge._block(*item) for item in self._items)
 
     def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
-        found = self._crew.agreed(lambda item: function(self._merge._block(*item)), self._items, self._listed)
-        return iter(found)
+        made = self._of_block(function)
+        if self._crew.size == 1:  # one by one: values of all blocks would lie in between the chunks' memory
+            return self._told(map(made, self._items), len(self._items))
+        return iter(self._crew.agreed(made, self._items, self._listed))
 
     def total(self, count: Callable[[Block], Tensor], /) -> Tensor:
         """Return the sum, each process adding up runs of blocks by itself."""
-        n, parts = len(self._items), min(len(self._items), PARTS * self._crew.size)
+        n, parts, made = len(self._items), min(len(self._items), PARTS * self._crew.size), self._of_block(count)
         runs = [self._items[n * i // parts : n * (i + 1) // parts] for i in range(parts)]
-        return self._crew.agreed(
-            lambda run: reduce(Tensor.add_, (count(self._merge._block(*item)) for item in run)),
-            runs,
-            lambda sums: reduce(Tensor.add_, self._told(sums, parts)),
-        )
+        return self._crew.agreed(lambda run: _sum(map(made, run)), runs, lambda sums: _sum(self._told(sums, parts)))
+
+    def _of_block(self, function: Callable[[Block], Value]) -> Callable[[tuple[str, slice]], Value]:
+        return lambda item: function(self._merge._block(*item))
 
     def _listed(self, values: Iterator[Value]) -> list[Value]:
         return list(self._told(values, len(self._items)))
@@ -269,3 +270,8 @@ class _Blocks(Blocks):
             if self._what:
                 self._merge.progress(done, of, self._what)
             yield value
+
+
+def _sum(values: Iterator[Tensor]) -> Tensor:
+    total: Tensor = reduce(Tensor.add_, values)
+    return total
