@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from demerge.analysis.cutting.needed import MOST
+from demerge.analysis.measurement.settings import Settings
 from demerge.conflict import ConflictMap, K
 from demerge.timesteps import Partition
 
+USUAL = Settings()
 DEFAULTS = {
-    "bins": 20,
-    "groups": 8,
-    "train-batch-size": 16,
-    "draws": "shared",
-    "antithetic": "off",
-    "metric": "euclid",
-    "engine": "exact",
-    "params": "all",
-    "mixed-precision": "no",
-    "seed": 0,
+    "bins": USUAL.bins,
+    "groups": USUAL.groups,
+    "train-batch-size": USUAL.batch_size,
+    "draws": USUAL.draws,
+    "antithetic": USUAL.antithetic,
+    "metric": USUAL.metric,
+    "engine": "exact",  # what auto comes to where it fits
+    "params": USUAL.params,
+    "mixed-precision": USUAL.precision,
+    "seed": USUAL.seed,
 }
 Step = tuple[str, list[str]]
 
@@ -96,17 +98,12 @@ def _again(map: ConflictMap, names: Names, out: Path, **changes: object) -> str:
         "groups": map.M,
         "train-batch-size": origin.batch_size,
         "draws": origin.draws,
-        "antithetic": antithetic(map),
+        "antithetic": origin.noise,
         "metric": origin.metric,
-        "engine": "exact" if origin.engine == "exact" else "sketch",
+        "engine": origin.kept,
         "params": origin.params,
         "mixed-precision": origin.precision,
         "seed": origin.seed,
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in {**asked, **changes}.items() if value != DEFAULTS[name]]
     return " ".join(["demerge analyze", names.on(), *words, "-o", shlex.quote(str(out))])
-
-
-def antithetic(map: ConflictMap) -> str:
-    """Return the word of `--antithetic` that made a map: on, off or auto."""
-    return "auto" if isinstance(map.origin.antithetic, tuple) else "on" if map.origin.antithetic else "off"

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from demerge.analysis.cutting.crossfit import count
 from demerge.analysis.cutting.segmentation import FOUND
-from demerge.analysis.next import Names, antithetic, steps
+from demerge.analysis.next import Names, steps
 from demerge.analysis.plots import figures, render
 from demerge.analysis.similarity import similarity
 from demerge.conflict import ConflictMap
@@ -198,7 +198,7 @@ def _steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], name
 def _origin(map: ConflictMap) -> str:
     facts = {"bins": map.N, "groups": f"{map.M} of {map.origin.batch_size} samples"}
     facts |= {f.name.replace("_", " "): getattr(map.origin, f.name) for f in fields(map.origin) if f.name != "batch_size"}
-    facts |= {"antithetic": antithetic(map)}
+    facts |= {"antithetic": map.origin.noise}
     rows = (f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items() if value != "")
     return f"<dl>{''.join(rows)}</dl>"
 

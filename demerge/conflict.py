@@ -86,6 +86,16 @@ class Origin:
         if not all(type(number) is int for number in numbers) or min(self.parameters, self.batch_size) < 1:
             raise InputError(f"origin: parameters, batch size, seed = {numbers}", fix="measure the map again")
 
+    @property
+    def noise(self) -> str:
+        """Whether noise came with its opposite, in the word that `analyze --antithetic` takes: on, off or auto."""
+        return "auto" if isinstance(self.antithetic, tuple) else "on" if self.antithetic else "off"
+
+    @property
+    def kept(self) -> str:
+        """What was kept of the gradients, in the word that `analyze --engine` takes: exact or sketch."""
+        return self.engine.partition("-")[0]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConflictMap:

@@ -26,6 +26,11 @@ def installed(package: str) -> str:
         return "unknown"
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each package, for a record."""
+    return {package: installed(package) for package in packages}
+
+
 def refuse_differences(where: Path, record: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """Refuse to continue or reuse work that was begun with other options or inputs.
 

@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from demerge.analysis.experts.coefficients import INTERVAL, Change, Coefficients, coefficients
-from demerge.analysis.experts.records import measured_on, own_ranges, refuse_infinite, sha256_of
+from demerge.analysis.experts.records import measured_on, settled_ranges, sha256_of
 from demerge.analysis.experts.responses import BATCH, Draws, Progress, bend, bytes_held, merges, passes, responses
 from demerge.conflict import layer_of
 from demerge.diffusion import Diffusion
@@ -30,8 +30,7 @@ from demerge.lora import open_expert
 from demerge.merge import MergeSession
 from demerge.merge.recipe.blocks import KINDS
 from demerge.merge.sources import refuse_foreign
-from demerge.records import installed
-from demerge.timesteps import Partition
+from demerge.records import versions
 from demerge.weights import Checkpoint
 
 PER = ("model", "block", "layer")
@@ -88,8 +87,8 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """Return inputs, options, seed and versions as JSON values."""
-        versions = {name: installed(name) for name in ("demerge", "torch", "diffusers")}
-        return {"inputs": dict(self.inputs), "options": dict(self.options), "seed": self.draws.seed, "versions": versions}
+        said = {"inputs": dict(self.inputs), "options": dict(self.options), "seed": self.draws.seed}
+        return {**said, "versions": versions("demerge", "torch", "diffusers")}
 
 
 def prepare(
@@ -130,9 +129,7 @@ def prepare(
     tuned = [open_expert(path, origin) for path in experts]
     refuse_foreign(origin, tuned)
     model = Diffusion.load(base, device=device)
-    given = None if ranges is None else Partition.parse(ranges, model.T)
-    refuse_infinite([base, *experts], [origin, *tuned])
-    partition = given or own_ranges([e.place for e in tuned], model.T)
+    partition = settled_ranges(ranges, model.T, [base, *experts], [origin, *tuned], tuned)
     images = model.load_images(data, split=split, skip_broken=skip_broken)
     draws = Draws(model, images, partition, samples, groups, seed)
     session = MergeSession(origin, tuned, device, groups=_groups(per, model.denoiser))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from demerge.analysis.cutting.ranges import load_map
-from demerge.analysis.experts.records import own_ranges, refuse_infinite, sha256_of
+from demerge.analysis.experts.records import settled_ranges, sha256_of
 from demerge.analysis.experts.sketched import Progress
 from demerge.analysis.experts.transfer import Products, Transfer, sketches_of, transfer
 from demerge.conflict import ConflictMap
@@ -25,7 +25,7 @@ from demerge.headers import format_of
 from demerge.lora import open_expert
 from demerge.merge.checks import refuse_unlike
 from demerge.merge.sources import Expert, refuse_foreign
-from demerge.records import installed
+from demerge.records import versions
 from demerge.timesteps import Partition
 from demerge.weights import Checkpoint
 
@@ -95,9 +95,7 @@ def prepare(map: Path, base: str, experts: Sequence[str], *, ranges: str | None 
     tuned = [open_expert(path, origin, skip_text=skip_text) for path in experts]
     refuse_foreign(origin, tuned)
     refuse_unlike(origin, tuned, [base, *experts])
-    given = None if ranges is None else Partition.parse(ranges, found.T)
-    refuse_infinite([base, *experts], [origin, *tuned])
-    partition = given or own_ranges([e.place for e in tuned], found.T)
+    partition = settled_ranges(ranges, found.T, [base, *experts], [origin, *tuned], tuned)
     inputs = {
         "map": str(map),
         "base": {"path": base, "sha256": found.origin.model},
@@ -153,7 +151,7 @@ def document(made: Transfer, plan: Plan) -> dict[str, Any]:
         "ranges": [[span.start, span.stop] for span in made.ranges],
         "experts": experts,
         **layers,
-        "record": {"inputs": dict(plan.inputs), "map": {**measured, **sizes}, "versions": {"demerge": installed("demerge")}},
+        "record": {"inputs": dict(plan.inputs), "map": {**measured, **sizes}, "versions": versions("demerge")},
     }
 
 

@@ -31,6 +31,24 @@ def own_ranges(places: Sequence[Place], T: int) -> Partition:
     return partition
 
 
+def settled_ranges(
+    text: str | None, T: int, paths: Sequence[str], models: Sequence[Expert], experts: Sequence[Expert]
+) -> Partition:
+    """Return the ranges that are asked for, or else the experts' own, of T timesteps.
+
+    Args:
+        text: uniform:N, joint or a partition.json.
+        paths, models: of base, experts and what else is compared; their numbers are looked at before anyone's record.
+
+    Raises:
+        UsageError: where the text is none of these, or the experts' ranges do not make a partition.
+        InputError: where a model holds a number that is not finite.
+    """
+    given = None if text is None else Partition.parse(text, T)
+    refuse_infinite(paths, models)
+    return given or own_ranges([expert.place for expert in experts], T)
+
+
 def refuse_infinite(paths: Sequence[str], models: Sequence[Expert]) -> None:
     """Refuse models that hold a number that is not finite, before anything is made of their records.
 

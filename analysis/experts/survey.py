@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from demerge.analysis.experts.landscape import Landscape, Progress, loss_path, loss_plane
-from demerge.analysis.experts.records import measured_on, own_ranges, refuse_infinite, sha256_of
+from demerge.analysis.experts.records import measured_on, settled_ranges, sha256_of
 from demerge.analysis.experts.taskvectors import TaskVectors, task_vectors
 from demerge.analysis.similarity import t_quantile
 from demerge.data import ImageData
@@ -34,7 +34,7 @@ from demerge.lora import open_expert
 from demerge.merge.checks import refuse_unlike
 from demerge.merge.sources import Expert, expert_range, refuse_foreign
 from demerge.places import Place
-from demerge.records import installed
+from demerge.records import versions
 from demerge.timesteps import Partition
 from demerge.weights import Checkpoint
 
@@ -165,8 +165,8 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """Return inputs, options, seed and versions as JSON values."""
         options = {"points": self.points, "samples": self.samples}
-        versions = {name: installed(name) for name in ("demerge", "torch", "diffusers")}
-        return {"inputs": dict(self.inputs), "options": options, "seed": self.seed, "versions": versions}
+        said = {"inputs": dict(self.inputs), "options": options, "seed": self.seed}
+        return {**said, "versions": versions("demerge", "torch", "diffusers")}
 
 
 def prepare(
@@ -207,9 +207,7 @@ def prepare(
     refuse_unlike(origin, opened, [base, *paths])
     tuned = opened[: len(experts)]
     model = Diffusion.load(base, device=device)
-    given = None if ranges is None else Partition.parse(ranges, model.T)
-    refuse_infinite([base, *paths], [origin, *opened])
-    partition = given or own_ranges([e.place for e in tuned], model.T)
+    partition = settled_ranges(ranges, model.T, [base, *paths], [origin, *opened], tuned)
     images = model.load_images(data, split=split, skip_broken=skip_broken)
     model.told(images)
     labels = _labels(experts, [expert.place for expert in tuned])

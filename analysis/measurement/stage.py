@@ -163,7 +163,7 @@ def prepare(
         draws=draws,
         antithetic=antithetic,
         metric=metric,
-        engine=there.origin.engine.partition("-")[0] if there is not None and engine == "auto" else engine,
+        engine=there.origin.kept if there is not None and engine == "auto" else engine,
         params=params,
         layers=layers,
         memory=memory,
@@ -224,13 +224,12 @@ def _suffices(found: ConflictMap, measurement: Measurement, asked: int | None) -
 
 def _earlier(map: ConflictMap, path: Path, asked: Mapping[str, Any]) -> ConflictMap:
     """Return the map at `path`; refuse one of another measurement."""
-    pairs = map.origin.antithetic
     there = {
         **asdict(map.origin),
         "bins": map.N,
         "layers": asked["layers"] and map.layers is not None,
         "schedule": described(map.log_snr),
-        "antithetic": "auto" if isinstance(pairs, tuple) else "on" if pairs else "off",
+        "antithetic": map.origin.noise,
     }
     differences = [f"{name} {there[name]} there, {asked[name]} asked" for name in asked if there[name] != asked[name]]
     if differences:

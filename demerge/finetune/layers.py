@@ -59,7 +59,7 @@ def refuse_unknown_layers(denoiser: nn.Module, names: Iterable[str], where: str)
     Raises:
         InputError: naming the first ones.
     """
-    known = layers_of({name: parameter.numel() for name, parameter in denoiser.named_parameters()})
+    known = _sizes(denoiser)
     unknown = sorted(set(names) - set(known))
     if unknown:
         more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
@@ -76,8 +76,13 @@ def digest(names: Sequence[str] | None) -> str | None:
 
 def trained_parameters(denoiser: nn.Module, names: Sequence[str] | None) -> int:
     """Return how many parameters the layers have; None is all of them."""
-    sizes = layers_of({name: parameter.numel() for name, parameter in denoiser.named_parameters()})
-    return sum(size for layer, size in sizes.items() if names is None or layer in set(names))
+    sizes = _sizes(denoiser)
+    return sum(sizes.values() if names is None else (sizes.get(layer, 0) for layer in set(names)))
+
+
+def _sizes(denoiser: nn.Module) -> dict[str, int]:
+    """Return how many parameters each layer has."""
+    return layers_of({name: parameter.numel() for name, parameter in denoiser.named_parameters()})
 
 
 def freeze_others(denoiser: nn.Module, names: Sequence[str] | None) -> set[nn.Module]:

@@ -172,8 +172,8 @@ def write(
 def _putter(stream: BufferedWriter, entries: Sequence[Entry], start: int) -> Put:
     """Return what writes a chunk to its place in a file whose tensors begin at `start`."""
     stream.flush()
-    file, sizes = stream.fileno(), [entry.bytes for entry in entries]
-    places = {e.name: (place, e.dtype.itemsize) for e, place in zip(entries, accumulate(sizes, initial=start), strict=False)}
+    file = stream.fileno()
+    places = {e.name: (start + place, e.dtype.itemsize) for e, place in zip(entries, starts(entries), strict=True)}
 
     def put(name: str, index: int, stored: Tensor) -> None:
         place, itemsize = places[name]
@@ -190,12 +190,16 @@ def _bytes(stored: Tensor) -> memoryview:
     return data
 
 
+def starts(entries: Sequence[Entry]) -> list[int]:
+    """Return where each tensor begins in the file, counted from the end of its header."""
+    return list(accumulate([0, *(entry.bytes for entry in entries)]))[: len(entries)]
+
+
 def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """Return the header, its length in front, padded so that the data is aligned."""
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for entry in entries:
-        offsets = [position, position := position + entry.bytes]
+    for entry, start in zip(entries, starts(entries), strict=True):
+        offsets = [start, start + entry.bytes]
         table[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)

@@ -31,7 +31,7 @@ from demerge.merge.registry import find
 from demerge.merge.schedule import snr_of
 from demerge.merge.sources import Expert, range_of, refuse_changed, refuse_foreign, scheduler_config, source
 from demerge.places import locate
-from demerge.records import installed
+from demerge.records import versions
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint
 
@@ -200,7 +200,7 @@ def _resolved(
         inputs = {name: found[j] for side, j in taken for name, found in side.inputs.items()}
         experts.append(source(replace(asked, range=span), [side.experts[j] for side, j in taken], hashes, inputs))
     base = source(recipe.base, [side.base for side in sides], hashes, {})
-    return replace(recipe, base=base, experts=experts, versions={name: installed(name) for name in VERSIONS}, output={})
+    return replace(recipe, base=base, experts=experts, versions=versions(*VERSIONS), output={})
 
 
 def _cores() -> int:

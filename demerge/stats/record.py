@@ -17,7 +17,7 @@ from demerge.data import ImageData
 from demerge.errors import InputError
 from demerge.files import commit_json
 from demerge.headers import read_json
-from demerge.records import MEASURED, STATS, installed, refuse_differences
+from demerge.records import MEASURED, STATS, refuse_differences, versions
 from demerge.stats.examples import Collected
 from demerge.timesteps import TimestepRange
 from demerge.weights import commit_tensors
@@ -60,7 +60,7 @@ def commit_statistic(
         "inputs": dict(inputs),
         "options": dict(options),
         "facts": dict(collected.facts),
-        "versions": {package: installed(package) for package in ("demerge", "diffusers", "numpy", "torch")},
+        "versions": versions("demerge", "diffusers", "numpy", "torch"),
     }
     commit_json(folder / RECORD, {"format": FORMAT, **_record(folder), name: made})
     commit_tensors(folder / f"{name}.safetensors", collected.tensors, {MEASURED: json.dumps(made["inputs"], sort_keys=True)})
