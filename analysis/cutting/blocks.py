@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from demerge.analysis.similarity import RESOLVED, cross, kernel, leave_one_out, standard_error
+from demerge.analysis.similarity import RESOLVED, cross, error, kernel, without_pair
 from demerge.conflict import ConflictMap
 from demerge.errors import NumericalError
 
@@ -50,12 +50,12 @@ class Blocks:
 
 def blocks(map: ConflictMap) -> Blocks:
     """Find the finest blocks of a map."""
-    K, left_out = kernel(map, cross(map.M)), leave_one_out(map)
+    K, pairs = kernel(map, cross(map.M)), without_pair(map)
 
     def resolved(start: int, stop: int) -> bool:
         inside = slice(start, stop)
         w = map.widths[inside]
-        return bool(w @ K[inside, inside] @ w > RESOLVED * standard_error(left_out[:, inside, inside] @ w @ w))
+        return bool(w @ K[inside, inside] @ w > RESOLVED * error(pairs[:, inside, inside] @ w @ w).se)
 
     edges = [0]
     for single, run in groupby(range(map.N), lambda i: resolved(i, i + 1)):

@@ -5,7 +5,7 @@
 
 ES does not change with the length of the gradients, so that it can be compared between models; noise can carry its estimate
 out of [0, 1], where it is cut off. ES of a cut on the data that chose it flatters the cut: see crossfit.py. Blocks and the
-scales of bins are those of the whole map. Errors are the jackknife's over groups.
+scales of bins are those of the whole map. Errors are those of similarity.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from demerge.analysis.cutting.segmentation import METHODS, Objective, cover, cut
 from demerge.analysis.similarity import (
     RESOLVED,
     Similarity,
+    error,
     kernel,
-    leave_one_out,
     similarity,
-    standard_error,
     weighted,
+    without_pair,
 )
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import NumericalError
@@ -57,8 +57,8 @@ def short(value: float) -> float | None:
 
 
 def estimate(map: ConflictMap, statistic: Callable[[Array], Array], K: Array) -> Estimate:
-    """Return statistic(K) with the jackknife's error; it takes [* N N] and gives [*]."""
-    return Estimate(float(statistic(K)), float(standard_error(statistic(leave_one_out(map)))))
+    """Return statistic(K) with its error; it takes [* N N] and gives [*]."""
+    return Estimate(float(statistic(K)), float(error(statistic(without_pair(map))).se))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

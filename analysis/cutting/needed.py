@@ -5,7 +5,7 @@ A bin is resolved where K_ii > 3 SE(K_ii). K_ii is a U-statistic of pairs of gro
     Var(M) = [4 (M - 2) sigma_1^2 + 2 sigma_2^2] / (M (M - 1)),
 
 sigma_2^2 that of one pair <s_i^m, s_i^n>, sigma_1^2 <= sigma_2^2 / 2 that of its mean over n. The first comes from all pairs,
-the second from the jackknife's SE at the M that were measured. The signal is itself uncertain: where K_ii is below its SE, the
+the second from the SE at the M that were measured. The signal is itself uncertain: where K_ii is below its SE, the
 SE is taken in its place, and the number is one that is needed at least.
 
 Paper: Hoeffding, A class of statistics with asymptotically normal distribution, 1948.
