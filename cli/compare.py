@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Json, emit
+from demerge.cli.common import Json, emit, say
 
 
 def compare(
@@ -20,19 +20,15 @@ def compare(
 ) -> None:
     """Rank models that share a protocol and say whether merging beat the base and the joint control."""
     from demerge.evaluate.gather import gather
-    from demerge.evaluate.protocol import rank, rows_of
-    from demerge.evaluate.report import build_report
-    from demerge.evaluate.verdict import outcome, verdict
+    from demerge.evaluate.report import Report
 
     found = gather(runs)
-    path = build_report(
-        out or found.folder / "report",
-        found.scores,
-        title=title,
-        contact=found.contact,
-        figures=found.figures,
-        commands=found.commands,
+    report = Report.of(
+        found.scores, title=title, contact=found.contact, figures=found.figures, commands=found.commands, notes=found.notes
     )
-    rows = rank(row for row in rows_of(found.scores) if row.kind != "real")
-    best = {"ranking": [row.model for row in rows], "outcome": outcome(rows), "verdict": verdict(rows)}
-    emit({"report": str(path), **best}, path, json)
+    path = report.save(out or found.folder / "report")
+    say(str(report))
+    ranking = [row.model for row in report.ranked.rows]
+    unranked = [row.model for table in report.unranked for row in table.rows]
+    result = {"report": str(path), "ranking": ranking, "unranked": unranked, "outcome": report.outcome}
+    emit({**result, "verdict": report.verdict, "caveats": report.caveats}, path, json)

@@ -51,6 +51,7 @@ def evaluate(
 ) -> None:
     """Score models against real images; the same command again goes on where it stopped."""
     from demerge.evaluate.prepare import Words, parse_seeds, prepare
+    from demerge.evaluate.protocol import tables_of
     from demerge.evaluate.tables import lines
 
     words = Words(
@@ -73,6 +74,6 @@ def evaluate(
     )
     with progress(1, "evaluate") as bar:
         scores = list(prepare(models, words, out, base=base, progress=bar).run())
-    for line in lines(scores):
+    for line in lines(tables_of(scores)):
         say(line)
     emit({"out": str(out / "scores"), "scores": [score.document() for score in scores]}, out / "scores", json)

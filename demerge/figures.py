@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from io import BytesIO
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import seaborn as sns
@@ -33,13 +33,32 @@ P = ParamSpec("P")
 
 
 def render(draw: Draw, theme: Theme, kind: str) -> bytes:
-    """Draw with a theme and return the bytes of an `svg` or `png`, transparent where the page should show through."""
-    style = {
+    """Draw with a theme and return the bytes of an `svg`, whose ground is the page behind it, or of a `png` on white."""
+    ground = "none" if kind == "svg" else "white"
+    stream = BytesIO()
+    with mpl.rc_context(_style(theme, ground)):
+        figure = draw(theme)
+        FigureCanvasAgg(figure)
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(stream, format=kind, dpi=160, bbox_inches="tight", facecolor=ground, metadata=metadata)
+    return stream.getvalue()
+
+
+def draw_on_white(draw: Draw) -> Figure:
+    """Draw for a notebook: dark ink on white."""
+    with mpl.rc_context(_style(LIGHT, "white")):
+        return draw(LIGHT)
+
+
+def _style(theme: Theme, ground: str) -> dict[Any, Any]:
+    return {
         **sns.axes_style("ticks"),
         "axes.edgecolor": theme.line,
+        "axes.facecolor": ground,
         "axes.labelcolor": theme.faint,
         "axes.spines.right": False,
         "axes.spines.top": False,
+        "figure.facecolor": ground,
         "font.size": 10.0,
         "svg.hashsalt": "demerge",
         "text.color": theme.ink,
@@ -47,14 +66,6 @@ def render(draw: Draw, theme: Theme, kind: str) -> bytes:
         "ytick.color": theme.ink,
         "xtick.labelcolor": theme.faint,
     }
-    stream = BytesIO()
-    with mpl.rc_context(style):
-        figure = draw(theme)
-        FigureCanvasAgg(figure)
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        face = "none" if kind == "svg" else "white"
-        figure.savefig(stream, format=kind, dpi=160, bbox_inches="tight", facecolor=face, metadata=metadata)
-    return stream.getvalue()
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:

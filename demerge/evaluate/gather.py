@@ -13,6 +13,7 @@ from demerge.errors import InputError, UsageError
 from demerge.evaluate.protocol import Scores
 from demerge.evaluate.records import load_scores, read_scores
 from demerge.pages import Exhibit
+from demerge.places import inside
 
 CAPTIONS = {
     "heatmap": "Similarity of the gradients of two timesteps on the base; above the diagonal its standard error.",
@@ -32,14 +33,15 @@ class Findings:
     contact: Mapping[str, Tensor]
     figures: tuple[Exhibit, ...]
     commands: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def gather(runs: Sequence[Path]) -> Findings:
-    """Read one run folder, or score files.
+    """Read one run folder, or score files. A link in a run folder that leads out of it is not followed.
 
     Raises:
-        InputError: where a path is missing or holds no scores.
-        UsageError: where folders and files are mixed.
+        InputError: if a path is missing or holds no scores, or a score is linked out of the run folder.
+        UsageError: if folders and files are mixed.
     """
     for path in runs:
         if not path.exists():
@@ -53,10 +55,22 @@ def gather(runs: Sequence[Path]) -> Findings:
 
 
 def _gather_run(run: Path) -> Findings:
-    scores, contact = load_scores(run / "scores" if (run / "scores").is_dir() else run)
+    folder = run / "scores" if (run / "scores").is_dir() else run
+    inside(run, folder)
+    scores, contact = load_scores(folder)
     plots = sorted([*run.glob("*.svg"), *(run / "conflict").glob("*.svg")], key=_order)
-    figures = tuple(Exhibit(_caption(path.stem), path.read_bytes()) for path in plots)
-    return Findings(run, scores, contact, figures, _commands(run / "commands.json"))
+    linked = [path for path in [*plots, run / "commands.json"] if not _lies_inside(run, path)]
+    figures = tuple(Exhibit(_caption(path.stem), path.read_bytes()) for path in plots if path not in linked)
+    commands = () if run / "commands.json" in linked else _commands(run / "commands.json")
+    notes = tuple(f"{path.relative_to(run)} is a link out of the run and was left out." for path in linked)
+    return Findings(run, scores, contact, figures, commands, notes)
+
+
+def _lies_inside(run: Path, path: Path) -> bool:
+    try:
+        return bool(inside(run, path))
+    except InputError:
+        return False
 
 
 def _order(path: Path) -> tuple[int, str]:

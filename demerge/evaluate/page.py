@@ -8,19 +8,25 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from demerge.evaluate.protocol import HIGHER_IS_BETTER, Comparison, Protocol, Row
+from demerge.evaluate.protocol import HIGHER_IS_BETTER, Protocol, Row, Table
+from demerge.evaluate.significance import Comparison
 from demerge.evaluate.tables import against, label, measured, number
 from demerge.evaluate.verdict import best, outcome, verdict, warnings
 from demerge.images import grid, png
 from demerge.pages import Exhibit, figure, section, text, uri, whole
 
-EYEBROWS = {"better": "Merging helped", "worse": "Merging did not help", "inconclusive": "Inconclusive"}
+GREY = 128  # between the images, on light and on dark pages
+EYEBROWS = {
+    "better": "These checkpoints: merging helped",
+    "worse": "These checkpoints: merging did not help",
+    "inconclusive": "Inconclusive",
+    "none": "No verdict",
+}
 
 
 def page(
     title: str,
-    rows: Sequence[Row],
-    floors: Sequence[Row],
+    table: Table,
     *,
     plots: Mapping[str, Exhibit],
     contact: Mapping[str, Tensor],
@@ -28,26 +34,27 @@ def page(
     commands: Sequence[str],
     notes: Sequence[str],
 ) -> str:
-    """Return the page; rows are ranked, best first."""
-    protocol = rows[0].scores[0].protocol
+    """Return the page of a table; `notes` are sentences that stand with its caveats."""
+    rows, floors = table.rows, table.floors
+    caveats = _list([*warnings(rows, floors), *notes], "warn")
     sections = [
         _verdict(rows),
         _tiles(rows, floors),
+        section("Ranking", RANKING, _ranking(rows, floors) + caveats + _gallery(plots, ("ranking", "tradeoff"))),
         _contact(contact, rows),
-        section("Ranking", RANKING, _ranking(rows, floors) + _gallery(plots, ("ranking", "tradeoff"))),
         section("Conflict and ranges", CONFLICT, _figures(figures)) if figures else "",
         section("Validation loss by range", LOSSES, _gallery(plots, ("losses",))) if "losses" in plots else "",
-        section("Read with care", "", _list([*warnings(rows, floors), *notes], "warn")),
-        section("Protocol", "All numbers above share it, field by field.", _protocol(protocol, rows)),
+        section("Protocol", "All numbers above share it, field by field.", _protocol(table.protocol, rows)),
         section("Commands", "What made this report, to be run again.", _code(commands)) if commands else "",
     ]
     footer = "Made by demerge. The same numbers lie beside this page in scores.csv and scores.md."
-    return whole(title, protocol, sections, footer)
+    return whole(title, table.protocol, sections, footer)
 
 
 RANKING = (
     "Mean ± standard deviation over sampling seeds; all models draw from the same noise. A change against a control is the "
-    "mean of the paired differences; it is inconclusive below twice their standard deviation or 1.3 %, whichever is more."
+    "mean of the paired differences, tested by a paired t test with Holm's correction over all comparisons of the table, so "
+    "that equal models give a false verdict somewhere in it with a probability of at most 5 %."
 )
 CONFLICT = "How far the gradients of different timesteps agree on the base, and where the timesteps were cut."
 LOSSES = (
@@ -94,7 +101,7 @@ def _contact(contact: Mapping[str, Tensor], rows: Sequence[Row]) -> str:
 
 def _strip(images: Tensor) -> bytes:
     scale = max(1, 32 // images.shape[-1])
-    return png(grid(images.cpu(), len(images), gap=max(1, images.shape[-1] // 16)), scale=scale)
+    return png(grid(images.cpu(), len(images), gap=max(1, images.shape[-1] // 16), background=GREY), scale=scale)
 
 
 def _ranking(rows: Sequence[Row], floors: Sequence[Row]) -> str:
@@ -102,16 +109,16 @@ def _ranking(rows: Sequence[Row], floors: Sequence[Row]) -> str:
     first, *others = (f'<th class="num">{text(label(m, rows))} {"↑" if m in HIGHER_IS_BETTER else "↓"}</th>' for m in metrics)
     heads = f"<th></th><th>model</th>{first}<th>against base</th><th>against joint</th>{''.join(others)}"
     tops = {metric: _top(rows, metric) for metric in metrics}
-    lines = [f'<tr><td class="num">{place}</td>{_line(row, rows, tops)}</tr>' for place, row in enumerate(rows, 1)]
-    lines += [f'<tr class="floor"><td></td>{_line(floor, (), dict.fromkeys(metrics))}</tr>' for floor in floors]
+    numbered = enumerate(zip(rows, against(rows), strict=True), 1)
+    lines = [f'<tr><td class="num">{place}</td>{_line(row, found, tops)}</tr>' for place, (row, found) in numbered]
+    lines += [f'<tr class="floor"><td></td>{_line(floor, {}, dict.fromkeys(metrics))}</tr>' for floor in floors]
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _line(row: Row, rows: Sequence[Row], tops: Mapping[str, Row | None]) -> str:
+def _line(row: Row, found: Mapping[str, Comparison], tops: Mapping[str, Row | None]) -> str:
     kind = "noise floor" if row.kind == "real" else row.kind
     first, *others = (_cell(row, metric, row is top) for metric, top in tops.items())
-    results = against(row, rows)
-    changes = "".join(_change(results.get(name)) for name in ("base", "joint"))
+    changes = "".join(_change(found.get(name)) for name in ("base", "joint"))
     name = f'<td class="name">{text(row.model)}<br><span class="kind {row.kind}">{kind}</span></td>'
     return f"{name}{first}{changes}{''.join(others)}"
 
@@ -120,7 +127,7 @@ def _change(result: Comparison | None) -> str:
     if result is None:
         return "<td></td>"
     percent = "" if math.isnan(result.relative) else f"{100 * result.relative:+.1f} %"
-    return f'<td class="change {result.verdict}">{percent}<small>{result.verdict}</small></td>'
+    return f'<td class="change {result.verdict}">{percent}<small>{text(result.word)}</small></td>'
 
 
 def _cell(row: Row, metric: str, top: bool) -> str:

@@ -11,10 +11,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from demerge.evaluate.losses import RangeLosses
-from demerge.evaluate.protocol import MINIMUM, Kind, Row
+from demerge.evaluate.protocol import Kind, Row
 from demerge.figures import Theme, plain
 
 COLORS: Mapping[Kind, str] = {
@@ -45,42 +46,41 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
     """Draw each model's distance: a dot per seed, mean and standard deviation, base and noise floor as lines."""
     figure, axes = _axes(8.0, 0.9 + 0.36 * len(rows))
-    frame = pd.DataFrame(
-        [(plain(f"{row.model}  {i}"), row.kind, value) for i, row in enumerate(rows, 1) for value in row.values("fd")],
-        columns=["model", "kind", "fd"],
-    )
-    sns.stripplot(
-        frame,
-        x="fd",
-        y="model",
-        hue="kind",
-        palette=dict(COLORS),
-        size=4,
-        alpha=0.55,
-        jitter=False,
-        legend=False,
-        ax=axes,
-    )
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    for seed in seeds if len(seeds) > 1 else ():
+        places, values = zip(*_on_seed(rows, seed), strict=True)
+        axes.plot(values, places, color=theme.faint, lw=0.6, alpha=0.5, marker="o", ms=3, zorder=1)
     for y, row in enumerate(rows):
         spread = 0.0 if math.isnan(row.sd("fd")) else row.sd("fd")
         axes.errorbar(row.mean("fd"), y, xerr=spread, fmt="o", ms=8, capsize=3, color=COLORS[row.kind], mec=theme.ink, mew=0.6)
-    for row in rows:
         if row.kind == "base":
             axes.axvline(row.mean("fd"), color=COLORS["base"], lw=1, ls="--", zorder=0)
-            margin = MINIMUM * row.mean("fd")
-            axes.axvspan(row.mean("fd") - margin, row.mean("fd") + margin, color=COLORS["base"], alpha=0.12, lw=0, zorder=0)
     for floor in floors:
         axes.axvline(floor.mean("fd"), color=theme.faint, lw=1.2, ls=":", zorder=0)
         axes.annotate(
             "noise floor", (floor.mean("fd"), 1), xycoords=("data", "axes fraction"), color=theme.faint, fontsize=8,
             xytext=(3, 3), textcoords="offset points",
         )  # fmt: skip
-    values = [abs(row.mean("fd")) for row in [*rows, *floors]]
-    if min(values) > 0 and max(values) / min(values) > 12:
-        axes.set_xscale("log")
-    axes.set(xlabel=f"{rows[0].scores[0].protocol.distance} (lower is better)", ylabel="")
+    axes.set_yticks(range(len(rows)), [plain(f"{i}  {row.model}") for i, row in enumerate(rows, 1)])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    _scale(axes, [row.mean("fd") for row in [*rows, *floors]])
+    axes.set(xlabel=f"{rows[0].scores[0].protocol.title} (lower is better)", ylabel="")
     axes.grid(axis="x", color=theme.line, lw=0.6, alpha=0.7)
     return figure
+
+
+def _on_seed(rows: Sequence[Row], seed: int) -> list[tuple[int, float]]:
+    """Return place and distance of the models that were scored on a seed."""
+    return [(i, s.metrics["fd"]) for i, row in enumerate(rows) for s in row.scores if s.seed == seed]
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """Take a logarithmic axis if the values span more than a factor of 12, and label it with plain numbers."""
+    if min(values) > 0 and max(values) / min(values) > 12:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def tradeoff(rows: Sequence[Row], theme: Theme) -> Figure:

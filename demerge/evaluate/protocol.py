@@ -1,9 +1,7 @@
-"""Scores with their protocol, and what may be said about the difference of two models.
+"""Scores with their protocol, and the rows of a table that they make.
 
-Numbers compare where their protocols are equal, field by field; `ensure_alike` names the fields that differ. A model's score is
-its mean over sampling seeds. Models are compared on common noise, hence seed by seed: the difference of two models is the mean
-of the paired differences, and it counts where it reaches both twice their standard deviation and 1.3 % of the reference,
-below which it is `inconclusive` (retraining a model moves FID 3.2 times more than sampling again).
+Numbers compare only if their protocols are equal, field by field; `ensure_alike` names the fields that differ. A model's score
+is its mean over sampling seeds. `demerge.evaluate.significance` says which differences count.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ from demerge.files import commit_json
 
 FORMAT = "demerge.scores/1"
 Kind = Literal["real", "base", "joint", "expert", "ensemble", "merge", "model"]
-Verdict = Literal["better", "worse", "inconclusive"]
-MINIMUM = 0.013
+Key = tuple[str, Kind]  # of a row: model and kind
 HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage", "diversity"})
 
 
@@ -59,10 +56,19 @@ class Protocol:
         """Whether one side has no more images than features, n <= D."""
         return min(self.num_images, self.reference_n) <= self.dim
 
+    @property
+    def title(self) -> str:
+        """The distance as it is printed: on the features of a random net it is no known metric, and says so."""
+        return "distance on random features" if self.features == "random" else self.distance
+
+    def __repr__(self) -> str:
+        """Say the protocol in one line, without whole hashes."""
+        return f"Protocol({self})"
+
     def __str__(self) -> str:
         sampler = f"{self.sampler}, {self.steps} steps" if self.steps else self.sampler
         return (
-            f"{self.distance} of {self.num_images:,} images against {self.reference_n:,} of {self.reference}; {sampler}; "
+            f"{self.title} of {self.num_images:,} images against {self.reference_n:,} of {self.reference}; {sampler}; "
             f"features {self.features} ({self.features_sha256[:12]}), preprocess {self.preprocess}"
         )
 
@@ -93,6 +99,11 @@ class Scores:
             raise UsageError(f"{self.model}: {', '.join(bad)} not finite", fix="check the images that were scored")
         if self.kind not in Kind.__args__:  # type: ignore[attr-defined]
             raise UsageError(f"kind '{self.kind}' is unknown", fix=f"use one of {Kind.__args__}")  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        """Name the model and its numbers, not the protocol and the hashes."""
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        return f"Scores({self.model}, {self.kind}, seed {self.seed}: {numbers})"
 
     def save(self, path: Path) -> Path:
         """Write the scores as JSON."""
@@ -134,6 +145,20 @@ class Row:
     model: str
     kind: Kind
     scores: tuple[Scores, ...]
+
+    def __repr__(self) -> str:
+        """Name the model, its seeds and its distance."""
+        return f"Row({self.model}, {self.kind}, {len(self.scores)} seeds: fd {self.mean('fd'):.4g})"
+
+    @property
+    def key(self) -> Key:
+        """What tells the row from all others."""
+        return self.model, self.kind
+
+    @property
+    def checkpoints(self) -> int:
+        """How many different weights were scored under this name: one for each training seed."""
+        return len({s.model_sha256 for s in self.scores})
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -177,68 +202,77 @@ def rows_of(scores: Iterable[Scores]) -> list[Row]:
     return rows
 
 
+def differences(a: Protocol, b: Protocol) -> str:
+    """Name the fields that differ, with both values; "" if the two are equal."""
+    pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(Protocol))
+    return "; ".join(f"{name}: {own} | {other}" for name, own, other in pairs if own != other)
+
+
 def ensure_alike(scores: Sequence[Scores]) -> Protocol:
     """Return the protocol that all scores share.
 
     Raises:
-        ComparisonError: where two protocols differ; the fields and both values are named.
-        UsageError: where there are no scores.
+        ComparisonError: if two protocols differ; the fields and both values are named.
+        UsageError: if there are no scores.
     """
     if not scores:
         raise UsageError("there are no scores to compare", fix="make some with `demerge evaluate`")
     first = scores[0]
     for other in scores[1:]:
-        differing = [
-            f"{f.name}: {getattr(first.protocol, f.name)} | {getattr(other.protocol, f.name)}"
-            for f in fields(Protocol)
-            if getattr(first.protocol, f.name) != getattr(other.protocol, f.name)
-        ]
+        differing = differences(first.protocol, other.protocol)
         if differing:
             raise ComparisonError(
-                f"{first.model} and {other.model} were scored under unlike protocols: {'; '.join(differing)}",
+                f"{first.model} and {other.model} were scored under unlike protocols: {differing}",
                 fix="evaluate both with the same options, or compare those that share a protocol",
             )
     return first.protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Models that share a protocol, best first, and the noise floors against the same reference."""
+
+    rows: list[Row]
+    floors: list[Row]
+
+    @property
+    def protocol(self) -> Protocol:
+        """The protocol that the models share."""
+        return self.rows[0].scores[0].protocol
+
+
+def tables_of(scores: Iterable[Scores]) -> list[Table]:
+    """Group models by protocol, the largest group first.
+
+    Raises:
+        UsageError: if a model has two scores for one seed under one protocol, or there are no scores of a model.
+    """
+    groups: dict[Protocol, list[Scores]] = {}
+    for score in scores:
+        groups.setdefault(score.protocol, []).append(score)
+    rows = {protocol: rows_of(group) for protocol, group in groups.items()}
+    floors = [row for group in rows.values() for row in group if row.kind == "real"]
+    models = [rank([row for row in group if row.kind != "real"]) for group in rows.values()]
+    tables = [Table(group, [f for f in floors if _share_reference(f, group[0])]) for group in models if group]
+    if not tables:
+        raise UsageError("there are no scores of a model to report", fix="make some with `demerge evaluate`")
+    return sorted(tables, key=lambda table: -len(table.rows))
+
+
+def _share_reference(a: Row, b: Row) -> bool:
+    names = ("features", "features_sha256", "preprocess", "distance", "reference_sha256", "reference_n")
+    own, other = a.scores[0].protocol, b.scores[0].protocol
+    return all(getattr(own, name) == getattr(other, name) for name in names)
 
 
 def rank(rows: Iterable[Row], metric: str = "fd") -> list[Row]:
     """Sort rows from best to worst mean of a metric.
 
     Raises:
-        ComparisonError: where the protocols differ.
+        ComparisonError: if the protocols differ.
     """
     listed = [row for row in rows if row.values(metric)]
     if listed:
         ensure_alike([score for row in listed for score in row.scores])
     sign = -1 if metric in HIGHER_IS_BETTER else 1
     return sorted(listed, key=lambda row: sign * row.mean(metric))
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """`difference` is model minus reference, `threshold` what it must reach, both in the metric's unit."""
-
-    difference: float
-    relative: float
-    threshold: float
-    verdict: Verdict
-
-
-def compare(row: Row, reference: Row, metric: str = "fd") -> Comparison:
-    """Compare two models seed by seed; with fewer than two common seeds nothing is conclusive.
-
-    Raises:
-        ComparisonError: where the protocols differ or no seed is common to both.
-    """
-    ensure_alike([*row.scores, *reference.scores])
-    theirs = {s.seed: s.metrics[metric] for s in reference.scores if metric in s.metrics}
-    pairs = [(s.metrics[metric], theirs[s.seed]) for s in row.scores if s.seed in theirs and metric in s.metrics]
-    if not pairs:
-        raise ComparisonError(f"{row.model} and {reference.model} share no seed", fix="evaluate both on the same seeds")
-    differences, level = [a - b for a, b in pairs], mean(b for _, b in pairs)
-    spread = 2 * stdev(differences) if len(pairs) > 1 else math.inf
-    threshold = max(spread, MINIMUM * abs(level))
-    difference = mean(differences)
-    improved = (difference > 0) == (metric in HIGHER_IS_BETTER)
-    verdict: Verdict = "inconclusive" if abs(difference) <= threshold else "better" if improved else "worse"
-    return Comparison(difference, difference / abs(level) if level else math.nan, threshold, verdict)

@@ -13,6 +13,7 @@ from demerge.errors import InputError
 from demerge.evaluate.protocol import Scores
 from demerge.files import commit_file
 from demerge.images import grid, png
+from demerge.places import inside
 
 SHOWN = 16
 
@@ -29,9 +30,9 @@ def load_scores(folder: Path) -> tuple[list[Scores], dict[str, Tensor]]:
     """Read all scores in a folder, and of each model the strip of its lowest seed as images uint8 [16 C H W].
 
     Raises:
-        InputError: where there are none, or one is damaged.
+        InputError: if there are none, or one is damaged or linked out of the folder.
     """
-    paths = sorted(folder.glob("*.json"))
+    paths = [inside(folder, path) for path in sorted(folder.glob("*.json"))]
     if not paths:
         raise InputError(f"{folder}: no scores there", fix="make some with `demerge evaluate ... -o DIR`")
     return read_scores(paths)
@@ -43,6 +44,7 @@ def read_scores(paths: list[Path]) -> tuple[list[Scores], dict[str, Tensor]]:
     strips: dict[str, Path] = {}
     for score, strip in found:
         if score.kind != "real" and strip.is_file():
+            inside(strip.parent, strip)
             strips.setdefault(score.model, strip)
     return [score for score, _ in found], {name: read_strip(path) for name, path in strips.items()}
 

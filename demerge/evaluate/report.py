@@ -1,4 +1,10 @@
-"""The report: ranking, plots, contact sheet and verdict of a set of scores, written into one folder.
+"""The report: ranking, plots, contact sheet and verdict of a set of scores.
+
+    report = Report.of(scores)
+    report.table                    a pandas frame, best first
+    report.verdict, report.caveats  what the numbers say, and what to be wary of
+    report.plot(), report.contact_sheet(), report.html
+    report.save(DIR)
 
 DIR/index.html      one page that loads nothing
 DIR/scores.csv      a line for each model: means, standard deviations, verdicts, the whole protocol
@@ -9,86 +15,203 @@ DIR/ranking.svg, tradeoff.svg, losses.svg, contact.png, and a .png beside every 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from demerge.errors import UsageError
+from demerge.errors import ComparisonError, UsageError
 from demerge.evaluate import plots
 from demerge.evaluate.page import page
-from demerge.evaluate.protocol import Row, Scores, rank, rows_of
-from demerge.evaluate.tables import csv, markdown
-from demerge.evaluate.verdict import best
-from demerge.figures import DARK, LIGHT, Draw, render
+from demerge.evaluate.protocol import Protocol, Row, Scores, Table, differences, tables_of
+from demerge.evaluate.significance import Verdict
+from demerge.evaluate.tables import csv, frame_of, lines, markdown
+from demerge.evaluate.verdict import best, outcome, verdict, warnings
+from demerge.figures import DARK, LIGHT, Draw, draw_on_white, render
 from demerge.files import commit_file, commit_text
-from demerge.pages import Exhibit
+from demerge.pages import Exhibit, text
 
 CAPTIONS = {
-    "ranking": "Small dots: sampling seeds; large dots: means with one standard deviation. Dashed: the base, its band of 1.3 % "
-    "within which nothing counts. Dotted: other real images.",
+    "ranking": "Large dots: means with one standard deviation. Small dots: sampling seeds; thin lines join one seed, since "
+    "models are compared seed by seed. Dashed: the base. Dotted: other real images.",
     "tradeoff": "Fidelity against variety, each model with its place in the ranking: the upper right corner is best.",
     "losses": "Held-out loss of each range against the base.",
 }
 
 
-def build_report(
-    out: Path,
-    scores: Sequence[Scores],
-    *,
-    title: str = "demerge report",
-    contact: Mapping[str, Tensor] | None = None,
-    figures: Sequence[Exhibit] = (),
-    commands: Sequence[str] = (),
-    notes: Sequence[str] = (),
-) -> Path:
-    """Write the report of scores into the folder `out` and return the path of its page.
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """Models that share a protocol, compared.
 
-    Args:
-        scores: one for each model and sampling seed; those of kind `real` are noise floors and are not ranked.
+    Attributes:
+        ranked: the largest group of models that share a protocol.
+        unranked: the other groups, which are named and not ranked.
         contact: images of each model, uint8 [n C H W], image i of every model from the same noise.
         figures: pictures about conflict and ranges, with captions.
         commands: the command lines that made the run.
-        notes: sentences to stand beside the warnings.
-
-    Raises:
-        UsageError: where no model was scored.
-        ComparisonError: where the scores' protocols differ.
+        notes: sentences to stand with the caveats.
     """
-    rows = rows_of(scores)
-    floors, ranked = [row for row in rows if row.kind == "real"], rank([row for row in rows if row.kind != "real"])
-    if not ranked:
-        raise UsageError("there are no scores of a model to report", fix="make some with `demerge evaluate`")
-    drawn = dict(_drawn(ranked, floors))
-    exhibits = {}
-    for name, draw in drawn.items():
-        light, dark = (render(draw, theme, "svg") for theme in (LIGHT, DARK))
-        exhibits[name] = Exhibit(CAPTIONS[name], light, dark=dark)
-        _commit(out / f"{name}.svg", light)
-        _commit(out / f"{name}.png", render(draw, LIGHT, "png"))
-    ordered = _ordered(contact or {}, ranked)
-    if ordered:
-        _commit(out / "contact.png", render(partial(plots.contact_sheet, ordered), LIGHT, "png"))
-    commit_text(out / "scores.csv", csv(ranked, floors))
-    commit_text(out / "scores.md", markdown(ranked, floors, title=title))
-    html = page(title, ranked, floors, plots=exhibits, contact=ordered, figures=figures, commands=commands, notes=notes)
-    return commit_text(out / "index.html", html)
+
+    ranked: Table
+    unranked: tuple[Table, ...] = ()
+    title: str = "demerge report"
+    contact: Mapping[str, Tensor] = field(default_factory=dict)
+    figures: Sequence[Exhibit] = ()
+    commands: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        scores: Sequence[Scores],
+        *,
+        title: str = "demerge report",
+        contact: Mapping[str, Tensor] | None = None,
+        figures: Sequence[Exhibit] = (),
+        commands: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> Report:
+        """Compare scores; those of kind `real` are noise floors and are not ranked.
+
+        Raises:
+            UsageError: if no model was scored.
+            ComparisonError: if no two models share a protocol.
+        """
+        ranked, *unranked = tables_of(scores)
+        if len(ranked.rows) == 1 and unranked:
+            a, b = ranked, unranked[0]
+            raise ComparisonError(
+                f"{a.rows[0].model} and {b.rows[0].model} were scored under unlike protocols: "
+                f"{differences(a.protocol, b.protocol)}",
+                fix="evaluate both with the same options, or compare those that share a protocol",
+            )
+        return cls(ranked, tuple(unranked), title, contact or {}, figures, commands, notes)
+
+    def __repr__(self) -> str:
+        """Say how many models are compared, and the outcome."""
+        return f"Report({len(self.ranked.rows)} models, {self.outcome}: {', '.join(row.model for row in self.ranked.rows)})"
+
+    def __str__(self) -> str:
+        """Return the table with its caveats and the verdict, as a terminal shows them."""
+        return "\n".join([*lines([self.ranked]), *(f"note: {note}" for note in self._notes)])
+
+    def _repr_html_(self) -> str:
+        items = "".join(f"<li>{text(caveat)}</li>" for caveat in self.caveats)
+        return f"<p>{text(self.verdict)}</p>{self.summary._repr_html_()}<ul>{items}</ul>"  # type: ignore[operator]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One line for each model, best first, then the noise floors, with the whole protocol."""
+        return frame_of(self.ranked)
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """The table without the protocol, indexed by the model."""
+        same = [f.name for f in fields(Protocol)]
+        return self.table.set_index("model").drop(columns=[*same, "rank", "rank_deficient", "model_sha256"])
+
+    @property
+    def outcome(self) -> Verdict:
+        """`better`, `worse`, `inconclusive` or `none`: the best merge against base and joint control."""
+        return outcome(self.ranked.rows)
+
+    @property
+    def verdict(self) -> str:
+        """What the numbers say, in one paragraph."""
+        return verdict(self.ranked.rows)
+
+    @property
+    def caveats(self) -> list[str]:
+        """What a reader should be wary of."""
+        return [*warnings(self.ranked.rows, self.ranked.floors), *self._notes]
+
+    @property
+    def plots(self) -> list[str]:
+        """The names that `plot` draws."""
+        return list(self._drawn)
+
+    def plot(self, name: str = "ranking") -> Figure:
+        """Draw one of `plots`.
+
+        Raises:
+            UsageError: if there is no such plot of these scores.
+        """
+        if name not in self._drawn:
+            raise UsageError(f"there is no plot '{name}' of these scores", fix=f"use one of {', '.join(self._drawn)}")
+        return draw_on_white(self._drawn[name])
+
+    def contact_sheet(self) -> Figure:
+        """Draw the models' images: one row for each model, one column for each starting noise.
+
+        Raises:
+            UsageError: if the images were not kept.
+        """
+        if not self._contact:
+            raise UsageError("there are no images to show", fix="evaluate again: it keeps the first 16 of each model")
+        return draw_on_white(partial(plots.contact_sheet, self._contact))
+
+    @property
+    def html(self) -> str:
+        """The whole page, which loads nothing."""
+        exhibits = {
+            name: Exhibit(CAPTIONS[name], render(draw, LIGHT, "svg"), dark=render(draw, DARK, "svg"))
+            for name, draw in self._drawn.items()
+        }
+        return page(
+            self.title,
+            self.ranked,
+            plots=exhibits,
+            contact=self._contact,
+            figures=self.figures,
+            commands=self.commands,
+            notes=self._notes,
+        )
+
+    def save(self, out: Path) -> Path:
+        """Write the report into the folder `out` and return the path of its page."""
+        for name, draw in self._drawn.items():
+            _commit(out / f"{name}.svg", render(draw, LIGHT, "svg"))
+            _commit(out / f"{name}.png", render(draw, LIGHT, "png"))
+        if self._contact:
+            _commit(out / "contact.png", render(partial(plots.contact_sheet, self._contact), LIGHT, "png"))
+        commit_text(out / "scores.csv", csv(self.ranked))
+        commit_text(out / "scores.md", markdown(self.ranked, title=self.title, notes=self._notes))
+        return commit_text(out / "index.html", self.html)
+
+    @property
+    def _notes(self) -> list[str]:
+        """The notes, and which models were not ranked and why."""
+        return [*self.notes, *(_unranked(table, self.ranked) for table in self.unranked)]
+
+    @property
+    def _drawn(self) -> dict[str, Draw]:
+        return dict(_drawn(self.ranked.rows, self.ranked.floors))
+
+    @property
+    def _contact(self) -> dict[str, Tensor]:
+        """The images, the base's first and the others' in the order of the ranking."""
+        rows = self.ranked.rows
+        base = best(rows, "base")
+        names = [*([base.model] if base else []), *(row.model for row in rows)]
+        return {name: self.contact[name] for name in dict.fromkeys(names) if name in self.contact}
+
+
+def _unranked(table: Table, ranked: Table) -> str:
+    names = ", ".join(row.model for row in table.rows)
+    return f"Not ranked, since the protocol differs: {names} ({differences(table.protocol, ranked.protocol)})."
 
 
 def _drawn(rows: Sequence[Row], floors: Sequence[Row]) -> Iterator[tuple[str, Draw]]:
-    yield "ranking", partial(plots.ranking, rows, floors)
-    if len(rows) > 1 and all(row.values("precision") for row in rows):
+    if len(rows) + len(floors) > 1:
+        yield "ranking", partial(plots.ranking, rows, floors)
+    if len({(row.mean("recall"), row.mean("precision")) for row in rows if row.values("precision")}) > 1:
         yield "tradeoff", partial(plots.tradeoff, rows)
     base = best(rows, "base")
     if base is not None and base.losses is not None and any(row.losses for row in rows if row is not base):
         yield "losses", partial(plots.losses, [row for row in rows if row is not base], base.losses)
-
-
-def _ordered(contact: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Put the base first, the others in the order of the ranking, and what was not scored last."""
-    base = best(rows, "base")
-    names = [*([base.model] if base else []), *(row.model for row in rows), *contact]
-    return {name: contact[name] for name in dict.fromkeys(names) if name in contact}
 
 
 def _commit(path: Path, data: bytes) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from demerge.errors import ComparisonError, InputError, UsageError
-from demerge.evaluate.protocol import Scores, compare, ensure_alike, rank, rows_of
+from demerge.evaluate.protocol import Protocol, Scores, ensure_alike, rank, rows_of, tables_of
 from demerge.evaluate.verdict import outcome, verdict, warnings
 
 Make = Callable[..., list[Scores]]
@@ -77,38 +77,42 @@ def test_ranking_and_rows(make_scores: Make) -> None:
         ensure_alike([])
 
 
-@pytest.mark.parametrize(
-    ("model", "base", "expected"),
-    [
-        ([7.0, 7.1, 7.2], [8.0, 8.1, 8.2], "better"),
-        ([9.0, 9.1, 9.2], [8.0, 8.1, 8.2], "worse"),
-        ([7.95, 8.05, 8.15], [8.0, 8.1, 8.2], "inconclusive"),  # paired and sure, but below 1.3 %
-        ([7.0, 8.5, 7.4], [8.0, 8.1, 8.2], "inconclusive"),  # large but not steady over seeds
-        ([7.0], [8.0], "inconclusive"),  # one seed tells nothing
-    ],
-)
-def test_verdicts(make_scores: Make, model: list[float], base: list[float], expected: str) -> None:
-    a, b = rows_of(make_scores("a", "merge", model) + make_scores("b", "base", base))
-    assert compare(a, b).verdict == expected
+def test_the_largest_group_is_ranked_and_floors_follow_their_reference(make_scores: Make) -> None:
+    floors = [*make_scores("real", "real", [2.0], steps=0), *make_scores("other", "real", [1.0], reference_sha256="00")]
+    models = [
+        *make_scores("lone", "model", [5.0], num_images=9),
+        *make_scores("a", "base", [8.0]),
+        *make_scores("b", "merge", [7.0]),
+    ]
+    first, second = tables_of([*floors, *models])
+    assert [row.model for row in first.rows] == ["b", "a"]
+    assert [row.model for row in first.floors] == ["real"]
+    assert [row.model for row in second.rows] == ["lone"]
+    with pytest.raises(UsageError, match="no scores of a model"):
+        tables_of(floors)
 
 
-def test_higher_is_better_where_it_is(make_scores: Make) -> None:
-    a, b = rows_of(make_scores("a", "merge", [7.0, 7.1]) + make_scores("b", "base", [8.0, 8.1]))
-    low = replace(a, scores=tuple(replace(s, metrics={"precision": 0.5}) for s in a.scores))
-    assert compare(low, b, "precision").verdict == "worse"
+def test_reprs_are_short(make_scores: Make) -> None:
+    score = make_scores("ties", "merge", [7.0])[0]
+    assert repr(score) == "Scores(ties, merge, seed 0: fd 7, kid 0.7, precision 0.9, recall 0.8, density 1, coverage 0.7)"
+    assert repr(rows_of([score])[0]) == "Row(ties, merge, 1 seeds: fd 7)"
+    assert len(repr(score.protocol)) < 200
+    assert "ab" * 32 not in repr(score.protocol)
 
 
-def test_without_a_common_seed_there_is_no_comparison(make_scores: Make) -> None:
-    a, b = rows_of(make_scores("a", "merge", [7.0]) + make_scores("b", "base", [8.0]))
-    moved = replace(b, scores=(replace(b.scores[0], seed=9),))
-    with pytest.raises(ComparisonError, match="share no seed"):
-        compare(a, moved)
+def test_a_distance_on_random_features_is_called_that(make_scores: Make) -> None:
+    rows = rows_of(make_scores("ties", "merge", [6.0], features="random", distance="FD[random]"))
+    protocol: Protocol = rows[0].scores[0].protocol
+    assert protocol.title == "distance on random features"
+    text = " ".join([str(protocol), *warnings(rows, []), verdict(rows)])
+    assert "FD[" not in text
+    assert "nor any established metric" in text
 
 
 @pytest.mark.parametrize(
     ("merge", "base", "joint", "expected", "words"),
     [
-        (6.0, 8.0, 7.0, "better", ["beats the base", "beats the joint control", "merging helped"]),
+        (6.0, 8.0, 7.0, "better", ["beats the base", "beats the joint control", "better than both controls"]),
         (7.5, 8.0, 7.0, "worse", ["beats the base", "is worse than the joint control", "did not help"]),
         (7.0, 8.0, 7.0, "inconclusive", ["beats the base", "cannot be told apart from the joint", "not shown"]),
         (9.0, 8.0, 7.0, "worse", ["is worse than the base", "did not help"]),
@@ -132,7 +136,7 @@ def test_the_verdict_is_honest(
 
 def test_missing_controls_leave_no_conclusion(make_scores: Make) -> None:
     rows = rows_of(make_scores("ties", "merge", [6.0, 6.1, 6.2]) + make_scores("base", "base", [8.0, 8.1, 8.2]))
-    assert outcome(rows) == "inconclusive"
+    assert outcome(rows) == "none"
     assert "no conclusion" in verdict(rows)
     assert "Nothing can be said against the joint control" in verdict(rows)
     assert "nothing to say about merging" in verdict(rows_of(make_scores("base", "base", [8.0])))
@@ -141,7 +145,7 @@ def test_missing_controls_leave_no_conclusion(make_scores: Make) -> None:
 def test_warnings(make_scores: Make) -> None:
     few = rows_of(make_scores("ties", "merge", [6.0], num_images=60))
     text = " ".join(warnings(few, []))
-    for word in ("Rank-deficient", "not FID", "sampling seed", "No noise floor", "No base model", "No joint control"):
+    for word in ("Rank-deficient", "not FID", "sampling seed", "No noise floor", "No base model", "No joint control", "5.8 %"):
         assert word in text
     rows = rows_of(make_scores("base", "base", [1.0, 1.1, 1.2]))
     floors = rows_of(make_scores("digits train", "real", [2.0]))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from demerge.errors import ComparisonError, UsageError
-from demerge.evaluate.protocol import Scores
-from demerge.evaluate.report import build_report
+from demerge.evaluate.protocol import Scores, tables_of
+from demerge.evaluate.report import Report
 from demerge.evaluate.tables import escaped, lines
+from demerge.figures import DARK, render
 from demerge.pages import Exhibit, harmless
 
 Make = Callable[..., list[Scores]]
@@ -50,7 +52,10 @@ def scores(make_scores: Make) -> list[Scores]:
         *make_scores("base", "base", [8.0, 8.1, 8.2]),
         *make_scores("joint", "joint", [7.5, 7.6, 7.7], shift=-0.01),
         *make_scores(HOSTILE, "merge", [7.0, 7.1, 7.2], shift=-0.02),
-        *make_scores("experts", "ensemble", [6.9, 7.0, 7.1], shift=0.02),
+        *(
+            replace(score, metrics={**score.metrics, "precision": 0.92})
+            for score in make_scores("experts", "ensemble", [6.9, 7.0, 7.1], shift=0.02)
+        ),
     ]
 
 
@@ -59,9 +64,8 @@ def folder(scores: list[Scores], noise: Callable[..., Tensor], tmp_path_factory:
     out = tmp_path_factory.mktemp("run") / "report"
     contact = {HOSTILE: noise(4), "base": noise(4, seed=1)}
     figures = [Exhibit("heat <map>", b"<svg xmlns='http://www.w3.org/2000/svg'/>")]
-    page = build_report(
-        out, scores, title="A <b> title", contact=contact, figures=figures, commands=["demerge <x>"], notes=["a & b"]
-    )
+    report = Report.of(scores, title="A <b> title", contact=contact, figures=figures, commands=["demerge <x>"], notes=["a & b"])
+    page = report.save(out)
     assert page == out / "index.html"
     return page.parent
 
@@ -89,7 +93,7 @@ def test_the_page_is_well_formed_escaped_and_loads_nothing(folder: Path) -> None
 
 def test_the_page_says_what_counts(folder: Path) -> None:
     text = (folder / "index.html").read_text()
-    for word in ("Merging helped", "beats the base", "beats the joint control", "noise floor", "not FID", "against joint"):
+    for word in ("merging helped", "beats the base", "beats the joint control", "noise floor", "not FID", "against joint"):
         assert word in text
 
 
@@ -114,28 +118,97 @@ def test_markdown_keeps_its_columns(folder: Path) -> None:
 
 
 def test_the_same_scores_make_the_same_bytes(scores: list[Scores], tmp_path: Path) -> None:
-    first, second = (build_report(tmp_path / name, scores).parent for name in ("a", "b"))
+    first, second = (Report.of(scores).save(tmp_path / name).parent for name in ("a", "b"))
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
 def test_one_model_one_seed_is_enough(make_scores: Make, tmp_path: Path) -> None:
-    page = build_report(tmp_path / "report", make_scores("mine", "model", [3.0]))
+    page = Report.of(make_scores("mine", "model", [3.0])).save(tmp_path / "report")
     assert "nothing to say about merging" in page.read_text()
 
 
-def test_unlike_protocols_and_no_models_are_refused(make_scores: Make, tmp_path: Path) -> None:
+def test_unlike_protocols_and_no_models_are_refused(make_scores: Make) -> None:
     with pytest.raises(ComparisonError, match="steps"):
-        build_report(tmp_path, make_scores("a", "base", [8.0]) + make_scores("b", "merge", [7.0], steps=9))
+        Report.of(make_scores("a", "base", [8.0]) + make_scores("b", "merge", [7.0], steps=9))
     with pytest.raises(UsageError, match="no scores of a model"):
-        build_report(tmp_path, make_scores("real", "real", [8.0]))
-    assert not list(tmp_path.iterdir())
+        Report.of(make_scores("real", "real", [8.0]))
 
 
-def test_lines_for_a_terminal_group_by_protocol(scores: list[Scores]) -> None:
-    text = "\n".join(lines(scores))
-    assert text.count("FD[digits-cnn] of 2,000 images") == 2
-    assert text.index("experts") < text.index("joint") < text.index("base ")
+def test_lines_for_a_terminal_hold_the_caveats_and_the_verdict(scores: list[Scores]) -> None:
+    text = "\n".join(lines(tables_of(scores)))
+    assert text.count("FD[digits-cnn] of 2,000 images") == 1
+    assert text.index("experts") < text.index("  joint  ") < text.index("  base  ") < text.index("digits train")
+    assert text.index("digits train") < text.index("note: Training seeds: 1") < text.index("The best merge")
+
+
+def test_models_of_another_protocol_are_named_and_not_ranked(make_scores: Make, tmp_path: Path) -> None:
+    three = [
+        score for name, kind in (("base", "base"), ("ties", "merge")) for score in make_scores(name, kind, [8.0, 7.0, 7.5])
+    ]
+    report = Report.of([*make_scores("pictures", "model", [1.0], sampler="unknown", steps=0), *three])
+    assert sorted(row.model for row in report.ranked.rows) == ["base", "ties"]
+    page = report.save(tmp_path).read_text()
+    for shown in (page, (tmp_path / "scores.md").read_text(), str(report)):
+        assert "Not ranked, since the protocol differs: pictures" in shown
+    assert list(report.table["model"]) == ["base", "ties"]
+
+
+def test_caveats_stand_beside_the_table(folder: Path) -> None:
+    page, text = (folder / "index.html").read_text(), (folder / "scores.md").read_text()
+    assert page.index("</table>") < page.index("Training seeds: 1") < page.index("<figure>")
+    assert text.index("| 1 |") < text.index("Training seeds: 1") < text.index("Protocol:")
+
+
+def test_a_table_without_a_test_says_why(make_scores: Make, tmp_path: Path) -> None:
+    for seeds, changes, why in ((2, {}, "2 common seeds of 3"), (3, {"num_images": 64}, "rank-deficient")):
+        scores = [
+            s
+            for name, kind in (("base", "base"), ("ties", "merge"))
+            for s in make_scores(name, kind, [8.0, 7.0, 7.5][:seeds], **changes)
+        ]
+        report = Report.of(scores)
+        page = report.save(tmp_path).read_text()
+        assert why in page and why in (tmp_path / "scores.md").read_text() and why in str(report)
+        assert not {"better", "worse", "inconclusive"} & set(report.table["vs_base_verdict"])
+        assert report.outcome == "none"
+        assert "No verdict" in page
+
+
+def test_a_report_in_python(scores: list[Scores], noise: Callable[..., Tensor]) -> None:
+    report = Report.of(scores, contact={"base": noise(4)})
+    assert repr(report).startswith("Report(4 models, better: experts")
+    assert report.plots == ["ranking", "tradeoff", "losses"]
+    labels = [text.get_text() for text in report.plot().axes[0].get_yticklabels()]
+    assert labels[0] == "1  experts"
+    assert len(report.contact_sheet().axes) == 4
+    assert "beats the base" in report.verdict
+    assert "fd" in report.summary.columns and "features_sha256" not in report.summary.columns
+    assert "beats the base" in report._repr_html_()
+    assert report.html.startswith("<!doctype html>")
+    with pytest.raises(UsageError, match="no images"):
+        Report.of(scores).contact_sheet()
+    with pytest.raises(UsageError, match="no plot 'bars'"):
+        report.plot("bars")
+
+
+def test_plots_are_transparent_on_dark_pages_and_plain_numbers_stand_on_a_log_axis(make_scores: Make) -> None:
+    scores = [*make_scores("real", "real", [0.5]), *make_scores("base", "base", [8.0]), *make_scores("ties", "merge", [7.0])]
+    report = Report.of(scores)
+    axes = report.plot().axes[0]
+    assert axes.get_xscale() == "log"
+    low, high = axes.get_xlim()
+    shown = [axes.xaxis.get_major_formatter()(value) for value in axes.get_xticks() if low <= value <= high]
+    assert shown == ["0.5", "1", "2", "5"]
+    dark = render(report._drawn["ranking"], DARK, "svg")
+    assert not [fill for fill in re.findall(rb"fill: (#\w+)", dark) if fill in (b"#ffffff", b"#fff")]
+
+
+def test_a_plot_with_nothing_to_show_is_left_out(make_scores: Make) -> None:
+    alone = Report.of(make_scores("mine", "model", [3.0]))
+    assert alone.plots == []
+    same = Report.of(make_scores("a", "base", [3.0]) + make_scores("b", "merge", [3.0]))
+    assert "tradeoff" not in same.plots, "all models have one precision and one recall"
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", " =1", "\t=1", "\r1"])
