@@ -151,7 +151,7 @@ class Diffusion:
     @property
     def prediction_type(self) -> str:
         """`epsilon`, `v_prediction` or `sample`."""
-        return str(self.scheduler.config.prediction_type)
+        return str(self.scheduler.config.get("prediction_type"))
 
     @property
     def alphas_cumprod(self) -> Tensor:

@@ -83,25 +83,65 @@ def labels_of(text: str) -> list[int]:
 
 
 def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
-    """Return a scheduler with `steps` inference steps, from the base's own config.
+    """Return a scheduler with `steps` inference steps, as the base's own pipeline would make it.
+
+    `ddim` steps on the base's own abar. A field of DDIM that the base's scheduler does not have is set to what that
+    scheduler does, never to DDIM's default; see `_own_config`.
 
     Raises:
-        UsageError: where the base's own scheduler needs a variance that the denoiser learned.
+        UsageError: if the base's own scheduler needs a variance that the denoiser learned, or a step starts at SNR 0,
+            where a predicted epsilon says nothing of x_0.
     """
+    own, config = model.scheduler, _own_config(model)
     if sampler == "ddim":
-        config = dict(model.scheduler.config) | {"timestep_spacing": "leading"}
-        if config.get("steps_offset", 0) > model.T - 1 - (steps - 1) * (model.T // steps):
+        if config["steps_offset"] > model.T - 1 - (steps - 1) * (model.T // steps):
             config["steps_offset"] = 0  # the offset would lead beyond T
-        scheduler: Any = diffusers.DDIMScheduler.from_config(config)
+        fields = inspect.signature(diffusers.DDIMScheduler).parameters
+        schedule = {"beta_schedule": "linear", "trained_betas": None, "rescale_betas_zero_snr": False}  # abar is set below
+        stated = {name: value for name, value in config.items() if name in fields}
+        scheduler: Any = diffusers.DDIMScheduler(**{**stated, **schedule, "timestep_spacing": "leading"})
+        scheduler.alphas_cumprod = own.alphas_cumprod.clone()
+        scheduler.final_alpha_cumprod = torch.tensor(1.0) if config["set_alpha_to_one"] else scheduler.alphas_cumprod[0]
     else:
-        if str(model.scheduler.config.get("variance_type", "")).startswith("learned"):
+        if str(own.config.get("variance_type", "")).startswith("learned"):
             raise UsageError(
-                f"the base's own {type(model.scheduler).__name__} draws with a learned variance, which is not supported",
+                f"the base's own {type(own).__name__} draws with a learned variance, which is not supported",
                 fix="use the sampler ddim",
             )
-        scheduler = type(model.scheduler).from_config(model.scheduler.config)
+        scheduler = type(own).from_config({name: config[name] for name in own.config if name in config})
     scheduler.set_timesteps(steps)
+    _refuse_zero_snr(model, scheduler.timesteps, steps)
     return scheduler
+
+
+def _own_config(model: Diffusion) -> dict[str, Any]:
+    """Return the config of the base's scheduler with the fields of DDIM that it lacks, as the base's pipeline would run it.
+
+        clip_sample       False: only a scheduler that has the field clips
+        thresholding      False, likewise
+        steps_offset      0
+        set_alpha_to_one  whether the last step goes to sigma 0: not in DEIS and SA-Solver, nor with final_sigmas_type sigma_min
+        prediction_type   the model's own
+
+    `StableDiffusionPipeline` overrides its scheduler: no clipping, and an offset of 1.
+    """
+    own = model.scheduler
+    ends_at_zero = (
+        not type(own).__name__.startswith(("DEIS", "SASolver")) and own.config.get("final_sigmas_type") != "sigma_min"
+    )
+    lacking = {"clip_sample": False, "thresholding": False, "steps_offset": 0, "set_alpha_to_one": not at_least_noise}
+    config = {**lacking, **own.config, "prediction_type": model.prediction_type}
+    config.pop("_use_default_values", None)  # of the base's class; another class would put its own in their place
+    return config | ({"clip_sample": False, "steps_offset": 1} if model.requires_text else {})
+
+
+def _refuse_zero_snr(model: Diffusion, timesteps: Tensor, steps: int) -> None:
+    empty = (model.alphas_cumprod == 0).nonzero().flatten().tolist()
+    if model.prediction_type == "epsilon" and set(empty) & set(timesteps.long().tolist()):
+        raise UsageError(
+            f"with {steps} steps the sampler starts at t = {max(empty)}, where the SNR is 0: epsilon says nothing of x_0 there",
+            fix=f"use fewer steps, for example {min(50, model.T // 2)}, with the sampler ddim",
+        )
 
 
 def _check(model: Diffusion, n: int, steps: int, sampler: str, batch_size: int, captions: Sequence[str] | None) -> None:

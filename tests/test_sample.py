@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -181,3 +182,101 @@ def test_experts_of_a_dit_are_routed(tiny_dit: Path) -> None:
     ensemble = routed(model, Partition.from_cuts(1000, [500]), [model.denoiser, copy.deepcopy(model.denoiser)])
     images = sample(ensemble, 3, seed=0, steps=2)
     assert int((images.int() - sample(model, 3, seed=0, steps=2).int()).abs().max()) <= 1
+
+
+# Every scheduler of diffusers with a DDPM-like schedule that a Stable Diffusion pipeline may state, and those of pixels.
+SCHEDULERS = {
+    "DDIMScheduler": {},
+    "DDPMScheduler": {},
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "LMSDiscreteScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {},
+    "KDPM2DiscreteScheduler": {},
+    "KDPM2AncestralDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "DPMSolverSinglestepScheduler": {"lower_order_final": True},
+    "DEISMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "SASolverScheduler": {},
+    "LCMScheduler": {},
+    "TCDScheduler": {},
+}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def _end(scheduler: object, x0: float) -> float:
+    """Where a scheduler ends from noise, if the denoiser knows x_0 exactly."""
+    scheduler.set_timesteps(20)
+    abar = scheduler.alphas_cumprod.double()
+    x = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 1, 8, 8) * float(scheduler.init_noise_sigma)
+    given = (
+        {"generator": torch.Generator().manual_seed(0)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    )
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        low = min(int(t), 998)
+        a = torch.lerp(abar[low], abar[low + 1], float(t) - low)
+        epsilon = (scaled - a.sqrt() * x0) / (1 - a).sqrt()
+        x = scheduler.step(epsilon, t, x, **given).prev_sample
+    return float(x.double().mean())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("stated", [{}, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}])
+def test_ddim_clips_and_ends_as_the_bases_own_scheduler_does(model: Diffusion, name: str, stated: dict[str, object]) -> None:
+    kind = getattr(diffusers, name)
+    own = kind.from_config({**SCHEDULE, **SCHEDULERS[name], **stated})
+    ddim = make_scheduler(replace(model, scheduler=own), 20, "ddim")
+    assert torch.equal(ddim.alphas_cumprod, own.alphas_cumprod)
+    if stated:
+        assert (ddim.config.clip_sample, ddim.config.set_alpha_to_one, ddim.config.steps_offset) == (False, False, 1)
+        assert torch.equal(ddim.final_alpha_cumprod, own.alphas_cumprod[0])
+        return
+    clips = [_end(scheduler, 3.0) < 1.5 for scheduler in (ddim, own)]
+    assert clips == [name in ("DDIMScheduler", "DDPMScheduler")] * 2
+    if name != "TCDScheduler":  # its own last step goes to t = 0, not through the field
+        ends_at_x0 = [abs(_end(scheduler, 0.5) - 0.5) < 1e-5 for scheduler in (ddim, own)]  # or else at the noise of t = 0
+        assert ends_at_x0 == [name not in ("PNDMScheduler", "DEISMultistepScheduler", "SASolverScheduler")] * 2
+    assert ddim.config.thresholding is False
+
+
+def test_a_final_sigma_of_the_least_noise_is_kept(model: Diffusion) -> None:
+    for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        own = getattr(diffusers, name)(**SCHEDULE, final_sigmas_type="sigma_min")
+        ddim = make_scheduler(replace(model, scheduler=own), 20, "ddim")
+        assert torch.equal(ddim.final_alpha_cumprod, own.alphas_cumprod[0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_text_pipeline_neither_clips_nor_starts_at_0(tiny_text: Path, name: str) -> None:
+    """`StableDiffusionPipeline` sets clip_sample to False and steps_offset to 1, whatever its scheduler's file says."""
+    model = Diffusion.load(tiny_text)
+    own = getattr(diffusers, name).from_config({**SCHEDULE, **SCHEDULERS[name]})
+    ddim, base = (make_scheduler(replace(model, scheduler=own), 20, sampler) for sampler in ("ddim", "base"))
+    stock = diffusers.StableDiffusionPipeline(
+        model.vae, model.text.model, model.text.tokenizer, model.denoiser, own, None, None, requires_safety_checker=False
+    ).scheduler
+    stock.set_timesteps(20)
+    assert torch.equal(torch.as_tensor(base.timesteps), torch.as_tensor(stock.timesteps))
+    assert base.config.get("clip_sample", False) is stock.config.get("clip_sample", False) is False
+    assert (ddim.config.clip_sample, ddim.config.steps_offset, min(ddim.timesteps.tolist())) == (False, 1, 1)
+
+
+def test_a_schedule_that_the_class_assumes_is_not_replaced_by_that_of_ddim(model: Diffusion) -> None:
+    """LCM's own betas are scaled linear from 0.00085; those of DDIM are linear from 0.0001."""
+    own = diffusers.LCMScheduler.from_config({})
+    ddim = make_scheduler(replace(model, scheduler=own), 4, "ddim")
+    assert torch.equal(ddim.alphas_cumprod, own.alphas_cumprod)
+    assert not torch.equal(ddim.alphas_cumprod, diffusers.DDIMScheduler().alphas_cumprod)
+
+
+def test_a_step_at_snr_zero_is_refused_for_epsilon_alone(model: Diffusion) -> None:
+    zero = replace(model, scheduler=diffusers.DDPMScheduler(rescale_betas_zero_snr=True))
+    with pytest.raises(UsageError, match="t = 999, where the SNR is 0"):
+        sample(zero, 1, seed=0, steps=1000)
+    assert len(sample(zero, 1, seed=0, steps=5)) == 1
+    v = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert make_scheduler(replace(model, scheduler=v), 1000, "ddim").timesteps[0] == 999

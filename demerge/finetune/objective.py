@@ -9,9 +9,17 @@ the correction it can reach. lambda may be 0, and may decay over the run.
 
 Differs from the paper's released code, which overwrites f_0 by the student's average at each preview: ours never changes.
 
-Loss weights w(t), for epsilon prediction; v-prediction divides each by SNR + 1 where the weight is defined on x_0:
-    one 1,  min-snr min(SNR, gamma) / SNR (arXiv 2303.09556),  p2 1 / (1 + SNR)^1 (arXiv 2204.00227),
-    snr+1 and truncated-snr max(SNR, 1) on x_0 (arXiv 2202.00512), divided by SNR for epsilon.
+Loss weights w(t), with a = abar_t, s = 1 - a and SNR = a / s. A weight is defined on one kind of error and divided for the
+others, since |eps - eps_hat|^2 = SNR |x_0 - x_hat|^2 and |v - v_hat|^2 = (SNR + 1) |x_0 - x_hat|^2:
+
+                   on x_0            epsilon            v_prediction     sample
+    min-snr        min(SNR, gamma)   min(1, gamma s/a)  min(a, gamma s)  min(a/s, gamma)    arXiv 2303.09556
+    truncated-snr  max(SNR, 1)       max(1, s/a)        max(a, s)        max(a/s, 1)        arXiv 2202.00512
+    snr+1          SNR + 1           1/a                1                1/s                arXiv 2202.00512
+    p2             SNR / (1 + SNR)   s                  a s              a                  arXiv 2204.00227, k = gamma = 1
+    one            1 for every prediction type
+
+In a and s they have their limits at SNR 0 and infinity. Where a limit is infinite the weight is refused.
 """
 
 from __future__ import annotations
@@ -23,9 +31,12 @@ import torch
 from torch import Tensor
 
 from demerge.diffusion import Diffusion
+from demerge.errors import UsageError
 from demerge.finetune.options import FinetuneOptions
 from demerge.randomness import uniform
 from demerge.timesteps import TimestepRange
+
+LARGEST = 2.0**23  # 1 / 2^-24 is above: diffusers puts abar = 2^-24 for zero terminal SNR in some schedulers
 
 
 def draw_timesteps(span: TimestepRange, T: int, options: FinetuneOptions, step: int, samples: Sequence[int]) -> Tensor:
@@ -46,14 +57,36 @@ def draw_timesteps(span: TimestepRange, T: int, options: FinetuneOptions, step: 
 
 
 def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
-    """Return w(t) for the model's prediction type, [T] float64."""
-    snr, gamma = model.snr(), options.snr_gamma
-    if options.loss_weight == "one":
-        return torch.ones_like(snr)
-    if options.loss_weight == "p2":
-        return 1 / (1 + snr)
-    on_x0 = {"min-snr": snr.clamp(max=gamma), "truncated-snr": snr.clamp(min=1), "snr+1": snr + 1}[options.loss_weight]
-    return on_x0 / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[model.prediction_type]
+    """Return w(t) for the model's prediction type, [T] float64.
+
+    Raises:
+        UsageError: if w(t) is infinite, or so large that float32 sees nothing of the other timesteps.
+    """
+    a, gamma = model.alphas_cumprod, options.snr_gamma
+    s, one = 1 - a, torch.ones_like(a)
+    weights = {
+        "one": {"epsilon": one, "v_prediction": one, "sample": one},
+        "min-snr": {
+            "epsilon": (gamma * s / a).clamp(max=1),
+            "v_prediction": torch.minimum(a, gamma * s),
+            "sample": (a / s).clamp(max=gamma),
+        },
+        "truncated-snr": {
+            "epsilon": (s / a).clamp(min=1),
+            "v_prediction": torch.maximum(a, s),
+            "sample": (a / s).clamp(min=1),
+        },
+        "snr+1": {"epsilon": 1 / a, "v_prediction": one, "sample": 1 / s},
+        "p2": {"epsilon": s, "v_prediction": a * s, "sample": a},
+    }[options.loss_weight][model.prediction_type]
+    if float(weights.max()) > LARGEST:
+        t = int(weights.argmax())
+        raise UsageError(
+            f"loss weight {options.loss_weight} is {float(weights[t]):.3g} at t = {t}, where abar is {float(a[t]):.3g} "
+            f"and the base predicts {model.prediction_type}",
+            fix="use --loss-weight min-snr, p2 or one",
+        )
+    return weights
 
 
 def consistency_weight(options: FinetuneOptions, step: int) -> float:

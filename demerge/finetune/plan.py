@@ -10,6 +10,7 @@ from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.finetune.layers import load_layers, trained_parameters
+from demerge.finetune.objective import loss_weights
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.state import disk_bytes
 from demerge.timesteps import Partition, TimestepRange
@@ -133,6 +134,7 @@ def prepare(
         base = Diffusion.load(model, device=device)
     partition, factor = parse_ranges(ranges or ("joint" if init == "random" else "uniform:4"), base.T)
     options = replace(options, max_train_steps=options.max_train_steps * factor)
+    loss_weights(base, options)
     _, height, width = base.image_shape
     if height != width:
         raise UsageError(f"the base makes {width} x {height} images", fix="use a base of square images")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -54,13 +57,69 @@ def test_paper_sampling_tosses_once_and_mirrors() -> None:
     assert sum(inside) / 200 == pytest.approx(0.7, abs=0.1)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_min_snr_is_one_weighting_of_the_x0_error(make_tiny, prediction_type: str) -> None:  # type: ignore[no-untyped-def]
+ON_X0 = {
+    "min-snr": lambda snr: snr.clamp(max=5.0),
+    "truncated-snr": lambda snr: snr.clamp(min=1.0),
+    "snr+1": lambda snr: snr + 1,
+    "p2": lambda snr: snr / (1 + snr),
+}
+OF_X0 = {"epsilon": lambda snr: snr, "v_prediction": lambda snr: snr + 1, "sample": torch.ones_like}
+# w at SNR = 0 and at SNR = infinity; None where it is infinite and refused
+LIMITS = {
+    ("min-snr", "epsilon"): (1, 0),
+    ("min-snr", "v_prediction"): (0, 0),
+    ("min-snr", "sample"): (0, 5),
+    ("truncated-snr", "epsilon"): (None, 1),
+    ("truncated-snr", "v_prediction"): (1, 1),
+    ("truncated-snr", "sample"): (1, None),
+    ("snr+1", "epsilon"): (None, 1),
+    ("snr+1", "v_prediction"): (1, 1),
+    ("snr+1", "sample"): (1, None),
+    ("p2", "epsilon"): (1, 0),
+    ("p2", "v_prediction"): (0, 0),
+    ("p2", "sample"): (0, 1),
+    ("one", "epsilon"): (1, 1),
+    ("one", "v_prediction"): (1, 1),
+    ("one", "sample"): (1, 1),
+}
+
+
+@pytest.mark.parametrize("prediction_type", OF_X0)
+@pytest.mark.parametrize("name", ON_X0)
+def test_a_weight_is_one_weighting_of_the_x0_error(make_tiny, prediction_type: str, name: str) -> None:  # type: ignore[no-untyped-def]
     model = Diffusion.load(make_tiny(prediction_type=prediction_type))
     snr = model.snr()
-    factor = {"epsilon": 1 / snr, "v_prediction": 1 / (1 + snr), "sample": 1 + 0 * snr}[prediction_type]
-    weights = loss_weights(model, FinetuneOptions(loss_weight="min-snr"))
-    torch.testing.assert_close(weights, snr.clamp(max=5.0) * factor)
+    assert snr.dtype == torch.float64
+    weights = loss_weights(model, FinetuneOptions(loss_weight=name))
+    torch.testing.assert_close(weights, ON_X0[name](snr) / OF_X0[prediction_type](snr), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("name", "prediction_type"), LIMITS)
+@pytest.mark.parametrize("end", [0, 1])
+def test_weights_have_their_limits(tiny: Path, name: str, prediction_type: str, end: int) -> None:
+    betas = [0.0, 0.1, 0.3] if end else [0.1, 0.3, 1.0]  # abar = 1 at the first, 0 at the last
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=3, trained_betas=betas, prediction_type=prediction_type)
+    model, limit = replace(Diffusion.load(tiny), scheduler=scheduler), LIMITS[name, prediction_type][end]
+    assert float(model.alphas_cumprod[0 if end else -1]) == end
+    options = FinetuneOptions(loss_weight=name)
+    if limit is None:
+        with pytest.raises(UsageError, match=rf"{re.escape(name)} is inf at t = {0 if end else 2}, where abar is {end}"):
+            loss_weights(model, options)
+        return
+    weights = loss_weights(model, options)
+    assert bool(torch.isfinite(weights).all())
+    assert float(weights[0 if end else -1]) == limit
+
+
+SCHEDULE = {"num_train_timesteps": 10, "trained_betas": [0.3] * 10}
+
+
+def test_a_stand_in_for_zero_terminal_snr_is_refused_as_well(tiny: Path) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler(**SCHEDULE, rescale_betas_zero_snr=True)  # abar = 2^-24 at the last t
+    model = replace(Diffusion.load(tiny), scheduler=scheduler)
+    assert float(loss_weights(model, FinetuneOptions(loss_weight="min-snr"))[-1]) == 1
+    with pytest.raises(UsageError, match=r"truncated-snr is 1\.68e\+07 at t = 9"):
+        loss_weights(model, FinetuneOptions(loss_weight="truncated-snr"))
 
 
 def test_unit_weight_is_one(tiny: Path) -> None:
