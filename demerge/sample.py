@@ -126,10 +126,8 @@ def _own_config(model: Diffusion) -> dict[str, Any]:
     `StableDiffusionPipeline` overrides its scheduler: no clipping, and an offset of 1.
     """
     own = model.scheduler
-    ends_at_zero = (
-        not type(own).__name__.startswith(("DEIS", "SASolver")) and own.config.get("final_sigmas_type") != "sigma_min"
-    )
-    lacking = {"clip_sample": False, "thresholding": False, "steps_offset": 0, "set_alpha_to_one": not at_least_noise}
+    least_noise = type(own).__name__.startswith(("DEIS", "SASolver")) or own.config.get("final_sigmas_type") == "sigma_min"
+    lacking = {"clip_sample": False, "thresholding": False, "steps_offset": 0, "set_alpha_to_one": not least_noise}
     config = {**lacking, **own.config, "prediction_type": model.prediction_type}
     config.pop("_use_default_values", None)  # of the base's class; another class would put its own in their place
     return config | ({"clip_sample": False, "steps_offset": 1} if model.requires_text else {})
