@@ -28,6 +28,7 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 CONVERT = "demerge convert FILE OUT.safetensors --allow-pickle"
+CODES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # dtypes of quantised layers alone
 DISGUISES: Mapping[bytes, str] = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself",
     b"<!doctype": "a web page, not weights; the download went wrong, fetch the file again",
@@ -40,13 +41,18 @@ DISGUISES: Mapping[bytes, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Where a tensor lies: dtype by its safetensors name, shape, and the bytes [start, stop) of the file."""
+    """Where a tensor lies: dtype by its safetensors name, shape, and the bytes [start, stop) of the file.
+
+    Attributes:
+        scale: what its codes are multiplied with, for a weight in scaled fp8.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    scale: Scale | None = None
 
     @property
     def numel(self) -> int:
@@ -57,6 +63,20 @@ class Spec:
     def is_float(self) -> bool:
         """Whether the elements are floating point numbers."""
         return self.dtype in FLOATS
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What lies next to a weight in scaled fp8, by the last part of its key.
+
+    Attributes:
+        name: of its scale, whose place is `spec`.
+        beside: what else belongs to the layer, for example scale_input.
+    """
+
+    name: str
+    spec: Spec
+    beside: Mapping[str, Spec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +180,9 @@ def _spec(path: Path, name: str, entry: Any, data_start: int) -> Spec:
         whole = False
     if not whole or not isinstance(dtype, str):
         raise _damaged(path, f"tensor {name[:200]!r} lacks a dtype, a shape or offsets")
+    if dtype in CODES:
+        what = f"tensor {name[:200]!r} is quantised ({dtype}), codes are not numbers"
+        raise InputError(f"{path}: {what}", fix="name the float32, float16, bfloat16 or scaled fp8 file of this model")
     if dtype not in ITEM_BYTES:
         raise _damaged(path, f"tensor {name[:200]!r} has the unknown dtype {dtype[:20]!r}")
     if len(shape) > MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) >= 1 << 62:

@@ -23,6 +23,7 @@ from demerge.files import commit_file
 from demerge.headers import Spec, read_header, read_json
 from demerge.local import local
 from demerge.places import Place, locate
+from demerge.quantised import numbers
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +48,15 @@ def modern(name: str) -> str:
 class Checkpoint(Mapping[str, "Tensor"]):
     """The tensors of a denoiser on disk, in the order of the files, mapped and not read.
 
-    A tensor shares the private mapping of its file; treat it as read-only.
+    A tensor shares the private mapping of its file; treat it as read-only. Weights in scaled fp8 are read as the numbers that
+    they stand for, in float32; their scales are not tensors of the model (`storage` has them).
 
     Attributes:
         place: where it lies.
-        specs: dtype, shape and bytes of each tensor.
+        specs: dtype, shape and bytes of each tensor, as the file stores them.
+
+    Raises:
+        InputError: if a file is damaged or hostile, or holds codes that are not scaled fp8.
     """
 
     def __init__(self, place: Place) -> None:
@@ -69,6 +74,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
             self.metadata |= header.metadata
         if place.index is not None:
             self._refuse_other_index(place.index)
+        self.specs, self._markers = numbers(self.specs, self.metadata, self._bytes)
+
+    def __repr__(self) -> str:
+        what = ", ".join(self.dtypes) or "no floating point tensor"
+        return f"Checkpoint({str(self.place.path)!r}, {len(self)} tensors, {self.parameters:,} parameters, {what})"
 
     @classmethod
     def open(cls, path: str | Path, variant: str | None = None) -> Checkpoint:
@@ -110,19 +120,49 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return maps
 
     def __getitem__(self, name: str) -> Tensor:
-        import torch
-
         if name in self._views:
             return self._views[name]
         spec = self.specs[name]
+        if spec.scale is not None:
+            from demerge.scaled import Scaled
+
+            return self._views.setdefault(name, Scaled.of(self._stored(spec), self._stored(spec.scale.spec)))
+        found = self._stored(spec)
+        return self._views.setdefault(name, found) if spec.start % found.itemsize == 0 else found
+
+    def _stored(self, spec: Spec) -> Tensor:
+        """Return a tensor as the file stores it; one that is not aligned is copied."""
+        import torch
+
         dtype: torch.dtype = getattr(torch, TORCH_NAMES[spec.dtype])
         if spec.numel == 0:
             return torch.empty(spec.shape, dtype=dtype)
         length = spec.stop - spec.start
         data = torch.frombuffer(self._maps[spec.file], dtype=torch.uint8, count=length, offset=spec.start)
-        if spec.start % dtype.itemsize:
-            return data.clone().view(dtype).view(spec.shape)
-        return self._views.setdefault(name, data.view(dtype).view(spec.shape))
+        return (data.clone() if spec.start % dtype.itemsize else data).view(dtype).view(spec.shape)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return all tensors as the files store them: codes where codes are, with their scales and markers."""
+        return {name: self._stored(spec) for name, spec in self.specs.items()} | self.storage()
+
+    def _bytes(self, spec: Spec) -> bytes:
+        return self._maps[spec.file][spec.start : spec.stop]
+
+    def storage(self, scales: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return what the files hold of scaled fp8 besides the codes, by its key: scales, scales of inputs, markers.
+
+        Args:
+            scales: by weight, scales to take the place of the file's, in any shape.
+        """
+        found = {name: self._stored(spec) for name, spec in self._markers.items()}
+        for weight, spec in self.specs.items():
+            if spec.scale is not None:
+                beside = {last: self._stored(each) for last, each in spec.scale.beside.items()}
+                scale = self._stored(spec.scale.spec)
+                other = (scales or {}).get(weight, scale)
+                beside[spec.scale.name] = other.to(scale.dtype).view(scale.shape)
+                found |= {weight.removesuffix("weight") + last: tensor for last, tensor in beside.items()}
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -150,7 +190,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         counts: dict[str, int] = {}
         for spec in self.specs.values():
             if spec.is_float:
-                counts[TORCH_NAMES[spec.dtype]] = counts.get(TORCH_NAMES[spec.dtype], 0) + spec.numel
+                name = TORCH_NAMES[spec.dtype] + (" scaled" if spec.scale else "")
+                counts[name] = counts.get(name, 0) + spec.numel
         return sorted(counts, key=lambda name: -counts[name])
 
 

@@ -14,6 +14,7 @@ from demerge.merge.contract import Method
 from demerge.weights import finite
 
 Tensors = Mapping[str, Tensor]
+SATURATING = (torch.float8_e4m3fn, torch.float8_e5m2)  # torch may round what is too large to the largest number
 STATS = "make what is missing beside the experts: demerge stats EXPERT... --data D --what"
 MAKE: Mapping[str, str] = {  # how the tensors are made that methods of our own need
     "fisher": f"{STATS} fisher; or take those of the ranges at the base: demerge analyze BASE --data D --fisher RANGES -o MAP, "
@@ -142,7 +143,8 @@ def rounded(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         NumericalError: where a value is too large for it.
     """
     stored = chunk.to("cpu", dtype)
-    if stored.dtype != chunk.dtype and not finite(stored):
+    saturated = dtype in SATURATING and len(chunk) and float(chunk.abs().max()) > torch.finfo(dtype).max * (1 + 2.0**-6)
+    if stored.dtype != chunk.dtype and (saturated or not finite(stored)):
         wider = dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
         fix = "use --save-dtype bfloat16 or float32" if wider else "use smaller weights"
         raise NumericalError(f"tensor {name} does not fit {dtype}", fix=fix)

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from demerge.merge.apply import Done
-from demerge.merge.checks import rounded
-from demerge.merge.output import Entry, survivors
+from demerge.merge.output import survivors
 from demerge.merge.papers.statistics import cosines, norms, row_grams
 from demerge.merge.recipe.blocks import block_of, grouped
+from demerge.merge.storage import Storage
 
 FORMAT = "demerge.diagnosis/1"
 
@@ -104,15 +104,15 @@ def effective_rank(gram: Tensor) -> float:
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
 
-def observer(entries: Sequence[Entry], base: Mapping[str, Tensor]) -> Callable[[str, Done], Sums]:
+def observer(storage: Storage, base: Mapping[str, Tensor]) -> Callable[[str, Done], Sums]:
     """Return what sums up a chunk of one of the tensors that are written."""
-    dtypes = {entry.name: entry.dtype for entry in entries}
 
     def observe(name: str, done: Done) -> Sums:
         deltas = done.block.deltas.reshape(len(done.block.deltas), -1)
         up, down = (deltas > 0).any(0), (deltas < 0).any(0)
         step = done.merged.double() - done.block.base.reshape(-1).double()
-        changed, survived = survivors(rounded(done.merged, dtypes[name], name), done, base[name].dtype)
+        stored = storage.stored(name, done.start, done.merged)
+        changed, survived = survivors(stored, done, storage.kept(name, done, base[name].dtype))
         return Sums(
             name=name,
             entries=deltas.shape[1],

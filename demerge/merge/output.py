@@ -21,13 +21,15 @@ from torch import Tensor
 from demerge.errors import UsageError
 from demerge.headers import read_json
 from demerge.merge.apply import Done, Merge
-from demerge.merge.checks import rounded
+from demerge.merge.storage import Storage
 from demerge.merge.stream import CHUNK
 from demerge.places import Place, inside
-from demerge.weights import TORCH_NAMES
+from demerge.scaled import Scaled
+from demerge.weights import TORCH_NAMES, Checkpoint
 
 CODES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 ALIGNMENT = 8
+WIDER = "--save-dtype bfloat16 or float16 keeps more"
 Observe = Callable[[str, Done], Any]
 Put = Callable[[str, int, Tensor], object]
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -43,20 +45,37 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Tally:
-    """How many entries the merge changes, and how many of those still differ from the base once rounded."""
+    """How many entries the merge changes, and how many of those still differ from the base once rounded.
+
+    Attributes:
+        squares: over the weights in scaled fp8, the sums of squares of merged, merged - base and stored - merged.
+    """
 
     changed: int = 0
     survived: int = 0
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    def add(self, piece: Piece) -> None:
-        """Count a piece."""
+    def add(self, piece: Piece | Tally) -> None:
+        """Count a piece, or what another tally counted."""
         self.changed += piece.changed
         self.survived += piece.survived
+        a, b, c = self.squares
+        x, y, z = piece.squares
+        self.squares = (a + x, b + y, c + z)
 
     @property
     def share(self) -> float:
         """The surviving share in [0, 1]; 1 where nothing changed."""
         return self.survived / self.changed if self.changed else 1.0
+
+    @property
+    def rounding(self) -> str:
+        """What is lost by storing scaled fp8; empty if nothing is stored in it."""
+        merged, moved, error = self.squares
+        if not merged:
+            return ""
+        of_delta = f" and {math.sqrt(error / moved):.1%} of the merged change" if moved else ""
+        return f"in the base's scaled fp8: rounding errs by {math.sqrt(error / merged):.2%} of the weights{of_delta}; " + WIDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,7 @@ class Piece:
     stored: Tensor
     changed: int = 0
     survived: int = 0
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
     observed: Any = None
 
 
@@ -99,18 +119,23 @@ def layout(base: Mapping[str, Tensor], save_dtype: str) -> list[Entry]:
     if save_dtype not in dtypes:
         raise UsageError(f"save dtype '{save_dtype}' is unknown", fix=f"use one of {', '.join(dtypes)}")
     asked = dtypes[save_dtype]
-    entries = [Entry(n, (asked or t.dtype) if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in base.items()]
+    kept = {n: t.codes.dtype if isinstance(t, Scaled) else t.dtype for n, t in base.items()}
+    entries = [Entry(n, (asked or kept[n]) if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in base.items()]
+    beside = base.storage() if asked is None and isinstance(base, Checkpoint) else {}
+    entries += [Entry(n, t.dtype, tuple(t.shape)) for n, t in beside.items()]
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
-def pieces(job: Merge, entries: Sequence[Entry], observe: Observe | None = None, put: Put | None = None) -> Iterator[Piece]:
+def pieces(
+    job: Merge, entries: Sequence[Entry], storage: Storage, observe: Observe | None = None, put: Put | None = None
+) -> Iterator[Piece]:
     """Yield the output, chunk by chunk, in the order of the entries.
 
     Args:
+        storage: how the entries are stored.
         observe: called with (name, chunk) by worker processes; what it returns stands in the piece.
         put: called with (name, index of the first element, chunk [n] as it is stored) by the process that makes it.
     """
-    dtypes = {entry.name: entry.dtype for entry in entries}
 
     def placed(name: str, start: int, stored: Tensor) -> Tensor:
         if put is None:
@@ -119,39 +144,44 @@ def pieces(job: Merge, entries: Sequence[Entry], observe: Observe | None = None,
         return stored.new_empty(0)
 
     def finish(name: str, done: Done) -> Piece:
-        stored = rounded(done.merged, dtypes[name], name)
+        stored = storage.stored(name, done.start, done.merged)
         seen = observe(name, done) if observe else None
-        counts = survivors(stored, done, job.base[name].dtype)
-        return Piece(len(stored), placed(name, done.start, stored), *counts, seen)
+        counts = survivors(stored, done, storage.kept(name, done, job.base[name].dtype))
+        squares = storage.squares(name, stored, done)
+        return Piece(len(stored), placed(name, done.start, stored), *counts, squares, seen)
 
     wanted = set(job.floating)
     merged = job.stream([entry.name for entry in entries if entry.name in wanted], finish)
     for done, entry in enumerate(entries):
         job.progress(done, len(entries), "merge")
-        source, left = job.base[entry.name], entry.numel
+        source, left = storage.beside[entry.name] if entry.name in storage.beside else job.base[entry.name], entry.numel
         while left and entry.name in wanted:
             piece = next(merged)
             left -= piece.n
             yield piece
         for start in range(0, left, CHUNK):
-            stored = rounded(source.reshape(-1)[start : start + CHUNK], entry.dtype, entry.name)
+            stored = storage.stored(entry.name, start, source.reshape(-1)[start : start + CHUNK])
             yield Piece(len(stored), placed(entry.name, start, stored))
     job.progress(len(entries), len(entries), "merge")
 
 
-def survivors(stored: Tensor, done: Done, dtype: torch.dtype) -> tuple[int, int]:
-    """Count the entries that the merge changes, and those that differ from the base in the dtype that is stored.
+def survivors(stored: Tensor, done: Done, kept: Tensor) -> tuple[int, int]:
+    """Count the entries that the merge changes, and those whose stored value is not the one that is stored of the base.
 
     numpy compares and counts several times faster than torch.
     """
     merged, base = done.merged.cpu(), done.block.base.reshape(-1).cpu()
     changed = int(np.count_nonzero(merged.numpy() != base.numpy()))
-    kept = base if stored.dtype == dtype else base.to(stored.dtype).to(base.dtype)
-    return changed, int(np.count_nonzero(stored.to(base.dtype).numpy() != kept.numpy()))
+    return changed, int(np.count_nonzero(stored.to(base.dtype).numpy() != kept.to(base.dtype).numpy()))
 
 
 def write(
-    stream: Sink, job: Merge, entries: Sequence[Entry], metadata: Mapping[str, str], observe: Observe | None = None
+    stream: Sink,
+    job: Merge,
+    entries: Sequence[Entry],
+    storage: Storage,
+    metadata: Mapping[str, str],
+    observe: Observe | None = None,
 ) -> tuple[Tally, list[Any]]:
     """Write the merge as one safetensors file; return what survives the rounding, and what the observer saw.
 
@@ -161,7 +191,7 @@ def write(
     stream.write(head)
     put = _putter(stream, entries, len(head)) if isinstance(stream, BufferedWriter) and job.threads > 1 else None
     tally, seen = Tally(), []
-    for piece in pieces(job, entries, observe, put):
+    for piece in pieces(job, entries, storage, observe, put):
         stream.write(_bytes(piece.stored))
         tally.add(piece)
         if piece.observed is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +19,7 @@ from demerge.merge.apply import Done, Merge
 from demerge.merge.output import WEIGHTS_FILE, Entry, Observe, Sink, Tally, header, pieces, write
 from demerge.merge.recipe.asked import Source
 from demerge.merge.recipe.rules import Matched
+from demerge.merge.storage import Storage
 from demerge.places import Place
 
 if TYPE_CHECKING:
@@ -114,6 +116,11 @@ class Part:
         held = largest if job.method.whole else min(largest, job.chunk)
         return job.reader.dtype.itemsize * held * 4 * (len(job.experts) + 1) * job.threads
 
+    @cached_property
+    def storage(self) -> Storage:
+        """How the entries are stored; the first use may take a pass over the merge."""
+        return Storage.of(self.job, self.entries)
+
     def parameters(self, names: Sequence[str]) -> int:
         """Count the elements of some tensors."""
         return sum(self.job.base[name].numel() for name in names)
@@ -121,7 +128,7 @@ class Part:
     def survey(self) -> Tally:
         """Run the arithmetic alone; return what survives the rounding."""
         tally = Tally()
-        for piece in pieces(self.job, self.entries):
+        for piece in pieces(self.job, self.entries, self.storage):
             tally.add(piece)
         return tally
 
@@ -135,7 +142,7 @@ class Part:
             written.append(self._streamed(stream, metadata.now, diagnosed, hashed and metadata.later is None))
             if metadata.later:
                 stream.seek(0)
-                stream.write(header(self.entries, metadata.later()))
+                stream.write(header(self.entries, {**self.storage.metadata, **metadata.later()}))
 
         commit_file(path, put)
         return replace(written[0], sha256=sha256(path)) if hashed and metadata.later else written[0]
@@ -149,7 +156,8 @@ class Part:
 
     def _streamed(self, stream: Sink, metadata: Mapping[str, str], diagnosed: bool = False, hashed: bool = False) -> Written:
         sink = Hashed(stream) if hashed else stream
-        tally, seen = write(sink, self.job, self.entries, metadata, self._observer() if diagnosed else None)
+        observe = self._observer() if diagnosed else None
+        tally, seen = write(sink, self.job, self.entries, self.storage, {**self.storage.metadata, **metadata}, observe)
         return Written(tally, seen, sink.sha256 if isinstance(sink, Hashed) else "")
 
     def _factored(self, path: Path, lora: Lora, metadata: Mapping[str, str], diagnosed: bool) -> Written:
@@ -176,7 +184,7 @@ class Part:
     def _observer(self) -> Observe:
         from demerge.merge.diagnose import observer
 
-        return observer(self.entries, self.job.base)
+        return observer(self.storage, self.job.base)
 
 
 def _step(done: Done) -> Tensor:

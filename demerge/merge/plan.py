@@ -142,6 +142,7 @@ class Plan:
             "changed_entries": tally.changed,
             "surviving_entries": tally.survived,
             "surviving_share": tally.share,
+            "rounding": tally.rounding,
         }
 
     def lines(self, out: Path | None, tally: Tally) -> list[str]:
@@ -167,6 +168,7 @@ class Plan:
             f"keys    {len(self.entries)}: {', '.join(f'{n} {dtype}' for dtype, n in self.dtypes.items())}",
             f"needs   {self.ram_bytes / 1e6:.0f} MB of memory, {self.disk_bytes(out) / 1e6:.1f} MB on disk",
             f"delta   {tally.changed:,} entries change, {tally.share:.1%} of them survive the rounding",
+            *([f"stored  {tally.rounding}"] if tally.rounding else []),
         ]
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -206,8 +208,9 @@ class Plan:
             hashes = {part.path.as_posix(): done.sha256 for part, done in zip(self.parts, written, strict=True)}
             recipe = replace(recipe, output=hashes)
             commit_text(folder / DOCUMENT, recipe.canonical() + "\n")
-            share = written[0].adapter.share if written[0].adapter else _sum([done.tally for done in written]).share
-            commit_text(folder / "README.md", card(recipe, base_model(first.place), share))
+            tally = _sum([done.tally for done in written])
+            share = written[0].adapter.share if written[0].adapter else tally.share
+            commit_text(folder / "README.md", card(recipe, base_model(first.place), share, tally.rounding))
         return recipe, written
 
     def _report(self, out: Path, recipe: Recipe, written: Sequence[Written]) -> None:
@@ -223,4 +226,7 @@ class Plan:
 
 
 def _sum(tallies: Sequence[Tally]) -> Tally:
-    return Tally(sum(tally.changed for tally in tallies), sum(tally.survived for tally in tallies))
+    total = Tally()
+    for tally in tallies:
+        total.add(tally)
+    return total

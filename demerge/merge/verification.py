@@ -106,8 +106,8 @@ def _faults(part: Part, files: Mapping[str, Path], found: Mapping[str, str], rec
 
 def _difference(part: Part, there: Path) -> str:
     """Say what differs between a file of weights and the merge made again."""
-    held = Checkpoint.open(there)
-    if part.lora or [(e.name, e.shape) for e in part.entries] != [(n, tuple(s.shape)) for n, s in held.specs.items()]:
+    held = Checkpoint.open(there).stored()
+    if part.lora or {e.name: e.shape for e in part.entries} != {n: tuple(t.shape) for n, t in held.items()}:
         return "holds other tensors or bytes"
     names = list(_unequal(part, held))
     if not names:
@@ -117,7 +117,7 @@ def _difference(part: Part, there: Path) -> str:
 
 
 def _unequal(part: Part, held: Mapping[str, Tensor]) -> Iterator[str]:
-    stream = pieces(part.job, part.entries)
+    stream = pieces(part.job, part.entries, part.storage)
     for entry in part.entries:
         position, equal, there = 0, True, held[entry.name].reshape(-1)
         while position < entry.numel:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from demerge.merge.recipe.recipe import Recipe
 
 
-def card(recipe: Recipe, base_model: str, survived: float) -> str:
+def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "") -> str:
     """Return the card of a finished merge, of which the share `survived` of the changed entries outlives the rounding."""
     head = {
         "base_model": base_model,
@@ -35,7 +35,7 @@ def card(recipe: Recipe, base_model: str, survived: float) -> str:
 
 {_table(["expert", "timesteps", "weight", "sha256"], experts)}
 
-{_table(["", ""], _facts(recipe, survived))}
+{_table(["", ""], [*_facts(recipe, survived), *([["stored", escaped(rounding)]] if rounding else [])])}
 
 Made by demerge {recipe.versions.get("demerge", "")}; `demerge.json` holds the whole recipe, with the hash of every input.
 """

@@ -1,0 +1,105 @@
+"""A weight in scaled fp8 as a tensor of its true values, which are made where they are used.
+
+W = codes * s,   s [] or one for each output [m], in float32
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TINY = 2.0**-60
+FLAT = (Tensor.reshape, Tensor.view)
+SHAPED: tuple[Any, ...] = (
+    Tensor.shape, Tensor.dtype, Tensor.ndim, Tensor.nbytes, Tensor.itemsize, Tensor.layout, Tensor.requires_grad,
+    Tensor.size, Tensor.numel, Tensor.dim, Tensor.element_size, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.__len__,
+)  # fmt: skip
+
+
+class Scaled(Tensor):
+    """Codes [*] and their scale as a float32 tensor [*] on the CPU; treat it as read-only.
+
+    Its shape and dtype cost nothing, and a span of it flattened stays codes. Everything else is done on the values.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    _row: int  # elements to a scale
+    _start: int  # of the first code, in the whole tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, scale: Tensor) -> Scaled:
+        """Return the values of contiguous codes [m ...] whose scale has one element, or m."""
+        return cls._at(codes, scale.reshape(-1).float(), max(1, codes.numel() // max(1, scale.numel())), 0)
+
+    @classmethod
+    def _at(cls, codes: Tensor, scale: Tensor, row: int, start: int) -> Scaled:
+        made = torch.empty(codes.shape, dtype=torch.float32, device="meta").as_subclass(cls)
+        made.codes, made.scale, made._row, made._start = codes, scale, row, start
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the codes lie; the values are made there."""
+        return self.codes.device
+
+    def values(self) -> Tensor:
+        """Return the values [*], made anew."""
+        return self.times(self.codes.reshape(-1).float(), 0).view(self.codes.shape)
+
+    def grown(self, k: Tensor) -> Scaled:
+        """Return the same codes with scales of 2^k s, k one for each scale, for values that are larger."""
+        return self._at(self.codes, torch.where(k > 0, self._nonzero, self.scale) * 2.0**k, self._row, self._start)
+
+    def times(self, chunk: Tensor, start: int) -> Tensor:
+        """Multiply a chunk [n], from `start` of this tensor flattened on, with its scales."""
+        return chunk * self._spread(self.scale, start, len(chunk))
+
+    def over(self, chunk: Tensor, start: int) -> Tensor:
+        """Divide a chunk [n] by its scales: codes that are not yet rounded."""
+        return chunk / self._spread(self._nonzero, start, len(chunk))
+
+    def largest(self, chunk: Tensor, start: int) -> Tensor:
+        """Return the largest |chunk| for each scale, 0 for those that no element of the chunk has."""
+        found = chunk.new_zeros(len(self.scale))
+        rows = self._spread(torch.arange(len(self.scale)), start, len(chunk)).expand(len(chunk))
+        return found.scatter_reduce_(0, rows, chunk.abs(), "amax")
+
+    @property
+    def _nonzero(self) -> Tensor:
+        """The scales, with one that is nearly 0 in place of 0."""
+        return torch.where(self.scale == 0, TINY, self.scale)
+
+    def _spread(self, of_scale: Tensor, start: int, n: int) -> Tensor:
+        """Return what each element [n] from `start` on has of something that each scale has; [1] if there is one scale."""
+        if len(of_scale) == 1:
+            return of_scale
+        start += self._start
+        first, last = start // self._row, -(-(start + n) // self._row)
+        return of_scale[first:last].repeat_interleave(self._row)[start - first * self._row :][:n]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer for shape and dtype, stay codes in what takes spans, and make the values for all else."""
+        kwargs = kwargs or {}
+        if getattr(function, "__self__", function) in SHAPED:
+            return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
+        first = args[0] if args else None
+        if isinstance(first, Scaled) and not kwargs:
+            if function is Tensor.detach:
+                return first
+            if function in FLAT and args[1:] == (-1,):
+                return cls._at(first.codes.reshape(-1), first.scale, first._row, first._start)
+            if function is Tensor.__getitem__ and first.ndim == 1 and isinstance(args[1], slice) and args[1].step is None:
+                begin = args[1].indices(len(first))[0]
+                return cls._at(first.codes[args[1]], first.scale, first._row, first._start + begin)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*_made(args), **{name: _made(value) for name, value in kwargs.items()})
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, Scaled):
+        return value.values()
+    return type(value)(map(_made, value)) if type(value) in (tuple, list) else value
