@@ -50,7 +50,7 @@ def demo(
         say(f"\n[{time.monotonic() - start:3.0f} s] $ {ran[-1]}")
         arguments = shlex.split(command)
         if arguments[0] == "compare":
-            commit_json(out / "commands.json", ran)
+            commit_json(out / "commands.json", {"commands": ran})
         if not (arguments[0] == "merge" and Path(arguments[-1]).exists()):
             run(arguments)
     page = out / "report" / "index.html"

@@ -17,16 +17,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
+from pydantic import Field
 
 from demerge.errors import DemergeError, InputError
 from demerge.files import commit_file
 from demerge.headers import read_header
+from demerge.schema import MAX_TIMESTEPS, Record, parse_record
 from demerge.timesteps import Partition
 
 Array = NDArray[np.float64]
@@ -38,7 +40,6 @@ K = 65_521  # numbers of a sketch: the largest prime below 2^16
 LAYER_K = 509  # of one of a layer: the largest prime below 2^9
 MIN_GROUPS = 5
 MAX_CELLS = 1 << 14
-MAX_TIMESTEPS = 1 << 20
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError, DemergeError)
 
 
@@ -63,28 +64,16 @@ class Origin:
 
     model: str
     data: str
-    parameters: int
+    parameters: Annotated[int, Field(ge=1)]
     engine: str
     draws: str
     antithetic: bool | tuple[bool, ...]
     metric: str
-    batch_size: int
+    batch_size: Annotated[int, Field(ge=1)]
     seed: int
     params: str = "all"
     precision: str = "no"
     prediction: str = ""
-
-    def __post_init__(self) -> None:
-        given: Any = self.antithetic
-        if isinstance(given, list):  # as JSON has it
-            object.__setattr__(self, "antithetic", tuple(given))
-        texts = (self.model, self.data, self.engine, self.draws, self.metric, self.params, self.precision, self.prediction)
-        pairs = self.antithetic if isinstance(self.antithetic, tuple) else (self.antithetic,)
-        if not all(isinstance(text, str) for text in texts) or not all(type(paired) is bool for paired in pairs):
-            raise InputError(f"origin: {texts}, antithetic {self.antithetic} is of another type", fix="measure the map again")
-        numbers = (self.parameters, self.batch_size, self.seed)
-        if not all(type(number) is int for number in numbers) or min(self.parameters, self.batch_size) < 1:
-            raise InputError(f"origin: parameters, batch size, seed = {numbers}", fix="measure the map again")
 
     @property
     def noise(self) -> str:
@@ -95,6 +84,15 @@ class Origin:
     def kept(self) -> str:
         """What was kept of the gradients, in the word that `analyze --engine` takes: exact or sketch."""
         return self.engine.partition("-")[0]
+
+
+class MapHeader(Record):
+    """What a conflict.safetensors says of itself: the edges of its bins, its origin, the sizes of the parameters."""
+
+    format: Literal["demerge.conflict/1"]
+    edges: Annotated[tuple[int, ...], Field(min_length=2)]
+    origin: Origin
+    layout: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,12 +181,12 @@ class ConflictMap:
             raise InputError(f"{path}: not a conflict map: there is no such file", fix=fix)
         try:
             there = read_header(path)
-            header = json.loads(there.metadata.get("demerge", "null"))
+            header = parse_record(there.metadata.get("demerge", "null"), MapHeader, str(path), fix="")
             _check_header(header, {name: list(spec.shape) for name, spec in there.tensors.items()})
             with safetensors.safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in there.tensors}
-            bins = Partition.from_cuts(header["edges"][-1], header["edges"][1:-1])
-            return cls(bins, origin=Origin(**header["origin"]), layout=dict(header.get("layout", [])), **arrays)
+            bins = Partition.from_cuts(header.edges[-1], header.edges[1:-1])
+            return cls(bins, origin=header.origin, layout=dict(header.layout), **arrays)
         except UNREADABLE as error:
             what = "what it says of itself is incomplete or damaged"
             if isinstance(error, DemergeError):
@@ -197,12 +195,10 @@ class ConflictMap:
             raise InputError(f"{path}: not a conflict map: {what}", fix=fix) from error
 
 
-def _check_header(header: Any, shapes: Mapping[str, list[int]]) -> None:
+def _check_header(header: MapHeader, shapes: Mapping[str, list[int]]) -> None:
     """Refuse a foreign file before anything of the size it claims is read."""
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise InputError(f"it does not say '{FORMAT}'")
-    edges = header["edges"]
-    if not isinstance(edges, list) or len(edges) < 2 or not all(type(edge) is int for edge in edges) or edges[0] != 0:
+    edges = header.edges
+    if edges[0] != 0:
         raise InputError("the edges of its bins are no ascending numbers from 0")
     if not {"gram", "log_snr"} <= set(shapes) <= set(ARRAYS):
         raise InputError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}, not gram and log_snr")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from demerge.expert import expert_of
 from demerge.headers import read_json
 from demerge.weights import Checkpoint
 
@@ -62,6 +63,7 @@ def facts_of(path: Path) -> Facts:
     config = checkpoint.config or {}
     folder = place.pipeline
     scheduler = _read(folder / "scheduler" / "scheduler_config.json" if folder else None)
+    expert = expert_of(place)
     recipe = _read(place.beside("demerge.json"))
     model_class = config.get("_class_name")
     mergeable, note = _verdict(checkpoint, model_class, has_pipeline=folder is not None)
@@ -78,7 +80,7 @@ def facts_of(path: Path) -> Facts:
         prediction_type=scheduler.get("prediction_type"),
         scheduler=scheduler.get("_class_name"),
         timesteps=scheduler.get("num_train_timesteps"),
-        range=_read(place.beside("expert.json")).get("range"),
+        range=None if expert is None else list(expert.range),
         merged_by=recipe.get("method"),
         mergeable=mergeable,
         note=note,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from demerge.errors import InputError
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 65_536
 MAX_DIMENSIONS = 32
+MAX_DEPTH = 32
+STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+BRACKETS = re.compile(rb"[][{}]")
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -120,14 +124,26 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: where the file is missing, too large or no JSON object.
     """
+    text = read_bytes(path, MAX_HEADER)
+    return _parse(path, text)
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a file of at most `most` bytes; a pipe or a device, which may have no end, is refused.
+
+    Raises:
+        InputError: where the file is missing, something else, or larger.
+    """
     try:
+        if not path.is_file() and path.exists():
+            raise InputError(f"{path} is not a regular file", fix="name a file")
         with path.open("rb") as stream:
-            text = stream.read(MAX_HEADER + 1)
+            text = stream.read(most + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}", fix="check the path") from error
-    if len(text) > MAX_HEADER:
-        raise _damaged(path, f"larger than {MAX_HEADER >> 20} MB")
-    return _parse(path, text)
+    if len(text) > most:
+        raise _damaged(path, f"larger than {most >> 20} MB")
+    return text
 
 
 def _header_bytes(path: Path) -> tuple[bytes, int, int]:
@@ -156,20 +172,64 @@ def _refuse_disguise(path: Path, beginning: bytes) -> None:
             raise InputError(f"{path}: {found}", fix=fix)
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return table
+def parse_json(text: bytes | str) -> dict[str, Any]:
+    """Return the JSON object that a text holds, read more strictly than Python does.
 
+    Raises:
+        ValueError: where it is no object, a key occurs twice, it is more than 32 levels deep, or holds NaN, a number beyond
+            64 bits, or text that no file name can hold (NUL, half of a surrogate pair).
+    """
+    text = text.encode() if isinstance(text, str) else text
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        document = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite, parse_int=_whole
+        )
+        if b"\\u" in text and "\\u0000" in json.dumps(document, ensure_ascii=False).encode().decode():
+            raise ValueError("a text holds NUL")
+    except UnicodeEncodeError as error:
+        raise ValueError("a text holds half of a surrogate pair") from error
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"not valid JSON ({str(error)[:80]})") from error
+        raise ValueError(f"not valid JSON ({str(error)[:80]})") from error
     if not isinstance(document, dict):
-        raise _damaged(path, "a JSON object was expected")
+        raise ValueError("a JSON object was expected")
+    if _depth(text) > MAX_DEPTH:
+        raise ValueError(f"more than {MAX_DEPTH} levels deep")
     return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return table
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return float(text)
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) >= 1 << 63:
+        raise ValueError(f"the number {text[:20]}... is beyond 64 bits")
+    return int(text)
+
+
+def _depth(text: bytes) -> int:
+    """Return how deep the brackets of JSON text are nested."""
+    depth = deepest = 0
+    for bracket in BRACKETS.findall(STRINGS.sub(b"", text)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
 
 
 def _spec(path: Path, name: str, entry: Any, data_start: int) -> Spec:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from demerge.errors import InputError, UsageError
-from demerge.headers import read_json
+from pydantic import Field
+
+from demerge.errors import UsageError
+from demerge.schema import Record, Span, Table, Texts, parse_record, read_record
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint
 
@@ -51,12 +51,48 @@ def refuse_differences(where: Path, record: Mapping[str, Any], options: Mapping[
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Record):
     """What a statistic was measured on: the timesteps, and the SHA-256 of the model's content."""
 
-    range: TimestepRange
-    model: str
+    range: Span
+    model_sha256: str
+    data: str = ""
+    data_fingerprint: str = ""
+
+    @property
+    def span(self) -> TimestepRange:
+        """The range as a value."""
+        return TimestepRange(*self.range)
+
+
+class Made(Record):
+    """How a statistic was made."""
+
+    inputs: Measured
+    options: Table = Field(default_factory=dict)
+    facts: Table = Field(default_factory=dict)
+    versions: Texts = Field(default_factory=dict)
+
+
+class StatsRecord(Record):
+    """A stats.json."""
+
+    format: Literal["demerge.stats/1"] = "demerge.stats/1"
+    fisher: Made | None = None
+    gram: Made | None = None
+
+
+def read_stats(folder: Path) -> dict[str, Made]:
+    """Return how the statistics in a folder were made, by their names; nothing where there is no record.
+
+    Raises:
+        InputError: where the record is damaged.
+    """
+    path = folder / STATS
+    if not path.is_file():
+        return {}
+    record = read_record(path, StatsRecord, fix=f"remove {path} and make the statistics again with `demerge stats`")
+    return {name: made for name in ("fisher", "gram") if (made := getattr(record, name)) is not None}
 
 
 def measured_on(statistic: Checkpoint) -> Measured | None:
@@ -67,14 +103,7 @@ def measured_on(statistic: Checkpoint) -> Measured | None:
     """
     file = statistic.place.files[0]
     text = statistic.metadata.get(MEASURED)
-    table = read_json(file.parent / STATS) if text is None and (file.parent / STATS).is_file() else {}
-    if text is None and file.stem not in table:
-        return None
-    try:
-        inputs = json.loads(text) if text is not None else table[file.stem]["inputs"]
-        start, stop = inputs["range"]
-        return Measured(TimestepRange(int(start), int(stop)), str(inputs["model_sha256"]))
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UsageError) as error:
-        where = file.parent / STATS if text is None else file
-        fix = f"remove {file} and make it again with `demerge stats`"
-        raise InputError(f"{where}: no range and model in the record of {file.stem}", fix=fix) from error
+    if text is None:
+        made = read_stats(file.parent).get(file.stem)
+        return None if made is None else made.inputs
+    return parse_record(text, Measured, f"{file}: {MEASURED}", fix=f"remove {file} and make it again with `demerge stats`")

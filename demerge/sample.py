@@ -14,7 +14,6 @@ timestep t - floor(T / S) is exact. `base` is the base's own scheduler with its 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from demerge.diffusion import Diffusion
-from demerge.errors import InputError, NumericalError, UsageError
+from demerge.errors import NumericalError, UsageError
+from demerge.expert import experts_in
 from demerge.images import to_uint8
 from demerge.randomness import key_of, normal
-from demerge.timesteps import Partition, TimestepRange
+from demerge.timesteps import Partition
 
 SAMPLERS = ("ddim", "base")
 
@@ -229,19 +229,6 @@ def load_routed(base: str | Path, experts: Path, *, device: str = "cpu") -> Diff
     Raises:
         InputError: where no expert is there, or their ranges do not cover [0, T).
     """
-    found = {}
-    for record in sorted(experts.glob("*/expert.json")):
-        found[_range_of(record)] = record.parent
-    if not found:
-        raise InputError(f"{experts}: no expert.json in its subfolders", fix="name the folder that `finetune -o` filled")
-    spans = sorted(found)
-    denoisers = [Diffusion.load(found[span], device=device).denoiser for span in spans]
-    return routed(Diffusion.load(base, device=device), Partition(tuple(spans)), denoisers)
-
-
-def _range_of(record: Path) -> TimestepRange:
-    try:
-        start, stop = json.loads(record.read_text(encoding="utf-8"))["range"]
-        return TimestepRange(int(start), int(stop))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{record}: no range of timesteps: {error}", fix="finetune the expert again") from error
+    found = experts_in(experts)
+    denoisers = [Diffusion.load(folder, device=device).denoiser for folder in found.values()]
+    return routed(Diffusion.load(base, device=device), Partition(tuple(found)), denoisers)

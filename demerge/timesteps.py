@@ -7,16 +7,19 @@ it is right for any number of inference steps and for float timesteps (DeMe, arX
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from demerge.errors import InputError, UsageError
 from demerge.files import commit_json
+from demerge.schema import Record, Span, read_record
+
+FIX = 'write {"ranges": [[0, 250], [250, 1000]]}'
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,6 +56,13 @@ class TimestepRange:
 
     def __contains__(self, t: float) -> bool:
         return self.start <= t < self.stop
+
+
+class PartitionRecord(Record):
+    """A partition.json."""
+
+    format: Literal["demerge.partition/1"] = "demerge.partition/1"
+    ranges: tuple[Span, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +132,10 @@ class Partition:
             InputError: where the file is no list of ranges [[0, 250], ...] under the key `ranges`.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            return cls(tuple(TimestepRange(int(a), int(b)) for a, b in document["ranges"]))
-        except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
-            raise InputError(f"{path}: not a partition: {error}", fix='write {"ranges": [[0, 250], [250, 1000]]}') from error
+            record = read_record(path, PartitionRecord, fix=FIX)
+            return cls(tuple(TimestepRange(*span) for span in record.ranges))
+        except (InputError, UsageError) as error:
+            raise InputError(f"{path}: not a partition: {error.what.removeprefix(f'{path}: ')}", fix=FIX) from error
 
     def save(self, path: Path) -> None:
         """Write `partition.json`."""

@@ -113,7 +113,7 @@ def test_experts_load_from_their_folder(tiny: Path, tmp_path: Path, add_expert: 
     with pytest.raises(InputError, match=r"no expert\.json"):
         load_routed(tiny, tmp_path / "nothing")
     (tmp_path / "0000-0500" / "expert.json").write_text("{}")
-    with pytest.raises(InputError, match="no range of timesteps"):
+    with pytest.raises(InputError, match="the key 'range' is missing"):
         load_routed(tiny, tmp_path)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from demerge.data import ImageData
 from demerge.errors import InputError, UsageError
+from demerge.expert import expert_of, expert_range
 from demerge.hashes import remembered_content
-from demerge.headers import read_json
-from demerge.merge.sources import Expert, expert_range
+from demerge.merge.sources import Expert
 from demerge.places import Place
 from demerge.timesteps import Partition
 from demerge.weights import Checkpoint, content_sha256, finite
@@ -83,6 +83,5 @@ def measured_on(
 
 def _data_of(place: Place) -> Any:
     """Return the fingerprint of the data that an expert's record says it was trained on."""
-    record = place.beside("expert.json")
-    inputs = read_json(record).get("inputs") if record is not None else None
-    return inputs.get("data_fingerprint") if isinstance(inputs, dict) else None
+    record = expert_of(place)
+    return None if record is None else record.inputs.get("data_fingerprint")

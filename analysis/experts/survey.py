@@ -29,10 +29,11 @@ from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.evaluate.losses import BLOCKS, range_losses
+from demerge.expert import expert_range
 from demerge.files import commit_dir, commit_json, commit_text, refuse_existing
 from demerge.lora import open_expert
 from demerge.merge.checks import refuse_unlike
-from demerge.merge.sources import Expert, expert_range, refuse_foreign
+from demerge.merge.sources import Expert, refuse_foreign
 from demerge.places import Place
 from demerge.records import versions
 from demerge.timesteps import Partition

@@ -43,9 +43,8 @@ from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.analysis.measurement.partial import Partial
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.files import refuse_small_disk
-from demerge.headers import read_json
 from demerge.memory import free_bytes
-from demerge.records import STATS
+from demerge.records import read_stats
 from demerge.stats import Collected, commit_statistic, inputs_of
 from demerge.stats.fisher import by_state_name
 from demerge.stats.record import is_there
@@ -248,8 +247,8 @@ class FisherFiles:
     def _recorded(self, span: TimestepRange) -> int:
         """Return of how many groups the file of a range is, or of those that are asked for where there is none."""
         try:
-            groups = read_json(self.folder / str(span) / STATS)[NAME]["options"]["groups"]
-        except (InputError, KeyError, TypeError):
+            groups = read_stats(self.folder / str(span))[NAME].options["groups"]
+        except (InputError, KeyError):
             groups = None
         return groups if type(groups) is int else self.fisher.groups
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.files import commit_file
+from demerge.headers import parse_json
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)
 
@@ -41,7 +42,7 @@ class Partial:
         """
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder is not None else ():
             with contextlib.suppress(*UNREADABLE), safetensors.safe_open(path, framework="pt") as file:
-                self._refuse_foreign(json.loads((file.metadata() or {})["demerge"]))
+                self._refuse_foreign(parse_json((file.metadata() or {})["demerge"]))
 
     def load(self, name: str, shape: Sequence[int]) -> Tensor | None:
         """Return a part [*shape], or None where it is not there or damaged, and is to be made again.
@@ -53,7 +54,7 @@ class Partial:
             return None
         try:
             with safetensors.safe_open(self._path(self.folder, name), framework="pt") as file:
-                there, values = json.loads((file.metadata() or {})["demerge"]), file.get_tensor("values")
+                there, values = parse_json((file.metadata() or {})["demerge"]), file.get_tensor("values")
         except UNREADABLE:
             return None
         self._refuse_foreign(there)

@@ -10,15 +10,16 @@ model       any other pipeline; and a folder of images, which is scored as it is
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demerge.errors import InputError, UsageError
+from demerge.errors import UsageError
 from demerge.evaluate.protocol import Kind
+from demerge.expert import EXPERT, read_expert
+from demerge.headers import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,13 @@ def kind_of(folder: Path) -> Kind:
     Raises:
         InputError: where a record is damaged.
     """
-    if (folder / "expert.json").is_file():
-        return "joint" if _is_whole(_record(folder / "expert.json"), folder) else "expert"
+    if (folder / EXPERT).is_file():
+        return "joint" if _is_whole(list(read_expert(folder / EXPERT).range), folder) else "expert"
     if (folder / "demerge.json").is_file():
-        experts = _record(folder / "demerge.json").get("experts")
+        experts = read_json(folder / "demerge.json").get("experts")
         known = [e for e in experts if isinstance(e, dict)] if isinstance(experts, list) else []
-        return "joint" if known and all(_is_whole(e, folder) for e in known) else "merge"
-    return "ensemble" if not _is_pipeline(folder) and any(folder.glob("*/expert.json")) else "model"
+        return "joint" if known and all(_is_whole(e.get("range"), folder) for e in known) else "merge"
+    return "ensemble" if not _is_pipeline(folder) and any(folder.glob(f"*/{EXPERT}")) else "model"
 
 
 def _entrant(name: str, source: str) -> Entrant:
@@ -101,17 +102,7 @@ def _is_pipeline(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
 
 
-def _is_whole(expert: dict[str, Any], folder: Path) -> bool:
+def _is_whole(span: Any, folder: Path) -> bool:
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    total = _record(scheduler).get("num_train_timesteps") if scheduler.is_file() else None
-    return total is not None and expert.get("range") == [0, total]
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}", fix="make the folder again") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: a JSON object was expected", fix="make the folder again")
-    return document
+    total = read_json(scheduler).get("num_train_timesteps") if scheduler.is_file() else None
+    return total is not None and span == [0, total]

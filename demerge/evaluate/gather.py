@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from demerge.evaluate.protocol import Scores
 from demerge.evaluate.records import load_scores, read_scores
 from demerge.pages import Exhibit
 from demerge.places import inside
+from demerge.schema import Record, read_record
 
 CAPTIONS = {
     "heatmap": "Similarity of the gradients of two timesteps on the base; above the diagonal its standard error.",
@@ -22,6 +22,12 @@ CAPTIONS = {
     "support": "How often cuts fall at each place when the groups of samples are resampled.",
     "strength": "Strength of the mean gradient, and how many samples its noise is worth.",
 }
+
+
+class Commands(Record):
+    """A commands.json: the command lines that made a run."""
+
+    commands: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +89,7 @@ def _caption(stem: str) -> str:
 
 
 def _commands(path: Path) -> tuple[str, ...]:
-    """Read the list of command lines that `demerge demo` leaves in its run folder, where there is one."""
+    """Read the command lines that `demerge demo` leaves in its run folder, where there is one."""
     if not path.is_file():
         return ()
-    try:
-        return tuple(map(str, json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a list of commands: {error}", fix="remove it") from error
+    return read_record(path, Commands, fix="remove it").commands

@@ -6,7 +6,6 @@ is its mean over sampling seeds. `demerge.evaluate.significance` says which diff
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +16,8 @@ from typing import Any, Literal
 from demerge.errors import ComparisonError, InputError, UsageError
 from demerge.evaluate.losses import RangeLosses
 from demerge.files import commit_json
+from demerge.headers import read_json
+from demerge.schema import checked
 
 FORMAT = "demerge.scores/1"
 Kind = Literal["real", "base", "joint", "expert", "ensemble", "merge", "model"]
@@ -120,22 +121,11 @@ class Scores:
         Raises:
             InputError: where the file is damaged or of another format.
         """
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document.pop("format") != FORMAT:
-                raise ValueError("unknown format")
-            losses = document.pop("losses")
-            ranges = losses and RangeLosses(tuple(losses["ranges"]), tuple(map(tuple, losses["blocks"])))
-            metrics = {str(key): float(value) for key, value in document.pop("metrics").items()}
-            protocol = Protocol(**_typed(document.pop("protocol")))
-            return cls(**document, metrics=metrics, protocol=protocol, losses=ranges or None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
-            raise InputError(f"{path}: not scores of demerge: {error}", fix="make them with `demerge evaluate`") from error
-
-
-def _typed(document: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = {f.name: int if f.type == "int" else str for f in fields(Protocol)}
-    return {key: kinds[key](value) for key, value in document.items()}
+        document = read_json(path)
+        fix = "make them with `demerge evaluate`"
+        if document.pop("format", None) != FORMAT:
+            raise InputError(f"{path}: not scores of demerge: it does not say '{FORMAT}'", fix=fix)
+        return checked(document, cls, f"{path}: not scores of demerge", fix=fix)
 
 
 @dataclass(frozen=True, slots=True)

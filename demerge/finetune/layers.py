@@ -9,19 +9,38 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import Field, JsonValue
 from torch import nn
 
 from demerge.conflict import layer_of, layers_of
 from demerge.diffusion import Diffusion
-from demerge.errors import InputError, UsageError
-from demerge.headers import read_json
+from demerge.errors import InputError
 from demerge.numerics import steady_norms
+from demerge.schema import Count, Record, Span, read_record
 from demerge.timesteps import TimestepRange
 
 FORMAT = "demerge.layers/1"
 NAMED = 3
+
+
+class Choice(Record):
+    """A layers.json: what is trained, the ranges and the base it was chosen for, and for people how it was chosen."""
+
+    format: Literal["demerge.layers/1"]
+    train: Annotated[tuple[str, ...], Field(min_length=1)]
+    ranges: tuple[Span, ...]
+    model: str
+    metric: str = ""
+    groups: Count = 0
+    share: float = 1.0
+    total: JsonValue = None
+    layers: JsonValue = None
+    curve: JsonValue = None
+    supported: bool = True
+    reason: str = ""
+    trained: float = 1.0
 
 
 def load_layers(path: Path, base: Diffusion) -> tuple[tuple[str, ...], tuple[TimestepRange, ...]]:
@@ -30,27 +49,14 @@ def load_layers(path: Path, base: Diffusion) -> tuple[tuple[str, ...], tuple[Tim
     Raises:
         InputError: where the file is none, is of another base, or names layers that the base does not have.
     """
-    document = read_json(path)
-    fix = "make it with `demerge layers MAP -o layers.json`"
-    if document.get("format") != FORMAT:
-        raise InputError(f"{path}: it does not say '{FORMAT}'", fix=fix)
-    names, spans = document.get("train"), document.get("ranges")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: train is no list of names of layers", fix=fix)
-    if document.get("model") != base.sha256:
+    chosen = read_record(path, Choice, fix="make it with `demerge layers MAP -o layers.json`")
+    if chosen.model != base.sha256:
         raise InputError(
-            f"{path} is of a base of sha256 {str(document.get('model'))[:16]}..., this one has {base.sha256[:16]}...",
+            f"{path} is of a base of sha256 {chosen.model[:16]}..., this one has {base.sha256[:16]}...",
             fix="give the base that its map was measured on, or measure this one with `demerge analyze --layers`",
         )
-    refuse_unknown_layers(base.denoiser, names, str(path))
-    return tuple(names), _ranges(spans, path, fix)
-
-
-def _ranges(spans: Any, path: Path, fix: str) -> tuple[TimestepRange, ...]:
-    try:
-        return tuple(TimestepRange(int(start), int(stop)) for start, stop in spans)
-    except (TypeError, ValueError, UsageError) as error:
-        raise InputError(f"{path}: ranges is no list of [start, stop]", fix=fix) from error
+    refuse_unknown_layers(base.denoiser, chosen.train, str(path))
+    return chosen.train, tuple(TimestepRange(*span) for span in chosen.ranges)
 
 
 def refuse_unknown_layers(denoiser: nn.Module, names: Iterable[str], where: str) -> None:

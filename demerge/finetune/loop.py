@@ -1,6 +1,6 @@
 """The loop over ranges: a base and data in, one expert folder per range out.
 
-    OUT/0000-0250/            a stock diffusers pipeline, expert.json, log.jsonl: whole or absent
+    OUT/0000-0250/            a stock diffusers pipeline, expert.json (base.json of a base), log.jsonl: whole or absent
     OUT/state/0000-0250/      checkpoints and log of an unfinished expert
 
 The same call again resumes each unfinished expert from its newest whole checkpoint and leaves finished ones alone. Joint
@@ -10,17 +10,17 @@ finetuning is the same loop on the range [0, T); a base is trained by it from ra
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
+from demerge.expert import read_expert
 from demerge.files import refuse_existing, refuse_small_disk
 from demerge.finetune.layers import digest, refuse_unknown_layers, trained_parameters
 from demerge.finetune.options import FinetuneOptions
-from demerge.finetune.run import Progress, Run
+from demerge.finetune.run import Progress, Run, record_name
 from demerge.finetune.state import disk_bytes
 from demerge.records import refuse_differences
 from demerge.timesteps import TimestepRange
@@ -51,7 +51,7 @@ def finetune(
     for span in ranges:
         if span.stop > base.T:
             raise UsageError(f"range {span} reaches beyond the base's {base.T} timesteps", fix=f"stay in [0, {base.T})")
-        if not (out / str(span) / "expert.json").is_file():
+        if not (out / str(span) / record_name(base)).is_file():
             refuse_existing(out / str(span))
     _refuse_other_ranges(out, ranges)
     refuse_unknown_layers(base.denoiser, layers or (), "layers")
@@ -59,9 +59,10 @@ def finetune(
     facts = {"base_sha256": base.sha256, "data": data.name, "data_fingerprint": data.fingerprint}
     inputs = {**facts, "layers_sha256": digest(layers)}
     for span in ranges:
-        done = out / str(span) / "expert.json"
+        done = out / str(span) / record_name(base)
         if done.is_file():
-            refuse_differences(done.parent, json.loads(done.read_text(encoding="utf-8")), options.document(), inputs)
+            recorded = read_expert(done)
+            refuse_differences(done.parent, recorded.model_dump(), options.document(), inputs)
             continue
         run = Run.begin(base, data, span, options, out / "state" / str(span), inputs, layers)
         yield from run.train(stop)

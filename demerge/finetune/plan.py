@@ -12,6 +12,7 @@ from demerge.errors import UsageError
 from demerge.finetune.layers import load_layers, trained_parameters
 from demerge.finetune.objective import loss_weights
 from demerge.finetune.options import FinetuneOptions
+from demerge.finetune.run import record_name
 from demerge.finetune.state import disk_bytes
 from demerge.timesteps import Partition, TimestepRange
 
@@ -50,7 +51,7 @@ class Plan:
     @property
     def finished_steps(self) -> int:
         """Steps of the experts that are there already."""
-        return sum((self.out / str(r) / "expert.json").is_file() for r in self.ranges) * self.options.max_train_steps
+        return sum((self.out / str(r) / record_name(self.base)).is_file() for r in self.ranges) * self.options.max_train_steps
 
     @property
     def trained(self) -> int:

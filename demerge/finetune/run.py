@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion, squared_error
 from demerge.errors import NumericalError, Preempted
+from demerge.expert import BASE, EXPERT, FORMAT
 from demerge.files import append_line, commit_dir, commit_json, truncate
 from demerge.finetune.layers import freeze_others
 from demerge.finetune.objective import consistency_weight, draw_timesteps, learning_rate, loss_weights
@@ -35,6 +36,11 @@ from demerge.timesteps import TimestepRange
 
 LOG_BINS = 10
 MAX_BAD_STEPS = 5
+
+
+def record_name(base: Diffusion) -> str:
+    """Return the name of the record of what is trained from `base`: of a random start, a base and not an expert."""
+    return EXPERT if base.folder is not None else BASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,16 +243,16 @@ class Run:
         if snapshot is None:
             log.unlink(missing_ok=True)
             return
-        refuse_differences(self.folder, snapshot.record, self.options.document(), self.inputs)
+        refuse_differences(self.folder, snapshot.record.model_dump(), self.options.document(), self.inputs)
         for name, parameter in self.parameters.items():
             parameter.copy_(snapshot.tensors[f"model.{name}"])
             self.ema[name].copy_(snapshot.tensors[f"ema.{name}"])
         restore_optimizer(self.optimizer, self.parameters, snapshot.tensors)
-        self.step, self.skipped = snapshot.record["step"], snapshot.record["skipped"]
+        self.step, self.skipped = snapshot.record.step, snapshot.record.skipped
         if "window.t" in snapshot.tensors:
             self.window = [(snapshot.tensors["window.t"], snapshot.tensors["window.error"])]
         if log.exists():
-            truncate(log, min(log.stat().st_size, snapshot.record["log_bytes"]))
+            truncate(log, min(log.stat().st_size, snapshot.record.log_bytes))
 
     def finish(self, path: Path) -> None:
         """Write the averaged, folded expert as a stock pipeline with `expert.json` and its log, whole or absent."""
@@ -260,7 +266,7 @@ class Run:
             if log.exists():
                 shutil.copyfile(log, temporary / "log.jsonl")
             record = {
-                "format": "demerge.expert/1",
+                "format": FORMAT,
                 "range": [self.range.start, self.range.stop],
                 "base_sha256": self.inputs["base_sha256"],
                 "steps": self.step,
@@ -269,7 +275,7 @@ class Run:
                 "inputs": self.inputs,
                 "options": self.options.document(),
             }
-            commit_json(temporary / "expert.json", record)
+            commit_json(temporary / record_name(self.base), record)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _add_fisher(self, folder: Path, expert: Diffusion) -> None:

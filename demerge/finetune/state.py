@@ -8,7 +8,6 @@ the step are the whole state, and a resumed run ends bit-identical to an uninter
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from demerge.errors import InputError
 from demerge.files import commit_dir, commit_file, commit_json, sha256
+from demerge.schema import Count, Record, Table, read_record
+
+
+class Manifest(Record):
+    """The record of a checkpoint."""
+
+    step: Count
+    skipped: Count
+    log_bytes: Count
+    options: Table
+    inputs: Table
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +39,7 @@ class Snapshot:
     """A training state: flat tensors by name, and the record beside them."""
 
     tensors: dict[str, Tensor]
-    record: dict[str, Any]
+    record: Manifest
 
 
 def disk_bytes(parameters: int, experts: int, trained: int) -> int:
@@ -51,10 +63,10 @@ def newest_state(folder: Path) -> Snapshot | None:
     """Return the newest checkpoint that is whole, or None."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            record = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            if sha256(path / "tensors.safetensors") == record["sha256"]:
+            record = read_record(path / "manifest.json", Manifest, fix=f"remove {path}")
+            if sha256(path / "tensors.safetensors") == record.sha256:
                 return Snapshot(safetensors.torch.load_file(path / "tensors.safetensors"), record)
-        except (OSError, ValueError, KeyError):
+        except (OSError, InputError):
             continue
     return None
 

@@ -102,13 +102,13 @@ def _contradiction(
     """Return how a record contradicts an expert, empty where it does not."""
     if record is None:
         return ""
-    if span is not None and record.range != span:
-        return f"on {record.range}, not on {span}"
+    if span is not None and record.span != span:
+        return f"on {record.span}, not on {span}"
     if not (models and isinstance(base, Checkpoint) and isinstance(expert, Checkpoint)):
         return ""
-    if record.model == remembered_content(base) or record.model == remembered_content(expert):
+    if record.model_sha256 == remembered_content(base) or record.model_sha256 == remembered_content(expert):
         return ""
-    return f"at a model of sha256 {record.model[:16]}..., which is neither this expert's nor the base's"
+    return f"at a model of sha256 {record.model_sha256[:16]}..., which is neither this expert's nor the base's"
 
 
 def _called(tensors: Mapping[str, Any], i: int) -> str:

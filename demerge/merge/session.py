@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from demerge.errors import InputError, ResourceError, UsageError
+from demerge.expert import expert_range
 from demerge.lora import Adapter, open_expert
 from demerge.memory import free_bytes
 from demerge.merge.checks import Tensors, refuse_missing_inputs, refuse_unlike, settle_weights
@@ -36,7 +37,7 @@ from demerge.merge.recipe.rules import select
 from demerge.merge.registry import find
 from demerge.merge.resident import Dtype, Weights, bytes_needed, load
 from demerge.merge.schedule import snr_of
-from demerge.merge.sources import expert_range, refuse_foreign, scheduler_config
+from demerge.merge.sources import refuse_foreign, scheduler_config
 from demerge.merge.stream import CHUNK, Reader
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint

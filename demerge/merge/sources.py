@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import InputError, UsageError
+from demerge.expert import expert_of, expert_range
 from demerge.hashes import remembered_content
 from demerge.headers import read_json
 from demerge.lora import Adapter
@@ -17,22 +18,6 @@ from demerge.weights import Checkpoint
 
 Hashes = Mapping[Path, str]
 Expert = Checkpoint | Adapter
-
-
-def expert_range(place: Place) -> TimestepRange | None:
-    """Return the range that an expert's record names, or None where it has no record.
-
-    Raises:
-        InputError: where the record is damaged.
-    """
-    record = place.beside("expert.json")
-    if record is None:
-        return None
-    try:
-        start, stop = read_json(record)["range"]
-        return TimestepRange(int(start), int(stop))
-    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
-        raise InputError(f"{record}: no range [start, stop] in it", fix="use the expert.json that finetune wrote") from error
 
 
 def range_of(place: Place, asked: Source) -> TimestepRange | None:
@@ -74,11 +59,11 @@ def refuse_foreign(base: Checkpoint, experts: Sequence[Expert]) -> None:
     Raises:
         InputError: naming both.
     """
-    asked = [(e, read_json(record).get("base_sha256")) for e in experts if (record := e.place.beside("expert.json"))]
-    if any(isinstance(hash_, str) for _, hash_ in asked):
+    asked = [(e, record.base_sha256) for e in experts if (record := expert_of(e.place))]
+    if any(hash_ is not None for _, hash_ in asked):
         found = remembered_content(base)
         for expert, hash_ in asked:
-            if isinstance(hash_, str) and hash_ != found:
+            if hash_ is not None and hash_ != found:
                 raise InputError(
                     f"{expert.place.path} was finetuned from a base of sha256 {hash_[:16]}..., "
                     f"{base.place.path} has {found[:16]}...",

@@ -16,8 +16,7 @@ from typing import Any
 from demerge.data import ImageData
 from demerge.errors import InputError
 from demerge.files import commit_json
-from demerge.headers import read_json
-from demerge.records import MEASURED, STATS, refuse_differences, versions
+from demerge.records import MEASURED, STATS, read_stats, refuse_differences, versions
 from demerge.stats.examples import Collected
 from demerge.timesteps import TimestepRange
 from demerge.weights import commit_tensors
@@ -45,10 +44,10 @@ def is_there(folder: Path, name: str, inputs: Mapping[str, Any], options: Mappin
     """
     if not (folder / f"{name}.safetensors").is_file():
         return False
-    record = _record(folder).get(name)
-    if not isinstance(record, dict):
+    record = read_stats(folder).get(name)
+    if record is None:
         raise InputError(f"{folder / name}.safetensors is not recorded in {RECORD}", fix="remove it, or choose another folder")
-    refuse_differences(folder / f"{name}.safetensors", record, options, inputs)
+    refuse_differences(folder / f"{name}.safetensors", record.model_dump(mode="json"), options, inputs)
     return True
 
 
@@ -62,9 +61,6 @@ def commit_statistic(
         "facts": dict(collected.facts),
         "versions": versions("demerge", "diffusers", "numpy", "torch"),
     }
-    commit_json(folder / RECORD, {"format": FORMAT, **_record(folder), name: made})
+    others = {other: record.model_dump(mode="json", exclude_unset=True) for other, record in read_stats(folder).items()}
+    commit_json(folder / RECORD, {"format": FORMAT, **others, name: made})
     commit_tensors(folder / f"{name}.safetensors", collected.tensors, {MEASURED: json.dumps(made["inputs"], sort_keys=True)})
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}

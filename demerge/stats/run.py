@@ -17,6 +17,7 @@ from typing import Any
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
+from demerge.expert import EXPERT, expert_range
 from demerge.files import refuse_small_disk
 from demerge.hashes import remembered_content
 from demerge.stats.examples import Collected
@@ -167,9 +168,7 @@ def _folders(
     model: str, checkpoint: Checkpoint, T: int, ranges: str | None, out: Path | None
 ) -> list[tuple[TimestepRange, Path]]:
     """Return the ranges that are asked for and where their statistics go."""
-    from demerge.merge.sources import expert_range
-
-    record, own = checkpoint.place.beside("expert.json"), expert_range(checkpoint.place)
+    record, own = checkpoint.place.beside(EXPERT), expert_range(checkpoint.place)
     if ranges is None and own is None:
         raise UsageError(f"{model} is no expert with a range of its own", fix="give --ranges, for example uniform:4")
     spans = _spans(ranges, T) if ranges is not None else [own] if own else []

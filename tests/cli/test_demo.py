@@ -21,7 +21,7 @@ def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:  # type: ignore
     kinds = table["kind"].value_counts()
     assert kinds["merge"] >= 5
     assert {"base", "joint", "ensemble"} <= set(kinds.index)
-    commands = [shlex.split(line) for line in json.loads((out / "commands.json").read_text())]
+    commands = [shlex.split(line) for line in json.loads((out / "commands.json").read_text())["commands"]]
     assert {words[1] for words in commands} == {"analyze", "finetune", "stats", "merge", "evaluate", "compare"}
     assert all(words[0] == "demerge" for words in commands)
     assert run("demo", "-o", out, *small).code == 0

@@ -46,6 +46,13 @@ def test_random_start_needs_no_base(run, tmp_path: Path) -> None:  # type: ignor
     assert (
         run("finetune", config, "--init", "random", "--ranges", "joint", "-o", out, *FAST, "--save-dtype", "float16").code == 0
     )
+    from demerge.evaluate.entrants import kind_of
+
+    made = {path.name: path.read_bytes() for path in (out / "0000-0100").glob("*.json*")}
+    assert set(made) == {"base.json", "log.jsonl", "model_index.json"}  # a base is no control, hence no expert.json
+    assert kind_of(out / "0000-0100") == "model"
+    again = run("finetune", config, "--init", "random", "--ranges", "joint", "-o", out, *FAST, "--save-dtype", "float16")
+    assert (again.code, {path.name: path.read_bytes() for path in (out / "0000-0100").glob("*.json*")}) == (0, made)
     assert run("sample", out / "0000-0100", "-n", 1, "--steps", 2, "-o", tmp_path / "i", "--device", "cpu").code == 0
 
 

@@ -153,16 +153,17 @@ def test_a_choice_is_read(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "demerge.layers/2"}, "does not say"),
-        ({"train": []}, "train is no list"),
-        ({"train": "conv_out"}, "train is no list"),
-        ({"train": [["conv_out"]]}, "train is no list"),
+        ({"format": "demerge.layers/2"}, "format: must be"),
+        ({"train": []}, "train: .* at least 1 item"),
+        ({"train": "conv_out"}, "train: must be a valid array"),
+        ({"train": [["conv_out"]]}, r"train\[0\]: must be a valid string"),
         ({"train": ["conv_out", "nowhere"]}, "no layer nowhere"),
         ({"model": "0" * 64}, "sha256 0000000000000000"),
-        ({"model": None}, "sha256 None"),
-        ({"ranges": None}, "ranges is no list"),
-        ({"ranges": [[500, 0]]}, "ranges is no list"),
-        ({"ranges": [[0]]}, "ranges is no list"),
+        ({"model": None}, "model: must be a valid string, found null"),
+        ({"trian": ["conv_out"]}, "unknown key 'trian'"),
+        ({"ranges": None}, "ranges: must be a valid array"),
+        ({"ranges": [[500, 0]]}, r"ranges\[0\]: must be \[start, stop\]"),
+        ({"ranges": [[0]]}, r"missing in ranges\[0\]"),
     ],
 )
 def test_other_files_are_refused(tiny: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -75,7 +75,7 @@ def test_the_record_beside_older_files_counts_too(tiny: Path, experts: list[Path
     with pytest.raises(InputError, match="was measured on 0500-1000"):
         merged(tiny, experts, "fisher", files[::-1])
     (files[1].parent / "stats.json").write_text(json.dumps({"fisher": {"inputs": {"range": "all"}}}))
-    with pytest.raises(InputError, match=r"stats\.json: no range and model in the record of fisher"):
+    with pytest.raises(InputError, match=r"stats\.json: fisher\.inputs\.range: must be a valid array"):
         merged(tiny, experts, "fisher", files)
     for file in files:
         (file.parent / "stats.json").unlink()
