@@ -30,8 +30,8 @@ def convert(source: Path, out: Path, *, allow_pickle: bool = False, key: str | N
         key: which table of the file holds the weights, where there are several, for example state_dict.
 
     Raises:
-        UsageError: where `allow_pickle` is false or `out` does not end in .safetensors.
-        InputError: where the file holds more than tensors and plain values, no table of tensors, or `out` exists.
+        UsageError: where `allow_pickle` is false, or `out` does not end in .safetensors or exists.
+        InputError: where the file holds more than tensors and plain values, or no table of tensors.
         ResourceError: where the disk does not suffice.
     """
     if not allow_pickle:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from demerge.errors import InputError, ResourceError
+from demerge.errors import ResourceError, UsageError
 
 
 def commit_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
@@ -60,7 +60,7 @@ def commit_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
     With `replace`, a folder that is there already is moved aside first and deleted once the new one is in place.
 
     Raises:
-        InputError: where the folder is there already and `replace` is false.
+        UsageError: if the folder exists already and `replace` is false.
         ResourceError: where the disk is full or the folder cannot be written.
     """
     path = Path(path)
@@ -99,11 +99,11 @@ def refuse_existing(path: Path, replace: bool = False) -> None:
     """Refuse to write over what is there, unless `replace`.
 
     Raises:
-        InputError: where `path` exists and is not an empty folder.
+        UsageError: if `path` exists and is not an empty folder.
     """
     if replace or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    raise InputError(f"{path} exists already", fix="choose another place or remove it first")
+    raise UsageError(f"{path} exists already", fix="choose another place or remove it first")
 
 
 def refuse_small_disk(out: Path, needed: int) -> None:

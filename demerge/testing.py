@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class Case:
         method = method.under(asked)
         grams = [_grams(tensors) for tensors in self.inputs]
         inputs = {name: grams if name in method.partial else self.inputs for name in method.inputs}
-        ranges = [TimestepRange(0, 250)] * len(self.experts)
-        job = Merge(method, self.base, self.experts, self.weights, asked, inputs, ranges=ranges)
+        ranges, snr = [TimestepRange(0, 250)] * len(self.experts), torch.linspace(100, 0.01, 250, dtype=torch.float64)
+        job = Merge(method, self.base, self.experts, self.weights, asked, inputs, ranges=ranges, snr=snr)
         return {name: _join(job, name) for name in self.base}
 
 
@@ -135,6 +136,27 @@ def off_is_the_mean(method: Method, seed: int) -> None:
     _assert_close(merged, mean)
 
 
+def weight_zero_is_left_out(method: Method, seed: int) -> None:
+    """An expert of weight 0 changes nothing, with any two choices: the merge is that of the other experts."""
+    case, silent = Case.random(seed, K=3), Case.random(seed + 1, K=1)
+    place = 3 if method.draws else 1  # random masks depend on the place of an expert: there the others keep theirs
+    lists = ((case.experts, silent.experts), (case.weights, [0.0]), (case.inputs, silent.inputs))
+    more = Case(case.base, *([*given[:place], *other, *given[place:]] for given, other in lists))
+    for options in list(_pairs_of_choices(method))[seed % 3 :: 3]:  # all of them over three seeds
+        try:
+            _assert_close(more.merge(method, **options), case.merge(method, **options))
+        except AssertionError as error:
+            raise AssertionError(f"{options or 'default options'}: {error}") from error
+
+
+def _pairs_of_choices(method: Method) -> Iterator[dict[str, Any]]:
+    """Yield the defaults, and all choices of each two options that have choices."""
+    chosen = [[(name, choice) for choice in option.choices] for name, option in method.options.items() if option.choices]
+    yield {}
+    for one, other in combinations([*chosen, [("", "")]], 2):
+        yield from ({name: choice for name, choice in pair if name} for pair in product(one, other))
+
+
 def finite_stays_finite(method: Method, seed: int) -> None:
     """Deltas of any scale from 0 to 1e10, identical experts and inputs of 0 give finite numbers."""
     for scale in SCALES:
@@ -152,6 +174,7 @@ PROPERTIES: tuple[Property, ...] = (
     order_does_not_matter,
     one_expert_is_itself,
     off_is_the_mean,
+    weight_zero_is_left_out,
     finite_stays_finite,
 )
 

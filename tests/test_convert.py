@@ -141,6 +141,6 @@ def test_keeps_what_is_there(source: Path) -> None:
     torch.save(WEIGHTS, source)
     out = source.with_suffix(".safetensors")
     out.write_bytes(b"mine")
-    with pytest.raises(InputError, match="exists"):
+    with pytest.raises(UsageError, match="exists"):
         convert(source, out, allow_pickle=True)
     assert out.read_bytes() == b"mine"

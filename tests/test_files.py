@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from demerge.errors import InputError, ResourceError
+from demerge.errors import ResourceError, UsageError
 from demerge.files import append_line, commit_dir, commit_file, commit_json, commit_text, sha256, truncate
 
 
@@ -193,7 +193,7 @@ def test_an_existing_folder_is_kept_unless_replaced(tmp_path):
     (tmp_path / "d").mkdir()
     with commit_dir(tmp_path / "d") as temporary:
         (temporary / "x").write_text("one")
-    with pytest.raises(InputError, match="exists already"), commit_dir(tmp_path / "d"):
+    with pytest.raises(UsageError, match="exists already"), commit_dir(tmp_path / "d"):
         pass
     with commit_dir(tmp_path / "d", replace=True) as temporary:
         (temporary / "y").write_text("two")
@@ -226,7 +226,7 @@ def test_a_folder_moved_aside_by_one_who_died_is_put_back(tmp_path):
     aside = tmp_path / f".d.{ended_process()}.old.tmp"
     aside.mkdir()
     (aside / "x").write_text("old")
-    with pytest.raises(InputError, match="exists already"), commit_dir(tmp_path / "d"):
+    with pytest.raises(UsageError, match="exists already"), commit_dir(tmp_path / "d"):
         pass
 
 

@@ -116,8 +116,8 @@ def prepare(
         per: what has weights of its own: `model`, `block`, or `layer`, a module with tensors of its own.
 
     Raises:
-        UsageError: where an argument is wrong or the experts have no ranges that make a partition.
-        InputError: where a model or the data cannot be read, or the experts do not fit the base, or `out` exists.
+        UsageError: where an argument is wrong, `out` exists, or the experts have no ranges that make a partition.
+        InputError: where a model or the data cannot be read, or the experts do not fit the base.
         ResourceError: where memory does not suffice.
     """
     if out.suffix != ".json":

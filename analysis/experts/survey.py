@@ -193,8 +193,8 @@ def prepare(
         plane: two places among the experts from 0 on, as 0,3; auto for the two that agree least, where there are two; none.
 
     Raises:
-        UsageError: where an argument is wrong, or the experts have no ranges that make a partition.
-        InputError: where a model or the data cannot be read, or an expert does not fit the base, or `out` exists.
+        UsageError: where an argument is wrong, `out` exists, or the experts have no ranges that make a partition.
+        InputError: where a model or the data cannot be read, or an expert does not fit the base.
     """
     if out is not None:
         refuse_existing(out)

@@ -69,8 +69,7 @@ class Plan:
         """Write the merge, whole or not at all; with `report`, a folder of diagnostics of what it did as well.
 
         Raises:
-            UsageError: where `out` has the name of a pickle.
-            InputError: where `out` or `report` exists.
+            UsageError: where `out` has the name of a pickle, or `out` or `report` exists.
             ResourceError: where the disk does not suffice.
             NumericalError: where the result is not finite.
         """

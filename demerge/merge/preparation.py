@@ -62,8 +62,8 @@ def merge(
         asked: the method, its options and more, see `Asked`.
 
     Raises:
-        UsageError: where method, options, weights or rules are wrong.
-        InputError: where a file is damaged, the experts do not fit the base, or `out` exists.
+        UsageError: where method, options, weights or rules are wrong, or `out` exists.
+        InputError: where a file is damaged, or the experts do not fit the base.
         ResourceError: where the disk does not suffice.
         NumericalError: where the result is not finite.
     """

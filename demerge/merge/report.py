@@ -43,7 +43,7 @@ def write_report(out: Path, diagnosis: Diagnosis, recipe: Recipe) -> Path:
     """Write the report into the new folder `out` and return the path of its page.
 
     Raises:
-        InputError: where the folder exists.
+        UsageError: if the folder exists.
     """
     drawn: Mapping[str, Draw] = {
         "lengths": partial(lengths, diagnosis),

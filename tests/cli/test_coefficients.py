@@ -90,7 +90,7 @@ def test_the_same_again_is_the_same_to_the_byte(run: Run, tiny: Path, experts: l
     ("changes", "code", "message"),
     [
         (("-o", "w.txt"), 2, "is no name for a file of weights"),
-        (("-o", "there.json"), 3, "exists already"),
+        (("-o", "there.json"), 2, "exists already"),
         (("--per", "tensor"), 2, "per 'tensor' is unknown"),
         (("--ranges", "unifrom:2"), 2, "neither uniform:N"),
         (("--samples", 4), 2, "4 samples per range do not fill 5 groups"),

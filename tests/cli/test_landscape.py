@@ -129,7 +129,7 @@ def test_an_expert_that_is_the_base_moves_nothing(run: Run, tiny: Path, experts:
         (("--split", "none"), 2, "split 'none' is unknown"),
         (("--data", "/nowhere"), 3, "/nowhere"),
         (("--merged", "/nowhere"), 3, "/nowhere"),
-        (("-o", "there"), 3, "exists already"),
+        (("-o", "there"), 2, "exists already"),
     ],
 )
 def test_refusals(

@@ -78,7 +78,7 @@ def test_ranges_of_one_folder_do_not_overlap_and_keep_their_states(tiny: Path, d
 def test_a_foreign_folder_is_refused_before_training(tiny: Path, data: ImageData, tmp_path: Path) -> None:
     (tmp_path / str(SPAN)).mkdir()
     (tmp_path / str(SPAN) / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         next(finetune(Diffusion.load(tiny), data, [SPAN], FAST, tmp_path))
 
 

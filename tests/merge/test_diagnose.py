@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from demerge.errors import InputError
+from demerge.errors import UsageError
 from demerge.merge import Recipe, prepare
 from demerge.merge.diagnose import Sums, table
 
@@ -153,6 +153,6 @@ def test_a_pipeline_and_an_adapter_have_a_report_too(
     result = prepare(Recipe.of(tiny, [other], out_rank=2)).run(tmp_path / "lora", tmp_path / "lora-report")
     assert result.adapter is not None and 0 < result.adapter.share < 1
     assert (tmp_path / "lora-report" / "index.html").is_file()
-    with pytest.raises(InputError, match="report exists already"):
+    with pytest.raises(UsageError, match="report exists already"):
         prepare(Recipe.of(tiny, [other])).run(tmp_path / "new", tmp_path / "report")
     assert not (tmp_path / "new").exists()

@@ -40,6 +40,9 @@ GOLDEN: list[tuple[str, dict[str, Any], list[list[float]], list[float], list[flo
     ("consensus", {"threshold": 0.5}, [[2, 2, 4], [2, -2, 0]], [1, 1], [5, 1, 1]),
     ("consensus", {"threshold": 0.5, "k": 1}, [[2, 2, 4], [2, -2, 0]], [1, 1], [5, 1, 5]),
     ("consensus", {"threshold": 3}, [[2, 2, 4], [2, -2, 0]], [1, 1], [1, 1, 1]),
+    # four that agree need it, for each threshold below 1; against their sum, as in the paper, none does
+    ("consensus", {"k": 4}, [[2, -2]] * 4, [1, 1, 1, 1], [9, -7]),
+    ("consensus", {"preset": "paper"}, [[2, -2]] * 4, [1, 1, 1, 1], [1, 1]),
     # disjoint means [2 2 4], the even column by the majority +
     ("consensus", {"of": "ties", "density": 1, "k": 2}, [[2, 2, 4], [2, -2, 0]], [1, 1], [3, 3, 1]),
     # n = 8, k = 4, t = 2: ranks 3 to 6 stay
@@ -98,9 +101,10 @@ def magmax(deltas: Rows, weights: Rows) -> Rows:
     return weighed[np.abs(weighed).argmax(0), np.arange(deltas.shape[1])]
 
 
-def consensus(deltas: Rows, weights: Rows, threshold: float = 0.4, k: int = 2) -> Rows:
+def consensus(deltas: Rows, weights: Rows, threshold: float = 0.4, k: int = 2, others: str = "mean") -> Rows:
     merged = relative(weights) @ deltas
-    masks = [np.abs(delta) > threshold * np.abs(merged - delta) for delta in deltas]
+    n = max(1, len(weights) - 1) if others == "mean" else 1
+    masks = [np.abs(delta) > threshold * np.abs(merged - delta) / n for delta in deltas]
     return (weights @ deltas) * (sum(m.astype(int) for m in masks) >= min(k, len(weights)))
 
 
@@ -192,6 +196,7 @@ ORACLES: dict[str, Callable[..., Rows]] = {
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ORACLES),
     ("consensus", {"threshold": 0.7, "k": 1}),
+    ("consensus", {"others": "sum"}),
     ("breadcrumbs", {"density": 0.4, "gamma": 0.2}),
     ("sce", {"density": 0.5}),
     ("pcb", {"density": 0.6, "clip": 0.1}),
@@ -248,6 +253,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("breadcrumbs", {"then": "ties", "rescale": "l1", "undecided": "plus", "mean": "none"}),
     ("della", {}),
     ("della", {"ranks": "tensor", "rescale": "l1", "then": "linear"}),
+    ("della", {"preset": "mergekit"}),
     ("della", {"rescale": "none", "undecided": "plus", "mean": "none"}),
     ("sce", {"density": 1.0, "coefficients": "none"}),
     ("pcb", {"density": 0.9}),
@@ -361,6 +367,15 @@ def test_della_ranks_by_row_and_drops_the_small_ones_more_often() -> None:
     assert abs(float(kept.mean()) - 0.5) < 0.02
     assert abs(float(kept[:, :1000].mean()) - 0.23) < 0.03 and abs(float(kept[:, -1000:].mean()) - 0.77) < 0.03
     assert abs(float(merged.double().sum() / delta.double().sum()) - 1) < 0.02  # p is divided out
+
+
+def test_della_as_in_mergekit_ranks_a_kernel_along_its_second_axis() -> None:
+    """Of entries that differ along the second axis alone the larger are kept more often, at each place of a kernel."""
+    delta = torch.arange(1.0, 1001).view(1, 1000, 1, 1).expand(5, 1000, 3, 3).contiguous()
+    options = {"preset": "mergekit", "density": 0.5, "epsilon": 0.3, "then": "linear"}
+    merged = merge_tensors({"w": torch.zeros_like(delta)}, [{"w": delta}], "della", options=options, weights=[1.0])["w"]
+    share = (merged != 0).double().mean((0, 2, 3))
+    assert abs(float(share[:100].mean()) - 0.23) < 0.03 and abs(float(share[-100:].mean()) - 0.77) < 0.03
 
 
 def test_oracle_of_della() -> None:

@@ -45,6 +45,15 @@ def test_check_method_finds_a_wrong_method() -> None:
         check_method(forgets_the_base)
 
 
+def test_check_method_finds_a_method_in_which_weight_zero_has_a_say() -> None:
+    def counts_all(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
+        merged = base + torch.einsum("k,k...->...", weights, deltas)
+        return merged + 1e-3 * (deltas.amax(0) - deltas.amin(0))
+
+    with pytest.raises(AssertionError, match="An expert of weight 0 changes nothing"):
+        check_method(counts_all)
+
+
 def test_check_method_finds_methods_that_write_into_arguments_or_fail() -> None:
     def writes(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
         return deltas.mul_(weights.view(-1, *[1] * base.ndim)).sum(0) + base
@@ -108,6 +117,15 @@ def test_golden_fisher() -> None:
     fishers = [{"w": torch.tensor([1.0, 3, 0])}, {"w": torch.tensor([1.0, 1, 0])}]
     merged = merge_tensors(base, experts, "fisher", weights=[1, 3], inputs={"fisher": fishers})
     assert merged["w"].tolist() == [2.5, 4.0, 7.0]  # (1+9)/4, (6+18)/6, the mean (4+24)/4
+
+
+@pytest.mark.parametrize(("name", "options"), [("fisher", {}), ("regmean", {}), ("range_weighted", {"by": "fisher"})], ids=str)
+def test_a_negative_weight_under_a_divisor_that_may_vanish_is_refused(name: str, options: dict[str, Any]) -> None:
+    base, experts = {"w": torch.zeros(2, 2)}, [{"w": torch.ones(2, 2)}, {"w": torch.full((2, 2), 3.0)}]
+    inputs = {"fisher": [{"w": torch.ones(2, 2)}] * 2, "gram": [{"w": torch.eye(2)}] * 2}
+    ranges = [TimestepRange(0, 250)] * 2
+    with pytest.raises(UsageError, match=r"the weight -0\.9 is negative"):
+        merge_tensors(base, experts, name, weights=[1, -0.9], options=options, inputs=inputs, ranges=ranges)
 
 
 def test_fisher_normalised_by_the_model_forgets_the_scale_of_each_fisher() -> None:

@@ -196,7 +196,7 @@ def test_an_output_that_exists_is_refused(tiny: Path, tune: Tune, tmp_path: Path
     (tmp_path / "out" / "mine").touch()
     (tmp_path / "o.safetensors").touch()
     for out in ("out", "o.safetensors"):
-        with pytest.raises(InputError, match="exists already"):
+        with pytest.raises(UsageError, match="exists already"):
             merge(tiny, [tiny], tmp_path / out, method="average")
 
 

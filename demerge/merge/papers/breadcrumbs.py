@@ -6,7 +6,8 @@
 
 Exactly k entries are kept: of equal magnitudes the first in the tensor has the smaller rank. Differs from the paper,
 which keeps what lies between two quantiles, by counting; so tensors too small for gamma n >= 1 lose no outlier, and none
-is left without an entry.
+is left without an entry. Differs from the authors' program, which ranks the entries of each row of the last axis by
+themselves; there is no preset for it. `preset=mergekit` differs from mergekit for gamma n < 1, where mergekit's tensor is 0.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _factor_scope(options: Mapping[str, Any]) -> Scope | None:
         Statistic("factor", factors, _factor_scope),
         Statistic("majority", majority, majority_scope),
     ),
-    presets={"authors": {}, "mergekit": {"undecided": "plus", "mean": "none"}},
+    presets={"mergekit": {"undecided": "plus", "mean": "none"}},
     off={"density": 1.0},
 )
 def breadcrumbs(

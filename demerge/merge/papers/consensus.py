@@ -2,16 +2,20 @@
 
     tau_MTL = sum_i r_i tau_i                                        (of = linear, r_i = w_i / max_j abs(w_j))
     tau_MTL = the merged task vector of TIES                         (of = ties, with `density`)
-    m_i     = [abs(tau_i) > lambda_t abs(tau_MTL - tau_i)]           expert i needs the entry
+    m_i     = [abs(tau_i) > lambda_t abs(tau_MTL - tau_i) / n]       expert i needs the entry
     theta   = theta_0 + lambda [sum_i m_i >= k] tau
 
-with tau = sum_i w_i tau_i (linear) or tau_MTL (ties). k = 0 is the plain merge, 1 leaves out what no expert needs
-(catastrophic weights), 2 also what only one needs (selfish weights); where there are fewer experts than k, all of them
-must need an entry. An expert of weight 0 has no say.
+with n = K - 1 (others = mean) or 1 (others = sum), K being the number of experts of a weight other than 0, and n = 1 if
+tau_MTL is of TIES, which is a mean already; tau = sum_i w_i tau_i (linear) or tau_MTL (ties).
+k = 0 is the plain merge, 1 leaves out what no expert needs (catastrophic weights), 2 also what only one needs (selfish
+weights); if there are fewer experts than k, all of them must need an entry. An expert of weight 0 has no say.
 
-Differs from the paper by the weights, which it does not have, and by one `threshold` (lambda_t) for all experts, which
-it tunes for each. Differs from the authors' code where tau_MTL is of TIES: theirs is a sum of the elected entries, ours
-their mean, as in `ties`.
+Differs from the paper by n: an entry is held against the mean of the other experts, the paper's against their sum. The sum
+grows with K: of K equal experts none needs an entry as soon as lambda_t >= 1/(K - 1), and the base comes back (four experts
+and 0.4). Against the mean, experts that agree need it for each lambda_t < 1, whatever K; two experts are the paper's case
+either way, and `preset=paper` is its formula. Differs also by the weights, which the paper does not have, and by one
+`threshold` (lambda_t) for all experts, which it tunes for each. Differs from the authors' code where tau_MTL is of TIES:
+theirs is a sum of the elected entries, ours their mean, as in `ties`.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ def _ties_scope(options: Mapping[str, Any]) -> Scope | None:
     "consensus",
     paper="arXiv 2405.07813",
     statistics=(Statistic("trimming", kth_magnitudes, _ties_scope), Statistic("majority", trimmed_majority, _ties_scope)),
+    presets={"paper": {"others": "sum"}},
     off={"k": 0},
     precise=True,
 )
@@ -65,6 +70,7 @@ def consensus(
     majority: Tensor | None,
     threshold: Annotated[float, Between(0, 1e6)] = 0.4,
     k: Annotated[int, Between(0, 1e6)] = 2,
+    others: Literal["mean", "sum"] = "mean",
     of: Literal["linear", "ties"] = "linear",
     density: Annotated[float, Between(0, 1, open_low=True)] = 0.2,
     scope: Literal["model", "tensor"] = "model",
@@ -72,13 +78,14 @@ def consensus(
 ) -> Tensor:
     """Return the base plus `scale` (lambda) times those entries of the merged task vector that `k` experts need [*].
 
-    `threshold` is lambda_t: the larger, the fewer entries an expert needs. `density` and `scope` are those of ties and
-    matter where `of` is ties.
+    `threshold` is lambda_t: the larger, the fewer entries an expert needs, held against the mean or the sum of the `others`.
+    `density` and `scope` are those of ties and matter if `of` is ties.
     """
-    r = relative(weights)
+    r, K = relative(weights), int(weights.count_nonzero())
     if trimming is None or majority is None:
         merged, length = weighted_sum(deltas, r), scale * weights.abs().amax()
     else:
         merged, length = disjoint_merge(trim(deltas, trimming), weights, "mass", majority), torch.full_like(weights[0], scale)
-    enough = needed(deltas, merged, weights, threshold) >= min(k, int(weights.count_nonzero()))
+    n = max(K - 1, 1) if of == "linear" and others == "mean" else 1
+    enough = needed(deltas, merged, weights, threshold / n) >= min(k, K)
     return base + length * torch.where(enough, merged, 0)

@@ -5,8 +5,9 @@
     theta  = theta_0 + lambda disjoint_merge(tau')              (then = ties; or linear)
 
 A row is what belongs to one output: the first axis is that of the rows; vectors are one row. In a row of one entry p is
-the density. Of equal magnitudes the first in the row has the lower rank. Differs from the paper's drop rates, whose mean
-is epsilon / 2n off the density, by spreading them evenly around it, as mergekit does.
+the density. Of equal magnitudes the first in the row has the lower rank. `ranks=axis` ranks along the second axis
+alone, at each place of a kernel by itself, as mergekit does; for matrices and vectors that is the row. Differs from the
+paper's drop rates, whose mean is epsilon / 2n off the density, by spreading them evenly around it, as mergekit does.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ def probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
 
 def pruned(delta: Tensor, uniform: Tensor, density: float, epsilon: float, ranks: str, rescale: str) -> Tensor:
     """Return tau' [*] of one expert."""
-    rows = delta.reshape(delta.shape[0] if ranks == "row" and delta.ndim > 1 else 1, -1)
-    p = probabilities(rows, density, epsilon).view(delta.shape)
+    lines = delta.movedim(1, -1) if ranks == "axis" and delta.ndim > 2 else delta
+    rows = lines.shape[:-1].numel() if ranks == "axis" else delta.shape[0] if ranks == "row" and delta.ndim > 1 else 1
+    p = probabilities(lines.reshape(rows, -1), density, epsilon).view(lines.shape)
+    p = p.movedim(-1, 1) if lines is not delta else p
     remaining = delta * kept(uniform, p)
     if rescale == "own":
         return remaining / p
@@ -54,7 +57,7 @@ def pruned(delta: Tensor, uniform: Tensor, density: float, epsilon: float, ranks
     "della",
     paper="arXiv 2406.11617",
     whole=True,
-    presets={"authors": {}, "mergekit": {"rescale": "l1", "undecided": "plus"}},
+    presets={"mergekit": {"rescale": "l1", "undecided": "plus", "ranks": "axis"}},
     off={"density": 1.0, "epsilon": 0.0},
 )
 def della(
@@ -65,7 +68,7 @@ def della(
     uniform: Tensor,
     density: Annotated[float, Between(0, 1, open_low=True)] = 0.5,
     epsilon: Annotated[float, Between(0, 0.5)] = 0.15,
-    ranks: Literal["row", "tensor"] = "row",
+    ranks: Literal["row", "tensor", "axis"] = "row",
     rescale: Literal["own", "l1", "none"] = "own",
     then: Then = "ties",
     undecided: Literal["majority", "plus"] = "majority",
@@ -74,7 +77,8 @@ def della(
 ) -> Tensor:
     """Return the base plus `scale` (lambda) times the merge of task vectors thinned by magnitude and chance [*].
 
-    `undecided` and `mean` are those of ties and matter where `then` is ties; `ranks` are counted by row or over the tensor.
+    `undecided` and `mean` are those of ties and matter where `then` is ties; `ranks` are counted by row, over
+    the tensor, or along its second axis.
 
     Raises:
         UsageError: unless 0 < density - epsilon and density + epsilon <= 1.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from demerge.errors import InputError
+from demerge.errors import InputError, UsageError
 from demerge.merge.papers.linear import nonzero_sum, weighted_sum
 from demerge.merge.registry import Block, Blocks, Scope, Statistic, method
 
@@ -50,10 +50,11 @@ def fisher(
     """Return the mean of the experts weighted by c_i F_i, entry by entry [*].
 
     Raises:
-        UsageError: where the weights sum to 0.
+        UsageError: if a weight is negative, or they sum to 0.
         InputError: where a Fisher is negative.
     """
     nonzero_sum(weights)
+    refuse_negative_weights(weights, "fisher")
     refuse_negative(fisher)
     relative = weights / weights.abs().max()
     if norm is not None:
@@ -64,6 +65,18 @@ def fisher(
     if bool(total.abs().min() > 0):
         return base + merged
     return base + torch.where(total == 0, weighted_sum(deltas, weights / nonzero_sum(weights)), merged)
+
+
+def refuse_negative_weights(weights: Tensor, what: str) -> None:
+    """Refuse weights under which the divisor, a sum that differs from entry to entry, may come close to 0.
+
+    Raises:
+        UsageError: if a weight is negative.
+    """
+    if bool((weights < 0).any()):
+        least = float(weights.min())
+        fix = "give weights of 0 or more, or use task_arithmetic, which takes any sign"
+        raise UsageError(f"{what} divides by a weighted sum, and the weight {least:g} is negative", fix=fix)
 
 
 def refuse_negative(fisher: Tensor) -> None:

@@ -22,6 +22,7 @@ from demerge.merge.papers.dare import drop
 from demerge.merge.papers.linear import weighted_sum
 from demerge.merge.papers.selection import share_of
 from demerge.merge.papers.spectral import as_matrix, thin_svd
+from demerge.merge.papers.statistics import with_a_say
 from demerge.merge.papers.ties import disjoint_merge, trim
 from demerge.merge.registry import method
 
@@ -39,10 +40,12 @@ def knots(
 ) -> Tensor:
     """Return the base plus `scale` (lambda) times the merge of the task vectors in their common basis [*].
 
-    Weights act as in the method that `then` names. Vectors are matrices of one row.
+    Weights act as in the method that `then` names; an expert of weight 0 has no part in the basis. Vectors are matrices of
+    one row.
     """
     if then == "linear":
         return base + weighted_sum(deltas, scale * weights)
+    deltas, uniform, weights = (with_a_say(given, weights) for given in (deltas, uniform, weights))
     U, aligned = _aligned([as_matrix(delta) for delta in deltas])
     if then == "ties":
         merged = disjoint_merge(trim(aligned, _thresholds(aligned, density)), weights.double(), "mass", 0.0)

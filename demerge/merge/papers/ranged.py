@@ -24,7 +24,7 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.merge.options import Between
-from demerge.merge.papers.fisher import refuse_negative
+from demerge.merge.papers.fisher import refuse_negative, refuse_negative_weights
 from demerge.merge.papers.linear import nonzero_sum, weighted_sum
 from demerge.merge.papers.statistics import cosines, gram, summed
 from demerge.merge.registry import Block, Blocks, Scope, Statistic, method
@@ -69,14 +69,18 @@ def shares(
     """Return m_i f_i [K].
 
     Raises:
-        UsageError: where the range of an expert is not known, or the schedule of the base where it is asked for.
+        UsageError: where the range of an expert is not known, or the schedule of the base where it is asked for; or a
+            weight is negative where f_i differs from tensor to tensor, so that the sum of the v_i might vanish.
     """
     known = known_ranges(ranges, len(weights))
     if by in ("snr", "min_snr"):
         return torch.tensor(masses(known, snr, by, gamma), dtype=torch.float64, device=weights.device)
     mass = torch.tensor([len(r) for r in known], dtype=torch.float64, device=weights.device)
-    factor = trace if trace is not None else agreement(gram) if gram is not None else torch.ones_like(mass)
-    return mass * (factor if factor.any() else torch.ones_like(mass))
+    factor = trace if gram is None else agreement(gram, weights)
+    if factor is None:
+        return mass
+    refuse_negative_weights(weights, f"range_weighted with by={by}")
+    return mass * (factor if (factor * weights).any() else torch.ones_like(mass))
 
 
 def known_ranges(ranges: Sequence[TimestepRange | None], K: int) -> list[TimestepRange]:
@@ -117,11 +121,11 @@ def masses(ranges: Sequence[TimestepRange], snr: Tensor | None, by: By, gamma: f
     return [abs(float(edges[r.stop] - edges[r.start])) for r in ranges]
 
 
-def agreement(gram: Tensor) -> Tensor:
-    """Return (1 + mean_{j != i} c_ij) / 2 [K]; 1 for one expert."""
-    c = cosines(gram)
-    others = c.sum(1) - c.diagonal()
-    return (1 + others / max(1, len(c) - 1)) / 2 if len(c) > 1 else torch.ones_like(others)
+def agreement(gram: Tensor, weights: Tensor) -> Tensor:
+    """Return (1 + mean_{j != i} c_ij) / 2 [K], j among the experts of a weight [K] other than 0; 1 for one expert."""
+    c, say = cosines(gram), (weights != 0).to(gram)
+    others = c @ say - c.diagonal()
+    return (1 + others / (say.sum() - 1)) / 2 if say.sum() > 1 else torch.ones_like(others)
 
 
 def _scope_of(by: str) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from demerge.errors import InputError
 from demerge.merge.options import Between
+from demerge.merge.papers.fisher import refuse_negative_weights
 from demerge.merge.papers.linear import nonzero_sum, weighted_sum
 from demerge.merge.papers.spectral import ROUNDING, as_matrix, solve, total, unit
 from demerge.merge.registry import method
@@ -42,9 +43,10 @@ def regmean(
     Weights are relative. `alpha` = 1 is the plain regression, 0 weighs each input by its own energy alone.
 
     Raises:
-        UsageError: where the weights sum to 0.
+        UsageError: if a weight is negative, or they sum to 0.
         InputError: where the Gram matrices do not fit the tensor or are none.
     """
+    refuse_negative_weights(weights, "regmean")
     w = weights / nonzero_sum(weights)
     mean = weighted_sum(deltas, w)
     if gram is None:

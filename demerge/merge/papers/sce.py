@@ -8,7 +8,7 @@
 
 Entries of equal variance at the threshold are all kept. Where no entry of a tensor differs between the experts, as with
 one expert, there is nothing to select by and all are kept. Differs from the paper by the weights, which it does not have.
-Squares are taken in float64: those of small deltas are 0 in half precision.
+Squares are taken in float64: those of small deltas are 0 in half precision. An expert of weight 0 has no say.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from demerge.merge.options import Between
 from demerge.merge.papers.linear import weighted_sum
 from demerge.merge.papers.selection import kth, share_of
-from demerge.merge.papers.statistics import summed
+from demerge.merge.papers.statistics import summed, with_a_say
 from demerge.merge.registry import Block, Blocks, Scope, Statistic, method
 
 
@@ -40,26 +40,33 @@ def spread(deltas: Tensor) -> Tensor:
     return squares.addcmul_(total, total, value=-1 / len(deltas))
 
 
+def spread_of(block: Block) -> Tensor:
+    """Return the spread [*] of a block over the experts that have a say."""
+    return spread(with_a_say(block.deltas, block.weights))
+
+
 def thresholds(blocks: Blocks, *, weights: Tensor, density: float) -> Tensor:
     """Return the spread [] from which on entries are kept; 0 where no entry has one."""
     zero = torch.zeros((), dtype=torch.int64, device=weights.device)
-    varying = int(summed(blocks, lambda block: spread(block.deltas).count_nonzero(), zero))
+    varying = int(summed(blocks, lambda block: spread_of(block).count_nonzero(), zero))
     if varying == 0:
         return torch.zeros((), dtype=torch.float64)
     rank = share_of(density, varying)
-    return kth(blocks, lambda block: spread(block.deltas).unsqueeze(0), lambda n: rank)[0]
+    return kth(blocks, lambda block: spread_of(block).unsqueeze(0), lambda n: rank)[0]
 
 
-def selected(deltas: Tensor, threshold: Tensor | None) -> Tensor:
+def selected(deltas: Tensor, weights: Tensor, threshold: Tensor | None) -> Tensor:
     """Return the deltas [K *], entries of a spread below the threshold [] set to 0."""
-    return deltas if threshold is None else torch.where(spread(deltas) >= threshold.to(deltas.device), deltas, 0)
+    if threshold is None:
+        return deltas
+    return torch.where(spread(with_a_say(deltas, weights)) >= threshold.to(deltas.device), deltas, 0)
 
 
 def energies(blocks: Blocks, *, weights: Tensor, threshold: Tensor | None) -> Tensor:
     """Return |tau_i|^2 over the entries kept, relative to the largest [K]; 1 each where all are 0."""
 
     def squares(block: Block) -> Tensor:
-        return torch.stack([delta.double().square().sum() for delta in selected(block.deltas, threshold)])
+        return torch.stack([delta.double().square().sum() for delta in selected(block.deltas, block.weights, threshold)])
 
     found = summed(blocks, squares, torch.zeros(len(weights), dtype=torch.float64, device=weights.device))
     return found / found.amax() if found.amax() > 0 else torch.ones_like(found)
@@ -94,7 +101,7 @@ def sce(
 
     Weights are relative: only `scale` changes the length. `density` 1 selects all; `coefficients` none leaves out step 2.
     """
-    kept = selected(deltas, threshold)
+    kept = selected(deltas, weights, threshold)
     e = torch.ones_like(weights) if energy is None else energy
     gamma = torch.where(weighted_sum(kept, weights) >= 0, 1.0, -1.0).double()
     total, mass = torch.zeros_like(gamma), torch.zeros_like(gamma)

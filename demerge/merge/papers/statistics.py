@@ -68,6 +68,11 @@ def summed(blocks: Blocks, term: Callable[[Block], Tensor], zero: Tensor) -> Ten
     return total
 
 
+def with_a_say(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Return the deltas [K' *] of the experts whose weight [K] is not 0; all of them if every weight is 0."""
+    return deltas if bool(weights.all()) or not bool(weights.any()) else deltas[weights != 0]
+
+
 def relative(weights: Tensor) -> Tensor:
     """Return w_i / max_j abs(w_j) [K]: equal weights are 1 each, an expert alone has 1; zeros stay zeros.
 

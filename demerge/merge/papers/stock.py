@@ -5,6 +5,7 @@
 
 for each tensor, for each of its rows (`by=row`: one output each, vectors are one row) or once for the model. With equal
 weights c is the mean over all pairs and N = K. A task vector of 0 has the cosine 0 to all; one expert alone has t = 1.
+An expert of weight 0 is left out.
 
 Differs from the paper, which has two experts and no weights, by the mean over pairs and by v and N, and where task vectors
 are all but opposite: t has a pole at c = -1/(N - 1) and is 0 where 1 + (N - 1) c <= 0.01. `negative=base` gives the base for
@@ -28,7 +29,8 @@ POLE = 0.01
 
 def ratio(grams: Tensor, weights: Tensor, pairs: str, negative: str) -> Tensor:
     """Return t [...] for Gram matrices [... K K] and weights [K]."""
-    w = weights.double()
+    say = weights != 0
+    w, grams = weights[say].double(), grams[..., say, :][..., say]
     apart = torch.ones(len(w), len(w), dtype=w.dtype, device=w.device).triu(1)
     v = (w.unsqueeze(1) * w).abs() * (apart if pairs == "all" else apart - apart.triu(2))
     total = v.sum()

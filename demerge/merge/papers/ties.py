@@ -9,7 +9,8 @@
 
 Differs from the paper in steps 2 and 3 by the weights, which it does not have; equal weights give its plain mean. What
 other programs do is an option each: `keep` the k + 1 of the authors' program or exactly k (of equal magnitudes the
-first), `votes` without weights, `undecided` entries as positive, a `mean` over the count or no mean at all.
+first), `votes` without weights, `undecided` entries as positive, a `mean` over the count or no mean at all. An expert of
+weight 0 has no vote and does not count, also where it has in other programs.
 
 On a CPU sign, clamp and hardshrink run at the speed of memory, comparisons ten times slower: hence the arithmetic.
 """
@@ -54,9 +55,12 @@ def _shrunk_in_two(delta: Tensor, first: float, second: float, n: int) -> Tensor
 
 
 def elect(deltas: Sequence[Tensor], weights: Tensor, how: str, votes: Votes = "weighted") -> Tensor:
-    """Return gamma [*] in {-1, 0, 1} for deltas, K of [*], and weights [K]; equal weights are 1, which rounds nothing."""
+    """Return gamma [*] in {-1, 0, 1} for deltas, K of [*], and weights [K]; equal weights are 1, which rounds nothing.
+
+    A plain vote counts 1, and 0 for an expert of weight 0.
+    """
     equal = votes == "plain" or bool((weights == weights[0]).all() & (weights[0] > 0))
-    counted = torch.ones_like(weights) if equal else weights
+    counted = (weights != 0).to(weights) if equal else weights
     if how == "mass":
         return weighted_sum(deltas, counted).sign()
     return weighted_sum([delta.sign() for delta in deltas], counted.sign()).sign()
@@ -85,7 +89,7 @@ def disjoint_merge(
         flips = votes == "weighted" and bool(weight < 0)
         agreeing = (delta * (-sign if flips else sign)).clamp_min_(0)
         total.addcmul_(agreeing, weight.abs() if votes == "weighted" else weight)
-        mass.addcmul_(agreeing.sign(), weight.abs() if mean == "weights" else one)
+        mass.addcmul_(agreeing.sign(), weight.abs() if mean == "weights" else (weight != 0).to(weight))
     if mean == "none":
         return sign * total
     least = weights.detach().abs()[weights != 0].min() if mean == "weights" and bool(weights.any()) else one
