@@ -27,6 +27,9 @@ def finetune(
     split: Annotated[str, _option("--split", "train, test or all.", DATA)] = "train",
     skip_broken: Annotated[bool, _option("--skip-broken", "Leave out images that cannot be read.", DATA)] = False,
     random_flip: Annotated[bool, _option("--random-flip", "Mirror half of the images.", DATA)] = False,
+    caption_dropout: Annotated[
+        float, _option("--caption-dropout", 'Share of captions replaced by "", for text-to-image bases.', DATA)
+    ] = 0.1,
     init: Annotated[str, typer.Option(help="pretrained, or random to train a base.")] = "pretrained",
     train_layers: Annotated[
         Path | None, _option("--train-layers", "layers.json of `demerge layers`: what is trained; the rest stays.", TRAINING)

@@ -23,7 +23,8 @@ class FinetuneOptions:
     """Options of one finetune; the names are those of diffusers' training scripts where these have one.
 
     Objective (see `demerge.finetune.objective`): `p` is the share of timesteps drawn from all of [0, T), `consistency`
-    the weight lambda of the frozen base's prediction, `consistency_schedule` how lambda decays over the run. With
+    the weight lambda of the frozen base's prediction, `consistency_schedule` how lambda decays over the run.
+    `caption_dropout` is the share of captions that become "", the text that guidance sets against a caption. With
     `fisher_samples`, each expert gets a fisher.safetensors of its range, which merging by `fisher` takes.
 
     Raises:
@@ -51,6 +52,7 @@ class FinetuneOptions:
     use_ema: bool = True
     ema_decay: float = 0.9999
     random_flip: bool = False
+    caption_dropout: float = 0.1
     mixed_precision: str = "no"
     save_dtype: str = "float32"
     fisher_samples: int = 0
@@ -66,6 +68,7 @@ class FinetuneOptions:
         self._require("learning_rate", self.learning_rate > 0, "above 0")
         self._require("max_grad_norm", self.max_grad_norm > 0, "above 0")
         self._require("p", 0 <= self.p <= 1, "in [0, 1]")
+        self._require("caption_dropout", 0 <= self.caption_dropout <= 1, "in [0, 1]")
         self._require("consistency", self.consistency >= 0, "0 or more")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         self._require("snr_gamma", self.snr_gamma > 0, "above 0")

@@ -89,7 +89,8 @@ class Plan:
             f"disk    up to {self.disk_bytes / 1e6:.0f} MB",
         ]
         if told := self.base.told(self.data):
-            lines.insert(2, f"given   {told}")
+            dropped = f"; {o.caption_dropout:.0%} of them left empty" if self.base.requires_text else ""
+            lines.insert(2, f"given   {told}{dropped}")
         if self.layers is not None:
             lines.insert(1, f"layers  {len(self.layers)}: {self.trained / self.base.parameters:.1%} of the parameters train")
         if self.ranked_for and self.ranked_for != self.ranges:

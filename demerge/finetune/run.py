@@ -187,7 +187,11 @@ class Run:
         indices = [self._order((first + s) // n)[(first + s) % n] for s in samples]
         flips = (uniform(o.seed, "flip", samples=samples, step=self.step) < 0.5).tolist() if o.random_flip else None
         images = self.data.floats(indices, flips)
-        x0, condition = self.base.encode(images, *self.data.known(indices))
+        captions, labels = self.data.known(indices)
+        if captions is not None and self.base.requires_text:
+            kept = (uniform(o.seed, "caption", samples=samples, step=self.step) >= o.caption_dropout).tolist()
+            captions = [caption if keep else "" for caption, keep in zip(captions, kept, strict=True)]
+        x0, condition = self.base.encode(images, captions, labels)
         if condition is not None and self.base.classes is not None:
             condition = self.base.classes.dropped(condition, uniform(o.seed, "label", samples=samples, step=self.step))
         return x0, condition

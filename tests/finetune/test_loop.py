@@ -62,6 +62,36 @@ def test_dropout_too_survives_a_resume(make_tiny: Callable[..., Path], data: Ima
     assert train(Diffusion.load(folder), data, tmp_path / "cut") == whole
 
 
+def test_a_share_of_the_captions_is_left_empty(tiny_text: Path, image_folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """By a stream of (seed, step, sample): the share is that of the option, and a resumed run leaves out the same ones."""
+    base = Diffusion.load(tiny_text)
+    data = load_images(image_folder, split="all", resolution=16)
+    seen: list[list[str]] = []
+    encode = Diffusion.encode
+
+    def spy(self: Diffusion, images: torch.Tensor, captions: list[str], labels: None) -> object:
+        seen.append(captions)
+        return encode(self, images, captions, labels)
+
+    monkeypatch.setattr(Diffusion, "encode", spy)
+
+    def captions(share: float, folder: str, steps: range = range(8)) -> list[list[str]]:
+        seen.clear()
+        options = replace(FAST, caption_dropout=share)
+        run = Run.begin(base, data, SPAN, options, tmp_path / folder, {"base_sha256": base.sha256})
+        for run.step in steps:
+            run._batch(range(50))
+        return list(seen)
+
+    whole = captions(0.1, "some")
+    assert sum(text == "" for batch in whole for text in batch) / 400 == pytest.approx(0.1, abs=0.045)
+    assert captions(0.1, "some", range(5, 8)) == whole[5:]
+    assert all(text for batch in captions(0.0, "none") for text in batch)
+    assert not any(text for batch in captions(1.0, "all") for text in batch)
+    with pytest.raises(UsageError, match=r"caption_dropout is 1\.5"):
+        FinetuneOptions(caption_dropout=1.5)
+
+
 def test_ranges_of_one_folder_do_not_overlap_and_keep_their_states(tiny: Path, data: ImageData, tmp_path: Path) -> None:
     base = Diffusion.load(tiny)
     with pytest.raises(Preempted):
