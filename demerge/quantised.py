@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import InputError
-from demerge.headers import Scale, Spec
+from demerge.headers import Scale, Spec, parse_json
 
 SCALES = ("scale_weight", "weight_scale")
 BESIDE = ("scale_input", "input_scale", "comfy_quant")
@@ -118,8 +118,8 @@ def _refuse_other_format(entry: Any, file: Path, layer: str) -> None:
 
 def _parsed(text: str | bytes) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None
 
 

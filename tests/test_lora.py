@@ -149,6 +149,46 @@ def test_reads_the_names_of_kohya(name: str, module: str, base: Tensors, save: S
     assert torch.equal(only(path, base, module), (product(A, B, weight.shape) * (1.5 / R)).float())
 
 
+@pytest.fixture(scope="module")
+def original(base: Tensors) -> dict[str, str]:
+    """Diffusers' names of some modules, by those of a single file of the original Stable Diffusion."""
+    words = ("input_blocks", "middle_block", "output_blocks", "time_embed", "in_layers", "out_layers", "emb_layers",
+             "skip_connection", "transformer_blocks", "proj_in", "proj_out", "to_q", "to_out")  # fmt: skip
+    dotted = {}
+    for flat, module in KOHYA.items():
+        if flat.startswith(("input", "middle", "output", "out_", "time")):
+            for word in words:
+                flat = flat.replace(word, word.replace("_", "-"))
+            dotted[flat.replace("_", ".").replace("-", "_")] = module
+    return dotted
+
+
+def test_lora_of_kohya_and_diffusers_find_the_names_of_a_single_file(
+    original: dict[str, str], base: Tensors, save: Save
+) -> None:
+    single = {f"model.diffusion_model.{name}.weight": base[f"{module}.weight"] for name, module in original.items()}
+    single["first_stage_model.encoder.conv_in.weight"] = torch.zeros(4, 3, 3, 3)
+    single["model_ema.diffusion_modelinput_blocks41proj_inweight"] = torch.zeros(4, 4)
+    assert len(single) == len(original) + 2 > 15
+    for name, module in original.items():
+        weight = base[f"{module}.weight"]
+        A, B = factors(weight)
+        stems = [f"lora_unet_{name.replace('.', '_')}", f"lora_unet_{module.replace('.', '_')}", f"unet.{module}",
+                 f"diffusion_model.{name}", f"base_model.model.{module}"]  # fmt: skip
+        for stem in stems:
+            path = save({f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(1.5)})
+            adapter = opened(path, single)
+            assert list(adapter) == [f"model.diffusion_model.{name}.weight"], stem
+            expected = (product(A, B, weight.shape) * (1.5 / R)).float()
+            assert torch.equal(adapter[f"model.diffusion_model.{name}.weight"], expected)
+
+
+def test_modules_that_are_not_in_the_base_are_counted(base: Tensors, save: Save) -> None:
+    others = {f"lora_unet_x_{i}.lora_{side}.weight": torch.ones(2, 2) for i in range(3) for side in ("down", "up")}
+    with pytest.raises(InputError, match="3 of 4 modules are not in the base"):
+        open_expert(save(PAIR | others), base)
+
+
 def test_linear_factors_fit_a_convolution_of_one_pixel_and_the_other_way(base: Tensors, save: Save) -> None:
     A, B = factors(base[f"{SHORTCUT}.weight"])
     path = save({f"{SHORTCUT}.lora_A.weight": A.flatten(1), f"{SHORTCUT}.lora_B.weight": B.flatten(1)})
@@ -206,6 +246,71 @@ def test_a_folder_that_peft_wrote_is_an_expert(base: Tensors, save: Save, tmp_pa
     )
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": R, "lora_alpha": 6}))
     assert opened(tmp_path, base).ranks == {f"{TO_Q}.weight": R}
+
+
+@pytest.mark.parametrize("name", ["my_style.safetensors", "adapter_model.safetensors"])
+def test_the_configuration_in_the_folder_is_that_of_a_renamed_file(
+    name: str, base: Tensors, save: Save, tmp_path: Path
+) -> None:
+    A, B = factors(base[f"{TO_Q}.weight"])
+    path = save({f"base_model.model.{TO_Q}.lora_A.weight": A, f"base_model.model.{TO_Q}.lora_B.weight": B}, name)
+    config = {
+        "peft_type": "LORA",
+        "r": R,
+        "lora_alpha": 16,
+        "use_rslora": True,
+        "target_modules": ["to_q"],
+        "lora_dropout": 0.1,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for given in (path, tmp_path):
+        adapter = opened(given, base)
+        expected = product(A, B, base[f"{TO_Q}.weight"].shape) * (16 / math.sqrt(R))
+        assert torch.equal(adapter[f"{TO_Q}.weight"], expected.float()) and not adapter.notes
+        assert [file.name for file in adapter.place.files] == [name, "adapter_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scale"),
+    [
+        ({"lora_alpha": "6"}, 6 / R),
+        ({"lora_alpha": "16", "use_rslora": "true"}, 16 / math.sqrt(R)),
+        ({"lora_alpha": "16.0", "use_rslora": "True", "r": "3"}, 16 / math.sqrt(R)),
+        ({"ss_network_alpha": "1.5", "ss_network_dim": "3", "ss_tag": "{"}, 0.5),
+        ({"ss_network_alpha": "None", "network_alpha": "6"}, 6 / R),
+        ({"alpha_pattern": '{"to_q": 9}', "lora_alpha": "1"}, 9 / R),
+    ],
+)
+def test_alpha_comes_from_the_metadata_of_the_file(metadata: dict[str, str], scale: float, base: Tensors, save: Save) -> None:
+    A, B = factors(base[f"{TO_Q}.weight"])
+    path = save({f"{TO_Q}.lora_A.weight": A, f"{TO_Q}.lora_B.weight": B}, **metadata)
+    assert torch.equal(only(path, base, TO_Q), (product(A, B, base[f"{TO_Q}.weight"].shape) * scale).float())
+    assert not opened(path, base).notes
+
+
+def test_an_alpha_that_nothing_gives_is_told(base: Tensors, save: Save, tmp_path: Path) -> None:
+    (note,) = opened(save(PAIR), base).notes
+    assert "lora.safetensors" in note and "alpha not given: taken as r, so the scale is 1" in note
+    (note,) = opened(save(PAIR, use_rslora="true"), base).notes
+    assert "sqrt(r)" in note
+    more = {f"{TO_OUT}.lora_A.weight": torch.ones(R, 8), f"{TO_OUT}.lora_B.weight": torch.ones(8, R)}
+    (note,) = opened(save(PAIR | more | {f"{TO_OUT}.alpha": torch.tensor(2.0)}), base).notes
+    assert "alpha not given for 1 of 2 modules" in note
+    assert not opened(save(PAIR | {f"{TO_Q}.alpha": torch.tensor(2.0)}), base).notes
+    kohya = {n.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for n, t in PAIR.items()}
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')  # of another file: these are not peft's names
+    assert "alpha not given" in opened(save(kohya), base).notes[0]
+
+
+def test_two_configurations_that_differ_are_refused(base: Tensors, save: Save, tmp_path: Path) -> None:
+    path = save(PAIR, lora_alpha="8")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16, "r": 3}')
+    with pytest.raises(InputError, match=r"lora_alpha is 16 in .*adapter_config\.json, 8 in its metadata"):
+        open_expert(path, base)
+
+
+def test_adapters_are_short_in_words(base: Tensors, save: Save) -> None:
+    assert repr(opened(save(PAIR), base)).endswith("lora.safetensors', 1 deltas, rank 3)")
 
 
 # -- other shapes of a LoRA -------------------------------------------------------------------------------------------
@@ -304,7 +409,13 @@ def test_refuses_by_name(tensors: Tensors, words: str, base: Tensors, save: Save
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"lora_alpha": "many"}, "lora_alpha"),
-        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "NaN"),
+        ({"use_rslora": "maybe"}, "use_rslora"),
+        ({"bias": "lora_only"}, "bias lora_only"),
+        ({"modules_to_save": ["conv_out"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"use_newer_math": True}, "use_newer_math"),
         ({"r": 5}, "rank 3"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "regular expression"),
         ({"alpha_pattern": [1]}, "alpha_pattern"),

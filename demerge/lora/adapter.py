@@ -52,20 +52,29 @@ class Adapter(Mapping[str, Tensor]):
     Attributes:
         place: where it lies; its files are what a recipe hashes.
         skipped: keys of text encoders that were left out because the caller allowed it.
+        notes: what had to be supposed about it, for a person.
     """
 
     holds_deltas = True
     config: dict[str, Any] | None = None
 
     def __init__(self, checkpoint: Checkpoint, base: Mapping[str, Tensor], *, skip_text: bool = False) -> None:
-        config = config_beside(checkpoint.place)
+        config = config_beside(checkpoint)
         self.place = replace(checkpoint.place, files=(*checkpoint.place.files, *([config] if config else [])))
         self._file, self._base = checkpoint, base
         keys = Keys.of(checkpoint)
         self._refuse_others(keys, skip_text)
         self.skipped = tuple(keys.text)
-        self._factors = self._resolved(keys)
+        settings = Settings.of(checkpoint)
+        self._factors = self._resolved(keys, settings)
+        self.notes = tuple(f"{self.place.path}: {note}" for note in settings.notes(len(self._factors)))
         self._held: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        return (
+            f"Adapter({str(self.place.path)!r}, {len(self)} deltas, rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))})"
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         factors = self._factors[name]
@@ -101,13 +110,12 @@ class Adapter(Mapping[str, Tensor]):
         if not keys.parts:
             self._refuse("nothing in it changes the denoiser", "leave it out")
 
-    def _resolved(self, keys: Keys) -> dict[str, Factors]:
+    def _resolved(self, keys: Keys, settings: Settings) -> dict[str, Factors]:
         modules = Modules(name for name, tensor in self._base.items() if tensor.ndim > 1)
-        settings = Settings.of(self._file)
         tensors = {named: modules.find(named) for named in keys.parts}
         unknown = [named for named, tensor in tensors.items() if tensor is None]
         if unknown:
-            what = f"modules that the base does not have by this name: {_listed(unknown)}"
+            what = f"{len(unknown)} of {len(tensors)} modules are not in the base by this name: {_listed(unknown)}"
             self._refuse(what, "name the base it was trained on; load and save it with diffusers to have its names rewritten")
         found: dict[str, Factors] = {}
         for named, tensor in tensors.items():

@@ -6,6 +6,9 @@ Three families of names are read, and the module's part of a key is compared wit
     older diffusers   down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight, unet.conv_in.lora.up.weight
     kohya             lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight, .alpha; or by the blocks of the original
                       Stable Diffusion, lora_unet_input_blocks_4_1_proj_in.lora_up.weight
+
+A base may have diffusers' names or, as a single file, those of the original (model.diffusion_model.input_blocks.4.1.proj_in);
+either is found by either.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ TEXT = re.compile(
     r"(?:base_model\.model\.)?"
     r"(?:lora_(?:prior_)?te\d?_|te\d?\.|(?:text_encoders?|cond_stage_model)(?:_\d)?\.|clip_[lg]\.)"
 )
+BASE_PREFIXES = re.compile(r"\A(?:_orig_mod_|module_|model_diffusion_model_|diffusion_model_)+")
+DOWNSAMPLER = re.compile(r"(?:\A|\.)input_blocks\.(\d{1,3})\.0\.op\Z")
 PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_unet_", "lora_transformer_", "lora_",
             "unet_", "transformer_")  # fmt: skip
 
@@ -97,14 +102,13 @@ class Modules:
 
     def __init__(self, weights: Iterable[str]) -> None:
         """Take the names of the base's tensors that have two dimensions or more."""
-        self._tensors: dict[str, list[str]] = {}
-        self._modules: dict[str, str] = {}
-        for name in weights:
-            module = modern(name.removesuffix(".weight"))
-            self._modules[name] = module
-            self._tensors.setdefault(flat(module), []).append(name)
-        first = "down_blocks.0.resnets."
-        self._layers = len({m.split(".")[3] for m in self._modules.values() if m.startswith(first)})
+        self._modules = {name: modern(name.removesuffix(".weight")) for name in weights}
+        self._layers = _layers(self._modules.values())
+        self._tensors: dict[str, set[str]] = {}
+        for name, module in self._modules.items():
+            plain = BASE_PREFIXES.sub("", flat(module))
+            for called in (flat(module), plain, original(plain, self._layers)):
+                self._tensors.setdefault(called, set()).add(name)
 
     def module(self, tensor: str) -> str:
         """Return the name under which diffusers holds the module of a tensor."""
@@ -114,10 +118,26 @@ class Modules:
         """Return the base's tensor for a module as a file names it, or None where there is none or more than one."""
         for name in _stripped(flat(modern(named))):
             for candidate in (name, original(name, self._layers)):
-                found = self._tensors.get(candidate, [])
+                found = self._tensors.get(candidate, set())
                 if len(found) == 1:
-                    return found[0]
+                    return next(iter(found))
         return None
+
+
+def _layers(modules: Iterable[str]) -> int:
+    """Return how many resnets a block of a UNet has, by diffusers' names or by the place of the original's downsamplers."""
+    resnets, downsamplers = set(), []
+    for module in modules:
+        if module.startswith("down_blocks.0.resnets."):
+            resnets.add(module.split(".")[3])
+        elif match := DOWNSAMPLER.search(module):
+            downsamplers.append(int(match[1]))
+    return len(resnets) or min(downsamplers, default=1) - 1
+
+
+def in_names_of_peft(names: Iterable[str]) -> bool:
+    """Whether a file has the names that peft and diffusers give to factors."""
+    return any(".lora_A." in name for name in names)
 
 
 def flat(name: str) -> str:
