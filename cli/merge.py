@@ -93,6 +93,14 @@ def merge(
             "--skip-text-encoder", help="Leave out what a LoRA does to text encoders, else refused.", rich_help_panel=MODELS
         ),
     ] = False,
+    missing: Annotated[
+        str | None,
+        typer.Option(help="Tensors that an expert lacks: error, or base to keep the base's.", rich_help_panel=MODELS),
+    ] = None,
+    extra: Annotated[
+        str | None,
+        typer.Option(help="Tensors that only an expert has: error, or drop to leave them out.", rich_help_panel=MODELS),
+    ] = None,
     boundary: Annotated[
         float | None,
         typer.Option(help="Make a pipeline of two denoisers that change at this share of the timesteps.", rich_help_panel=OUT),
@@ -149,6 +157,8 @@ def merge(
         out_rank=out_rank,
         save_dtype=save_dtype,
         skip_text_encoder=skip_text_encoder or None,
+        missing=missing,
+        extra=extra,
     )
     what = _recipe(recipe, base, experts or [], weights, asked)
     device = device_of(device)

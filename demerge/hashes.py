@@ -8,6 +8,7 @@ remembered, since another change may leave its time the same.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from demerge.errors import DemergeError
 from demerge.files import commit_text, sha256
-from demerge.weights import Checkpoint, content_sha256
+from demerge.weights import Checkpoint, content_sha256, modern
 
 SETTLED = 2_000_000_000  # nanoseconds since the last change
 MOST = 10_000  # entries; the oldest go first
@@ -62,8 +63,9 @@ def remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> 
 
 
 def remembered_content(checkpoint: Checkpoint) -> str:
-    """Return `content_sha256` of a checkpoint, from memory where it is there."""
-    return remembered("content", checkpoint.place.files, lambda: content_sha256(checkpoint))
+    """Return `content_sha256` of a checkpoint, or of the part of its files that it shows, from memory if it is known."""
+    names = hashlib.sha256("\n".join(sorted(map(modern, checkpoint))).encode()).hexdigest()
+    return remembered(f"content {names[:16]}", checkpoint.place.files, lambda: content_sha256(checkpoint))
 
 
 def _key(kind: str, files: Sequence[Path]) -> str:

@@ -13,7 +13,7 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -38,11 +38,20 @@ TORCH_NAMES: Mapping[str, str] = {
 HASH_CHUNK = 1 << 20
 OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=(\.(weight|bias))?\Z)")
 NEW_ATTENTION: Mapping[str, str] = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")  # of single files
 
 
 def modern(name: str) -> str:
     """Return the name under which diffusers holds a tensor or module whose attention is named in the manner of 2022."""
     return OLD_ATTENTION.sub(lambda match: NEW_ATTENTION[match[1]], name)
+
+
+def canonical(name: str) -> str:
+    """Return a name as diffusers has it: without wrappers (torch.compile, DDP), prefix of the denoiser and old attention."""
+    plain = WRAPPER.sub("", name)
+    prefix = next((prefix for prefix in DENOISER_PREFIXES if plain.startswith(prefix)), "")
+    return modern(plain.removeprefix(prefix))
 
 
 class Checkpoint(Mapping[str, "Tensor"]):
@@ -90,16 +99,24 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return cls(locate(local(path, variant), variant))
 
     def named_like(self, base: Mapping[str, Any]) -> Checkpoint:
-        """Return this checkpoint under the names of `base`, where some are the old and some the new names of attention.
+        """Return this checkpoint under the names of `base`, if the two differ by prefixes or old names; see `canonical`.
 
-        Names that are in neither manner those of the base stay as they are.
+        Names that mean nothing in the base, or two things, stay as they are.
         """
-        names = {modern(name): name for name in base}
-        renamed = {name if name in base else names.get(modern(name), name): spec for name, spec in self.specs.items()}
-        if len(renamed) != len(self.specs) or list(renamed) == list(self.specs):
-            return self
+        names: dict[str, str | None] = {}
+        for name in base:
+            names[canonical(name)] = None if canonical(name) in names else name
+        renamed = {name if name in base else names.get(canonical(name)) or name: spec for name, spec in self.specs.items()}
+        same = len(renamed) != len(self.specs) or list(renamed) == list(self.specs)
+        return self if same else self._with(renamed)
+
+    def only(self, names: Iterable[str]) -> Checkpoint:
+        """Return this checkpoint with some of its tensors."""
+        return self._with({name: self.specs[name] for name in names})
+
+    def _with(self, specs: dict[str, Spec]) -> Checkpoint:
         other = copy.copy(self)
-        other.specs, other._views = renamed, {}
+        other.specs, other._views = specs, {}
         return other
 
     def _refuse_other_index(self, index: Mapping[str, str]) -> None:

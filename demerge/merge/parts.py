@@ -93,6 +93,7 @@ class Part:
         entries: the tensors to write.
         experts: the sources of its experts, one for each that the merge has.
         taken: what each rule took.
+        notes: what of base and experts is left out or kept; see `demerge.merge.fitting`.
     """
 
     job: Merge
@@ -102,6 +103,7 @@ class Part:
     experts: Sequence[Source]
     taken: Sequence[Matched] = ()
     lora: Lora | None = None
+    notes: Sequence[str] = ()
 
     @property
     def path(self) -> Path:

@@ -121,6 +121,11 @@ class Plan:
             for taken in part.taken
         ]
 
+    @property
+    def notes(self) -> list[str]:
+        """What of base and experts is left out, or kept from the base."""
+        return list(dict.fromkeys(note for part in self.parts for note in part.notes))
+
     def disk_bytes(self, out: Path | None) -> int:
         """What the output takes on disk."""
         kept = self._kept() if out is not None and not is_file(out) else []
@@ -136,6 +141,7 @@ class Plan:
             "tensors_by_dtype": self.dtypes,
             "parameters": self.parameters,
             "rules": self.rules,
+            "notes": self.notes,
             "ram_bytes": self.ram_bytes,
             "disk_bytes": self.disk_bytes(out),
             "changed_entries": tally.changed,
@@ -164,6 +170,7 @@ class Plan:
             *rules[:SHOWN],
             *more,
             *only,
+            *(f"note    {note}" for note in self.notes[:SHOWN]),
             f"keys    {len(self.entries)}: {', '.join(f'{n} {dtype}' for dtype, n in self.dtypes.items())}",
             f"needs   {self.ram_bytes / 1e6:.0f} MB of memory, {self.disk_bytes(out) / 1e6:.1f} MB on disk",
             f"delta   {tally.changed:,} entries change, {tally.share:.1%} of them survive the rounding",
@@ -209,7 +216,7 @@ class Plan:
             commit_text(folder / DOCUMENT, recipe.canonical() + "\n")
             tally = _sum([done.tally for done in written])
             share = written[0].adapter.share if written[0].adapter else tally.share
-            commit_text(folder / "README.md", card(recipe, base_model(first.place), share, tally.rounding))
+            commit_text(folder / "README.md", card(recipe, base_model(first.place), share, tally.rounding, self.notes))
         return recipe, written
 
     def _report(self, out: Path, recipe: Recipe, written: Sequence[Written]) -> None:

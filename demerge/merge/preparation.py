@@ -17,9 +17,10 @@ from demerge.hashes import Hashing
 from demerge.local import local
 from demerge.lora import open_expert
 from demerge.merge.apply import Merge, Progress
-from demerge.merge.checks import refuse_missing_inputs, refuse_unlike, settle_weights
+from demerge.merge.checks import Tensors, refuse_missing_inputs, settle_weights
 from demerge.merge.contract import Method
 from demerge.merge.denoisers import Task, denoisers, tasks
+from demerge.merge.fitting import Rules, fitted, is_buffer, without_ema
 from demerge.merge.inputs import input_paths, refuse_of_others
 from demerge.merge.output import layout
 from demerge.merge.parts import Lora, Part
@@ -139,33 +140,38 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
     method = side.method
     asked = [recipe.experts[i] for i, _ in side.task.experts]
     names = [source.path for source in (recipe.base, *asked)]
-    refuse_unlike(side.base, side.experts, names)
+    rules = Rules(recipe.missing, recipe.extra, recipe.only)
+    base, notes = without_ema(side.base, names[0])
+    experts: list[Tensors] = []
+    for expert, name in zip(side.experts, names[1:], strict=True):
+        fit, more = fitted(base, expert, (names[0], name), rules)
+        experts, notes = [*experts, fit], [*notes, *more]
     refuse_foreign(side.base, side.experts)
-    refuse_missing_inputs(method, side.base, side.inputs, len(asked))
+    refuse_missing_inputs(method, base, side.inputs, len(asked))
     ranges = [denoiser.range for _, denoiser in side.task.experts]
     refuse_of_others(side.base, side.experts, ranges, side.inputs, models=recipe.variant is None)
-    floating = [name for name, spec in side.base.specs.items() if spec.is_float]
-    chosen = only(recipe.only, floating) if recipe.only else None
+    floating = [name for name, spec in base.specs.items() if spec.is_float and not is_buffer(name)]
+    chosen = only(recipe.only, floating) if recipe.only else set(floating)
     part = partial(
         Part,
         place=side.base.place,
         folder=side.task.folder,
-        entries=layout(side.base, recipe.save_dtype),
+        entries=layout(base, recipe.save_dtype),
         experts=[replace(source, range=span) for source, span in zip(asked, ranges, strict=True)],
         lora=_lora(recipe),
+        notes=notes,
     )
     settled = method.settle(side.options)
     if not asked:  # no expert changes this one of a pipeline's two denoisers
-        return part(run(method, side.base, [], [], settled, names=names, only=frozenset()))
+        return part(run(method, base, [], [], settled, names=names, only=frozenset()))
     K = len(recipe.experts)
     weights = settle_weights(side.picked(recipe.weights, K), len(asked))
-    rules = [replace(rule, weights=side.picked(rule.weights, K)) for rule in recipe.rules]
-    merged = [name for name in floating if chosen is None or name in chosen]
-    settings, taken = settle(rules, merged, method, side.options, weights)
+    own = [replace(rule, weights=side.picked(rule.weights, K)) for rule in recipe.rules]
+    settings, taken = settle(own, [name for name in floating if name in chosen], method, side.options, weights)
     job = run(
         method,
-        side.base,
-        side.experts,
+        base,
+        experts,
         weights,
         settled,
         side.inputs,

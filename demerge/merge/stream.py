@@ -81,9 +81,9 @@ class Reader:
     def stored(self, expert: int, name: str, span: slice, base: Tensor) -> Tensor:
         """Return the weights of an expert [n], as they are stored where they are."""
         held = self.experts[expert]
-        if not holds_deltas(held):
-            return self._read(held[name], span)
-        return base + self._read(held[name], span) if name in held else base
+        if name not in held:
+            return base
+        return base + self._read(held[name], span) if holds_deltas(held) else self._read(held[name], span)
 
     def _read(self, tensor: Tensor, span: slice) -> Tensor:
         return tensor.detach().reshape(-1)[span].to(self.device, self.dtype)
@@ -95,7 +95,7 @@ class Reader:
                 delta.copy_(expert[name].detach().reshape(-1)[span])
             else:
                 delta.zero_()
-        tuned = [i for i, expert in enumerate(self.experts) if not holds_deltas(expert)]
+        tuned = [i for i, expert in enumerate(self.experts) if name in expert and not holds_deltas(expert)]
         if len(tuned) == len(deltas):
             return deltas.sub_(base)
         for i in tuned:

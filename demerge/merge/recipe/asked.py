@@ -31,6 +31,8 @@ class Asked(TypedDict, total=False):
         out_rank: write an adapter (LoRA) of this rank instead of a model.
         boundary: where a pipeline with two denoisers passes from one to the other, a share of the timesteps.
         skip_text_encoder: leave out what a LoRA does to text encoders, which is refused else.
+        missing: error, or base to keep the base's where an expert lacks a tensor.
+        extra: error, or drop to leave out a tensor that only an expert has.
     """
 
     method: str
@@ -45,6 +47,8 @@ class Asked(TypedDict, total=False):
     out_rank: int | None
     boundary: float | None
     skip_text_encoder: bool
+    missing: str
+    extra: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from demerge.merge.recipe.recipe import Recipe
 
 
-def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "") -> str:
-    """Return the card of a finished merge, of which the share `survived` of the changed entries outlives the rounding."""
+def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "", notes: Sequence[str] = ()) -> str:
+    """Return the card of a finished merge.
+
+    Args:
+        survived: the share of the changed entries that outlives the rounding.
+        rounding: how the numbers are stored, if that is not plain.
+        notes: what of base and experts was left out, or kept from the base.
+    """
     head = {
         "base_model": base_model,
         "base_model_relation": "merge",
@@ -25,6 +31,7 @@ def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "") -
     ]
     kind = f"an adapter of rank {recipe.out_rank}" if recipe.out_rank else "one diffusion model"
     fits = "It fits the base" if recipe.out_rank else "It has the base's architecture and loads with stock diffusers"
+    told = "".join([*(f"- {escaped(note)}\n" for note in notes), "\n" if notes else ""])
     return f"""---
 {front}
 ---
@@ -37,7 +44,7 @@ def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "") -
 
 {_table(["", ""], [*_facts(recipe, survived), *([["stored", escaped(rounding)]] if rounding else [])])}
 
-Made by demerge {recipe.versions.get("demerge", "")}; `demerge.json` holds the whole recipe, with the hash of every input.
+{told}Made by demerge {recipe.versions.get("demerge", "")}; `demerge.json` holds the whole recipe, with the hash of every input.
 """
 
 

@@ -37,7 +37,7 @@ DOCUMENT = "demerge.json"
 KINDS: Mapping[str, Any] = {
     "format": str, "base": (str, dict), "experts": list, "method": str, "options": dict, "weights": (list, str), "rules": list,
     "only": list, "seed": int, "save_dtype": str, "variant": str, "out_rank": int, "boundary": (int, float), "versions": dict,
-    "output": dict, "skip_text_encoder": bool,
+    "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str,
 }  # fmt: skip
 READ = ("format", "base", "experts", "weights", "rules")  # by functions of their own; the others are taken as they are
 EXPERT = ("path", "weight", "range", "files", "inputs")
@@ -64,6 +64,8 @@ class Recipe:
     out_rank: int | None = None
     boundary: float | None = None
     skip_text_encoder: bool = False
+    missing: str = "error"
+    extra: str = "error"
     versions: Mapping[str, str] = field(default_factory=dict)
     output: Mapping[str, str] = field(default_factory=dict)
 
@@ -157,7 +159,10 @@ class Recipe:
         """Return the recipe as JSON values; what is not asked for is left out."""
         more = {
             "rules": [rule.document() for rule in self.rules],
-            **{name: getattr(self, name) for name in ("only", "variant", "out_rank", "boundary", "skip_text_encoder")},
+            **{
+                name: getattr(self, name)
+                for name in ("only", "variant", "out_rank", "boundary", "skip_text_encoder", "missing", "extra")
+            },
             **{name: dict(getattr(self, name)) for name in ("versions", "output")},
         }
         return {
@@ -169,7 +174,7 @@ class Recipe:
             "save_dtype": self.save_dtype,
             "base": self.base.document(),
             "experts": [expert.document() for expert in self.experts],
-            **{name: value for name, value in more.items() if value not in (None, (), [], {}, False)},
+            **{name: value for name, value in more.items() if value not in (None, (), [], {}, False, "error")},
         }
 
     def canonical(self) -> str:
