@@ -30,13 +30,32 @@ from torch import Tensor, nn
 
 from demerge.conditions import Classes, classes_of
 from demerge.data import ImageData, load_images
-from demerge.errors import InputError, UsageError
+from demerge.errors import UsageError
 from demerge.files import commit_json
 from demerge.headers import read_json
-from demerge.pipelines import TextEncoder, denoiser_part, load_denoiser, load_scheduler, load_text, resolve
+from demerge.pipelines import (
+    TextEncoder,
+    denoiser_part,
+    load_denoiser,
+    load_scheduler,
+    load_text,
+    load_vae,
+    make_scheduler,
+    make_unet,
+    resolve,
+)
+from demerge.places import inside
+from demerge.schema import Record, Table, read_record
 from demerge.weights import content_sha256
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class RandomConfig(Record):
+    """The configs of a model that is to be made."""
+
+    unet: Table
+    scheduler: Table
 
 
 @dataclass(frozen=True)
@@ -77,8 +96,7 @@ class Diffusion:
         index = read_json(folder / "model_index.json")
         component = load_denoiser(folder, index)
         scheduler = load_scheduler(folder, index)
-        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae") if "vae" in index else None
-        text = load_text(folder) if "text_encoder" in index else None
+        vae, text = load_vae(folder, index), load_text(folder, index)
         for module in (component, vae, text.model if text else None):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -91,18 +109,12 @@ class Diffusion:
         Raises:
             InputError: where the file lacks a part or diffusers refuses it.
         """
-        document = read_json(config)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                denoiser = diffusers.UNet2DModel.from_config(document["unet"])
-            scheduler = diffusers.DDPMScheduler.from_config(document["scheduler"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{config}: not a model config: {error}",
-                fix='write {"unet": {... UNet2DModel ...}, "scheduler": {... DDPMScheduler ...}}',
-            ) from error
-        return cls(denoiser, scheduler)
+        fix = 'write {"unet": {... UNet2DModel ...}, "scheduler": {... DDPMScheduler ...}}'
+        parts = read_record(config, RandomConfig, fix=fix)
+        scheduler = make_scheduler(parts.scheduler, diffusers.DDPMScheduler, f"{config}: scheduler")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(make_unet(parts.unet, f"{config}: unet"), scheduler)
 
     def save(self, path: Path) -> None:
         """Write a stock pipeline into the empty folder `path`; what is not the denoiser is copied from `folder`."""
@@ -113,6 +125,8 @@ class Diffusion:
         parts = [p for p in sorted(self.folder.iterdir()) if p.is_dir() and p.name in index]
         own = (denoiser_part(index), "scheduler")
         copied = [p for p in parts if p.name not in own]
+        for file in (file for part in copied for file in [part, *part.rglob("*")]):
+            inside(self.folder, file)
         for part in copied:
             shutil.copytree(part, path / part.name)
         absent = {n for n, v in index.items() if isinstance(v, list)} - {*own, *(p.name for p in copied)}

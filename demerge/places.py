@@ -67,7 +67,7 @@ def locate(path: Path, variant: str | None = None, component: str | None = None)
             f"{path}: no such file or folder", fix="name a pipeline folder, a component folder or a .safetensors file"
         )
     if not (path / "model_index.json").is_file():
-        return _component(path, None, path, variant)
+        return component_place(path, variant)
     index = read_json(path / "model_index.json")
     wanted = COMPONENTS if component is None else (component,)
     name = next((c for c in wanted if c in index and (path / c).is_dir()), None)
@@ -77,6 +77,11 @@ def locate(path: Path, variant: str | None = None, component: str | None = None)
     if (path / "config.json").is_file() and component is None:
         return _component(path, path, path, variant)
     raise InputError(f"{path}: no folder {' or '.join(wanted)}", fix="use a pipeline with a UNet or a transformer")
+
+
+def component_place(folder: Path, variant: str | None = None) -> Place:
+    """Find the weights in a component's folder, as `locate` does."""
+    return _component(folder, None, folder, variant)
 
 
 def _component(path: Path, pipeline: Path | None, folder: Path, variant: str | None) -> Place:
@@ -144,7 +149,7 @@ def _sharded(path: Path, pipeline: Path | None, folder: Path, index: Path) -> Pl
 
 
 def inside(root: Path, path: Path) -> Path:
-    """Return `path` once its real place is known to lie inside `root`, or in the Hub cache that `root` belongs to.
+    """Return `path` once its real place is known to lie inside `root`, or among the blobs of the Hub cache around `root`.
 
     Raises:
         InputError: where a link leads elsewhere.
@@ -153,7 +158,7 @@ def inside(root: Path, path: Path) -> Path:
         home, real = root.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # Python tells a circle of links by either, as its version is
         raise InputError(f"{path} is a link in a circle", fix="put the file itself into the folder") from error
-    cache = next((p for p in home.parents if p.name.startswith("models--") and (p / "snapshots").is_dir()), home)
-    if not real.is_relative_to(cache):
+    blobs = [p.parent / "blobs" for p in home.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    if not real.is_relative_to(home) and real.parent not in blobs:
         raise InputError(f"{path} leads out of {root}, to {real}", fix="put the file itself into the folder")
     return path
