@@ -27,14 +27,26 @@ def evaluate(
     split: Annotated[str, _option("--split", "Reference split: test, train or all.", METRICS)] = "test",
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
     features: Annotated[
-        str, _option("--features", "digits-cnn, random, inception:PATH; auto takes one of the first two.", METRICS)
+        str,
+        _option(
+            "--features",
+            "digits-cnn, random, inception:FILE (pytorch-fid's .pth, or safetensors); auto takes one of the first two.",
+            METRICS,
+        ),
     ] = "auto",
     preprocess: Annotated[
         str, _option("--preprocess", "Inception's resize: clean, pytorch-fid or torch-fidelity.", METRICS)
     ] = "clean",
     precision: Annotated[str, _option("--precision", "Inception in float32 (no) or bf16.", METRICS)] = "no",
+    reference: Annotated[
+        Path | None,
+        _option("--reference", "Statistics of real images (.npz of pytorch-fid, EDM or ADM) in place of --data's.", METRICS),
+    ] = None,
     reference_images: Annotated[
-        int | None, _option("--reference-images", "Take so many real images; default all.", METRICS, min=2)
+        int | None,
+        _option(
+            "--reference-images", "Take so many real images, default all; or how many --reference stands for.", METRICS, min=2
+        ),
     ] = None,
     ranges: Annotated[
         str, _option("--ranges", "Ranges of the validation loss: uniform:N, a partition.json, none.", METRICS)
@@ -50,11 +62,11 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score models against real images; the same command again goes on where it stopped."""
-    from demerge.evaluate.prepare import Words, parse_seeds, prepare
+    from demerge.evaluate.prepare import EvaluationOptions, parse_seeds, prepare
     from demerge.evaluate.protocol import tables_of
     from demerge.evaluate.tables import lines
 
-    words = Words(
+    options = EvaluationOptions(
         data,
         split=split,
         skip_broken=skip_broken,
@@ -62,6 +74,7 @@ def evaluate(
         preprocess=preprocess,  # type: ignore[arg-type]
         precision=precision,
         num_images=num_images,
+        reference=reference,
         reference_images=reference_images,
         seeds=parse_seeds(seeds),
         steps=steps,
@@ -73,7 +86,10 @@ def evaluate(
         device=device_of(device),
     )
     with progress(1, "evaluate") as bar:
-        scores = list(prepare(models, words, out, base=base, progress=bar).run())
+        prepared = prepare(models, options, out, base=base, progress=bar)
+        for folder in prepared.left_out:
+            say(f"note: {folder} holds plots that demerge wrote, not a model; it was left out")
+        scores = list(prepared.run())
     for line in lines(tables_of(scores)):
         say(line)
     emit({"out": str(out / "scores"), "scores": [score.document() for score in scores]}, out / "scores", json)

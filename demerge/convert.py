@@ -41,10 +41,19 @@ def convert(source: Path, out: Path, *, allow_pickle: bool = False, key: str | N
     if not source.is_file():
         raise InputError(f"{source}: no such file", fix="name a .bin, .ckpt or .pth file")
     refuse_existing(out)
-    tensors = _checked(source, _chosen(source, _unpickled(source), key))
+    tensors = unpickled(source, key)
     refuse_small_disk(out, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()))
     commit_tensors(out, tensors, {"format": "pt"})
     return tensors
+
+
+def unpickled(source: Path, key: str | None = None) -> dict[str, Tensor]:
+    """Read the tensors of a pickled state dict, by torch's restricted unpickler; `key` as for `convert`.
+
+    Raises:
+        InputError: if the file holds more than tensors and plain values, or no table of tensors.
+    """
+    return _checked(source, _chosen(source, _unpickled(source), key))
 
 
 def _unpickled(source: Path) -> Any:

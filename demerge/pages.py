@@ -42,6 +42,12 @@ def whole(title: str, subtitle: object, sections: Iterable[str], footer: str) ->
     )
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that demerge wrote, of this version or an older one."""
+    with path.open("rb") as stream:
+        return POLICY.encode() in stream.read(1024)
+
+
 def section(title: str, lead: str, body: str) -> str:
     """Return a section: its title, a sentence or two, and HTML."""
     introduction = f'<p class="lead">{text(lead)}</p>' if lead else ""

@@ -58,7 +58,7 @@ def sample(
         UsageError: where n, steps, the sampler or a label is out of range, or captions are missing.
         NumericalError: where an image is not finite.
     """
-    _check(model, n, steps, sampler, batch_size, captions)
+    check_sampling(model, n, steps, sampler, batch_size, captions)
     condition = _conditions(model, captions, labels)
     scheduler = make_scheduler(model, steps, sampler)
     images = torch.empty(n, *model.image_shape, dtype=torch.uint8)
@@ -142,7 +142,12 @@ def _refuse_zero_snr(model: Diffusion, timesteps: Tensor, steps: int) -> None:
         )
 
 
-def _check(model: Diffusion, n: int, steps: int, sampler: str, batch_size: int, captions: Sequence[str] | None) -> None:
+def check_sampling(model: Diffusion, n: int, steps: int, sampler: str, batch_size: int, captions: Sequence[str] | None) -> None:
+    """Refuse options that `sample` would refuse.
+
+    Raises:
+        UsageError: if n, steps or the sampler is out of range, or captions are missing.
+    """
     for name, value, top in (("n", n, 10**9), ("steps", steps, model.T), ("batch_size", batch_size, 10**6)):
         if not 1 <= value <= top:
             raise UsageError(f"{name} is {value}", fix=f"give 1 <= {name} <= {top}")
@@ -223,12 +228,13 @@ def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]
     return base.with_denoiser(RoutedDenoiser(partition, denoisers))
 
 
-def load_routed(base: str | Path, experts: Path, *, device: str = "cpu") -> Diffusion:
-    """Load the experts in the subfolders of `experts` and route between them on the base's schedule.
+def load_routed(base: str | Path | Diffusion, experts: Path, *, device: str = "cpu") -> Diffusion:
+    """Load the experts in the subfolders of `experts` and route between them on the base's schedule; a base may be loaded.
 
     Raises:
         InputError: where no expert is there, or their ranges do not cover [0, T).
     """
     found = experts_in(experts)
     denoisers = [Diffusion.load(folder, device=device).denoiser for folder in found.values()]
-    return routed(Diffusion.load(base, device=device), Partition(tuple(found)), denoisers)
+    base = base if isinstance(base, Diffusion) else Diffusion.load(base, device=device)
+    return routed(base, Partition(tuple(found)), denoisers)

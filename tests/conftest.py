@@ -172,3 +172,46 @@ def image_folder(tmp_path: Path) -> Path:
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in range(6)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+def protocol(**changes: object) -> Any:
+    from demerge.evaluate.protocol import Protocol
+
+    fields: dict[str, object] = {
+        "features": "digits-cnn",
+        "features_sha256": "ab" * 32,
+        "preprocess": "grey 8x8",
+        "distance": "FD[digits-cnn]",
+        "dim": 64,
+        "num_images": 2000,
+        "reference": "digits test",
+        "reference_n": 500,
+        "reference_sha256": "cd" * 32,
+        "sampler": "ddim",
+        "steps": 50,
+    }
+    return Protocol(**{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def make_scores() -> Callable[..., list[Any]]:
+    """Make scores of one model, one for each distance: make_scores("ties", "merge", [7.1, 7.2, 7.0])."""
+    from demerge.evaluate.losses import RangeLosses
+    from demerge.evaluate.protocol import Scores
+
+    def make(model: str, kind: Any, distances: list[float], *, shift: float = 0.0, **changes: object) -> list[Scores]:
+        losses = RangeLosses(("0000-0500", "0500-1000"), tuple(tuple(1 + shift + b / 100 for b in range(4)) for _ in range(2)))
+        return [
+            Scores(
+                model,
+                {"fd": value, "kid": value / 10, "precision": 0.9, "recall": 0.8, "density": 1.0, "coverage": 0.7},
+                protocol(**changes),
+                "ef" * 32,
+                seed,
+                kind,
+                losses=None if kind == "real" else losses,
+            )
+            for seed, value in enumerate(distances)
+        ]
+
+    return make

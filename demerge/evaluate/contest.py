@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from demerge.data import ImageData, load_images
+from demerge.data.values import Shape
 from demerge.diffusion import Diffusion
 from demerge.evaluate.entrants import Entrant
 from demerge.evaluate.features import Progress
@@ -21,16 +22,22 @@ from demerge.evaluate.losses import RangeLosses, range_losses
 from demerge.evaluate.protocol import Scores
 from demerge.evaluate.records import save_scores
 from demerge.evaluate.reference import images_sha256
-from demerge.sample import load_routed, sample
+from demerge.sample import sample
 from demerge.timesteps import Partition
+
+
+def pictures(folder: str, shape: Shape, n: int) -> ImageData:
+    """Return n images of a folder in the shape [C H W] of the data."""
+    channels, height, _ = shape
+    return load_images(folder, resolution=height, channels=channels, limit=n)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contest:
     """What every entrant goes through.
 
-    Losses are measured on `data` over the ranges of `partition`, where there is one. The images of the model `base` from
-    the same noise are drawn for LPIPS drift, where there is a base. Scores go to OUT/scores.
+    Losses are measured on `data` over the ranges of `partition`, if there is one. The images of the model `base` from the
+    same noise are drawn for LPIPS drift, if there is a base. Scores go to OUT/scores.
     """
 
     judge: Judge
@@ -38,7 +45,7 @@ class Contest:
     out: Path
     num_images: int
     seeds: Sequence[int]
-    base: str | None = None
+    base: Entrant | None = None
     partition: Partition | None = None
     loss_samples: int = 512
     batch_size: int = 64
@@ -55,10 +62,7 @@ class Contest:
             NumericalError: where images or losses are not finite.
         """
         for entrant in entrants:
-            if entrant.is_images:
-                yield self._score_folder(entrant)
-            else:
-                yield from self._score_model(entrant)
+            yield from self._score_folder(entrant) if entrant.is_images else self._score_model(entrant)
 
     def noise_floor(self, real: ImageData) -> Scores:
         """Score real images that are disjoint from the reference's."""
@@ -73,7 +77,7 @@ class Contest:
         return save_scores(place, scores, images)
 
     def _score_model(self, entrant: Entrant) -> Iterator[Scores]:
-        model = self._load(entrant)
+        model = entrant.load(self.base, self.device)
         digest, losses = model.sha256, None
         for seed in self.seeds:
             place = self.out / "scores" / f"{entrant.slug}.seed{seed}.json"
@@ -95,17 +99,11 @@ class Contest:
             )
             yield save_scores(place, scores, images)
 
-    def _score_folder(self, entrant: Entrant) -> Scores:
-        channels, height, _ = self.data.shape
-        data = load_images(entrant.source, resolution=height, channels=channels, limit=self.num_images)
+    def _score_folder(self, entrant: Entrant) -> Iterator[Scores]:
+        data = pictures(entrant.source, self.data.shape, self.num_images)
         images = data.images(range(len(data)))
         scores = self.judge.of_folder().score(entrant.name, images, seed=0, progress=self.progress)
-        return save_scores(self.out / "scores" / f"{entrant.slug}.json", scores, images)
-
-    def _load(self, entrant: Entrant) -> Diffusion:
-        if entrant.kind == "ensemble":
-            return load_routed(self.base or entrant.source, Path(entrant.source), device=self.device)
-        return Diffusion.load(entrant.source, device=self.device)
+        yield save_scores(self.out / "scores" / f"{entrant.slug}.json", scores, images)
 
     def _draw(self, model: Diffusion, seed: int, n: int, name: str) -> Tensor:
         def progress(done: int, total: int) -> None:
@@ -128,7 +126,7 @@ class Contest:
             return None
         if seed not in self._base_images:
             count = min(self.num_images, self.judge.perceptual_images)
-            base = Diffusion.load(self.base, device=self.device)
+            base = self.base.load(device=self.device)
             self._base_images[seed] = self._draw(base, seed, count, "base")
         return self._base_images[seed]
 

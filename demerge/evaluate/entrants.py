@@ -6,35 +6,64 @@ expert      an expert of a part of [0, T)
 ensemble    a folder of expert folders, routed by timestep on the base's schedule
 merge       a folder with demerge.json
 model       any other pipeline; and a folder of images, which is scored as it is
+
+A folder with demerge's own plots, pages or scores is none of these: its pictures are not a model's images.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
-from demerge.evaluate.protocol import Kind
+from demerge.evaluate.protocol import FORMAT, Kind
 from demerge.expert import EXPERT, read_expert
 from demerge.headers import read_json
+from demerge.pages import is_page
+from demerge.sample import load_routed
+
+Models = Sequence[str] | Mapping[str, "str | Path | Diffusion"]
+PLOT = b"<dc:title>Matplotlib"
 
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """A model to be scored: `source` is a pipeline folder, a Hub id, a folder of experts or a folder of images."""
+    """A model to be scored.
+
+    Attributes:
+        source: a pipeline folder, a Hub id, a folder of experts or a folder of images.
+        model: the model itself, if it is in memory; then `source` is its name.
+    """
 
     name: str
     kind: Kind
     source: str
+    model: Diffusion | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_images(self) -> bool:
         """Whether the source is a folder of images."""
         folder = Path(self.source)
-        return self.kind == "model" and folder.is_dir() and not _is_pipeline(folder)
+        return self.model is None and self.kind == "model" and folder.is_dir() and not _is_pipeline(folder)
+
+    def load(self, base: Entrant | None = None, device: str = "cpu") -> Diffusion:
+        """Load the model; a routed ensemble takes the schedule of `base`.
+
+        Raises:
+            InputError: if the model is missing, damaged or not supported.
+            UsageError: if an ensemble comes without a base.
+        """
+        if self.model is not None:
+            return self.model.to(device)
+        if self.kind != "ensemble":
+            return Diffusion.load(self.source, device=device)
+        if base is None:
+            raise UsageError("a routed ensemble needs the base's schedule", fix="give --base MODEL")
+        return load_routed(base.model or base.source, Path(self.source), device=device)
 
     @property
     def slug(self) -> str:
@@ -42,24 +71,59 @@ class Entrant:
         return re.sub(r"[^\w.=-]+", "-", self.name).strip("-.") or "model"
 
 
-def entrants(models: Sequence[str], base: str | None = None) -> list[Entrant]:
-    """Tell what each MODEL or NAME=MODEL is; the base is `base`, or else the first pipeline that demerge did not make.
+def entrants(models: Models, base: str | None = None, kinds: Mapping[str, Kind] | None = None) -> list[Entrant]:
+    """Tell what each model is; the base is `base`, or else the first pipeline that demerge did not make.
+
+    Args:
+        models: paths, ids or NAME=MODEL; or a table of names and paths, ids or models in memory.
+        base: the name, path or id of the base.
+        kinds: what a model of this name is, if its records do not say so, as for a model in memory.
 
     Raises:
-        UsageError: where there are none, or two have one name.
+        UsageError: if there are none, two have one name, or a folder holds demerge's own plots.
     """
     if not models:
         raise UsageError("there is no model to evaluate", fix="name at least one")
-    named = [_split(text) for text in models]
-    found = [_entrant(name, source) for name, source in named]
+    pairs = list(models.items()) if isinstance(models, Mapping) else [_split(text) for text in models]
+    found = [_entrant(name, source, (kinds or {}).get(name)) for name, source in pairs]
     if base is None:
-        base = next((e.source for e in found if e.kind == "model" and not e.is_images), None)
-    found = [Entrant(e.name, "base", e.source) if e.source == base else e for e in found]
+        base = next((e.source for e in found if e.kind in ("model", "base") and not e.is_images), None)
+    found = [replace(e, kind="base") if base in (e.source, e.name) else e for e in found]
     repeated = {e.slug for e in found if sum(other.slug == e.slug for other in found) > 1}
-    found = [Entrant(_long(e.source), e.kind, e.source) if e.slug in repeated else e for e in found]
+    found = [replace(e, name=_long(e.source)) if e.slug in repeated else e for e in found]
     if len({e.slug for e in found}) < len(found):
         raise UsageError(f"several models are named {', '.join(sorted(repeated))}", fix="name them: NAME=MODEL")
     return found
+
+
+def without_reports(models: Models) -> tuple[Models, list[str]]:
+    """Leave out of a list of paths, as a shell's `*` makes it, the folders of demerge's own plots; return these, too.
+
+    What has a name is not left out: `entrants` refuses it.
+    """
+    if isinstance(models, Mapping):
+        return models, []
+    left_out = [text for text in models if not _split(text)[0] and is_report(Path(text))]
+    kept = [text for text in models if text not in left_out]
+    return (kept, left_out) if kept else (models, [])
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder's pictures are demerge's own plots, or lie next to a page or scores that it wrote."""
+    if not folder.is_dir() or _is_pipeline(folder) or any(folder.glob(f"*/{EXPERT}")):
+        return False
+    places = {folder, *(path.parent for path in folder.rglob("*.png"))}
+    pages = any(is_page(path) for place in places for path in place.glob("*.html") if path.is_file())
+    return pages or any(_is_own(path) for place in places for kind in ("svg", "json") for path in place.glob(f"*.{kind}"))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a plot of matplotlib or a score stands next to a picture of the same name."""
+    if not (path.is_file() and path.with_suffix(".png").is_file()):
+        return False
+    with path.open("rb") as stream:
+        head = stream.read(2048)
+    return (PLOT if path.suffix == ".svg" else FORMAT.encode()) in head
 
 
 def kind_of(folder: Path) -> Kind:
@@ -77,10 +141,16 @@ def kind_of(folder: Path) -> Kind:
     return "ensemble" if not _is_pipeline(folder) and any(folder.glob(f"*/{EXPERT}")) else "model"
 
 
-def _entrant(name: str, source: str) -> Entrant:
-    kind, folder = kind_of(Path(source)), Path(source)
+def _entrant(name: str, source: str | Path | Diffusion, kind: Kind | None) -> Entrant:
+    if isinstance(source, Diffusion):
+        return Entrant(name, kind or "model", name, source)
+    folder = Path(source)
+    if is_report(folder):
+        what = f"{folder}: its pictures are plots that demerge wrote, not a model's images"
+        raise UsageError(what, fix="leave it out, or name a folder that holds images alone")
+    kind = kind or kind_of(folder)
     plain = {"ensemble": "routed ensemble", "joint": "joint"}.get(kind) if not (folder / "demerge.json").is_file() else None
-    return Entrant(name or plain or _short(source), kind, source)
+    return Entrant(name or plain or _short(str(source)), kind, str(source))
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from demerge.evaluate import digits, inception, randomnet
 from demerge.evaluate.randomnet import RandomNet
 from demerge.files import sha256
 
-FID_WEIGHTS = "aa5258d3cf03ee0a86d89c7ea3e991b547f1609a914383b7c33c7227f93155ba"
+FID_WEIGHTS = frozenset({inception.PTH_SHA256, inception.SAFETENSORS_SHA256})
 Progress = Callable[[int, int, str], None]
 
 
@@ -38,10 +38,14 @@ class FeatureNet:
     device: torch.device
     batch_size: int
 
+    def __repr__(self) -> str:
+        """Name the net and its preprocessing."""
+        return f"FeatureNet({self.name}, {self.dim} features, preprocess {self.preprocess})"
+
     @property
     def distance_name(self) -> str:
         """`FID` for Inception with the known weights, else `FD[name]`."""
-        if self.sha256 != FID_WEIGHTS:
+        if self.sha256 not in FID_WEIGHTS:
             return f"FD[{self.name}]"
         return "FID(bf16)" if self.preprocess.endswith("bf16") else "FID"
 
@@ -92,6 +96,8 @@ def feature_net(
         return _random(torch.device(device))
     if name == "inception" and path:
         return _inception(Path(path).expanduser(), preprocess, precision, torch.device(device))
+    if name == "inception":
+        raise UsageError("the feature net 'inception' needs its weights", fix=inception.SOURCES)
     raise UsageError(f"feature net '{spec}' is unknown", fix="use digits-cnn, random or inception:PATH")
 
 

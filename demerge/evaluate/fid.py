@@ -16,6 +16,7 @@ imaginary part and adds 1e-6 to the diagonal where that fails: the eigenvalues h
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ from torch import Tensor
 
 from demerge.errors import InputError, NumericalError, UsageError
 from demerge.files import commit_file
+
+PREFIX = "protocol_"  # of the keys that say what made the features
+MAX_BYTES = 1 << 30
+ASYMMETRY = 1e-5
+NPZ = "give an npz with mu [D] and sigma [D D], written by pytorch-fid, EDM, ADM or demerge"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +60,10 @@ class Moments:
             raise UsageError(f"a covariance of {self.n} samples is not defined", fix="use at least 2 images")
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
             raise NumericalError("the moments hold NaN or Inf", fix="check the images and the feature net")
+
+    def __repr__(self) -> str:
+        """Say how many features of how many images."""
+        return f"Moments({self.dim} features of {self.n:,} images)"
 
     @property
     def dim(self) -> int:
@@ -115,30 +125,51 @@ def frechet_distance(a: Moments, b: Moments, *, root: Tensor | None = None) -> f
 def save_moments(path: Path, value: Moments) -> Path:
     """Write `mu`, `sigma`, `n` and the protocol's fields into an npz that pytorch-fid and edm read."""
     arrays: dict[str, Any] = {"mu": value.mean.numpy(), "sigma": value.covariance.numpy(), "n": np.asarray(value.n)}
-    arrays |= {f"protocol_{key}": np.asarray(text) for key, text in value.protocol.items()}
+    arrays |= {f"{PREFIX}{key}": np.asarray(text) for key, text in value.protocol.items()}
     return commit_file(path, lambda stream: np.savez(stream, **arrays))
 
 
 def load_moments(path: Path, *, n: int | None = None) -> Moments:
-    """Read an npz with `mu` and `sigma`; `n` is taken from the file or, where the file has none, from the argument.
+    """Read an npz with `mu` [D] and `sigma` [D D], as demerge, pytorch-fid, EDM and ADM write them.
+
+    Args:
+        n: how many images the file stands for, if it does not say so itself.
 
     Raises:
-        InputError: where the file is no such npz; pickled objects are never loaded.
+        InputError: if the file is no such npz, `sigma` is no covariance, or n is not known. Pickled objects are never loaded.
     """
+    arrays = _arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
         count = int(arrays["n"]) if "n" in arrays else n
         mean, covariance = (torch.from_numpy(np.array(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: not an npz with mu and sigma: {error}", fix="write it with pytorch-fid or demerge"
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: mu, sigma or n is not made of numbers: {error}", fix=NPZ) from error
     if count is None:
-        raise InputError(f"{path}: the file does not say how many images n it stands for", fix="give the number yourself")
+        fix = "say it: --reference-images N, for example 50000 for the train split of CIFAR-10"
+        raise InputError(f"{path}: the file does not say how many images it stands for", fix=fix)
     try:
-        prefix = "protocol_"
-        protocol = {key.removeprefix(prefix): str(text) for key, text in arrays.items() if key.startswith(prefix)}
-        return Moments(mean, covariance, count, protocol)
+        protocol = {key.removeprefix(PREFIX): str(text) for key, text in arrays.items() if key.startswith(PREFIX)}
+        value = Moments(mean, covariance, count, protocol)
     except (UsageError, NumericalError) as error:
         raise InputError(f"{path}: {error.what}", fix=error.fix) from error
+    scale = float(covariance.abs().max())
+    if bool((covariance.diagonal() < 0).any()) or float((covariance - covariance.T).abs().max()) > ASYMMETRY * scale:
+        raise InputError(f"{path}: sigma is not symmetric with a diagonal >= 0, so it is no covariance", fix=NPZ)
+    return value
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    """Read the arrays of an npz that are statistics; others, such as the images of ADM's files, are left alone."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+        if not {"mu", "sigma"} <= sizes.keys():
+            raise ValueError(f"its arrays are {list(sizes)[:8]}")
+        wanted = [key for key in sizes if key in ("mu", "sigma", "n") or key.startswith(PREFIX)]
+        large = [key for key in wanted if sizes[key] > MAX_BYTES]
+        if large:
+            raise ValueError(f"{large[0]} takes {sizes[large[0]]:,} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in wanted}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not an npz with mu and sigma: {error}", fix=NPZ) from error

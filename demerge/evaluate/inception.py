@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from demerge.convert import unpickled
 from demerge.errors import InputError, UsageError
 
 Preprocess = Literal["clean", "pytorch-fid", "torch-fidelity"]
@@ -35,6 +36,14 @@ PREPROCESS: tuple[Preprocess, ...] = get_args(Preprocess)
 DIM = 2048
 SIZE = 299
 BATCH_NORM_EPS = 1e-3
+PICKLES = (".pth", ".pt")
+PTH_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # pytorch-fid's file
+SAFETENSORS_SHA256 = "aa5258d3cf03ee0a86d89c7ea3e991b547f1609a914383b7c33c7227f93155ba"  # the same net without fc
+SOURCES = (
+    "download pt_inception-2015-12-05-6726825d.pth from the release fid_weights of mseitzer/pytorch-fid on GitHub "
+    f"(95,628,359 bytes, sha256 {PTH_SHA256}) and give --features inception:FILE; "
+    f"or give the same tensors without fc as safetensors (sha256 {SAFETENSORS_SHA256})"
+)
 
 STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/v Conv2d_2b_3x3 max/2 Conv2d_3b_1x1 Conv2d_4a_3x3/v max/2"
 A = "branch1x1, branch5x5_1 branch5x5_2, branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3, avg branch_pool"
@@ -155,25 +164,31 @@ def _folded(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
 
 
 def load_inception(path: Path) -> Inception:
-    """Read the weights (a safetensors file with pytorch-fid's names, no `fc` needed) and build the network.
+    """Read the weights and build the network.
+
+    Args:
+        path: a safetensors file with pytorch-fid's names, or pytorch-fid's own `.pth`, which torch's restricted unpickler
+            reads. The last layer `fc` is not needed.
 
     Raises:
-        InputError: where the file is missing or damaged, or holds other tensors; missing and wrong ones are named.
+        InputError: if the file is missing or damaged, or holds other tensors; missing and wrong ones are named.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no Inception weights there", fix=SOURCES)
     try:
-        weights = load_file(path)
+        weights = unpickled(path) if path.suffix in PICKLES else load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors: {error}", fix="name the Inception weights file") from error
+        raise InputError(f"{path}: cannot be read as safetensors: {error}", fix=SOURCES) from error
     try:
         network = Inception(weights).eval()
         with torch.inference_mode():
             dim = network(torch.zeros(1, 3, 75, 75)).shape[1]
     except KeyError as error:
-        raise InputError(f"{path}: tensor {error} is missing", fix="use pytorch-fid's names, TF port of 2015-12-05") from error
+        raise InputError(f"{path}: tensor {error} is missing", fix=SOURCES) from error
     except (RuntimeError, IndexError) as error:
-        raise InputError(f"{path}: tensors do not fit Inception-v3: {error}", fix="use the TF port of 2015-12-05") from error
+        raise InputError(f"{path}: tensors do not fit Inception-v3: {error}", fix=SOURCES) from error
     if dim != DIM:
-        raise InputError(f"{path}: {dim} features instead of {DIM}", fix="use the TF port of 2015-12-05")
+        raise InputError(f"{path}: {dim} features instead of {DIM}", fix=SOURCES)
     return network
 
 

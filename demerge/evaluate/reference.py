@@ -7,6 +7,7 @@ distances that need single features (KID, precision, recall, density, coverage) 
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from demerge.data import load_images
 from demerge.errors import ComparisonError, InputError
 from demerge.evaluate.features import FeatureNet, Progress
 from demerge.evaluate.fid import Moments, frechet_distance, load_moments, moments, square_root
@@ -33,6 +35,10 @@ class Reference:
     root: Tensor = field(repr=False)
     features: Tensor | None = field(default=None, repr=False)
     reach: Tensor | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        """Name the real images."""
+        return f"Reference({self.n:,} images of {self.name})"
 
     @classmethod
     def from_images(
@@ -62,11 +68,29 @@ class Reference:
         return cls._of_features(features, net.protocol, name, wanted["images"])
 
     @classmethod
-    def from_npz(cls, path: Path, *, n: int | None = None) -> Reference:
-        """Read moments that demerge, pytorch-fid or edm wrote."""
+    def from_npz(cls, path: Path, net: FeatureNet, *, n: int | None = None, progress: Progress | None = None) -> Reference:
+        """Read moments `mu` and `sigma` that demerge, pytorch-fid, EDM or ADM wrote, or images `arr_0` as ADM writes them.
+
+        Args:
+            net: the feature net of the comparison. A file that does not say what made its moments is taken at its word.
+            n: how many images the moments stand for, if the file does not say so.
+
+        Raises:
+            InputError: if the file is damaged or holds neither, or its features are not of the net's number.
+            ComparisonError: if the file says that it was made by another net or preprocessing.
+        """
+        keys = _keys(path)
+        if "mu" not in keys and {"arr_0", "images"} & set(keys):
+            images = load_images(path, limit=n)
+            return cls.from_images(net, images.images(range(len(images))), name=path.name, progress=progress)
         value = load_moments(path, n=n)
+        _refuse_other_net(value.protocol, net)
+        if value.dim != net.dim:
+            what = f"{path}: moments of {value.dim} features, and {net.name} has {net.dim}"
+            raise InputError(what, fix="give --features inception:FILE for statistics of 2048 features")
         digest = hashlib.sha256(value.mean.numpy().tobytes() + value.covariance.numpy().tobytes())
-        return cls(value, path.name, digest.hexdigest(), square_root(value.covariance))
+        name = path.name if value.protocol else f"{path.name} (it does not say by which net and preprocessing)"
+        return cls(value, name, digest.hexdigest(), square_root(value.covariance))
 
     @property
     def n(self) -> int:
@@ -82,12 +106,7 @@ def evaluate_images(
     Raises:
         ComparisonError: where the reference was made with another feature net.
     """
-    for key, value in reference.moments.protocol.items():
-        if net.protocol.get(key, value) != value:
-            raise ComparisonError(
-                f"the reference was made with {key} '{value}', the images with '{net.protocol[key]}'",
-                fix="make the reference again with this feature net",
-            )
+    _refuse_other_net(reference.moments.protocol, net)
     features = net(images, progress=progress)
     result = {"fd": frechet_distance(reference.moments, moments([features]), root=reference.root)}
     if reference.features is not None:
@@ -95,6 +114,24 @@ def evaluate_images(
     if reference.features is not None and reference.reach is not None and len(features) > NEAREST:
         result |= asdict(prdc(reference.features, features, reach=reference.reach))
     return result
+
+
+def _refuse_other_net(protocol: Mapping[str, str], net: FeatureNet) -> None:
+    for key, value in protocol.items():
+        if net.protocol.get(key, value) != value:
+            raise ComparisonError(
+                f"the reference was made with {key} '{value}', the images with '{net.protocol[key]}'",
+                fix="make the reference again with this feature net",
+            )
+
+
+def _keys(path: Path) -> list[str]:
+    """Return the names of an npz's arrays, none if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return [name.removesuffix(".npy") for name in file.namelist()]
+    except (OSError, zipfile.BadZipFile):
+        return []
 
 
 def _read_features(path: Path) -> tuple[Tensor, dict[str, str]]:

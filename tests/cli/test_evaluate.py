@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -12,6 +15,7 @@ from PIL import Image
 from demerge.data import load_images
 from demerge.evaluate.protocol import Scores
 from demerge.images import write_pngs
+from demerge.pages import whole
 
 SMALL = ("--data", "digits", "--num-images", "20", "--steps", "2", "--loss-samples", "16", "--reference-images", "100")
 
@@ -102,6 +106,82 @@ def test_mistakes_about_models(run: Callable[..., Any], tiny: Path, tmp_path: Pa
     assert run("evaluate", tiny, *SMALL, "--sampler", "magic", "-o", tmp_path / "run").code == 2
     assert run("compare", tmp_path / "absent").code == 3
     assert run("compare", empty).code == 3
+
+
+def test_every_model_is_resolved_before_the_first_image(run: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    next((broken / "unet").glob("*.safetensors")).unlink()
+    for last in (broken, tmp_path / "absent", tmp_path / "file.safetensors"):
+        result = run("evaluate", tiny, last, *SMALL, "-o", tmp_path / "run")
+        assert result.code == 3, result.err
+        assert last.name in result.err
+        assert not (tmp_path / "run").exists(), "no feature was taken and no image made"
+
+
+def test_plots_among_the_models_are_left_out_and_named(run: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    plots = tmp_path / "merged" / "ties-report"
+    write_pngs(plots, load_images("digits", split="train").images(range(2)))
+    (plots / "index.html").write_text(whole("What the merge did", "", [], ""))
+    result = run("evaluate", tiny, plots, *SMALL, "--no-lpips", "--seeds", "0", "-o", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    assert "ties-report holds plots that demerge wrote" in result.err
+    assert {score["model"] for score in json.loads(result.out)["scores"]} == {tiny.name, "digits train"}
+    assert run("evaluate", f"ties={plots}", *SMALL, "-o", tmp_path / "other").code == 2
+
+
+def test_compare_ranks_the_largest_group_and_prints_its_verdict(
+    run: Callable[..., Any], make_scores: Callable[..., list[Scores]], tmp_path: Path
+) -> None:
+    groups = [("base", "base", {}), ("ties", "merge", {}), ("pictures", "model", {"sampler": "unknown", "steps": 0})]
+    for name, kind, changes in groups:
+        for score in make_scores(name, kind, [8.0, 7.0, 7.5], **changes):
+            score.save(tmp_path / "run" / "scores" / f"{name}.seed{score.seed}.json")
+    result = run("compare", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert sorted(document["ranking"]) == ["base", "ties"]
+    assert document["unranked"] == ["pictures"]
+    assert document["verdict"] in result.err
+    for words in ("Training seeds: 1", "Not ranked, since the protocol differs: pictures"):
+        assert words in result.err
+
+
+def test_what_is_linked_out_of_a_run_stays_out_of_its_report(
+    run: Callable[..., Any], make_scores: Callable[..., list[Scores]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    for name, kind in (("base", "base"), ("ties", "merge")):
+        make_scores(name, kind, [8.0])[0].save(folder / "scores" / f"{name}.seed0.json")
+    secret = tmp_path / "secret.svg"
+    secret.write_text("<svg>the secret</svg>")
+    (folder / "conflict").mkdir()
+    (folder / "conflict" / "heatmap.svg").symlink_to(secret)
+    (folder / "commands.json").symlink_to(secret)
+    (folder / "own.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    result = run("compare", folder)
+    assert result.code == 0, result.err
+    page = (folder / "report" / "index.html").read_text()
+    assert b64encode(secret.read_bytes()).decode() not in page
+    assert "heatmap.svg is a link out of the run" in page and "commands.json is a link" in page
+    assert b64encode((folder / "own.svg").read_bytes()).decode() in page
+    (folder / "scores" / "linked.json").symlink_to(secret)
+    assert run("compare", folder).code == 3
+
+
+def test_statistics_of_another_program_are_the_reference(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(64), sigma=np.eye(64))
+    arguments = ("evaluate", pictures, *SMALL[:4], "--no-lpips", "--reference", tmp_path / "stats.npz", "-o", tmp_path / "run")
+    refused = run(*arguments)
+    assert refused.code == 3
+    assert "--reference-images N" in refused.err
+    result = run(*arguments, "--reference-images", "50000", "--json")
+    assert result.code == 0, result.err
+    floor, score = json.loads(result.out)["scores"]
+    assert floor["model"] == "digits test"
+    assert score["protocol"]["reference_n"] == 50_000
+    assert min(score["metrics"]["fd"], floor["metrics"]["fd"]) > 0
+    assert "kid" not in score["metrics"]
 
 
 def test_a_damaged_strip_is_named(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from demerge.errors import InputError, UsageError
-from demerge.evaluate.entrants import entrants, kind_of
+from demerge.evaluate.entrants import entrants, is_report, kind_of, without_reports
 from demerge.evaluate.protocol import Scores
 from demerge.evaluate.records import SHOWN, load_scores, read_strip, save_scores
+from demerge.evaluate.report import Report
+from demerge.figures import LIGHT, render
+from demerge.pages import whole
 
 
 def pipeline(folder: Path, **records: object) -> str:
@@ -85,3 +90,49 @@ def test_scores_and_strips_round_trip(
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"bad\.png"):
         read_strip(tmp_path / "bad.png")
+
+
+def png(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8)).save(path)
+    return path
+
+
+def test_plots_of_ours_are_no_model(
+    make_scores: Callable[..., list[Scores]], noise: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    """Folders of every kind of report, of this version and older ones; and folders of images, which are none."""
+    old = tmp_path / "merged" / "ties-report"
+    png(old / "lengths.png")
+    (old / "lengths.svg").write_text("<svg/>")
+    (old / "index.html").write_text(whole("What the merge did", "", [], ""))
+    scores = make_scores("ties", "merge", [7.0])
+    Report.of([*scores, *make_scores("base", "base", [8.0])]).save(tmp_path / "run" / "report")
+    save_scores(tmp_path / "run" / "scores" / "ties.seed0.json", scores[0], noise(20))
+    plots = png(tmp_path / "plots" / "heat.png").parent
+    (plots / "heat.svg").write_bytes(render(lambda theme: Figure(), LIGHT, "svg"))
+    reports = [old, tmp_path / "run" / "report", tmp_path / "run" / "scores", tmp_path / "run", plots]
+    assert [is_report(folder) for folder in reports] == [True] * 5
+
+    emoji = png(tmp_path / "emoji" / "u1.png").parent
+    (emoji / "u1.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (emoji / "u1.json").write_text("{}")
+    (emoji / "gallery.html").write_text("<!doctype html><title>my samples</title>")
+    model = pipeline(tmp_path / "merged" / "ties", demerge={"experts": [{"range": [0, 500]}]})
+    (tmp_path / "merged" / "ties" / "report").mkdir()
+    (tmp_path / "merged" / "ties" / "report" / "index.html").write_text(whole("What the merge did", "", [], ""))
+    assert not is_report(emoji)
+    assert not is_report(Path(model)), "a merge with its report inside is a merge"
+
+    kept, left_out = without_reports([model, str(old)])
+    assert (kept, left_out) == ([model], [str(old)])
+    for alone in ([str(old)], [model, f"mine={old}"]):
+        with pytest.raises(UsageError, match="plots that demerge wrote"):
+            entrants(without_reports(alone)[0])
+
+
+def test_models_of_a_table_have_their_names_and_kinds(tmp_path: Path) -> None:
+    a, b = pipeline(tmp_path / "a"), pipeline(tmp_path / "b")
+    found = entrants({"start": a, "mine": Path(b)}, kinds={"mine": "merge"})
+    assert [(e.name, e.kind, e.source) for e in found] == [("start", "base", a), ("mine", "merge", b)]
+    assert [e.kind for e in entrants({"start": a, "mine": b}, base="mine")] == ["model", "base"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from demerge.data import load_images
-from demerge.errors import ComparisonError, NumericalError, UsageError
+from demerge.errors import ComparisonError, InputError, NumericalError, UsageError
 from demerge.evaluate.features import FeatureNet, feature_net
 from demerge.evaluate.fid import moments, save_moments
 from demerge.evaluate.judge import Judge
@@ -46,7 +46,9 @@ def test_the_random_net_is_the_same_everywhere(noise: Callable[..., Tensor]) -> 
 
 
 def test_unknown_nets_and_bad_images_are_refused(digits_net: FeatureNet) -> None:
-    for spec in ("clip", "inception", "digits-cnn:/x"):
+    with pytest.raises(UsageError, match="release fid_weights"):
+        feature_net("inception")
+    for spec in ("clip", "digits-cnn:/x"):
         with pytest.raises(UsageError, match="unknown"):
             feature_net(spec)
     with pytest.raises(UsageError, match="preprocess"):
@@ -69,7 +71,7 @@ def test_distances_to_a_reference(digits_net: FeatureNet, noise: Callable[..., T
     assert near["kid"] < far["kid"]
     assert near["precision"] > 0.8 > far["precision"]
     save_moments(tmp_path / "real.npz", reference.moments)
-    alone = evaluate_images(other, Reference.from_npz(tmp_path / "real.npz"), digits_net)
+    alone = evaluate_images(other, Reference.from_npz(tmp_path / "real.npz", digits_net), digits_net)
     assert alone == {"fd": pytest.approx(near["fd"])}
     with pytest.raises(ComparisonError, match="features"):
         evaluate_images(other, reference, feature_net("random"))
@@ -114,3 +116,31 @@ def test_numpy_agrees_with_streamed_moments(digits_net: FeatureNet, noise: Calla
     rows = digits_net(noise(100))
     value = moments(rows.split(30))
     np.testing.assert_allclose(value.covariance.numpy(), np.cov(rows.double().numpy(), rowvar=False), atol=1e-12)
+
+
+def test_images_in_an_npz_are_a_reference(digits_net: FeatureNet, tmp_path: Path) -> None:
+    """ADM's sample files hold `arr_0`, uint8 [n H W C]."""
+    images = load_images("digits", split="test").images(range(200))
+    np.savez(tmp_path / "samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    own, direct = Reference.from_npz(tmp_path / "samples.npz", digits_net), Reference.from_images(digits_net, images)
+    assert torch.equal(own.moments.covariance, direct.moments.covariance)
+    assert own.features is not None
+    assert own.n == 200
+    assert repr(own) == "Reference(200 images of samples.npz)"
+
+
+def test_statistics_of_another_net_are_refused_before_any_image_is_made(digits_net: FeatureNet, tmp_path: Path) -> None:
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=50_000)
+    with pytest.raises(InputError, match="moments of 2048 features, and digits-cnn has 64"):
+        Reference.from_npz(tmp_path / "stats.npz", digits_net)
+    np.savez(tmp_path / "stated.npz", mu=np.zeros(64), sigma=np.eye(64), n=9, protocol_features="inception")
+    with pytest.raises(ComparisonError, match="inception"):
+        Reference.from_npz(tmp_path / "stated.npz", digits_net)
+    np.savez(tmp_path / "mute.npz", mu=np.zeros(64), sigma=np.eye(64))
+    assert "does not say" in Reference.from_npz(tmp_path / "mute.npz", digits_net, n=9).name
+
+
+def test_reprs_are_short(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> None:
+    reference = Reference.from_images(digits_net, noise(40), name="noise")
+    assert repr(digits_net) == "FeatureNet(digits-cnn, 64 features, preprocess grey 8x8)"
+    assert repr(reference.moments) == "Moments(64 features of 40 images)"

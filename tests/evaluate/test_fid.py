@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from demerge.errors import InputError, NumericalError, UsageError
 from demerge.evaluate.fid import Moments, frechet_distance, load_moments, moments, save_moments, square_root
@@ -96,3 +99,53 @@ def test_foreign_npz_needs_n_and_hostile_ones_are_refused(tmp_path: Path) -> Non
     for name in ("pickle", "nan", "text", "absent"):
         with pytest.raises(InputError, match=f"{name}.npz"):
             load_moments(tmp_path / f"{name}.npz")
+
+
+def test_what_is_no_covariance_is_refused(tmp_path: Path) -> None:
+    lopsided = np.eye(3)
+    lopsided[0, 1] = 0.5
+    cases = {
+        "lopsided": ({"mu": np.zeros(3), "sigma": lopsided}, "symmetric"),
+        "negative": ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "symmetric"),
+        "narrow": ({"mu": np.zeros(3), "sigma": np.eye(2)}, "do not fit"),
+        "words": ({"mu": np.array(["a"] * 3), "sigma": np.eye(3)}, "numbers"),
+        "others": ({"reps": np.zeros((4, 3))}, "reps"),
+    }
+    for name, (arrays, words) in cases.items():
+        np.savez(tmp_path / f"{name}.npz", n=9, **arrays)
+        with pytest.raises(InputError, match=f"{name}.npz.*{words}"):
+            load_moments(tmp_path / f"{name}.npz")
+    np.save(tmp_path / "array.npy", np.eye(3))
+    with pytest.raises(InputError, match=r"array\.npy"):
+        load_moments(tmp_path / "array.npy")
+
+
+def test_the_images_of_a_file_of_statistics_are_not_read(tmp_path: Path) -> None:
+    """ADM's reference files hold mu, sigma and 10,000 images, which may be pickled or damaged."""
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=np.array([{}], dtype=object))
+    assert load_moments(tmp_path / "adm.npz", n=50_000).n == 50_000
+
+
+def test_an_array_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("mu.npy", b"")
+        with archive.open("sigma.npy", "w", force_zip64=True) as member:
+            for _ in range(1025):
+                member.write(bytes(1 << 20))
+    assert (tmp_path / "bomb.npz").stat().st_size < 2 << 20
+    with pytest.raises(InputError, match="sigma takes 1,074,790,400 bytes"):
+        load_moments(tmp_path / "bomb.npz")
+
+
+def test_statistics_of_cifar10_as_pytorch_fid_writes_them(asset: Callable[[str], Path], tmp_path: Path) -> None:
+    """An npz {mu, sigma} without n, of the train split of CIFAR-10 under Inception."""
+    found = load_file(asset("cifar10-base/cifar10-train-inception.safetensors"))
+    mu, upper = found["mu"].double().numpy(), found["sigma_upper"].double().numpy()
+    sigma = np.zeros((len(mu), len(mu)))
+    sigma[np.triu_indices(len(mu))] = upper
+    sigma += np.triu(sigma, 1).T
+    np.savez(tmp_path / "cifar10.npz", mu=mu, sigma=sigma)
+    value = load_moments(tmp_path / "cifar10.npz", n=50_000)
+    assert value.dim == 2048
+    shifted = Moments(value.mean + 0.01, value.covariance, 50_000)
+    assert frechet_distance(value, shifted) == pytest.approx(2048 * 1e-4, rel=1e-6)

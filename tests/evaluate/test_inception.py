@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from demerge.errors import InputError, UsageError
-from demerge.evaluate.inception import BATCH_NORM_EPS, BLOCKS, STEM, Conv, Pool, load_inception, prepare
+from demerge.evaluate.inception import BATCH_NORM_EPS, BLOCKS, PTH_SHA256, STEM, Conv, Pool, load_inception, prepare
 from demerge.evaluate.inception import _folded as folded
 
 
@@ -87,8 +90,40 @@ def test_bad_weights_are_named(tmp_path: Path) -> None:
         load_inception(tmp_path / "text.safetensors")
     with pytest.raises(InputError, match=r"bn\.weight"):
         load_inception(tmp_path / "part.safetensors")
-    with pytest.raises(InputError, match="absent"):
+    with pytest.raises(InputError, match="absent") as missing:
         load_inception(tmp_path / "absent.safetensors")
+    assert "release fid_weights" in missing.value.fix
+    assert PTH_SHA256 in missing.value.fix
+
+
+def test_the_pth_of_pytorch_fid_is_read_without_running_it(tmp_path: Path) -> None:
+    part = {"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3), "fc.weight": torch.zeros(1008, 2048)}
+    torch.save(part, tmp_path / "part.pth")
+    with pytest.raises(InputError, match=r"bn\.weight"):
+        load_inception(tmp_path / "part.pth")
+    canary = tmp_path / "canary"
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Touch(str(canary)), protocol=2))
+    with pytest.raises(InputError, match=r"code\.pth"):
+        load_inception(tmp_path / "code.pth")
+    assert not canary.exists()
+
+
+class Touch:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
+def test_the_whole_net_as_pth_gives_the_same_features(asset: Callable[[str], Path], tmp_path: Path) -> None:
+    weights = asset("inception/pt_inception-2015-12-05.nofc.safetensors")
+    batches = {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0)}
+    extra = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008), **batches}
+    torch.save({**load_file(weights), **extra}, tmp_path / "net.pth")
+    x = prepare(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8))
+    with torch.inference_mode():
+        assert torch.equal(load_inception(tmp_path / "net.pth")(x), load_inception(weights)(x))
 
 
 def test_interpolation_is_not_torchs_default_bicubic() -> None:
