@@ -93,6 +93,14 @@ def merge(
             "--skip-text-encoder", help="Leave out what a LoRA does to text encoders, else refused.", rich_help_panel=MODELS
         ),
     ] = False,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            help="Text encoder, VAE and other parts of pipelines: denoiser keeps the base's, all merges those that differ, "
+            "or a list (denoiser,text_encoder). By default a part that differs is refused.",
+            rich_help_panel=PARTS,
+        ),
+    ] = None,
     missing: Annotated[
         str | None,
         typer.Option(help="Tensors that an expert lacks: error, or base to keep the base's.", rich_help_panel=MODELS),
@@ -157,6 +165,7 @@ def merge(
         out_rank=out_rank,
         save_dtype=save_dtype,
         skip_text_encoder=skip_text_encoder or None,
+        components=components,
         missing=missing,
         extra=extra,
     )

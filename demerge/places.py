@@ -115,6 +115,25 @@ def _named(present: list[Path], stem: str) -> Iterator[tuple[str, Path]]:
             yield match[2] or match[4] or "", path
 
 
+def plain_names(folder: Path, variant: str | None) -> dict[str, str | None]:
+    """Return for the weights in a component folder the names that stock loaders look for if no variant is asked for.
+
+    None stands for files of other variants than the one that is taken.
+
+    Raises:
+        InputError: if the folder holds several variants, none plain and none asked for.
+    """
+    present = sorted(folder.glob("*.safetensors*"))
+    chosen = _main(folder, present, variant)
+    match = WEIGHTS.fullmatch(chosen.name) if chosen else None
+    if chosen is None or match is None:
+        return {}
+    plain = f"{match[1]}.safetensors" + (".index.json" if match[3] else "")
+    shards = read_json(chosen).get("weight_map", {}).values() if match[3] else ()
+    weights = [p.name for p in present if WEIGHTS.fullmatch(p.name) or SHARD.fullmatch(p.name)]
+    return {name: name if name in shards else plain if name == chosen.name else None for name in weights}
+
+
 def _only(present: list[Path]) -> Path | None:
     """Return the only index, or the only file, of whatever name."""
     indexes = [p for p in present if p.name.endswith(".index.json")]

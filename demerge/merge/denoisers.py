@@ -43,10 +43,12 @@ class Denoiser:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One denoiser of the output.
+    """One denoiser of the output, or another part that is merged.
 
     Attributes:
         folder: where it lies in the output folder.
+        file: the name of its weights there.
+        is_denoiser: false for a text encoder, a VAE and the like.
         base: what it is merged into.
         experts: (number of the expert as it was named, the denoiser of it that is taken).
         range: the timesteps that the output uses it for, None where it is the only one.
@@ -56,6 +58,8 @@ class Task:
     base: Denoiser
     experts: Sequence[tuple[int, Denoiser]]
     range: TimestepRange | None = None
+    file: str = "diffusion_pytorch_model.safetensors"
+    is_denoiser: bool = True
 
 
 def denoisers(place: Place, variant: str | None = None) -> list[Denoiser]:

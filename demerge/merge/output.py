@@ -23,7 +23,7 @@ from demerge.headers import read_json
 from demerge.merge.apply import Done, Merge
 from demerge.merge.storage import Storage
 from demerge.merge.stream import CHUNK
-from demerge.places import Place, inside
+from demerge.places import Place, inside, plain_names
 from demerge.scaled import Scaled
 from demerge.weights import TORCH_NAMES, Checkpoint
 
@@ -236,10 +236,11 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def kept_files(base: Place) -> list[tuple[Path, Path]]:
+def kept_files(base: Place, variant: str | None = None) -> list[tuple[Path, Path]]:
     """Return what a folder output copies from the base, as (file, path in the output).
 
-    Of a pipeline: model_index.json and every component it lists; of the denoiser only its config. Nothing else.
+    Of a pipeline: model_index.json and every component it lists; of the denoiser only its config. Nothing else. Of weights in
+    several variants one is copied, under the plain name that the merged ones have: the output loads without a variant.
 
     Raises:
         InputError: where a link leads out of the base's folder.
@@ -255,7 +256,10 @@ def kept_files(base: Place) -> list[tuple[Path, Path]]:
         if base.pipeline == base.component:
             files += [f for f in [root / "scheduler_config.json"] if f.is_file()]
         files += [base.pipeline / "model_index.json", *(file for part in parts for file in sorted(part.rglob("*")))]
-    return [(inside(root, f), f.relative_to(root)) for f in files if f.is_file()]
+    kept = [(inside(root, f), f.relative_to(root)) for f in files if f.is_file()]
+    names = {folder: plain_names(folder, variant) for folder in dict.fromkeys(file.parent for file, _ in kept)}
+    named = [(file, path, names[file.parent].get(file.name, file.name)) for file, path in kept]
+    return [(file, path.with_name(name)) for file, path, name in named if name is not None]
 
 
 def copy_files(files: Sequence[tuple[Path, Path]], folder: Path) -> None:

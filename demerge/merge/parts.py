@@ -93,6 +93,7 @@ class Part:
         entries: the tensors to write.
         experts: the sources of its experts, one for each that the merge has.
         taken: what each rule took.
+        file: the name of its weights in that folder.
         notes: what of base and experts is left out or kept; see `demerge.merge.fitting`.
     """
 
@@ -104,11 +105,12 @@ class Part:
     taken: Sequence[Matched] = ()
     lora: Lora | None = None
     notes: Sequence[str] = ()
+    file: str = WEIGHTS_FILE
 
     @property
     def path(self) -> Path:
         """Its file, inside an output folder."""
-        return Path(ADAPTER_FILE) if self.lora else self.folder / WEIGHTS_FILE
+        return Path(ADAPTER_FILE) if self.lora else self.folder / self.file
 
     @property
     def ram_bytes(self) -> int:

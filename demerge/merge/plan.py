@@ -1,6 +1,6 @@
 """A checked merge, to be surveyed or run: files out.
 
-A base that is a pipeline folder gives a pipeline folder in which only the denoiser is new; a component folder gives a
+A base that is a pipeline folder gives a pipeline folder in which only what is merged is new; a component folder gives a
 component folder; an output that ends in `.safetensors` is that one file.
 """
 
@@ -51,14 +51,16 @@ class Plan:
         resolve: returns the recipe with all that is known of the inputs, given the SHA-256 of their files; paths are as
             they were given.
         hashing: these hashes, which are computed while the merge goes on.
-        parts: the denoisers of the output, one or two.
+        parts: the denoisers of the output, one or two, and what else is merged.
         boundary: where the two share the timesteps, if the output is to have two.
+        variant: of the base's weights, which is what is copied.
     """
 
     resolve: Callable[[Mapping[Path, str]], Recipe]
     hashing: Hashing
     parts: Sequence[Part]
     boundary: float | None = None
+    variant: str | None = None
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -182,7 +184,9 @@ class Plan:
     @property
     def _only_part(self) -> Part:
         if len(self.parts) > 1:
-            raise UsageError(f"the output has {len(self.parts)} denoisers, not one file", fix="give -o the name of a folder")
+            raise UsageError(
+                f"the output has {len(self.parts)} parts with weights, not one file", fix="give -o the name of a folder"
+            )
         return self.parts[0]
 
     def _kept(self) -> list[tuple[Path, Path]]:
@@ -191,7 +195,7 @@ class Plan:
         if first.lora:
             return []
         made = {part.folder for part in self.parts} if several else set()
-        kept = [(file, path) for file, path in kept_files(first.place) if path.parent not in made]
+        kept = [(file, path) for file, path in kept_files(first.place, self.variant) if path.parent not in made]
         if several:
             kept += [(folder / CONFIG, part.folder / CONFIG) for part in self.parts if (folder := part.place.component)]
         return [(file, path) for file, path in kept if path != INDEX or self.boundary is None]

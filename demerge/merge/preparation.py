@@ -18,6 +18,7 @@ from demerge.local import local
 from demerge.lora import open_expert
 from demerge.merge.apply import Merge, Progress
 from demerge.merge.checks import Tensors, refuse_missing_inputs, settle_weights
+from demerge.merge.components import component_tasks
 from demerge.merge.contract import Method
 from demerge.merge.denoisers import Task, denoisers, tasks
 from demerge.merge.fitting import Rules, fitted, is_buffer, without_ema
@@ -27,11 +28,11 @@ from demerge.merge.parts import Lora, Part
 from demerge.merge.plan import MergeResult, Plan
 from demerge.merge.recipe.asked import Asked
 from demerge.merge.recipe.recipe import Recipe
-from demerge.merge.recipe.rules import only, settle
+from demerge.merge.recipe.rules import Rule, matcher, only, settle
 from demerge.merge.registry import find
 from demerge.merge.schedule import snr_of
 from demerge.merge.sources import Expert, range_of, refuse_changed, refuse_foreign, scheduler_config, source
-from demerge.places import locate
+from demerge.places import Place, locate
 from demerge.records import versions
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint
@@ -90,9 +91,11 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
                 fix="leave the range out (none), or name the folder of one of the two",
             )
     ranges = [range_of(place, asked) for place, asked in zip(places[1:], recipe.experts, strict=True)]
-    sides = [_Side.of(task, recipe, method) for task in tasks(base, experts, ranges, recipe.boundary)]
+    beside, notes = _beside(recipe, places, ranges)
+    sides = [_Side.of(task, recipe, method) for task in [*tasks(base, experts, ranges, recipe.boundary), *beside]]
     if recipe.out_rank is not None and len(sides) > 1:
-        raise UsageError("an adapter is made for one denoiser, and the output has two", fix="merge each side alone")
+        fix = "give --components denoiser" if beside else "merge each side alone"
+        raise UsageError("an adapter is made for one denoiser, and the output has more parts", fix=fix)
     hashing = Hashing(_files(sides))
     if recipe.base.files:  # then this comes first
         found = _resolved(recipe, ranges, sides, hashing.result())
@@ -100,15 +103,26 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
             refuse_changed(asked, there)
     run = partial(Merge, device=device, threads=threads or _cores(), progress=progress or silent)
     parts = [_part(recipe, side, run) for side in sides]
+    parts[0] = replace(parts[0], notes=[*parts[0].notes, *notes])
     weights = parts[0].job.weights if len(parts) == 1 and len(parts[0].experts) == len(experts) else recipe.weights
     rules = [rule.parsed(method) for rule in recipe.rules]
     settled = replace(recipe, method=method.name, options=parts[0].job.options, weights=weights, rules=rules)
-    return Plan(partial(_resolved, settled, ranges, sides), hashing, parts, recipe.boundary)
+    return Plan(partial(_resolved, settled, ranges, sides), hashing, parts, recipe.boundary, recipe.variant)
+
+
+def _beside(recipe: Recipe, places: Sequence[Place], ranges: Sequence[TimestepRange | None]) -> tuple[list[Task], list[str]]:
+    """Return what is merged next to the denoisers; with --only, which leaves the rest the base's, nothing."""
+    if recipe.only and recipe.components is None:
+        return [], []
+    found, notes = component_tasks(places[0], places[1:], ranges, recipe.components, recipe.variant)
+    if recipe.only and found:
+        raise UsageError("--only merges a part of the denoiser, --components other parts too", fix="leave one of them out")
+    return found, notes
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One denoiser of the output, its inputs opened: base, experts, and the tensors that the method needs with its options."""
+    """One part of the output, its inputs opened: base, experts, and the tensors that the method needs with its options."""
 
     task: Task
     method: Method
@@ -122,12 +136,19 @@ class _Side:
         options, given = method.separate(recipe.options)
         settled = method.settle(options)
         method = method.under(settled, *(settled | rule.parsed(method).plain for rule in recipe.rules))
+        if method.inputs and not task.is_denoiser:
+            what = f"method {method.name} needs {' and '.join(method.inputs)}, which {task.folder} does not have"
+            raise UsageError(what, fix="give --components denoiser, or another method")
         asked = [recipe.experts[i] for i, _ in task.experts]
         paths = input_paths(method, given, asked, [denoiser for _, denoiser in task.experts])
         base = Checkpoint(task.base.place)
         experts = [open_expert(d.place, base, skip_text=recipe.skip_text_encoder) for _, d in task.experts]
         inputs = {name: [Checkpoint.open(path).named_like(base) for path in files] for name, files in paths.items()}
         return cls(task, method, base, experts, inputs, options)
+
+    def has(self, rule: Rule) -> bool:
+        """Whether a rule is for this side: all are for denoisers, and for another part those that match something."""
+        return self.task.is_denoiser or any(map(matcher(rule.pattern), self.base))
 
     def picked(self, numbers: Sequence[Number] | None, K: int) -> tuple[Number, ...] | None:
         """Return, of one number for each named expert, those of this side's experts."""
@@ -146,7 +167,8 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
     for expert, name in zip(side.experts, names[1:], strict=True):
         fit, more = fitted(base, expert, (names[0], name), rules)
         experts, notes = [*experts, fit], [*notes, *more]
-    refuse_foreign(side.base, side.experts)
+    if side.task.is_denoiser:
+        refuse_foreign(side.base, side.experts)
     refuse_missing_inputs(method, base, side.inputs, len(asked))
     ranges = [denoiser.range for _, denoiser in side.task.experts]
     refuse_of_others(side.base, side.experts, ranges, side.inputs, models=recipe.variant is None)
@@ -156,6 +178,7 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
         Part,
         place=side.base.place,
         folder=side.task.folder,
+        file=side.task.file,
         entries=layout(base, recipe.save_dtype),
         experts=[replace(source, range=span) for source, span in zip(asked, ranges, strict=True)],
         lora=_lora(recipe),
@@ -165,8 +188,9 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
     if not asked:  # no expert changes this one of a pipeline's two denoisers
         return part(run(method, base, [], [], settled, names=names, only=frozenset()))
     K = len(recipe.experts)
-    weights = settle_weights(side.picked(recipe.weights, K), len(asked))
-    own = [replace(rule, weights=side.picked(rule.weights, K)) for rule in recipe.rules]
+    whole = recipe.weights if side.task.is_denoiser else settle_weights(recipe.weights, K)
+    weights = settle_weights(side.picked(whole, K), len(asked))
+    own = [replace(rule, weights=side.picked(rule.weights, K)) for rule in recipe.rules if side.has(rule)]
     settings, taken = settle(own, [name for name in floating if name in chosen], method, side.options, weights)
     job = run(
         method,

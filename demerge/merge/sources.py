@@ -18,6 +18,17 @@ from demerge.weights import Checkpoint
 
 Hashes = Mapping[Path, str]
 Expert = Checkpoint | Adapter
+UNKNOWN = "a default of its class"
+SCHEDULE: Mapping[str, Any] = {  # what the denoiser was trained on, with the default of diffusers; sampling has other keys
+    "prediction_type": UNKNOWN, "num_train_timesteps": UNKNOWN, "beta_start": UNKNOWN, "beta_end": UNKNOWN,
+    "beta_schedule": UNKNOWN, "trained_betas": None, "rescale_betas_zero_snr": False, "snr_shift_scale": UNKNOWN,
+}  # fmt: skip
+MEANING: Mapping[str, Any] = dict.fromkeys((  # of a denoiser: what changes its function and no shape
+    "_class_name", "in_channels", "out_channels", "norm_eps", "norm_num_groups", "act_fn", "attention_head_dim",
+    "num_attention_heads", "flip_sin_to_cos", "freq_shift", "mid_block_scale_factor", "center_input_sample",
+    "resnet_time_scale_shift", "time_embedding_type", "downsample_padding", "add_attention", "addition_embed_type",
+), UNKNOWN)  # fmt: skip
+KINDS = {"config.json": "denoiser", "scheduler_config.json": "noise schedule"}
 
 
 def range_of(place: Place, asked: Source) -> TimestepRange | None:
@@ -69,26 +80,35 @@ def refuse_foreign(base: Checkpoint, experts: Sequence[Expert]) -> None:
                     f"{base.place.path} has {found[:16]}...",
                     fix="name the base that this expert was finetuned from",
                 )
-    for what, of in (("class", denoiser_class), ("prediction type", prediction_type)):
-        for expert in experts:
-            one, other = of(base), of(expert)
-            if one and other and one != other:
+    schedule = scheduler_config(base.place)
+    for expert in experts:
+        tables = {
+            "config.json": (base.config or {}, expert.config or {}, MEANING),
+            "scheduler_config.json": (schedule, scheduler_config(expert.place), SCHEDULE),
+        }
+        for file, (one, other, keys) in tables.items():
+            differences = _differences(one, other, keys)
+            if differences:
                 raise InputError(
-                    f"{expert.place.path} has the {what} {other}, {base.place.path} has {one}",
-                    fix="merge models finetuned from this base",
+                    f"{expert.place.path} has another {KINDS[file]} than {base.place.path}: {differences}",
+                    fix=f"name the base that it was finetuned from, or correct its {file} if that is wrong",
                 )
 
 
-def denoiser_class(checkpoint: Expert) -> str | None:
-    """Return the class name in the component's config."""
-    name = (checkpoint.config or {}).get("_class_name")
-    return name if isinstance(name, str) else None
+def _differences(base: Mapping[str, Any], expert: Mapping[str, Any], keys: Mapping[str, Any]) -> str:
+    """Say in which keys two configs differ; a key that only one states has its default in the other, if that is known."""
+    if not base or not expert:
+        return ""
+    pairs = {key: (base.get(key, default), expert.get(key, default)) for key, default in keys.items()}
+    unlike = {key: pair for key, pair in pairs.items() if UNKNOWN not in pair and _plain(pair[0]) != _plain(pair[1])}
+    return ", ".join(
+        f"the {key.strip('_').replace('_', ' ')} {str(b)[:80]}, not {str(a)[:80]}" for key, (a, b) in unlike.items()
+    )
 
 
-def prediction_type(checkpoint: Expert) -> str | None:
-    """Return what the pipeline's scheduler says the denoiser predicts."""
-    value = scheduler_config(checkpoint.place).get("prediction_type")
-    return value if isinstance(value, str) else None
+def _plain(value: Any) -> Any:
+    """Return a number for a list of equal ones."""
+    return value[0] if isinstance(value, list) and value and all(v == value[0] for v in value) else value
 
 
 def scheduler_config(place: Place) -> dict[str, Any]:

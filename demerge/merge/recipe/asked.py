@@ -33,6 +33,8 @@ class Asked(TypedDict, total=False):
         skip_text_encoder: leave out what a LoRA does to text encoders, which is refused else.
         missing: error, or base to keep the base's where an expert lacks a tensor.
         extra: error, or drop to leave out a tensor that only an expert has.
+        components: of pipelines, denoiser to keep the base's other parts, all to merge those that differ, or a list; a part
+            that differs is refused by default.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Asked(TypedDict, total=False):
     skip_text_encoder: bool
     missing: str
     extra: str
+    components: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ DOCUMENT = "demerge.json"
 KINDS: Mapping[str, Any] = {
     "format": str, "base": (str, dict), "experts": list, "method": str, "options": dict, "weights": (list, str), "rules": list,
     "only": list, "seed": int, "save_dtype": str, "variant": str, "out_rank": int, "boundary": (int, float), "versions": dict,
-    "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str,
+    "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str, "components": str,
 }  # fmt: skip
 READ = ("format", "base", "experts", "weights", "rules")  # by functions of their own; the others are taken as they are
 EXPERT = ("path", "weight", "range", "files", "inputs")
@@ -66,6 +66,7 @@ class Recipe:
     skip_text_encoder: bool = False
     missing: str = "error"
     extra: str = "error"
+    components: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     output: Mapping[str, str] = field(default_factory=dict)
 
@@ -161,7 +162,7 @@ class Recipe:
             "rules": [rule.document() for rule in self.rules],
             **{
                 name: getattr(self, name)
-                for name in ("only", "variant", "out_rank", "boundary", "skip_text_encoder", "missing", "extra")
+                for name in ("only", "variant", "out_rank", "boundary", "skip_text_encoder", "missing", "extra", "components")
             },
             **{name: dict(getattr(self, name)) for name in ("versions", "output")},
         }
