@@ -67,7 +67,8 @@ class Adapter(Mapping[str, Tensor]):
         self.skipped = tuple(keys.text)
         settings = Settings.of(checkpoint)
         self._factors = self._resolved(keys, settings)
-        self.notes = tuple(f"{self.place.path}: {note}" for note in settings.notes(len(self._factors)))
+        left = [f"{len(self.skipped)} tensors of text encoders are left out"] if self.skipped else []
+        self.notes = tuple(f"{self.place.path}: {note}" for note in (*settings.notes(len(self._factors)), *left))
         self._held: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -155,7 +156,7 @@ class Adapter(Mapping[str, Tensor]):
     def _refuse_shapes(self, tensor: str, down: str, mid: str | None, up: str) -> None:
         shapes = [self._file.specs[key].shape for key in (up, mid, down) if key is not None]
         base = tuple(self._base[tensor].shape)
-        if _as_linear(_product(shapes)) != _as_linear(base):
+        if _as_linear(product_shape(shapes)) != _as_linear(base):
             factors = " times ".join(str(list(shape)) for shape in shapes)
             what = f"{up} and {down} are {factors}, {tensor} of the base is {list(base)}"
             self._refuse(what, "name the base that this LoRA was trained on")
@@ -204,7 +205,10 @@ def open_expert(
     """
     place = path if isinstance(path, Place) else locate(local(path, variant), variant)
     checkpoint = Checkpoint(place)
-    adapter = Keys.of(checkpoint).is_adapter and not any(name in base for name in checkpoint)
+    adapter = Keys.of(checkpoint).is_adapter
+    if Keys.of(base).is_adapter:
+        where = f"{base.place.path} is" if isinstance(base, Checkpoint) else "the base is"
+        raise InputError(f"{where} a LoRA, which cannot stand in the base's place", fix="name the model that it was trained on")
     return Adapter(checkpoint, base, skip_text=skip_text) if adapter else checkpoint.named_like(base)
 
 
@@ -216,8 +220,8 @@ def _decomposed(W: Tensor, delta: Tensor, magnitude: Tensor, axis: int) -> Tenso
     return V * ratio.view([-1 if d == axis else 1 for d in range(V.ndim)]) - W
 
 
-def _product(shapes: Sequence[Shape]) -> Shape:
-    """Return the shape of B A or B M A, () where they do not chain."""
+def product_shape(shapes: Sequence[Shape]) -> Shape:
+    """Return the shape of B A or B M A from those of its factors, () if they do not chain."""
     up, *middle, down = shapes
     if len(up) < 2 or len(down) < 2 or math.prod(up[2:]) != 1 or 0 in (*up, *down):
         return ()

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from demerge.weights import modern
+from demerge.weights import canonical, modern
 
 ROLES: Mapping[str, re.Pattern[str]] = {
     "down": re.compile(r"\.(?:lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight\Z"),
@@ -44,7 +44,6 @@ TEXT = re.compile(
     r"(?:base_model\.model\.)?"
     r"(?:lora_(?:prior_)?te\d?_|te\d?\.|(?:text_encoders?|cond_stage_model)(?:_\d)?\.|clip_[lg]\.)"
 )
-BASE_PREFIXES = re.compile(r"\A(?:_orig_mod_|module_|model_diffusion_model_|diffusion_model_)+")
 DOWNSAMPLER = re.compile(r"(?:\A|\.)input_blocks\.(\d{1,3})\.0\.op\Z")
 PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_unet_", "lora_transformer_", "lora_",
             "unet_", "transformer_")  # fmt: skip
@@ -84,9 +83,11 @@ class Keys:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the file is an adapter rather than a model."""
+        """Whether the file is an adapter rather than a model, some of whose names may look like an adapter's."""
+        known = [name for parts in self.parts.values() for name in parts.values()]
+        known += [*self.text, *(name for names in self.foreign.values() for name in names)]
         factors = any("down" in parts or "up" in parts for parts in self.parts.values())
-        return factors or bool(self.foreign) or any(_part(name) for name in self.text)
+        return len(known) >= len(self.unknown) and (factors or bool(self.foreign) or any(_part(name) for name in self.text))
 
 
 def _part(name: str) -> tuple[str, str] | None:
@@ -106,7 +107,7 @@ class Modules:
         self._layers = _layers(self._modules.values())
         self._tensors: dict[str, set[str]] = {}
         for name, module in self._modules.items():
-            plain = BASE_PREFIXES.sub("", flat(module))
+            plain = flat(canonical(name).removesuffix(".weight"))
             for called in (flat(module), plain, original(plain, self._layers)):
                 self._tensors.setdefault(called, set()).add(name)
 
@@ -116,7 +117,7 @@ class Modules:
 
     def find(self, named: str) -> str | None:
         """Return the base's tensor for a module as a file names it, or None where there is none or more than one."""
-        for name in _stripped(flat(modern(named))):
+        for name in stripped(flat(modern(named))):
             for candidate in (name, original(name, self._layers)):
                 found = self._tensors.get(candidate, set())
                 if len(found) == 1:
@@ -145,12 +146,12 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _stripped(name: str) -> Iterator[str]:
+def stripped(name: str) -> Iterator[str]:
     """Yield a name, then the name less each prefix that it has, one after the other."""
     yield name
     for prefix in PREFIXES:
         if name.startswith(prefix):
-            yield from _stripped(name.removeprefix(prefix))
+            yield from stripped(name.removeprefix(prefix))
             return
 
 

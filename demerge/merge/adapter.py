@@ -4,7 +4,7 @@
 
 U and S come from the eigenvectors of the Gram matrix on the short side, M M^T = U S^2 U^T or M^T M = V S^2 V^T, in float64.
 Of all products of rank r this one leaves the least energy |M - B A|^2 out (Eckart, Young 1936). Every tensor has the rank
-asked for, padded with zeros where it has less, so that alpha = r holds for all and no key or pattern has to say it. Deltas
+asked for, padded with zeros where it has less, so that alpha = r holds for all; `lora_alpha` in the metadata says so. Deltas
 of what is no matrix of a linear layer or convolution (biases, norms, embeddings, tables) have no place in a LoRA; their
 energy is lost and counted.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from demerge.errors import NumericalError, UsageError
+from demerge.lora.names import flat
 from demerge.places import Place
 from demerge.weights import commit_tensors, modern
 
@@ -79,7 +80,7 @@ def write_adapter(
 
     Args:
         deltas: (the base's tensor name, merged - base [*]), one tensor at a time.
-        prefix: unet or transformer.
+        prefix: unet or transformer; or lora_unet_, whose end says that the names are kohya's.
         dtype: what the factors are stored in.
 
     Raises:
@@ -101,13 +102,16 @@ def write_adapter(
             continue
         A, B, held = factored(delta.flatten(1), rank)
         ones = (1,) * (delta.ndim - 2)
-        stem = f"{prefix}.{modern(name.removesuffix('.weight'))}"
-        factors[f"{stem}.lora_A.weight"] = A.view(rank, *delta.shape[1:]).to(dtype)
-        factors[f"{stem}.lora_B.weight"] = B.view(-1, rank, *ones).to(dtype)
+        module, kohya = modern(name.removesuffix(".weight")), prefix.endswith("_")
+        stem = f"{prefix}{flat(module)}" if kohya else f"{prefix}.{module}"
+        factors[f"{stem}.{'lora_down' if kohya else 'lora_A'}.weight"] = A.view(rank, *delta.shape[1:]).to(dtype)
+        factors[f"{stem}.{'lora_up' if kohya else 'lora_B'}.weight"] = B.view(-1, rank, *ones).to(dtype)
+        if kohya:
+            factors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=dtype)
         tensors[name] = Truncated(energy, min(1.0, held / energy))
     if not factors:
         raise UsageError("no linear layer or convolution changes, so there is no LoRA to write", fix="leave --out-rank out")
-    commit_tensors(path, factors, {"format": "pt", **(metadata or {})})
+    commit_tensors(path, factors, {"format": "pt", "lora_alpha": str(rank), **(metadata or {})})
     return AdapterSummary(path, rank, tensors, lost)
 
 

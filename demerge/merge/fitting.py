@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError, UsageError
+from demerge.lora import NoBase
 from demerge.merge.checks import Tensors, holds_deltas
 from demerge.merge.recipe.blocks import by_depth, grouped
 from demerge.merge.recipe.rules import matcher
+from demerge.merge.sources import Base
 from demerge.weights import Checkpoint, canonical
 
 MISSING, EXTRA = ("error", "base"), ("error", "drop")
@@ -78,10 +80,10 @@ def is_buffer(name: str) -> bool:
     return BUFFER.fullmatch(name) is not None
 
 
-def without_ema(base: Checkpoint, label: str) -> tuple[Checkpoint, list[str]]:
+def without_ema(base: Base, label: str) -> tuple[Base, list[str]]:
     """Return a base without the running average of its weights, and a note if it has one."""
     average = [name for name in base if name.startswith(EMA)]
-    if not average:
+    if not average or isinstance(base, NoBase):
         return base, []
     return base.only([name for name in base if not name.startswith(EMA)]), [_ema_note(label, len(average))]
 
@@ -96,7 +98,7 @@ def fitted(base: Tensors, expert: Tensors, names: tuple[str, str], rules: Rules)
         InputError: with one line for each kind of difference that is not allowed.
     """
     if holds_deltas(expert):
-        return expert, []
+        return expert, list(getattr(expert, "notes", ()))
     found = _Differences(base, expert, names, rules)
     found.refuse()
     kept = [name for name in expert if name in base]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from demerge.files import commit_file, sha256
+from demerge.lora import NoBase
 from demerge.merge.adapter import AdapterSummary, prefix_of, write_adapter
 from demerge.merge.apply import Done, Merge
 from demerge.merge.output import WEIGHTS_FILE, Entry, Observe, Sink, Tally, header, pieces, write
@@ -180,7 +181,8 @@ class Part:
                 tally.changed += int(delta.count_nonzero())
                 yield name, delta.view(self.job.base[name].shape)
 
-        prefix = prefix_of(self.place, self.job.base)
+        base = self.job.base
+        prefix = (base.prefix if isinstance(base, NoBase) else "") or prefix_of(self.place, base)
         summary = write_adapter(path, deltas(), lora.rank, prefix, metadata, lora.dtype)
         tally.survived = tally.changed
         return Written(tally, seen, sha256(path), summary)

@@ -15,7 +15,7 @@ from demerge.errors import UsageError
 from demerge.files import refuse_existing
 from demerge.hashes import Hashing
 from demerge.local import local
-from demerge.lora import open_expert
+from demerge.lora import NoBase, is_lora, open_expert
 from demerge.merge.apply import Merge, Progress
 from demerge.merge.checks import Tensors, refuse_missing_inputs, settle_weights
 from demerge.merge.components import component_tasks
@@ -31,7 +31,7 @@ from demerge.merge.recipe.recipe import Recipe
 from demerge.merge.recipe.rules import Rule, matcher, only, settle
 from demerge.merge.registry import find
 from demerge.merge.schedule import snr_of
-from demerge.merge.sources import Expert, range_of, refuse_changed, refuse_foreign, scheduler_config, source
+from demerge.merge.sources import Base, Expert, range_of, refuse_changed, refuse_foreign, scheduler_config, source
 from demerge.places import Place, locate
 from demerge.records import versions
 from demerge.timesteps import TimestepRange
@@ -80,7 +80,7 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
     Raises:
         InputError: also where an input is not the one whose SHA-256 the recipe names.
     """
-    method = find(recipe.method)
+    method, recipe = find(recipe.method), _without_base(recipe)
     settle_weights(recipe.weights, len(recipe.experts))
     places = [locate(local(s.path, recipe.variant), recipe.variant) for s in (recipe.base, *recipe.experts)]
     base, *experts = (denoisers(place, recipe.variant) for place in places)
@@ -126,7 +126,7 @@ class _Side:
 
     task: Task
     method: Method
-    base: Checkpoint
+    base: Base
     experts: Sequence[Expert]
     inputs: Mapping[str, Sequence[Checkpoint]]
     options: Mapping[str, Any]
@@ -141,7 +141,9 @@ class _Side:
             raise UsageError(what, fix="give --components denoiser, or another method")
         asked = [recipe.experts[i] for i, _ in task.experts]
         paths = input_paths(method, given, asked, [denoiser for _, denoiser in task.experts])
-        base = Checkpoint(task.base.place)
+        base: Base = Checkpoint(task.base.place)
+        if is_lora(base):
+            base = NoBase([Checkpoint(denoiser.place) for _, denoiser in task.experts])
         experts = [open_expert(d.place, base, skip_text=recipe.skip_text_encoder) for _, d in task.experts]
         inputs = {name: [Checkpoint.open(path).named_like(base) for path in files] for name, files in paths.items()}
         return cls(task, method, base, experts, inputs, options)
@@ -157,12 +159,34 @@ class _Side:
         return tuple(numbers[i] for i, _ in self.task.experts)
 
 
+def _without_base(recipe: Recipe) -> Recipe:
+    """Return a recipe with a LoRA in the base's place as one of LoRA files alone: it is the first expert, too.
+
+    Raises:
+        UsageError: if an expert is a model.
+    """
+    opened = [Checkpoint.open(recipe.base.path, recipe.variant)]
+    if not is_lora(opened[0]):
+        return recipe
+    first = recipe.experts[0] if recipe.experts else None
+    if first is None or first.path != recipe.base.path:
+        recipe = replace(recipe, experts=[replace(recipe.base), *recipe.experts])
+    opened += [Checkpoint.open(expert.path, recipe.variant) for expert in recipe.experts[1:]]
+    model = next((e.path for e, o in zip(recipe.experts[1:], opened[1:], strict=True) if not is_lora(o)), None)
+    if model is not None:
+        what = f"{recipe.base.path} is a LoRA in the base's place, and {model} is a model"
+        raise UsageError(what, fix=f"name the base first: demerge merge BASE {' '.join(e.path for e in recipe.experts)}")
+    return recipe if recipe.out_rank else replace(recipe, out_rank=NoBase(opened).rank)
+
+
 def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
     method = side.method
     asked = [recipe.experts[i] for i, _ in side.task.experts]
     names = [source.path for source in (recipe.base, *asked)]
     rules = Rules(recipe.missing, recipe.extra, recipe.only)
     base, notes = without_ema(side.base, names[0])
+    if isinstance(base, NoBase):
+        notes.append(f"no base: the deltas of {len(asked)} LoRA files are merged, into a LoRA of rank {recipe.out_rank}")
     experts: list[Tensors] = []
     for expert, name in zip(side.experts, names[1:], strict=True):
         fit, more = fitted(base, expert, (names[0], name), rules)

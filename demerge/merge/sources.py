@@ -10,13 +10,14 @@ from demerge.errors import InputError, UsageError
 from demerge.expert import expert_of, expert_range
 from demerge.hashes import remembered_content
 from demerge.headers import read_json
-from demerge.lora import Adapter
+from demerge.lora import Adapter, NoBase
 from demerge.merge.recipe.asked import Source
 from demerge.places import Place
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint
 
 Hashes = Mapping[Path, str]
+Base = Checkpoint | NoBase
 Expert = Checkpoint | Adapter
 UNKNOWN = "a default of its class"
 SCHEDULE: Mapping[str, Any] = {  # what the denoiser was trained on, with the default of diffusers; sampling has other keys
@@ -64,15 +65,15 @@ def refuse_changed(asked: Source, found: Source) -> None:
             )
 
 
-def refuse_foreign(base: Checkpoint, experts: Sequence[Expert]) -> None:
-    """Refuse experts that were made from another base, or predict something else.
+def refuse_foreign(base: Base, experts: Sequence[Expert]) -> None:
+    """Refuse experts that were made from another base, or from unlike ones if there is none, or predict something else.
 
     Raises:
         InputError: naming both.
     """
     asked = [(e, record.base_sha256) for e in experts if (record := expert_of(e.place))]
     if any(hash_ is not None for _, hash_ in asked):
-        found = remembered_content(base)
+        found = next(h for _, h in asked if h) if isinstance(base, NoBase) else remembered_content(base)
         for expert, hash_ in asked:
             if hash_ is not None and hash_ != found:
                 raise InputError(
@@ -119,7 +120,7 @@ def scheduler_config(place: Place) -> dict[str, Any]:
     return read_json(path) if path is not None else {}
 
 
-def source(asked: Source, opened: Sequence[Expert], hashes: Hashes, inputs: Mapping[str, Checkpoint]) -> Source:
+def source(asked: Source, opened: Sequence[Expert | NoBase], hashes: Hashes, inputs: Mapping[str, Checkpoint]) -> Source:
     """Return the recipe's record of an input: what was asked for, with the hashes of what was found."""
     several = len({checkpoint.place.component for checkpoint in opened}) > 1
     files: dict[str, str] = {}
