@@ -82,6 +82,7 @@ def finetune(
 
     from demerge.finetune import FinetuneOptions
     from demerge.finetune import finetune as train
+    from demerge.finetune.loop import check
     from demerge.finetune.plan import prepare
 
     given = locals()
@@ -101,6 +102,7 @@ def finetune(
     )
     for line in plan.lines():
         say(line)
+    check(plan.base, plan.data, plan.ranges, plan.options, out, layers=plan.layers)
     if dry_run:
         emit(plan.document(), None, json)
         return

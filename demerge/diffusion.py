@@ -17,6 +17,8 @@ Papers: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), latent diffusi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +32,9 @@ from torch import Tensor, nn
 
 from demerge.conditions import Classes, classes_of
 from demerge.data import ImageData, load_images
-from demerge.errors import UsageError
+from demerge.errors import InputError, UsageError
 from demerge.files import commit_json
+from demerge.hashes import Hashing
 from demerge.headers import read_json
 from demerge.pipelines import (
     TextEncoder,
@@ -46,7 +49,7 @@ from demerge.pipelines import (
 )
 from demerge.places import inside
 from demerge.schema import Record, Table, read_record
-from demerge.weights import content_sha256
+from demerge.weights import content_sha256, finite
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -97,8 +100,10 @@ class Diffusion:
         component = load_denoiser(folder, index)
         scheduler = load_scheduler(folder, index)
         vae, text = load_vae(folder, index), load_text(folder, index)
-        for module in (component, vae, text.model if text else None):
+        for name, module in (("denoiser", component), ("vae", vae), ("text_encoder", text and text.model)):
             if module is not None:
+                if bad := not_finite(module):
+                    raise InputError(f"{folder}: the {name} holds NaN or Inf in {bad}", fix="use an earlier save of this model")
                 module.eval().requires_grad_(False)
         return cls(component, scheduler, folder, vae, text).to(device)
 
@@ -214,6 +219,37 @@ class Diffusion:
         """The hash of the denoiser's tensors: names, dtypes, shapes and values."""
         return content_sha256(self.denoiser.state_dict())
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that images and losses of this model depend on, as JSON values.
+
+        The hash of the denoiser's tensors, its config, the scheduler's config, and the hash of each file of the other
+        components.
+        """
+        configs = {"config": self.config, "scheduler": self.scheduler.config}
+        public = {
+            part: {key: value for key, value in config.items() if not key.startswith("_")} for part, config in configs.items()
+        }
+        public["scheduler"]["class"] = type(self.scheduler).__name__
+        identity = {"sha256": self.sha256, **public, "components": self._components()}
+        document: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+        return document
+
+    def _components(self) -> dict[str, str]:
+        """Return the hash of each file of the components that are not the denoiser and not the scheduler."""
+        if self.folder is None:
+            return {}
+        index = read_json(self.folder / "model_index.json")
+        names = sorted(index.keys() - {denoiser_part(index), "scheduler"})
+        files = [file for name in names for file in sorted((self.folder / name).rglob("*")) if file.is_file()]
+        hashes = Hashing(files).result()
+        return {str(file.relative_to(self.folder)): hashes[file] for file in files}
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
     def snr(self) -> Tensor:
         """SNR(t) = abar_t / (1 - abar_t), [T] float64."""
         abar = self.alphas_cumprod
@@ -316,6 +352,12 @@ def _required(captions: Sequence[str] | None) -> Sequence[str]:
     if captions is None:
         raise UsageError("the base takes text and the data has no captions", fix="add a metadata.jsonl with file_name and text")
     return captions
+
+
+def not_finite(module: nn.Module) -> str:
+    """Name the first tensors of a module that hold NaN or Inf; empty if none does."""
+    bad = [name for name, tensor in module.state_dict().items() if not finite(tensor)]
+    return ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -37,18 +37,29 @@ def refuse_differences(where: Path, record: Mapping[str, Any], options: Mapping[
     Raises:
         UsageError: naming each difference with both values.
     """
-    pairs = [("options", options), ("inputs", inputs)]
-    differences = [
-        f"{name}: recorded {record.get(part, {}).get(name)!r}, now {value!r}"
-        for part, values in pairs
-        for name, value in values.items()
-        if record.get(part, {}).get(name) != value
-    ]
+    differences = []
+    for there, now in ((record.get("options", {}), options), (record.get("inputs", {}), inputs)):
+        there, now = dict(_flat(there)), dict(_flat(now))
+        gone = {name for name in there if "." in name} - now.keys()  # a part of a nested value
+        differences += [
+            f"{name}: recorded {there.get(name)!r}, now {now.get(name)!r}"
+            for name in [*now, *sorted(gone)]
+            if there.get(name) != now.get(name)
+        ]
     if differences:
         raise UsageError(
             f"{where} was made otherwise: " + "; ".join(differences),
             fix="give the recorded values, or another output folder",
         )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested values under dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 class Measured(Record):

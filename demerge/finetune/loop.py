@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
@@ -21,7 +22,7 @@ from demerge.files import refuse_existing, refuse_small_disk
 from demerge.finetune.layers import digest, refuse_unknown_layers, trained_parameters
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.run import Progress, Run, record_name
-from demerge.finetune.state import disk_bytes
+from demerge.finetune.state import disk_bytes, newest_state
 from demerge.records import refuse_differences
 from demerge.timesteps import TimestepRange
 
@@ -48,6 +49,32 @@ def finetune(
         NumericalError: where five steps in a row have no finite loss and gradient.
         Preempted: where `stop` said so; the same call continues.
     """
+    inputs = check(base, data, ranges, options, out, layers=layers)
+    for span in ranges:
+        if (out / str(span) / record_name(base)).is_file():
+            continue
+        run = Run.begin(base, data, span, options, out / "state" / str(span), inputs, layers)
+        yield from run.train(stop)
+        run.finish(out / str(span))
+    with contextlib.suppress(OSError):
+        (out / "state").rmdir()  # kept while another range is unfinished
+
+
+def check(
+    base: Diffusion,
+    data: ImageData,
+    ranges: Sequence[TimestepRange],
+    options: FinetuneOptions,
+    out: Path,
+    *,
+    layers: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Compare what is asked with what OUT holds, before any work; return what the experts' records say of the inputs.
+
+    Raises:
+        UsageError, InputError: as `finetune` does.
+        ResourceError: if the disk is too small.
+    """
     for span in ranges:
         if span.stop > base.T:
             raise UsageError(f"range {span} reaches beyond the base's {base.T} timesteps", fix=f"stay in [0, {base.T})")
@@ -56,19 +83,21 @@ def finetune(
     _refuse_other_ranges(out, ranges)
     refuse_unknown_layers(base.denoiser, layers or (), "layers")
     refuse_small_disk(out, disk_bytes(base.parameters, len(ranges), trained_parameters(base.denoiser, layers)))
-    facts = {"base_sha256": base.sha256, "data": data.name, "data_fingerprint": data.fingerprint}
-    inputs = {**facts, "layers_sha256": digest(layers)}
+    identity = base.identity
+    inputs = {
+        "base_sha256": identity.pop("sha256"),
+        "base": identity,
+        "data": data.name,
+        "data_fingerprint": data.fingerprint,
+        "layers_sha256": digest(layers),
+    }
     for span in ranges:
-        done = out / str(span) / record_name(base)
-        if done.is_file():
-            recorded = read_expert(done)
-            refuse_differences(done.parent, recorded.model_dump(), options.document(), inputs)
-            continue
-        run = Run.begin(base, data, span, options, out / "state" / str(span), inputs, layers)
-        yield from run.train(stop)
-        run.finish(out / str(span))
-    with contextlib.suppress(OSError):
-        (out / "state").rmdir()  # kept while another range is unfinished
+        done, state = out / str(span), out / "state" / str(span)
+        if (done / record_name(base)).is_file():
+            refuse_differences(done, read_expert(done / record_name(base)).model_dump(), options.binding(), inputs)
+        elif snapshot := newest_state(state):
+            refuse_differences(state, snapshot.record.model_dump(), options.binding(snapshot.record.step), inputs)
+    return inputs
 
 
 def _refuse_other_ranges(out: Path, ranges: Sequence[TimestepRange]) -> None:

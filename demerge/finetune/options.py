@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from demerge.errors import UsageError
@@ -65,13 +66,16 @@ class FinetuneOptions:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("logging_steps", self.logging_steps >= 1, "at least 1")
         self._require("fisher_samples", self.fisher_samples >= 0, "0 or more")
-        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("learning_rate", 0 < self.learning_rate <= 1, "above 0 and at most 1")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("adam_weight_decay", "consistency"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "finite, 0 or more")
+        self._require("adam_epsilon", 0 < self.adam_epsilon <= 1, "above 0 and at most 1")
         self._require("max_grad_norm", self.max_grad_norm > 0, "above 0")
         self._require("p", 0 <= self.p <= 1, "in [0, 1]")
         self._require("caption_dropout", 0 <= self.caption_dropout <= 1, "in [0, 1]")
-        self._require("consistency", self.consistency >= 0, "0 or more")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
-        self._require("snr_gamma", self.snr_gamma > 0, "above 0")
+        self._require("snr_gamma", 0 < self.snr_gamma < math.inf, "finite and above 0")
         self._require("lr_warmup_steps", self.lr_warmup_steps >= 0, "0 or more")
         for name, choices in CHOICES.items():
             self._require(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
@@ -84,11 +88,16 @@ class FinetuneOptions:
         """Return the options as JSON values."""
         return asdict(self)
 
-    def differences(self, document: dict[str, Any]) -> list[str]:
-        """Name each option whose recorded value differs from this one's, with both values."""
-        names = [f.name for f in fields(self)]
-        return [
-            f"{name}: recorded {document.get(name)!r}, now {getattr(self, name)!r}"
-            for name in names
-            if document.get(name) != getattr(self, name)
-        ]
+    def binding(self, step: int | None = None) -> dict[str, Any]:
+        """Return the options that must agree with the recorded ones for recorded work to be taken up.
+
+        How often a run logs and saves may always change. `step` is where an unfinished run stopped. What only the end
+        of a run needs may then change too, and so may the number of steps if the steps taken stay the same.
+        """
+        free = {"checkpointing_steps", "logging_steps"}
+        if step is not None:
+            free |= {"fisher_samples", "save_dtype"}
+            constant = self.lr_scheduler == self.consistency_schedule == "constant"
+            if constant and self.max_train_steps >= step:
+                free.add("max_train_steps")
+        return {name: value for name, value in asdict(self).items() if name not in free}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from demerge.data import ImageData
-from demerge.diffusion import Diffusion, squared_error
+from demerge.diffusion import Diffusion, not_finite, squared_error
 from demerge.errors import NumericalError, Preempted
 from demerge.expert import BASE, EXPERT, FORMAT
 from demerge.files import append_line, commit_dir, commit_json, truncate
@@ -30,9 +30,9 @@ from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.projection import attach, fold
 from demerge.finetune.state import newest_state, optimizer_tensors, restore_optimizer, save_state
 from demerge.randomness import key_of, normal, permutation, uniform
-from demerge.records import refuse_differences
 from demerge.stats import commit_statistic, inputs_of, range_fisher
 from demerge.timesteps import TimestepRange
+from demerge.weights import finite
 
 LOG_BINS = 10
 MAX_BAD_STEPS = 5
@@ -224,6 +224,13 @@ class Run:
         self.window.clear()
 
     def _save(self) -> None:
+        """Commit a checkpoint.
+
+        Raises:
+            NumericalError: if weights or their averages hold NaN or Inf; the checkpoint before stays.
+        """
+        for what, tensors in (("weights", self.parameters), ("averaged weights", self.ema)):
+            self._refuse(what, [name for name, tensor in tensors.items() if not finite(tensor.detach())])
         log = self.folder / "log.jsonl"
         names = {id(p): name for name, p in self.parameters.items()}
         tensors = {f"model.{k}": v for k, v in self.parameters.items()} | {f"ema.{k}": v for k, v in self.ema.items()}
@@ -240,6 +247,13 @@ class Run:
             tensors |= {"window.t": torch.cat(t), "window.error": torch.cat(error)}
         save_state(self.folder, tensors, record)
 
+    def _refuse(self, what: str, bad: Sequence[str]) -> None:
+        if bad:
+            raise NumericalError(
+                f"range {self.range}: the {what} hold NaN or Inf at step {self.step}, first in {bad[0]}",
+                fix=f"remove {self.folder} and lower --learning-rate ({self.options.learning_rate:g})",
+            )
+
     @torch.no_grad()
     def _resume(self) -> None:
         snapshot = newest_state(self.folder)
@@ -247,14 +261,14 @@ class Run:
         if snapshot is None:
             log.unlink(missing_ok=True)
             return
-        refuse_differences(self.folder, snapshot.record.model_dump(), self.options.document(), self.inputs)
+        tensors = snapshot.tensors()
         for name, parameter in self.parameters.items():
-            parameter.copy_(snapshot.tensors[f"model.{name}"])
-            self.ema[name].copy_(snapshot.tensors[f"ema.{name}"])
-        restore_optimizer(self.optimizer, self.parameters, snapshot.tensors)
+            parameter.copy_(tensors[f"model.{name}"])
+            self.ema[name].copy_(tensors[f"ema.{name}"])
+        restore_optimizer(self.optimizer, self.parameters, tensors)
         self.step, self.skipped = snapshot.record.step, snapshot.record.skipped
-        if "window.t" in snapshot.tensors:
-            self.window = [(snapshot.tensors["window.t"], snapshot.tensors["window.error"])]
+        if "window.t" in tensors:
+            self.window = [(tensors["window.t"], tensors["window.error"])]
         if log.exists():
             truncate(log, min(log.stat().st_size, snapshot.record.log_bytes))
 
@@ -263,6 +277,11 @@ class Run:
         with commit_dir(path) as temporary:
             expert = self.base.with_denoiser(self.expert())
             nn.Module.to(expert.denoiser, dtype=getattr(torch, self.options.save_dtype))
+            if bad := not_finite(expert.denoiser):
+                raise NumericalError(
+                    f"range {self.range}: as {self.options.save_dtype} the expert holds NaN or Inf in {bad}",
+                    fix="run the same command with --save-dtype float32, or start again with a lower --learning-rate",
+                )
             expert.save(temporary)
             if self.options.fisher_samples:
                 self._add_fisher(temporary, expert)

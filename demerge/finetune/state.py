@@ -36,10 +36,14 @@ class Manifest(Record):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A training state: flat tensors by name, and the record beside them."""
+    """A training state on disk that is whole, and its record."""
 
-    tensors: dict[str, Tensor]
+    path: Path
     record: Manifest
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the flat tensors by name."""
+        return safetensors.torch.load_file(self.path / "tensors.safetensors")
 
 
 def disk_bytes(parameters: int, experts: int, trained: int) -> int:
@@ -65,7 +69,7 @@ def newest_state(folder: Path) -> Snapshot | None:
         try:
             record = read_record(path / "manifest.json", Manifest, fix=f"remove {path}")
             if sha256(path / "tensors.safetensors") == record.sha256:
-                return Snapshot(safetensors.torch.load_file(path / "tensors.safetensors"), record)
+                return Snapshot(path, record)
         except (OSError, InputError):
             continue
     return None

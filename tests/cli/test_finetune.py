@@ -111,3 +111,11 @@ def test_broken_images_are_named_and_can_be_left_out(run, tiny: Path, image_fold
 
 def test_captions_that_are_not_there(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert run("sample", tiny, "--captions", tmp_path / "none.txt", "-o", tmp_path / "i").code == 2
+
+
+def test_dry_run_compares_with_what_is_there(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "e"
+    assert run("finetune", tiny, "-o", out, *FAST).code == 0
+    assert run("finetune", tiny, "-o", out, *FAST, "--dry-run").code == 0
+    refused = run("finetune", tiny, "-o", out, *FAST, "--learning-rate", 1e-4, "--dry-run")
+    assert (refused.code, "learning_rate: recorded 5e-05, now 0.0001" in refused.err) == (2, True)

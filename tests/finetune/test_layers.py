@@ -93,7 +93,7 @@ def test_optimizer_average_and_checkpoint_hold_what_trains(tiny: Path, data: Ima
     assert set(run.ema) == set(run.parameters) == chosen
     state = newest_state(tmp_path)
     assert state is not None
-    kept = {key.split(".", 1 if key[0] != "o" else 2)[-1] for key in state.tensors if not key.startswith("window")}
+    kept = {key.split(".", 1 if key[0] != "o" else 2)[-1] for key in state.tensors() if not key.startswith("window")}
     assert kept == chosen
     assert all(p.grad is None for p in run.student.denoiser.parameters())
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,17 +180,112 @@ def test_expert_is_a_stock_pipeline_with_its_record(tiny: Path, data: ImageData,
     assert record["steps"] == 6
 
 
-def test_five_bad_steps_in_a_row_end_the_run(tiny: Path, data: ImageData, tmp_path: Path) -> None:
-    base = Diffusion.load(tiny)
-    broken = Diffusion.load(tiny)
-    with torch.no_grad():
-        broken.denoiser.conv_in.weight.fill_(float("nan"))
+def test_five_bad_steps_in_a_row_end_the_run(
+    tiny: Path, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Run._loss
+    monkeypatch.setattr(Run, "_loss", lambda self, micro: loss(self, micro) * math.nan)
     steps = 0
     with pytest.raises(NumericalError, match="5 steps in a row"):
-        for _ in finetune(broken, data, [SPAN], replace(FAST, max_train_steps=50), tmp_path):
+        for _ in finetune(Diffusion.load(tiny), data, [SPAN], replace(FAST, max_train_steps=50), tmp_path):
             steps += 1
     assert steps == 4
-    assert base.denoiser is not broken.denoiser
+
+
+@pytest.mark.parametrize("of", ["parameters", "ema"])
+def test_a_checkpoint_with_nan_is_never_committed(tiny: Path, data: ImageData, tmp_path: Path, of: str) -> None:
+    run = Run.begin(Diffusion.load(tiny), data, SPAN, FAST, tmp_path / "state", {})
+    getattr(run, of)["conv_in.weight"].data[0] = math.inf
+    with pytest.raises(NumericalError, match=r"hold NaN or Inf at step 0, first in conv_in\.weight"):
+        run._save()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_expert_that_its_dtype_cannot_hold_is_not_committed(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    options = replace(FAST, save_dtype="float16")
+    run = Run.begin(Diffusion.load(tiny), data, SPAN, options, tmp_path / "state", {})
+    run.ema["conv_in.weight"][0] = 1e6
+    with pytest.raises(NumericalError, match=r"as float16 the expert holds NaN or Inf in conv_in\.weight"):
+        run.finish(tmp_path / "expert")
+    assert not (tmp_path / "expert").exists()
+
+
+def test_a_base_with_nan_is_refused_by_name(make_tiny: Callable[..., Path]) -> None:
+    folder = make_tiny()
+    base = Diffusion.load(folder)
+    with torch.no_grad():
+        base.denoiser.conv_out.bias.fill_(math.nan)  # type: ignore[union-attr]
+    base.denoiser.save_pretrained(folder / "unet")  # type: ignore[operator]
+    with pytest.raises(InputError, match=r"denoiser holds NaN or Inf in conv_out\.bias"):
+        Diffusion.load(folder)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "consistency", "snr_gamma"])
+@pytest.mark.parametrize("value", [1e38, math.inf, math.nan, -1.0])
+def test_rates_outside_their_range_are_usage_errors(name: str, value: float) -> None:
+    if (name, value) not in {("consistency", 1e38), ("snr_gamma", 1e38)}:
+        with pytest.raises(UsageError, match=name):
+            replace(FAST, **{name: value})
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+CHANGES = {
+    "schedule": ("scheduler/scheduler_config.json", {"beta_end": 0.012}, r"scheduler\.beta_end: recorded 0\.02, now 0\.012"),
+    "prediction": ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, r"scheduler\.prediction_type"),
+    "dropout": ("unet/config.json", {"dropout": 0.1}, r"config\.dropout: recorded 0\.0, now 0\.1"),
+    "norm_eps": ("unet/config.json", {"norm_eps": 1e-3}, r"config\.norm_eps"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("stop_at", [3, None], ids=["unfinished", "finished"])
+def test_resume_sees_a_changed_base(
+    make_tiny: Callable[..., Path], data: ImageData, tmp_path: Path, change: str, stop_at: int | None
+) -> None:
+    folder = make_tiny()
+    with contextlib.suppress(Preempted):
+        train(Diffusion.load(folder), data, tmp_path / "run", stop_at=stop_at)
+    file, values, difference = CHANGES[change]
+    edit(folder / file, **values)
+    with pytest.raises(UsageError, match=difference):
+        train(Diffusion.load(folder), data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_resume_sees_another_component(tiny_text: Path, image_folder: Path, tmp_path: Path, part: str) -> None:
+    base = Diffusion.load(shutil.copytree(tiny_text, tmp_path / "base"))
+    captioned = load_images(image_folder, resolution=16, channels=3)
+    options = replace(FAST, max_train_steps=2)
+    for _ in finetune(base, captioned, [SPAN], options, tmp_path / "run"):
+        pass
+    file = next(p for p in sorted((tmp_path / "base" / part).iterdir()) if p.suffix in (".safetensors", ".json"))
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(UsageError, match=rf"components\.{part}/{file.name}: recorded"):
+        next(finetune(base, captioned, [SPAN], options, tmp_path / "run"))
+
+
+def test_resume_with_more_steps_equals_the_longer_run(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base, longer = Diffusion.load(tiny), replace(FAST, max_train_steps=9, checkpointing_steps=5, logging_steps=3)
+    whole = train(base, data, tmp_path / "whole", longer)
+    with pytest.raises(Preempted):
+        train(base, data, tmp_path / "cut", stop_at=4)
+    assert train(base, data, tmp_path / "cut", longer) == whole
+    assert train(base, data, tmp_path / "cut", replace(longer, logging_steps=1, checkpointing_steps=1)) == whole
+    with pytest.raises(UsageError, match="max_train_steps: recorded 9, now 12"):  # its state is gone
+        train(base, data, tmp_path / "cut", replace(longer, max_train_steps=12))
+
+
+def test_resume_with_more_steps_is_refused_if_the_steps_taken_would_differ(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+    base, decaying = Diffusion.load(tiny), replace(FAST, lr_scheduler="cosine")
+    with pytest.raises(Preempted):
+        train(base, data, tmp_path, decaying, stop_at=4)
+    with pytest.raises(UsageError, match="max_train_steps: recorded 6, now 9"):
+        train(base, data, tmp_path, replace(decaying, max_train_steps=9))
+    with pytest.raises(UsageError, match="max_train_steps: recorded 6, now 3"):
+        train(base, data, tmp_path, replace(decaying, max_train_steps=3))
 
 
 def test_accumulated_batches_equal_one_batch(tiny: Path, data: ImageData, tmp_path: Path) -> None:
