@@ -100,7 +100,8 @@ class Diffusion:
         component = load_denoiser(folder, index)
         scheduler = load_scheduler(folder, index)
         vae, text = load_vae(folder, index), load_text(folder, index)
-        for name, module in (("denoiser", component), ("vae", vae), ("text_encoder", text and text.model)):
+        modules: dict[str, Any] = {"denoiser": component, "vae": vae, "text_encoder": text and text.model}
+        for name, module in modules.items():
             if module is not None:
                 if bad := not_finite(module):
                     raise InputError(f"{folder}: the {name} holds NaN or Inf in {bad}", fix="use an earlier save of this model")
@@ -242,7 +243,7 @@ class Diffusion:
         index = read_json(self.folder / "model_index.json")
         names = sorted(index.keys() - {denoiser_part(index), "scheduler"})
         files = [file for name in names for file in sorted((self.folder / name).rglob("*")) if file.is_file()]
-        hashes = Hashing(files).result()
+        hashes = Hashing([inside(self.folder, file) for file in files]).result()
         return {str(file.relative_to(self.folder)): hashes[file] for file in files}
 
     @property
