@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from demerge.data import Scan
 
 SHOWN = 6
-BROKEN = 3
+MOST_BROKEN = 100
+UNUSABLE = 3
 
 app = typer.Typer(no_args_is_help=True, help="Look at data before a model does.")
 
@@ -27,7 +28,7 @@ def check(
     source: Annotated[str, typer.Argument(help="digits, hf:NAME, a folder of images, CIFAR-10 batches, idx files or .npz.")],
     json: Json = False,
 ) -> None:
-    """Read every image; tell counts, broken files, sizes, captions, a verdict. Exit code 3 where files are broken."""
+    """Read every image; tell counts, broken files, sizes, captions, a verdict. Exit code 3 unless all of it is usable."""
     from demerge.data import scan
 
     with progress(1, "check") as bar:
@@ -35,13 +36,14 @@ def check(
     emit(found.document(), None, json)
     if not json:
         print("\n".join(_lines(found)))
-    if found.broken or found.complaint:
-        raise typer.Exit(BROKEN)
+    if not found.usable:
+        raise typer.Exit(UNUSABLE)
 
 
 def _lines(found: Scan) -> list[str]:
     from demerge.cli.main import printable
 
+    hidden = max(0, len(found.broken) - MOST_BROKEN)
     captions = "none" if found.captions is None else f"{found.captions} of {found.readable}"
     rows = [
         ("images", f"{found.files:,}, {found.readable:,} readable"),
@@ -50,7 +52,10 @@ def _lines(found: Scan) -> list[str]:
         ("modes", _counts(found.modes)),
         ("captions", captions),
         ("notes", _counts(found.notes)),
-        *(("broken", f"{name}: {reason}") for name, reason in found.broken),
+        *(("link", f"{name}: {what}") for name, what in found.links.items()),
+        ("others", _counts(found.passed_over)),
+        *(("broken", f"{name}: {reason}") for name, reason in found.broken[:MOST_BROKEN]),
+        ("broken", f"and {hidden:,} more; --json lists all" if hidden else ""),
         ("verdict", found.verdict),
     ]
     return [printable(f"{name:9} {text}") for name, text in rows if text]

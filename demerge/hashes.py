@@ -70,7 +70,8 @@ def remembered_content(checkpoint: Checkpoint) -> str:
 
 def _key(kind: str, files: Sequence[Path]) -> str:
     stats = [(real, real.stat()) for real in (file.resolve() for file in files)]
-    return "\t".join([kind, *(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}" for real, stat in stats)])
+    text = "\t".join([kind, *(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}" for real, stat in stats)])
+    return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
 def _settled(kind: str, files: Sequence[Path], key: str) -> bool:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import struct
+import subprocess
 import sys
+import time
 import types
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from demerge.data import load_images, scan
-from demerge.data.folder import check, decode
+from demerge.data.decode import BIG, check, decode
+from demerge.data.listing import list_folder
 from demerge.errors import DemergeError, InputError, UsageError
 
 RNG = np.random.default_rng(0)
@@ -246,6 +252,225 @@ def test_decoded_images_are_kept(tmp_path):
     assert torch.equal(data.images([0, 1, 2]), first)
 
 
+def test_grey_with_a_transparent_value_lies_on_white_and_stays_grey(tmp_path):
+    Image.fromarray(np.array([[0, 100]], dtype=np.uint8)).save(tmp_path / "l.png", transparency=100)
+    deep = Image.fromarray(np.array([[0, 25700]], dtype=np.uint16))
+    deep.save(tmp_path / "deep.png", transparency=25700)
+    for name in ("l.png", "deep.png"):
+        assert decode(tmp_path / name).tolist() == [[[0, 255]]]
+        header = check(tmp_path / name)
+        assert (header.alpha, header.channels) == (True, 1)
+
+
+def test_half_transparent_red_on_white_is_pink(tmp_path):
+    Image.new("RGBA", (2, 2), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    assert decode(tmp_path / "a.png")[:, 0, 0].tolist() == [255, 127, 127]
+
+
+@pytest.mark.parametrize("kind", ["I", "F"])
+def test_pixels_of_32_bits_are_refused(tmp_path, kind):
+    values = np.array([[0, 70_000]], dtype=np.int32 if kind == "I" else np.float32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="of unknown range"):
+        decode(tmp_path / "a.tif")
+    assert not scan(tmp_path).usable
+
+
+def test_sixteen_bits_of_every_kind_are_scaled(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    (tmp_path / "b.pgm").write_bytes(b"P5 4 1 65535\n" + values.astype(">u2").tobytes())
+    for name in ("a.tif", "b.pgm"):
+        assert decode(tmp_path / name).tolist() == [[[0, 1, 128, 255]]]
+
+
+def exchanged_profile() -> bytes:
+    """An sRGB profile whose red and green primaries are exchanged."""
+    raw = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(raw[132 + 12 * i : 136 + 12 * i]): 136 + 12 * i for i in range(struct.unpack(">I", raw[128:132])[0])}
+    r, g = tags[b"rXYZ"], tags[b"gXYZ"]
+    raw[r : r + 8], raw[g : g + 8] = raw[g : g + 8], raw[r : r + 8]
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_colour_profile_is_taken_to_srgb(tmp_path, mode):
+    image = Image.new("RGB", (2, 2), (250, 10, 10))
+    (image.quantize(4) if mode == "P" else image.convert(mode)).save(tmp_path / "a.png", icc_profile=exchanged_profile())
+    source = ImageCms.ImageCmsProfile(io.BytesIO(exchanged_profile()))
+    right = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert decode(tmp_path / "a.png")[:, 0, 0].tolist() == list(right.getpixel((0, 0))) == [10, 250, 10]
+    assert scan(tmp_path).notes["colour profile taken to sRGB"] == 1
+
+
+def test_a_profile_of_srgb_changes_nothing_and_a_damaged_one_is_reported(tmp_path):
+    values = noise(8, 8, 3)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, profile in (("a", srgb), ("b", b"not a profile")):
+        Image.fromarray(values).save(tmp_path / f"{name}.png", icc_profile=profile)
+        assert np.array_equal(decode(tmp_path / f"{name}.png"), values.transpose(2, 0, 1))
+    assert scan(tmp_path).notes == {
+        "colour profile taken to sRGB": 1,
+        "colour profile not readable, taken as sRGB": 1,
+    }
+
+
+def test_the_first_frame_of_an_animation_is_taken_and_reported(tmp_path):
+    frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert scan(tmp_path).notes == {"only the first frame taken": 1}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow(tmp_path, orientation):
+    image, exif = Image.fromarray(noise(4, 6, 3)), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        right = np.asarray(ImageOps.exif_transpose(opened))
+    assert np.array_equal(decode(tmp_path / "a.png"), right.transpose(2, 0, 1))
+
+
+def test_a_big_image_is_scaled_down_to_no_less_than_twice_what_is_asked(tmp_path, monkeypatch):
+    ramp = np.broadcast_to(np.linspace(0, 255, 300).astype(np.uint8)[:, None], (300, 400))
+    for kind, mode in (("png", "RGBA"), ("png", "L"), ("jpg", "RGB"), ("png", "P"), ("png", "I;16")):
+        image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
+        image.save(tmp_path / f"a.{kind}")
+        monkeypatch.setattr("demerge.data.decode.BIG", BIG)
+        whole = load_images(tmp_path, resolution=32, channels=1).images([0]).int()
+        monkeypatch.setattr("demerge.data.decode.BIG", 1000)
+        small = decode(tmp_path / f"a.{kind}", (32, 32))
+        assert 64 <= small.shape[1] <= 130
+        assert (load_images(tmp_path, resolution=32, channels=1).images([0]).int() - whole).abs().max() <= 3
+        (tmp_path / f"a.{kind}").unlink()
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from demerge.data.decode import check, decode
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in map(Path, sys.argv[1:]):
+    check(path)
+    decode(path, (64, 64))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("kinds", [("jpg RGB", "png L"), pytest.param(("png RGBA", "png P"), marks=pytest.mark.slow)])
+def test_64_megapixels_take_bounded_memory(tmp_path, kinds):
+    """They took 1.5 to 2.1 GB."""
+    paths = [tmp_path / f"a{i}.{kind.split()[0]}" for i, kind in enumerate(kinds)]
+    for path, kind in zip(paths, kinds, strict=True):
+        with Image.new(kind.split()[1], (8000, 8000)) as image:
+            image.save(path, **({"compress_level": 1} if path.suffix == ".png" else {}))
+    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 700
+
+
+# -- splits, links, contents ------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(4, 4)).save(folder / name)
+
+
+@pytest.mark.parametrize("held", ["val", "validation", "valid", "test", "Val"])
+@pytest.mark.parametrize("below", [False, True])
+def test_splits_are_not_classes_and_held_out_images_are_not_trained_on(tmp_path, held, below):
+    names = [f"{split}/{name}/{i}.png" for split in ("train", held) for name in ("cat", "dog") for i in range(2)]
+    write(tmp_path, *(["/".join([n.split("/")[1], n.split("/")[0], n.split("/")[2]]) for n in names] if below else names))
+    for split, folder in (("train", "train"), ("test", held)):
+        data = load_images(tmp_path, split=split)
+        paths = [data.pixels.paths[position].relative_to(tmp_path).parts for position in data.positions]
+        assert len(paths) == 4
+        assert all(folder in path for path in paths)
+        assert data.labels == [int("dog" in path) for path in paths]
+
+
+def test_validation_images_next_to_a_test_folder_are_in_neither_split(tmp_path):
+    write(tmp_path, *(f"{split}/{name}/0.png" for split in ("train", "val", "test") for name in ("cat", "dog")))
+    for split in ("train", "test"):
+        data = load_images(tmp_path, split=split)
+        assert {data.pixels.paths[p].relative_to(tmp_path).parts[0] for p in data.positions} == {split}
+    assert scan(tmp_path).splits == {"train": 2, "test": 2, "in neither": 2}
+    assert len(load_images(tmp_path, split="all")) == 6
+
+
+def test_images_outside_of_the_splits_are_refused_by_name(tmp_path):
+    write(tmp_path, "train/a.png", "val/b.png", "extra/c.png")
+    with pytest.raises(InputError, match=r"1 images lie outside of train/ and val/: extra/c\.png"):
+        load_images(tmp_path)
+    assert not scan(tmp_path).usable
+
+
+def test_a_folder_named_train_among_classes_is_a_class(tmp_path):
+    write(tmp_path, "train/a.png", "bus/b.png", "car/c.png")
+    assert load_images(tmp_path).labels == [0, 1, 2]
+
+
+def test_linked_folders_are_followed_once_and_never_in_a_circle(tmp_path):
+    write(tmp_path / "elsewhere", "1.png", "deep/2.png")
+    write(tmp_path / "data", "cat/0.png")
+    (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "cat")
+    (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path)
+    (tmp_path / "elsewhere" / "self").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    names = [path.relative_to(tmp_path / "data").as_posix() for path in list_folder(tmp_path / "data").images]
+    assert names == ["cat/0.png", "cat/gone.png", "dog/1.png", "dog/deep/2.png"]
+    found = scan(tmp_path / "data")
+    left = "left out, its folder is read already"
+    assert found.links == {"dog": "followed", "again": left, "cat/up": left, "dog/self": left}
+    assert [name for name, _ in found.broken] == ["cat/gone.png"]
+    assert load_images(tmp_path / "data", skip_broken=True).labels == [0, 1, 1]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, "a.png", "closed/b.png")
+    scandir = os.scandir
+
+    def refusing(place: Path) -> object:
+        if Path(place).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match="closed: the folder cannot be read: Permission denied"):
+        load_images(tmp_path)
+    found = scan(tmp_path)
+    assert found.broken == (("closed", "the folder cannot be read: Permission denied"),)
+    assert not found.usable
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_with_the_name_of_an_image_does_not_hang(tmp_path):
+    write(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    assert scan(tmp_path).broken == (("b.png", "not a regular file"),)
+
+
+def test_a_changed_pixel_in_a_file_of_the_same_size_changes_the_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = np.full((128, 128, 3), 40, np.uint8)
+
+    def fingerprint(age: float) -> str:
+        Image.fromarray(values).save(tmp_path / "d" / "a.bmp")
+        then = time.time() - age
+        os.utime(tmp_path / "d" / "a.bmp", (then, then))
+        return load_images(tmp_path / "d").fingerprint
+
+    (tmp_path / "d").mkdir()
+    before = fingerprint(100)
+    assert fingerprint(100) == before
+    values[64, 64] = 41
+    assert fingerprint(50) != before
+    values[64, 64] = 40
+    assert fingerprint(30) == before
+
+
 # -- captions ---------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +504,78 @@ def test_bad_captions_are_named(tmp_path, text, message):
     found = scan(tmp_path)
     assert found.readable == 2
     assert found.verdict != "usable"
+
+
+def test_captions_next_to_the_images(tmp_path):
+    paths = write_images(tmp_path / "a" / "deep", 3)
+    for i, path in enumerate(paths):
+        path.with_suffix(".txt" if i else ".caption").write_text(f" picture {i}\n", encoding="utf-8-sig")
+    (tmp_path / "a" / "README.txt").write_text("not a caption")
+    data = load_images(tmp_path / "a")
+    assert data.captions == ["picture 0", "picture 1", "picture 2"]
+    found = scan(tmp_path / "a")
+    assert (found.captions, found.usable, found.passed_over) == (3, True, {})
+    paths[1].with_suffix(".txt").unlink()
+    with pytest.raises(InputError, match=r"1 of 3 images have no caption: deep/001\.png"):
+        load_images(tmp_path / "a")
+    assert "1 of 3 images have no caption" in scan(tmp_path / "a").verdict
+
+
+def test_the_captions_count_in_the_fingerprint(tmp_path):
+    (path,) = write_images(tmp_path, 1)
+    seen = set()
+    for text in ("a", "b"):
+        path.with_suffix(".txt").write_text(text)
+        seen.add(load_images(tmp_path).fingerprint)
+    assert len(seen) == 2
+
+
+def test_two_different_captions_of_one_image_are_refused(tmp_path):
+    (path,) = write_images(tmp_path, 1)
+    path.with_suffix(".txt").write_text("a")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "b"}')
+    with pytest.raises(InputError, match=r"metadata.jsonl, line 1: another caption of 000.png is in .*000.txt"):
+        load_images(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "./000.png", "text": "a"}')
+    assert load_images(tmp_path).captions == ["a"]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "txt"])
+def test_names_match_in_any_unicode_form(tmp_path, forms, kind):
+    image, other = (unicodedata.normalize(form, "café.png") for form in forms)
+    write(tmp_path, image)
+    if kind == "txt":
+        (tmp_path / other).with_suffix(".txt").write_text("x")
+    else:
+        (tmp_path / kind).write_text(json.dumps({"file_name": other, "text": "x"}), encoding="utf-8")
+    assert load_images(tmp_path).captions == ["x"]
+
+
+LONG = "x" * (129 << 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metadata.csv", 'file_name,text\n000.png,a\n001.png,"5 inch\n', r"metadata\.csv, line 3: .*unexpected end of data"),
+        ("metadata.csv", f"file_name,text\n000.png,{LONG}\n", r"metadata\.csv, line 2: .*field larger than"),
+        ("metadata.csv", f'"{LONG}', r"metadata\.csv, line 1: "),
+        ("metadata.csv", 'file_name,text\n000.png,"a" b\n', r"metadata\.csv, line 2: .*expected after"),
+        ("metadata.jsonl", json.dumps({"file_name": "000.png", "text": LONG}), r"line 1: a caption of more than 128 KiB"),
+        ("metadata.jsonl", '{"file_name": "000.png", "text": "\\ud800"}', r"line 1: half of a character"),
+        ("000.txt", LONG, r"000\.txt: a caption of more than 128 KiB"),
+    ],
+)
+def test_damaged_captions_are_one_sentence_with_file_and_line(tmp_path, name, text, message):
+    write_images(tmp_path, 2)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_images(tmp_path)
+    assert "\n" not in caught.value.what
+    found = scan(tmp_path)
+    assert not found.usable
+    assert found.complaint
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

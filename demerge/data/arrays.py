@@ -30,7 +30,7 @@ MAX_PIXEL_BYTES = 16 << 30
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All images of a source; `test` are the positions of its own test split, None where it has none."""
+    """All images of a source; `test` are the positions of its own test split, None if it has none; `spare` are in neither."""
 
     name: str
     pixels: Pixels
@@ -38,6 +38,7 @@ class Source:
     test: tuple[int, ...] | None = None
     captions: list[str] | None = None
     labels: list[int] | None = None
+    spare: tuple[int, ...] = ()
 
 
 def read_digits() -> Source:

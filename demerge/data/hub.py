@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from demerge.data.arrays import Source
-from demerge.data.folder import decoded
+from demerge.data.decode import decoded
+from demerge.data.layout import TEST, TRAIN, VALIDATION
 from demerge.data.values import Pixels8, Shape
 from demerge.errors import InputError, UsageError
 
@@ -39,7 +40,7 @@ class Rows:
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def read(self, index: int) -> Pixels8:
+    def read(self, index: int, least: tuple[int, int] | None = None) -> Pixels8:
         """Return image `index`, [C H W].
 
         Raises:
@@ -48,13 +49,13 @@ class Rows:
         row = index
         for part in self.parts:
             if row < len(part):
-                return decoded(part[row][self.column], f"{self.name}, image {index}")
+                return decoded(part[row][self.column], f"{self.name}, image {index}", least)
             row -= len(part)
         raise IndexError(index)
 
 
 def read_hub(text: str) -> Source:
-    """Read `hf:NAME[:CONFIG]`: the splits `train` and `test` (or `validation`), the first column of images.
+    """Read `hf:NAME[:CONFIG]`: the splits `train` and `test` (or `validation`, `valid`, `val`), the first column of images.
 
     Raises:
         UsageError: where the extra is not installed.
@@ -62,14 +63,15 @@ def read_hub(text: str) -> Source:
     """
     name, _, config = text.removeprefix("hf:").partition(":")
     splits = _load(name, config or None)
-    names = [n for n in ("train", "test" if "test" in splits else "validation") if n in splits] or sorted(splits)[:1]
+    held = next((name for name in (TEST, *VALIDATION) if name in splits), None)
+    names = [name for name in (TRAIN, held) if name and name in splits] or sorted(splits)[:1]
     parts = tuple(splits[n] for n in names)
     pixels = Rows(text, parts, _image_column(text, parts[0]))
-    held = tuple(range(len(parts[0]), len(pixels))) if len(parts) == 2 else None
+    test = tuple(range(len(parts[0]), len(pixels))) if len(parts) == 2 else None
     keys = " ".join(str(getattr(part, "_fingerprint", len(part))) for part in parts)
     content = hashlib.sha256(f"{text} {keys}".encode()).hexdigest()
     captions, labels = _column(parts, TEXT_COLUMNS, str), _column(parts, LABEL_COLUMNS, int)
-    return Source(text, pixels, content, held, captions, labels)
+    return Source(text, pixels, content, test, captions, labels)
 
 
 def _load(name: str, config: str | None) -> Mapping[str, Any]:

@@ -46,7 +46,7 @@ def load_images(
     shape = _shape(read, resolution, channels)
     n = len(read.pixels)
     data = ImageData(read.name, split, shape, read.content, read.pixels, tuple(range(n)), read.captions, read.labels)
-    chosen = split_positions(n, read.test, split)
+    chosen = split_positions(n, read.test, split, read.spare)
     if limit is not None and limit < len(chosen):
         chosen = sorted(chosen[i] for i in permutation(len(chosen), 0, "limit")[:limit])
     if not chosen:
@@ -93,11 +93,12 @@ def _check_arguments(split: str, resolution: int | None, channels: int | None, l
         raise UsageError(f"limit {limit} leaves no image", fix="give at least 1")
 
 
-def split_positions(n: int, test: Sequence[int] | None, split: str) -> list[int]:
-    """Return the positions of a split of n images; `test` None holds a tenth out by a fixed key."""
+def split_positions(n: int, test: Sequence[int] | None, split: str, spare: Sequence[int] = ()) -> list[int]:
+    """Return the positions of a split of n images; `test` None holds a tenth out by a fixed key, `spare` is in neither."""
     tenth = max(1, round(n * HELD_OUT)) if n > 1 else 0
     held = set(permutation(n, 0, "held-out")[:tenth] if test is None else test)
-    train = [i for i in range(n) if i not in held]
+    neither = held | set(spare)
+    train = [i for i in range(n) if i not in neither]
     return {"train": train, "test": sorted(held), "all": list(range(n))}[split]
 
 

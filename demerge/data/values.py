@@ -32,8 +32,8 @@ class Pixels(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Pixels8:
-        """Return image `index`, [C H W]."""
+    def read(self, index: int, least: tuple[int, int] | None = None) -> Pixels8:
+        """Return image `index`, [C H W]; a big one may come scaled down, to no less than twice `least`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Array:
     def __len__(self) -> int:
         return len(self.values)
 
-    def read(self, index: int) -> Pixels8:
+    def read(self, index: int, least: tuple[int, int] | None = None) -> Pixels8:
         """Return image `index`, [C H W]."""
         image: Pixels8 = self.values[index]
         return image
@@ -123,7 +123,7 @@ class ImageData:
     def _image(self, position: int) -> Pixels8:
         if position in self._cache:
             return self._cache[position]
-        image = fit(self.pixels.read(position), self.shape)
+        image = fit(self.pixels.read(position, self.shape[1:]), self.shape)
         if not self.pixels.resident and (len(self._cache) + 1) * image.nbytes <= CACHE_BYTES:
             self._cache[position] = image
         return image

@@ -1,0 +1,79 @@
+"""Splits and classes of a folder of images, from the names of its folders.
+
+`train/`, and `test/`, `validation/`, `valid/` or `val/` next to it, are splits; so are they below the folders of classes. The
+other folder is the class: `train/cat/1.png` and `cat/train/1.png` are both a training image of the class cat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from demerge.data.listing import escaped
+from demerge.errors import InputError
+
+TRAIN, TEST = "train", "test"
+VALIDATION = ("validation", "valid", "val")
+SPLITS = frozenset({TRAIN, TEST, *VALIDATION})
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the splits of a folder are.
+
+    Attributes:
+        depth: the level of the folders that are splits, None if none are.
+        test: positions of the held-out images: those of `test/`, or else of the validation folder. None if there are none.
+        spare: positions of validation images next to a `test/`; they are in neither split.
+    """
+
+    depth: int | None = None
+    test: tuple[int, ...] | None = None
+    spare: tuple[int, ...] = ()
+
+
+def layout(folder: Path, images: Sequence[Path]) -> Layout:
+    """Tell which images of a folder are held out.
+
+    Raises:
+        InputError: if there are training and held-out images, and images outside of both.
+    """
+    for depth in (0, 1):
+        names = [_at(folder, path, depth) for path in images]
+        if set(names) <= SPLITS:
+            held = TEST if TEST in names else next((name for name in VALIDATION if name in names), None)
+            if held is None:
+                return Layout(depth)
+            test = tuple(i for i, name in enumerate(names) if name == held)
+            return Layout(depth, test, tuple(i for i, name in enumerate(names) if name not in (TRAIN, held)))
+    tops = [_at(folder, path, 0) for path in images]
+    if TRAIN in tops and SPLITS & set(tops) - {TRAIN}:
+        outside = [escaped(p.relative_to(folder).as_posix()) for p, top in zip(images, tops, strict=True) if top not in SPLITS]
+        held_out = " and ".join(f"{name}/" for name in sorted(SPLITS & set(tops)))
+        raise InputError(
+            f"{folder}: {len(outside)} images lie outside of {held_out}: {', '.join(outside[:5])}",
+            fix=f"move them, or name one split: {folder}/train",
+        )
+    return Layout()
+
+
+def class_labels(folder: Path, images: Sequence[Path], depth: int | None) -> list[int] | None:
+    """Return the class of each image: its folder's place in alphabetical order, or the folder's name as a number.
+
+    The folder is the first below the source that is not a split, at `depth`. Numbers count if every folder's name is one.
+    None if an image lies in no such folder, or if there is only one.
+    """
+    folders = [[*path.relative_to(folder).parts[:-1]] for path in images]
+    classes = [[part for level, part in enumerate(parts) if level != depth][:1] for parts in folders]
+    names = sorted({name for first in classes for name in first})
+    if len(names) < 2 or not all(classes):
+        return None
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    of = {name: int(name) if numbers else i for i, name in enumerate(names)}
+    return [of[first[0]] for first in classes]
+
+
+def _at(folder: Path, path: Path, depth: int) -> str:
+    folders = path.relative_to(folder).parts[:-1]
+    return folders[depth].casefold() if len(folders) > depth else ""
