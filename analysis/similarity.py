@@ -235,19 +235,22 @@ def _noise_scale(map: ConflictMap, K: Array, resolved: NDArray[np.bool_]) -> Arr
 
 
 def by_lag(map: ConflictMap) -> pd.DataFrame:
-    """Return the mean rho of resolved pairs, and naive of all, at each lag of bins: columns lag, cosine, se, naive, pairs."""
-    found, left_out = similarity(map), leave_one_out(map)
-    rho, replicates = found.cosine, normalised(left_out, found.resolved)
+    """Return the mean rho of resolved pairs, and naive of all, at each lag of bins.
+
+    Columns lag, cosine, se, half (of its 95 % interval), naive, pairs.
+    """
+    found = similarity(map)
+    rho, replicates = found.cosine, normalised(without_pair(map), found.resolved)
     rows = []
     for lag in range(1, map.N):
         known = np.flatnonzero(np.isfinite(np.diagonal(rho, lag)))
         naive = np.diagonal(found.naive, lag).mean()
         if not len(known):
-            rows.append((lag, np.nan, np.nan, naive, 0))
+            rows.append((lag, np.nan, np.nan, np.nan, naive, 0))
             continue
-        means = np.diagonal(replicates, lag, axis1=1, axis2=2)[:, known].mean(1)
-        rows.append((lag, np.diagonal(rho, lag)[known].mean(), float(standard_error(means)), naive, len(known)))
-    return pd.DataFrame(rows, columns=["lag", "cosine", "se", "naive", "pairs"], dtype=np.float64)
+        mean = error(np.diagonal(replicates, lag, axis1=1, axis2=2)[:, known].mean(1))
+        rows.append((lag, np.diagonal(rho, lag)[known].mean(), float(mean.se), float(mean.half()), naive, len(known)))
+    return pd.DataFrame(rows, columns=["lag", "cosine", "se", "half", "naive", "pairs"], dtype=np.float64)
 
 
 def by_log_snr(map: ConflictMap) -> pd.DataFrame:

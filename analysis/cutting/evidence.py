@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from demerge.analysis.cutting.blocks import LEAST_KNOWN, Blocks, blocks
-from demerge.analysis.cutting.segmentation import METHODS, Objective, cover, cut, edges_of, on_bins
+from demerge.analysis.cutting.segmentation import METHODS, Objective, cover, cut, edges_of, nearest_edges, on_bins
 from demerge.analysis.similarity import (
     RESOLVED,
     Similarity,
@@ -93,8 +93,8 @@ class Evidence:
         return self.blocks.known >= LEAST_KNOWN and self.conflict.above(RESOLVED)
 
     def share(self, partition: Partition) -> Estimate:
-        """Return ES of a partition, in [0, 1]."""
-        shares = cover(self.map, partition)
+        """Return ES of a partition, in [0, 1], at the nearest edges of bins."""
+        shares = cover(self.map, on_bins(self.map, nearest_edges(self.map, partition)))
         found = estimate(self.map, lambda K: self.objective.gain(K, shares) / self.objective.gain(K, self.apart), self.found.K)
         return Estimate(float(np.clip(found.value, 0, 1)), found.se)
 

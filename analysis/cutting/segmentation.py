@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from demerge.analysis.cutting.blocks import blocks
-from demerge.analysis.cutting.search import nested, no_cut, program
+from demerge.analysis.cutting.search import nested, no_cut, programs
 from demerge.analysis.similarity import Similarity, similarity
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import UsageError
@@ -75,13 +75,13 @@ class Objective:
         return v
 
     def table(self, K: Array) -> Array:
-        """Return v of the range of bins [a, b) for all a <= b, [N+1 N+1]; 0 below the diagonal."""
+        """Return v of the range of bins [a, b) for all a <= b, [* N+1 N+1], from K [* N N]; 0 below the diagonal."""
         u = self.weights * self.scale
-        P = np.pad(np.cumsum(np.cumsum(K * np.outer(u, u), 0), 1), ((1, 0), (1, 0)))
+        P = np.pad(np.cumsum(np.cumsum(K * np.outer(u, u), -2), -1), [(0, 0)] * (K.ndim - 2) + [(1, 0), (1, 0)])
         W = np.concatenate([[0], np.cumsum(self.weights)])
-        corners = np.diagonal(P)
-        sums = corners[None, :] - P - P.T + corners[:, None]
-        return np.triu(self.values(sums, np.clip(W[None, :] - W[:, None], 0, None)), 1)
+        corners = np.diagonal(P, axis1=-2, axis2=-1)
+        sums = corners[..., None, :] - P - P.swapaxes(-1, -2) + corners[..., :, None]
+        return np.triu(self.values(sums, np.broadcast_to(np.clip(W[None, :] - W[:, None], 0, None), sums.shape)), 1)
 
     def gain(self, K: Array, cover: Array) -> Array:
         """Return J [*] for K [* N N] of ranges that cover the share c_rn of each bin, [R N]."""
@@ -124,7 +124,7 @@ def cut(
     table = Objective.of(map, score, found).table(found.K)
     (edges,) = edges_of(table, [n], allowed, method, minimum)
     if len(edges) <= n:
-        raise no_cut(allowed, n, least_width(map.N, n, method) if minimum is None else minimum)
+        raise no_cut(allowed, n, least_width(map.N) if minimum is None else minimum)
     return on_bins(map, edges)
 
 
@@ -136,17 +136,19 @@ def edges_of(table: Array, counts: Sequence[int], allowed: Sequence[int], method
     Raises:
         NumericalError: where there is no cut for `gradient`.
     """
-    N = len(table) - 1
-    widths = [least_width(N, n, method) if minimum is None else minimum for n in counts]
+    width = least_width(len(table) - 1) if minimum is None else minimum
     if method == "gradient":
-        return [program(table, n, allowed, width) for n, width in zip(counts, widths, strict=True)]
-    found = nested(table, max(counts), allowed, widths[0])
+        return programs(table, counts, allowed, width)
+    found = nested(table, max(counts), allowed, width)
     return [found[min(n, len(found)) - 1] for n in counts]
 
 
-def least_width(N: int, n: int, method: str = "gradient") -> int:
-    """Return the default least width of a range in bins: N // (2 n), and 1 for `hierarchical`, whose cuts do not ask for n."""
-    return max(1, N // (2 * n)) if method == "gradient" else 1
+def least_width(N: int) -> int:
+    """Return the default least width of a range in bins: those that cover a twentieth of [0, T), however many ranges.
+
+    Differs from the N // (2 n) of the literature: a least width that shrinks with n buys one narrow range with extra ones.
+    """
+    return -(-N // 20)
 
 
 def equal_log_snr(map: ConflictMap, n: int) -> Partition:
@@ -161,6 +163,17 @@ def equal_log_snr(map: ConflictMap, n: int) -> Partition:
 def on_bins(map: ConflictMap, edges: Sequence[int]) -> Partition:
     """Return the partition whose ranges are the bins between `edges`, indices from 0 to N."""
     return Partition.from_cuts(map.T, [map.edges[i] for i in edges[1:-1]])
+
+
+def nearest_edges(map: ConflictMap, partition: Partition) -> list[int]:
+    """Return the edges of bins nearest to those of a partition, indices from 0 to N.
+
+    A cut off the grid of bins averages two gradients in the bin that it splits, and so loses to cuts on the grid whatever the
+    gradients are. Cuts are compared on these edges, like with like. Of two edges equally near it is the even one; ranges
+    that are too narrow to be seen vanish.
+    """
+    places = np.interp(partition.cuts, map.edges, np.arange(map.N + 1))
+    return sorted({0, *(int(place) for place in np.rint(places)), map.N})
 
 
 def cover(map: ConflictMap, partition: Partition) -> Array:

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from demerge.analysis.cutting.blocks import blocks
-from demerge.analysis.cutting.segmentation import FOUND, METHODS, SCORES, Objective, cover, cut, equal_log_snr, least_width
+from demerge.analysis.cutting.segmentation import (
+    FOUND,
+    METHODS,
+    SCORES,
+    Objective,
+    cover,
+    cut,
+    equal_log_snr,
+    least_width,
+    nearest_edges,
+)
 from demerge.analysis.similarity import similarity
 from demerge.errors import NumericalError, UsageError
 from demerge.timesteps import Partition
@@ -46,8 +56,7 @@ def test_hierarchical_says_where_it_can_split_no_more(planted: Any) -> None:
 
 
 def test_the_default_least_width() -> None:
-    assert [least_width(20, n) for n in (1, 4, 20)] == [10, 2, 1]
-    assert [least_width(20, n, "hierarchical") for n in (1, 4, 20)] == [1, 1, 1]
+    assert [least_width(bins) for bins in (5, 10, 20, 21, 50, 100)] == [1, 1, 1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -70,9 +79,25 @@ def test_the_table_and_the_gain_agree(planted: Any, score: str) -> None:
 
 def test_the_least_width_holds(planted: Any) -> None:
     map = planted([0, 1, 2, 16])
-    assert cut(map, 3, minimum=1).cuts == [62, 125]
-    widths = np.diff([map.edges.index(e) for e in [0, *cut(map, 3).cuts, 1000]])
-    assert widths.min() >= 16 // 6
+    assert cut(map, 3).cuts == cut(map, 3, minimum=1).cuts == [62, 125]
+    for method in FOUND:
+        widths = np.diff([map.edges.index(e) for e in [0, *cut(map, 3, method, minimum=4).cuts, 1000]])
+        assert widths.min() >= 4
+        fine = planted([0, 1, 2, 42])
+        widths = np.diff([fine.edges.index(e) for e in [0, *cut(fine, 3, method).cuts, 1000]])
+        assert widths.min() == least_width(42) == 3
+
+
+def test_cuts_off_the_grid_are_moved_to_the_nearest_edges(map_of: Any) -> None:
+    map = map_of(np.ones((10, 5, 2)))
+    places = {(249,): [0, 2, 10], (251,): [0, 3, 10], (250, 350): [0, 2, 4, 10], (20, 40, 980): [0, 10], (): [0, 10]}
+    for cuts, edges in places.items():
+        assert nearest_edges(map, Partition.from_cuts(1000, list(cuts))) == edges
+    for N, n in ((20, 7), (10, 4), (10, 10), (7, 5)):
+        assert len(nearest_edges(map_of(np.ones((N, 5, 2))), Partition.uniform(1000, n))) == n + 1
+    uneven = map_of(np.ones((3, 5, 2)), edges=[0, 10, 20, 40])
+    assert nearest_edges(uneven, Partition.from_cuts(40, [4, 32])) == [0, 3]
+    assert nearest_edges(uneven, Partition.from_cuts(40, [6, 29])) == [0, 1, 2, 3]
 
 
 def test_no_cut_separates_two_unresolved_bins(map_of: Any) -> None:
