@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from demerge.conditions import Classes, classes_of
 from demerge.data import ImageData, load_images
 from demerge.errors import InputError, UsageError
+from demerge.facts import other_input
 from demerge.files import commit_json
 from demerge.hashes import Hashing
 from demerge.headers import read_json
@@ -83,6 +84,12 @@ class Diffusion:
         if self.prediction_type not in PREDICTION_TYPES:
             raise UsageError(
                 f"prediction type '{self.prediction_type}' is unknown", fix=f"use one of {', '.join(PREDICTION_TYPES)}"
+            )
+        other = other_input(self.config, None if self.vae is None else self.vae.config.latent_channels)
+        if other:
+            raise UsageError(
+                f"{self.folder or 'the denoiser'}: {other}",
+                fix="use a base that takes x_t alone, as the text-to-image model of this one; merge takes both",
             )
         classes_of(self.config)
 

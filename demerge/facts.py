@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def facts_of(path: Path) -> Facts:
     expert = expert_of(place)
     recipe = _read(place.beside("demerge.json"))
     model_class = config.get("_class_name")
-    mergeable, note = _verdict(checkpoint, model_class, has_pipeline=folder is not None)
+    latents = _read(folder / "vae" / "config.json" if folder else None).get("latent_channels")
+    mergeable, note = _verdict(checkpoint, model_class, latents, has_pipeline=folder is not None)
     return Facts(
         path=str(path),
         kind="pipeline" if folder else "component" if place.component else "file",
@@ -87,7 +89,27 @@ def facts_of(path: Path) -> Facts:
     )
 
 
-def _verdict(checkpoint: Checkpoint, model_class: Any, *, has_pipeline: bool) -> tuple[bool, str]:
+def other_input(config: Mapping[str, Any], latents: Any) -> str:
+    """Say how a denoiser takes or gives something else than x_t, empty if it does not; a learned variance is allowed.
+
+    Args:
+        config: the denoiser's.
+        latents: the channels that its VAE makes, None without one.
+    """
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if taken is None:
+        return ""
+    known = given if latents is None else latents
+    if known is not None and taken != known and not (latents is None and 2 * taken == known):
+        kind = {9: "an inpainting model: x_t, a mask and a masked image", 8: "x_t and an image"}
+        what = "its images have" if latents is None else "the latents of its VAE have"
+        return f"it takes {taken} input channels ({kind.get(taken, 'x_t and something else')}), {what} {known}"
+    if given not in (None, taken, 2 * taken):
+        return f"it takes {taken} input channels and gives {given}"
+    return ""
+
+
+def _verdict(checkpoint: Checkpoint, model_class: Any, latents: Any, *, has_pipeline: bool) -> tuple[bool, str]:
     if checkpoint.parameters == 0:
         return False, "no floating point tensor"
     if any(part in name for name in checkpoint for part in FACTORS):
@@ -96,6 +118,9 @@ def _verdict(checkpoint: Checkpoint, model_class: Any, *, has_pipeline: bool) ->
         return True, "merges; analyze, finetune and sample need a whole pipeline folder"
     if model_class not in MERGED_CLASSES:
         return True, f"merges; analyze, finetune and sample do not know the class {model_class}"
+    other = other_input(checkpoint.config or {}, latents)
+    if other:
+        return True, f"merges; analyze, finetune and sample do not take it: {other}"
     return True, "merges with models of equal keys and shapes finetuned from one base"
 
 

@@ -81,6 +81,35 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
         InputError: also where an input is not the one whose SHA-256 the recipe names.
     """
     method, recipe = find(recipe.method), _without_base(recipe)
+    ranges, sides, notes = _opened(recipe, method)
+    hashing = Hashing(_files(sides))
+    if recipe.base.files:  # then this comes first
+        found = _resolved(recipe, ranges, sides, hashing.result())
+        for asked, there in zip((recipe.base, *recipe.experts), (found.base, *found.experts), strict=True):
+            refuse_changed(asked, there)
+    run = partial(Merge, device=device, threads=threads or _cores(), progress=progress or silent)
+    parts = [_part(recipe, side, run) for side in sides]
+    parts[0] = replace(parts[0], notes=[*parts[0].notes, *notes])
+    weights = parts[0].job.weights if len(parts) == 1 and len(parts[0].experts) == len(recipe.experts) else recipe.weights
+    rules = [rule.parsed(method) for rule in recipe.rules]
+    settled = replace(recipe, method=method.name, options=parts[0].job.options, weights=weights, rules=rules)
+    return Plan(partial(_resolved, settled, ranges, sides), hashing, parts, recipe.boundary, recipe.variant)
+
+
+def refuse_unmergeable(base: Path | str, experts: Sequence[Path | str], **asked: Unpack[Asked]) -> list[str]:
+    """Make the checks of a merge that need no hash; return the notes that its plan has.
+
+    Raises:
+        DemergeError: as `prepare` does.
+    """
+    recipe = _without_base(Recipe.of(base, experts, **asked))
+    _, sides, notes = _opened(recipe, find(recipe.method))
+    parts = [_part(recipe, side, Merge) for side in sides]
+    return [*(note for part in parts for note in part.notes), *notes]
+
+
+def _opened(recipe: Recipe, method: Method) -> tuple[list[TimestepRange | None], list[_Side], list[str]]:
+    """Return the ranges of the experts, the parts of the output with their inputs opened, and notes of what is not used."""
     settle_weights(recipe.weights, len(recipe.experts))
     places = [locate(local(s.path, recipe.variant), recipe.variant) for s in (recipe.base, *recipe.experts)]
     base, *experts = (denoisers(place, recipe.variant) for place in places)
@@ -96,18 +125,7 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
     if recipe.out_rank is not None and len(sides) > 1:
         fix = "give --components denoiser" if beside else "merge each side alone"
         raise UsageError("an adapter is made for one denoiser, and the output has more parts", fix=fix)
-    hashing = Hashing(_files(sides))
-    if recipe.base.files:  # then this comes first
-        found = _resolved(recipe, ranges, sides, hashing.result())
-        for asked, there in zip((recipe.base, *recipe.experts), (found.base, *found.experts), strict=True):
-            refuse_changed(asked, there)
-    run = partial(Merge, device=device, threads=threads or _cores(), progress=progress or silent)
-    parts = [_part(recipe, side, run) for side in sides]
-    parts[0] = replace(parts[0], notes=[*parts[0].notes, *notes])
-    weights = parts[0].job.weights if len(parts) == 1 and len(parts[0].experts) == len(experts) else recipe.weights
-    rules = [rule.parsed(method) for rule in recipe.rules]
-    settled = replace(recipe, method=method.name, options=parts[0].job.options, weights=weights, rules=rules)
-    return Plan(partial(_resolved, settled, ranges, sides), hashing, parts, recipe.boundary, recipe.variant)
+    return ranges, sides, notes
 
 
 def _beside(recipe: Recipe, places: Sequence[Place], ranges: Sequence[TimestepRange | None]) -> tuple[list[Task], list[str]]:
