@@ -39,7 +39,7 @@ HASH_CHUNK = 1 << 20
 OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=(\.(weight|bias))?\Z)")
 NEW_ATTENTION: Mapping[str, str] = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")  # of single files
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "text_model.")  # or none, as programs like
 
 
 def modern(name: str) -> str:
@@ -48,9 +48,9 @@ def modern(name: str) -> str:
 
 
 def canonical(name: str) -> str:
-    """Return a name as diffusers has it: without wrappers (torch.compile, DDP), prefix of the denoiser and old attention."""
+    """Return a name as diffusers has it: without wrappers (torch.compile, DDP), prefixes of single files and old attention."""
     plain = WRAPPER.sub("", name)
-    prefix = next((prefix for prefix in DENOISER_PREFIXES if plain.startswith(prefix)), "")
+    prefix = next((prefix for prefix in PREFIXES if plain.startswith(prefix)), "")
     return modern(plain.removeprefix(prefix))
 
 

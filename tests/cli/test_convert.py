@@ -1,11 +1,14 @@
-"""`demerge convert`: it asks for --allow-pickle, and says what it wrote."""
+"""`demerge convert`: it asks for what it needs, says what it wrote, and replaces nothing."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from demerge.single_file import to_file
 
 
 def test_converts_on_request(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -24,3 +27,25 @@ def test_errors_about_pickles_name_the_command(run, tmp_path: Path) -> None:  # 
     for path in (tmp_path / "unet", tmp_path / "unet" / "diffusion_pytorch_model.bin"):
         done = run("inspect", path)
         assert done.code == 3 and "demerge convert" in done.err
+
+
+def test_the_command_says_what_it_needs_and_replaces_nothing(run: Any, tiny_text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    to_file(tiny_text, file)
+    refused = run("convert", file, tmp_path / "out")
+    assert refused.code == 2 and "--config" in refused.err
+    done = run("convert", file, tmp_path / "out", "--config", tiny_text, "--json")
+    assert done.code == 0 and json.loads(done.out)["tensors"]["vae"] > 0
+    assert run("convert", file, tmp_path / "out", "--config", tiny_text).code == 2
+    assert run("convert", tmp_path / "out", tmp_path / "out.safetensors").code == 0
+    assert (tmp_path / "out.safetensors").read_bytes() == file.read_bytes()
+    assert run("convert", tmp_path / "out", tmp_path / "out.safetensors").code == 2
+
+
+def test_what_merge_asks_for_works(run: Any, tiny_text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    to_file(tiny_text, file)
+    refused = run("merge", tiny_text, file, "-o", tmp_path / "merged")
+    assert refused.code == 3 and f"demerge convert {file} FOLDER --config {tiny_text}" in refused.err
+    assert run("convert", file, tmp_path / "folder", "--config", tiny_text).code == 0
+    assert run("merge", tiny_text, tmp_path / "folder", "-o", tmp_path / "merged").code == 0
