@@ -73,11 +73,12 @@ def _sure(said: Mapping[str, Any], shown: Mapping[str, Exhibit]) -> str:
     """Return what the cut explains and where it lands again; nothing where noise hides it."""
     if said["cuts"][said["taken"]]["share"] is None:
         return ""
-    return section("How sure the cut is", "", f'<div class="gallery">{_figures(shown, "curve", "support")}</div>')
+    found = _figures(shown, "curve", "support")
+    return section("How sure the cut is", "", f'<div class="gallery">{found}</div>') if found else ""
 
 
 def _figures(shown: Mapping[str, Exhibit], *names: str) -> str:
-    return "".join(figure(shown[name]) for name in names)
+    return "".join(figure(shown[name]) for name in names if name in shown)
 
 
 def _bare(map: ConflictMap) -> str:

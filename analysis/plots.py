@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from demerge.analysis.cutting.crossfit import Count, count
-from demerge.analysis.cutting.cut_plots import cut_support, explained_share
+from demerge.analysis.cutting.cut_plots import EMPTY, cut_support, explained_share
 from demerge.analysis.cutting.evidence import Evidence
 from demerge.analysis.cutting.segmentation import FOUND
 from demerge.analysis.experts.taskvectors import TaskVectors
@@ -43,7 +43,7 @@ def figures(
     counted: Count | None = None,
     theme: Theme = LIGHT,
 ) -> dict[str, Figure]:
-    """Draw everything a map has to show, by file name.
+    """Draw everything a map has to show, by file name; a plot with nothing to show is left out.
 
     Args:
         partition: the cut that was taken.
@@ -53,13 +53,14 @@ def figures(
     looks = method if method in FOUND else "gradient"
     counted = counted or count(map, method=looks, score=score, minimum=minimum)
     evidence = Evidence.of(map, score)
-    return {
+    drawn = {
         "heatmap": heat_map(map, partition, theme=theme),
         "curve": explained_share(evidence, counted, len(partition), theme=theme),
         "support": cut_support(evidence, partition, looks, minimum, theme=theme),
         "similarity": similarity_by_distance(map, theme=theme),
         "strength": strength(map, partition, theme=theme),
     }
+    return {name: figure for name, figure in drawn.items() if figure.get_label() != EMPTY}
 
 
 def render(figure: Figure, kind: str = "svg") -> bytes:
@@ -155,6 +156,7 @@ def similarity_by_distance(map: ConflictMap, *, theme: Theme = LIGHT) -> Figure:
         )
     else:
         right.text(0.5, 0.5, "no pair is resolved", ha="center", transform=right.transAxes)
+        figure.set_label(EMPTY)
     right.set(xlabel="distance in log SNR", ylabel="", ylim=_limits(pairs.cosine, lags.naive))
     if right.get_legend():
         sns.move_legend(right, "best", title="t of the lower bin", frameon=False, fontsize=8)

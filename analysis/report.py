@@ -3,7 +3,7 @@
 OUT/conflict.safetensors   the map
 OUT/partition.json         the cut that was asked for; uniform where noise leaves no gradient cut
 OUT/summary.json           shares of three cuts with errors, support of each cut, row-sum check, advice
-OUT/*.svg, *.png           plots
+OUT/*.svg, *.png           plots; *.dark.svg for dark pages
 OUT/conflict.html          all of it on one page, and what to do next
 """
 
@@ -245,7 +245,8 @@ def write(
     written += [out / "partition.json", out / "summary.json"]
     figures, shown = pictures(map, partition, said)
     for name, figure in figures.items():
-        for kind, picture in (("svg", shown[name].data), ("png", render(figure, "png"))):
+        pictures_of = {"svg": shown[name].data, "dark.svg": shown[name].dark or b"", "png": render(figure, "png")}
+        for kind, picture in pictures_of.items():
             written.append(commit_file(out / f"{name}.{kind}", lambda stream, picture=picture: stream.write(picture)))  # type: ignore[misc]
     names = Names(model, data, split, out, out / "partition.json")
     return [*written, commit_text(out / NAME, page(map, partition, said, shown, names))]

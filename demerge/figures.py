@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from io import BytesIO
@@ -26,6 +26,15 @@ class Theme:
 
 BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
 GREY = "0.55"
+KINDS: Mapping[str, str] = {  # the colour of each kind of model in every plot and, in assets/report.css, on every page
+    "real": "#7d8590",
+    "base": "#8a6fd1",
+    "joint": "#d9822b",
+    "expert": "#c05a86",
+    "ensemble": "#2a9d8f",
+    "merge": "#3b82f6",
+    "model": "#5b7083",
+}
 LIGHT = Theme("#1f2328", "#656d76", "#d8dee4", "vlag")
 DARK = Theme("#e6edf3", "#9198a1", "#3d444d", "icefire")
 Draw = Callable[[Theme], Figure]

@@ -15,6 +15,7 @@ from demerge.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, Theme, styled
 from demerge.timesteps import Partition
 
 WAYS = {"uniform": "uniform in t", "logsnr": "uniform in log SNR"}
+EMPTY = "nothing to show"
 
 
 @styled
@@ -99,4 +100,6 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _nothing(ax: Axes, why: str = "too little of the conflict is resolved") -> None:
+    """Say that there is nothing to show, and let the figure's label say so to `figures`."""
     ax.text(0.5, 0.5, why, ha="center", transform=ax.transAxes)
+    ax.figure.set_label(EMPTY)

@@ -22,6 +22,7 @@ CAPTIONS = {
     "support": "How often cuts fall at each place when the groups of samples are resampled.",
     "strength": "Strength of the mean gradient, and how many samples its noise is worth.",
 }
+DARK = ".dark.svg"
 
 
 class Commands(Record):
@@ -64,12 +65,19 @@ def _gather_run(run: Path) -> Findings:
     folder = run / "scores" if (run / "scores").is_dir() else run
     inside(run, folder)
     scores, contact = load_scores(folder)
-    plots = sorted([*run.glob("*.svg"), *(run / "conflict").glob("*.svg")], key=_order)
+    plots = sorted((p for f in (run, run / "conflict") for p in f.glob("*.svg") if not p.name.endswith(DARK)), key=_order)
     linked = [path for path in [*plots, run / "commands.json"] if not _lies_inside(run, path)]
-    figures = tuple(Exhibit(_caption(path.stem), path.read_bytes()) for path in plots if path not in linked)
+    figures = tuple(_exhibit(run, path) for path in plots if path not in linked)
     commands = () if run / "commands.json" in linked else _commands(run / "commands.json")
     notes = tuple(f"{path.relative_to(run)} is a link out of the run and was left out." for path in linked)
     return Findings(run, scores, contact, figures, commands, notes)
+
+
+def _exhibit(run: Path, plot: Path) -> Exhibit:
+    """Read a plot, and next to it, as `demerge analyze` leaves it, the same for dark pages."""
+    dark = plot.with_suffix(DARK)
+    known = dark.is_file() and _lies_inside(run, dark)
+    return Exhibit(_caption(plot.stem), plot.read_bytes(), dark=dark.read_bytes() if known else None)
 
 
 def _lies_inside(run: Path, path: Path) -> bool:

@@ -15,18 +15,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from demerge.evaluate.losses import RangeLosses
-from demerge.evaluate.protocol import Kind, Row
-from demerge.figures import Theme, plain
+from demerge.evaluate.protocol import Row
+from demerge.figures import KINDS, Theme, plain
 
-COLORS: Mapping[Kind, str] = {
-    "real": "#7d8590",
-    "base": "#8a6fd1",
-    "joint": "#d9822b",
-    "expert": "#c05a86",
-    "ensemble": "#2a9d8f",
-    "merge": "#3b82f6",
-    "model": "#5b7083",
-}
 LABELS: Mapping[str, str] = {
     "kid": "KID",
     "precision": "precision",
@@ -52,9 +43,9 @@ def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
         axes.plot(values, places, color=theme.faint, lw=0.6, alpha=0.5, marker="o", ms=3, zorder=1)
     for y, row in enumerate(rows):
         spread = 0.0 if math.isnan(row.sd("fd")) else row.sd("fd")
-        axes.errorbar(row.mean("fd"), y, xerr=spread, fmt="o", ms=8, capsize=3, color=COLORS[row.kind], mec=theme.ink, mew=0.6)
+        axes.errorbar(row.mean("fd"), y, xerr=spread, fmt="o", ms=8, capsize=3, color=KINDS[row.kind], mec=theme.ink, mew=0.6)
         if row.kind == "base":
-            axes.axvline(row.mean("fd"), color=COLORS["base"], lw=1, ls="--", zorder=0)
+            axes.axvline(row.mean("fd"), color=KINDS["base"], lw=1, ls="--", zorder=0)
     for floor in floors:
         axes.axvline(floor.mean("fd"), color=theme.faint, lw=1.2, ls=":", zorder=0)
         axes.annotate(
@@ -89,7 +80,7 @@ def tradeoff(rows: Sequence[Row], theme: Theme) -> Figure:
     frame = pd.DataFrame(
         [(row.kind, row.mean("recall"), row.mean("precision")) for row in rows], columns=["kind", "recall", "precision"]
     )
-    sns.scatterplot(frame, x="recall", y="precision", hue="kind", palette=dict(COLORS), s=70, ec=theme.ink, lw=0.5, ax=axes)
+    sns.scatterplot(frame, x="recall", y="precision", hue="kind", palette=dict(KINDS), s=70, ec=theme.ink, lw=0.5, ax=axes)
     places: dict[tuple[float, float], list[str]] = {}
     for place, row in enumerate(rows, 1):
         places.setdefault((row.mean("recall"), row.mean("precision")), []).append(str(place))
@@ -127,11 +118,14 @@ def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme) -> Figure:
     axes.set(xlabel="range of timesteps (left: least noise)", ylabel="")
     axes.tick_params(length=0, axis="both")
     axes.tick_params(axis="y", rotation=0)
+    kinds = {plain(row.model): row.kind for row in rows}
+    for label in axes.get_yticklabels():
+        label.set_color(KINDS[kinds[label.get_text()]])
     return figure
 
 
-def contact_sheet(images: Mapping[str, Tensor], theme: Theme) -> Figure:
-    """Draw rows of images, uint8 [n C H W] for each model; one column is one noise."""
+def contact_sheet(images: Mapping[str, Tensor], kinds: Mapping[str, str], theme: Theme) -> Figure:
+    """Draw rows of images, uint8 [n C H W] for each model; one column is one noise. Names are coloured by `kinds`."""
     columns = max(len(row) for row in images.values())
     figure = Figure(figsize=(1.6 + 0.62 * columns, 0.66 * len(images)))
     for i, (name, row) in enumerate(images.items()):
@@ -139,5 +133,6 @@ def contact_sheet(images: Mapping[str, Tensor], theme: Theme) -> Figure:
             axes = figure.add_axes((j / columns, 1 - (i + 1) / len(images), 0.94 / columns, 0.94 / len(images)))
             axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), aspect="auto")
             axes.set_axis_off()
-        figure.text(-0.01, 1 - (i + 0.5) / len(images), plain(name), ha="right", va="center", color=theme.ink, fontsize=9)
+        ink = KINDS.get(kinds.get(name, ""), theme.ink)
+        figure.text(-0.01, 1 - (i + 0.5) / len(images), plain(name), ha="right", va="center", color=ink, fontsize=9)
     return figure

@@ -151,7 +151,7 @@ class Report:
         """
         if not self._contact:
             raise UsageError("there are no images to show", fix="evaluate again: it keeps the first 16 of each model")
-        return draw_on_white(partial(plots.contact_sheet, self._contact))
+        return draw_on_white(self._sheet)
 
     @property
     def html(self) -> str:
@@ -176,7 +176,7 @@ class Report:
             _commit(out / f"{name}.svg", render(draw, LIGHT, "svg"))
             _commit(out / f"{name}.png", render(draw, LIGHT, "png"))
         if self._contact:
-            _commit(out / "contact.png", render(partial(plots.contact_sheet, self._contact), LIGHT, "png"))
+            _commit(out / "contact.png", render(self._sheet, LIGHT, "png"))
         commit_text(out / "scores.csv", csv(self.ranked))
         commit_text(out / "scores.md", markdown(self.ranked, title=self.title, notes=self._notes))
         return commit_text(out / "index.html", self.html)
@@ -189,6 +189,10 @@ class Report:
     @property
     def _drawn(self) -> dict[str, Draw]:
         return dict(_drawn(self.ranked.rows, self.ranked.floors))
+
+    @property
+    def _sheet(self) -> Draw:
+        return partial(plots.contact_sheet, self._contact, {row.model: row.kind for row in self.ranked.rows})
 
     @property
     def _contact(self) -> dict[str, Tensor]:

@@ -127,16 +127,16 @@ def _power(rows: Sequence[Row], seeds: int) -> str:
 
 
 def _few_images(protocol: Protocol) -> str:
-    count = min(protocol.num_images, protocol.reference_n)
+    count, dim, name = min(protocol.num_images, protocol.reference_n), protocol.dim, _opening(protocol)
     if protocol.rank_deficient:
         return (
-            f"Rank-deficient: {count:,} images do not span {protocol.dim:,} features, so there is no verdict. "
-            f"{protocol.title} is far too large in absolute terms; more than {protocol.dim:,} images on both sides are needed."
+            f"Rank-deficient: {count:,} images do not span {dim:,} features, so there is no verdict. {name} is far too large "
+            f"in absolute terms; more than {dim:,} images on both sides are needed."
         )
     if count < ENOUGH:
         return (
-            f"{count:,} images on one side: {protocol.title} is biased upwards below some {ENOUGH:,} images and compares "
-            "only within this table. KID is unbiased."
+            f"{count:,} images on one side: {protocol.title} is biased upwards below some {ENOUGH:,} images and compares only "
+            "within this table. KID is unbiased."
         )
     return ""
 
@@ -146,10 +146,15 @@ def _unusual_distance(protocol: Protocol) -> str:
         return ""
     if protocol.features == "random":
         return (
-            f"{protocol.title} is not FID, nor any established metric: the features are those of a small net with random "
+            f"{_opening(protocol)} is not FID, nor any established metric: the features are those of a small net with random "
             "weights, which sees blur, noise and colour and is nearly blind to missing classes."
         )
     return f"{protocol.title} is not FID: it uses the features of {protocol.features}, as no paper does."
+
+
+def _opening(protocol: Protocol) -> str:
+    """Return the distance's name at the beginning of a sentence."""
+    return f"The {protocol.title}" if protocol.features == "random" else protocol.title
 
 
 def _about_floor(rows: Sequence[Row], floor: Row, protocol: Protocol) -> list[str]:

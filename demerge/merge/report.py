@@ -19,7 +19,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from demerge.figures import DARK, LIGHT, Draw, Theme, plain, render
+from demerge.figures import DARK, KINDS, LIGHT, Draw, Theme, plain, render
 from demerge.files import commit_files
 from demerge.merge.diagnose import Diagnosis, Sums, table
 from demerge.merge.recipe.recipe import Recipe
@@ -106,7 +106,7 @@ def lengths(diagnosis: Diagnosis, theme: Theme) -> Figure:
     }
     frame = pd.DataFrame(values, index=[*labels, "merged"]).T
     sns.lineplot(frame[labels], ax=axes, palette=sns.color_palette("colorblind", len(labels)), markers=True, dashes=False)
-    axes.plot(frame["merged"], color=theme.ink, ls="--", lw=1.6, label="merged")
+    axes.plot(frame["merged"], color=KINDS["merge"], ls="--", lw=2, label="merged")
     _legend(axes, theme)
     _blocks(axes, diagnosis, theme)
     axes.set(ylabel="root mean square change", ylim=(0, None))

@@ -159,12 +159,14 @@ def test_what_is_linked_out_of_a_run_stays_out_of_its_report(
     (folder / "conflict" / "heatmap.svg").symlink_to(secret)
     (folder / "commands.json").symlink_to(secret)
     (folder / "own.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (folder / "own.dark.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' color='white'/>")
     result = run("compare", folder)
     assert result.code == 0, result.err
     page = (folder / "report" / "index.html").read_text()
     assert b64encode(secret.read_bytes()).decode() not in page
     assert "heatmap.svg is a link out of the run" in page and "commands.json is a link" in page
-    assert b64encode((folder / "own.svg").read_bytes()).decode() in page
+    for name in ("own.svg", "own.dark.svg"):
+        assert page.count(b64encode((folder / name).read_bytes()).decode()) == 1
     (folder / "scores" / "linked.json").symlink_to(secret)
     assert run("compare", folder).code == 3
 

@@ -17,8 +17,8 @@ from demerge.errors import ComparisonError, UsageError
 from demerge.evaluate.protocol import Scores, tables_of
 from demerge.evaluate.report import Report
 from demerge.evaluate.tables import escaped, lines
-from demerge.figures import DARK, render
-from demerge.pages import Exhibit, harmless
+from demerge.figures import DARK, KINDS, render
+from demerge.pages import STYLE, Exhibit, harmless
 
 Make = Callable[..., list[Scores]]
 HOSTILE = '=cmd|"/C calc"!A0 <script>alert(1)</script> $x_{1}$ | ` \n'
@@ -202,6 +202,15 @@ def test_plots_are_transparent_on_dark_pages_and_plain_numbers_stand_on_a_log_ax
     assert shown == ["0.5", "1", "2", "5"]
     dark = render(report._drawn["ranking"], DARK, "svg")
     assert not [fill for fill in re.findall(rb"fill: (#\w+)", dark) if fill in (b"#ffffff", b"#fff")]
+
+
+def test_kinds_of_models_have_one_colour_in_plots_and_pages(scores: list[Scores]) -> None:
+    page = dict(re.findall(r"\.(\w+) { --kind: (#\w+); }", STYLE.read_text()))
+    assert page == dict(KINDS)
+    report = Report.of(scores)
+    losses = report.plot("losses").axes[0]
+    shown = [label.get_color() for label in losses.get_yticklabels()]
+    assert shown == [KINDS[row.kind] for row in report.ranked.rows if row.kind != "base"]
 
 
 def test_a_plot_with_nothing_to_show_is_left_out(make_scores: Make) -> None:
