@@ -3,9 +3,9 @@
     plug-in     cos(S_i, S_j), S_i the sum over all groups: biased by noise, upwards for shared draws, downwards for independent
     unbiased    K_ij / sqrt(K_ii K_jj) from pairs of different groups, for resolved bins alone
 
-Both get intervals from the same jackknife over groups: the plug-in's are narrow and in the wrong place, since a standard
-error tells nothing of a bias. Where the truth is known (known.py) errors are counted; on a real base two kinds of draws must
-give one answer.
+Each gets intervals as it deserves: the plug-in, a function of means over groups, from the jackknife, the unbiased one from the
+components of similarity.py. The plug-in's are narrow and in the wrong place, since a standard error tells nothing of a bias. If
+the truth is known (known.py), errors are counted; on a real base two kinds of draws must give one answer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import pandas as pd
 from demerge.analysis.measurement.settings import DRAWS
 from demerge.analysis.similarity import (
     cross,
+    error,
     kernel,
-    leave_one_out,
     normalised,
     similarity,
     standard_error,
     t_quantile,
+    without_pair,
 )
 from demerge.analysis.study.known import Known
 from demerge.conflict import Array, ConflictMap
@@ -41,7 +42,7 @@ def errors(
     One row for each kind of draws and estimator, over all pairs of bins and all maps:
         bias: mean of estimate - truth, and `bias_se`, its own standard error over maps; for `neighbours` too.
         rmse: root of the mean squared error.
-        covered: share of the 95 % intervals (jackknife, Student's t) that hold the truth.
+        covered: share of the 95 % intervals that hold the truth.
         unresolved: share of bins for which the estimator gives nothing; the plug-in always gives something.
 
     Raises:
@@ -56,18 +57,18 @@ def errors(
             (PLUG_IN, [_plug_in(map) for map in found]),
             (UNBIASED, [_unbiased(map) for map in found]),
         ):
-            rows.append({"draws": kind, "estimator": name, **_errors(known.cosine, estimates, t_quantile(groups))})
+            rows.append({"draws": kind, "estimator": name, **_errors(known.cosine, estimates)})
     return pd.DataFrame(rows)
 
 
-def _errors(truth: Array, estimates: list[tuple[Array, Array]], factor: float) -> dict[str, float]:
-    error = np.array([value for value, _ in estimates]) - truth  # [maps N N], NaN where unresolved
-    half = factor * np.array([se for _, se in estimates])
+def _errors(truth: Array, estimates: list[tuple[Array, Array]]) -> dict[str, float]:
+    off = np.array([value for value, _ in estimates]) - truth  # [maps N N], NaN where unresolved
+    half = np.array([half for _, half in estimates])
     pairs, beside = np.triu_indices(len(truth), 1), (np.arange(len(truth) - 1), np.arange(1, len(truth)))
-    pair_error, pair_half = error[:, *pairs], half[:, *pairs]
+    pair_error, pair_half = off[:, *pairs], half[:, *pairs]
     known = np.isfinite(pair_error)
     bias, bias_se = _mean(pair_error)
-    near, near_se = _mean(error[:, *beside])
+    near, near_se = _mean(off[:, *beside])
     return {
         "bias": bias,
         "bias_se": bias_se,
@@ -75,7 +76,7 @@ def _errors(truth: Array, estimates: list[tuple[Array, Array]], factor: float) -
         "neighbours_se": near_se,
         "rmse": float(np.sqrt(np.mean(pair_error[known] ** 2))) if known.any() else float("nan"),
         "covered": float((abs(pair_error) <= pair_half)[known].mean()) if known.any() else float("nan"),
-        "unresolved": float(np.isnan(np.diagonal(error, axis1=1, axis2=2)).mean()),
+        "unresolved": float(np.isnan(np.diagonal(off, axis1=1, axis2=2)).mean()),
     }
 
 
@@ -100,12 +101,12 @@ def by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -> pd.Dat
         for count in (n for n in counts if n <= map.M):
             part = first_groups(map, count)
             found, samples = similarity(part), count * map.origin.batch_size
-            for name, value, without, unresolved in (
-                (PLUG_IN, found.naive, _plug_in_without(part), 0),
-                (UNBIASED, found.cosine, normalised(leave_one_out(part), found.resolved), int((~found.resolved).sum())),
-            ):
-                half = t_quantile(count) * float(standard_error(np.array([_beside(each) for each in without])))
-                rows.append((kind, name, samples, _beside(value), half, unresolved))
+            left_out = np.array([_beside(each) for each in _plug_in_without(part)])
+            half = t_quantile(count) * float(standard_error(left_out))
+            rows.append((kind, PLUG_IN, samples, _beside(found.naive), half, 0))
+            left_out = np.array([_beside(each) for each in normalised(without_pair(part), found.resolved)])
+            half = float(error(left_out).half())
+            rows.append((kind, UNBIASED, samples, _beside(found.cosine), half, int((~found.resolved).sum())))
     return pd.DataFrame(rows, columns=["draws", "estimator", "samples", "cosine", "half", "unresolved"])
 
 
@@ -128,16 +129,22 @@ def disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFrame:
     if first.edges != second.edges or first.N < 2:
         raise UsageError(f"maps of {first.N} and {second.N} bins do not compare", fix="measure both on the same bins")
     rows = []
-    for name, kernels in ((PLUG_IN, _plug_in_kernels), (UNBIASED, _unbiased_kernels)):
-        (a, a_se), (b, b_se) = (_pair_mean(*kernels(map)) for map in (first, second))
+    for name, pair_mean in ((PLUG_IN, _plug_in_pair_mean), (UNBIASED, _unbiased_pair_mean)):
+        (a, a_se), (b, b_se) = pair_mean(first), pair_mean(second)
         scale = float(np.hypot(a_se, b_se))
         rows.append((name, a, a_se, b, b_se, (a - b) / scale if scale else 0.0))
     return pd.DataFrame(rows, columns=["estimator", "first", "first_se", "second", "second_se", "z"])
 
 
-def _pair_mean(K: Array, left_out: Array) -> tuple[float, float]:
-    i, j = np.triu_indices(len(K), 1)
+def _plug_in_pair_mean(map: ConflictMap) -> tuple[float, float]:
+    K, left_out = _plug_in_kernels(map)
+    i, j = np.triu_indices(map.N, 1)
     return float(K[i, j].mean()), float(standard_error(left_out[:, i, j].mean(1)))
+
+
+def _unbiased_pair_mean(map: ConflictMap) -> tuple[float, float]:
+    i, j = np.triu_indices(map.N, 1)
+    return float(kernel(map, cross(map.M))[i, j].mean()), float(error(without_pair(map)[:, i, j].mean(1)).se)
 
 
 def _beside(cosine: Array) -> float:
@@ -148,11 +155,11 @@ def _beside(cosine: Array) -> float:
 
 def _unbiased(map: ConflictMap) -> tuple[Array, Array]:
     found = similarity(map)
-    return found.cosine, found.cosine_se
+    return found.cosine, found.cosine_half
 
 
 def _plug_in(map: ConflictMap) -> tuple[Array, Array]:
-    return similarity(map).naive, standard_error(_plug_in_without(map))
+    return similarity(map).naive, t_quantile(map.M) * standard_error(_plug_in_without(map))
 
 
 def _plug_in_without(map: ConflictMap) -> Array:
@@ -164,7 +171,3 @@ def _plug_in_kernels(map: ConflictMap) -> tuple[Array, Array]:
     """Return <S_i, S_j> / M^2 [N N], and the same without group m, for each m, [M N N]."""
     left = 1 - np.eye(map.M)
     return kernel(map, np.ones((map.M, map.M))), kernel(map, left[:, :, None] * left[:, None, :])
-
-
-def _unbiased_kernels(map: ConflictMap) -> tuple[Array, Array]:
-    return kernel(map, cross(map.M)), leave_one_out(map)
