@@ -253,6 +253,26 @@ def by_lag(map: ConflictMap) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["lag", "cosine", "se", "half", "naive", "pairs"], dtype=np.float64)
 
 
+def frame(map: ConflictMap) -> pd.DataFrame:
+    """Return rho of each pair of bins, a row each, [N^2 rows].
+
+    Columns bin_i, bin_j (indices), t_i, t_j (the middles of the bins), cosine, se, resolved (both bins), weak (one of them).
+    """
+    found = similarity(map)
+    i, j = (index.ravel() for index in np.indices((map.N, map.N)))
+    columns = {
+        "bin_i": i,
+        "bin_j": j,
+        "t_i": map.timesteps[i],
+        "t_j": map.timesteps[j],
+        "cosine": found.cosine[i, j],
+        "se": found.cosine_se[i, j],
+        "resolved": found.resolved[i] & found.resolved[j],
+        "weak": found.resolved[i] & found.resolved[j] & (found.weak[i] | found.weak[j]),
+    }
+    return pd.DataFrame(columns)
+
+
 def by_log_snr(map: ConflictMap) -> pd.DataFrame:
     """Return rho of each resolved pair with its distance in log SNR: columns distance, cosine, se, t (the lower bin's)."""
     found = similarity(map)

@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import safetensors
@@ -31,6 +32,10 @@ from demerge.headers import read_header
 from demerge.schema import MAX_TIMESTEPS, Record, parse_record
 from demerge.timesteps import Partition
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 Array = NDArray[np.float64]
 Sketches = NDArray[np.float32]
 
@@ -41,6 +46,14 @@ LAYER_K = 509  # of one of a layer: the largest prime below 2^9
 MIN_GROUPS = 5
 MAX_CELLS = 1 << 14
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError, DemergeError)
+
+
+def _above(module: str) -> Any:
+    """Return a module of demerge.analysis for a method of the map that people look for on the map itself.
+
+    Imports run down, and the analysis knows the map: it is found by name when such a method is called, and at no other place.
+    """
+    return import_module(f"demerge.analysis.{module}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +140,10 @@ class ConflictMap:
             view.flags.writeable = False
             object.__setattr__(self, name, view)
 
+    def __repr__(self) -> str:
+        samples = f"{self.M} groups of {self.origin.batch_size}"
+        return f"ConflictMap({self.N} bins of [0, {self.T}), {samples}, {self.origin.draws} draws, {self.origin.engine})"
+
     def _arrays(self) -> dict[str, Any]:
         arrays = {name: getattr(self, name) for name in ARRAYS}
         return {name: array for name, array in arrays.items() if array is not None}
@@ -160,6 +177,19 @@ class ConflictMap:
     def widths(self) -> Array:
         """The share of [0, T) that each bin covers, [N], summing to 1."""
         return np.array([len(bin) / self.T for bin in self.bins])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return what the map says of each pair of bins, a row each, [N^2 rows]: `demerge.analysis.similarity.frame`.
+
+        Columns bin_i, bin_j, t_i, t_j (the middles), cosine and se (NaN if a bin is unresolved), resolved, weak.
+        """
+        table: pd.DataFrame = _above("similarity").frame(self)
+        return table
+
+    def plot(self, partition: Partition | None = None) -> Figure:
+        """Draw the map, with the cuts of a partition as lines: `demerge.analysis.plots.heat_map`."""
+        figure: Figure = _above("plots").heat_map(self, partition)
+        return figure
 
     def save(self, path: Path) -> Path:
         """Write the map as safetensors, whole or not at all; equal maps give equal bytes."""

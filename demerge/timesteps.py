@@ -19,6 +19,7 @@ from demerge.errors import InputError, UsageError
 from demerge.files import commit_json
 from demerge.schema import Record, Span, read_record
 
+SHOWN = 12  # inner boundaries up to which a repr lists all
 FIX = 'write {"ranges": [[0, 250], [250, 1000]]}'
 
 
@@ -47,6 +48,9 @@ class TimestepRange:
         if match is None:
             raise UsageError(f"'{text}' is not a timestep range", fix="write start:stop, for example 0:250")
         return cls(int(match[1]), int(match[2]))
+
+    def __repr__(self) -> str:
+        return f"TimestepRange({self.start}, {self.stop})"
 
     def __str__(self) -> str:
         return f"{self.start:04d}-{self.stop:04d}"
@@ -169,6 +173,11 @@ class Partition:
 
     def __getitem__(self, index: int) -> TimestepRange:
         return self.ranges[index]
+
+    def __repr__(self) -> str:
+        cuts = [str(place) for place in self.cuts]
+        shown = cuts if len(cuts) <= SHOWN else [*cuts[:3], "...", cuts[-1]]
+        return f"Partition.from_cuts({self.total}, [{', '.join(shown)}])"
 
     def __str__(self) -> str:
         return " ".join(str(r) for r in self.ranges)

@@ -35,6 +35,25 @@ def test_save_and_load_give_the_same_value_and_bytes(tmp_path: Path) -> None:
     assert loaded.timesteps.tolist() == [2, 7, 12, 17] and loaded.widths.sum() == 1
 
 
+def test_a_map_shows_itself() -> None:
+    """A short text, a tidy table, a figure; what makes them is found when it is asked for."""
+    assert repr(make()) == "ConflictMap(4 bins of [0, 20), 5 groups of 4, shared draws, exact)"
+    steady = np.eye(4, 7)[:, None] + 0.05 * np.random.default_rng(0).standard_normal((4, 5, 7))
+    steady[3] = np.random.default_rng(1).standard_normal((5, 7))
+    map = replace(make(), gram=np.einsum("imd,jnd->imjn", steady, steady))
+    table = map.to_frame()
+    assert table.columns.tolist() == ["bin_i", "bin_j", "t_i", "t_j", "cosine", "se", "resolved", "weak"]
+    assert len(table) == 16 and table.resolved.sum() == 9 and not table.weak.any()
+    row = table[(table.bin_i == 0) & (table.bin_j == 2)].iloc[0]
+    assert (row.t_i, row.t_j) == (2, 12) and abs(row.cosine) < 5 * row.se < 0.5
+    unresolved = table[~table.resolved]
+    assert unresolved.cosine.isna().all() and unresolved.se.isna().all() and 3 in set(unresolved.bin_i)
+    square = table.pivot(index="bin_i", columns="bin_j", values="cosine").to_numpy()
+    assert square.diagonal()[:3] == pytest.approx(1) and square[0, 2] == row.cosine
+    figure = map.plot(Partition.from_cuts(20, [10]))
+    assert figure.axes[0].get_xlim() == (0, 20) and len(map.plot().axes[0].lines) + 2 == len(figure.axes[0].lines)
+
+
 def test_the_map_cannot_be_written_to_and_leaves_its_arguments_alone() -> None:
     gram = make().gram.copy()
     map = replace(make(), gram=gram)

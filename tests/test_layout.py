@@ -143,6 +143,18 @@ def test_imports_run_down(name, path):
             assert layer(imported) <= layer(name), f"{name} imports {imported}"
 
 
+def test_only_the_map_finds_modules_above_it_by_name():
+    """`ConflictMap.plot` and `to_frame` are looked for on the map; no other module of the library looks up."""
+    above = ("demerge.analysis.", "demerge.cli.")
+    texts = {
+        name: [ast.unparse(call) for call in ast.walk(tree(path)) if isinstance(call, ast.Call)]
+        for name, path in MODULES
+        if layer(name) == 0
+    }
+    looks = [name for name, calls in texts.items() if any("import_module(" in c and any(a in c for a in above) for c in calls)]
+    assert looks == ["demerge.conflict"]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda path: path.stem)
 def test_commands_start_light(path):
     heavy = [

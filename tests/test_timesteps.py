@@ -119,3 +119,12 @@ def test_a_partition_is_read_from_words_or_a_file(tmp_path):
     for text in ("uniform", "uniform:-1", "joint:4", "0:250", "nowhere.json"):
         with pytest.raises(UsageError, match="neither uniform:N, joint, none nor a file"):
             Partition.parse(text, 1000, besides="none")
+
+
+def test_reprs_are_short_and_make_the_value_again() -> None:
+    partition = Partition.from_cuts(1000, [250, 500])
+    assert repr(partition) == "Partition.from_cuts(1000, [250, 500])"
+    assert repr(partition[0]) == "TimestepRange(0, 250)"
+    assert eval(repr(partition)) == partition and eval(repr(partition[0])) == partition[0]
+    assert repr(Partition.uniform(1000, 20)) == "Partition.from_cuts(1000, [50, 100, 150, ..., 950])"
+    assert repr(Partition.uniform(10, 1)) == "Partition.from_cuts(10, [])"
