@@ -57,6 +57,9 @@ def evaluate(
     seeds: Annotated[str, _option("--seeds", "Sampling seeds.", SAMPLING)] = "0,1,2",
     steps: Annotated[int, _option("--steps", "Sampling steps.", SAMPLING, min=1)] = 50,
     sampler: Annotated[str, _option("--sampler", "ddim, or base for the base's own.", SAMPLING)] = "ddim",
+    guidance_scale: Annotated[
+        float, _option("--guidance-scale", "Classifier-free guidance of text-to-image models; 1 is none.", SAMPLING, min=1)
+    ] = 1.0,
     eval_batch_size: Annotated[int, _option("--eval-batch-size", "Images per forward pass.", SAMPLING, min=1)] = 64,
     device: Device = "auto",
     json: Json = False,
@@ -79,6 +82,7 @@ def evaluate(
         seeds=parse_seeds(seeds),
         steps=steps,
         sampler=sampler,
+        guidance_scale=guidance_scale,
         ranges=ranges,
         loss_samples=loss_samples,
         lpips=lpips,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Device, Json, Seed, device_of, emit, progress
+from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, say
 
 
 def sample(
@@ -16,6 +16,13 @@ def sample(
     num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="How many images.")] = 16,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")] = 50,
     sampler: Annotated[str, typer.Option(help="ddim, or base for the base's own scheduler.")] = "ddim",
+    guidance_scale: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="Classifier-free guidance of text-to-image models and DiT; 1 is none. Stock pipelines take 7.5 and 4.",
+        ),
+    ] = 1.0,
     experts: Annotated[
         Path | None, typer.Option(help="Folder of experts: sample the routed ensemble on MODEL's schedule.")
     ] = None,
@@ -31,28 +38,29 @@ def sample(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Draw images; image i depends on the seed and i alone."""
+    """Draw images; image i depends on the seed and i alone. The same command again draws those that are missing."""
     from demerge.diffusion import Diffusion
-    from demerge.files import refuse_existing
-    from demerge.images import write_pngs
-    from demerge.sample import labels_of, load_routed
-    from demerge.sample import sample as draw
+    from demerge.drawing import sample_to
+    from demerge.sample import captions_of, labels_of, load_routed
 
-    refuse_existing(out)
     place = device_of(device)
     base = load_routed(model, experts, device=place) if experts else Diffusion.load(model, device=place)
-    texts = captions.read_text(encoding="utf-8").splitlines() if captions else None
+    texts = captions_of(captions) if captions else None
     with progress(num_images, "sample") as bar:
-        images = draw(
+        drawn = sample_to(
+            out,
             base,
             num_images,
             seed=seed,
             steps=steps,
             sampler=sampler,
+            guidance_scale=guidance_scale,
             batch_size=eval_batch_size,
             captions=texts,
             labels=None if labels is None else labels_of(labels),
             progress=bar,
         )
-    write_pngs(out, images)
-    emit({"out": out, "images": num_images, "seed": seed, "steps": steps, "sampler": sampler}, out, json)
+    if drawn < num_images:
+        say(f"{num_images - drawn:,} of {num_images:,} images were there already" + ("; nothing is left to do" * (not drawn)))
+    result = {"out": out, "images": num_images, "drawn": drawn, "seed": seed, "steps": steps, "sampler": sampler}
+    emit(result | {"guidance_scale": guidance_scale}, out, json)

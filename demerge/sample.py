@@ -14,7 +14,9 @@ timestep t - floor(T / S) is exact. `base` is the base's own scheduler with its 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from demerge.diffusion import Diffusion
-from demerge.errors import NumericalError, UsageError
+from demerge.errors import InputError, NumericalError, UsageError
 from demerge.expert import experts_in
 from demerge.images import to_uint8
 from demerge.randomness import key_of, normal
@@ -33,7 +35,6 @@ from demerge.timesteps import Partition
 SAMPLERS = ("ddim", "base")
 
 
-@torch.inference_mode()
 def sample(
     model: Diffusion,
     n: int,
@@ -41,6 +42,7 @@ def sample(
     seed: int,
     steps: int = 50,
     sampler: str = "ddim",
+    guidance_scale: float = 1.0,
     batch_size: int = 64,
     captions: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
@@ -50,6 +52,8 @@ def sample(
     """Draw images first .. first + n - 1 of the seed's sequence, uint8 [n C H W].
 
     Args:
+        guidance_scale: g of classifier-free guidance, f(x, "") + g (f(x, c) - f(x, "")), with no class in place of "" for a
+            DiT; 1 is none.
         captions: for a text-to-image model; image i gets captions[i % len(captions)].
         labels: for a model of C classes, likewise; 0, 1 .. C - 1 by default. A DiT takes C for no class.
         progress: called with (images done, n) after each batch.
@@ -58,16 +62,57 @@ def sample(
         UsageError: where n, steps, the sampler or a label is out of range, or captions are missing.
         NumericalError: where an image is not finite.
     """
-    check_sampling(model, n, steps, sampler, batch_size, captions)
+    images = torch.empty(n, *model.image_shape, dtype=torch.uint8)
+    for indices, draw in batches(
+        model,
+        n,
+        seed=seed,
+        steps=steps,
+        sampler=sampler,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        captions=captions,
+        labels=labels,
+        first=first,
+    ):
+        images[indices[0] - first : indices[-1] - first + 1] = draw()
+        if progress is not None:
+            progress(indices[-1] - first + 1, n)
+    return images
+
+
+def batches(
+    model: Diffusion,
+    n: int,
+    *,
+    seed: int,
+    steps: int,
+    sampler: str,
+    guidance_scale: float,
+    batch_size: int,
+    captions: Sequence[str] | None,
+    labels: Sequence[int] | None,
+    first: int = 0,
+) -> list[tuple[list[int], Callable[[], Tensor]]]:
+    """Return the batches of `sample`: the images' numbers, and the function that draws them, uint8 [B C H W]."""
+    check_sampling(model, n, steps, sampler, batch_size, captions, guidance_scale)
     condition = _conditions(model, captions, labels)
     scheduler = make_scheduler(model, steps, sampler)
-    images = torch.empty(n, *model.image_shape, dtype=torch.uint8)
-    for start in range(0, n, batch_size):
-        indices = list(range(first + start, first + min(start + batch_size, n)))
-        images[start : start + len(indices)] = _batch(model, scheduler, seed, indices, condition(indices))
-        if progress is not None:
-            progress(start + len(indices), n)
-    return images
+    starts = range(first, first + n, batch_size)
+    groups = [list(range(start, min(start + batch_size, first + n))) for start in starts]
+    return [(indices, partial(_batch, model, scheduler, seed, indices, condition, guidance_scale)) for indices in groups]
+
+
+def captions_of(file: Path) -> list[str]:
+    """Read captions, one per line.
+
+    Raises:
+        InputError: if the file cannot be read as UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as UTF-8: {error}", fix="save it as UTF-8, a caption per line") from error
 
 
 def labels_of(text: str) -> list[int]:
@@ -142,11 +187,19 @@ def _refuse_zero_snr(model: Diffusion, timesteps: Tensor, steps: int) -> None:
         )
 
 
-def check_sampling(model: Diffusion, n: int, steps: int, sampler: str, batch_size: int, captions: Sequence[str] | None) -> None:
+def check_sampling(
+    model: Diffusion,
+    n: int,
+    steps: int,
+    sampler: str,
+    batch_size: int,
+    captions: Sequence[str] | None,
+    guidance_scale: float = 1.0,
+) -> None:
     """Refuse options that `sample` would refuse.
 
     Raises:
-        UsageError: if n, steps or the sampler is out of range, or captions are missing.
+        UsageError: if a number or the sampler is out of range, captions are missing, or there is nothing to guide by.
     """
     for name, value, top in (("n", n, 10**9), ("steps", steps, model.T), ("batch_size", batch_size, 10**6)):
         if not 1 <= value <= top:
@@ -155,6 +208,12 @@ def check_sampling(model: Diffusion, n: int, steps: int, sampler: str, batch_siz
         raise UsageError(f"sampler '{sampler}' is unknown", fix=f"use one of {', '.join(SAMPLERS)}")
     if model.requires_text and not captions:
         raise UsageError("the model takes text", fix="give captions")
+    if not 1 <= guidance_scale < math.inf:
+        raise UsageError(f"guidance_scale is {guidance_scale:g}", fix="give 1 for no guidance, or more, for example 7.5")
+    null = model.requires_text or (model.classes is not None and model.classes.null is not None)
+    if guidance_scale > 1 and (not null or getattr(model.config, "time_cond_proj_dim", None) is not None):
+        what = "has its guidance distilled into it" if null else "takes no condition that it could be without"
+        raise UsageError(f"guidance_scale is {guidance_scale:g}, and the model {what}", fix="leave out --guidance-scale")
 
 
 def _conditions(
@@ -176,7 +235,20 @@ def _conditions(
     return of
 
 
-def _batch(model: Diffusion, scheduler: Any, seed: int, indices: Sequence[int], condition: Tensor | None) -> Tensor:
+@torch.inference_mode()
+def _batch(
+    model: Diffusion,
+    scheduler: Any,
+    seed: int,
+    indices: Sequence[int],
+    condition_of: Callable[[Sequence[int]], Tensor | None],
+    guidance_scale: float,
+) -> Tensor:
+    condition, guided = condition_of(indices), guidance_scale > 1
+    if guided and condition is not None:
+        nulls = None if model.classes is None else [model.classes.null or 0] * len(indices)
+        empty = model.condition(len(indices), [""] * len(indices), nulls)
+        condition = condition if empty is None else torch.cat([empty, condition])
     scheduler.set_timesteps(scheduler.num_inference_steps)  # forgets the batch before: PNDM and others keep a history
     x = normal(model.sample_shape, seed, "image", samples=indices).to(model.device) * scheduler.init_noise_sigma
     arguments: dict[str, Any] = {}
@@ -185,7 +257,11 @@ def _batch(model: Diffusion, scheduler: Any, seed: int, indices: Sequence[int], 
             torch.Generator(model.device).manual_seed(key_of(seed, "sampler", i) % 2**63) for i in indices
         ]
     for t in scheduler.timesteps:
-        prediction = model.predict(scheduler.scale_model_input(x, t), t.to(model.device), condition)
+        scaled = scheduler.scale_model_input(x, t)
+        prediction = model.predict(torch.cat([scaled, scaled]) if guided else scaled, t.to(model.device), condition)
+        if guided:
+            without, given = prediction.chunk(2)
+            prediction = without + guidance_scale * (given - without)
         x = scheduler.step(prediction, t, x, **arguments).prev_sample
     if not bool(torch.isfinite(x).all()):
         raise NumericalError("the sampler left the finite numbers", fix="check the weights: `demerge inspect MODEL`")

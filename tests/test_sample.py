@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,9 +14,12 @@ import diffusers
 import pytest
 import torch
 
+from demerge import drawing
 from demerge.diffusion import Diffusion
+from demerge.drawing import sample_to
 from demerge.errors import InputError, NumericalError, UsageError
-from demerge.sample import labels_of, load_routed, make_scheduler, routed, sample
+from demerge.randomness import normal
+from demerge.sample import captions_of, labels_of, load_routed, make_scheduler, routed, sample
 from demerge.timesteps import Partition
 
 
@@ -280,3 +284,138 @@ def test_a_step_at_snr_zero_is_refused_for_epsilon_alone(model: Diffusion) -> No
     assert len(sample(zero, 1, seed=0, steps=5)) == 1
     v = diffusers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert make_scheduler(replace(model, scheduler=v), 1000, "ddim").timesteps[0] == 999
+
+
+# -- guidance ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.DDIMScheduler, diffusers.PNDMScheduler, diffusers.EulerDiscreteScheduler])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_guidance_is_that_of_the_stock_pipeline(tiny_text: Path, scheduler: type, guidance_scale: float) -> None:
+    """From equal noise, with its own scheduler; the stock pipeline sets a caption against the tokens of ""."""
+    own = scheduler(**SCHEDULE, **({"skip_prk_steps": True} if scheduler is diffusers.PNDMScheduler else {}))
+    model = replace(Diffusion.load(tiny_text), scheduler=own)
+    captions = ["a cat", "two dogs"]
+    stock = diffusers.StableDiffusionPipeline(
+        model.vae, model.text.model, model.text.tokenizer, model.denoiser, own, None, None, requires_safety_checker=False
+    )
+    stock.set_progress_bar_config(disable=True)
+    noise = normal(model.sample_shape, 3, "image", samples=range(2))
+    expected = stock(captions, num_inference_steps=5, guidance_scale=guidance_scale, latents=noise, output_type="pt").images
+    images = sample(model, 2, seed=3, steps=5, sampler="base", captions=captions, guidance_scale=guidance_scale)
+    assert int((images.int() - (expected * 255).round().int()).abs().max()) <= 1
+
+
+def test_guidance_1_is_no_guidance_and_more_is_another_image(tiny_text: Path) -> None:
+    model = Diffusion.load(tiny_text)
+    options = {"seed": 0, "steps": 3, "captions": ["a cat"]}
+    plain = sample(model, 2, **options)
+    assert torch.equal(sample(model, 2, **options, guidance_scale=1.0), plain)
+    assert not torch.equal(sample(model, 2, **options, guidance_scale=20.0), plain)
+    assert torch.equal(
+        sample(model, 2, seed=0, steps=3, captions=[""]), sample(model, 2, seed=0, steps=3, captions=[""], guidance_scale=5)
+    )
+
+
+def test_guidance_of_a_dit_is_against_no_class(tiny_dit: Path) -> None:
+    model = Diffusion.load(tiny_dit)
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(0)
+        for parameter in model.denoiser.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.3)
+    scheduler = make_scheduler(model, 2, "ddim")
+    x = normal(model.sample_shape, 1, "image", samples=range(2))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            null, given = (model.predict(x, t, torch.tensor(labels)) for labels in ([10, 10], [3, 7]))
+            x = scheduler.step(null + 4 * (given - null), t, x).prev_sample
+        expected = ((model.decode(x).clamp(-1, 1) + 1) * 127.5).round().int()
+    images = sample(model, 2, seed=1, steps=2, labels=[3, 7], guidance_scale=4)
+    assert int((images.int() - expected).abs().max()) <= 1
+    assert torch.equal(
+        sample(model, 1, seed=1, steps=2, labels=[10]), sample(model, 1, seed=1, steps=2, labels=[10], guidance_scale=4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [(0.5, "guidance_scale is 0.5"), (math.inf, "is inf"), (math.nan, "is nan"), (2, "takes no condition")],
+)
+def test_guidance_that_cannot_be_is_refused(model: Diffusion, scale: float, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sample(model, 1, seed=0, steps=2, guidance_scale=scale)
+
+
+# -- images in a folder -----------------------------------------------------------------------------------------------
+
+OPTIONS = {"seed": 3, "steps": 2, "batch_size": 3}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 6])
+def test_an_interrupted_folder_keeps_its_images_and_ends_in_the_same_bytes(
+    model: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    assert sample_to(tmp_path / "whole", model, 7, **OPTIONS) == 7
+    written = 0
+    commit = drawing.commit_file
+
+    def killed(path: Path, write: object) -> Path:
+        nonlocal written
+        if written == after:
+            raise KeyboardInterrupt
+        written += 1
+        return commit(path, write)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(drawing, "commit_file", killed)
+        sample_to(tmp_path / "cut", model, 7, **OPTIONS)
+    kept = contents(tmp_path / "cut")
+    assert len(kept) == after + 1
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut").iterdir()}
+    assert sample_to(tmp_path / "cut", model, 7, **OPTIONS) == 7 - after
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert all((tmp_path / "cut" / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert sample_to(tmp_path / "cut", model, 7, **OPTIONS) == 0
+
+
+def test_images_of_other_options_or_of_another_model_are_refused(model: Diffusion, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    sample_to(folder, model, 2, **OPTIONS)
+    before = contents(folder)
+    for name, value in {"seed": 4, "steps": 3, "batch_size": 2, "sampler": "base"}.items():
+        with pytest.raises(UsageError, match=f"{name}: recorded"):
+            sample_to(folder, model, 2, **{**OPTIONS, name: value})
+    with pytest.raises(UsageError, match="num_images: recorded 2, now 3"):
+        sample_to(folder, model, 3, **OPTIONS)
+    with torch.no_grad():
+        model.denoiser.conv_out.bias.add_(1.0)
+    with pytest.raises(UsageError, match="model: recorded"):
+        sample_to(folder, model, 2, **OPTIONS)
+    assert contents(folder) == before
+
+
+def test_a_foreign_folder_is_refused_and_a_stray_is_not(model: Diffusion, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine.png").write_bytes(b"")
+    (tmp_path / "file").write_bytes(b"")
+    for place in ("a", "file"):
+        with pytest.raises(UsageError, match="exists already"):
+            sample_to(tmp_path / place, model, 1, **OPTIONS)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".sample.json.999999999.tmp").write_bytes(b"{")
+    assert sample_to(tmp_path / "b", model, 1, **OPTIONS) == 1
+    assert sorted(contents(tmp_path / "b")) == ["000000.png", "sample.json"]
+    (tmp_path / "b" / "sample.json").write_text("{}{")
+    with pytest.raises(InputError, match=r"sample\.json"):
+        sample_to(tmp_path / "b", model, 1, **OPTIONS)
+
+
+def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"c\.txt: cannot be read as UTF-8"):
+        captions_of(tmp_path / "c.txt")

@@ -116,6 +116,7 @@ class Contest:
             seed=seed,
             steps=self.judge.steps,
             sampler=self.judge.sampler,
+            guidance_scale=self.judge.guidance_scale,
             batch_size=self.batch_size,
             captions=self.data.captions if model.requires_text else None,
             progress=progress,

@@ -30,6 +30,7 @@ class Judge:
     reference: Reference = field(repr=False)
     sampler: str = "ddim"
     steps: int = 50
+    guidance_scale: float = 1.0
     perceptual: LPIPS | None = field(default=None, repr=False)
     perceptual_images: int = 200
 
@@ -46,6 +47,7 @@ class Judge:
             reference_sha256=self.reference.fingerprint,
             sampler=self.sampler,
             steps=self.steps,
+            guidance_scale=self.guidance_scale,
             perceptual=perceptual,
         )
 
@@ -74,11 +76,11 @@ class Judge:
 
     def of_real(self) -> Judge:
         """The same judge, for real images."""
-        return replace(self, sampler="none (real images)", steps=0)
+        return replace(self, sampler="none (real images)", steps=0, guidance_scale=1.0)
 
     def of_folder(self) -> Judge:
         """The same judge, for images that others made."""
-        return replace(self, sampler="unknown (folder of images)", steps=0)
+        return replace(self, sampler="unknown (folder of images)", steps=0, guidance_scale=1.0)
 
     def noise_floor(self, images: Tensor, *, n: int, name: str = "real images", progress: Progress | None = None) -> Scores:
         """Score n real images, disjoint from the reference's: what a perfect model would score.

@@ -48,6 +48,7 @@ class EvaluationOptions:
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 50
     sampler: str = "ddim"
+    guidance_scale: float = 1.0
     ranges: str = "uniform:4"
     loss_samples: int = 512
     lpips: bool = True
@@ -136,7 +137,8 @@ def _facts(found: Sequence[Entrant], base: Entrant | None, options: EvaluationOp
     pipelines = [e for e in found if not e.is_images]
     for entrant in [*pipelines, *([base] if base is not None and base not in found else [])]:
         model = entrant.load(base)
-        check_sampling(model, options.num_images, options.steps, options.sampler, options.batch_size, captions=[""])
+        n, batch = options.num_images, options.batch_size
+        check_sampling(model, n, options.steps, options.sampler, batch, [""], options.guidance_scale)
         make_scheduler(model, options.steps, options.sampler)
         known.append((entrant, Facts(model.image_shape, model.T, model.requires_text)))
     for entrant, facts in known:
@@ -168,7 +170,8 @@ def _judge(options: EvaluationOptions, real: ImageData, out: Path, progress: Pro
     net = feature_net(spec, preprocess=options.preprocess, precision=options.precision, device=options.device)
     perceptual = load_lpips(device=options.device) if options.lpips else None
     reference = _reference(options, net, real, out, progress)
-    return Judge(net, reference, sampler=options.sampler, steps=options.steps, perceptual=perceptual)
+    sampling = {"sampler": options.sampler, "steps": options.steps, "guidance_scale": options.guidance_scale}
+    return Judge(net, reference, perceptual=perceptual, **sampling)  # type: ignore[arg-type]
 
 
 def _reference(options: EvaluationOptions, net: FeatureNet, real: ImageData, out: Path, progress: Progress | None) -> Reference:

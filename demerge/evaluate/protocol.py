@@ -45,6 +45,7 @@ class Protocol:
     sampler: str
     steps: int
     perceptual: str = ""
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.num_images, self.reference_n) < 2:
@@ -68,6 +69,7 @@ class Protocol:
 
     def __str__(self) -> str:
         sampler = f"{self.sampler}, {self.steps} steps" if self.steps else self.sampler
+        sampler += f", guidance {self.guidance_scale:g}" if self.guidance_scale > 1 else ""
         return (
             f"{self.title} of {self.num_images:,} images against {self.reference_n:,} of {self.reference}; {sampler}; "
             f"features {self.features} ({self.features_sha256[:12]}), preprocess {self.preprocess}"

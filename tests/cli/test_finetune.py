@@ -21,7 +21,7 @@ def test_experts_land_where_scripts_expect_them(run, tiny: Path, tmp_path: Path)
     assert json.loads(again.out)["finished_steps"] == 8
     images = tmp_path / "images"
     assert run("sample", tiny, "--experts", out, "-n", 3, "--steps", 4, "-o", images, "--device", "cpu").code == 0
-    assert [p.name for p in sorted(images.iterdir())] == ["000000.png", "000001.png", "000002.png"]
+    assert [p.name for p in sorted(images.glob("*.png"))] == ["000000.png", "000001.png", "000002.png"]
     assert Image.open(images / "000000.png").size == (8, 8)
 
 

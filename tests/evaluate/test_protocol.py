@@ -42,6 +42,12 @@ def test_damaged_scores_are_refused(make_scores: Make, tmp_path: Path, damage: C
         Scores.load(tmp_path / "bad.json")
 
 
+def test_guidance_is_part_of_the_name(make_scores: Make) -> None:
+    protocol = make_scores("ties", "merge", [7.1])[0].protocol
+    assert "guidance" not in str(protocol)
+    assert "steps, guidance 7.5" in str(replace(protocol, guidance_scale=7.5))
+
+
 def test_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("[1, 2")
     with pytest.raises(InputError, match=r"bad\.json"):
@@ -55,7 +61,14 @@ def test_infinite_metrics_are_refused(make_scores: Make) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("preprocess", "clean"), ("num_images", 5000), ("steps", 100), ("reference_sha256", "00"), ("sampler", "base")],
+    [
+        ("preprocess", "clean"),
+        ("num_images", 5000),
+        ("steps", 100),
+        ("reference_sha256", "00"),
+        ("sampler", "base"),
+        ("guidance_scale", 7.5),
+    ],
 )
 def test_unlike_protocols_are_not_ranked(make_scores: Make, name: str, value: object) -> None:
     scores = make_scores("a", "base", [8.0]) + make_scores("b", "merge", [7.0], **{name: value})
