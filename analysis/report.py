@@ -25,7 +25,7 @@ from demerge.analysis.cutting.segmentation import GIVEN, METHODS, cut
 from demerge.analysis.similarity import leave_one_out, standard_error, t_quantile
 from demerge.conflict import ConflictMap
 from demerge.errors import NumericalError
-from demerge.files import commit_file, commit_json, commit_text
+from demerge.files import commit_file, commit_json, commit_text, place_for
 from demerge.timesteps import Partition
 
 BEAT = 2.0
@@ -220,7 +220,7 @@ def taken(map: ConflictMap, said: Mapping[str, Any]) -> Partition:
 
 def write(
     map: ConflictMap,
-    out: Path,
+    out: Path | str,
     said: dict[str, Any],
     *,
     model: str = "MODEL",
@@ -234,6 +234,7 @@ def write(
         model, data, split: what the map was measured on, for the commands on the page.
         stored: whether the map lies in OUT already, where another process may have extended it since; it is left alone then.
     """
+    out = place_for(out)
     from demerge.analysis.next import Names
     from demerge.analysis.page import NAME, page, pictures
     from demerge.analysis.plots import render

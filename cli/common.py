@@ -21,17 +21,28 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random n
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is.")]
 
 
+def printable(text: str) -> str:
+    """Return the text without control characters that a hostile name could send to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def say(text: str) -> None:
     """Print a line for the person at the terminal, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a line of a command's result, on stdout."""
+    print(printable(text))
 
 
 def emit(result: dict[str, Any], path: Path | None, as_json: bool) -> None:
     """Print a command's result on stdout: one JSON document, or the path of what was made."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        text = json.dumps(result, indent=2, ensure_ascii=False, default=str)
+        print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
     elif path is not None:
-        print(path)
+        show(str(path))
 
 
 def ranges_of(text: str) -> int | None:
@@ -80,10 +91,12 @@ def progress(total: int, what: str) -> Iterator[Any]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total)
-            yield lambda done, total, text="": bar.update(task, completed=done, total=total, description=f"{what} {text}")
+            yield lambda done, total, text="": bar.update(
+                task, completed=done, total=total, description=printable(f"{what} {text}")
+            )
         return
     last = time.monotonic()
 

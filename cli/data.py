@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from demerge.cli.common import Json, emit, progress
+from demerge.cli.common import Json, emit, progress, show
 
 if TYPE_CHECKING:
     from demerge.data import Scan
@@ -35,14 +35,12 @@ def check(
         found = scan(source, progress=bar)
     emit(found.document(), None, json)
     if not json:
-        print("\n".join(_lines(found)))
+        show("\n".join(_lines(found)))
     if not found.usable:
         raise typer.Exit(UNUSABLE)
 
 
 def _lines(found: Scan) -> list[str]:
-    from demerge.cli.main import printable
-
     hidden = max(0, len(found.broken) - MOST_BROKEN)
     captions = "none" if found.captions is None else f"{found.captions} of {found.readable}"
     rows = [
@@ -58,7 +56,7 @@ def _lines(found: Scan) -> list[str]:
         ("broken", f"and {hidden:,} more; --json lists all" if hidden else ""),
         ("verdict", found.verdict),
     ]
-    return [printable(f"{name:9} {text}") for name, text in rows if text]
+    return [f"{name:9} {text}" for name, text in rows if text]
 
 
 def _sizes(counts: dict[str, int]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from demerge.cli.common import Json, emit
+from demerge.cli.common import Json, emit, show
 
 GIB = 1 << 30
 NEED_DISK = 2 * GIB
@@ -38,7 +38,7 @@ def doctor(json: Json = False) -> None:
     emit({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, None, json)
     if not json:
         for f in findings:
-            print(f"{'FIX' if f.fix else 'ok':4}{f.name:14}{f.state}" + (f"\n    {f.fix}" if f.fix else ""))
+            show(f"{'FIX' if f.fix else 'ok':4}{f.name:14}{f.state}" + (f"\n    {f.fix}" if f.fix else ""))
     if not healthy:
         raise typer.Exit(FAILED)
 

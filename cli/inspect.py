@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from demerge.cli.common import Json, emit
+from demerge.cli.common import Json, emit, show
 
 DOES_NOT_MERGE = 3  # as the merge would end
 
@@ -27,16 +27,16 @@ def inspect(
         emit(facts.document(), None, json)
         if not json:
             for name, value in facts.lines():
-                print(f"{name:<16}{value}")
+                show(f"{name:<16}{value}")
         return
     found = [_merges(model, expert) for expert in experts]
     emit({"base": str(model), "merges": all(each["merges"] for each in found), "experts": found}, None, json)
     for each in [] if json else found:
-        print(f"{each['path']}  {'merges into' if each['merges'] else 'does not merge into'} {model}")
+        show(f"{each['path']}  {'merges into' if each['merges'] else 'does not merge into'} {model}")
         lines = [("why", each["why"]), ("fix", each["fix"]), *(("note", note) for note in each["notes"])]
         for name, value in lines:
             if value:
-                print(f"  {name:<6}{value}")
+                show(f"  {name:<6}{value}")
     if not all(each["merges"] for each in found):
         raise typer.Exit(DOES_NOT_MERGE)
 

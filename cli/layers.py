@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Json, emit, say
+from demerge.cli.common import Json, emit, say, show
 
 
 def layers(
@@ -47,4 +47,4 @@ def layers(
         stage.draw(said, plot)
     emit({"out": out, "plot": plot, **said}, out or plot, json)
     if out is None and plot is None and not json:
-        print("\n".join(said["train"]))
+        show("\n".join(said["train"]))

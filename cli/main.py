@@ -5,6 +5,8 @@ Nothing here, nor at the top of a command's module, imports torch: `demerge --he
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -33,6 +35,7 @@ from demerge.cli import (
     stats,
     transfer,
 )
+from demerge.cli.common import printable
 from demerge.errors import DemergeError
 
 app = typer.Typer(
@@ -47,6 +50,10 @@ app = typer.Typer(
     },
 )
 
+NAMES = {  # what is wrong with a path, and not with the machine
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP", "EINVAL", "EILSEQ", "ENOTEMPTY")
+}
 START, PATH, AROUND = "Start here", "The path, in order", "Around it"
 app.command(rich_help_panel=START)(demo.demo)
 app.command(rich_help_panel=START)(doctor.doctor)
@@ -89,6 +96,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [sys.argv[0], *(["--debug"] if debug else []), *(word for word in sys.argv[1:] if word != "--debug")]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
+    _refuse_deleted_folder(debug)
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer catches Ctrl-C itself, and says nothing
@@ -104,14 +114,32 @@ def main() -> None:
         _fail("interrupted; nothing that was committed is lost", 130, debug)
     except MemoryError:
         _fail("not enough memory\n  fix: a smaller batch, or a larger machine", 4, debug)
+    except OSError as error:
+        if error.strerror is None:
+            _bug(error, debug)
+        name = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+        _fail(f"{error.strerror}{name}\n  fix: check the path", 3 if error.errno in NAMES else 4, debug)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             _fail("not enough memory on the accelerator\n  fix: a smaller batch, or --device cpu", 4, debug)
-        _fail(f"a bug in demerge: {type(error).__name__}: {error}\n  fix: run again with --debug and report it", 1, debug)
+        _bug(error, debug)
+
+
+def _refuse_deleted_folder(debug: bool) -> None:
+    """Refuse to work in a folder that was deleted: no path means anything there, and torch cannot be loaded."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _fail("the current folder was deleted\n  fix: cd to a folder that exists", 2, debug)
+
+
+def _bug(error: Exception, debug: bool) -> None:
+    _fail(f"a bug in demerge: {type(error).__name__}: {error}\n  fix: run again with --debug and report it", 1, debug)
 
 
 def _refuse(error: TyperException) -> None:
     """Show what is wrong with the command line, with its usage where typer knows it."""
+    error.message = printable(error.message)
     show = getattr(error, "show", None)
     if show is None:
         print(f"demerge: {printable(error.format_message())}", file=sys.stderr)
@@ -126,11 +154,6 @@ def _fail(message: str, code: int, debug: bool) -> None:
     print(f"demerge: {printable(message)}", file=sys.stderr)
     sys.stderr.flush()
     sys.exit(code)
-
-
-def printable(text: str) -> str:
-    """Return the text without control characters that a hostile name could send to a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 if __name__ == "__main__":

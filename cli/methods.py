@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from demerge.cli.common import Json, emit
+from demerge.cli.common import Json, emit, show
 
 
 def methods(json: Json = False) -> None:
@@ -15,10 +15,10 @@ def methods(json: Json = False) -> None:
         return
     for d in documents:
         aliases = f" (also {', '.join(d['aliases'])})" if d["aliases"] else ""
-        print(f"{d['name']}{aliases}, {d['paper'] or 'no paper'}\n    {d['summary']}")
+        show(f"{d['name']}{aliases}, {d['paper'] or 'no paper'}\n    {d['summary']}")
         for name, option in d["options"].items():
-            print(f"    --option {name}={option['default']}    {option['rule']}")
+            show(f"    --option {name}={option['default']}    {option['rule']}")
         for name, options in d["presets"].items():
-            print(f"    --option preset={name}    {', '.join(f'{n}={v}' for n, v in options.items()) or 'the defaults'}")
+            show(f"    --option preset={name}    {', '.join(f'{n}={v}' for n, v in options.items()) or 'the defaults'}")
         if d["needs"]:
-            print(f"    needs {', '.join(d['needs'])}")
+            show(f"    needs {', '.join(d['needs'])}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Json, emit, ranges_of, say
+from demerge.cli.common import Json, emit, ranges_of, say, show
 from demerge.errors import UsageError
 
 
@@ -57,4 +57,4 @@ def ranges(
         stage.write_beside(found, said, page, stored=map, out=out, model=model, minimum=minimum)
     emit({"out": out, "page": page, **said}, out, json)
     if out is None and not json:
-        print(" ".join(f"{start}:{stop}" for start, stop in said["partition"]))
+        show(" ".join(f"{start}:{stop}" for start, stop in said["partition"]))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Json, emit, progress, say
+from demerge.cli.common import Json, emit, progress, say, show
 
 
 def transfer(
@@ -50,7 +50,7 @@ def transfer(
     files = [] if out is None else write(made, plan, out)
     for line in lines(made):
         if out is None and not json:
-            print(line)
+            show(line)
         else:
             say(line)
     emit({"out": out, "files": files, **document(made, plan)}, out, json)

@@ -191,8 +191,9 @@ class ConflictMap:
         figure: Figure = _above("plots").heat_map(self, partition)
         return figure
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: Path | str) -> Path:
         """Write the map as safetensors, whole or not at all; equal maps give equal bytes."""
+        path = Path(path)
         layout = [[name, numel] for name, numel in self.layout.items()]
         header = {"format": FORMAT, "edges": self.edges, "origin": asdict(self.origin), "layout": layout}
         tensors = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
@@ -200,12 +201,13 @@ class ConflictMap:
         return commit_file(path, lambda stream: stream.write(data))
 
     @classmethod
-    def load(cls, path: Path) -> ConflictMap:
+    def load(cls, path: Path | str) -> ConflictMap:
         """Read and check a `conflict.safetensors`.
 
         Raises:
             InputError: where the file is missing, damaged or something else.
         """
+        path = Path(path)
         if not path.is_file():
             fix = "name the folder or file that `demerge analyze` wrote"
             raise InputError(f"{path}: not a conflict map: there is no such file", fix=fix)

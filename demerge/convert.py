@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demerge.errors import InputError, UsageError
-from demerge.files import refuse_existing, refuse_small_disk
+from demerge.files import place_for, refuse_existing, refuse_small_disk
 from demerge.weights import TORCH_NAMES, commit_tensors
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LISTED = 5
 
 
-def convert(source: Path, out: Path, *, allow_pickle: bool = False, key: str | None = None) -> dict[str, Tensor]:
+def convert(source: Path | str, out: Path | str, *, allow_pickle: bool = False, key: str | None = None) -> dict[str, Tensor]:
     """Write the tensors of a pickled state dict as one safetensors file and return them.
 
     Args:
@@ -34,6 +34,8 @@ def convert(source: Path, out: Path, *, allow_pickle: bool = False, key: str | N
         InputError: where the file holds more than tensors and plain values, or no table of tensors.
         ResourceError: where the disk does not suffice.
     """
+    source = Path(source)
+    out = place_for(out)
     if not allow_pickle:
         raise UsageError(f"{source} may be a pickle, which may run code when opened", fix="give --allow-pickle if you trust it")
     if out.suffix != ".safetensors":

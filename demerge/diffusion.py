@@ -116,12 +116,13 @@ class Diffusion:
         return cls(component, scheduler, folder, vae, text).to(device)
 
     @classmethod
-    def random(cls, config: Path, *, seed: int) -> Diffusion:
+    def random(cls, config: Path | str, *, seed: int) -> Diffusion:
         """Make an unconditional model with random weights from a JSON file {"unet": {...}, "scheduler": {...}}.
 
         Raises:
             InputError: where the file lacks a part or diffusers refuses it.
         """
+        config = Path(config)
         fix = 'write {"unet": {... UNet2DModel ...}, "scheduler": {... DDPMScheduler ...}}'
         parts = read_record(config, RandomConfig, fix=fix)
         scheduler = make_scheduler(parts.scheduler, diffusers.DDPMScheduler, f"{config}: scheduler")
@@ -129,8 +130,9 @@ class Diffusion:
             torch.manual_seed(seed)
             return cls(make_unet(parts.unet, f"{config}: unet"), scheduler)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write a stock pipeline into the empty folder `path`; what is not the denoiser is copied from `folder`."""
+        path = Path(path)
         if self.folder is None:
             diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
             return

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 from demerge.errors import ResourceError, UsageError
 
+LONGEST = 230  # bytes of a name that its temporary name can hold whole
+
 
 def commit_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Write a file by `write(stream)` and put it in place atomically and durably.
@@ -44,8 +46,8 @@ def commit_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
 
 
 def commit_text(path: Path, text: str) -> Path:
-    """Write UTF-8 text with `commit_file`."""
-    return commit_file(path, lambda stream: stream.write(text.encode("utf-8")))
+    """Write UTF-8 text with `commit_file`; what is not text, as the bytes of an odd file name, becomes `?`."""
+    return commit_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))
 
 
 def commit_json(path: Path, document: Any) -> Path:
@@ -99,11 +101,23 @@ def refuse_existing(path: Path, replace: bool = False) -> None:
     """Refuse to write over what is there, unless `replace`.
 
     Raises:
-        UsageError: if `path` exists and is not an empty folder.
+        UsageError: if `path` exists and is not an empty folder, or cannot exist.
     """
+    path = Path(path)
+    _above(path)
     if replace or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     raise UsageError(f"{path} exists already", fix="choose another place or remove it first")
+
+
+def place_for(out: Path | str) -> Path:
+    """Return the path of an output, once it is known that it can exist.
+
+    Raises:
+        UsageError: where it cannot: a part of it is a file or longer than a name may be, or the current folder was deleted.
+    """
+    _above(Path(out))
+    return Path(out)
 
 
 def refuse_small_disk(out: Path, needed: int) -> None:
@@ -112,8 +126,7 @@ def refuse_small_disk(out: Path, needed: int) -> None:
     Raises:
         ResourceError: naming needed and free bytes.
     """
-    folder = next(p for p in out.absolute().parents if p.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_above(Path(out))).free
     if free < needed:
         raise ResourceError(f"{out} needs {needed:,} bytes, {free:,} are free", fix="free some space or choose another disk")
 
@@ -137,12 +150,14 @@ def sha256(path: Path) -> str:
 
 
 def _temporary(path: Path) -> Path:
+    _above(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         what = f"{path}: its folder cannot be made: {error.strerror}: {error.filename}"
-        raise ResourceError(what, fix="choose a place inside of folders only, where you may write") from error
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)(\.old)?\.tmp")
+        raise UsageError(what, fix="choose a place inside of folders only, where you may write") from error
+    name = path.name if len(os.fsencode(path.name)) < LONGEST else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    pattern = re.compile(re.escape(f".{name}.") + r"(\d+)(\.old)?\.tmp")
     for stray in list(path.parent.iterdir()):
         match = pattern.fullmatch(stray.name)
         if match is None or _another_runs(int(match[1])):
@@ -153,7 +168,7 @@ def _temporary(path: Path) -> Path:
             shutil.rmtree(stray)
         else:
             stray.unlink(missing_ok=True)
-    return path.parent / f".{path.name}.{os.getpid()}.tmp"
+    return path.parent / f".{name}.{os.getpid()}.tmp"
 
 
 def _another_runs(pid: int) -> bool:
@@ -199,6 +214,23 @@ def _explained(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise ResourceError(f"{path}: the folder cannot be written", fix="choose a folder you may write to") from error
         raise
+
+
+def _above(path: Path) -> Path:
+    """Return the nearest folder above a place that exists.
+
+    Raises:
+        UsageError: where a part of the path is a file or longer than a name may be, or the current folder was deleted.
+    """
+    fix = "choose a place inside of folders only, where you may write"
+    try:
+        path.exists()  # its own name may be too long
+        above = next(p for p in path.absolute().parents if p.exists())
+    except OSError as error:
+        raise UsageError(f"{path} cannot exist: {error.strerror}", fix=fix) from error
+    if not above.is_dir():
+        raise UsageError(f"{path} cannot exist: {above} is a file", fix=fix)
+    return above
 
 
 def _existing(path: Path) -> Path:

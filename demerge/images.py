@@ -35,10 +35,11 @@ def grid(images: Tensor, columns: int, *, gap: int = 1, background: int = 255) -
     return rearrange(torch.cat([images, filler]), "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
 
 
-def write_pngs(folder: Path, images: Tensor) -> None:
+def write_pngs(folder: Path | str, images: Tensor) -> None:
     """Write images, uint8 [B C H W], as FOLDER/000000.png and so on: all of them or none.
 
     Raises:
         InputError: where the folder is there already and not empty.
     """
+    folder = Path(folder)
     commit_files(folder, ((f"{i:06d}.png", png(image)) for i, image in enumerate(images)))

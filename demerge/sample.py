@@ -304,12 +304,13 @@ def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]
     return base.with_denoiser(RoutedDenoiser(partition, denoisers))
 
 
-def load_routed(base: str | Path | Diffusion, experts: Path, *, device: str = "cpu") -> Diffusion:
+def load_routed(base: str | Path | Diffusion, experts: Path | str, *, device: str = "cpu") -> Diffusion:
     """Load the experts in the subfolders of `experts` and route between them on the base's schedule; a base may be loaded.
 
     Raises:
         InputError: where no expert is there, or their ranges do not cover [0, T).
     """
+    experts = Path(experts)
     found = experts_in(experts)
     denoisers = [Diffusion.load(folder, device=device).denoiser for folder in found.values()]
     base = base if isinstance(base, Diffusion) else Diffusion.load(base, device=device)

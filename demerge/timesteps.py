@@ -129,20 +129,22 @@ class Partition:
         return partition
 
     @classmethod
-    def load(cls, path: Path) -> Partition:
+    def load(cls, path: Path | str) -> Partition:
         """Read a `partition.json`.
 
         Raises:
             InputError: where the file is no list of ranges [[0, 250], ...] under the key `ranges`.
         """
+        path = Path(path)
         try:
             record = read_record(path, PartitionRecord, fix=FIX)
             return cls(tuple(TimestepRange(*span) for span in record.ranges))
         except (InputError, UsageError) as error:
             raise InputError(f"{path}: not a partition: {error.what.removeprefix(f'{path}: ')}", fix=FIX) from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write `partition.json`."""
+        path = Path(path)
         commit_json(path, {"format": "demerge.partition/1", "ranges": [[r.start, r.stop] for r in self.ranges]})
 
     @property

@@ -25,7 +25,7 @@ from demerge.analysis.experts.responses import BATCH, Draws, Progress, bend, byt
 from demerge.conflict import layer_of
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
-from demerge.files import refuse_existing
+from demerge.files import place_for, refuse_existing
 from demerge.lora import open_expert
 from demerge.merge import MergeSession
 from demerge.merge.recipe.blocks import KINDS
@@ -95,7 +95,7 @@ def prepare(
     base: str,
     experts: Sequence[str],
     data: str,
-    out: Path,
+    out: Path | str,
     *,
     ranges: str | None = None,
     per: str = "model",
@@ -120,6 +120,7 @@ def prepare(
         InputError: where a model or the data cannot be read, or the experts do not fit the base.
         ResourceError: where memory does not suffice.
     """
+    out = place_for(out)
     if out.suffix != ".json":
         raise UsageError(f"{out} is no name for a file of weights", fix="end it in .json")
     refuse_existing(out)

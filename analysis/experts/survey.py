@@ -30,7 +30,7 @@ from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.evaluate.losses import BLOCKS, range_losses
 from demerge.expert import expert_range
-from demerge.files import commit_dir, commit_json, commit_text, refuse_existing
+from demerge.files import commit_dir, commit_json, commit_text, place_for, refuse_existing
 from demerge.lora import open_expert
 from demerge.merge.checks import refuse_unlike
 from demerge.merge.sources import Expert, refuse_foreign
@@ -174,7 +174,7 @@ def prepare(
     base: str,
     experts: Sequence[str],
     data: str,
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     merged: str | None = None,
     ranges: str | None = None,
@@ -196,6 +196,7 @@ def prepare(
         UsageError: where an argument is wrong, `out` exists, or the experts have no ranges that make a partition.
         InputError: where a model or the data cannot be read, or an expert does not fit the base.
     """
+    out = None if out is None else place_for(out)
     if out is not None:
         refuse_existing(out)
     if points < 1 or samples < BLOCKS:

@@ -23,6 +23,7 @@ from demerge.analysis.measurement.settings import MEMORY, Settings, duration, gr
 from demerge.conflict import ConflictMap
 from demerge.diffusion import Diffusion
 from demerge.errors import ResourceError, UsageError
+from demerge.files import place_for
 
 MAP, PARTIAL = "conflict.safetensors", "conflict.partial"
 
@@ -115,7 +116,7 @@ class Plan:
 def prepare(
     model: str,
     data: str,
-    out: Path,
+    out: Path | str,
     *,
     bins: int = 20,
     groups: int | None = None,
@@ -150,6 +151,7 @@ def prepare(
         InputError: where model, data or a map in OUT cannot be read.
         ResourceError: where the gradients do not fit the memory, or 5 groups do not fit the budget.
     """
+    out = place_for(out)
     for name, value, known in (("method", method, METHODS), ("score", score, SCORES)):
         if value not in known:
             raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")

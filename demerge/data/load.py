@@ -45,7 +45,8 @@ def load_images(
     read = read_source(source, skip_broken=skip_broken)
     shape = _shape(read, resolution, channels)
     n = len(read.pixels)
-    data = ImageData(read.name, split, shape, read.content, read.pixels, tuple(range(n)), read.captions, read.labels)
+    name = read.name.encode("utf-8", "replace").decode()  # as records can hold it
+    data = ImageData(name, split, shape, read.content, read.pixels, tuple(range(n)), read.captions, read.labels)
     chosen = split_positions(n, read.test, split, read.spare)
     if limit is not None and limit < len(chosen):
         chosen = sorted(chosen[i] for i in permutation(len(chosen), 0, "limit")[:limit])

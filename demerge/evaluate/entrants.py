@@ -30,6 +30,9 @@ Models = Sequence[str] | Mapping[str, "str | Path | Diffusion"]
 PLOT = b"<dc:title>Matplotlib"
 
 
+SLUG = 180  # bytes, so that seed and ending still fit into a file name
+
+
 @dataclass(frozen=True, slots=True)
 class Entrant:
     """A model to be scored.
@@ -68,7 +71,8 @@ class Entrant:
     @property
     def slug(self) -> str:
         """The name as part of a file name."""
-        return re.sub(r"[^\w.=-]+", "-", self.name).strip("-.") or "model"
+        name = re.sub(r"[^\w.=-]+", "-", self.name).strip("-.") or "model"
+        return name.encode()[:SLUG].decode(errors="ignore")
 
 
 def entrants(models: Models, base: str | None = None, kinds: Mapping[str, Kind] | None = None) -> list[Entrant]:

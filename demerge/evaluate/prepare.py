@@ -18,6 +18,7 @@ from demerge.evaluate.judge import Judge
 from demerge.evaluate.lpips import load_lpips
 from demerge.evaluate.protocol import Kind, Scores
 from demerge.evaluate.reference import Reference
+from demerge.files import place_for
 from demerge.sample import check_sampling, make_scheduler
 from demerge.timesteps import Partition
 
@@ -91,7 +92,7 @@ class Facts:
 def prepare(
     models: Models,
     options: EvaluationOptions,
-    out: Path,
+    out: Path | str,
     *,
     base: str | None = None,
     kinds: Mapping[str, Kind] | None = None,
@@ -102,6 +103,7 @@ def prepare(
     Raises:
         UsageError, InputError: if an option is wrong or a model, the data or the weights cannot be read.
     """
+    out = place_for(out)
     models, left_out = without_reports(models)
     found = entrants(models, base, kinds)
     control = next((e for e in found if e.kind == "base"), None if base is None else Entrant("base", "base", base))

@@ -108,8 +108,9 @@ class Scores:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         return f"Scores({self.model}, {self.kind}, seed {self.seed}: {numbers})"
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: Path | str) -> Path:
         """Write the scores as JSON."""
+        path = Path(path)
         return commit_json(path, self.document())
 
     def document(self) -> dict[str, Any]:
@@ -117,12 +118,13 @@ class Scores:
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
-    def load(cls, path: Path) -> Scores:
+    def load(cls, path: Path | str) -> Scores:
         """Read scores.
 
         Raises:
             InputError: where the file is damaged or of another format.
         """
+        path = Path(path)
         document = read_json(path)
         fix = "make them with `demerge evaluate`"
         if document.pop("format", None) != FORMAT:

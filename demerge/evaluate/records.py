@@ -26,12 +26,13 @@ def save_scores(path: Path, scores: Scores, images: Tensor) -> Scores:
     return scores
 
 
-def load_scores(folder: Path) -> tuple[list[Scores], dict[str, Tensor]]:
+def load_scores(folder: Path | str) -> tuple[list[Scores], dict[str, Tensor]]:
     """Read all scores in a folder, and of each model the strip of its lowest seed as images uint8 [16 C H W].
 
     Raises:
         InputError: if there are none, or one is damaged or linked out of the folder.
     """
+    folder = Path(folder)
     paths = [inside(folder, path) for path in sorted(folder.glob("*.json"))]
     if not paths:
         raise InputError(f"{folder}: no scores there", fix="make some with `demerge evaluate ... -o DIR`")

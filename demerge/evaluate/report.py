@@ -31,7 +31,7 @@ from demerge.evaluate.significance import Verdict
 from demerge.evaluate.tables import csv, frame_of, lines, markdown
 from demerge.evaluate.verdict import best, outcome, verdict, warnings
 from demerge.figures import DARK, LIGHT, Draw, draw_on_white, render
-from demerge.files import commit_file, commit_text
+from demerge.files import commit_file, commit_text, place_for
 from demerge.pages import Exhibit, text
 
 CAPTIONS = {
@@ -170,8 +170,9 @@ class Report:
             notes=self._notes,
         )
 
-    def save(self, out: Path) -> Path:
+    def save(self, out: Path | str) -> Path:
         """Write the report into the folder `out` and return the path of its page."""
+        out = place_for(out)
         for name, draw in self._drawn.items():
             _commit(out / f"{name}.svg", render(draw, LIGHT, "svg"))
             _commit(out / f"{name}.png", render(draw, LIGHT, "png"))

@@ -18,7 +18,7 @@ from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.expert import read_expert
-from demerge.files import refuse_existing, refuse_small_disk
+from demerge.files import place_for, refuse_existing, refuse_small_disk
 from demerge.finetune.layers import digest, refuse_unknown_layers, trained_parameters
 from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.run import Progress, Run, record_name
@@ -32,7 +32,7 @@ def finetune(
     data: ImageData,
     ranges: Sequence[TimestepRange],
     options: FinetuneOptions,
-    out: Path,
+    out: Path | str,
     *,
     layers: Sequence[str] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -49,6 +49,7 @@ def finetune(
         NumericalError: where five steps in a row have no finite loss and gradient.
         Preempted: where `stop` said so; the same call continues.
     """
+    out = place_for(out)
     inputs = check(base, data, ranges, options, out, layers=layers)
     for span in ranges:
         if (out / str(span) / record_name(base)).is_file():

@@ -9,6 +9,7 @@ from typing import Any
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
+from demerge.files import place_for
 from demerge.finetune.layers import load_layers, trained_parameters
 from demerge.finetune.objective import loss_weights
 from demerge.finetune.options import FinetuneOptions
@@ -106,13 +107,13 @@ def prepare(
     data: str,
     ranges: str | None,
     options: FinetuneOptions,
-    out: Path,
+    out: Path | str,
     *,
     split: str = "train",
     init: str = "pretrained",
     device: str = "cpu",
     skip_broken: bool = False,
-    train_layers: Path | None = None,
+    train_layers: Path | str | None = None,
 ) -> Plan:
     """Load what a finetune needs and settle its options.
 
@@ -125,6 +126,8 @@ def prepare(
     Raises:
         UsageError, InputError: where model, data, ranges, layers or init are wrong.
     """
+    out = place_for(out)
+    train_layers = None if train_layers is None else Path(train_layers)
     if init == "random" and train_layers is not None:
         raise UsageError("a random start trains all layers", fix="leave out --train-layers, or give a pretrained base")
     if init not in ("pretrained", "random"):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 
 from demerge.errors import UsageError
-from demerge.files import refuse_existing
+from demerge.files import place_for, refuse_existing
 from demerge.hashes import Hashing
 from demerge.local import local
 from demerge.lora import NoBase, is_lora, open_expert
@@ -45,7 +45,7 @@ Number = TypeVar("Number")
 def merge(
     base: Path | str,
     experts: Sequence[Path | str],
-    out: Path,
+    out: Path | str,
     *,
     device: str = "cpu",
     threads: int | None = None,
@@ -69,6 +69,7 @@ def merge(
         ResourceError: where the disk does not suffice.
         NumericalError: where the result is not finite.
     """
+    out = place_for(out)
     refuse_existing(out)
     recipe = Recipe.of(base, experts, **asked)
     return prepare(recipe, device=device, threads=threads, progress=progress).run(out)

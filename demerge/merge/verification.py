@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from demerge.errors import InputError, NumericalError, UsageError
-from demerge.files import sha256
+from demerge.files import place_for, sha256
 from demerge.merge.apply import Progress
 from demerge.merge.output import is_file, pieces
 from demerge.merge.parts import Part
@@ -45,9 +45,9 @@ class Verified:
 
 
 def verify(
-    path: Path,
+    path: Path | str,
     recipe: Recipe,
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     device: str = "cpu",
     threads: int | None = None,
@@ -65,6 +65,8 @@ def verify(
         InputError: where an input is not the one that the recipe names, or `out` is missing.
         NumericalError: where the result is another one, saying what differs.
     """
+    path = Path(path)
+    out = None if out is None else place_for(out)
     if not recipe.base.files:
         raise UsageError(f"{path} names no SHA-256 of its inputs", fix="verify the demerge.json of a finished merge")
     home, one = _place(out or path)

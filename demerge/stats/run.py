@@ -18,7 +18,7 @@ from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.expert import EXPERT, expert_range
-from demerge.files import refuse_small_disk
+from demerge.files import place_for, refuse_small_disk
 from demerge.hashes import remembered_content
 from demerge.stats.examples import Collected
 from demerge.stats.fisher import range_fisher
@@ -121,7 +121,7 @@ def prepare(
     data: str,
     *,
     ranges: str | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     what: Sequence[str] = tuple(STATISTICS),
     samples: int = 256,
     seed: int = 0,
@@ -141,6 +141,7 @@ def prepare(
         UsageError: where a word is wrong, or a statistic is there that was made otherwise.
         InputError: where a model or the data cannot be read.
     """
+    out = None if out is None else place_for(out)
     for name in what:
         if name not in STATISTICS:
             raise UsageError(f"statistic '{name}' is unknown", fix=f"use {' or '.join(STATISTICS)}")

@@ -85,8 +85,8 @@ def test_what_scripts_rely_on(run: Any, conflict: Path) -> None:
         (("--model", "nowhere"), 3, "nowhere"),
         (("--plot", "layers.pdf"), 2, "neither .svg nor .png"),
         (("-o", "conflict.safetensors"), 2, "is no choice of layers"),
-        (("-o", "conflict.safetensors/l.json"), 4, "its folder cannot be made"),
-        (("--plot", "conflict.safetensors/l.svg"), 4, "its folder cannot be made"),
+        (("-o", "conflict.safetensors/l.json"), 2, "cannot exist"),
+        (("--plot", "conflict.safetensors/l.svg"), 2, "cannot exist"),
         (("-o", "."), 2, "is no choice of layers"),
     ],
 )

@@ -89,7 +89,7 @@ def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: 
         (("--cuts", "125", "--method", "uniform"), 2, "leave out --method"),
         (("-o", "."), 2, "is no partition"),
         (("-o", "conflict.safetensors"), 2, "is no partition"),
-        (("-o", "conflict.safetensors/p.json"), 4, "its folder cannot be made"),
+        (("-o", "conflict.safetensors/p.json"), 2, "cannot exist"),
         (("--cuts", "125,125"), 2, "ascend"),
         (("--cuts", "125,1000"), 2, "ascend"),
         (("--cuts", "125,"), 2, "no list of timesteps"),

@@ -66,6 +66,12 @@ class Source:
     files: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.path.isprintable():
+            raise UsageError(
+                f"{self.path}: its name holds control characters or is not UTF-8, and a recipe names it", fix="rename it"
+            )
+
     @property
     def name(self) -> str:
         """The last parts of the path, enough to tell experts apart."""

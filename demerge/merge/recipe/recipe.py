@@ -104,13 +104,14 @@ class Recipe:
         return replace(self, experts=experts, **values)
 
     @classmethod
-    def read(cls, path: Path) -> Recipe:
+    def read(cls, path: Path | str) -> Recipe:
         """Read a recipe: YAML, JSON, a merged .safetensors file, or a folder with demerge.json.
 
         Raises:
             InputError: where the file is missing, damaged or holds no recipe.
             UsageError: where a key is unknown or a value wrong.
         """
+        path = Path(path)
         path = path / DOCUMENT if path.is_dir() else path
         if path.suffix != ".safetensors":
             return cls.parse(read_document(path), path.parent, str(path))
