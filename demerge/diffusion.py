@@ -360,7 +360,10 @@ class Diffusion:
 
 def _required(captions: Sequence[str] | None) -> Sequence[str]:
     if captions is None:
-        raise UsageError("the base takes text and the data has no captions", fix="add a metadata.jsonl with file_name and text")
+        raise UsageError(
+            "the base takes text and the data has no captions",
+            fix="add a metadata.jsonl with file_name and text, or a NAME.txt next to each image",
+        )
     return captions
 
 

@@ -171,6 +171,17 @@ def test_hub_reads_images_captions_labels_and_splits(monkeypatch):
     assert np.array_equal(data.images([1])[0].permute(1, 2, 0).numpy(), np.asarray(rows[4]["picture"]))
 
 
+def test_a_scan_of_a_hub_data_set_reads_every_row(monkeypatch):
+    good, bad = Image.fromarray(noise(4, 4, 3)), Image.fromarray(np.zeros((2, 2), dtype=np.float32))
+    splits = {"train": FakeSplit({"picture": image, "text": "x", "label": 0} for image in [good] * 70 + [bad])}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, config: splits))
+    monkeypatch.setattr("demerge.data.hub.LOOK_AT", 5)
+    found = scan("hf:someone/cats")
+    assert (found.files, found.readable, found.usable) == (71, 70, False)
+    assert found.broken[0][0] == "image 70"
+    assert found.verdict.startswith("not usable as it is: 70 of 71 images")
+
+
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
@@ -730,6 +741,12 @@ def test_folders_are_classes(tmp_path, names, expected):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(4, 4)).save(tmp_path / name)
     assert load_images(tmp_path, split="all").labels == expected
+
+
+def test_a_broken_file_outside_of_the_splits_does_not_take_the_classes_away(tmp_path):
+    write(tmp_path, "train/cat/a.png", "train/dog/a.png", "val/dog/a.png")
+    (tmp_path / "loose.png").write_bytes(b"")
+    assert load_images(tmp_path, split="train", skip_broken=True).labels == [0, 1]
 
 
 def test_a_broken_file_does_not_shift_the_classes(tmp_path):

@@ -72,9 +72,7 @@ def read_folder(folder: Path, *, skip_broken: bool = False) -> Source:
         raise _broken(listing, list(broken.values()))
     good = [path for path in paths if path not in broken]
     captions, parts = read_captions(listing, good), layout(folder, good)
-    position = {path: i for i, path in enumerate(paths)}
-    every = class_labels(folder, paths, parts.depth)  # of all, so that a broken file does not shift the classes
-    labels = None if every is None else [every[position[path]] for path in good]
+    labels = class_labels(folder, good, paths, parts.depth)
     pixels = Files(tuple(good), tuple(headers[path] for path in good))
     name = escaped(folder.resolve().name)
     return Source(name, pixels, _content(listing, good, captions, labels), parts.test, captions, labels, parts.spare)

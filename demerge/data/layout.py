@@ -58,20 +58,27 @@ def layout(folder: Path, images: Sequence[Path]) -> Layout:
     return Layout()
 
 
-def class_labels(folder: Path, images: Sequence[Path], depth: int | None) -> list[int] | None:
+def class_labels(folder: Path, images: Sequence[Path], every: Sequence[Path], depth: int | None) -> list[int] | None:
     """Return the class of each image: its folder's place in alphabetical order, or the folder's name as a number.
 
     The folder is the first below the source that is not a split, at `depth`. Numbers count if every folder's name is one.
     None if an image lies in no such folder, or if there is only one.
+
+    Args:
+        every: images of all classes, readable or not, so that a broken file does not shift the others' classes.
     """
-    folders = [[*path.relative_to(folder).parts[:-1]] for path in images]
-    classes = [[part for level, part in enumerate(parts) if level != depth][:1] for parts in folders]
-    names = sorted({name for first in classes for name in first})
-    if len(names) < 2 or not all(classes):
+
+    def class_of(path: Path) -> str:
+        folders = path.relative_to(folder).parts[:-1]
+        return next((name for level, name in enumerate(folders) if level != depth), "")
+
+    names = sorted({class_of(path) for path in every} - {""})
+    labels = [class_of(path) for path in images]
+    if len(names) < 2 or "" in labels:
         return None
     numbers = all(name.isascii() and name.isdigit() for name in names)
     of = {name: int(name) if numbers else i for i, name in enumerate(names)}
-    return [of[first[0]] for first in classes]
+    return [of[name] for name in labels]
 
 
 def _at(folder: Path, path: Path, depth: int) -> str:

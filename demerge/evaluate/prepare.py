@@ -112,7 +112,8 @@ def prepare(
     data, real, others = _data(options, facts)
     if facts is not None and facts.requires_text and data.captions is None:
         raise UsageError(
-            "the models take text and the data has no captions", fix="add a metadata.jsonl with file_name and text"
+            "the models take text and the data has no captions",
+            fix="add a metadata.jsonl with file_name and text, or a NAME.txt next to each image",
         )
     for entrant in found:
         if entrant.is_images:
