@@ -24,7 +24,7 @@ from demerge.analysis.cutting.cut_plots import EMPTY, cut_support, explained_sha
 from demerge.analysis.cutting.evidence import Evidence
 from demerge.analysis.cutting.segmentation import FOUND
 from demerge.analysis.experts.taskvectors import TaskVectors
-from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity, t_quantile
+from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity
 from demerge.conflict import Array, ConflictMap
 from demerge.figures import BLUE, DARK, GREY, LIGHT, ORANGE, Theme, styled
 from demerge.files import commit_file
@@ -90,7 +90,7 @@ def _figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tup
 
 @styled
 def heat_map(map: ConflictMap, partition: Partition | None = None, *, theme: Theme = LIGHT) -> Figure:
-    """Draw rho on and below the diagonal, its SE above; unresolved bins hatched, cuts as lines."""
+    """Draw rho on and below the diagonal, its SE above; unresolved bins hatched, weak ones dotted, cuts as lines."""
     found = similarity(map)
     figure, (ax,) = _figure(width=7.4, height=4.9)
     upper = np.triu(np.ones((map.N, map.N), dtype=bool), 1)
@@ -119,14 +119,20 @@ def _mesh(figure: Figure, ax: Axes, map: ConflictMap, values: Array, cmap: str, 
 def _hatch(ax: Axes, map: ConflictMap, found: Similarity, theme: Theme) -> None:
     face, edge = ("none", "0.4") if theme is DARK else ("0.96", "0.7")
     for (i, j), value in np.ndenumerate(found.cosine):
+        x, y = map.bins[j], map.bins[i]
+        cell = Rectangle((x.start, y.start), len(x), len(y), facecolor="none", edgecolor=edge, lw=0)
         if not np.isfinite(value):
-            x, y = map.bins[j], map.bins[i]
-            ax.add_patch(Rectangle((x.start, y.start), len(x), len(y), facecolor=face, edgecolor=edge, hatch="////", lw=0))
+            cell.set(facecolor=face, hatch="////")
+        elif i >= j and (found.weak[i] or found.weak[j]):
+            cell.set(hatch="...")
+        else:
+            continue
+        ax.add_patch(cell)
 
 
 def _heading(map: ConflictMap, found: Similarity) -> str:
-    missing = int((~found.resolved).sum())
-    tail = f", {missing} unresolved (hatched)" if missing else ""
+    missing, weak = int((~found.resolved).sum()), int(found.weak.sum())
+    tail = (f", {missing} unresolved (hatched)" if missing else "") + (f", {weak} weak (dotted)" if weak else "")
     return f"Gradient similarity: {map.N} bins, {map.M} groups of {map.origin.batch_size}{tail}"
 
 
@@ -138,8 +144,8 @@ def similarity_by_distance(map: ConflictMap, *, theme: Theme = LIGHT) -> Figure:
     """Draw the mean rho by lag of bins with its 95 % interval, the naive cosine beside it; and rho by distance in log SNR."""
     figure, (left, right) = _figure(2, width=9.6, height=4.0)
     lags, pairs = by_lag(map), by_log_snr(map)
-    step, factor = map.T / map.N, t_quantile(map.M)
-    _band(left, lags.lag * step, lags.cosine, factor * lags.se)
+    step = map.T / map.N
+    _band(left, lags.lag * step, lags.cosine, lags.half)
     left.plot(lags.lag * step, lags.naive, color=ORANGE, ls="--", label="naive (biased), all pairs")
     left.set(xlabel="distance in timesteps", ylabel="cosine of gradients", ylim=_limits(lags.cosine, lags.naive))
     left.legend(frameon=False)
@@ -185,7 +191,7 @@ def strength(map: ConflictMap, partition: Partition | None = None, *, theme: The
     """Draw |mu_t| with its 95 % interval (unresolved bins open) and the noise scale nu_t in samples."""
     found = similarity(map)
     figure, (left, right) = _figure(2, width=9.6, height=3.8)
-    signal, half = np.diagonal(found.K), t_quantile(map.M) * np.diagonal(found.K_se)
+    signal, half = np.diagonal(found.K), np.diagonal(found.K_half)
     size, low, high = (np.sqrt(np.clip(v, 0, None)) for v in (signal, signal - half, signal + half))
     left.errorbar(map.timesteps, size, [size - low, high - size], fmt="none", ecolor=BLUE, elinewidth=1, capsize=2)
     sns.lineplot(x=map.timesteps, y=size, ax=left, color=BLUE, lw=1)

@@ -27,7 +27,7 @@ Where MS_a < MS_e the variance of a_m is estimated as negative. It is taken as 0
 and SE^2 is the variance of h_mn over P. Intervals take Student's t at the degrees of freedom of Satterthwaite. If mean
 gradients are near 0, the jackknife alone is 1.5 to 1.6 times too large, and a bin needs twice the groups to be resolved.
 
-What that is worth, in simulations with 5 to 16 groups: intervals of K_ii cover 93 to 97 % if mu_i is not 0, and 97 to 98 % if
+What that is worth, in simulations with 5 to 16 groups: intervals of K_ii cover 93 to 97 % if mu_i is not 0, and 97 to 99 % if
 it is. A bin without any gradient passes for resolved in fewer than 1 % of maps. A bin that passes by luck has too large a K_ii,
 so its cosines lean towards 0 or, with shared draws, towards 1. This matters where the signal is below some 5 SE, and there
 a bin would often not pass again. Bins below 3 + 1.64 SE are marked as `weak`: read their cosines as a hint.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib import style
@@ -24,6 +25,7 @@ from demerge.analysis.plots import (
     task_vector_norms,
     task_vector_similarity,
 )
+from demerge.analysis.similarity import similarity
 from demerge.figures import DARK, LIGHT, Theme
 from demerge.timesteps import Partition
 
@@ -41,6 +43,18 @@ def test_figures_of_any_map_render_without_warnings(planted: Any, noise: float, 
         said = [text.get_text() for figure in drawn.values() for ax in figure.axes for text in ax.texts]
         assert not [text for text in said if "too little" in text or "no pair" in text]
         assert all(isinstance(figure, Figure) and len(render(figure, "png")) > 5000 for figure in drawn.values())
+
+
+def test_weak_bins_are_dotted_on_and_below_the_diagonal(map_of: Any) -> None:
+    """A bin of some 4 standard errors is resolved, and may have passed by luck."""
+    s = np.zeros((3, 8, 60))
+    s[np.arange(3), :, np.arange(3)] = 5
+    s[1, :, 1] = 1.1
+    found = similarity(map := map_of(s + 0.5 * np.random.default_rng(0).standard_normal((3, 8, 60))))
+    assert found.resolved.all() and found.weak.tolist() == [False, True, False]
+    ax = heat_map(map).axes[0]
+    assert [(p.get_x(), p.get_y()) for p in ax.patches if p.get_hatch() == "..."] == [(0, 333), (333, 333), (333, 667)]
+    assert ax.get_title(loc="left").endswith(", 1 weak (dotted)")
 
 
 def test_unresolved_bins_are_hatched_and_cuts_drawn(planted: Any) -> None:
