@@ -15,6 +15,7 @@ from demerge.errors import InputError
 from demerge.headers import read_json
 
 COMPONENTS = ("unet", "transformer")
+PART_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # of a folder that model_index.json names
 SECOND = "transformer_2"  # the denoiser of low noise, where a pipeline has two
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
 WEIGHTS = re.compile(rf"({'|'.join(STEMS)})(?:\.([\w-]+))?\.safetensors(\.index(?:\.([\w-]+))?\.json)?")

@@ -19,7 +19,7 @@ from demerge.errors import InputError, UsageError
 from demerge.files import commit_dir, commit_json, refuse_existing, refuse_small_disk
 from demerge.headers import read_json
 from demerge.local import local
-from demerge.places import inside, locate
+from demerge.places import PART_NAME, inside, locate
 from demerge.weights import PREFIXES, WRAPPER, Checkpoint, commit_tensors
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ def _index(folder: Path) -> dict[str, Any]:
     fix = "name a pipeline folder of Stable Diffusion 1.x"
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: no pipeline folder with a model_index.json", fix=fix)
-    index = {n: v for n, v in read_json(folder / "model_index.json").items() if n[0] == "_" or v not in (None, [None, None])}
+    index = {
+        n: v for n, v in read_json(folder / "model_index.json").items() if n.startswith("_") or v not in (None, [None, None])
+    }
     kinds = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
     unlike = [f"{part} {kinds[part]}" for part, kind in CLASSES.items() if kinds.get(part, kind) != kind]
     unlike += [name for name in kinds if name in ("transformer", "text_encoder_2", "text_encoder_3", "image_encoder")]
@@ -145,8 +147,8 @@ def _ldm_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[str]) -> None:
     """Copy what is no weight of the parts that are kept, and all of those in `whole`."""
-    kept = {name: value for name, value in index.items() if not isinstance(value, list) or (home / name).is_dir()}
-    kept = {name: value for name, value in kept.items() if name not in ("safety_checker",)}
+    parts = {n for n, value in index.items() if isinstance(value, list) and PART_NAME.fullmatch(n) and (home / n).is_dir()}
+    kept = {n: value for n, value in index.items() if not isinstance(value, list) or n in parts - {"safety_checker"}}
     for name in (name for name, value in kept.items() if isinstance(value, list)):
         for file in (file for file in sorted((home / name).iterdir()) if file.is_file()):
             inside(home, file)
@@ -196,7 +198,11 @@ def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
         UNET: stock.convert_ldm_unet_checkpoint,
         VAE: stock.convert_ldm_vae_checkpoint,
     }
-    found = converters[part](mine, config={"layers_per_block": 2, **config})
+    try:
+        found = converters[part](mine, config={"layers_per_block": 2, **config})
+    except Exception as error:  # of any kind: the converters take names and config as they come
+        what = f"diffusers cannot convert the {part} by {home}/{part}/config.json: {type(error).__name__}: {error}"
+        raise InputError(what, fix="give file and config of the same model") from error
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 

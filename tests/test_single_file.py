@@ -118,6 +118,19 @@ def test_a_file_that_does_not_fit_the_config_leaves_nothing(deep: Path, file: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("layers", [[2, 2], None, -1, "2", 10**9])
+def test_a_config_that_the_converters_cannot_use_is_named(deep: Path, file: Path, tmp_path: Path, layers: object) -> None:
+    config = tmp_path / "config"
+    shutil.copytree(deep, config)
+    path = config / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_per_block": layers}))
+    with pytest.raises(InputError, match=r"diffusers cannot convert the unet|does not fit --config"):
+        to_folder(file, tmp_path / "out", config)
+    with pytest.raises(InputError):
+        to_file(config, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
+
+
 def test_other_pipelines_are_refused_by_name(deep: Path, tiny: Path, file: Path, tmp_path: Path) -> None:
     for source, message in ((tiny, "unet UNet2DModel"), (tmp_path, "no pipeline folder")):
         with pytest.raises(InputError, match=message):

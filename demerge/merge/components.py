@@ -17,7 +17,7 @@ from demerge.errors import InputError, UsageError
 from demerge.headers import read_json
 from demerge.merge.denoisers import Denoiser, Task
 from demerge.merge.fitting import is_buffer
-from demerge.places import COMPONENTS, SECOND, Place, locate
+from demerge.places import COMPONENTS, PART_NAME, SECOND, Place, locate
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint
 
@@ -45,6 +45,9 @@ def component_tasks(
         UsageError: if a name is unknown, or the denoiser is not among them.
         InputError: if a part differs and nothing is asked, or cannot be merged.
     """
+    if base.component is None and asked is not None:
+        what = f"{base.path} is one file, whose tensors are all merged; --components is for pipeline folders"
+        raise UsageError(what, fix="to merge the denoiser alone, give --only 'model.diffusion_model.**'")
     names = parts_of(base)
     wanted = _wanted(asked, names)
     found = [_differing(base, place, variant) for place in experts]
@@ -68,7 +71,7 @@ def parts_of(place: Place) -> list[str]:
     folder = place.pipeline
     index = read_json(folder / "model_index.json") if folder and (folder / "model_index.json").is_file() else {}
     held = [n for n, entry in index.items() if isinstance(entry, list) and entry[-1:] != [None] and n not in NOT_MERGED]
-    return [name for name in held if folder and "/" not in name and _weights(folder / name)]
+    return [name for name in held if folder and PART_NAME.fullmatch(name) and _weights(folder / name)]
 
 
 def _wanted(asked: str | None, names: Sequence[str]) -> list[str]:
@@ -130,10 +133,14 @@ def _differing(base: Place, expert: Place, variant: str | None) -> list[str]:
 def _equal(base: Place, expert: Place, name: str, variant: str | None) -> bool:
     folders = [place.pipeline / name for place in (base, expert) if place.pipeline]
     files = [{file.name: file for file in _weights(folder)} for folder in folders]
-    if files[0].keys() == files[1].keys() and all(filecmp.cmp(files[0][n], files[1][n], shallow=False) for n in files[0]):
+    if files[0].keys() == files[1].keys() and all(_same_bytes(files[0][n], files[1][n]) for n in files[0]):
         return not _differences(*(_config(folder) for folder in folders))
     one, other = _component(base, name, variant), _component(expert, name, variant)
     return not _config_differences(one, other) and _equal_tensors(Checkpoint(one), Checkpoint(other))
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.samefile(other) or filecmp.cmp(one, other, shallow=False)
 
 
 def _equal_tensors(base: Checkpoint, expert: Checkpoint) -> bool:

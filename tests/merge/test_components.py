@@ -108,8 +108,17 @@ def test_refusals(tiny_text: Path, tune: Tune) -> None:
     for asked, message in cases:
         with pytest.raises(UsageError, match=message):
             prepare(Recipe.of(tiny_text, [expert], **asked))
+    with pytest.raises(UsageError, match="--components is for pipeline folders"):
+        prepare(Recipe.of(tiny_text / UNET, [expert / UNET], components="denoiser"))
     assert not prepare(Recipe.of(tiny_text, [expert], only=["mid"])).notes
     assert not prepare(Recipe.of(tiny_text, [expert / "unet"])).notes
+
+
+@pytest.mark.parametrize("name", ["..", "../base", "a/b", "", "x" * 300, "\u4e00" * 99])
+def test_a_part_with_a_hostile_name_is_no_part(tiny_text: Path, tune: Tune, name: str) -> None:
+    expert = tune("expert", "unet")
+    edit(expert / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
+    assert not prepare(Recipe.of(tiny_text, [expert])).notes
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------
