@@ -79,6 +79,11 @@ def uri(data: bytes, kind: str) -> str:
     return f"data:{MEDIA[kind]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def printable(text: str) -> str:
+    """Return a name that every file, page and terminal can hold: without control characters and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def harmless(text: str) -> str:
     """Return the text so that no spreadsheet takes it for a formula."""
     return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r", "\n")) else text

@@ -22,6 +22,7 @@ from demerge.evaluate.losses import RangeLosses, range_losses
 from demerge.evaluate.protocol import Scores
 from demerge.evaluate.records import save_scores
 from demerge.evaluate.reference import images_sha256
+from demerge.pages import printable
 from demerge.sample import sample
 from demerge.timesteps import Partition
 
@@ -41,7 +42,7 @@ class Contest:
     """
 
     judge: Judge
-    data: ImageData
+    data: ImageData = field(repr=False)
     out: Path
     num_images: int
     seeds: Sequence[int]
@@ -72,7 +73,7 @@ class Contest:
             done = Scores.load(place)
             if done.images == images_sha256(images) and done.protocol == self.judge.of_real().protocol(len(images)):
                 return done
-        name = f"{real.name} {real.split}"
+        name = printable(f"{real.name} {real.split}")
         scores = self.judge.noise_floor(images, n=self.num_images, name=name, progress=self.progress)
         return save_scores(place, scores, images)
 

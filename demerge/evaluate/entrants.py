@@ -12,6 +12,7 @@ A folder with demerge's own plots, pages or scores is none of these: its picture
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,11 @@ from demerge.errors import UsageError
 from demerge.evaluate.protocol import FORMAT, Kind
 from demerge.expert import EXPERT, read_expert
 from demerge.headers import read_json
-from demerge.pages import is_page
+from demerge.pages import is_page, printable
 from demerge.sample import load_routed
 
 Models = Sequence[str] | Mapping[str, "str | Path | Diffusion"]
 PLOT = b"<dc:title>Matplotlib"
-
-
 SLUG = 180  # bytes, so that seed and ending still fit into a file name
 
 
@@ -70,9 +69,12 @@ class Entrant:
 
     @property
     def slug(self) -> str:
-        """The name as part of a file name."""
-        name = re.sub(r"[^\w.=-]+", "-", self.name).strip("-.") or "model"
-        return name.encode()[:SLUG].decode(errors="ignore")
+        """The name as part of a file name, of at most 180 bytes."""
+        slug = re.sub(r"[^\w.=-]+", "-", self.name).strip("-.") or "model"
+        if len(slug.encode()) <= SLUG:
+            return slug
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
+        return f"{slug.encode()[: SLUG - 9].decode(errors='ignore')}-{digest}"
 
 
 def entrants(models: Models, base: str | None = None, kinds: Mapping[str, Kind] | None = None) -> list[Entrant]:
@@ -94,7 +96,7 @@ def entrants(models: Models, base: str | None = None, kinds: Mapping[str, Kind] 
         base = next((e.source for e in found if e.kind in ("model", "base") and not e.is_images), None)
     found = [replace(e, kind="base") if base in (e.source, e.name) else e for e in found]
     repeated = {e.slug for e in found if sum(other.slug == e.slug for other in found) > 1}
-    found = [replace(e, name=_long(e.source)) if e.slug in repeated else e for e in found]
+    found = [replace(e, name=printable(_long(e.source))) if e.slug in repeated else e for e in found]
     if len({e.slug for e in found}) < len(found):
         raise UsageError(f"several models are named {', '.join(sorted(repeated))}", fix="name them: NAME=MODEL")
     return found
@@ -147,14 +149,14 @@ def kind_of(folder: Path) -> Kind:
 
 def _entrant(name: str, source: str | Path | Diffusion, kind: Kind | None) -> Entrant:
     if isinstance(source, Diffusion):
-        return Entrant(name, kind or "model", name, source)
+        return Entrant(printable(name), kind or "model", name, source)
     folder = Path(source)
     if is_report(folder):
         what = f"{folder}: its pictures are plots that demerge wrote, not a model's images"
         raise UsageError(what, fix="leave it out, or name a folder that holds images alone")
     kind = kind or kind_of(folder)
     plain = {"ensemble": "routed ensemble", "joint": "joint"}.get(kind) if not (folder / "demerge.json").is_file() else None
-    return Entrant(name or plain or _short(str(source)), kind, str(source))
+    return Entrant(printable(name or plain or _short(str(source))), kind, str(source))
 
 
 def _split(text: str) -> tuple[str, str]:

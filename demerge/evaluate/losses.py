@@ -48,6 +48,10 @@ class RangeLosses:
                 fix="give a row for each range",
             )
 
+    def __repr__(self) -> str:
+        """Say the loss of each range."""
+        return f"RangeLosses({', '.join(f'{name}: {loss:.4g}' for name, loss in self.means.items())})"
+
     @property
     def means(self) -> dict[str, float]:
         """The loss of each range."""

@@ -19,6 +19,7 @@ from demerge.evaluate.lpips import load_lpips
 from demerge.evaluate.protocol import Kind, Scores
 from demerge.evaluate.reference import Reference
 from demerge.files import place_for
+from demerge.pages import printable
 from demerge.sample import check_sampling, make_scheduler
 from demerge.timesteps import Partition
 
@@ -181,7 +182,7 @@ def _reference(options: EvaluationOptions, net: FeatureNet, real: ImageData, out
     if options.reference is not None:
         return Reference.from_npz(options.reference, net, n=options.reference_images, progress=progress)
     images, kept = real.images(range(len(real))), out / f"reference-{net.name}.safetensors"
-    return Reference.remembered(kept, net, images, name=f"{real.name} {real.split}", progress=progress)
+    return Reference.remembered(kept, net, images, name=printable(f"{real.name} {real.split}"), progress=progress)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from demerge.evaluate.fid import Moments, frechet_distance, load_moments, moment
 from demerge.evaluate.kid import kid
 from demerge.evaluate.prdc import NEAREST, prdc, radii
 from demerge.files import commit_file
+from demerge.pages import printable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,14 +83,18 @@ class Reference:
         keys = _keys(path)
         if "mu" not in keys and {"arr_0", "images"} & set(keys):
             images = load_images(path, limit=n)
-            return cls.from_images(net, images.images(range(len(images))), name=path.name, progress=progress)
+            return cls.from_images(net, images.images(range(len(images))), name=printable(path.name), progress=progress)
         value = load_moments(path, n=n)
         _refuse_other_net(value.protocol, net)
         if value.dim != net.dim:
             what = f"{path}: moments of {value.dim} features, and {net.name} has {net.dim}"
             raise InputError(what, fix="give --features inception:FILE for statistics of 2048 features")
         digest = hashlib.sha256(value.mean.numpy().tobytes() + value.covariance.numpy().tobytes())
-        name = path.name if value.protocol else f"{path.name} (it does not say by which net and preprocessing)"
+        name = (
+            printable(path.name)
+            if value.protocol
+            else f"{printable(path.name)} (it does not say by which net and preprocessing)"
+        )
         return cls(value, name, digest.hexdigest(), square_root(value.covariance))
 
     @property

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,3 +137,15 @@ def test_models_of_a_table_have_their_names_and_kinds(tmp_path: Path) -> None:
     found = entrants({"start": a, "mine": Path(b)}, kinds={"mine": "merge"})
     assert [(e.name, e.kind, e.source) for e in found] == [("start", "base", a), ("mine", "merge", b)]
     assert [e.kind for e in entrants({"start": a, "mine": b}, base="mine")] == ["model", "base"]
+
+
+def test_names_of_any_bytes_become_names_that_files_can_hold(tmp_path: Path) -> None:
+    hostile = os.fsdecode(os.fsencode(str(tmp_path)) + b"/\x1b[31m\xff-model")
+    pipeline(Path(hostile))
+    long = pipeline(tmp_path / ("ö" * 120))
+    other = pipeline(tmp_path / ("ö" * 119 + "x"))
+    found = entrants([hostile, long, other])
+    assert [e.source for e in found] == [hostile, long, other]
+    assert found[0].name == "\ufffd[31m\ufffd-model"
+    assert all(len(e.slug.encode()) <= 180 for e in found)
+    assert len({e.slug for e in found}) == 3

@@ -14,6 +14,7 @@ from demerge.errors import ComparisonError, InputError, NumericalError, UsageErr
 from demerge.evaluate.features import FeatureNet, feature_net
 from demerge.evaluate.fid import moments, save_moments
 from demerge.evaluate.judge import Judge
+from demerge.evaluate.losses import RangeLosses
 from demerge.evaluate.lpips import load_lpips
 from demerge.evaluate.randomnet import RandomNet
 from demerge.evaluate.reference import Reference, evaluate_images, images_sha256
@@ -144,3 +145,4 @@ def test_reprs_are_short(digits_net: FeatureNet, noise: Callable[..., Tensor]) -
     reference = Reference.from_images(digits_net, noise(40), name="noise")
     assert repr(digits_net) == "FeatureNet(digits-cnn, 64 features, preprocess grey 8x8)"
     assert repr(reference.moments) == "Moments(64 features of 40 images)"
+    assert repr(RangeLosses(("0000-0500",), ((0.25, 0.75),))) == "RangeLosses(0000-0500: 0.5)"
