@@ -87,6 +87,14 @@ def merge(
     variant: Annotated[
         str | None, typer.Option(help="Which weights of a folder to read, for example fp16.", rich_help_panel=MODELS)
     ] = None,
+    no_base: Annotated[
+        bool,
+        typer.Option(
+            "--no-base",
+            help="There is no base: merge the models named, the first one, too. For methods that need none, as average.",
+            rich_help_panel=MODELS,
+        ),
+    ] = False,
     skip_text_encoder: Annotated[
         bool,
         typer.Option(
@@ -123,7 +131,10 @@ def merge(
     report: Annotated[
         bool,
         typer.Option(
-            "--report", help="Write tables and plots of what the merge did to each block, to OUT-report.", rich_help_panel=OUT
+            "--report",
+            help="Write tables and plots of what the merge did to each block into OUT/report; of a .safetensors file, to "
+            "NAME-report next to it.",
+            rich_help_panel=OUT,
         ),
     ] = False,
     report_dir: Annotated[
@@ -168,6 +179,7 @@ def merge(
         components=components,
         missing=missing,
         extra=extra,
+        no_base=no_base or None,
     )
     what = _recipe(recipe, base, experts or [], weights, asked)
     device = device_of(device)
@@ -184,15 +196,11 @@ def merge(
         raise UsageError("no output is named", fix="give -o OUT, or --dry-run")
     if dry_run and (report or report_dir):
         raise UsageError("--dry-run writes nothing, and --report writes", fix="leave one of them out")
-    place = report_dir or (
-        out.with_name(f"{out.stem if out.suffix == '.safetensors' else out.name}-report") if report and out else None
-    )
-    for path in (out, place):
-        if path is not None:
-            refuse_existing(path)
+    if out is not None:
+        refuse_existing(out)
     with progress(1, "merge") as bar:
         plan = prepare(what, device=device, threads=threads, progress=bar)
-        result = None if dry_run or out is None else plan.run(out, place)
+        result = None if dry_run or out is None else plan.run(out, report_dir or report)
     tally = plan.survey() if result is None else result.tally
     for line in plan.lines(out, tally):
         say(line)
@@ -200,9 +208,9 @@ def merge(
     if result is not None and result.adapter is not None:
         say(f"adapter holds {result.adapter.share:.1%} of the energy of the merged change at rank {result.adapter.rank}")
         document["adapter"] = result.adapter.document()
-    if place is not None:
-        say(f"report  {place}")
-        document["report"] = str(place)
+    if result is not None and result.report is not None:
+        say(f"report  {result.report / 'index.html'}")
+        document["report"] = str(result.report)
     emit(document, None if dry_run else out, json)
 
 

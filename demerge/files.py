@@ -89,10 +89,11 @@ def commit_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def commit_files(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
-    """Write a folder of files, (name, content) each, with `commit_dir`."""
-    with commit_dir(path) as temporary:
+def commit_files(path: Path, files: Iterable[tuple[str, bytes]], *, replace: bool = False) -> Path:
+    """Write a folder of files, (name, content) each, with `commit_dir`; names may lie in folders."""
+    with commit_dir(path, replace=replace) as temporary:
         for name, content in files:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)
     return path
 

@@ -10,12 +10,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from demerge.errors import UsageError
+from demerge.headers import read_header
 from demerge.schema import Record, Span, Table, Texts, parse_record, read_record
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint
 
 STATS = "stats.json"  # beside the statistics of `demerge stats`: how each was made
 MEASURED = "demerge.stats"  # in the metadata of each: what it was measured on
+MADE = "demerge.stats.made"  # likewise: all that stats.json says of it
 
 
 def installed(package: str) -> str:
@@ -104,6 +106,21 @@ def read_stats(folder: Path) -> dict[str, Made]:
         return {}
     record = read_record(path, StatsRecord, fix=f"remove {path} and make the statistics again with `demerge stats`")
     return {name: made for name in ("fisher", "gram") if (made := getattr(record, name)) is not None}
+
+
+def made_as(folder: Path, name: str) -> Made | None:
+    """Return how the statistic in a folder was made, by its own metadata or else stats.json; None without a record or a file.
+
+    Raises:
+        InputError: if the file or its record is damaged.
+    """
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
+        return None
+    text = read_header(file).metadata.get(MADE)
+    if text is None:
+        return read_stats(folder).get(name)
+    return parse_record(text, Made, f"{file}: {MADE}", fix=f"remove {file} and make it again with `demerge stats`")
 
 
 def measured_on(statistic: Checkpoint) -> Measured | None:

@@ -19,53 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demerge.merge.apply import Merge
 from demerge.merge.checks import Tensors
 from demerge.merge.contract import Block, Blocks, Method
+from demerge.merge.probe import Case
 from demerge.merge.registry import of
-from demerge.timesteps import TimestepRange
 
-SHAPES = {"conv": (3, 2, 3, 3), "linear": (5, 7), "bias": (5,), "scalar": (), "empty": (0, 4)}
 SCALES = (0.0, 1e-30, 1e-4, 1.0, 1e10)
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A base and K experts of a few tensors, with the inputs the method needs."""
-
-    base: Tensors
-    experts: Sequence[Tensors]
-    weights: Sequence[float]
-    inputs: Sequence[Tensors]
-
-    @classmethod
-    def random(cls, seed: int, K: int, scale: float = 0.01) -> Case:
-        """Draw a base, experts at a distance of `scale` times a normal number, and positive inputs."""
-        g = torch.Generator().manual_seed(seed)
-        base = {n: torch.randn(s, generator=g) * max(scale, 1.0) for n, s in SHAPES.items()}
-        experts = [{n: t + scale * torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(K)]
-        inputs = [{n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()} for _ in range(K)]
-        return cls(base, experts, [(i + 1) / (K * (K + 1) / 2) for i in range(K)], inputs)
-
-    def merge(self, method: Method, **options: object) -> dict[str, Tensor]:
-        """Merge with the method's defaults but for `options`."""
-        asked = method.settle(options)
-        method = method.under(asked)
-        grams = [_grams(tensors) for tensors in self.inputs]
-        inputs = {name: grams if name in method.partial else self.inputs for name in method.inputs}
-        ranges, snr = [TimestepRange(0, 250)] * len(self.experts), torch.linspace(100, 0.01, 250, dtype=torch.float64)
-        job = Merge(method, self.base, self.experts, self.weights, asked, inputs, ranges=ranges, snr=snr)
-        return {name: _join(job, name) for name in self.base}
-
-
-def _grams(tensors: Tensors) -> dict[str, Tensor]:
-    """Return Gram matrices [in in] for the tensors that are matrices: inputs of another shape, which some tensors lack."""
-    return {n: t.flatten(1).T @ t.flatten(1) for n, t in tensors.items() if t.ndim > 1}
-
-
-def _join(job: Merge, name: str) -> Tensor:
-    chunks = [done.merged.to(job.base[name].dtype) for done in job.tensor(name)]
-    return torch.cat(chunks).view(job.base[name].shape) if chunks else job.base[name].clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +73,8 @@ def zero_deltas_give_the_base(method: Method, seed: int) -> None:
 def order_does_not_matter(method: Method, seed: int) -> None:
     """Experts, weights and inputs in another order give the same, up to rounding; random masks are kept out."""
     case, order = Case.random(seed, K=4), [2, 0, 3, 1]
-    other = Case(case.base, [case.experts[i] for i in order], [case.weights[i] for i in order], [case.inputs[i] for i in order])
+    lists = ([values[i] for i in order] for values in (case.experts, case.weights, case.inputs))
+    other = Case(case.base, *lists, case.given)
     options = (method.off or {}) if method.draws else {}
     _assert_close(case.merge(method, **options), other.merge(method, **options))
 
@@ -141,7 +101,7 @@ def weight_zero_is_left_out(method: Method, seed: int) -> None:
     case, silent = Case.random(seed, K=3), Case.random(seed + 1, K=1)
     place = 3 if method.draws else 1  # random masks depend on the place of an expert: there the others keep theirs
     lists = ((case.experts, silent.experts), (case.weights, [0.0]), (case.inputs, silent.inputs))
-    more = Case(case.base, *([*given[:place], *other, *given[place:]] for given, other in lists))
+    more = Case(case.base, *([*given[:place], *other, *given[place:]] for given, other in lists), case.given)
     for options in list(_pairs_of_choices(method))[seed % 3 :: 3]:  # all of them over three seeds
         try:
             _assert_close(more.merge(method, **options), case.merge(method, **options))

@@ -196,8 +196,8 @@ def test_chunks_and_workers_change_nothing_and_verify_agrees(tmp_path: Path) -> 
         scaled_file(tmp_path / f"{i}.safetensors", {n: t * s for n, t in big.items()}, rows=True) for i, s in enumerate((1, 3))
     ]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    merge(paths[0], paths[1:], one, threads=1)
-    merge(paths[0], paths[1:], two, threads=2)
+    merge(paths[0], paths[1:], one, weights=[1.0], threads=1)
+    merge(paths[0], paths[1:], two, weights=[1.0], threads=2)
     assert one.read_bytes() == two.read_bytes()
     assert verify(one, Recipe.read(one)).files
     assert float((Checkpoint.open(one)[LINEAR] / big[LINEAR]).mean()) == pytest.approx(3, rel=0.01)

@@ -44,7 +44,7 @@ from demerge.analysis.measurement.partial import Partial
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.files import refuse_small_disk
 from demerge.memory import free_bytes
-from demerge.records import read_stats
+from demerge.records import made_as
 from demerge.stats import Collected, commit_statistic, inputs_of
 from demerge.stats.fisher import by_state_name
 from demerge.stats.record import is_there
@@ -237,7 +237,6 @@ class FisherFiles:
         facts = {"gradients": f"{k} microbatches a cell", "batch": self.fisher.batch_size // k}
         for r, span in enumerate(self.fisher.ranges):
             collected = Collected(self.fisher.means(r, denoiser), facts)
-            self.paths[r].unlink(missing_ok=True)  # so that no record stands beside one of fewer groups
             commit_statistic(self.folder / str(span), NAME, collected, self.inputs[span], self._said(span, groups))
         return self.paths
 
@@ -247,7 +246,8 @@ class FisherFiles:
     def _recorded(self, span: TimestepRange) -> int:
         """Return of how many groups the file of a range is, or of those that are asked for where there is none."""
         try:
-            groups = read_stats(self.folder / str(span))[NAME].options["groups"]
+            made = made_as(self.folder / str(span), NAME)
+            groups = made.options["groups"] if made else None
         except (InputError, KeyError):
             groups = None
         return groups if type(groups) is int else self.fisher.groups

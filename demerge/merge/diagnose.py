@@ -33,6 +33,7 @@ from demerge.merge.recipe.blocks import block_of, grouped
 from demerge.merge.storage import Storage
 
 FORMAT = "demerge.diagnosis/1"
+DIAGNOSIS = "diagnosis.json"  # the numbers, in the folder of a report
 
 
 @dataclass(frozen=True, slots=True)

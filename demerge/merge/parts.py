@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from demerge.merge.diagnose import Sums
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+First = Callable[[Sequence["Sums"]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +138,16 @@ class Part:
             tally.add(piece)
         return tally
 
-    def commit(self, path: Path, metadata: Metadata, *, diagnosed: bool = False, hashed: bool = True) -> Written:
-        """Write the file, whole or not at all; with `diagnosed`, look at every chunk."""
+    def commit(
+        self, path: Path, metadata: Metadata, *, diagnosed: bool = False, hashed: bool = True, first: First | None = None
+    ) -> Written:
+        """Write the file, whole or not at all; with `diagnosed`, look at every chunk.
+
+        Args:
+            first: called with what was seen, before the file is put in its place.
+        """
         if self.lora:
-            return self._factored(path, self.lora, metadata.final(), diagnosed)
+            return self._factored(path, self.lora, metadata.final(), diagnosed, first)
         written: list[Written] = []
 
         def put(stream: BinaryIO) -> None:
@@ -148,6 +155,8 @@ class Part:
             if metadata.later:
                 stream.seek(0)
                 stream.write(header(self.entries, {**self.storage.metadata, **metadata.later()}))
+            if first:
+                first(written[0].seen)
 
         commit_file(path, put)
         return replace(written[0], sha256=sha256(path)) if hashed and metadata.later else written[0]
@@ -165,7 +174,9 @@ class Part:
         tally, seen = write(sink, self.job, self.entries, self.storage, {**self.storage.metadata, **metadata}, observe)
         return Written(tally, seen, sink.sha256 if isinstance(sink, Hashed) else "")
 
-    def _factored(self, path: Path, lora: Lora, metadata: Mapping[str, str], diagnosed: bool) -> Written:
+    def _factored(
+        self, path: Path, lora: Lora, metadata: Mapping[str, str], diagnosed: bool, first: First | None = None
+    ) -> Written:
         """Write the best factors of every tensor's merged delta."""
         tally, seen, observe = Tally(), [], self._observer() if diagnosed else None
 
@@ -180,6 +191,8 @@ class Part:
                     seen.extend([] if found is None else [found])
                 tally.changed += int(delta.count_nonzero())
                 yield name, delta.view(self.job.base[name].shape)
+            if first:
+                first(seen)
 
         base = self.job.base
         prefix = (base.prefix if isinstance(base, NoBase) else "") or prefix_of(self.place, base)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from demerge.errors import UsageError
-from demerge.files import commit_dir, commit_json, commit_text, refuse_existing, refuse_small_disk
+from demerge.files import commit_dir, commit_files, commit_json, commit_text, refuse_existing, refuse_small_disk
 from demerge.hashes import Hashing
+from demerge.headers import read_json
 from demerge.merge.adapter import AdapterSummary
 from demerge.merge.denoisers import index_of_two
 from demerge.merge.output import Entry, Tally, copy_files, is_file, kept_files, refuse_pickle
@@ -24,8 +25,12 @@ from demerge.merge.recipe.card import card
 from demerge.merge.recipe.recipe import DOCUMENT, Recipe
 from demerge.merge.sources import base_model
 
+if TYPE_CHECKING:
+    from demerge.merge.diagnose import Sums
+
 OVERHEAD = 1 << 20  # header, recipe, card
 SHOWN = 20
+REPORT = "report"  # a folder inside an output folder, which no program takes for a part of the pipeline
 INDEX, CONFIG = Path("model_index.json"), "config.json"
 
 
@@ -35,12 +40,14 @@ class MergeResult:
 
     Attributes:
         adapter: what an adapter holds of the merge, where one was written.
+        report: the folder of the report, where one was written.
     """
 
     path: Path
     recipe: Recipe
     tally: Tally
     adapter: AdapterSummary | None = None
+    report: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,26 +74,33 @@ class Plan:
         """What was asked for, with all that is known of the inputs."""
         return self.resolve(self.hashing.result())
 
-    def run(self, out: Path, report: Path | None = None) -> MergeResult:
-        """Write the merge, whole or not at all; with `report`, a folder of diagnostics of what it did as well.
+    def run(self, out: Path | str, report: Path | str | bool | None = None) -> MergeResult:
+        """Write the merge, whole or not at all.
+
+        Args:
+            report: write tables and plots of what it did, too: into this new folder, or for True into OUT/report, for an output
+                of one file into NAME-report next to it. The output is put in its place last: where it is, its report is.
 
         Raises:
             UsageError: where `out` has the name of a pickle, or `out` or `report` exists.
             ResourceError: where the disk does not suffice.
             NumericalError: where the result is not finite.
         """
-        for path in (out, *([report] if report else [])):
-            refuse_existing(path)
+        out = Path(out)
+        place = report_place(out, report)
+        refuse_existing(out)
+        if place is not None and not place.is_relative_to(out):
+            refuse_existing(place, replace=_left_by_a_kill(place, out))
         refuse_pickle(out)
         refuse_small_disk(out, self.disk_bytes(out))
         if is_file(out):
-            written = [self._only_part.commit(out, self._metadata(out.parent), diagnosed=report is not None, hashed=False)]
+            first = None if place is None else partial(self._report_of_file, place, out)
+            metadata = self._metadata(out.parent)
+            written = [self._only_part.commit(out, metadata, diagnosed=place is not None, hashed=False, first=first)]
             recipe = self.recipe.stored(out.parent)
         else:
-            recipe, written = self._folder(out, report is not None)
-        if report is not None:
-            self._report(report, recipe, written)
-        return MergeResult(out, recipe, _sum([done.tally for done in written]), written[0].adapter)
+            recipe, written = self._folder(out, place)
+        return MergeResult(out, recipe, _sum([done.tally for done in written]), written[0].adapter, place)
 
     def survey(self) -> Tally:
         """Run the arithmetic without writing; return what survives the rounding."""
@@ -166,7 +180,7 @@ class Plan:
         merged = sum(len(part.job.floating) for part in self.parts)
         only = [f"only    {', '.join(r.only)}: {merged} of {len(self.entries)} tensors"] if r.only else []
         return [
-            f"base    {r.base.path}: {self.parameters:,} parameters",
+            f"{'models  no base' if r.no_base else f'base    {r.base.path}'}: {self.parameters:,} parameters",
             *experts,
             f"method  {r.method}{options}, seed {r.seed}",
             *rules[:SHOWN],
@@ -207,13 +221,13 @@ class Plan:
         draft = self.resolve(defaultdict(lambda: "0" * 64))
         return Metadata(draft.stored(home).metadata(), lambda: self.recipe.stored(home).metadata())
 
-    def _folder(self, out: Path, diagnosed: bool) -> tuple[Recipe, list[Written]]:
+    def _folder(self, out: Path, report: Path | None) -> tuple[Recipe, list[Written]]:
         first, kept, metadata = self.parts[0], self._kept(), self._metadata(out)
         with commit_dir(out) as folder:
             copy_files(kept, folder)
             if self.boundary is not None:
                 commit_json(folder / INDEX, index_of_two(first.place, self.boundary))
-            written = [part.commit(folder / part.path, metadata, diagnosed=diagnosed) for part in self.parts]
+            written = [part.commit(folder / part.path, metadata, diagnosed=report is not None) for part in self.parts]
             recipe = self.recipe.stored(out)
             hashes = {part.path.as_posix(): done.sha256 for part, done in zip(self.parts, written, strict=True)}
             recipe = replace(recipe, output=hashes)
@@ -221,18 +235,43 @@ class Plan:
             tally = _sum([done.tally for done in written])
             share = written[0].adapter.share if written[0].adapter else tally.share
             commit_text(folder / "README.md", card(recipe, base_model(first.place), share, tally.rounding, self.notes))
+            if report is not None:
+                inside = report.is_relative_to(out)
+                where, of = (folder / report.relative_to(out), "") if inside else (report, out.name)
+                self._report(where, recipe, [done.seen for done in written], of)
         return recipe, written
 
-    def _report(self, out: Path, recipe: Recipe, written: Sequence[Written]) -> None:
+    def _report_of_file(self, place: Path, out: Path, seen: Sequence[Sums]) -> None:
+        self._report(place, self.recipe.stored(out.parent), [seen], out.name)
+
+    def _report(self, place: Path, recipe: Recipe, seen: Sequence[Sequence[Sums]], of: str) -> None:
         """Write a report for each denoiser, in folders of their own where there are several."""
         from demerge.merge.diagnose import Diagnosis
-        from demerge.merge.report import write_report
+        from demerge.merge.report import report_files
 
-        merged = [(part, done) for part, done in zip(self.parts, written, strict=True) if done.seen]
-        for part, done in merged:
-            where = out / part.folder if len(self.parts) > 1 else out
-            diagnosis = Diagnosis.of(done.seen, [expert.name for expert in part.experts])
-            write_report(where, diagnosis, replace(recipe, experts=part.experts, weights=part.job.weights))
+        files: dict[str, bytes] = {}
+        for part, chunks in zip(self.parts, seen, strict=True):
+            if not chunks:
+                continue
+            diagnosis = Diagnosis.of(chunks, [expert.name for expert in part.experts])
+            made = report_files(diagnosis, replace(recipe, experts=part.experts, weights=part.job.weights), of)
+            files |= {(part.folder / name).as_posix() if len(self.parts) > 1 else name: data for name, data in made.items()}
+        commit_files(place, files.items(), replace=place.exists())
+
+
+def report_place(out: Path, report: Path | str | bool | None) -> Path | None:
+    """Return the folder of the report that is asked for, None for none; see `Plan.run`."""
+    if report is None or report is False:
+        return None
+    if report is not True:
+        return Path(report)
+    return out.with_name(f"{out.stem}-{REPORT}") if is_file(out) else out / REPORT
+
+
+def _left_by_a_kill(place: Path, out: Path) -> bool:
+    """Whether a folder is the report of an output of this name that never came into its place."""
+    found = [path for path in place.rglob("diagnosis.json") if path.is_file()] if place.is_dir() else []
+    return bool(found) and not out.exists() and all(read_json(path).get("of") == out.name for path in found)
 
 
 def _sum(tallies: Sequence[Tally]) -> Tally:

@@ -17,7 +17,7 @@ from demerge.hashes import Hashing
 from demerge.local import local
 from demerge.lora import NoBase, is_lora, open_expert
 from demerge.merge.apply import Merge, Progress
-from demerge.merge.checks import Tensors, refuse_missing_inputs, settle_weights
+from demerge.merge.checks import Tensors, holds_deltas, refuse_missing_inputs, settle_weights
 from demerge.merge.components import component_tasks
 from demerge.merge.contract import Method
 from demerge.merge.denoisers import Task, denoisers, tasks
@@ -26,6 +26,7 @@ from demerge.merge.inputs import input_paths, refuse_of_others
 from demerge.merge.output import layout
 from demerge.merge.parts import Lora, Part
 from demerge.merge.plan import MergeResult, Plan
+from demerge.merge.probe import copied, refuse_uneven
 from demerge.merge.recipe.asked import Asked
 from demerge.merge.recipe.recipe import Recipe
 from demerge.merge.recipe.rules import Rule, matcher, only, settle
@@ -90,6 +91,7 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
             refuse_changed(asked, there)
     run = partial(Merge, device=device, threads=threads or _cores(), progress=progress or silent)
     parts = [_part(recipe, side, run) for side in sides]
+    _refuse_copies(recipe, sides, parts)
     parts[0] = replace(parts[0], notes=[*parts[0].notes, *notes])
     weights = parts[0].job.weights if len(parts) == 1 and len(parts[0].experts) == len(recipe.experts) else recipe.weights
     rules = [rule.parsed(method) for rule in recipe.rules]
@@ -211,7 +213,7 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
         fit, more = fitted(base, expert, (names[0], name), rules)
         experts, notes = [*experts, fit], [*notes, *more]
     if side.task.is_denoiser:
-        refuse_foreign(side.base, side.experts)
+        refuse_foreign(side.base, side.experts, recipe.no_base)
     refuse_missing_inputs(method, base, side.inputs, len(asked))
     ranges = [denoiser.range for _, denoiser in side.task.experts]
     refuse_of_others(side.base, side.experts, ranges, side.inputs, models=recipe.variant is None)
@@ -250,6 +252,36 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
         snr=snr_of(scheduler_config(side.base.place)),
     )
     return part(job, taken=taken)
+
+
+def _refuse_copies(recipe: Recipe, sides: Sequence[_Side], parts: Sequence[Part]) -> None:
+    """Refuse a merge that gives one of its inputs back, unless weights say that this is meant; and one that lacks a base.
+
+    Raises:
+        UsageError: with the commands that may have been meant.
+    """
+    if recipe.no_base:
+        for side, part in zip(sides, parts, strict=True):
+            if isinstance(side.base, NoBase):  # LoRA files alone, whose deltas depend on no base
+                continue
+            if any(map(holds_deltas, side.experts)):
+                raise UsageError("a LoRA is no model, and --no-base merges models alone", fix="name the LoRA's base first")
+            refuse_uneven(part.job)
+    stated = recipe.weights is not None or any(rule.weights is not None for rule in recipe.rules)
+    if stated or recipe.base.files or recipe.only or recipe.out_rank is not None:
+        return
+    numbers = [[0, *(1 + i for i, _ in side.task.experts)] for side in sides]
+    found = [{of[i] for i in copied(part.job, recipe.no_base)} for part, of in zip(parts, numbers, strict=True)]
+    copies = found[0].intersection(*found[1:])
+    if not copies:
+        return
+    first, names = min(copies), [recipe.base.path, *(expert.path for expert in recipe.experts)]
+    count = f"{len(recipe.experts)} expert{'s' if len(recipe.experts) > 1 else ''}"
+    what = f"{recipe.method} of {count} and the base {names[0]} gives a copy of {names[first]}"
+    models = " ".join(names)
+    fix = f"experts of a base: demerge merge BASE {models}; the models alone: demerge merge {models} --no-base; "
+    fix += "the copy itself: say so by --weights"
+    raise UsageError(what, fix=fix if first else "choose other options, or give --weights if the copy is meant")
 
 
 def _lora(recipe: Recipe) -> Lora | None:

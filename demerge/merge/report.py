@@ -1,5 +1,8 @@
 """The report of one merge: a folder of tables, plots and a page, each the same bytes for the same merge.
 
+DIR is `report` inside an output folder, and comes into place with it; a file has NAME-report beside it, which is there before
+the file is. Where an output has two denoisers, each has a folder in DIR.
+
 DIR/index.html                one page that loads nothing
 DIR/diagnosis.json            every number, by model, block and tensor; `demerge.merge.diagnose` says what they are
 DIR/blocks.csv, tensors.csv   the same for spreadsheets
@@ -11,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,8 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from demerge.figures import DARK, KINDS, LIGHT, Draw, Theme, plain, render
-from demerge.files import commit_files
-from demerge.merge.diagnose import Diagnosis, Sums, table
+from demerge.merge.diagnose import DIAGNOSIS, Diagnosis, Sums, table
 from demerge.merge.recipe.recipe import Recipe
 from demerge.pages import Exhibit, figure, harmless, section, whole
 from demerge.pages import table as html_table
@@ -39,29 +40,25 @@ LEAD = (
 )
 
 
-def write_report(out: Path, diagnosis: Diagnosis, recipe: Recipe) -> Path:
-    """Write the report into the new folder `out` and return the path of its page.
-
-    Raises:
-        UsageError: if the folder exists.
-    """
+def report_files(diagnosis: Diagnosis, recipe: Recipe, of: str = "") -> dict[str, bytes]:
+    """Return the files of the report by their names; `of` is the name of an output that it does not lie in."""
     drawn: Mapping[str, Draw] = {
         "lengths": partial(lengths, diagnosis),
         "agreement": partial(agreement, diagnosis),
         "kept": partial(kept, diagnosis),
     }
+    document = {**({"of": of} if of else {}), **diagnosis.document()}
     light = {name: render(draw, LIGHT, "svg") for name, draw in drawn.items()}
     exhibits = [Exhibit(CAPTIONS[name], light[name], dark=render(draw, DARK, "svg")) for name, draw in drawn.items()]
     files = {
-        "diagnosis.json": json.dumps(diagnosis.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        DIAGNOSIS: json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "blocks.csv": table(diagnosis.blocks, harmless),
         "tensors.csv": table(diagnosis.tensors, harmless),
         "index.html": _page(diagnosis, recipe, exhibits),
     }
     pictures = {f"{name}.svg": data for name, data in light.items()}
     pictures |= {f"{name}.png": render(draw, LIGHT, "png") for name, draw in drawn.items()}
-    commit_files(out, [*((name, text.encode()) for name, text in files.items()), *pictures.items()])
-    return out / "index.html"
+    return {name: text.encode() for name, text in files.items()} | pictures
 
 
 def _page(diagnosis: Diagnosis, recipe: Recipe, exhibits: Sequence[Exhibit]) -> str:

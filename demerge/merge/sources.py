@@ -65,13 +65,16 @@ def refuse_changed(asked: Source, found: Source) -> None:
             )
 
 
-def refuse_foreign(base: Base, experts: Sequence[Expert]) -> None:
+def refuse_foreign(base: Base, experts: Sequence[Expert], no_base: bool = False) -> None:
     """Refuse experts that were made from another base, or from unlike ones if there is none, or predict something else.
+
+    Args:
+        no_base: the base is one of the models itself; which base they were made from does not matter.
 
     Raises:
         InputError: naming both.
     """
-    asked = [(e, record.base_sha256) for e in experts if (record := expert_of(e.place))]
+    asked = [(e, record.base_sha256) for e in experts if not no_base and (record := expert_of(e.place))]
     if any(hash_ is not None for _, hash_ in asked):
         found = next(h for _, h in asked if h) if isinstance(base, NoBase) else remembered_content(base)
         for expert, hash_ in asked:

@@ -69,6 +69,7 @@ def verify(
     out = None if out is None else place_for(out)
     if not recipe.base.files:
         raise UsageError(f"{path} names no SHA-256 of its inputs", fix="verify the demerge.json of a finished merge")
+    path, out = Path(path), None if out is None else Path(out)
     home, one = _place(out or path)
     plan = prepare(recipe, device=device, threads=threads, progress=progress)
     files = {part.path.as_posix(): one or home / part.path for part in plan.parts}

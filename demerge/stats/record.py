@@ -2,8 +2,8 @@
 
     stats.json   {"format", "fisher": {"inputs", "options", "facts", "versions"}, "gram": {the same}}
 
-The record is written before the tensors, so that tensors without a record are of another origin. What they were measured on
-is in their own metadata too, so that a file that is copied elsewhere still says it.
+Each file of tensors says in its own metadata how it was made, so it comes into place with its record, and still says it where
+it is copied to. stats.json repeats that for people, and is written last: it names nothing that is not there.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 from demerge.data import ImageData
 from demerge.errors import InputError
 from demerge.files import commit_json
-from demerge.records import MEASURED, STATS, read_stats, refuse_differences, versions
+from demerge.records import MADE, MEASURED, STATS, Made, made_as, read_stats, refuse_differences, versions
 from demerge.stats.examples import Collected
 from demerge.timesteps import TimestepRange
 from demerge.weights import commit_tensors
 
 FORMAT = "demerge.stats/1"
 RECORD = STATS
+STATISTICS = ("fisher", "gram")
 
 
 def inputs_of(model_sha256: str, data: ImageData, span: TimestepRange) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def is_there(folder: Path, name: str, inputs: Mapping[str, Any], options: Mappin
     """
     if not (folder / f"{name}.safetensors").is_file():
         return False
-    record = read_stats(folder).get(name)
+    record = made_as(folder, name)
     if record is None:
         raise InputError(f"{folder / name}.safetensors is not recorded in {RECORD}", fix="remove it, or choose another folder")
     refuse_differences(folder / f"{name}.safetensors", record.model_dump(mode="json"), options, inputs)
@@ -54,13 +55,34 @@ def is_there(folder: Path, name: str, inputs: Mapping[str, Any], options: Mappin
 def commit_statistic(
     folder: Path, name: str, collected: Collected, inputs: Mapping[str, Any], options: Mapping[str, Any]
 ) -> None:
-    """Write a statistic and its record into a folder, beside what it holds already."""
+    """Write a statistic into a folder, beside what it holds already, and then the record of all."""
+    commit_measured(folder, name, collected, inputs, options)
+    commit_stats(folder)
+
+
+def commit_measured(
+    folder: Path, name: str, collected: Collected, inputs: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Write a statistic into a folder; a stats.json that names another one of this name forgets that one first."""
     made = {
         "inputs": dict(inputs),
         "options": dict(options),
         "facts": dict(collected.facts),
         "versions": versions("demerge", "diffusers", "numpy", "torch"),
     }
-    others = {other: record.model_dump(mode="json", exclude_unset=True) for other, record in read_stats(folder).items()}
-    commit_json(folder / RECORD, {"format": FORMAT, **others, name: made})
-    commit_tensors(folder / f"{name}.safetensors", collected.tensors, {MEASURED: json.dumps(made["inputs"], sort_keys=True)})
+    if name in read_stats(folder):
+        _commit_record(folder, {other: record for other, record in read_stats(folder).items() if other != name})
+    metadata = {MEASURED: json.dumps(made["inputs"], sort_keys=True), MADE: json.dumps(made, sort_keys=True)}
+    commit_tensors(folder / f"{name}.safetensors", collected.tensors, metadata)
+
+
+def commit_stats(folder: Path) -> None:
+    """Write the stats.json of the statistics in a folder, unless it says all of it already."""
+    made = {name: record for name in STATISTICS if (record := made_as(folder, name)) is not None}
+    if made != read_stats(folder):
+        _commit_record(folder, made)
+
+
+def _commit_record(folder: Path, made: Mapping[str, Made]) -> None:
+    records = {name: record.model_dump(mode="json", exclude_unset=True) for name, record in made.items()}
+    commit_json(folder / RECORD, {"format": FORMAT, **records})

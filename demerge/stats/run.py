@@ -23,7 +23,7 @@ from demerge.hashes import remembered_content
 from demerge.stats.examples import Collected
 from demerge.stats.fisher import range_fisher
 from demerge.stats.gram import layers_of, range_gram, width
-from demerge.stats.record import commit_statistic, inputs_of, is_there
+from demerge.stats.record import commit_measured, commit_stats, inputs_of, is_there
 from demerge.timesteps import Partition, TimestepRange
 from demerge.weights import Checkpoint
 
@@ -73,8 +73,10 @@ class Plan:
                 name, model = job.model, Diffusion.load(job.model, device=self.first.device)
             report = partial(_counted, progress, i * samples, len(self.jobs) * samples, f"{job.what} {job.range}")
             collected = STATISTICS[job.what](model, self.data, job.range, **self.options, progress=report)
-            commit_statistic(job.folder, job.what, collected, job.inputs, self.options)
+            commit_measured(job.folder, job.what, collected, job.inputs, self.options)
             yield job.path
+        for folder in dict.fromkeys(job.folder for job in (*self.found, *self.jobs)):
+            commit_stats(folder)
 
     def seconds(self) -> float:
         """Estimate, rather too high, what `run` takes, by a probe of a few samples of each statistic."""

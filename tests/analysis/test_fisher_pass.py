@@ -251,7 +251,7 @@ def test_killed_while_the_files_are_written_no_record_stands_beside_another_fish
     monkeypatch.setattr(module, "commit_statistic", killed)
     with pytest.raises(Killed):
         prepared(tiny, tmp_path, groups=6).map()
-    assert [path.exists() for path in files] == [True, False] and told(tmp_path) == [(6, 24), (5, 20)]
+    assert [path.exists() for path in files] == [True, True] and told(tmp_path) == [(6, 24), (5, 20)]
     monkeypatch.undo()
     plan, seen = prepared(tiny, tmp_path), []
     assert "again" not in str(plan)

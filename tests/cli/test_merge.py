@@ -28,12 +28,13 @@ def test_merge_as_scripts_call_it(run: Any, make_tiny: Any, tmp_path: Path) -> N
 
 
 def test_dry_run_writes_nothing(run: Any, tiny: Path, tmp_path: Path) -> None:
-    done = run("merge", tiny, tiny, "--dry-run", "--json", "-o", tmp_path / "out", "--save-dtype", "bfloat16")
+    one = ("merge", tiny, tiny, "--weights", "1", "--dry-run")
+    done = run(*one, "--json", "-o", tmp_path / "out", "--save-dtype", "bfloat16")
     plan = json.loads(done.out)
     assert done.code == 0 and not (tmp_path / "out").exists()
     assert plan["surviving_share"] == 1.0 and plan["changed_entries"] == 0
     assert plan["disk_bytes"] > 0 and plan["ram_bytes"] > 0 and plan["tensors_by_dtype"]
-    assert run("merge", tiny, tiny, "--dry-run").code == 0
+    assert run(*one).code == 0
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,36 @@ def test_refusals(run: Any, tiny: Path, tmp_path: Path, arguments: tuple[str, ..
     assert not (tmp_path / "out").exists()
 
 
+def test_two_models_and_no_base(run: Any, make_tiny: Any, tmp_path: Path) -> None:
+    """`merge A B` would be a copy of B: it is refused with what may have been meant, and each of that works."""
+    a, b, c = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
+    for options in ((), ("--method", "slerp"), ("--method", "ties", "--option", "density=1")):
+        done = run("merge", a, b, *options, "-o", tmp_path / "out")
+        assert done.code == 2 and f"gives a copy of {b}" in done.err and not (tmp_path / "out").exists()
+        assert f"demerge merge BASE {a} {b}" in done.err and f"demerge merge {a} {b} --no-base" in done.err
+    done = run("merge", a, b, "--option", "scale=0", "-o", tmp_path / "out")
+    assert done.code == 2 and f"gives a copy of {a}" in done.err
+    assert run("merge", a, b, "--weights", "1", "-o", tmp_path / "copy").code == 0
+    one, other, copy = (load_file(folder / WEIGHTS) for folder in (a, b, tmp_path / "copy"))
+    assert all((copy[name] == tensor).all() for name, tensor in other.items())
+    done = run("merge", a, b, c, "--no-base", "--method", "average", "--weights", "1,1,2", "-o", tmp_path / "mean")
+    assert done.code == 0 and "models  no base: " in done.err
+    third, mean = load_file(c / WEIGHTS), load_file(tmp_path / "mean" / WEIGHTS)
+    for name, tensor in mean.items():
+        exact = (one[name].double() + other[name].double() + 2 * third[name].double()) / 4
+        assert (tensor.double() - exact).abs().max() < 1e-6
+    document = json.loads((tmp_path / "mean" / "demerge.json").read_text())
+    assert document["no_base"] is True and len(document["experts"]) == 3
+    assert "3 models, without a base" in (tmp_path / "mean" / "README.md").read_text()
+    assert run("merge", "--recipe", tmp_path / "mean" / "demerge.json", "--verify").code == 0
+    assert run("merge", a, b, "--no-base", "--method", "slerp", "-o", tmp_path / "slerp").code == 0
+    (tmp_path / "r.yaml").write_text(f"experts: [{a}, {b}]\nno_base: true\nmethod: average\n")
+    assert run("merge", "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "from-recipe").code == 0
+    for options in (("--method", "ties"), ("--weights", "1,1"), ("--method", "dare")):
+        done = run("merge", a, b, "--no-base", *options, "-o", tmp_path / "out")
+        assert done.code == 2 and "needs a base" in done.err and not (tmp_path / "out").exists()
+
+
 def test_rules_ranges_and_a_report(run: Any, make_tiny: Any, tmp_path: Path) -> None:
     base, a, b = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
     parts = ("--rule", "mid weights=0.2..0.8,0.5", "--rule", "up scale=0.5", "--only", "mid", "--only", "up")
@@ -62,7 +93,7 @@ def test_rules_ranges_and_a_report(run: Any, make_tiny: Any, tmp_path: Path) -> 
     assert (done.code, done.out.strip()) == (0, str(tmp_path / "out"))
     for line in ("rule    mid weights=0.2..0.8,0.5: ", "rule    up scale=0.5: ", "only    mid, up: ", "0000-0500, weight 0.5"):
         assert line in done.err
-    assert (tmp_path / "out-report" / "index.html").is_file()
+    assert (tmp_path / "out" / "report" / "index.html").is_file() and not (tmp_path / "out-report").exists()
     plan = json.loads(run("merge", base, a, b, *parts, "--dry-run", "--json").out)
     assert [rule["rule"] for rule in plan["rules"]] == ["mid weights=0.2..0.8,0.5", "up scale=0.5"]
     assert all(rule["tensors"] and rule["parameters"] for rule in plan["rules"])

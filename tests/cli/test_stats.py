@@ -119,7 +119,9 @@ def test_other_weights_are_other_statistics(run: Run, experts: list[Path], tmp_p
     assert run("stats", one, *QUICK, "--what", "fisher").code == 0
     shutil.copyfile(*(e / "unet" / "diffusion_pytorch_model.safetensors" for e in (two, one)))
     assert "model_sha256: recorded" in run("stats", one, *QUICK, "--what", "fisher").err
-    (one / "stats.json").unlink()
+    (one / "stats.json").unlink()  # the file says it, too
+    assert "model_sha256: recorded" in run("stats", one, *QUICK, "--what", "fisher").err
+    save_file(load_file(one / "fisher.safetensors"), one / "fisher.safetensors")
     done = run("stats", one, *QUICK, "--what", "fisher")
     assert (done.code, "is not recorded in stats.json" in done.err) == (3, True)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from demerge.files import sha256
-from demerge.merge import merge
+from demerge.merge import Recipe, merge, prepare
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -42,3 +45,76 @@ def test_a_killed_merge_leaves_all_or_nothing(tmp_path: Path) -> None:
     merge(base, [expert], out, method="ties")
     assert sha256(out) == whole
     assert not list(tmp_path.glob(".*"))
+
+
+def killed_at(step: int, work: Callable[[], object]) -> int:
+    """Do the work in a child that is killed just before its `step`-th rename; return -9, or how many renames it has."""
+    child = os.fork()
+    if child == 0:
+        done = count(1)
+        for name in ("rename", "replace"):
+            real = getattr(os, name)
+
+            def renamed(*paths: object, real: Callable[..., object] = real) -> object:
+                if next(done) == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*paths)
+
+            setattr(os, name, renamed)
+        try:
+            work()
+        finally:
+            os._exit(next(done) - 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file below a folder, those of temporary names, too."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_a_merge_killed_between_its_parts_comes_with_its_report_or_not_at_all(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr("demerge.merge.report.render", lambda draw, theme, kind: b"<svg/>")  # drawing takes a second each time
+
+    def work(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        prepare(Recipe.of(tiny, [tiny, tiny], method="ties"), threads=1).run(folder / name, report=True)
+
+    n = killed_at(0, lambda: work(tmp_path / "whole"))
+    whole = content(tmp_path / "whole")
+    pages = {page for page in whole if page.endswith("index.html")}
+    assert len(pages) == 1
+    for step in sorted({1, n - 1, n}):
+        place = tmp_path / str(step)
+        assert killed_at(step, lambda place=place: work(place)) == -9
+        assert not (place / name).exists() or content(place) == whole
+        work(place)
+        assert content(place) == whole
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_statistics_killed_between_two_files_are_recorded_as_they_are(tiny: Path, tmp_path: Path) -> None:
+    from demerge.stats import prepare as prepared
+
+    torch.set_num_threads(1)
+
+    def work(out: Path) -> None:
+        plan = prepared([str(tiny)], "digits", ranges="0:500", out=out, samples=2, device="cpu")
+        list(plan.run(lambda done, total, what: None))
+
+    n = killed_at(0, lambda: work(tmp_path / "whole"))
+    whole = content(tmp_path / "whole")
+    for step in range(1, n + 1):
+        place = tmp_path / str(step)
+        assert killed_at(step, lambda place=place: work(place)) == -9
+        for record in place.glob("*/stats.json"):
+            named = [key for key in json.loads(record.read_text()) if key != "format"]
+            assert named == ["fisher", "gram"] and all((record.parent / f"{key}.safetensors").is_file() for key in named)
+        work(place)
+        assert content(place) == whole
+    assert n == 3

@@ -101,7 +101,7 @@ def test_variants_are_read_by_name(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base", variant="fp16", max_shard_size="10KB")
     expert.save_pretrained(tmp_path / "expert", variant="fp16")
     save_file({"x": torch.ones(1)}, tmp_path / "expert" / "diffusion_pytorch_model.safetensors")
-    merge(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", method="average", variant="fp16")
+    merge(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", method="average", weights=[1], variant="fp16")
     assert_same(read(base, tmp_path / "out", torch_dtype=torch.float16), dict(expert.state_dict()))
 
 
@@ -224,7 +224,7 @@ def test_a_boundary_makes_a_pipeline_of_two(wan: Pipeline, tmp_path: Path) -> No
     assert_same(low, merge_tensors(origin, given[:2], "average"))
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["boundary_ratio"] == 0.875
     again = tmp_path / "again"
-    merge(tmp_path / "out", [tmp_path / "out"], again, method="average")
+    merge(tmp_path / "out", [tmp_path / "out"], again, method="average", weights=[1])
     assert [content_sha256(t) for t in pair(again)] == [content_sha256(t) for t in (high, low)]
 
 
@@ -273,6 +273,6 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
         shutil.copy(file, blobs / str(i))
         (snapshot / "transformer" / file.name).symlink_to(f"../../../blobs/{i}")
     (snapshot / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "DiTTransformer2DModel"]}))
-    merge(snapshot, [tmp_path / "plain"], tmp_path / "out", method="average")
+    merge(snapshot, [tmp_path / "plain"], tmp_path / "out", method="average", weights=[1])
     assert_same(read(base, tmp_path / "out" / "transformer"), dict(base.state_dict()))
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))

@@ -147,12 +147,12 @@ def test_a_pipeline_and_an_adapter_have_a_report_too(
     tiny: Path, add_expert: Callable[..., Path], tmp_path: Path, make_tiny: Callable[..., Path]
 ) -> None:
     other = make_tiny(seed=1)
-    prepare(Recipe.of(tiny, [other])).run(tmp_path / "out", tmp_path / "report")
+    prepare(Recipe.of(tiny, [other], weights=[1])).run(tmp_path / "out", tmp_path / "report")
     blocks = json.loads((tmp_path / "report" / "diagnosis.json").read_text())["blocks"]
     assert [row["name"] for row in blocks] == ["in", "time", "down.0", "down.1", "mid", "up.0", "up.1", "out"]
     result = prepare(Recipe.of(tiny, [other], out_rank=2)).run(tmp_path / "lora", tmp_path / "lora-report")
     assert result.adapter is not None and 0 < result.adapter.share < 1
     assert (tmp_path / "lora-report" / "index.html").is_file()
     with pytest.raises(UsageError, match="report exists already"):
-        prepare(Recipe.of(tiny, [other])).run(tmp_path / "new", tmp_path / "report")
+        prepare(Recipe.of(tiny, [other], weights=[1])).run(tmp_path / "new", tmp_path / "report")
     assert not (tmp_path / "new").exists()

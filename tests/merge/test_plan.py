@@ -165,7 +165,9 @@ def test_integer_buffers_are_copied(tmp_path: Path) -> None:
     base = {"w": torch.zeros(2), "n": torch.arange(3), "m": torch.tensor([True, False, True])}
     save_file(base, tmp_path / "base.safetensors")
     save_file(base | {"w": torch.ones(2)}, tmp_path / "e.safetensors")
-    merge(tmp_path / "base.safetensors", [tmp_path / "e.safetensors"], tmp_path / "o.safetensors", method="average")
+    merge(
+        tmp_path / "base.safetensors", [tmp_path / "e.safetensors"], tmp_path / "o.safetensors", method="average", weights=[1]
+    )
     merged = load_file(tmp_path / "o.safetensors")
     assert {n: t.tolist() for n, t in merged.items()} == {"w": [1, 1], "n": [0, 1, 2], "m": [True, False, True]}
 
@@ -176,13 +178,13 @@ def test_integer_buffers_are_copied(tmp_path: Path) -> None:
 def test_an_expert_of_another_base_is_refused(tiny: Path, tune: Tune, tmp_path: Path) -> None:
     expert = tune(0, record={"range": [0, 500], "base_sha256": "0" * 64})
     with pytest.raises(InputError, match="expert0 was finetuned from a base of sha256 0000000000000000"):
-        merge(tiny, [expert], tmp_path / "out", method="average")
+        merge(tiny, [expert], tmp_path / "out", method="average", weights=[1])
 
 
 def test_an_expert_that_predicts_something_else_is_refused(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
     base, other = make_tiny(), make_tiny(prediction_type="v_prediction")
     with pytest.raises(InputError, match="prediction type v_prediction"):
-        merge(base, [other], tmp_path / "out", method="average")
+        merge(base, [other], tmp_path / "out", method="average", weights=[1])
 
 
 def test_a_damaged_record_is_refused(tiny: Path, tune: Tune, tmp_path: Path) -> None:
@@ -197,20 +199,20 @@ def test_an_output_that_exists_is_refused(tiny: Path, tune: Tune, tmp_path: Path
     (tmp_path / "o.safetensors").touch()
     for out in ("out", "o.safetensors"):
         with pytest.raises(UsageError, match="exists already"):
-            merge(tiny, [tiny], tmp_path / out, method="average")
+            merge(tiny, [tiny], tmp_path / out, method="average", weights=[1])
 
 
 @pytest.mark.parametrize("name", ["merged.ckpt", "merged.pt", "merged.bin"])
 def test_an_output_with_the_name_of_a_pickle_is_refused(tiny: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} has the name of a pickle"):
-        merge(tiny, [tiny], tmp_path / name, method="average")
+        merge(tiny, [tiny], tmp_path / name, method="average", weights=[1])
 
 
 def test_a_folder_needs_a_config(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="without a config"):
-        merge(tiny / WEIGHTS, [tiny / WEIGHTS], tmp_path / "out", method="average")
+        merge(tiny / WEIGHTS, [tiny / WEIGHTS], tmp_path / "out", method="average", weights=[1])
     with pytest.raises(UsageError, match="save dtype 'float8' is unknown"):
-        merge(tiny, [tiny], tmp_path / "out", method="average", save_dtype="float8")
+        merge(tiny, [tiny], tmp_path / "out", method="average", weights=[1], save_dtype="float8")
 
 
 def test_a_component_that_links_out_is_not_copied(tiny: Path, tmp_path: Path) -> None:
@@ -219,14 +221,14 @@ def test_a_component_that_links_out_is_not_copied(tiny: Path, tmp_path: Path) ->
     secret.write_text("secret")
     (base / "scheduler" / "more.json").symlink_to(secret)
     with pytest.raises(InputError, match="leads out"):
-        merge(base, [tiny], tmp_path / "out", method="average")
+        merge(base, [tiny], tmp_path / "out", method="average", weights=[1])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_too_small_is_refused_before_the_work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ResourceError, match="1,000 are free"):
-        merge(tiny, [tiny], tmp_path / "out", method="average")
+        merge(tiny, [tiny], tmp_path / "out", method="average", weights=[1])
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +240,7 @@ def test_a_fault_midway_leaves_nothing(tiny: Path, tune: Tune, tmp_path: Path) -
     before = sorted(p.name for p in tmp_path.iterdir())
     for out in ("out", "o.safetensors"):
         with pytest.raises(InputError, match=f"expert0: tensor {last} holds NaN or Inf"):
-            merge(tiny, [expert], tmp_path / out, method="average")
+            merge(tiny, [expert], tmp_path / out, method="average", weights=[1])
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 

@@ -243,7 +243,7 @@ def test_a_merge_can_be_made_again(models: Path, out: str) -> None:
 
 
 def test_the_recipe_alone_is_enough_to_verify(models: Path) -> None:
-    merge(models / "base", [models / "expert0"], models / "out", method="average")
+    merge(models / "base", [models / "expert0"], models / "out", method="average", weights=[1])
     (models / "kept").mkdir()
     shutil.copy(models / "out" / "demerge.json", models / "kept" / "demerge.json")
     assert verify(models / "kept", Recipe.read(models / "kept")).files
@@ -277,7 +277,7 @@ def test_the_tensors_a_method_needs_are_inputs_too(models: Path) -> None:
 
 
 def test_a_changed_output_is_told(models: Path) -> None:
-    merge(models / "base", [models / "expert0"], models / "out", method="average")
+    merge(models / "base", [models / "expert0"], models / "out", method="average", weights=[1])
     flip(models / "out" / WEIGHTS)
     last = list(load_file(models / "base" / WEIGHTS))
     with pytest.raises(NumericalError, match="differs in 1 of 144 tensors") as error:
@@ -286,7 +286,7 @@ def test_a_changed_output_is_told(models: Path) -> None:
 
 
 def test_other_versions_are_told(models: Path) -> None:
-    merge(models / "base", [models / "expert0"], models / "out", method="average")
+    merge(models / "base", [models / "expert0"], models / "out", method="average", weights=[1])
     text = (models / "out" / "demerge.json").read_text()
     document = json.loads(text)
     document["versions"]["torch"] = "1.0"
@@ -299,7 +299,7 @@ def test_there_must_be_something_to_verify(models: Path) -> None:
     path = write(models, YAML)
     with pytest.raises(UsageError, match="names no SHA-256"):
         verify(path, Recipe.read(path))
-    merge(models / "base", [models / "expert0"], models / "one.safetensors", method="average")
+    merge(models / "base", [models / "expert0"], models / "one.safetensors", method="average", weights=[1])
     document = json.loads(Recipe.read(models / "one.safetensors").stored(models).canonical())
     write(models, json.dumps(document), "bare.json")
     with pytest.raises(UsageError, match="no output beside"):

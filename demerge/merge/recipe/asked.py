@@ -30,6 +30,7 @@ class Asked(TypedDict, total=False):
         variant: which weights of a folder to read, for example fp16.
         out_rank: write an adapter (LoRA) of this rank instead of a model.
         boundary: where a pipeline with two denoisers passes from one to the other, a share of the timesteps.
+        no_base: merge the models alone; the first one named, in the base's place, is an expert, too.
         skip_text_encoder: leave out what a LoRA does to text encoders, which is refused else.
         missing: error, or base to keep the base's where an expert lacks a tensor.
         extra: error, or drop to leave out a tensor that only an expert has.
@@ -48,6 +49,7 @@ class Asked(TypedDict, total=False):
     variant: str | None
     out_rank: int | None
     boundary: float | None
+    no_base: bool
     skip_text_encoder: bool
     missing: str
     extra: str

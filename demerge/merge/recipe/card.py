@@ -32,13 +32,15 @@ def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "", n
     kind = f"an adapter of rank {recipe.out_rank}" if recipe.out_rank else "one diffusion model"
     fits = "It fits the base" if recipe.out_rank else "It has the base's architecture and loads with stock diffusers"
     told = "".join([*(f"- {escaped(note)}\n" for note in notes), "\n" if notes else ""])
+    models = f"a base and {len(recipe.experts)} models finetuned from it"
+    models = f"{len(recipe.experts)} models, without a base" if recipe.no_base else models
     return f"""---
 {front}
 ---
 
 # {escaped(base_model)}, merged by {escaped(recipe.method)}
 
-{kind.capitalize()} out of a base and {len(recipe.experts)} models finetuned from it. {fits}.
+{kind.capitalize()} out of {models}. {fits}.
 
 {_table(["expert", "timesteps", "weight", "sha256"], experts)}
 

@@ -10,6 +10,7 @@
     only: [down, mid, up]
     seed: 0
     save_dtype: keep
+    no_base: false                      # true: the experts alone, the first of them, which may be left out, in the base's place
 
 A finished merge holds its recipe three times: in `demerge.json`, in the metadata of the weights, and, for people, in the
 model card. It then names every input with the SHA-256 of its files, all options, and the versions. It holds no clock and
@@ -37,7 +38,7 @@ DOCUMENT = "demerge.json"
 KINDS: Mapping[str, Any] = {
     "format": str, "base": (str, dict), "experts": list, "method": str, "options": dict, "weights": (list, str), "rules": list,
     "only": list, "seed": int, "save_dtype": str, "variant": str, "out_rank": int, "boundary": (int, float), "versions": dict,
-    "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str, "components": str,
+    "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str, "components": str, "no_base": bool,
 }  # fmt: skip
 READ = ("format", "base", "experts", "weights", "rules")  # by functions of their own; the others are taken as they are
 EXPERT = ("path", "weight", "range", "files", "inputs")
@@ -67,6 +68,7 @@ class Recipe:
     missing: str = "error"
     extra: str = "error"
     components: str | None = None
+    no_base: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     output: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,7 +88,7 @@ class Recipe:
         return empty.changed(**asked)
 
     def changed(self, **asked: Unpack[Asked]) -> Recipe:
-        """Return the recipe with other values; options are added to those there are.
+        """Return the recipe with other values; options are added to those there are, the base to the experts for `no_base`.
 
         Raises:
             UsageError: as for `of`.
@@ -94,6 +96,8 @@ class Recipe:
         values: dict[str, Any] = dict(asked)
         ranges = values.pop("ranges", None)
         experts = list(self.experts)
+        if values.get("no_base") and not self.no_base:
+            experts = [self.base, *experts]
         if ranges is not None:
             if len(ranges) != len(experts):
                 raise UsageError(f"{len(ranges)} ranges for {len(experts)} experts", fix="give --range once for each expert")
@@ -131,8 +135,10 @@ class Recipe:
         Raises:
             UsageError: where a key is unknown or a value wrong, saying `where`.
         """
-        if not isinstance(document, dict) or not document.get("base") or not document.get("experts"):
+        if not isinstance(document, dict) or not document.get("experts"):
             raise UsageError(f"{where} names no base and experts", fix="write base: PATH and experts: [PATH, ...]")
+        if not document.get("base") and document.get("no_base") is not True:
+            raise UsageError(f"{where} names no base", fix="write base: PATH, or no_base: true to merge the experts alone")
         refuse_unknown(document, KINDS, where)
         if str(document.get("format", FORMAT)) != FORMAT:
             raise UsageError(f"{where} has the format {document['format']}", fix=f"this version reads {FORMAT}")
@@ -145,9 +151,15 @@ class Recipe:
         values["options"] = {k: [found(str(p), folder) for p in v] if isinstance(v, list) else v for k, v in options.items()}
         listed = typed(document, "experts", list, where)
         whole, rules = read_weights(document, listed, folder, where)
+        experts = [read_source(entry, folder, f"{where}: expert {i}", EXPERT) for i, entry in enumerate(listed)]
+        base = Source(experts[0].path)
+        if document.get("base"):
+            base = read_source(document["base"], folder, f"{where}: base", ("path", "files"))
+        if values.get("no_base") and base.path != experts[0].path:
+            experts = [base, *experts]
         return cls(
-            base=read_source(document["base"], folder, f"{where}: base", ("path", "files")),
-            experts=[read_source(entry, folder, f"{where}: expert {i}", EXPERT) for i, entry in enumerate(listed)],
+            base=base,
+            experts=experts,
             weights=whole,
             rules=[*(read_rule(entry, where) for entry in typed(document, "rules", list, where) or ()), *rules],
             **{key: value for key, value in values.items() if value is not None},
@@ -161,10 +173,8 @@ class Recipe:
         """Return the recipe as JSON values; what is not asked for is left out."""
         more = {
             "rules": [rule.document() for rule in self.rules],
-            **{
-                name: getattr(self, name)
-                for name in ("only", "variant", "out_rank", "boundary", "skip_text_encoder", "missing", "extra", "components")
-            },
+            **{name: getattr(self, name) for name in ("only", "variant", "out_rank", "boundary", "skip_text_encoder")},
+            **{name: getattr(self, name) for name in ("missing", "extra", "components", "no_base")},
             **{name: dict(getattr(self, name)) for name in ("versions", "output")},
         }
         return {
@@ -189,7 +199,7 @@ class Recipe:
         ranges = {"modelspec.timestep_range": f"{min(spans)[:4]}-{max(s[5:] for s in spans)}"} if spans else {}
         return {
             "format": "pt",
-            "modelspec.merged_from": ", ".join(s.name for s in (self.base, *self.experts)),
+            "modelspec.merged_from": ", ".join(s.name for s in (*([] if self.no_base else [self.base]), *self.experts)),
             **ranges,
             METADATA: replace(self, output={}).canonical(),
         }
