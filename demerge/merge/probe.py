@@ -46,14 +46,23 @@ class Case:
         }
         return cls(base, experts, [(i + 1) / (K * (K + 1) / 2) for i in range(K)], inputs, given)
 
+    def picked(self, numbers: Sequence[int]) -> Case:
+        """Return the case with these experts, in this order."""
+        return Case(
+            self.base,
+            [self.experts[i] for i in numbers],
+            [self.weights[i] for i in numbers],
+            [self.inputs[i] for i in numbers],
+            {**self.given, "ranges": [self.given["ranges"][i] for i in numbers]},
+        )
+
     def merge(self, method: Method, **options: object) -> dict[str, Tensor]:
         """Merge with the method's defaults but for `options`."""
         asked = method.settle(options)
         method = method.under(asked)
         grams = [_grams(tensors) for tensors in self.inputs]
         inputs = {name: grams if name in method.partial else self.inputs for name in method.inputs}
-        ranges = (list(self.given["ranges"]) * len(self.experts))[: len(self.experts)]
-        job = Merge(method, self.base, self.experts, self.weights, asked, inputs, **{**self.given, "ranges": ranges})
+        job = Merge(method, self.base, self.experts, self.weights, asked, inputs, **self.given)
         return {name: _join(job, name) for name in self.base}
 
 
@@ -87,14 +96,8 @@ def refuse_uneven(job: Merge) -> None:
     """
     for setting in _settings(job):
         case = _case(job, setting, no_base=True)
-        turned = replace(
-            case,
-            base=case.experts[1 % len(case.experts)],
-            experts=_turned(case.experts),
-            weights=_turned(case.weights),
-            inputs=_turned(case.inputs),
-            given={**case.given, "ranges": _turned(case.given["ranges"])},
-        )
+        turned = case.picked([*range(1, len(case.experts)), 0])
+        turned = replace(turned, base=turned.experts[0])
         one, other = (each.merge(job.method, **setting.options) for each in (case, turned))
         if len(job.experts) < 2 or not all(torch.allclose(one[n], other[n], rtol=1e-4, atol=1e-5) for n in one):
             weights = ",".join(f"{weight:g}" for weight in setting.weights)
@@ -103,10 +106,6 @@ def refuse_uneven(job: Merge) -> None:
                 "result would depend on which of them is named first",
                 fix="name the base they were finetuned from: demerge merge BASE A B; or give --method average with --no-base",
             )
-
-
-def _turned(values: Sequence[Any]) -> list[Any]:
-    return [*values[1:], *values[:1]]
 
 
 def _settings(job: Merge) -> list[Setting]:
