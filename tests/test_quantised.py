@@ -201,7 +201,7 @@ def test_chunks_and_workers_change_nothing_and_verify_agrees(tmp_path: Path) -> 
     assert one.read_bytes() == two.read_bytes()
     assert verify(one, Recipe.read(one)).files
     assert float((Checkpoint.open(one)[LINEAR] / big[LINEAR]).mean()) == pytest.approx(3, rel=0.01)
-    plan = prepare(Recipe.of(paths[0], paths[1:]))
+    plan = prepare(Recipe.of(paths[0], paths[1:], weights=[1.0]))
     assert any("scaled fp8" in line for line in plan.lines(one, plan.survey()))
 
 

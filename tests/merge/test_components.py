@@ -88,12 +88,12 @@ def test_equal_parts_in_another_dtype_or_without_position_ids_are_equal(tiny_tex
     save_file({n: t.half() for n, t in load_file(expert / VAE).items()}, expert / VAE)
     held = load_file(expert / TEXT)
     save_file(held | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, expert / TEXT)
-    assert not prepare(Recipe.of(tiny_text, [expert])).notes
+    assert not prepare(Recipe.of(tiny_text, [expert], weights=[1])).notes
     edit(expert / "vae" / "config.json", scaling_factor=0.5)
     with pytest.raises(InputError, match="another vae"):
-        prepare(Recipe.of(tiny_text, [expert]))
+        prepare(Recipe.of(tiny_text, [expert], weights=[1]))
     with pytest.raises(InputError, match=r"scaling_factor 0\.5 for"):
-        prepare(Recipe.of(tiny_text, [expert], components="all"))
+        prepare(Recipe.of(tiny_text, [expert], weights=[1], components="all"))
 
 
 def test_refusals(tiny_text: Path, tune: Tune) -> None:
@@ -111,7 +111,7 @@ def test_refusals(tiny_text: Path, tune: Tune) -> None:
     with pytest.raises(UsageError, match="--components is for pipeline folders"):
         prepare(Recipe.of(tiny_text / UNET, [expert / UNET], components="denoiser"))
     assert not prepare(Recipe.of(tiny_text, [expert], only=["mid"])).notes
-    assert not prepare(Recipe.of(tiny_text, [expert / "unet"])).notes
+    assert not prepare(Recipe.of(tiny_text, [expert / "unet"], weights=[1])).notes
 
 
 @pytest.mark.parametrize("name", ["..", "../base", "a/b", "", "x" * 300, "\u4e00" * 99])
@@ -137,7 +137,7 @@ def test_another_schedule_is_refused(tiny: Path, tmp_path: Path, field: dict[str
     edit(expert / "scheduler" / "scheduler_config.json", **field)
     name, value = next(iter(field.items()))
     with pytest.raises(InputError, match="has another noise schedule than") as error:
-        prepare(Recipe.of(tiny, [expert]))
+        prepare(Recipe.of(tiny, [expert], weights=[1]))
     assert f"{name.replace('_', ' ')} {value}" in error.value.what
 
 
@@ -146,7 +146,7 @@ def test_another_sampler_is_no_other_schedule(tiny: Path, tmp_path: Path) -> Non
     shutil.copytree(tiny, expert)
     changed = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "clip_sample": False, "steps_offset": 1}
     edit(expert / "scheduler" / "scheduler_config.json", **changed)
-    prepare(Recipe.of(tiny, [expert]))
+    prepare(Recipe.of(tiny, [expert], weights=[1]))
 
 
 def test_a_denoiser_of_another_function_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_denoiser_of_another_function_is_refused(tiny: Path, tmp_path: Path) -
     shutil.copytree(tiny, expert)
     edit(expert / "unet" / "config.json", norm_eps=1e-3)
     with pytest.raises(InputError, match=r"another denoiser than .*: the norm eps 0\.001, not 1e-05"):
-        prepare(Recipe.of(tiny, [expert]))
+        prepare(Recipe.of(tiny, [expert], weights=[1]))
 
 
 # -- variants ---------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_pipeline_in_half_precision_alone_loads_in_stock_diffusers(tiny_text: 
     base, out = tmp_path / "base", tmp_path / "out"
     pipeline.save_pretrained(base, variant="fp16", max_shard_size="20KB" if shards else "1GB")
     assert not (base / UNET).exists()
-    merge(base, [base], out, variant="fp16", method="average")
+    merge(base, [base], out, variant="fp16", weights=[1])
     names = {p.name for p in out.rglob("*.safetensors*") if "-of-" not in p.name}
     assert not any("fp16" in name for name in names)
     loaded = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float16)
@@ -186,6 +186,6 @@ def test_one_variant_of_several_is_copied(tiny_text: Path, tmp_path: Path) -> No
         save_file(half, (base / file).with_suffix(".fp16.safetensors"), {"format": "pt"})
     for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
         out = tmp_path / f"out-{variant}"
-        merge(base, [base], out, variant=variant, method="average")
+        merge(base, [base], out, variant=variant, weights=[1])
         assert not list(out.rglob("*fp16*"))
         assert {t.dtype for f in FILES.values() for t in load_file(out / f).values() if t.is_floating_point()} == {dtype}

@@ -119,7 +119,7 @@ def test_others_are_refused_and_the_fix_merges(save: Save, tmp_path: Path, what:
         merge(base, [expert], tmp_path / "out.safetensors")
     options = [f"--{name} {value}" for name, given in fix.items() for value in (given if isinstance(given, list) else [given])]
     assert all(option in error.value.fix for option in options)
-    merge(base, [expert], tmp_path / "out.safetensors", **fix)  # type: ignore[arg-type]
+    merge(base, [expert], tmp_path / "out.safetensors", weights=[1], **fix)  # type: ignore[arg-type]
     assert (tmp_path / "out.safetensors").is_file()
 
 
@@ -127,7 +127,7 @@ def test_another_schedule_is_refused_and_a_rounded_one_is_not(save: Save, tmp_pa
     base = save("base", tensors() | BETAS)
     with pytest.raises(InputError, match="another noise schedule: betas differ"):
         merge(base, [save("e", EXPERT | OTHER_BETAS)], tmp_path / "a.safetensors")
-    merge(base, [save("f", EXPERT | {"betas": BETAS["betas"].bfloat16()})], tmp_path / "b.safetensors")
+    merge(base, [save("f", EXPERT | {"betas": BETAS["betas"].bfloat16()})], tmp_path / "b.safetensors", weights=[1])
 
 
 def test_a_difference_outside_of_only_does_not_matter(save: Save, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_recipe_holds_what_was_allowed_and_verifies(save: Save, tmp_path: Pa
     from demerge.merge import verify
 
     path = save("base", tensors())
-    merge(path, [save("e", without(EXPERT, PROJ))], tmp_path / "out.safetensors", missing="base")
+    merge(path, [save("e", without(EXPERT, PROJ))], tmp_path / "out.safetensors", weights=[1], missing="base")
     recipe = Recipe.read(tmp_path / "out.safetensors")
     assert recipe.missing == "base" and "extra" not in recipe.document()
     assert verify(tmp_path / "out.safetensors", recipe).files
