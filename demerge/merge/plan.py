@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demerge.errors import UsageError
-from demerge.files import commit_dir, commit_files, commit_json, commit_text, refuse_existing, refuse_small_disk
+from demerge.files import commit_dir, commit_files, commit_json, commit_text, place_for, refuse_existing, refuse_small_disk
 from demerge.hashes import Hashing
 from demerge.headers import read_json
 from demerge.merge.adapter import AdapterSummary
@@ -86,7 +86,7 @@ class Plan:
             ResourceError: where the disk does not suffice.
             NumericalError: where the result is not finite.
         """
-        out = Path(out)
+        out = place_for(out)
         place = report_place(out, report)
         refuse_existing(out)
         if place is not None and not place.is_relative_to(out):
@@ -264,7 +264,7 @@ def report_place(out: Path, report: Path | str | bool | None) -> Path | None:
     if report is None or report is False:
         return None
     if report is not True:
-        return Path(report)
+        return place_for(report)
     return out.with_name(f"{out.stem}-{REPORT}") if is_file(out) else out / REPORT
 
 
