@@ -23,6 +23,7 @@ SCALES = ("scale_weight", "weight_scale")
 BESIDE = ("scale_input", "input_scale", "comfy_quant")
 MARKER = "scaled_fp8"
 METADATA = "_quantization_metadata"
+MOST = 1 << 16  # bytes of a layer's comfy_quant
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 FORMATS = frozenset({"float8_e4m3fn", "float8_e5m2"})
 HARMLESS = frozenset({"format", "full_precision_matrix_mult"})
@@ -87,7 +88,8 @@ def _scale(weight: str, spec: Spec | None, found: Specs, read: Callable[[Spec], 
         kind = f"fp8 whose {' and '.join(names)} {scale.dtype} {list(scale.shape)} is not one scale or one for each output"
         raise _refused(spec, weight, kind)
     if "comfy_quant" in found:
-        _refuse_other_format(_parsed(read(found["comfy_quant"])), spec.file, weight)
+        said = found["comfy_quant"]
+        _refuse_other_format(_parsed(read(said)) if said.numel < MOST else None, spec.file, weight)
     return Scale(names[0], scale, {name: found[name] for name in BESIDE if name in found})
 
 

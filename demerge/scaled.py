@@ -5,9 +5,12 @@ W = codes * s,   s [] or one for each output [m], in float32
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TINY = 2.0**-60
@@ -47,7 +50,7 @@ class Scaled(Tensor):
 
     def values(self) -> Tensor:
         """Return the values [*], made anew."""
-        return self.times(self.codes.reshape(-1).float(), 0).view(self.codes.shape)
+        return self.times(decoded(self.codes.reshape(-1)), 0).view(self.codes.shape)
 
     def grown(self, k: Tensor) -> Scaled:
         """Return the same codes with scales of 2^k s, k one for each scale, for values that are larger."""
@@ -97,6 +100,19 @@ class Scaled(Tensor):
                 return cls._at(first.codes[args[1]], first.scale, first._row, first._start + begin)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*_made(args), **{name: _made(value) for name, value in kwargs.items()})
+
+
+def decoded(codes: Tensor) -> Tensor:
+    """Return the float32 values [n] of codes [n] in float8; by a table, several times faster than torch's conversion."""
+    if codes.device.type != "cpu":
+        return codes.float()
+    return torch.from_numpy(np.take(_table(codes.dtype), codes.view(torch.uint8).numpy(), mode="clip"))
+
+
+@cache
+def _table(dtype: torch.dtype) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
+    return values
 
 
 def _made(value: Any) -> Any:

@@ -238,7 +238,9 @@ def _values_sha256(tensor: Tensor) -> str:
 def finite(tensor: Tensor) -> bool:
     """Return whether all elements are finite: the sum of finite numbers is, unless it overflows, which is then looked at."""
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
+        from demerge.scaled import decoded
+
+        tensor = decoded(tensor.reshape(-1)) if tensor.is_floating_point() else tensor.float()
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from demerge.errors import InputError, NumericalError
+from demerge.errors import DemergeError, InputError, NumericalError
 from demerge.facts import facts_of
 from demerge.lora import open_expert
 from demerge.merge import MergeSession, Recipe, merge, merge_tensors, prepare, verify
@@ -223,6 +225,50 @@ def test_float8_without_a_scale_is_a_float_that_may_be_too_small_for_a_merge(tmp
     assert rounded(torch.tensor([448.0]), FP8, "a").item() == 448
     with pytest.raises(NumericalError, match="float8"):
         rounded(torch.tensor([1.0, -600.0]), FP8, "a")
+
+
+def test_a_merge_of_a_part_copies_float8_as_it_is(tmp_path: Path) -> None:
+    codes = torch.arange(16, dtype=torch.uint8).view(FP8).view(4, 4)
+    for i in range(2):
+        save_file({"mid.weight": codes, "up.weight": torch.full((2, 2), float(i)).to(FP8)}, tmp_path / f"{i}.safetensors")
+    merge(tmp_path / "0.safetensors", [tmp_path / "1.safetensors"], tmp_path / "o.safetensors", only=["up.**"], weights=[1.0])
+    held = load_file(tmp_path / "o.safetensors")
+    assert torch.equal(held["mid.weight"].view(torch.uint8), codes.view(torch.uint8)) and held["up.weight"].float().min() == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_files_are_read_or_refused(seed: int, tmp_path: Path) -> None:
+    g, chance = torch.Generator().manual_seed(seed), random.Random(seed)
+    models = {LINEAR: torch.randn(6, 4, generator=g), PLAIN: torch.randn(4, generator=g)}
+    good = scaled_file(tmp_path / "good.safetensors", models, rows=seed % 2 == 0)
+    content, bad, out = good.read_bytes(), tmp_path / "bad.safetensors", tmp_path / "out.safetensors"
+    length = int.from_bytes(content[:8], "little")
+    words = [
+        b"F8_E4M3",
+        b"F8_E5M2",
+        b"F32",
+        b"U8",
+        b"scale_weight",
+        b"weight_scale",
+        b"weight",
+        b"[6]",
+        b"[]",
+        b"[6,4]",
+        b"[4]",
+    ]
+    for _ in range(25):
+        if chance.random() < 0.5:
+            header = content[8 : 8 + length].replace(*chance.sample(words, 2), 1).rstrip()
+            header += b" " * (-len(header) % 8)
+            bad.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+        else:
+            position = chance.randrange(len(content))
+            bad.write_bytes(content[:position] + bytes([chance.randrange(256)]) + content[position + 1 :])
+        for base, expert in ((good, bad), (bad, good)):
+            out.unlink(missing_ok=True)
+            with contextlib.suppress(DemergeError):
+                merge(base, [expert], out, weights=[0.5], threads=1)
+                assert all(bool((tensor + 0).isfinite().all()) for tensor in Checkpoint.open(out).values())
 
 
 def test_what_comfyui_writes_next_to_a_layer_is_kept(tmp_path: Path) -> None:

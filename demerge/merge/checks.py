@@ -143,8 +143,10 @@ def rounded(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         NumericalError: where a value is too large for it.
     """
     stored = chunk.to("cpu", dtype)
+    if stored.dtype == chunk.dtype:
+        return stored
     saturated = dtype in SATURATING and len(chunk) and float(chunk.abs().max()) > torch.finfo(dtype).max * (1 + 2.0**-6)
-    if stored.dtype != chunk.dtype and (saturated or not finite(stored)):
+    if saturated or not finite(stored):
         wider = dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
         fix = "use --save-dtype bfloat16 or float32" if wider else "use smaller weights"
         raise NumericalError(f"tensor {name} does not fit {dtype}", fix=fix)

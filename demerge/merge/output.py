@@ -24,7 +24,7 @@ from demerge.merge.apply import Done, Merge
 from demerge.merge.storage import Storage
 from demerge.merge.stream import CHUNK
 from demerge.places import Place, inside, plain_names
-from demerge.scaled import Scaled
+from demerge.scaled import Scaled, decoded
 from demerge.weights import TORCH_NAMES, Checkpoint
 
 CODES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
@@ -172,7 +172,8 @@ def survivors(stored: Tensor, done: Done, kept: Tensor) -> tuple[int, int]:
     """
     merged, base = done.merged.cpu(), done.block.base.reshape(-1).cpu()
     changed = int(np.count_nonzero(merged.numpy() != base.numpy()))
-    return changed, int(np.count_nonzero(stored.to(base.dtype).numpy() != kept.to(base.dtype).numpy()))
+    one, other = (decoded(t) if t.dtype.itemsize == 1 else t.to(base.dtype) for t in (stored, kept))
+    return changed, int(np.count_nonzero(one.numpy() != other.numpy()))
 
 
 def write(

@@ -18,7 +18,7 @@ from torch import Tensor
 from demerge.merge.apply import Done, Merge
 from demerge.merge.checks import rounded
 from demerge.quantised import METADATA
-from demerge.scaled import Scaled
+from demerge.scaled import Scaled, decoded
 from demerge.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Storage:
         if name not in self.scaled:
             return 0.0, 0.0, 0.0
         merged, base = done.merged.cpu().double(), done.block.base.reshape(-1).cpu().double()
-        values = self.scaled[name].times(stored.double(), done.start)
+        values = self.scaled[name].times(decoded(stored).double(), done.start)
         merged_, moved, error = (float(t.square().sum()) for t in (merged, merged - base, values - merged))
         return merged_, moved, error
 
