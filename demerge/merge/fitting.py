@@ -238,7 +238,8 @@ class _Differences:
         chosen = [
             x for word, blocks in words.items() for x in ([word] if whole >= set(blocks) else blocks) if x == word or x in whole
         ]
-        usable = [pattern for pattern in chosen if any(matcher(pattern)(n) for n in merged)]
+        words_alone = [pattern for pattern in chosen if re.fullmatch(r"[\w.-]+", pattern)]  # others cannot be typed
+        usable = [pattern for pattern in words_alone if any(matcher(pattern)(n) for n in merged)]
         return f", or merge only what fits: {' '.join(f'--only {pattern}' for pattern in usable)}" if usable else ""
 
 
