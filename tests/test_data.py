@@ -179,7 +179,7 @@ def test_a_scan_of_a_hub_data_set_reads_every_row(monkeypatch):
     found = scan("hf:someone/cats")
     assert (found.files, found.readable, found.usable) == (71, 70, False)
     assert found.broken[0][0] == "image 70"
-    assert found.verdict.startswith("not usable as it is: 70 of 71 images")
+    assert found.verdict.startswith("cannot be used as it is: 70 of 71 images")
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------

@@ -68,13 +68,13 @@ class Scan:
         if self.broken:
             kinds = kinds_of([name for name, _ in self.broken])
             return (
-                f"not usable as it is: {count} can be read; {len(self.broken)} of {self.files} files are broken ({kinds}): "
+                f"cannot be used as it is: {count} can be read; {len(self.broken)} of {self.files} files are broken ({kinds}): "
                 "convert, replace or remove them, or use --skip-broken"
             )
         if self.complaint:
-            return f"not usable as it is: {count} can be read; {self.complaint}"
+            return f"cannot be used as it is: {count} can be read; {self.complaint}"
         if not self.usable:
-            return f"not usable as it is: {self.readable - (self.captions or 0)} of {self.readable} images have no caption"
+            return f"cannot be used as it is: {self.readable - (self.captions or 0)} of {self.readable} images have no caption"
         extra = [
             "images of several sizes are fitted to the model's resolution" if len(self.sizes) > 1 else "",
             f"{sum(self.passed_over.values()):,} other files are passed over" if self.passed_over else "",
