@@ -155,6 +155,15 @@ def test_missing_controls_leave_no_conclusion(make_scores: Make) -> None:
     assert "nothing to say about merging" in verdict(rows_of(make_scores("base", "base", [8.0])))
 
 
+def test_training_seeds_are_the_checkpoints_under_a_name(make_scores: Make) -> None:
+    rows = rows_of(make_scores("ties", "merge", [6.0, 6.1, 6.2]) + make_scores("base", "base", [8.0, 8.1, 8.2]))
+    assert "Training seeds: 1." in " ".join(warnings(rows, []))
+    trained = replace(rows[0], scores=tuple(replace(s, model_sha256=f"{s.seed}") for s in rows[0].scores))
+    text = " ".join(warnings([trained, rows[1]], []))
+    assert "Training seeds: 3 checkpoints stand under each name" in text
+    assert "5.8 %" not in text
+
+
 def test_warnings(make_scores: Make) -> None:
     few = rows_of(make_scores("ties", "merge", [6.0], num_images=60))
     text = " ".join(warnings(few, []))
