@@ -92,6 +92,7 @@ def test_the_rank_is_the_sum_of_the_ranks_unless_it_is_asked_for(tmp_path: Path)
     plan = prepare(Recipe.of(paths[0], paths[1:]))
     assert plan.recipe.out_rank == 2 + 3 + 4 and [e.path for e in plan.recipe.experts] == list(map(str, paths))
     assert any("no base: the deltas of 3 LoRA files are merged, into a LoRA of rank 9" in n for n in plan.notes)
+    assert plan.recipe.no_base and prepare(Recipe.of(paths[0], paths[1:], no_base=True)).recipe == plan.recipe
     result = prepare(Recipe.of(paths[0], paths[1:], out_rank=2)).run(tmp_path / "small.safetensors")
     assert result.adapter is not None and result.adapter.rank == 2 and 0 < result.adapter.share < 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,20 @@ def test_float8_without_a_scale_is_a_float_that_may_be_too_small_for_a_merge(tmp
     assert rounded(torch.tensor([448.0]), FP8, "a").item() == 448
     with pytest.raises(NumericalError, match="float8"):
         rounded(torch.tensor([1.0, -600.0]), FP8, "a")
+
+
+def test_a_pipeline_in_scaled_fp8_loads_and_merges_as_numbers(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from demerge.diffusion import Diffusion
+
+    folders = [make_tiny(seed=seed) for seed in range(2)]
+    for folder in folders:
+        scaled_file(folder / "unet" / "diffusion_pytorch_model.safetensors", Diffusion.load(folder).denoiser.state_dict())
+    plain_file(tmp_path / "plain.safetensors", folders[0] / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in load_file(tmp_path / "plain.safetensors").items():
+        assert torch.equal(Diffusion.load(folders[0]).denoiser.state_dict()[name], tensor.float()), name
+    merge(folders[0], folders[1:], tmp_path / "out", weights=[0.5])
+    assert "scaled fp8: rounding errs by" in (tmp_path / "out" / "README.md").read_text()
+    assert Diffusion.load(tmp_path / "out").denoiser.conv_in.weight.isfinite().all()
 
 
 def test_a_merge_of_a_part_copies_float8_as_it_is(tmp_path: Path) -> None:

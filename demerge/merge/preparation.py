@@ -181,7 +181,7 @@ class _Side:
 
 
 def _without_base(recipe: Recipe) -> Recipe:
-    """Return a recipe with a LoRA in the base's place as one of LoRA files alone: it is the first expert, too.
+    """Return a recipe with a LoRA in the base's place as one of LoRA files alone: it has no base.
 
     Raises:
         UsageError: if an expert is a model.
@@ -189,9 +189,7 @@ def _without_base(recipe: Recipe) -> Recipe:
     opened = [Checkpoint.open(recipe.base.path, recipe.variant)]
     if not is_lora(opened[0]):
         return recipe
-    first = recipe.experts[0] if recipe.experts else None
-    if first is None or first.path != recipe.base.path:
-        recipe = replace(recipe, experts=[replace(recipe.base), *recipe.experts])
+    recipe = recipe.changed(no_base=True)
     opened += [Checkpoint.open(expert.path, recipe.variant) for expert in recipe.experts[1:]]
     model = next((e.path for e, o in zip(recipe.experts[1:], opened[1:], strict=True) if not is_lora(o)), None)
     if model is not None:

@@ -74,7 +74,8 @@ def refuse_foreign(base: Base, experts: Sequence[Expert], no_base: bool = False)
     Raises:
         InputError: naming both.
     """
-    asked = [(e, record.base_sha256) for e in experts if not no_base and (record := expert_of(e.place))]
+    alone = no_base and not isinstance(base, NoBase)  # the deltas of LoRA files are those of their base
+    asked = [(e, record.base_sha256) for e in experts if not alone and (record := expert_of(e.place))]
     if any(hash_ is not None for _, hash_ in asked):
         found = next(h for _, h in asked if h) if isinstance(base, NoBase) else remembered_content(base)
         for expert, hash_ in asked:

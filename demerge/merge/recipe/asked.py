@@ -26,7 +26,7 @@ class Asked(TypedDict, total=False):
         rules: weights and options for some tensors, the first that matches a tensor wins.
         only: patterns of the tensors to merge; the others stay the base's, bit for bit.
         ranges: the timesteps of each expert, where its record does not tell.
-        save_dtype: keep (the base's), float32, float16 or bfloat16.
+        save_dtype: keep (the base's; its scaled fp8 gets scales that hold the merge), float32, float16 or bfloat16.
         variant: which weights of a folder to read, for example fp16.
         out_rank: write an adapter (LoRA) of this rank instead of a model.
         boundary: where a pipeline with two denoisers passes from one to the other, a share of the timesteps.
