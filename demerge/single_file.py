@@ -224,7 +224,7 @@ def _to_ldm(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
             raise InputError(f"layers_per_block is {layers}", fix="single files have one number of layers in all blocks")
         named = {_unet_name(name, layers, ups): tensor for name, tensor in tensors.items()}
     else:
-        blocks = len(config.get("up_block_types", ()))
+        blocks = len({name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks.")})
         named = {_vae_name(name, blocks): _as_convolution(name, tensor) for name, tensor in tensors.items()}
     return {PREFIX[part] + name: tensor for name, tensor in named.items()}
 

@@ -118,13 +118,22 @@ def test_a_file_that_does_not_fit_the_config_leaves_nothing(deep: Path, file: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layers", [[2, 2], None, -1, "2", 10**9])
-def test_a_config_that_the_converters_cannot_use_is_named(deep: Path, file: Path, tmp_path: Path, layers: object) -> None:
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("unet", "layers_per_block", [2, 2]), ("unet", "layers_per_block", None), ("unet", "layers_per_block", -1),
+        ("unet", "layers_per_block", "2"), ("unet", "layers_per_block", 10**9), ("vae", "up_block_types", None),
+        ("vae", "down_block_types", 3),
+    ],
+)  # fmt: skip
+def test_a_config_that_the_converters_cannot_use_is_named(
+    deep: Path, file: Path, tmp_path: Path, part: str, key: str, value: object
+) -> None:
     config = tmp_path / "config"
     shutil.copytree(deep, config)
-    path = config / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_per_block": layers}))
-    with pytest.raises(InputError, match=r"diffusers cannot convert the unet|does not fit --config"):
+    path = config / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=r"diffusers cannot convert the|does not fit --config"):
         to_folder(file, tmp_path / "out", config)
     with pytest.raises(InputError):
         to_file(config, tmp_path / "out.safetensors")

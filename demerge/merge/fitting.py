@@ -249,9 +249,8 @@ def _ema_note(label: str, n: int) -> str:
 
 def _markers_of(tensors: Tensors) -> set[str]:
     found = {name for name in MARKERS if name in tensors}
-    if "alphas_cumprod" in tensors and float(tensors["alphas_cumprod"].reshape(-1)[-1]) < ZERO_SNR:
-        found.add("ztsnr")
-    return found
+    last = tensors["alphas_cumprod"].reshape(-1)[-1:].tolist() if "alphas_cumprod" in tensors else []
+    return found | {"ztsnr" for value in last if value < ZERO_SNR}
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -54,6 +54,7 @@ MERGED: Mapping[str, tuple[Tensors, str]] = {
     "position_ids of another shape": (EXPERT | {IDS: torch.arange(77)}, ""),
     "no running average": (without(EXPERT, COUNT, "model_ema.a"), "base.*model_ema"),
     "schedule buffers": (EXPERT | BETAS | ABAR, "buffers are left out: alphas_cumprod, betas"),
+    "an empty schedule": (EXPERT | {"alphas_cumprod": torch.empty(0)}, "buffers are left out: alphas_cumprod"),
     "no VAE": (without(EXPERT, VAE), "has no VAE: the base's is kept"),
     "the UNet alone": ({n: EXPERT[n] for n in (CONV, PROJ)}, "has no VAE"),
     "bare keys of the UNet": ({n.removeprefix(UNET): EXPERT[n] for n in (CONV, PROJ)}, "has no VAE"),
