@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from demerge.conflict import Array, ConflictMap, Origin
@@ -48,7 +49,7 @@ class Scale(nn.Module):
     def __init__(self, side: int) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.linspace(0.2, 0.9, side * side).reshape(1, side, side))
-        self.config = SimpleNamespace(sample_size=side, in_channels=1)
+        self.config = FrozenDict(sample_size=side, in_channels=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Any:
         return SimpleNamespace(sample=self.theta * x)

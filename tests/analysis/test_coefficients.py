@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from demerge.analysis.experts import responses as module
@@ -31,7 +32,7 @@ class Parts(nn.Module):
         super().__init__()
         self.mid_block = nn.ParameterDict({"a": torch.linspace(0.2, 0.9, side * side).reshape(1, side, side)})
         self.conv_out = nn.ParameterDict({"b": torch.full((1, side, side), 0.1), "c": torch.zeros(1, side, side)})
-        self.config = SimpleNamespace(sample_size=side, in_channels=1)
+        self.config = FrozenDict(sample_size=side, in_channels=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Any:
         out = self.conv_out
