@@ -81,8 +81,9 @@ def test_the_noise_of_each_bin_is_stored(linear: Any, images: Any, tmp_path: Pat
     assert ConflictMap.load(map.save(tmp_path / "conflict.safetensors")).origin == map.origin
     with pytest.raises(InputError, match="antithetic noise is said of 2 bins, not of 3"):
         replace(map, origin=replace(map.origin, antithetic=(True, False)))
-    with pytest.raises(InputError, match="another type"):
-        replace(map.origin, antithetic=(1, 0, 0))
+    numbers = replace(map, origin=replace(map.origin, antithetic=(1, 0, 0)))
+    with pytest.raises(InputError, match="antithetic"):
+        ConflictMap.load(numbers.save(tmp_path / "numbers.safetensors"))
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketch"])
