@@ -79,7 +79,7 @@ def no_cut(allowed: Sequence[int], n: int, minimum: int) -> NumericalError:
     """Return the error that says that no such cut exists."""
     return NumericalError(
         f"{len(allowed) - 1} blocks of bins give no {n} ranges of {minimum} bins or more",
-        fix="measure more groups or larger batches, or take the uniform cut",
+        fix="give fewer ranges or a smaller --minimum, measure more groups, or take the uniform cut",
     )
 
 
