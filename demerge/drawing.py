@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from demerge.diffusion import Diffusion
-from demerge.files import commit_file, commit_json, refuse_existing
+from demerge.files import commit_file, commit_json, place_for, refuse_existing
 from demerge.images import png
 from demerge.records import refuse_differences
 from demerge.sample import batches
@@ -32,7 +32,7 @@ class SampleRecord(Record):
 
 
 def sample_to(
-    folder: Path,
+    folder: Path | str,
     model: Diffusion,
     n: int,
     *,
@@ -48,8 +48,9 @@ def sample_to(
     """Draw images 0 .. n - 1 into a folder and return how many of them were missing; for the rest see `sample`.
 
     Raises:
-        UsageError: if the folder holds something else, or images that were drawn with other options or of another model.
+        UsageError: if the folder cannot exist or holds something else, or images of other options or of another model.
     """
+    folder = place_for(folder)
     drawn = batches(
         model,
         n,
