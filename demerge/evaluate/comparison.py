@@ -24,7 +24,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     base: str | None = None,
     kinds: Mapping[str, Kind] | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     title: str = "demerge report",
     progress: Progress | None = None,
     **options: Any,
@@ -58,10 +58,10 @@ def compare(
 
 
 @contextmanager
-def _folder(out: Path | None) -> Iterator[Path]:
+def _folder(out: Path | str | None) -> Iterator[Path]:
     """Give the folder, or one that is gone afterwards."""
     if out is not None:
-        yield out
+        yield Path(out)
         return
     with TemporaryDirectory(prefix="demerge-") as folder:
         yield Path(folder)

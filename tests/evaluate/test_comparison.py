@@ -35,7 +35,7 @@ def test_the_same_call_goes_on_where_it_stopped(make_tiny: Callable[..., Path], 
     models = {"base": make_tiny(seed=0), "mine": make_tiny(seed=1)}
     first = compare(models, "digits", seeds=[0], out=tmp_path, **QUICK)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
-    second = compare(models, "digits", seeds=[0], out=tmp_path, **QUICK)
+    second = compare(models, "digits", seeds=[0], out=str(tmp_path), **QUICK)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()} == written
     assert second.table.equals(first.table)
     assert [floor.model for floor in first.ranked.floors] == ["digits train"]
