@@ -5,6 +5,7 @@ Names of models and files are quoted for a shell, whatever they are.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from demerge.analysis.cutting.needed import MOST
 from demerge.analysis.measurement.settings import Settings
-from demerge.conflict import ConflictMap, K
+from demerge.conflict import MAX_CELLS, ConflictMap
 from demerge.timesteps import Partition
 
 USUAL = Settings()
@@ -34,18 +35,32 @@ Step = tuple[str, list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the commands on the page are about: model, data and its split, and the files of the map and of its cut."""
+    """What the commands on the page are about.
+
+    Attributes:
+        model, data: as they were named on the command line.
+        options: words of the command line that say how data is read, known to `analyze` and `finetune`.
+        map, partition: the files of the map, or its folder, and of its cut.
+    """
 
     model: str = "MODEL"
     data: str = "DATA"
-    split: str = "train"
+    options: tuple[str, ...] = ()
     map: Path = Path("conflict.safetensors")
     partition: Path = Path("partition.json")
 
     def on(self) -> str:
-        """Return model, data and split as words of a command."""
-        split = [] if self.split == "train" else ["--split", self.split]
-        return shlex.join([self.model, "--data", self.data, *split])
+        """Return model and data as words of a command."""
+        return shlex.join([self.model, "--data", self.data, *self.options])
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the map."""
+        return self.map.parent if self.map.suffix == ".safetensors" else self.map
+
+    def beside(self, name: str) -> str:
+        """Return a place in the run, next to the folder of the map, as a word of a command."""
+        return shlex.quote(str(self.folder.parent / name))
 
 
 def steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names) -> list[Step]:
@@ -60,38 +75,41 @@ def _experts(map: ConflictMap, partition: Partition, said: Mapping[str, Any], na
     file = shlex.quote(str(names.partition))
     what = "Train an expert for each range" if said["benefit"]["promised"] else "To try all the same: an expert for each range"
     train = [
-        f"demerge finetune {names.on()} --ranges {file} -o experts",
-        f"demerge finetune {names.on()} --ranges joint:{len(partition)} -o joint",
+        f"demerge finetune {names.on()} --ranges {file} -o {names.beside('experts')}",
+        f"demerge finetune {names.on()} --ranges joint:{len(partition)} -o {names.beside('joint')}",
     ]
     found = [(f"{what}, and the control that gets as many steps without ranges.", train)]
     if map.sketches is not None:
-        folders = " ".join(f"experts/{span}" for span in partition)
+        folders = " ".join(names.beside(f"experts/{span}") for span in partition)
         moved = f"demerge transfer {shlex.quote(str(names.map))} {folders} --base {shlex.quote(names.model)}"
         found.append(("Once they are trained: what each does to each range, predicted from the map alone.", [moved]))
     return found
 
 
 def _hidden(map: ConflictMap, said: Mapping[str, Any], names: Names) -> list[Step]:
-    if not said["unresolved"] or said["groups_needed"] >= MOST:
+    """Say what resolves more: more groups of the same map or, if it cannot hold as many, larger batches in another."""
+    groups, most = said["groups_needed"], MAX_CELLS // map.N
+    if not said["unresolved"] or groups >= MOST:
         return []
-    groups, folder = said["groups_needed"], names.map.parent if names.map.suffix else names.map
-    why = f"{len(said['unresolved'])} of {map.N} bins are unresolved; some {groups:,} groups or more would do."
-    if map.origin.engine == "exact" and map.origin.parameters > K:  # such a map cannot be extended
-        return [(why, [_again(map, names, Path("conflict-more"), groups=groups, engine="sketch")])]
-    return [(why, [_again(map, names, folder, groups=groups)])]
+    why = f"{len(said['unresolved'])} of {map.N} bins are unresolved; some {groups:,} groups or more would do"
+    if groups <= most:
+        return [(f"{why}. They are added to the map.", [_again(map, names, shlex.quote(str(names.folder)), groups=groups)])]
+    batch = 2 * math.ceil(map.origin.batch_size * groups / map.M / 2)
+    larger = _again(map, names, names.beside(f"{names.folder.name}-more"), **{"train-batch-size": batch})
+    return [(f"{why}, or as many as there are with batches of {batch:,}.", [larger])]
 
 
 def _layers(map: ConflictMap, names: Names) -> list[Step]:
-    stored, measure = names.map, []
+    stored, measure = shlex.quote(str(names.map)), []
     if map.layers is None:
-        stored = Path("conflict-layers")
-        measure = [f"{_again(map, names, stored, metric='adam')} --layers"]
-    rank = f"demerge layers {shlex.quote(str(stored))} --ranges {shlex.quote(str(names.partition))} -o layers.json"
+        stored = names.beside(f"{names.folder.name}-layers")
+        measure = [_again(map, names, stored, layers=True, metric="adam")]
+    rank = f"demerge layers {stored} --ranges {shlex.quote(str(names.partition))} -o {names.beside('layers.json')}"
     return [("Which layers conflict, to train only these with finetune --train-layers layers.json.", [*measure, rank])]
 
 
-def _again(map: ConflictMap, names: Names, out: Path, **changes: object) -> str:
-    """Return the command that measures the map again, but for `changes`."""
+def _again(map: ConflictMap, names: Names, out: str, *, layers: bool = False, **changes: object) -> str:
+    """Return the command that measures the map again into `out`, a word of a command, but for `changes`."""
     origin = map.origin
     asked = {
         "bins": map.N,
@@ -106,4 +124,5 @@ def _again(map: ConflictMap, names: Names, out: Path, **changes: object) -> str:
         "seed": origin.seed,
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in {**asked, **changes}.items() if value != DEFAULTS[name]]
-    return " ".join(["demerge analyze", names.on(), *words, "-o", shlex.quote(str(out))])
+    words += ["--layers"] if layers or map.layers is not None else []
+    return " ".join(["demerge analyze", names.on(), *words, "-o", out])

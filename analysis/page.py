@@ -19,6 +19,7 @@ from demerge.analysis.cutting.segmentation import FOUND
 from demerge.analysis.next import Names, steps
 from demerge.analysis.plots import figures, render
 from demerge.analysis.similarity import similarity
+from demerge.analysis.verdict import listed
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
 from demerge.figures import DARK
@@ -59,13 +60,14 @@ def page(map: ConflictMap, partition: Partition, said: Mapping[str, Any], shown:
 
 
 RANGES = (
-    "Missed: the part of what a first step along the range's own gradient gains there that a joint step at the same rate "
-    "does not, with its 95 % interval; below 0 the joint step, a longer one, gains more there. Support: how often resampled "
-    "groups put a cut near the end of the range."
+    "Missed: the part of what a first AdamW step along the range's own gradient gains there that a joint step of the same "
+    "length does not, with its 95 % interval. It is 1 - the cosine of the two: above 100 % the joint step does harm there. "
+    "Pull: the length of the range's gradient against the mean; unequal pulls alone are no conflict. Support: how often "
+    "resampled groups put a cut near the end of the range."
 )
 MEASURED = (
     "Gradients of one base on groups of samples; products of different groups alone count, so that noise neither invents "
-    "similarity nor hides it. Errors are the jackknife's over groups."
+    "similarity nor hides it. Errors come from the spread between pairs of groups, or, of held-out shares, between groups."
 )
 
 
@@ -88,12 +90,23 @@ def _bare(map: ConflictMap) -> str:
 # -- the verdict ---------------------------------------------------------------------------------------------------------
 
 
+EYEBROWS = {
+    "conflict": "Separate experts promise a gain",
+    "alike": "No promise: train jointly",
+    "unresolved": "No promise: too little is resolved",
+}
+
+
 def _verdict(partition: Partition, said: Mapping[str, Any]) -> str:
-    promised = said["benefit"]["promised"]
-    eyebrow = "Separate experts promise a gain" if promised else "No promise"
-    kind = "better" if promised else "inconclusive"
-    words = f"{_cut(partition, said)} {_promise(said)}"
-    return f'<section class="verdict {kind}"><div class="eyebrow">{eyebrow}</div>\n<p>{text(words)}</p></section>'
+    verdict = said["verdict"]
+    kind = "better" if verdict["promised"] else "inconclusive"
+    more = _cut(partition, said)
+    if len(partition) > 1 and partition.cuts != verdict["cuts"]:
+        more = f"{more} {_promise(said)}"
+    return (
+        f'<section class="verdict {kind}"><div class="eyebrow">{text(EYEBROWS[verdict["kind"]])}</div>\n'
+        f"<p>{text(verdict['found'])} {text(verdict['do'])}</p>\n<p>{text(more)}</p></section>"
+    )
 
 
 def _cut(partition: Partition, said: Mapping[str, Any]) -> str:
@@ -101,29 +114,31 @@ def _cut(partition: Partition, said: Mapping[str, Any]) -> str:
     reason = said.get("supported", said)["reason"] if len(partition) == 1 else said["reason"]
     if len(partition) == 1:
         return f"The timesteps stay in one range: {reason}."
-    places = [str(cut) for cut in partition.cuts]
-    at = " and ".join([", ".join(places[:-1]), places[-1]] if len(places) > 1 else places)
     taken, advice = said["taken"], said["advice"]
     why = reason if taken == advice else f"as was asked; advised is {advice}, as {reason}"
-    return f"The timesteps are cut at {at} into {len(partition)} ranges, the {taken} cut: {why}."
+    return f"The timesteps are cut at {listed(partition)} into {len(partition)} ranges, the {taken} cut: {why}."
 
 
 def _promise(said: Mapping[str, Any]) -> str:
     sentence = said["benefit"]["sentence"]
     judged = ", judged on samples that did not choose the cut" if said["benefit"]["held_out"] else ""
-    return f"{sentence[0].upper()}{sentence[1:]}{judged}."
+    return f"Of this cut: {sentence}{judged}."
 
 
 # -- the numbers ---------------------------------------------------------------------------------------------------------
 
 
 def _tiles(map: ConflictMap, said: Mapping[str, Any]) -> str:
-    share, explained = said["benefit"]["share"], said["cuts"][said["taken"]]
+    promise, explained = said["benefit"], said["cuts"][said["taken"]]
     shown = [
         (f"{map.N - len(said['unresolved'])} of {map.N}", "bins whose mean gradient stands out from noise"),
         _opposed(map),
         (_percent(explained["share"]), f"of the conflict is resolved by this cut{_error(explained['se'])}"),
-        (_percent(share["value"]), "of what separate first steps gain is missed by a joint one"),
+        (_percent(promise["share"]["value"]), "of what separate AdamW steps gain is missed by a joint one, by direction alone"),
+        (
+            _percent(promise["batch"]["value"]),
+            f"with the noise of batches of {promise['batch']['size']} and unequal lengths too",
+        ),
         _joint(said["row_sums"]),
     ]
     if "supported" in said:
@@ -159,13 +174,14 @@ def _ranges(map: ConflictMap, partition: Partition, said: Mapping[str, Any]) -> 
         [
             _span(span),
             f"{len(span) / map.T:.0%}",
-            _percent(row["share"]["value"]),
-            _between(row["share"]),
+            _times(row["length"]["value"]),
+            _percent(row["missed"]["value"]),
+            _between(row["missed"]),
             support.get(span.stop, ""),
         ]
         for span, row in zip(partition, said["benefit"]["ranges"], strict=True)
     ]
-    return table(["timesteps", "of all", "missed by a joint step", "95 % interval", "support of its end"], rows)
+    return table(["timesteps", "of all", "pull", "missed by a joint step", "95 % interval", "support of its end"], rows)
 
 
 def _span(span: Any) -> str:
@@ -174,6 +190,10 @@ def _span(span: Any) -> str:
 
 def _percent(value: float | None) -> str:
     return "?" if value is None else f"{value:.0%}"
+
+
+def _times(value: float | None) -> str:
+    return "?" if value is None else f"{value:.1f} ×"
 
 
 def _error(se: float | None) -> str:

@@ -2,7 +2,7 @@
 
 OUT/conflict.safetensors   the map
 OUT/partition.json         the cut that was asked for; uniform where noise leaves no gradient cut
-OUT/summary.json           shares of three cuts with errors, support of each cut, row-sum check, advice
+OUT/summary.json           the verdict, shares of three cuts with errors, support of each cut, row-sum check, advice
 OUT/*.svg, *.png           plots; *.dark.svg for dark pages
 OUT/conflict.html          all of it on one page, and what to do next
 """
@@ -10,7 +10,7 @@ OUT/conflict.html          all of it on one page, and what to do next
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,16 @@ import numpy as np
 
 from demerge.analysis.cutting.benefit import benefit
 from demerge.analysis.cutting.blocks import LEAST_KNOWN
-from demerge.analysis.cutting.crossfit import HeldOut, unsure
+from demerge.analysis.cutting.crossfit import Count, unsure
 from demerge.analysis.cutting.evidence import Estimate, Evidence, estimate, short, support
 from demerge.analysis.cutting.needed import MOST, groups_needed
 from demerge.analysis.cutting.segmentation import GIVEN, METHODS, cut
-from demerge.analysis.similarity import leave_one_out, standard_error, t_quantile
+from demerge.analysis.similarity import error, without_pair
+from demerge.analysis.verdict import advised, gains_over, verdict
 from demerge.conflict import ConflictMap
 from demerge.errors import NumericalError
 from demerge.files import commit_file, commit_json, commit_text, place_for
 from demerge.timesteps import Partition
-
-BEAT = 2.0
 
 
 def summary(
@@ -39,6 +38,7 @@ def summary(
     score: str = "step",
     minimum: int | None = None,
     given: Partition | None = None,
+    counted: Count | None = None,
 ) -> dict[str, Any]:
     """Say what the map supports: JSON values only, None for what cannot be said.
 
@@ -47,14 +47,18 @@ def summary(
         method: one of METHODS, or `advised`: `gradient` or `uniform`, whichever the advice is.
         minimum: least width of a range in bins for cuts that look at the map; None is that of `cut`.
         given: a cut of one's own to be judged and taken, called `given`.
+        counted: what `count` found by `gradient` with this score and minimum, if known.
 
-    Keys: bins, groups, batch_size, draws, ranges, score; `unresolved` ranges of t; `blocks` and the share of
-    [0, T) `known` by them; `conflict` (J of all blocks apart); `cuts`
-    by method, each with cuts, share, se; `judged`, the cut that the next three are about: what was asked for, or gradient where
-    that does not look at the map; `support` of each of its cuts, `low` and `high` None where it is given;
-    its `held_out` gain over uniform and logsnr;
-    `advice`, it or uniform, and its `reason`; `row_sums`; `taken`, what was asked for, or uniform where that finds no cut;
-    `benefit`, what training experts of the cut that was taken promises; `groups_needed` for all bins to be resolved.
+    Keys: `verdict`, of the map alone: what was found and what to do; bins, groups, batch_size, draws, ranges, score;
+    `unresolved` ranges of t; `blocks` and the share of [0, T) `known` by them; `conflict` (J of all blocks apart); `cuts`
+    by method, each with cuts, share, se; `judged`, the cut that the next three are about: what was asked for, or gradient if
+    that does not look at the map; `support` of each of its cuts, `low` and `high` None if it is given; its `held_out` gain over
+    uniform and logsnr; `advice`, it or uniform, and its `reason`; `row_sums`; `taken`, what was asked for, or uniform if that
+    finds no cut; `benefit`, what training experts of the cut that was taken promises; `groups_needed` for all bins to be
+    resolved.
+
+    Raises:
+        UsageError: if a score or method is unknown.
     """
     evidence, n = Evidence.of(map, score), n if given is None else len(given)
     cuts, why = _cuts(map, n, score, minimum)
@@ -62,12 +66,14 @@ def summary(
         cuts, method = {"given": given, **cuts}, "given"
     judged = "gradient" if method in ("advised", *GIVEN) else method
     best = cuts[judged]
-    held_out = _held_out(evidence, judged, best, minimum) if best and evidence.sure and n > 1 else {}
-    advice, reason = _advice(evidence, n, judged, why.get(judged, ""), held_out)
+    held_out = gains_over(evidence, judged, best, minimum) if best and evidence.sure and n > 1 else {}
+    advice, reason = _advice(evidence, best, judged, why.get(judged, ""), held_out, minimum)
     asked = advice if method == "advised" else method
     chosen = asked if cuts[asked] else "uniform"
     partition = cuts[chosen] or Partition.uniform(map.T, n)
+    said = verdict(evidence, minimum, counted)
     return {
+        "verdict": said.document(),
         "bins": map.N,
         "groups": map.M,
         "batch_size": map.origin.batch_size,
@@ -86,7 +92,7 @@ def summary(
         "advice": advice,
         "reason": reason,
         "taken": chosen,
-        "benefit": benefit(evidence, partition, chosen, minimum).document(),
+        "benefit": benefit(evidence, partition, chosen, minimum, said.reason).document(),
         "groups_needed": groups_needed(map, evidence.found),
     }
 
@@ -103,27 +109,12 @@ def _cuts(map: ConflictMap, n: int, score: str, minimum: int | None) -> tuple[di
     return cuts, why
 
 
-def _held_out(evidence: Evidence, judged: str, best: Partition, minimum: int | None) -> dict[str, Estimate]:
-    """Return how much more of J the judged cut explains than each of GIVEN, on groups that did not choose it.
-
-    A given cut was chosen elsewhere, and is judged as it is.
-    """
-    held_out, n = HeldOut.of(evidence), len(best)
-    gains = held_out.given(best) if judged == "given" else held_out.gains([n], judged, minimum)[:, 0]
-    return {other: held_out.share(gains - held_out.gains([n], other)[:, 0]) for other in GIVEN}
-
-
-def _advice(evidence: Evidence, n: int, judged: str, why: str, held_out: dict[str, Estimate]) -> tuple[str, str]:
-    if why or not evidence.sure:
+def _advice(
+    evidence: Evidence, best: Partition | None, judged: str, why: str, held_out: dict[str, Estimate], minimum: int | None
+) -> tuple[str, str]:
+    if best is None or not evidence.sure:
         return "uniform", why or unsure(evidence)
-    if n == 1:
-        return "uniform", "one range leaves nothing to choose"
-    if len(evidence.blocks) == n and judged != "given":
-        return "uniform", f"noise leaves {n} blocks of bins, so that there was one way to cut and nothing to choose"
-    gain = held_out["uniform"]
-    if gain.above(BEAT):
-        return judged, f"on held-out groups the {judged} cut explains {gain} more of the conflict than uniform"
-    return "uniform", f"on held-out groups the {judged} cut gains {gain} over uniform, less than {BEAT:g} SE"
+    return advised(evidence, best, judged, minimum, held_out)
 
 
 def _described(evidence: Evidence, partition: Partition | None) -> dict[str, Any] | None:
@@ -158,9 +149,9 @@ def row_sums(map: ConflictMap) -> dict[str, Any]:
     Returns `ratio`, |gbar|^2 / sum_i w_i |mu_i|^2 (0 converged, 1 where all bins pull alike) with its `se`, and `rows`, how
     many of the N rows differ from 0 by more than a 95 % interval.
     """
-    w, K, left_out = map.widths, Evidence.of(map).found.K, leave_one_out(map)
+    w, K = map.widths, Evidence.of(map).found.K
     ratio = estimate(map, lambda K: K @ w @ w / (np.diagonal(K, axis1=-2, axis2=-1) @ w), K)
-    rows = abs(K @ w) > t_quantile(map.M) * standard_error(left_out @ w)
+    rows = abs(K @ w) > error(without_pair(map) @ w).half()
     return {"ratio": short(ratio.value), "se": short(ratio.se), "rows": int(rows.sum())}
 
 
@@ -172,6 +163,7 @@ def lines(said: dict[str, Any]) -> list[str]:
     """Return a summary for a person."""
     rows = said["row_sums"]
     text = [
+        ("verdict", f"{said['verdict']['found']} {said['verdict']['do']}"),
         (
             "map",
             f"{said['bins']} bins, {said['groups']} groups of {said['batch_size']}, {said['draws']} draws,"
@@ -192,8 +184,11 @@ def lines(said: dict[str, Any]) -> list[str]:
     for other, gain in said["held_out"].items():
         held_out = f"{said['judged']} explains {_pair(gain['value'], gain['se'], '+.2f')} more than {other}"
         text.append(("held out", held_out))
-    text += [("benefit", said["benefit"]["sentence"]), ("advice", f"{said['advice']}: {said['reason']}")]
-    text.append(("taken", f"the {said['taken']} cut"))
+    text.append(("advice", f"{said['advice']} for {said['ranges']} ranges: {said['reason']}"))
+    text.append(("taken", f"the {said['taken']} cut into {said['ranges']} ranges"))
+    text.append(("benefit", said["benefit"]["sentence"]))
+    if said["benefit"]["promised"]:
+        text.append(("plain SGD", said["benefit"]["plain"]))
     return [f"{label:12}  {found}" for label, found in text]
 
 
@@ -225,13 +220,13 @@ def write(
     *,
     model: str = "MODEL",
     data: str = "DATA",
-    split: str = "train",
+    options: Sequence[str] = (),
     stored: bool = False,
 ) -> list[Path]:
     """Write map, the cut that was taken, summary, plots and page into the folder OUT; return what was written.
 
     Args:
-        model, data, split: what the map was measured on, for the commands on the page.
+        model, data, options: what the map was measured on, and words that say how data is read, for the commands on the page.
         stored: whether the map lies in OUT already, where another process may have extended it since; it is left alone then.
     """
     out = place_for(out)
@@ -249,5 +244,5 @@ def write(
         pictures_of = {"svg": shown[name].data, "dark.svg": shown[name].dark or b"", "png": render(figure, "png")}
         for kind, picture in pictures_of.items():
             written.append(commit_file(out / f"{name}.{kind}", lambda stream, picture=picture: stream.write(picture)))  # type: ignore[misc]
-    names = Names(model, data, split, out, out / "partition.json")
+    names = Names(model, data, tuple(options), out, out / "partition.json")
     return [*written, commit_text(out / NAME, page(map, partition, said, shown, names))]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, ranges_of, say
+from demerge.cli.common import Device, Json, Seed, data_words, device_of, emit, progress, ranges_of, say
 
 MEASURE, CUT = "Measurement", "Cut"
 
@@ -137,5 +137,6 @@ def analyze(
     said = summary(map, n or count(map, method=method, score=score).chosen, method=method, score=score)
     for line in lines(said):
         say(line)
-    files = [*write(map, out, said, model=model, data=data, split=split, stored=True), *plan.files]
+    words = data_words(split, skip_broken)
+    files = [*write(map, out, said, model=model, data=data, options=words, stored=True), *plan.files]
     emit({"out": out, "files": files, **said}, out, json)

@@ -60,6 +60,11 @@ def ranges_of(text: str) -> int | None:
     return int(text)
 
 
+def data_words(split: str, skip_broken: bool) -> list[str]:
+    """Return the options that say how data is read as words of a command line, without those at their defaults."""
+    return [*(["--split", split] if split != "train" else []), *(["--skip-broken"] if skip_broken else [])]
+
+
 def device_of(name: str) -> str:
     """Return the device that `auto` stands for, or the name itself once torch knows it.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Json, emit, ranges_of, say, show
+from demerge.cli.common import Json, data_words, emit, ranges_of, say, show
 from demerge.errors import UsageError
 
 
@@ -28,6 +28,8 @@ def ranges(
         int | None, typer.Option(min=1, help="Least width of a range in bins, for gradient and hierarchical.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base; a map of other weights is refused.")] = None,
+    data: Annotated[str | None, typer.Option(help="The data, for the commands on the page.")] = None,
+    split: Annotated[str, typer.Option(help="Its split, for the commands on the page.")] = "train",
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Write the ranges here, for example partition.json, and conflict.html beside."),
@@ -54,7 +56,8 @@ def ranges(
         say(line)
     if out is not None and page is not None:
         taken(found, said).save(out)
-        stage.write_beside(found, said, page, stored=map, out=out, model=model, minimum=minimum)
+        words = data_words(split, skip_broken=False)
+        stage.write_beside(found, said, page, stored=map, out=out, model=model, data=data, options=words, minimum=minimum)
     emit({"out": out, "page": page, **said}, out, json)
     if out is None and not json:
         show(" ".join(f"{start}:{stop}" for start, stop in said["partition"]))

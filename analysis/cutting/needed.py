@@ -21,9 +21,15 @@ from demerge.conflict import ConflictMap
 MOST = 100_000
 
 
-def groups_needed(map: ConflictMap, found: Similarity) -> int:
-    """Return the fewest groups at which every bin would likely be resolved, M where all are; at most 100,000."""
-    return max([map.M, *(_of_bin(map, found, int(i)) for i in np.flatnonzero(~found.resolved))])
+def groups_needed(map: ConflictMap, found: Similarity, known: float = 1.0) -> int:
+    """Return the fewest groups at which bins that cover the share `known` of [0, T) would likely be resolved.
+
+    It is M if they are already, and 100,000 at most.
+    """
+    needed = np.array([map.M if resolved else _of_bin(map, found, i) for i, resolved in enumerate(found.resolved)])
+    order = np.argsort(needed, kind="stable")
+    enough = np.searchsorted(np.cumsum(map.widths[order]), known - 1e-9)
+    return int(needed[order[enough]])
 
 
 def _of_bin(map: ConflictMap, found: Similarity, i: int) -> int:

@@ -22,7 +22,6 @@ from demerge.errors import InputError, UsageError
 from demerge.timesteps import Partition
 
 ADVISED = "advised"
-MORE = " " * 14 + "(more groups or larger batches may support more; -n 4 cuts uniformly)"
 
 
 def ranges(
@@ -51,7 +50,8 @@ def ranges(
     """
     _check(map, n, method, score, minimum)
     found = count(map, method="gradient" if method == ADVISED else method, score=score, minimum=minimum)
-    said = summary(map, n or found.chosen, method=method, score=score, minimum=minimum, given=given)
+    counted = found if method in (ADVISED, "gradient") else None
+    said = summary(map, n or found.chosen, method=method, score=score, minimum=minimum, given=given, counted=counted)
     return {
         "partition": [[r.start, r.stop] for r in taken(map, said)],
         "timesteps": map.T,
@@ -159,28 +159,30 @@ def write_beside(
     stored: Path,
     out: Path,
     model: str | None = None,
+    data: str | None = None,
+    options: Sequence[str] = (),
     minimum: int | None = None,
 ) -> None:
-    """Write the page of what `ranges` said of the map in `stored` and wrote to `out`."""
+    """Write the page of what `ranges` said of the map in `stored` and wrote to `out`; its commands name model and data."""
     from demerge.analysis.next import Names
     from demerge.analysis.page import write_page
 
-    write_page(map, taken(map, said), said, page, Names(model or "MODEL", map=stored, partition=out), minimum)
+    names = Names(model or "MODEL", data or "DATA", tuple(options), stored, out)
+    write_page(map, taken(map, said), said, page, names, minimum)
 
 
 # -- for a person --------------------------------------------------------------------------------------------------------
 
 
 def lines(said: dict[str, Any]) -> list[str]:
-    """Return what `ranges` says, for a person: the evidence, the table of numbers of ranges, and the result at the end."""
+    """Return what `ranges` says, for a person: verdict, evidence, the table of numbers of ranges, and the result at the end."""
     supported = said["supported"]
     spans = " ".join(f"[{a}, {b})" for a, b in said["partition"])
     auto = f"{supported['ranges']}: {supported['reason']}"
     return [
-        *summary_lines(said)[:-1],
+        *summary_lines(said),
         *_table(said["held_out_shares"], said["ranges"]),
         f"{'supported':12}  {auto}",
-        *([MORE] if supported["ranges"] == 1 else []),
         f"{'ranges':12}  {spans}, {said['taken']}",
     ]
 

@@ -31,7 +31,8 @@ class Run:
 
     Attributes:
         sketch, short: the sketch of a gradient, alone and with those of its layers.
-        start: a map of fewer groups, to be extended; with a Fisher, which lies in no map, to be measured again.
+        start: a map of fewer groups, to be extended. Its groups are measured again if it does not hold what they take: with
+            a Fisher, which lies in no map, or if its products are of exact gradients.
         seconds: of the backward passes of a cell, where they were timed.
     """
 
@@ -43,11 +44,6 @@ class Run:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start is not None and self.fisher is None and self.measurement.exact and self.measurement.parameters > K:
-            raise UsageError(
-                f"a map of {self.start.M} groups of exact gradients cannot be extended: it does not hold them",
-                fix="measure a map of sketches in another folder, with --engine sketch, or ask for no more groups",
-            )
         if self.start is not None and self.start.layers is not None and not self.measurement.settings.layers:
             raise UsageError(
                 f"the map of {self.start.M} groups has sketches of layers, which more groups would lack", fix="add --layers"
@@ -59,12 +55,23 @@ class Run:
         return self.cells.fisher
 
     @property
+    def holds(self) -> bool:
+        """Whether the map to be extended holds the rows of its groups: sketches, or gradients no longer than a sketch."""
+        of = self.measurement
+        return (
+            self.fisher is None
+            and not (of.exact and of.parameters > K)
+            and self.start is not None
+            and self.start.sketches is not None
+        )
+
+    @property
     def known(self) -> int:
         """How many groups need not be measured, as far as this process sees."""
         there = self.cells.partial.count("group-")
         if self.fisher is not None:
             return min(there, self.fisher.committed)
-        return max(0 if self.start is None else self.start.M, there)
+        return max(self.start.M if self.start is not None and self.holds else 0, there)
 
     @property
     def cost(self) -> Cost:
@@ -146,7 +153,7 @@ class Run:
 
     def _rows(self) -> Tensor | None:
         """Return the rows of the map to be extended, [M N *]; where a sketch keeps all coordinates it is the gradient."""
-        if self.start is None or self.start.sketches is None or self.fisher is not None:
+        if self.start is None or self.start.sketches is None or not self.holds:
             return None
         parts = [self.start.sketches]
         if self.measurement.exact:

@@ -60,7 +60,8 @@ class Plan:
         told = self.measurement.model.told(self.measurement.data)
         cost = (f"given     {told}\n" if told else "") + f"cost      {self.cost}; batches of {s.batch_size}"
         if self._again > 0:
-            cost += f"; {self._again} groups of the map are measured again, as no sums for the Fisher are kept"
+            why = "their exact gradients are not kept" if self.fisher is None else "no sums for the Fisher are kept"
+            cost += f"; {self._again} groups of the map are measured again, as {why}"
         elif start is not None:
             cost += f"; {start.M * s.bins} passes were done before"
         if self.world.size > 1:
@@ -69,9 +70,13 @@ class Plan:
 
     @property
     def _again(self) -> int:
-        """How many groups of a map that is there are measured again, for the Fisher."""
+        """How many groups of a map that is there are measured again, as it does not hold what more groups or a Fisher take."""
         there = self.found or (None if self.run is None else self.run.start)
-        return 0 if self.fisher is None or there is None else there.M - self.fisher.fisher.committed
+        if there is None:
+            return 0
+        if self.fisher is not None:
+            return there.M - self.fisher.fisher.committed
+        return 0 if self.run is None else max(0, there.M - self.run.known)
 
     def map(self, progress: Progress | None = None) -> ConflictMap:
         """Return the map that is there, or measure and save it; groups that an earlier call finished are not measured again.

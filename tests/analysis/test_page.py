@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from demerge.analysis.cutting.ranges import lines as range_lines
+from demerge.analysis.cutting.ranges import ranges
 from demerge.analysis.next import Names, steps
-from demerge.analysis.page import CAPTIONS, page, refuse_to_replace, write_page
-from demerge.analysis.report import summary, taken
+from demerge.analysis.page import CAPTIONS, EYEBROWS, page, refuse_to_replace, write_page
+from demerge.analysis.report import lines, summary, taken
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
 from demerge.pages import Exhibit
@@ -57,8 +62,9 @@ def test_a_promise_is_said_first_then_the_map_the_numbers_and_what_to_do(planted
     text = read(map, summary(map, 4)).text
     order = [
         "Separate experts promise a gain",
+        "The timesteps conflict: in 4 ranges cut at 125, 250 and 375 a joint AdamW step misses",
+        "Train an expert for each range",
         "cut at 125, 250 and 375 into 4 ranges, the gradient cut: on held-out groups",
-        "A joint first step misses",
         "The map",
         "16 of 16",
         "The ranges",
@@ -94,30 +100,115 @@ def test_what_was_asked_for_against_the_advice_is_told(planted: Any) -> None:
 def test_hostile_names_stay_text_and_one_word(planted: Any) -> None:
     map = planted([0, 2, 4, 6, 16])
     said = summary(map, 4)
-    names = Names(HOSTILE, HOSTILE, "test", Path(HOSTILE), Path(HOSTILE))
+    names = Names(HOSTILE, HOSTILE, ("--split", HOSTILE), Path(HOSTILE), Path(HOSTILE))
     assert HOSTILE in read(map, said, names).text
     (_, commands), *_ = steps(map, taken(map, said), said, names)
     assert shlex.split(commands[0])[:4] == ["demerge", "finetune", HOSTILE, "--data"]
-    assert shlex.split(commands[0])[4:9] == [HOSTILE, "--split", "test", "--ranges", HOSTILE]
+    assert shlex.split(commands[0])[4:9] == [HOSTILE, "--split", HOSTILE, "--ranges", str(Path(HOSTILE))]
 
 
-def test_commands_know_their_options(planted: Any) -> None:
+def commands(map: ConflictMap, said: dict[str, Any], names: Names) -> list[list[str]]:
+    """Return the commands of a page as words, each held against the program's own parser."""
     from typer.main import get_command
 
     from demerge.cli.main import app
 
+    known, found = get_command(app), []
+    for _, run in steps(map, taken(map, said), said, names):
+        for line in run:
+            program, name, *words = shlex.split(line)
+            assert program == "demerge"
+            known.commands[name].make_context(name, list(words))  # type: ignore[attr-defined]
+            found.append([name, *words])
+    return found
+
+
+@pytest.mark.parametrize("stored", [Path("run/conflict"), Path("run/conflict/conflict.safetensors")])
+@pytest.mark.parametrize("model", ["models/my base", "../base", "owner/name"])
+def test_commands_parse_repeat_the_data_and_stay_in_the_run(planted: Any, stored: Path, model: str) -> None:
     map = planted([0, 2, 4, 6, 16], noise=0.5)
     sketched = ConflictMap(map.bins, map.gram, map.log_snr, map.origin, {"a": 10}, np.ones((16, 8, 10), dtype=np.float32))
     said = summary(sketched, 4)
     assert 0 < len(said["unresolved"]) < 16
-    seen, known = set(), get_command(app)
-    for _, commands in steps(sketched, taken(map, said), said, Names(map=Path("run/conflict"), partition=Path("p.json"))):
-        for command in commands:
-            program, name, *words = shlex.split(command)
-            options = {option for parameter in known.commands[name].params for option in parameter.opts}  # type: ignore[attr-defined]
-            assert program == "demerge" and {word for word in words if word.startswith("-")} <= options, command
-            seen.add(name)
-    assert seen == {"analyze", "finetune", "layers", "transfer"}
+    names = Names(model, "my data", ("--split", "test", "--skip-broken"), stored, Path("run/conflict/partition.json"))
+    found = commands(sketched, said, names)
+    assert {name for name, *_ in found} == {"analyze", "finetune", "layers", "transfer"}
+    for name, *words in found:
+        if name in ("analyze", "finetune"):
+            assert words[:6] == [model, "--data", "my data", "--split", "test", "--skip-broken"], words
+        if "-o" in words:
+            assert words[words.index("-o") + 1].startswith("run/"), words
+    (more,) = (words for name, *words in found if name == "analyze" and "--layers" not in words)
+    assert more[-2:] == ["-o", "run/conflict"] and f"{said['groups_needed']}" in more, "the map is extended"
+    (moved,) = (words for name, *words in found if name == "transfer")
+    assert all(word.startswith("run/experts/") for word in moved[1:5])
+
+
+def test_a_map_that_cannot_hold_as_many_groups_gets_larger_batches(map_of: Any) -> None:
+    map = map_of(np.random.default_rng(0).standard_normal((8, 6, 200)))
+    said = {**summary(map, 4), "groups_needed": 60_000}
+    (analyze, *words), *_ = commands(map, said, Names(map=Path("run/conflict")))
+    assert analyze == "analyze" and words[-2:] == ["-o", "run/conflict-more"] and "--train-batch-size" in words
+
+
+def test_layers_are_kept_where_the_map_has_them(planted: Any) -> None:
+    map = planted([0, 2, 4, 6, 16], noise=0.5)
+    kept = np.ones((16, 8, 10), dtype=np.float32)
+    layered = ConflictMap(map.bins, map.gram, map.log_snr, map.origin, {"a.w": 10}, kept, kept)
+    found = commands(layered, summary(layered, 4), Names(map=Path("run/conflict")))
+    assert ["--layers" in words for name, *words in found if name == "analyze"] == [True]
+
+
+# -- one verdict ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edges", "noise", "kind"),
+    [
+        ([0, 2, 4, 6, 16], 0.1, "conflict"),
+        ([0, 4, 8, 12, 16], 0.15, "conflict"),  # uniform is as good
+        ([0, 8], 0.1, "alike"),
+        ([0, 4, 8], 30.0, "unresolved"),
+    ],
+)
+def test_analyze_ranges_and_the_page_have_one_verdict(planted: Any, edges: list[int], noise: float, kind: str) -> None:
+    map = planted(edges, noise=noise)
+    analysed, cut = summary(map, 4), ranges(map)
+    verdict = analysed["verdict"]
+    assert verdict == cut["verdict"] and verdict["kind"] == kind and verdict["promised"] == (kind == "conflict")
+    first = f"verdict       {verdict['found']} {verdict['do']}"
+    assert lines(analysed)[0] == range_lines(cut)[0] == first
+    for said in (analysed, cut, summary(map, 2, method="uniform")):
+        text = read(map, said).text
+        assert text.index(EYEBROWS[kind]) < text.index(verdict["found"]) < text.index("The map")
+        promised = [line for line in lines(said) if "misses" in line and "no promise" not in line]
+        assert said["benefit"]["promised"] <= verdict["promised"] and bool(promised) == verdict["promised"]
+    assert cut["ranges"] == verdict["ranges"] and cut["cuts"][cut["taken"]]["cuts"] == verdict["cuts"]
+
+
+def test_equal_runs_make_equal_files(planted: Any, tmp_path: Path) -> None:
+    """In processes of their own, with other hash seeds, of a map in memory and of its file."""
+    stored = planted([0, 1, 2, 4], M=5).save(tmp_path / "map.safetensors")
+    code = """
+import sys, numpy as np
+from pathlib import Path
+from demerge.analysis import summary, write
+from demerge.conflict import ConflictMap
+map = ConflictMap.load(Path(sys.argv[1]))
+if sys.argv[2] == "strided":  # as a measurement leaves it
+    gram = np.ascontiguousarray(map.gram.transpose(1, 0, 3, 2)).transpose(1, 0, 3, 2)
+    map = ConflictMap(map.bins, gram, map.log_snr, map.origin)
+write(map, Path("out"), summary(map, 4))
+"""
+    written = []
+    for seed, memory in (("1", "file"), ("2", "strided")):
+        folder = tmp_path / seed
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(stored), memory], cwd=folder, env=environment, check=True)
+        written.append({path.name: path.read_bytes() for path in (folder / "out").iterdir()})
+    assert written[0].keys() == written[1].keys() and "conflict.html" in written[0]
+    assert [name for name in written[0] if written[0][name] != written[1][name]] == []
 
 
 def test_the_page_is_written_whole_and_replaces_only_itself(planted: Any, tmp_path: Path) -> None:

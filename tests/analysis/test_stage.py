@@ -10,6 +10,7 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,11 +79,14 @@ def test_more_groups_do_not_lose_the_layers(tiny: Path, tmp_path: Path) -> None:
         plan(tiny, tmp_path, groups=6, bins=2)
 
 
-def test_exact_gradients_that_a_map_does_not_hold_cannot_be_extended(make_tiny: Any, tmp_path: Path) -> None:
+def test_exact_gradients_that_a_map_does_not_hold_are_measured_again(make_tiny: Any, tmp_path: Path) -> None:
     large = make_tiny(block_out_channels=(16, 32))
-    plan(large, tmp_path / "out", groups=5, bins=2).map()
-    with pytest.raises(UsageError, match="cannot be extended"):
-        plan(large, tmp_path / "out", groups=6, bins=2)
+    five = plan(large, tmp_path / "out", groups=5, bins=2).map()
+    extended = plan(large, tmp_path / "out", groups=6, bins=2)
+    assert "5 groups of the map are measured again, as their exact gradients are not kept" in str(extended)
+    six = extended.map()
+    assert np.allclose(six.gram[:, :5, :, :5], five.gram, rtol=1e-4)
+    assert np.array_equal(six.gram, plan(large, tmp_path / "anew", groups=6, bins=2).map().gram)
 
 
 @pytest.fixture

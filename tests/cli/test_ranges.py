@@ -35,7 +35,7 @@ def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> 
         "held out",
         "bootstrap",
         "logsnr",
-        "benefit       a joint first step",
+        "benefit       a joint AdamW step",
         "advice        gradient",
     ):
         assert word in done.err
