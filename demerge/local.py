@@ -17,7 +17,7 @@ from pathlib import Path
 from demerge.errors import InputError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-EMBEDDED = ("digits-base",)
+EMBEDDED = ("digits-base", "digits-early")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ROOT = ("model_index.json", "config.json", "scheduler_config.json", "adapter_config.json")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")

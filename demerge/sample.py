@@ -30,6 +30,7 @@ from demerge.errors import InputError, NumericalError, UsageError
 from demerge.expert import experts_in
 from demerge.images import to_uint8
 from demerge.randomness import key_of, normal
+from demerge.threads import fitting_threads
 from demerge.timesteps import Partition
 
 SAMPLERS = ("ddim", "base")
@@ -256,13 +257,14 @@ def _batch(
         arguments["generator"] = [
             torch.Generator(model.device).manual_seed(key_of(seed, "sampler", i) % 2**63) for i in indices
         ]
-    for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(x, t)
-        prediction = model.predict(torch.cat([scaled, scaled]) if guided else scaled, t.to(model.device), condition)
-        if guided:
-            without, given = prediction.chunk(2)
-            prediction = without + guidance_scale * (given - without)
-        x = scheduler.step(prediction, t, x, **arguments).prev_sample
+    with fitting_threads(model, len(indices)):
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t)
+            prediction = model.predict(torch.cat([scaled, scaled]) if guided else scaled, t.to(model.device), condition)
+            if guided:
+                without, given = prediction.chunk(2)
+                prediction = without + guidance_scale * (given - without)
+            x = scheduler.step(prediction, t, x, **arguments).prev_sample
     if not bool(torch.isfinite(x).all()):
         raise NumericalError("the sampler left the finite numbers", fix="check the weights: `demerge inspect MODEL`")
     return to_uint8(model.decode(x)).cpu()

@@ -36,6 +36,7 @@ from demerge.conflict import MAX_CELLS, MIN_GROUPS, Array, ConflictMap, K, Origi
 from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import ResourceError, UsageError
+from demerge.threads import fitting_threads
 from demerge.timesteps import Partition
 
 
@@ -185,7 +186,8 @@ class Measurement:
         cells = Cells(draws, backward, keep, partial, 0, world=world, precision=s.precision, fisher=fisher)
         run = Run(self, cells, sketch, short, start)
         if timed or s.budget is not None:
-            run = replace(run, seconds=cells.seconds())
+            with fitting_threads(self.model, s.batch_size):
+                run = replace(run, seconds=cells.seconds())
         run.refuse_small_budget()
         return run
 

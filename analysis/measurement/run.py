@@ -20,6 +20,7 @@ from demerge.conflict import MIN_GROUPS, Array, ConflictMap, K, Origin
 from demerge.errors import ResourceError, UsageError
 from demerge.files import refuse_small_disk
 from demerge.numerics import accumulator
+from demerge.threads import fitting_threads
 
 if TYPE_CHECKING:
     from demerge.analysis.measurement.gradients import Cost, Measurement
@@ -129,6 +130,12 @@ class Run:
         s = of.settings
         if cells.partial.folder is not None:
             refuse_small_disk(cells.partial.folder, cost.bytes)
+        with fitting_threads(of.model, s.batch_size):
+            return self._measured(progress)
+
+    def _measured(self, progress: Progress | None) -> ConflictMap:
+        of, cells, cost = self.measurement, self.cells, self.cost
+        s = of.settings
         if self.fisher is not None:
             self.fisher.begin(cells.backward.D, of.model.device)
         cells.progress, cells.total = progress, cost.passes + cost.trials

@@ -22,6 +22,7 @@ from demerge.data import ImageData
 from demerge.diffusion import Diffusion
 from demerge.errors import NumericalError, UsageError
 from demerge.randomness import normal, permutation, uniform
+from demerge.threads import fitting_threads
 from demerge.timesteps import Partition, TimestepRange
 
 BLOCKS = 16
@@ -98,7 +99,8 @@ def range_losses(
     rows = []
     for r, span in enumerate(partition):
         draws = torch.arange(samples).split(batch_size)
-        losses = torch.cat([_losses(model, data, span, r, j.tolist(), seed) for j in draws])
+        with fitting_threads(model, batch_size):
+            losses = torch.cat([_losses(model, data, span, r, j.tolist(), seed) for j in draws])
         if not bool(losses.isfinite().all()):
             raise NumericalError(f"the loss in {span} is not finite", fix="check the model's weights")
         rows.append(tuple(float(block.mean()) for block in losses.double().tensor_split(BLOCKS)))

@@ -24,6 +24,7 @@ from demerge.finetune.options import FinetuneOptions
 from demerge.finetune.run import Progress, Run, record_name
 from demerge.finetune.state import disk_bytes, newest_state
 from demerge.records import refuse_differences
+from demerge.threads import fitting_threads
 from demerge.timesteps import TimestepRange
 
 
@@ -50,13 +51,15 @@ def finetune(
         Preempted: where `stop` said so; the same call continues.
     """
     out = place_for(out)
+    out = place_for(out)
     inputs = check(base, data, ranges, options, out, layers=layers)
     for span in ranges:
         if (out / str(span) / record_name(base)).is_file():
             continue
         run = Run.begin(base, data, span, options, out / "state" / str(span), inputs, layers)
-        yield from run.train(stop)
-        run.finish(out / str(span))
+        with fitting_threads(base, options.train_batch_size):
+            yield from run.train(stop)
+            run.finish(out / str(span))
     with contextlib.suppress(OSError):
         (out / "state").rmdir()  # kept while another range is unfinished
 

@@ -24,6 +24,7 @@ from demerge.data import ImageData
 from demerge.diffusion import Diffusion, squared_error
 from demerge.numerics import accumulator
 from demerge.stats.examples import Collected, Examples, Progress, Sampler, evaluated, silent
+from demerge.threads import fitting_threads
 from demerge.timesteps import TimestepRange
 
 BATCH, SMALLEST_BATCH = 32, 8
@@ -49,7 +50,7 @@ def range_fisher(
         NumericalError: where the gradient of an example is not finite.
     """
     sampler = Sampler(model, data, range, samples, seed)
-    with evaluated(model.denoiser):
+    with evaluated(model.denoiser), fitting_threads(model, BATCH):
         gradients, size, how = _engine(model, sampler)
         sums = {name: accumulator(p.shape, p.device) for name, p in model.denoiser.named_parameters()}
         for numbers, examples in sampler.batches(size):
