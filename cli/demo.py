@@ -1,23 +1,28 @@
 """`demerge demo`: the whole path on the embedded default, by running the very commands a user would.
 
-The base (a UNet of 0.2 M parameters trained on scikit-learn's digits) ships in the package; nothing is downloaded. The commands
-are printed as they run, and again in the report, and can be copied.
+The base (a UNet of 0.2 M parameters, trained for 400 steps on scikit-learn's digits) ships in the package; nothing is
+downloaded. The commands are printed as they run, and again in the report, and can be copied. Commands that do not wait
+for each other run as processes side by side if the machine has the cores.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Json, Seed, emit, say
+from demerge.cli.common import Json, Seed, cores, emit, say
 
+BASE = "digits-early"
 MERGES = {
     "average": "--method average",
     "task-arithmetic": "--method task_arithmetic --weights 0.5,0.5,0.5,0.5",
@@ -45,14 +50,14 @@ def demo(
     from demerge.files import commit_json
 
     ran: list[str] = []
-    for command in commands(out, steps, num_images, seeds, sampling_steps, cell_size, seed):
-        ran.append(f"demerge {command}")
-        say(f"\n[{time.monotonic() - start:3.0f} s] $ {ran[-1]}")
-        arguments = shlex.split(command)
-        if arguments[0] == "compare":
+    for together in commands(out, steps, num_images, seeds, sampling_steps, cell_size, seed):
+        for command in together:
+            ran.append(f"demerge {command}")
+            say(f"\n[{time.monotonic() - start:3.0f} s] $ {ran[-1]}")
+        if together[0].startswith("compare"):
             commit_json(out / "commands.json", {"commands": ran})
-        if not (arguments[0] == "merge" and Path(arguments[-1]).exists()):
-            run(arguments)
+        words = [shlex.split(command) for command in together]
+        run([w for w in words if not (w[0] == "merge" and Path(w[-1]).exists())])
     page = out / "report" / "index.html"
     say(f"\n[{time.monotonic() - start:3.0f} s] done")
     emit(
@@ -64,26 +69,35 @@ def demo(
 
 def commands(
     out: Path, steps: int, num_images: int, seeds: int, sampling_steps: int, cell_size: int, seed: int
-) -> Iterator[str]:
-    """Yield the command lines of the path one after the other; each is run before the next is asked for."""
+) -> Iterator[list[str]]:
+    """Yield the command lines of the path, those that do not wait for each other together.
+
+    Each is run before the next are asked for.
+    """
     at = shlex.quote(str(out))
-    train = f"--max-train-steps {steps} --train-batch-size 32 --learning-rate 2e-4 --ema-decay 0.99 --seed {seed}"
+    train = (
+        f"--max-train-steps {steps} --train-batch-size 64 --learning-rate 5e-4 --consistency 0 --ema-decay 0.9 --seed {seed}"
+    )
     cells = f"--bins 10 --groups 12 --train-batch-size {cell_size}"
-    yield f"analyze digits-base --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"
+    yield [f"analyze {BASE} --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"]
     ranges = f"--ranges {at}/conflict/partition.json"
-    yield f"finetune digits-base --data digits {ranges} {train} -o {at}/experts"
-    yield f"finetune digits-base --data digits --ranges joint:4 {train} -o {at}/joint"
-    halfway = "--method task_arithmetic --weights 0.5 --save-dtype float32"
-    yield f"merge digits-base {at}/joint/0000-1000 {halfway} -o {at}/merged/joint-0.5"
+    yield [
+        f"finetune {BASE} --data digits {ranges} {train} -o {at}/experts",
+        f"finetune {BASE} --data digits --ranges joint:4 {train} -o {at}/joint",
+    ]
     experts = " ".join(f"{at}/experts/{span}" for span in _ranges(out / "conflict" / "partition.json"))
-    yield f"stats {experts} --data digits --what fisher --samples 64 --seed {seed}"
+    yield [f"stats {experts} --data digits --what fisher --samples 64 --seed {seed}"]
+    halfway = "--method task_arithmetic --weights 0.5 --save-dtype float32"
+    yield [f"merge {BASE} {at}/joint/0000-1000 {halfway} -o {at}/merged/joint-0.5"]
     for name, method in MERGES.items():
-        yield f"merge digits-base {experts} {method} --save-dtype float32 -o {at}/merged/{name}"
-    merged = " ".join(f"{at}/merged/{name}" for name in ("joint-0.5", *MERGES))
-    models = f"base=digits-base joint={at}/joint/0000-1000 {merged} ensemble={at}/experts"
+        yield [f"merge {BASE} {experts} {method} --save-dtype float32 -o {at}/merged/{name}"]
+    merged = [f"{at}/merged/{name}" for name in ("joint-0.5", *MERGES)]
+    models = [f"joint={at}/joint/0000-1000", f"ensemble={at}/experts", *merged]
     images = f"--num-images {num_images} --seeds {','.join(map(str, range(seeds)))} --steps {sampling_steps}"
-    yield f"evaluate {models} --data digits --features digits-cnn {images} --eval-batch-size 250 {ranges} -o {at}"
-    yield f"compare {at} --title 'Handwritten digits: one base, four experts, their merges'"
+    score = f"--data digits --features digits-cnn {images} --eval-batch-size 250 {ranges} -o {at}"
+    halves = f"base={BASE} {' '.join(models[::2])}", f"--base {BASE} {' '.join(models[1::2])}"
+    yield [f"evaluate {half} {score}" for half in halves]
+    yield [f"compare {at} --title 'Handwritten digits: one base, four experts, their merges'"]
 
 
 def _ranges(partition: Path) -> list[str]:
@@ -92,15 +106,32 @@ def _ranges(partition: Path) -> list[str]:
     return [str(span) for span in Partition.load(partition)]
 
 
-def run(arguments: list[str]) -> None:
-    """Run a command of this program in this process, its result kept from stdout.
+def run(together: list[list[str]]) -> None:
+    """Run commands of this program, their results kept from stdout: one in this process, several side by side.
 
     Raises:
-        DemergeError: what the command raises.
+        DemergeError: what the one command raises.
     """
     from demerge.cli.main import app
 
-    with redirect_stdout(sys.stderr):
-        code = app(arguments, standalone_mode=False)
-    if isinstance(code, int) and code:
+    if len(together) > 1 and cores() > 1:
+        with ThreadPoolExecutor(len(together)) as pool:
+            codes = list(pool.map(lambda words: _beside(words, max(1, cores() // len(together))), together))
+    else:
+        with redirect_stdout(sys.stderr):
+            codes = [app(words, standalone_mode=False) for words in together]
+    if code := next((code for code in codes if isinstance(code, int) and code), 0):
         raise typer.Exit(code)
+
+
+def _beside(words: list[str], threads: int) -> int:
+    """Run a command in a process of its own and pass on what it says; return its exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    program = [sys.executable, "-m", "demerge.cli.main", *words]
+    with subprocess.Popen(
+        program, env=environment, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            say(line.rstrip())
+    return process.returncode

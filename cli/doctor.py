@@ -12,12 +12,14 @@ from pathlib import Path
 
 import typer
 
-from demerge.cli.common import Json, emit, show
+from demerge.cli.common import Json, cores, emit, show
 
 GIB = 1 << 30
 NEED_DISK = 2 * GIB
 NEED_MEMORY = 2 * GIB
 FAILED = 4
+DRIVER = Path("/proc/driver/nvidia/version")
+CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
 PACKAGES = ("diffusers", "safetensors", "numpy", "pandas", "sklearn", "seaborn", "einops", "PIL", "typer")
 EXTRAS = {"transformers": "sd", "datasets": "data", "nbclient": "notebook"}
 
@@ -57,18 +59,21 @@ def _torch() -> Iterator[Finding]:
     old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
     yield Finding("torch", torch.__version__, "pip install 'torch>=2.10'" if old else "")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    if torch.version.cuda and not names and Path("/proc/driver/nvidia/version").exists():
-        yield Finding(
-            "devices",
-            "an NVIDIA driver, but no GPU that torch can use",
-            "install a driver for CUDA " + torch.version.cuda,
-        )
-    else:
-        mps = ["Apple GPU"] if torch.backends.mps.is_available() else []
-        yield Finding("devices", ", ".join([*names, *mps, "CPU"]))
-    threads, cores = torch.get_num_threads(), len(_cores())
-    over = threads > cores
-    yield Finding("threads", f"torch uses {threads} of {cores} cores", f"export OMP_NUM_THREADS={cores}" if over else "")
+    mps = ["Apple GPU"] if torch.backends.mps.is_available() else []
+    fix = "" if names or mps else _unused_gpu(torch.version.cuda)
+    yield Finding("devices", "an NVIDIA GPU that torch cannot use" if fix else ", ".join([*names, *mps, "CPU"]), fix)
+    threads, most = torch.get_num_threads(), cores()
+    over = threads > most
+    yield Finding("threads", f"torch uses {threads} of {most} cores", f"export OMP_NUM_THREADS={most}" if over else "")
+
+
+def _unused_gpu(cuda: str | None) -> str:
+    """Return what lets torch use the NVIDIA GPU of this machine; empty if there is none."""
+    if not DRIVER.exists():
+        return ""
+    if cuda is None:
+        return f"this torch is built for the CPU: pip install --force-reinstall torch --index-url {CUDA_WHEELS}"
+    return f"this torch needs a driver for CUDA {cuda}: update the driver, or install a torch of an older CUDA"
 
 
 def _packages() -> Iterator[Finding]:
@@ -116,10 +121,6 @@ def _memory() -> Iterator[Finding]:
     if free is not None:
         fix = "" if free >= NEED_MEMORY else "close other programs, or lower the batch size"
         yield Finding("memory", f"{free / GIB:.1f} GiB available", fix)
-
-
-def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _packages, _extras, _disk, _memory)

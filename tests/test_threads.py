@@ -49,8 +49,5 @@ def test_a_number_of_the_user_is_left_alone(tiny: Path, two_threads: None, monke
 def test_finetune_uses_it_and_gives_the_threads_back(tiny: Path, tmp_path: Path, two_threads: None) -> None:
     options = FinetuneOptions(max_train_steps=2, train_batch_size=2)
     data = load_images("digits", split="train", limit=8)
-    seen = [
-        torch.get_num_threads()
-        for _ in finetune(Diffusion.load(tiny), data, [TimestepRange(0, 500)], options, tmp_path)
-    ]
+    seen = [torch.get_num_threads() for _ in finetune(Diffusion.load(tiny), data, [TimestepRange(0, 500)], options, tmp_path)]
     assert (seen, torch.get_num_threads()) == ([1, 1], 2)

@@ -57,3 +57,16 @@ def test_a_torchvision_that_breaks_diffusers_is_told_apart(monkeypatch):
 
     monkeypatch.setattr("importlib.import_module", fail)
     assert doctor._imported("diffusers").fix.startswith("pip uninstall torchvision")
+
+
+@pytest.mark.parametrize(("cuda", "fix"), [(None, "pip install --force-reinstall torch --index-url"), ("13.0", "CUDA 13.0")])
+def test_a_gpu_that_torch_cannot_use_has_one_fix(run, quick, monkeypatch, tmp_path, cuda, fix):
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version")
+    monkeypatch.setattr(doctor, "DRIVER", driver)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    done = run("doctor", "--json")
+    (broken,) = [finding for finding in json.loads(done.out)["findings"] if finding["fix"]]
+    assert (done.code, broken["name"]) == (4, "devices")
+    assert fix in broken["fix"]
