@@ -6,7 +6,12 @@ r"""What a user's word for a model stands for on this machine: a path, an embedd
         --max-train-steps 5000 --train-batch-size 64 --learning-rate 1e-3 --lr-scheduler cosine --lr-warmup-steps 200 \
         --adam-beta1 0.9 --p 1 --ema-decay 0.999 --save-dtype float16 --seed 0
 
-and is what that command leaves in runs/digits-base/0000-1000, less its records.
+and is what that command leaves in runs/digits-base/0000-1000, less its records. `digits-early` is the same early in its
+training, when gradients of timesteps still conflict:
+
+    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint -o runs/digits-early \
+        --max-train-steps 400 --train-batch-size 64 --learning-rate 1e-3 --lr-scheduler cosine --p 1 --ema-decay 0.99 \
+        --save-dtype float16 --seed 0
 """
 
 from __future__ import annotations

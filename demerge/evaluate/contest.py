@@ -79,7 +79,7 @@ class Contest:
 
     def _score_model(self, entrant: Entrant) -> Iterator[Scores]:
         model = entrant.load(self.base, self.device)
-        digest, losses = model.sha256, None
+        digest, losses = model.fingerprint, None
         for seed in self.seeds:
             place = self.out / "scores" / f"{entrant.slug}.seed{seed}.json"
             done = self._done(place, entrant, digest)
