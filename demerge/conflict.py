@@ -73,6 +73,7 @@ class Origin:
         params: which parameters count: `all`, `lora` or a regular expression.
         precision: of the model's own arithmetic: `no` (float32), or `bf16` under autocast; sums are float32 and float64.
         prediction: what the model predicts, which is its loss's target: `epsilon`, `v_prediction` or `sample`.
+        base: fingerprint of the whole base, with its configs, schedule and other components.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Origin:
     params: str = "all"
     precision: str = "no"
     prediction: str = ""
+    base: str = ""
 
     @property
     def noise(self) -> str:

@@ -147,7 +147,7 @@ class Measurement:
         s, of = self.settings, self.model
         facts = (of.sha256, self.data.fingerprint, self.parameters, self.cost().engine, s.draws)
         paired = s.antithetic == "on" if antithetic is None else antithetic
-        return Origin(*facts, paired, s.metric, s.batch_size, s.seed, s.params, s.precision, of.prediction_type)
+        return Origin(*facts, paired, s.metric, s.batch_size, s.seed, s.params, s.precision, of.prediction_type, of.fingerprint)
 
     def key(self) -> dict[str, Any]:
         """Return what a part must be a part of; the number of groups is none of it."""

@@ -117,6 +117,15 @@ def test_groups_of_another_schedule_are_refused(tiny: Path, rescheduled: Path, t
         plan(rescheduled, tmp_path / "out", groups=5)
 
 
+def test_a_map_of_another_config_is_refused(tiny: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", copytree(tiny, tmp_path / "other")
+    config = other / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "norm_eps": 1e-3}))
+    plan(tiny, out, groups=5).map()
+    with pytest.raises(UsageError, match="is of another measurement: base "):
+        plan(other, out, groups=5)
+
+
 def test_two_at_once_do_not_mix(tiny: Path, tmp_path: Path) -> None:
     ready = plan(tiny, tmp_path, groups=5)
     with (
