@@ -24,7 +24,11 @@ def merge(
     ] = None,
     experts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="EXPERT...", help="Models finetuned from the base, or LoRA files of it.", show_default=False),
+        typer.Argument(
+            metavar="EXPERT...",
+            help="Models finetuned from the base, the folder of experts that finetune made, or LoRA files.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -33,7 +37,8 @@ def merge(
     method: Annotated[
         str | None,
         typer.Option(
-            help="A name from `demerge methods`, or path.py:function; task_arithmetic by default.", rich_help_panel=WHAT
+            help="A name from `demerge methods`, weighted_sum, add_difference, or path.py:function; task_arithmetic by default.",
+            rich_help_panel=WHAT,
         ),
     ] = None,
     weights: Annotated[
@@ -53,7 +58,7 @@ def merge(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Take it all from a recipe (.yaml), a demerge.json or a merged model; options given beside it win.",
+            help="Take it all from a recipe (.yaml, also mergekit's), a demerge.json or a merged model; options given here win.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -66,7 +71,7 @@ def merge(
         typer.Option(
             "--rule",
             help="'PATTERN weights=W,W NAME=VALUE ...' for some tensors; the first that matches wins; 0.2..0.8 is a ramp over "
-            "depth. Patterns: down_blocks.*.attentions.**, up.1, mid, attn, up.conv. May be repeated.",
+            "depth. Patterns: down_blocks.*.attentions.**, up.1, mid, attn, up.conv, IN04, OUT11. May be repeated.",
             rich_help_panel=PARTS,
         ),
     ] = None,

@@ -24,6 +24,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache, reduce
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -139,7 +140,9 @@ class Method:
         for name in options:
             if name not in self.options:
                 known = ", ".join(f"{n}={o.default}" for n, o in self.options.items()) or "none"
-                raise UsageError(f"method {self.name} has no option '{name}'", fix=f"its options: {known}")
+                near = get_close_matches(name.lower(), self.options, 1, 0.6)
+                meant = f"did you mean {near[0]}? " if near else ""
+                raise UsageError(f"method {self.name} has no option '{name}'", fix=f"{meant}its options: {known}")
         return {name: option.parse(name, options.get(name, option.default)) for name, option in self.options.items()}
 
     def separate(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

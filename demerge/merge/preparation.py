@@ -28,6 +28,7 @@ from demerge.merge.parts import Lora, Part
 from demerge.merge.plan import MergeResult, Plan
 from demerge.merge.probe import copied, refuse_uneven
 from demerge.merge.recipe.asked import Asked
+from demerge.merge.recipe.names import translated
 from demerge.merge.recipe.recipe import Recipe
 from demerge.merge.recipe.rules import Rule, matcher, only, settle
 from demerge.merge.registry import find
@@ -82,7 +83,8 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
     Raises:
         InputError: also where an input is not the one whose SHA-256 the recipe names.
     """
-    method, recipe = find(recipe.method), _without_base(recipe)
+    recipe = _without_base(translated(recipe))
+    method = find(recipe.method)
     ranges, sides, notes = _opened(recipe, method)
     hashing = Hashing(_files(sides))
     if recipe.base.files:  # then this comes first
@@ -105,7 +107,7 @@ def refuse_unmergeable(base: Path | str, experts: Sequence[Path | str], **asked:
     Raises:
         DemergeError: as `prepare` does.
     """
-    recipe = _without_base(Recipe.of(base, experts, **asked))
+    recipe = _without_base(translated(Recipe.of(base, experts, **asked)))
     _, sides, notes = _opened(recipe, find(recipe.method))
     parts = [_part(recipe, side, Merge) for side in sides]
     return [*(note for part in parts for note in part.notes), *notes]

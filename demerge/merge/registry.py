@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["Block", "Blocks", "Method", "Scope", "Statistic", "find", "method", 
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 _METHODS: dict[str, Method] = {}
+COMMUNITY = ("weighted_sum", "add_difference")  # which a recipe may ask for, see `demerge.merge.recipe.names`
 
 
 def method(
@@ -66,12 +68,19 @@ def find(name: str) -> Method:
         UsageError: where there is none.
     """
     known = methods()
-    for candidate in known.values():
-        if name in (candidate.name, *candidate.aliases):
-            return candidate
     if ".py:" in name:
         return _from_file(name)
-    raise UsageError(f"unknown merge method '{name}'", fix=f"use one of {', '.join(known)}, or path.py:function")
+    names = {folded(alias): method for method in known.values() for alias in (method.name, *method.aliases)}
+    if folded(name) in names:
+        return names[folded(name)]
+    near = get_close_matches(folded(name), [*names, *COMMUNITY], 2, 0.7)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(f"unknown merge method '{name}'", fix=f"{meant}use one of {', '.join(known)}, or path.py:function")
+
+
+def folded(name: str) -> str:
+    """Return a method's name as names are compared: `Weighted Sum` as weighted_sum."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def of(function: Callable[..., Tensor]) -> Method:

@@ -366,3 +366,117 @@ def test_errors_are_ours(models: Path) -> None:
         path = write(models, f'{{"base": {base}, "experts": {experts}}}', "r.json")
         with pytest.raises(DemergeError):
             prepare(Recipe.read(path))
+
+
+# -- as other programs write it ---------------------------------------------------------------------------------------
+
+
+def one_tensor(folder: Path, **values: float) -> None:
+    for name, value in values.items():
+        save_file({"w": torch.tensor([float(value), 2.0 * value])}, folder / f"{name}.safetensors")
+
+
+MERGEKIT = """
+models:
+  - {model: base.safetensors}
+  - {model: a.safetensors, parameters: {weight: 0.5, density: 1.0}}
+  - {model: b.safetensors, parameters: {weight: 1.5, density: 1.0}}
+base_model: base.safetensors
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("merge_method: task_arithmetic\n", [0.5 * 2 + 1.5 * 4, 2 * 7.0]),
+        ("merge_method: task_arithmetic\nparameters: {normalize: true}\n", [3.5, 7.0]),
+        ("merge_method: ties\n", [3.5, 7.0]),
+        ("merge_method: ties\nparameters: {normalize: false, lambda: 0.5}\n", [3.5, 7.0]),
+        ("merge_method: dare_linear\n", [7.0, 14.0]),
+        ("merge_method: dare_ties\nparameters: {normalize: true}\ndtype: float16\n", [3.5, 7.0]),
+        ("merge_method: breadcrumbs\n", [7.0, 14.0]),
+    ],
+)
+def test_a_recipe_of_mergekit_is_read(tmp_path: Path, text: str, expected: list[float]) -> None:
+    one_tensor(tmp_path, base=0, a=2, b=4)
+    recipe = Recipe.read(write(tmp_path, MERGEKIT + text, "m.yaml"))
+    prepare(recipe).run(tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")["w"]
+    assert merged.tolist() == expected and (merged.dtype == torch.float16) == ("float16" in text)
+    assert verify(tmp_path / "out.safetensors", Recipe.read(tmp_path / "out.safetensors")).files
+
+
+def test_recipes_of_mergekit_without_a_base(tmp_path: Path) -> None:
+    one_tensor(tmp_path, a=2, b=4)
+    models = "models: [{model: a.safetensors, parameters: {weight: 1}}, {model: b.safetensors, parameters: {weight: 3}}]\n"
+    for name, text in (("l", models + "merge_method: linear\n"), ("s", "base_model: a.safetensors\n" + models
+                       + "merge_method: slerp\nparameters: {t: 0.75}\n")):  # fmt: skip
+        prepare(Recipe.read(write(tmp_path, text, f"{name}.yaml"))).run(tmp_path / f"{name}.safetensors")
+        assert load_file(tmp_path / f"{name}.safetensors")["w"].tolist() == [3.5, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slices: []\nmerge_method: slerp\n", "slices of mergekit"),
+        ("models: []\nmerge_method: passthrough\n", "mergekit's method 'passthrough' is not here"),
+        ("models: [{model: a}]\nmerge_method: ties\n", "ties needs a base_model"),
+        (
+            "models: [{model: a, parameters: {weight: [0, 1]}}]\nbase_model: b\nmerge_method: ties\n",
+            "differs from layer to layer",
+        ),
+        ("models: [{model: a}]\nbase_model: b\nmerge_method: ties\n", "a has no weight"),
+        (
+            "models: [{model: a}]\nbase_model: b\nmerge_method: ties\ntokenizer_source: union\n",
+            "unknown key 'tokenizer_source'",
+        ),
+        (
+            "models: [{model: a, parameters: {weight: 1, density: 0.5}}, {model: c, parameters: {weight: 1}}]\nbase_model: b\n"
+            "merge_method: ties\n",
+            "density is another for each model",
+        ),
+    ],
+)
+def test_what_mergekit_has_and_demerge_has_not_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        Recipe.read(write(tmp_path, text, "m.yaml"))
+    assert error.value.fix
+
+
+def test_names_of_methods_as_the_community_writes_them(tmp_path: Path) -> None:
+    one_tensor(tmp_path, a=2, b=4, c=1)
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    for i, (experts, asked, expected) in enumerate(
+        [
+            ([b], {"method": "Weighted Sum", "options": {"alpha": 0.25}}, [2.5, 5.0]),
+            ([b], {"method": "weighted-sum"}, [3.0, 6.0]),
+            ([b], {"method": "weighted_sum", "weights": [1]}, [4.0, 8.0]),
+            ([b, c], {"method": "add_difference"}, [5.0, 10.0]),
+            ([b, c], {"method": "Add Difference", "options": {"multiplier": "0.5"}}, [3.5, 7.0]),
+            ([b, c], {"method": "DARE_TIES", "options": {"density": 1}}, [3.5, 7.0]),
+        ]
+    ):
+        out = tmp_path / f"{i}.safetensors"
+        merge(a, experts, str(out), **asked)  # type: ignore[arg-type]
+        if "TIES" not in str(asked["method"]):
+            assert load_file(out)["w"].tolist() == expected
+    with pytest.raises(UsageError, match="add_difference takes the models A B C"):
+        merge(a, [b], tmp_path / "x.safetensors", method="add_difference")
+    for method, near in (("tise", "ties"), ("add_diference", "add_difference"), ("taskarithmetic", "task_arithmetic")):
+        with pytest.raises(UsageError) as error:
+            merge(a, [b], tmp_path / "x.safetensors", method=method)
+        assert f"did you mean {near}" in str(error.value.fix)
+    with pytest.raises(UsageError) as error:
+        merge(a, [b], tmp_path / "x.safetensors", method="ties", options={"Densty": 1})
+    assert "did you mean density?" in str(error.value.fix)
+
+
+def test_a_folder_of_experts_stands_for_them(tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]) -> None:
+    for start, stop in ((500, 1000), (0, 500)):
+        add_expert(tmp_path / "experts" / f"{start:04d}-{stop:04d}", start, stop)
+    paths = [str(tmp_path / "experts" / name) for name in ("0000-0500", "0500-1000")]
+    assert [expert.path for expert in Recipe.of(tiny, [tmp_path / "experts"]).experts] == paths
+    written = write(tmp_path, f"base: {tiny}\nexperts: [./experts]\nweights: [0.25, 0.75]\n", "r.yaml")
+    assert [expert.path for expert in Recipe.read(written).experts] == paths
+    plan = prepare(Recipe.of(tiny, [tmp_path / "experts"], weights=[0.5, 0.5]))
+    assert [str(expert.range) for expert in plan.recipe.experts] == ["0000-0500", "0500-1000"]

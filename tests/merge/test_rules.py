@@ -283,3 +283,48 @@ def test_weights_of_the_same_experts_in_another_order_are_refused(tmp_path: Path
     with pytest.raises(UsageError, match="another order") as raised:
         refuse_other_order(file, ["b", "a"])
     assert "a b" in raised.value.fix
+
+
+# -- the community's names --------------------------------------------------------------------------------------------
+
+SD = ["conv_in.weight", "mid_block.attentions.0.proj_in.weight"]
+SD += [f"down_blocks.{b}.resnets.{i}.conv1.weight" for b in range(4) for i in range(2)]
+SD += [f"down_blocks.{b}.attentions.{i}.proj_in.weight" for b in range(3) for i in range(2)]
+SD += [f"down_blocks.{b}.downsamplers.0.conv.weight" for b in range(3)]
+SD += [f"up_blocks.{b}.resnets.{i}.conv1.weight" for b in range(4) for i in range(3)]
+SD += [f"up_blocks.{b}.upsamplers.0.conv.weight" for b in range(3)]
+LDM = ["input_blocks.0.0.weight", "input_blocks.4.1.proj_in.weight", "middle_block.1.proj_in.weight", "output_blocks.11.0.x"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("IN00", ["conv_in.weight"]),
+        ("in04", ["down_blocks.1.resnets.0.conv1.weight", "down_blocks.1.attentions.0.proj_in.weight"]),
+        ("IN_04.attn", ["down_blocks.1.attentions.0.proj_in.weight"]),
+        ("IN06", ["down_blocks.1.downsamplers.0.conv.weight"]),
+        ("IN11", ["down_blocks.3.resnets.1.conv1.weight"]),
+        ("M00", ["mid_block.attentions.0.proj_in.weight"]),
+        ("MID", ["mid_block.attentions.0.proj_in.weight"]),
+        ("OUT02", ["up_blocks.0.resnets.2.conv1.weight", "up_blocks.0.upsamplers.0.conv.weight"]),
+        ("OUT11", ["up_blocks.3.resnets.2.conv1.weight"]),
+    ],
+)
+def test_blocks_as_the_community_counts_them(pattern: str, expected: list[str]) -> None:
+    assert select(pattern, SD, "rule") == expected
+    numbers = [select(f"IN{i:02d}", SD, "rule") for i in range(12)] + [select(f"OUT{i:02d}", SD, "rule") for i in range(12)]
+    assert sorted(name for found in numbers for name in found) == sorted(n for n in SD if not n.startswith("mid"))
+
+
+def test_blocks_of_single_files_are_counted_as_they_are_named() -> None:
+    full = [f"model.diffusion_model.{name}" for name in LDM]
+    assert [select(pattern, full, "rule") for pattern in ("IN00", "in04", "MID", "OUT11")] == [[name] for name in full]
+    assert select("Mid", full, "rule") == [full[2]] and select("UP.11", full, "rule") == [full[3]]
+
+
+def test_counted_blocks_of_a_model_with_other_layers_are_refused() -> None:
+    with pytest.raises(UsageError, match="counts two layers to a block"):
+        select("IN04", [f"down_blocks.0.resnets.{i}.conv1.weight" for i in range(3)], "rule 'IN04'")
+    with pytest.raises(UsageError) as error:
+        select("IN12", SD, "rule")
+    assert error.value.fix

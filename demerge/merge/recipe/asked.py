@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from demerge.errors import UsageError
+from demerge.expert import EXPERT, read_expert
 from demerge.merge.recipe.coefficients import read_coefficients
 from demerge.merge.recipe.documents import refuse_unknown, typed
-from demerge.merge.recipe.paths import found, stored
+from demerge.merge.recipe.paths import found, is_remote, stored
 from demerge.merge.recipe.rules import Rule, number
 from demerge.timesteps import TimestepRange
 
@@ -90,6 +91,15 @@ class Source:
         """Return the source as a recipe in `folder` writes it."""
         inputs = {name: {stored(p, folder): h for p, h in files.items()} for name, files in self.inputs.items()}
         return replace(self, path=stored(self.path, folder), inputs=inputs)
+
+
+def expanded(path: str) -> list[str]:
+    """Return the experts in a folder as `demerge finetune` leaves it, by their ranges; any other path as it is."""
+    folder = Path(path)
+    if is_remote(path) or any((folder / name).is_file() for name in ("model_index.json", "config.json", EXPERT)):
+        return [path]
+    inside = sorted((read_expert(record).range, str(record.parent)) for record in folder.glob(f"*/{EXPERT}"))
+    return [place for _, place in inside] or [path]
 
 
 def read_source(entry: Any, folder: Path, where: str, known: Sequence[str]) -> Source:

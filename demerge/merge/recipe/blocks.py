@@ -14,6 +14,12 @@
 Single files in the layout of the original SD, SD3 and Flux code have the same blocks (`down.N` is input_blocks.N). A tensor
 of another architecture has the block that its name begins with, up to the first number (`layers.3`).
 
+The community's names for the blocks of SD 1.5, SD 2 and SDXL, which have two layers to a block, are taken, too, in any case:
+
+    IN00..IN11                 conv_in, then the layers and downsamplers of down_blocks in their order; input_blocks.N
+    M00, MID                   mid_block
+    OUT00..OUT11               the layers of up_blocks, each upsampler with the last one; output_blocks.N
+
 A kind cuts across the blocks, and may be given alone or behind a block (`attn`, `up.attn`, `down.1.conv`):
 
     attn       attention layers with their projections and norms: attn, attn1, ..., attentions.N but for its transformer_blocks
@@ -51,6 +57,8 @@ KINDS = {
     "resnet": r"resnets",
 }
 _BLOCK = re.compile(f"(?:{'|'.join(f'(?P<_{word}>{pattern})' for word, pattern in BLOCKS)})(?=\\.|$)")
+_SINGLE = re.compile(r"(in|out)put_blocks\.(\d+)(?=\.|$)")
+_LAYER = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(?=\.|$)")
 _KIND = {kind: re.compile(rf"(?:^|\.)(?:{pattern})(?=\.|$)") for kind, pattern in KINDS.items()}
 
 
@@ -65,6 +73,33 @@ def alias(name: str) -> str:
     """Return a tensor's name with its block in front: `down.0.resnets.1.conv1.weight`, `in.conv_in.weight`."""
     block, rest = _split(name)
     return f"{block}.{rest}" if rest else block
+
+
+@cache
+def classic(name: str) -> str:
+    """Return a tensor's name with the community's block in front, in small letters: `in04.norm1.weight`; else as it is."""
+    bare = _bare(name)
+    if bare.startswith("conv_in."):
+        return f"in00.{bare}"
+    single, layer = _SINGLE.match(bare), _LAYER.match(bare)
+    if single is not None:
+        return f"{single[1]}{int(single[2]):02d}{bare[single.end() :]}"
+    if layer is None:
+        return bare
+    where, number, part, index = layer[1], int(layer[2]), layer[3], int(layer[4])
+    place = 2 if part in ("downsamplers", "upsamplers") else index
+    return f"{'in' if where == 'down' else 'out'}{3 * number + place + (where == 'down'):02d}{bare[layer.end() :]}"
+
+
+def spelt(pattern: str) -> str:
+    """Return a pattern with the name of a block as we write it: IN04 as in04, M00 as mid, Up.1 as up.1."""
+    first, dot, rest = pattern.partition(".")
+    small = first.lower()
+    if re.fullmatch(r"(in|out)_?\d\d", small):
+        return f"{small.replace('_', '')}{dot}{rest}"
+    if small in ("m00", "mid00"):
+        return f"mid{dot}{rest}"
+    return f"{small}{dot}{rest}" if small in (*ORDER, *KINDS) else pattern
 
 
 def is_kind(kind: str, name: str) -> bool:

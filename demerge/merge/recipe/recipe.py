@@ -20,6 +20,7 @@ no machine: the same inputs and versions make the same bytes. `output` is the SH
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,8 +28,9 @@ from typing import Any, Unpack
 
 from demerge.errors import InputError, UsageError
 from demerge.headers import read_header
-from demerge.merge.recipe.asked import Asked, Source, read_rule, read_source, read_weights, texts
+from demerge.merge.recipe.asked import Asked, Source, expanded, read_rule, read_source, read_weights, texts
 from demerge.merge.recipe.documents import read_document, refuse_unknown, typed
+from demerge.merge.recipe.mergekit import MARK, from_mergekit
 from demerge.merge.recipe.paths import found
 from demerge.merge.recipe.rules import Rule
 
@@ -84,7 +86,7 @@ class Recipe:
         Raises:
             UsageError: where a rule cannot be read, or the ranges are not one for each expert.
         """
-        empty = cls(Source(str(base)), [Source(str(path)) for path in experts])
+        empty = cls(Source(str(base)), [Source(path) for given in experts for path in expanded(str(given))])
         return empty.changed(**asked)
 
     def changed(self, **asked: Unpack[Asked]) -> Recipe:
@@ -135,6 +137,8 @@ class Recipe:
         Raises:
             UsageError: where a key is unknown or a value wrong, saying `where`.
         """
+        if isinstance(document, dict) and MARK in document:
+            document = from_mergekit(document, where)
         if not isinstance(document, dict) or not document.get("experts"):
             raise UsageError(f"{where} names no base and experts", fix="write base: PATH and experts: [PATH, ...]")
         if not document.get("base") and document.get("no_base") is not True:
@@ -149,7 +153,11 @@ class Recipe:
         values["only"] = [str(pattern) for pattern in values.get("only") or ()]
         options = values.get("options") or {}
         values["options"] = {k: [found(str(p), folder) for p in v] if isinstance(v, list) else v for k, v in options.items()}
-        listed = typed(document, "experts", list, where)
+        listed = []
+        for entry in typed(document, "experts", list, where):
+            path = found(entry, folder) if isinstance(entry, str) else ""
+            inside = expanded(path) if path else []
+            listed += [entry] if inside in ([], [path]) else map(os.path.abspath, inside)
         whole, rules = read_weights(document, listed, folder, where)
         experts = [read_source(entry, folder, f"{where}: expert {i}", EXPERT) for i, entry in enumerate(listed)]
         base = Source(experts[0].path)

@@ -5,6 +5,7 @@ and matches all below a module:
 
     down_blocks.*.attentions.**     a glob over dotted names: `*` stands for one part or a piece of one, `**` for any parts
     down  up.1  mid  blocks.3  out  a block (`demerge.merge.recipe.blocks` has the table); a glob may follow: up.*.resnets.**
+    IN04  M00  OUT11                a block as the community counts them, in any case; IN04.attn
     attn  up.attn  down.0.conv      a kind of layer, everywhere or in a block
 
 A number may be a ramp over depth, `0.2..0.8`: linear over the blocks that the pattern matches, from input to output, blocks
@@ -28,10 +29,11 @@ from demerge.errors import UsageError
 from demerge.merge.apply import Setting
 from demerge.merge.checks import settle_weights
 from demerge.merge.contract import Method
-from demerge.merge.recipe.blocks import KINDS, ORDER, alias, block_of, by_depth, is_kind
+from demerge.merge.recipe.blocks import KINDS, ORDER, alias, block_of, by_depth, classic, is_kind, spelt
 
 SYNTAX = "write PATTERN NAME=VALUE ..., for example 'up.attn weights=0.2..0.8,0.5 scale=0.7'"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+COUNTED = re.compile(r"(in|out)\d\d(?=\.|$)")
 RAMP = re.compile(rf"\s*({NUMBER})\.\.({NUMBER})\s*")
 
 
@@ -159,6 +161,10 @@ def select(pattern: str, names: Sequence[str], what: str) -> list[str]:
         UsageError: where there is none, with what it may have meant.
     """
     holds = matcher(pattern)
+    layers = {m[1] for name in names if (m := re.search(r"down_blocks\.\d+\.resnets\.(\d+)", name))}
+    if COUNTED.match(spelt(pattern)) and layers not in (set(), {"0", "1"}):
+        told = f"{what} counts two layers to a block, as SD and SDXL have; this model has {len(layers)}"
+        raise UsageError(told, fix=f"use its own blocks: {', '.join(by_depth(names)[:12])}")
     found = [name for name in names if holds(name)]
     if not found:
         near = _near(pattern, names)
@@ -176,6 +182,11 @@ def only(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     return {name for pattern in patterns for name in select(pattern, names, f"--only '{pattern}'")}
 
 
+def is_pattern(text: str) -> bool:
+    """Whether a text is a pattern: parts of letters, digits, `_`, `-` and `*`, joined by dots."""
+    return re.fullmatch(r"[\w*-]+(\.[\w*-]+)*", text) is not None
+
+
 @cache
 def matcher(pattern: str) -> Callable[[str], bool]:
     """Return whether a tensor's name matches a pattern, as a function of the name.
@@ -183,15 +194,16 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     Raises:
         UsageError: where the pattern has empty parts or characters that no name has.
     """
-    if not re.fullmatch(r"[\w*-]+(\.[\w*-]+)*", pattern):
+    if not is_pattern(pattern):
         raise UsageError(f"'{pattern}' is not a pattern", fix="join parts by dots, for example down_blocks.*.attentions.**")
-    parts = pattern.split(".")
-    short = parts[0] in ORDER
+    parts = (pattern := spelt(pattern)).split(".")
+    counted = COUNTED.fullmatch(parts[0]) is not None
+    short, named = counted or parts[0] in ORDER, classic if counted else alias
     if parts[-1] in KINDS and (len(parts) == 1 or (short and len(parts) <= 3)):
         kind, where = parts[-1], _glob(".".join(parts[:-1]) or "**")
-        return lambda name: is_kind(kind, name) and where.match(alias(name)) is not None
+        return lambda name: is_kind(kind, name) and where.match(named(name)) is not None
     glob = _glob(pattern)
-    return lambda name: glob.match(name) is not None or (short and glob.match(alias(name)) is not None)
+    return lambda name: glob.match(name) is not None or (short and glob.match(named(name)) is not None)
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
@@ -203,7 +215,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 def _near(pattern: str, names: Sequence[str]) -> list[str]:
     """Return up to three modules, blocks or kinds that are spelt much like the pattern."""
-    wanted = pattern.removesuffix(".**")
+    wanted = spelt(pattern).removesuffix(".**")
     depths = {len(wanted.split(".")) + more for more in (-1, 0, 1)}
     known = {".".join(text.split(".")[:d]) for name in names for text in (name, alias(name)) for d in depths if d > 0}
     return get_close_matches(wanted, sorted(known | set(KINDS)), 3, 0.6)
