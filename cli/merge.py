@@ -37,7 +37,7 @@ def merge(
     method: Annotated[
         str | None,
         typer.Option(
-            help="A name from `demerge methods`, weighted_sum, add_difference, or path.py:function; task_arithmetic by default.",
+            help="A name of `demerge methods`, weighted_sum, add_difference, or path.py:function; task_arithmetic by default.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def merge(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Take it all from a recipe (.yaml, also mergekit's), a demerge.json or a merged model; options given here win.",
+            help="Take it all from a recipe (.yaml, also mergekit's), a demerge.json or a merged model; options here win.",
             rich_help_panel=WHAT,
         ),
     ] = None,

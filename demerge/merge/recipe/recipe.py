@@ -153,7 +153,7 @@ class Recipe:
         values["only"] = [str(pattern) for pattern in values.get("only") or ()]
         options = values.get("options") or {}
         values["options"] = {k: [found(str(p), folder) for p in v] if isinstance(v, list) else v for k, v in options.items()}
-        listed = []
+        listed: list[Any] = []
         for entry in typed(document, "experts", list, where):
             path = found(entry, folder) if isinstance(entry, str) else ""
             inside = expanded(path) if path else []
