@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from demerge.errors import InputError
 from demerge.files import sha256
 from demerge.lora import Adapter, open_expert
-from demerge.merge import merge_tensors
+from demerge.merge import MergeSession, merge_tensors
 from demerge.weights import Checkpoint
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -293,6 +293,7 @@ def test_an_alpha_that_nothing_gives_is_told(base: Tensors, save: Save, tmp_path
     assert "lora.safetensors" in note and "alpha not given: taken as r, so the scale is 1" in note
     (note,) = opened(save(PAIR, use_rslora="true"), base).notes
     assert "sqrt(r)" in note
+    assert MergeSession(base, [opened(save(PAIR), base)]).notes == list(opened(save(PAIR), base).notes)
     more = {f"{TO_OUT}.lora_A.weight": torch.ones(R, 8), f"{TO_OUT}.lora_B.weight": torch.ones(8, R)}
     (note,) = opened(save(PAIR | more | {f"{TO_OUT}.alpha": torch.tensor(2.0)}), base).notes
     assert "alpha not given for 1 of 2 modules" in note

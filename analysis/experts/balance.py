@@ -69,6 +69,7 @@ class Plan:
         note = "note    experts were trained on these very images: the prediction is too good by what they remember"
         return [
             *([note] if self.inputs["trained_on"] else []),
+            *(f"note    {note}" for note in self.session.notes),
             f"data    {draws.data.name}, {draws.data.split}: {len(draws.data):,} images in {draws.groups} groups",
             *([f"given   {told}"] if told else []),
             f"ranges  {draws.ranges}",

@@ -1,6 +1,6 @@
 """LoRA files: `names` what keys mean, `settings` alpha and rank, `adapter` deltas, `alone` what has no base."""
 
-from demerge.lora.adapter import Adapter, open_expert
+from demerge.lora.adapter import Adapter, notes_of, open_expert
 from demerge.lora.alone import NoBase, is_lora
 
-__all__ = ["Adapter", "NoBase", "is_lora", "open_expert"]
+__all__ = ["Adapter", "NoBase", "is_lora", "notes_of", "open_expert"]

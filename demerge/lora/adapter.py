@@ -12,7 +12,7 @@ each input's weights. Products are taken in float64 and rounded once, so that th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -210,6 +210,11 @@ def open_expert(
         where = f"{base.place.path} is" if isinstance(base, Checkpoint) else "the base is"
         raise InputError(f"{where} a LoRA, which cannot stand in the base's place", fix="name the model that it was trained on")
     return Adapter(checkpoint, base, skip_text=skip_text) if adapter else checkpoint.named_like(base)
+
+
+def notes_of(experts: Iterable[object]) -> list[str]:
+    """Return what had to be supposed about those experts that are LoRA files."""
+    return [note for expert in experts if isinstance(expert, Adapter) for note in expert.notes]
 
 
 def _decomposed(W: Tensor, delta: Tensor, magnitude: Tensor, axis: int) -> Tensor:

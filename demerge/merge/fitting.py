@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError, UsageError
-from demerge.lora import NoBase
+from demerge.lora import NoBase, notes_of
 from demerge.merge.checks import Tensors, holds_deltas
 from demerge.merge.recipe.blocks import by_depth, grouped
 from demerge.merge.recipe.rules import matcher
@@ -98,7 +98,7 @@ def fitted(base: Tensors, expert: Tensors, names: tuple[str, str], rules: Rules)
         InputError: with one line for each kind of difference that is not allowed.
     """
     if holds_deltas(expert):
-        return expert, list(getattr(expert, "notes", ()))
+        return expert, notes_of([expert])
     found = _Differences(base, expert, names, rules)
     found.refuse()
     kept = [name for name in expert if name in base]

@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.expert import expert_range
-from demerge.lora import Adapter, open_expert
+from demerge.lora import Adapter, notes_of, open_expert
 from demerge.memory import free_bytes
 from demerge.merge.checks import Tensors, refuse_missing_inputs, refuse_unlike, settle_weights
 from demerge.merge.contract import Method
@@ -52,6 +52,7 @@ class MergeSession:
     Attributes:
         groups: the names of the groups of tensors, in the order of the rows of w; empty where w is [K].
         bytes: what base, deltas and inputs take on the device.
+        notes: what had to be supposed about LoRA files among the experts.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class MergeSession:
         settled = chosen.settle(options or {})
         chosen = chosen.under(settled)
         tuned = [opened_expert(expert, origin) for expert in experts]
+        self.notes = notes_of(tuned)
         settle_weights(None, len(tuned))
         refuse_unlike(origin, tuned, ["the base", *(f"expert {i}" for i in range(len(tuned)))])
         given = _inputs(chosen, tuned, inputs or {})
