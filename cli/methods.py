@@ -8,6 +8,7 @@ from demerge.cli.common import Json, emit, show
 def methods(json: Json = False) -> None:
     """List the merge methods, their options and their papers."""
     from demerge.merge import methods as registered
+    from demerge.merge.recipe.names import DIFFERENCES, STAGES
 
     documents = [method.document() for method in registered().values()]
     emit({"methods": documents}, None, json)
@@ -22,3 +23,7 @@ def methods(json: Json = False) -> None:
             show(f"    --option preset={name}    {', '.join(f'{n}={v}' for n, v in options.items()) or 'the defaults'}")
         if d["needs"]:
             show(f"    needs {', '.join(d['needs'])}")
+    for name, (m, signs, models) in DIFFERENCES.items():
+        weights = " and ".join("m" if sign > 0 else "-m" for sign in signs)
+        print(f"{name}: task_arithmetic of the models {models}, weights {weights}\n    --option multiplier={m}")
+    print("\n".join(f"{name}: {method} then={options['then']}" for name, (method, options) in STAGES.items()))

@@ -123,6 +123,12 @@ class Method:
     whole_with: Callable[[Mapping[str, Any]], bool] | None = None
     precise: bool = False
 
+    @property
+    def weighted(self) -> bool:
+        """Whether it has weights: its function or one of its statistics asks for them."""
+        asked = [self.function, *(statistic.compute for statistic in self.statistics)]
+        return any("weights" in inspect.signature(function).parameters for function in asked)
+
     def under(self, *options: Mapping[str, Any]) -> Method:
         """Return the method as it is with these settled options: what it then needs from files, and whether whole tensors."""
         active = [s for s in self.statistics if any(s.scope(given) for given in options)]

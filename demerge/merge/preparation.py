@@ -115,7 +115,9 @@ def refuse_unmergeable(base: Path | str, experts: Sequence[Path | str], **asked:
 
 def _opened(recipe: Recipe, method: Method) -> tuple[list[TimestepRange | None], list[_Side], list[str]]:
     """Return the ranges of the experts, the parts of the output with their inputs opened, and notes of what is not used."""
-    settle_weights(recipe.weights, len(recipe.experts))
+    weights = settle_weights(recipe.weights, len(recipe.experts))
+    if not method.weighted and (any(w != weights[0] for w in weights) or any(rule.weights for rule in recipe.rules)):
+        raise UsageError(f"method {method.name} has no weights", fix="leave them out, and name the experts that count alone")
     places = [locate(local(s.path, recipe.variant), recipe.variant) for s in (recipe.base, *recipe.experts)]
     base, *experts = (denoisers(place, recipe.variant) for place in places)
     for asked, sides_of in zip(recipe.experts, experts, strict=True):

@@ -261,3 +261,12 @@ assert not {{"diffusers", "transformers", "pandas"}} & set(sys.modules)
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a|b", "[x](http://y)", "`a`\n# b", "\x1b[31m", "&lt;"])
 def test_names_are_escaped_in_the_card(text: str) -> None:
     assert not set(escaped(text)) & set("<>|[]()`\n\x1b")
+
+
+def test_weights_of_a_method_that_has_none_are_refused(tiny: Path, tune: Tune, tmp_path: Path) -> None:
+    code = "def middle(base, deltas):\n    return base + deltas.median(0).values\n"
+    (tmp_path / "middle.py").write_text(code)
+    method, experts = f"{tmp_path / 'middle.py'}:middle", [tune(0), tune(1)]
+    with pytest.raises(UsageError, match="method middle has no weights"):
+        merge(tiny, experts, tmp_path / "out", method=method, weights=[0, 1])
+    merge(tiny, experts, tmp_path / "out", method=method)

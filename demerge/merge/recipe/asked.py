@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,7 +97,9 @@ class Source:
 def expanded(path: str) -> list[str]:
     """Return the experts in a folder as `demerge finetune` leaves it, by their ranges; any other path as it is."""
     folder = Path(path)
-    if is_remote(path) or any((folder / name).is_file() for name in ("model_index.json", "config.json", EXPERT)):
+    if is_remote(path) or not os.path.isdir(path):
+        return [path]
+    if any((folder / name).is_file() for name in ("model_index.json", "config.json", EXPERT)):
         return [path]
     inside = sorted((read_expert(record).range, str(record.parent)) for record in folder.glob(f"*/{EXPERT}"))
     return [place for _, place in inside] or [path]

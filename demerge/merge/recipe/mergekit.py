@@ -59,7 +59,7 @@ def from_mergekit(document: Mapping[str, Any], where: str) -> dict[str, Any]:
             )
             raise UsageError(f"{where}: {key} of mergekit join layers, which denoisers cannot", fix=fix)
     refuse_unknown(document, KEYS, f"{where} (mergekit's)")
-    name = str(document[MARK])
+    name = str(document[MARK])[:80]
     if name not in METHODS:
         raise UsageError(f"{where}: mergekit's method '{name}' is not here", fix=f"use one of {', '.join(METHODS)}")
     base, listed = typed(document, "base_model", str, where), typed(document, "models", list, where) or []
