@@ -33,7 +33,8 @@ FOOTER = (
 )
 CAPTIONS = {
     "heatmap": "Cosine of the mean gradients of two bins of timesteps: warm, one step helps both; cold, what helps one "
-    "harms the other. Above the diagonal its standard error; hatched, noise hides it; dashed, the cuts.",
+    "harms the other. Above the diagonal its standard error; hatched, noise hides it; dotted, a "
+    "bin may be resolved by luck; dashed, the cuts.",
     "curve": "Share of the conflict that cuts resolve, judged on groups that did not choose them, with standard errors; pale, "
     "the same judged on the groups that did, which flatters it.",
     "support": "Where cuts land when the groups are resampled: tall bars are places that do not hang on a few samples.",

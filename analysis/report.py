@@ -50,12 +50,12 @@ def summary(
         counted: what `count` found by `gradient` with this score and minimum, if known.
 
     Keys: `verdict`, of the map alone: what was found and what to do; bins, groups, batch_size, draws, ranges, score;
-    `unresolved` ranges of t; `blocks` and the share of [0, T) `known` by them; `conflict` (J of all blocks apart); `cuts`
-    by method, each with cuts, share, se; `judged`, the cut that the next three are about: what was asked for, or gradient if
-    that does not look at the map; `support` of each of its cuts, `low` and `high` None if it is given; its `held_out` gain over
-    uniform and logsnr; `advice`, it or uniform, and its `reason`; `row_sums`; `taken`, what was asked for, or uniform if that
-    finds no cut; `benefit`, what training experts of the cut that was taken promises; `groups_needed` for all bins to be
-    resolved.
+    `unresolved` ranges of t, and `weak` ones, which may be resolved by luck; `blocks` and the share of [0, T) `known` by
+    them; `conflict` (J of all blocks apart); `cuts` by method, each with cuts, share, se; `judged`, the cut that the next
+    three are about: what was asked for, or gradient if that does not look at the map; `support` of each of its cuts, `low`
+    and `high` None if it is given; its `held_out` gain over uniform and logsnr; `advice`, it or uniform, and its `reason`;
+    `row_sums`; `taken`, what was asked for, or uniform if that finds no cut; `benefit`, what training experts of the cut that
+    was taken promises; `groups_needed` for all bins to be resolved.
 
     Raises:
         UsageError: if a score or method is unknown.
@@ -81,6 +81,7 @@ def summary(
         "ranges": n,
         "score": score,
         "unresolved": [[r.start, r.stop] for r, known in zip(map.bins, evidence.found.resolved, strict=True) if not known],
+        "weak": [[r.start, r.stop] for r, weak in zip(map.bins, evidence.found.weak, strict=True) if weak],
         "blocks": len(evidence.blocks),
         "known": short(evidence.blocks.known),
         "conflict": _number(evidence.conflict),
@@ -201,7 +202,8 @@ def _supported(said: dict[str, Any], row: dict[str, Any]) -> str:
 def _unresolved(said: dict[str, Any]) -> str:
     within_reach = said["unresolved"] and said["groups_needed"] < MOST
     more = f" ({said['groups_needed']} groups or more would do)" if within_reach else ""
-    return f"{len(said['unresolved'])} bins unresolved{more}"
+    weak = f", {len(said['weak'])} perhaps resolved by luck" if said["weak"] else ""
+    return f"{len(said['unresolved'])} bins unresolved{more}{weak}"
 
 
 def _pair(value: float | None, se: float | None, form: str = ".2f") -> str:

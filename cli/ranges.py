@@ -25,7 +25,8 @@ def ranges(
     score: Annotated[str, typer.Option(help="What gradient and hierarchical maximise: step, energy or cosine.")] = "step",
     cuts: Annotated[str | None, typer.Option(help="A cut of your own in place of a method, for example 125,500.")] = None,
     minimum: Annotated[
-        int | None, typer.Option(min=1, help="Least width of a range in bins, for gradient and hierarchical.")
+        int | None,
+        typer.Option(min=1, help="Least width of a range in bins, for gradient and hierarchical; else a twentieth of [0, T)."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base; a map of other weights is refused.")] = None,
     data: Annotated[str | None, typer.Option(help="The data, for the commands on the page.")] = None,

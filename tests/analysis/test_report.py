@@ -79,6 +79,14 @@ def test_noise_is_called_noise(map_of: Any) -> None:
     assert any("uniform" in line for line in lines(said)) and json.dumps(said, allow_nan=False)
 
 
+def test_bins_that_may_be_resolved_by_luck_are_named(map_of: Any) -> None:
+    s = np.zeros((4, 8, 60))
+    s[np.arange(4), :, np.arange(4)] = [[5], [1.1], [5], [5]]
+    said = summary(map_of(s + 0.5 * np.random.default_rng(0).standard_normal((4, 8, 60))), 2)
+    assert (said["unresolved"], said["weak"]) == ([], [[250, 500]])
+    assert any("0 bins unresolved, 1 perhaps resolved by luck" in line for line in lines(said))
+
+
 def test_a_summary_says_what_it_promises_and_how_many_groups_would_do(planted: Any) -> None:
     clear, dim = summary(planted([0, 2, 4, 6, 16]), 4), summary(planted([0, 2, 4, 6, 16], noise=1.2), 4)
     assert clear["benefit"]["promised"] and clear["groups_needed"] == clear["groups"] == 8
