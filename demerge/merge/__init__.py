@@ -2,7 +2,8 @@
 
 papers/    one merge method per file; `contract` what a method is, `options` what it may be asked, `registry` all by name
 recipe/    what is asked of a merge, and for which tensors
-engine     `apply` the merge, `tensors` of state dicts, `stream` its chunks, `workers` that share them, `checks` what must hold
+engine     `apply` the merge, `tensors` of state dicts, `stream` its chunks, `workers` that share them, `checks` what must hold,
+           `probe` what a merge comes to
 files      `preparation` everything found and checked, `plan` and `parts` what comes out, `output` and `adapter` how it is
            written, `sources`, `schedule` and `denoisers` what lies around the weights, `verification` the same once more
 beside     `diagnose` and `report` what a merge did; `session` and `resident` merges in memory, again and again
