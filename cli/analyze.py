@@ -131,7 +131,7 @@ def analyze(
         return
     say(str(plan))
     with progress(plan.cost.passes, "analyze") as bar:
-        map = plan.map(bar)
+        map = plan.map(bar, say)
     for line in plan.lines(map):
         say(line)
     said = summary(map, n or count(map, method=method, score=score).chosen, method=method, score=score)

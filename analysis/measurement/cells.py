@@ -103,13 +103,22 @@ class Cells:
     done: int = 0
     took: list[float] = field(default_factory=list)
 
-    def rows(self, most: int, *, adam: bool = False, start: Tensor | None = None, enough: Enough | None = None) -> Tensor:
+    def rows(
+        self,
+        most: int,
+        *,
+        adam: bool = False,
+        start: Tensor | None = None,
+        enough: Enough | None = None,
+        first: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """Return the gradients or sketches of the cells of M groups, [M N *]; each finished group is committed.
 
         Args:
             most: M, or the most there may be, where `enough` ends it before.
             start: rows of the first groups [m N *], from an earlier map.
             enough: whether the rows [m N *] are enough, asked from 5 groups on, and from those that the Fisher holds.
+            first: called once by the first process, with the first rows that `enough` could be asked of.
 
         Raises:
             NumericalError: where a gradient is not finite, naming bin, group and sample.
@@ -131,6 +140,9 @@ class Cells:
                 if self.fisher is not None:
                     self._commit(self.fisher, m, m - known)
             known = stop
+            if first is not None and self.world.main and known >= least:
+                first(rows[:known])
+                first = None
             if enough is not None and known >= least:
                 done = self.world.main and enough(rows[:known])
                 if self.world.agree(done, self.device):

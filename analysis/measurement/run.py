@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -120,8 +121,12 @@ class Run:
             fix=", or ".join([f"give --budget {math.ceil(needed * 1.1)}s", *fewer]),
         )
 
-    def map(self, progress: Progress | None = None) -> ConflictMap:
+    def map(self, progress: Progress | None = None, early: Callable[[ConflictMap], None] | None = None) -> ConflictMap:
         """Measure, and return the map.
+
+        Args:
+            progress: called after each cell.
+            early: called once, with the map of the first groups, 5 or those that were there.
 
         Raises:
             NumericalError: where a gradient is not finite, naming bin, group and sample.
@@ -146,7 +151,12 @@ class Run:
             return ConflictMap(cells.draws.bins, gram, of.log_snr, origin)
 
         stop = Stop(s.budget, s.se, cells.took, of_gram, width, time.monotonic()) if s.open else None
-        rows = cells.rows(of.most, adam=s.metric == "adam", start=self._rows(), enough=stop)
+
+        def first(rows: Tensor) -> None:
+            if early is not None:
+                early(of_gram(by_cell(products(rows[..., :width].flatten(0, 1)), len(rows))))
+
+        rows = cells.rows(of.most, adam=s.metric == "adam", start=self._rows(), enough=stop, first=first)
         return self._map(rows, origin)
 
     def _antithetic(self) -> bool | tuple[bool, ...]:

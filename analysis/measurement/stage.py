@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from demerge.analysis.cutting.blocks import LEAST_KNOWN
+from demerge.analysis.cutting.evidence import Evidence
+from demerge.analysis.cutting.needed import MOST, groups_needed
 from demerge.analysis.cutting.segmentation import METHODS, SCORES
 from demerge.analysis.measurement.budget import neighbour_se, said
 from demerge.analysis.measurement.cells import Progress
@@ -20,6 +23,7 @@ from demerge.analysis.measurement.partial import Partial
 from demerge.analysis.measurement.run import Run
 from demerge.analysis.measurement.schedule import described
 from demerge.analysis.measurement.settings import MEMORY, Settings, duration, groups_of
+from demerge.analysis.verdict import converged
 from demerge.conflict import ConflictMap
 from demerge.diffusion import Diffusion
 from demerge.errors import ResourceError, UsageError
@@ -78,8 +82,12 @@ class Plan:
             return there.M - self.fisher.fisher.committed
         return 0 if self.run is None else max(0, there.M - self.run.known)
 
-    def map(self, progress: Progress | None = None) -> ConflictMap:
+    def map(self, progress: Progress | None = None, tell: Callable[[str], None] | None = None) -> ConflictMap:
         """Return the map that is there, or measure and save it; groups that an earlier call finished are not measured again.
+
+        Args:
+            progress: called after each cell.
+            tell: called with a line after 5 groups, if the map will say little.
 
         Raises:
             UsageError: where another process is at work in OUT.
@@ -88,11 +96,29 @@ class Plan:
         with alone_in(self.out / PARTIAL) if self.world.main else nullcontext():
             if self.world.main:
                 self._refuse_new_map()
-            measured = None if self.run is None else self.run.map(progress)
+            early = None if tell is None else lambda map: [tell(line) for line in self.early(map)]
+            measured = None if self.run is None else self.run.map(progress, early)  # type: ignore[arg-type]
             map = cast("ConflictMap", self.found or measured)
             if self.world.main:
                 self._keep(map)
         return map
+
+    def early(self, map: ConflictMap) -> list[str]:
+        """Return what the first groups say of a base whose map will say little, and the budget that would do."""
+        evidence, s = Evidence.of(map), self.measurement.settings
+        needed = groups_needed(map, evidence.found, LEAST_KNOWN)
+        if evidence.blocks.known >= LEAST_KNOWN or needed <= self.measurement.most:
+            return []
+        seconds = None if self.run is None else self.run.seconds
+        cost = "" if seconds is None else f", about {duration(needed * s.bins * seconds)}"
+        would = "no affordable number would do" if needed >= MOST else f"some {needed:,} would do{cost}"
+        why = (
+            "; the joint gradient is not told from 0, as at a base that has converged or was annealed"
+            if converged(evidence)
+            else ""
+        )
+        known = f"after {map.M} groups gradients are resolved on {evidence.blocks.known:.0%} of [0, T)"
+        return [f"early     {known}{why}. For half of it {would}. Ctrl-C keeps the groups that are measured."]
 
     def _refuse_new_map(self) -> None:
         """Refuse to replace a map that another process finished since `prepare` looked."""

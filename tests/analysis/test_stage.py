@@ -89,6 +89,19 @@ def test_exact_gradients_that_a_map_does_not_hold_are_measured_again(make_tiny: 
     assert np.array_equal(six.gram, plan(large, tmp_path / "anew", groups=6, bins=2).map().gram)
 
 
+def test_a_map_that_will_say_little_is_told_of_early(tiny: Path, tmp_path: Path, map_of: Any) -> None:
+    of, told = plan(tiny, tmp_path, groups=6, bins=2), []
+    hidden = map_of(np.random.default_rng(0).standard_normal((2, 5, 400)) + 0.02)
+    (line,) = of.early(hidden)
+    assert line.startswith(
+        "early     after 5 groups gradients are resolved on 0% of [0, T); the joint gradient is not told from 0"
+    )
+    assert "would do" in line and of.early(map_of(np.ones((2, 5, 4)))) == []
+    assert of.run is not None
+    of.run.map(early=lambda map: told.append(map.M))
+    assert told == [5], "once, of the first groups"
+
+
 @pytest.fixture
 def rescheduled(tiny: Path, tmp_path: Path) -> Path:
     """The tiny base with other betas: the same weights on another schedule."""
