@@ -136,9 +136,9 @@ class Run:
         if cells.partial.folder is not None:
             refuse_small_disk(cells.partial.folder, cost.bytes)
         with fitting_threads(of.model, s.batch_size):
-            return self._measured(progress)
+            return self._measured(progress, early)
 
-    def _measured(self, progress: Progress | None) -> ConflictMap:
+    def _measured(self, progress: Progress | None, early: Callable[[ConflictMap], None] | None) -> ConflictMap:
         of, cells, cost = self.measurement, self.cells, self.cost
         s = of.settings
         if self.fisher is not None:
