@@ -4,6 +4,7 @@ measurement/   gradients by bin and group       measure(model, data) -> Conflict
 similarity     of bins, unbiased, with errors
 cutting/       into ranges, and its evidence     cut(map, n) -> Partition, count(map) -> how many ranges
 report         what to believe, and its files    summary(map, n), write(map, out, summary)
+verdict        what a map says and what to do, from one rule, for analyze, ranges and the page
 page, next     conflict.html: all of it for a person, and what to do next
 plots          of a map                          figures(map, partition) -> matplotlib
 experts/       what experts do to their base: task vectors, losses, outputs, weights to merge by
