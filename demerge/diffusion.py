@@ -36,7 +36,6 @@ from demerge.errors import InputError, UsageError
 from demerge.facts import other_input
 from demerge.files import commit_json
 from demerge.hashes import Hashing
-from demerge.headers import read_json
 from demerge.pipelines import (
     TextEncoder,
     denoiser_part,
@@ -47,8 +46,9 @@ from demerge.pipelines import (
     make_scheduler,
     make_unet,
     resolve,
+    running,
 )
-from demerge.places import inside
+from demerge.places import inside, read_index
 from demerge.schema import Record, Table, read_record
 from demerge.weights import content_sha256, finite
 
@@ -103,7 +103,7 @@ class Diffusion:
             InputError: where the folder is no supported pipeline, or a weight is missing from its file.
         """
         folder = resolve(model)
-        index = read_json(folder / "model_index.json")
+        index = read_index(folder)
         component = load_denoiser(folder, index)
         scheduler = load_scheduler(folder, index)
         vae, text = load_vae(folder, index), load_text(folder, index)
@@ -136,7 +136,7 @@ class Diffusion:
         if self.folder is None:
             diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
             return
-        index = read_json(self.folder / "model_index.json")
+        index = read_index(self.folder)
         parts = [p for p in sorted(self.folder.iterdir()) if p.is_dir() and p.name in index]
         own = (denoiser_part(index), "scheduler")
         copied = [p for p in parts if p.name not in own]
@@ -249,7 +249,7 @@ class Diffusion:
         """Return the hash of each file of the components that are not the denoiser and not the scheduler."""
         if self.folder is None:
             return {}
-        index = read_json(self.folder / "model_index.json")
+        index = read_index(self.folder)
         names = sorted(index.keys() - {denoiser_part(index), "scheduler"})
         files = [file for name in names for file in sorted((self.folder / name).rglob("*")) if file.is_file()]
         hashes = Hashing([inside(self.folder, file) for file in files]).result()
@@ -285,7 +285,8 @@ class Diffusion:
         images = images.to(self.device)
         if self.vae is None:
             return images, condition
-        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor, condition
+        with running(f"{self.folder}/vae"):
+            return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor, condition
 
     @torch.no_grad()
     def condition(self, n: int, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None) -> Tensor | None:
@@ -295,7 +296,9 @@ class Diffusion:
             UsageError: where captions or labels are missing, or a label is no class of the base's.
         """
         if self.text is not None:
-            return self.text(_required(captions))
+            required = _required(captions)
+            with running(f"{self.folder}/text_encoder"):
+                return self.text(required)
         return None if self.classes is None else self.classes.labels(labels, n).to(self.device)
 
     def told(self, data: ImageData) -> str | None:
@@ -320,7 +323,8 @@ class Diffusion:
         """Turn x_0 [B *sample_shape] into images [B C H W], nominally in [-1, 1]."""
         if self.vae is None:
             return x0
-        images: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor).sample
+        with running(f"{self.folder}/vae"):
+            images: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor).sample
         return images
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,7 +354,8 @@ class Diffusion:
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
         """Return f(x_t, t, c) [B C H W] for t [B] or one for all; a learned variance behind the C channels is left out."""
         each = torch.as_tensor(t, device=x_t.device).reshape(-1).expand(len(x_t))
-        output: Tensor = self.denoiser(x_t, each, **self.arguments(condition)).sample
+        with running(self.folder or "the model"):
+            output: Tensor = self.denoiser(x_t, each, **self.arguments(condition)).sample
         return output[:, : x_t.shape[1]]
 
     def loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -13,6 +13,8 @@ Every message says what is wrong (which argument or file, the rule, the value fo
 
 from __future__ import annotations
 
+LONGEST = 1900  # characters of a sentence: hostile files have names and values of any length
+
 
 class DemergeError(Exception):
     """The base of all errors that demerge raises on purpose: one sentence what, one sentence what to do."""
@@ -20,6 +22,7 @@ class DemergeError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, fix: str = "") -> None:
+        what = what if len(what) <= LONGEST else f"{what[: LONGEST - 500]} ... {what[-400:]}"
         super().__init__(what)
         self.what = what
         self.fix = fix

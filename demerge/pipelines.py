@@ -6,7 +6,8 @@ foreign is an error that names it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,10 @@ def load_text(folder: Path, index: Mapping[str, Any]) -> TextEncoder | None:
     model = _load(folder, "text_encoder", TextConfig, lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)))
     where = _folder(folder, "tokenizer")
     tokenizer = _built(lambda: CLIPTokenizer.from_pretrained(where), str(where))
-    config: Any = model.config
-    if tokenizer.model_max_length > config.max_position_embeddings or len(tokenizer) > config.vocab_size:
+    config, length = model.config, tokenizer.model_max_length
+    if type(length) is not int or not 0 < length <= config.max_position_embeddings or len(tokenizer) > config.vocab_size:
         raise InputError(
-            f"{where}: {len(tokenizer):,} tokens in texts of up to {tokenizer.model_max_length:,}; the text encoder takes "
+            f"{where}: {len(tokenizer):,} tokens in texts of up to {str(length)[:40]}; the text encoder takes "
             f"{config.vocab_size:,} in {config.max_position_embeddings:,}",
             fix="use the tokenizer of this text encoder",
         )
@@ -270,6 +271,22 @@ def refuse_other_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
 def _bare(name: str) -> str:
     """Return the name of a tensor whatever the version of the library that wrote it."""
     return modern(name).removeprefix("text_model.")
+
+
+@contextmanager
+def running(what: object) -> Iterator[None]:
+    """Say of a model whose parts cannot compute what they were loaded for that its configs do not fit.
+
+    Raises:
+        InputError: with the words of the library that it came from; memory that does not suffice is passed on.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{what} cannot be run: {said}", fix="use the configs of this very model") from error
 
 
 def _built(make: Callable[[], Any], where: str) -> Any:

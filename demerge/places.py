@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from demerge.errors import InputError
 from demerge.headers import read_json
@@ -47,6 +48,19 @@ class Place:
         return next((f / name for f in folders if f is not None and (f / name).is_file()), None)
 
 
+def read_index(pipeline: Path) -> dict[str, Any]:
+    """Read a model_index.json, whose keys may name folders.
+
+    Raises:
+        InputError: where it is damaged, or a key is no name of a component.
+    """
+    index = read_json(pipeline / "model_index.json")
+    odd = next((key for key in index if not PART_NAME.fullmatch(key)), None)
+    if odd is not None:
+        raise InputError(f"{pipeline}/model_index.json: {odd[:80]!r} is no name of a component", fix="fetch the pipeline again")
+    return index
+
+
 def locate(path: Path, variant: str | None = None, component: str | None = None) -> Place:
     """Find the denoiser's weights: a .safetensors file, a component folder or a pipeline folder, sharded or not.
 
@@ -69,7 +83,7 @@ def locate(path: Path, variant: str | None = None, component: str | None = None)
         )
     if not (path / "model_index.json").is_file():
         return component_place(path, variant)
-    index = read_json(path / "model_index.json")
+    index = read_index(path)
     wanted = COMPONENTS if component is None else (component,)
     name = next((c for c in wanted if c in index and (path / c).is_dir()), None)
     if name is not None:

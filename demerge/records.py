@@ -11,11 +11,12 @@ from pydantic import Field
 
 from demerge.errors import UsageError
 from demerge.headers import read_header
-from demerge.schema import Record, Span, Table, Texts, parse_record, read_record
+from demerge.schema import Record, Span, Table, Texts, parse_record, read_record, short
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint
 
 STATS = "stats.json"  # beside the statistics of `demerge stats`: how each was made
+MOST = 12  # differences in one sentence
 MEASURED = "demerge.stats"  # in the metadata of each: what it was measured on
 MADE = "demerge.stats.made"  # likewise: all that stats.json says of it
 
@@ -44,13 +45,13 @@ def refuse_differences(where: Path, record: Mapping[str, Any], options: Mapping[
         there, now = dict(_flat(there)), dict(_flat(now))
         gone = {name for name in there if "." in name} - now.keys()  # a part of a nested value
         differences += [
-            f"{name}: recorded {there.get(name)!r}, now {now.get(name)!r}"
+            f"{short(name)}: recorded {short(repr(there.get(name)))}, now {short(repr(now.get(name)))}"
             for name in [*now, *sorted(gone)]
             if there.get(name) != now.get(name)
         ]
     if differences:
         raise UsageError(
-            f"{where} was made otherwise: " + "; ".join(differences),
+            f"{where} was made otherwise: " + "; ".join(differences[:MOST]),
             fix="give the recorded values, or another output folder",
         )
 

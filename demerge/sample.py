@@ -29,6 +29,7 @@ from demerge.diffusion import Diffusion
 from demerge.errors import InputError, NumericalError, UsageError
 from demerge.expert import experts_in
 from demerge.images import to_uint8
+from demerge.pipelines import running
 from demerge.randomness import key_of, normal
 from demerge.threads import fitting_threads
 from demerge.timesteps import Partition
@@ -145,7 +146,8 @@ def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
         fields = inspect.signature(diffusers.DDIMScheduler).parameters
         schedule = {"beta_schedule": "linear", "trained_betas": None, "rescale_betas_zero_snr": False}  # abar is set below
         stated = {name: value for name, value in config.items() if name in fields}
-        scheduler: Any = diffusers.DDIMScheduler(**{**stated, **schedule, "timestep_spacing": "leading"})
+        with running(f"the scheduler of {model.folder}"):
+            scheduler: Any = diffusers.DDIMScheduler(**{**stated, **schedule, "timestep_spacing": "leading"})
         scheduler.alphas_cumprod = own.alphas_cumprod.clone()
         scheduler.final_alpha_cumprod = torch.tensor(1.0) if config["set_alpha_to_one"] else scheduler.alphas_cumprod[0]
     else:
@@ -155,7 +157,8 @@ def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
                 fix="use the sampler ddim",
             )
         scheduler = type(own).from_config({name: config[name] for name in own.config if name in config})
-    scheduler.set_timesteps(steps)
+    with running(f"the scheduler of {model.folder}"):
+        scheduler.set_timesteps(steps)
     _refuse_zero_snr(model, scheduler.timesteps, steps)
     return scheduler
 
@@ -264,7 +267,8 @@ def _batch(
             if guided:
                 without, given = prediction.chunk(2)
                 prediction = without + guidance_scale * (given - without)
-            x = scheduler.step(prediction, t, x, **arguments).prev_sample
+            with running(f"the scheduler of {model.folder}"):
+                x = scheduler.step(prediction, t, x, **arguments).prev_sample
     if not bool(torch.isfinite(x).all()):
         raise NumericalError("the sampler left the finite numbers", fix="check the weights: `demerge inspect MODEL`")
     return to_uint8(model.decode(x)).cpu()

@@ -97,16 +97,17 @@ def _sentence(document: Any, refused: ValidationError, kind: type) -> tuple[str,
             field, here = f"{field}.{part}" if field else str(part), here[part]
         elif isinstance(here, list) and isinstance(part, int) and part < len(here):
             field, here = f"{field}[{part}]", here[part]
-    key, inside = str(first["loc"][-1]) if first["loc"] else "", f" in {_short(field)}" if field else ""
+    key, inside = str(first["loc"][-1]) if first["loc"] else "", f" in {short(field)}" if field else ""
     if first["type"] == "missing":
-        return f"the key '{_short(key)}' is missing{inside}", ""
+        return f"the key '{short(key)}' is missing{inside}", ""
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = [*getattr(kind, "model_fields", getattr(kind, "__dataclass_fields__", {}))]
         near = get_close_matches(key, known, 1)
-        return f"unknown key '{_short(field)}'", f"did you mean '{near[0]}'?" if near else ""
+        return f"unknown key '{short(field)}'", f"did you mean '{near[0]}'?" if near else ""
     rule = first["msg"].removeprefix("Value error, ").replace("Input should ", "must ")
-    return f"{_short(field) or 'the document'}: {rule}, found {_short(json.dumps(here, ensure_ascii=False))}", ""
+    return f"{short(field) or 'the document'}: {rule}, found {short(json.dumps(here, ensure_ascii=False))}", ""
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """Return a text of a foreign file as a sentence can hold it."""
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -19,7 +19,7 @@ from demerge.errors import InputError, UsageError
 from demerge.files import commit_dir, commit_json, refuse_existing, refuse_small_disk
 from demerge.headers import read_json
 from demerge.local import local
-from demerge.places import PART_NAME, inside, locate
+from demerge.places import PART_NAME, inside, locate, read_index
 from demerge.weights import PREFIXES, WRAPPER, Checkpoint, commit_tensors
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ def _index(folder: Path) -> dict[str, Any]:
     fix = "name a pipeline folder of Stable Diffusion 1.x"
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: no pipeline folder with a model_index.json", fix=fix)
-    index = {
-        n: v for n, v in read_json(folder / "model_index.json").items() if n.startswith("_") or v not in (None, [None, None])
-    }
+    index = {n: v for n, v in read_index(folder).items() if n.startswith("_") or v not in (None, [None, None])}
     kinds = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
     unlike = [f"{part} {kinds[part]}" for part, kind in CLASSES.items() if kinds.get(part, kind) != kind]
     unlike += [name for name in kinds if name in ("transformer", "text_encoder_2", "text_encoder_3", "image_encoder")]
@@ -155,7 +153,7 @@ def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[st
             if name in whole or not (file.suffix in WEIGHTS or ".index." in file.name):
                 (out / name).mkdir(exist_ok=True)
                 shutil.copyfile(file, out / name / file.name)
-    empty = {n: [None, None] for n, v in read_json(home / "model_index.json").items() if isinstance(v, list) and n not in kept}
+    empty = {n: [None, None] for n, v in read_index(home).items() if isinstance(v, list) and n not in kept}
     commit_json(out / "model_index.json", {**kept, **empty})
 
 
@@ -163,7 +161,7 @@ def _refuse_misfit(source: Path, folder: Path) -> None:
     """Load what was written, strictly."""
     from demerge.pipelines import load_denoiser, load_text, load_vae
 
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
     try:
         for load in (load_denoiser, load_vae, load_text):
             load(folder, index)

@@ -18,12 +18,15 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from pydantic import Field
+
 from demerge.errors import InputError
 from demerge.files import commit_file
 from demerge.headers import Spec, read_header, read_json
 from demerge.local import local
 from demerge.places import Place, locate
 from demerge.quantised import numbers
+from demerge.schema import Foreign, checked
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +55,12 @@ def canonical(name: str) -> str:
     plain = WRAPPER.sub("", name)
     prefix = next((prefix for prefix in PREFIXES if plain.startswith(prefix)), "")
     return modern(plain.removeprefix(prefix))
+
+
+class Named(Foreign):
+    """A config that says which class it is of."""
+
+    class_name: str | None = Field(None, alias="_class_name")
 
 
 class Checkpoint(Mapping[str, "Tensor"]):
@@ -194,7 +203,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def config(self) -> dict[str, Any] | None:
         """The component's config.json, where there is one."""
         folder = self.place.component
-        return read_json(folder / "config.json") if folder is not None and (folder / "config.json").is_file() else None
+        if folder is None or not (folder / "config.json").is_file():
+            return None
+        config = read_json(folder / "config.json")
+        checked(config, Named, f"{folder}/config.json", fix="use the config of this very model")
+        return config
 
     @property
     def parameters(self) -> int:

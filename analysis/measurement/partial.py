@@ -95,4 +95,4 @@ def _differences(there: Any, asked: Mapping[str, Any]) -> str:
     if not isinstance(there, dict):
         return ""
     names = [name for name in asked if there.get(name) != asked[name]]
-    return ": " + "; ".join(f"{name} {there.get(name)} there, {asked[name]} asked" for name in names)
+    return ": " + "; ".join(f"{name} {str(there.get(name))[:60]} there, {str(asked[name])[:60]} asked" for name in names)

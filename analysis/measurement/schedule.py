@@ -12,8 +12,8 @@ import numpy as np
 from demerge.conflict import Array, ConflictMap
 from demerge.diffusion import Diffusion
 from demerge.errors import InputError
-from demerge.headers import read_json
 from demerge.pipelines import load_scheduler, resolve
+from demerge.places import read_index
 
 MAX_LOG_SNR = 20.0  # schedules that end in pure noise have log SNR = -inf
 
@@ -41,7 +41,7 @@ def refuse_other_schedule(map: ConflictMap, path: Path, model: str) -> None:
         folder = resolve(model)
     except InputError:
         return
-    scheduler = load_scheduler(folder, read_json(folder / "model_index.json"))
+    scheduler = load_scheduler(folder, read_index(folder))
     there, here = described(map.log_snr), described(_log_snr(scheduler.alphas_cumprod.double().numpy()))
     if there != here:
         raise InputError(

@@ -17,7 +17,7 @@ from demerge.errors import InputError, UsageError
 from demerge.headers import read_json
 from demerge.merge.denoisers import Denoiser, Task
 from demerge.merge.fitting import is_buffer
-from demerge.places import COMPONENTS, PART_NAME, SECOND, Place, locate
+from demerge.places import COMPONENTS, PART_NAME, SECOND, Place, locate, read_index
 from demerge.timesteps import TimestepRange
 from demerge.weights import Checkpoint
 
@@ -69,7 +69,7 @@ def component_tasks(
 def parts_of(place: Place) -> list[str]:
     """Return the names of a pipeline's parts with weights that are no denoiser."""
     folder = place.pipeline
-    index = read_json(folder / "model_index.json") if folder and (folder / "model_index.json").is_file() else {}
+    index = read_index(folder) if folder and (folder / "model_index.json").is_file() else {}
     held = [n for n, entry in index.items() if isinstance(entry, list) and entry[-1:] != [None] and n not in NOT_MERGED]
     return [name for name in held if folder and PART_NAME.fullmatch(name) and _weights(folder / name)]
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import InputError, UsageError
-from demerge.headers import read_json
 from demerge.merge.sources import scheduler_config
-from demerge.places import SECOND, Place, locate
+from demerge.places import SECOND, Place, locate, read_index
 from demerge.timesteps import TimestepRange
 
 FIRST = "transformer"
@@ -133,7 +132,7 @@ def index_of_two(base: Place, boundary: float) -> dict[str, Any]:
     Raises:
         UsageError: where the base is no pipeline whose class takes two.
     """
-    index = read_json(base.pipeline / "model_index.json") if base.pipeline else {}
+    index = read_index(base.pipeline) if base.pipeline else {}
     kind = index.get("_class_name")
     if kind not in TWO or FIRST not in index:
         raise UsageError(
@@ -148,7 +147,7 @@ def _spans(place: Place) -> Mapping[str, TimestepRange] | None:
     folder = place.pipeline
     if folder is None or not (folder / "model_index.json").is_file() or not (folder / SECOND).is_dir():
         return None
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
     if not isinstance(index.get(SECOND), list) or None in index[SECOND]:
         return None
     ratio = index.get("boundary_ratio")

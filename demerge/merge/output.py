@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from demerge.errors import UsageError
-from demerge.headers import read_json
 from demerge.merge.apply import Done, Merge
 from demerge.merge.storage import Storage
 from demerge.merge.stream import CHUNK
-from demerge.places import Place, inside, plain_names
+from demerge.places import Place, inside, plain_names, read_index
 from demerge.scaled import Scaled, decoded
 from demerge.weights import TORCH_NAMES, Checkpoint
 
@@ -252,7 +251,7 @@ def kept_files(base: Place, variant: str | None = None) -> list[tuple[Path, Path
     root = base.pipeline or base.component
     files = [base.component / "config.json"]
     if base.pipeline is not None:
-        index = read_json(base.pipeline / "model_index.json")
+        index = read_index(base.pipeline)
         parts = [p for p in sorted(base.pipeline.iterdir()) if p.is_dir() and p.name in index and p != base.component]
         if base.pipeline == base.component:
             files += [f for f in [root / "scheduler_config.json"] if f.is_file()]
