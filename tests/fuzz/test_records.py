@@ -370,14 +370,14 @@ def soon() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def attempt(target: Target, content: bytes, whole: bytes) -> tuple[int, list[str]]:
-    """Read a changed record by all that reads it; return how many refused it, and what else was raised."""
+def attempt(target: Target, content: bytes, whole: bytes, readers: Sequence[int]) -> tuple[int, list[str]]:
+    """Read a changed record by some of what reads it; return how many refused it, and what else was raised."""
     refused, faults = 0, []
     target.file.write_bytes(content)
-    for number, read in enumerate(target.readers):
+    for number in readers:
         try:
             with soon():
-                read()
+                target.readers[number]()
         except DemergeError as error:
             refused += 1
             if not error.what or len(error.what) > 3000:
@@ -393,7 +393,8 @@ def fuzz(targets: Sequence[Target], cases: int, seed: int) -> None:
     total = sum(target.share for target in targets)
     found: dict[str, bytes] = {}
     for target in targets:
-        assert attempt(target, target.file.read_bytes(), target.file.read_bytes()) == (0, []), target.file
+        whole = target.file.read_bytes()
+        assert attempt(target, whole, whole, range(len(target.readers))) == (0, []), target.file
     with bounded():
         for index, target in enumerate(targets):
             whole, refused = target.file.read_bytes(), 0
@@ -401,8 +402,8 @@ def fuzz(targets: Sequence[Target], cases: int, seed: int) -> None:
             for case in range(n):
                 chance = random.Random(f"{seed} {index} {case}")
                 content = target.mutate(whole, chance)
-                some, faults = attempt(target, content, whole)
-                refused += some > 0
+                some, faults = attempt(target, content, whole, [case % len(target.readers)])
+                refused += some
                 found |= {f"{target.file.name} {fault}": content[:2000] for fault in faults if fault not in found}
             assert refused > n / 8, f"{target.file} was hardly ever refused"
     assert not found, "\n".join(f"{fault}\n    {content!r}" for fault, content in found.items())
