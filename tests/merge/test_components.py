@@ -115,10 +115,11 @@ def test_refusals(tiny_text: Path, tune: Tune) -> None:
 
 
 @pytest.mark.parametrize("name", ["..", "../base", "a/b", "", "x" * 300, "\u4e00" * 99])
-def test_a_part_with_a_hostile_name_is_no_part(tiny_text: Path, tune: Tune, name: str) -> None:
+def test_a_part_with_a_hostile_name_is_refused(tiny_text: Path, tune: Tune, name: str) -> None:
     expert = tune("expert", "unet")
     edit(expert / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
-    assert not prepare(Recipe.of(tiny_text, [expert])).notes
+    with pytest.raises(InputError, match="is no name of a component"):
+        prepare(Recipe.of(tiny_text, [expert]))
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------
