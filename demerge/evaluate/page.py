@@ -18,7 +18,7 @@ from demerge.pages import Exhibit, figure, section, text, uri, whole
 GREY = 128  # between the images, on light and on dark pages
 EYEBROWS = {
     "better": "These checkpoints: merging helped",
-    "worse": "These checkpoints: merging did not help",
+    "worse": "These checkpoints: a control does better",
     "inconclusive": "Inconclusive",
     "none": "No verdict",
 }

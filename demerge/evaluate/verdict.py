@@ -77,7 +77,7 @@ def _conclusion(result: Verdict, rows: Sequence[Row]) -> str:
         return "Without both controls there is no conclusion."
     return {
         "better": "So this merge is better than both controls, beyond what the same training without ranges gives.",
-        "worse": "So here merging did not help: a control does better.",
+        "worse": "So here merging is not the best choice: a control does better.",
         "inconclusive": "So here it is not shown that merging helps beyond what a control gives.",
         "none": "So there is no verdict.",
     }[result]

@@ -126,9 +126,9 @@ def test_a_distance_on_random_features_is_called_that(make_scores: Make) -> None
     ("merge", "base", "joint", "expected", "words"),
     [
         (6.0, 8.0, 7.0, "better", ["beats the base", "beats the joint control", "better than both controls"]),
-        (7.5, 8.0, 7.0, "worse", ["beats the base", "is worse than the joint control", "did not help"]),
+        (7.5, 8.0, 7.0, "worse", ["beats the base", "is worse than the joint control", "a control does better"]),
         (7.0, 8.0, 7.0, "inconclusive", ["beats the base", "cannot be told apart from the joint", "not shown"]),
-        (9.0, 8.0, 7.0, "worse", ["is worse than the base", "did not help"]),
+        (9.0, 8.0, 7.0, "worse", ["is worse than the base", "a control does better"]),
     ],
 )
 def test_the_verdict_is_honest(
