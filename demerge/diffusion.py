@@ -231,7 +231,7 @@ class Diffusion:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that images and losses of this model depend on, as JSON values.
+        """All that images and losses of this model depend on, as JSON values; infinity is a text.
 
         The hash of the denoiser's tensors, its config, the scheduler's config, and the hash of each file of the other
         components.
@@ -242,7 +242,7 @@ class Diffusion:
         }
         public["scheduler"]["class"] = type(self.scheduler).__name__
         identity = {"sha256": self.sha256, **public, "components": self._components()}
-        document: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+        document: dict[str, Any] = json.loads(json.dumps(identity, default=str), parse_constant=str)
         return document
 
     def _components(self) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from demerge.expert import expert_of
-from demerge.headers import read_json
+from demerge.headers import read_json, read_scheduler
 from demerge.weights import Checkpoint
 
 MERGED_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel")
@@ -63,7 +63,7 @@ def facts_of(path: Path) -> Facts:
     place = checkpoint.place
     config = checkpoint.config or {}
     folder = place.pipeline
-    scheduler = _read(folder / "scheduler" / "scheduler_config.json" if folder else None)
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json" if folder else None, read_scheduler)
     expert = expert_of(place)
     recipe = _read(place.beside("demerge.json"))
     model_class = config.get("_class_name")
@@ -124,8 +124,8 @@ def _verdict(checkpoint: Checkpoint, model_class: Any, latents: Any, *, has_pipe
     return True, "merges with models of equal keys and shapes finetuned from one base"
 
 
-def _read(path: Path | None) -> dict[str, Any]:
-    return read_json(path) if path is not None and path.is_file() else {}
+def _read(path: Path | None, reader: Callable[[Path], dict[str, Any]] = read_json) -> dict[str, Any]:
+    return reader(path) if path is not None and path.is_file() else {}
 
 
 def _text(value: Any) -> str:

@@ -124,8 +124,16 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: where the file is missing, too large or no JSON object.
     """
-    text = read_bytes(path, MAX_HEADER)
-    return _parse(path, text)
+    return _parse(path, read_bytes(path, MAX_HEADER))
+
+
+def read_scheduler(path: Path) -> dict[str, Any]:
+    """Read a scheduler_config.json; diffusers writes -Infinity into that of a DPM-Solver (`lambda_min_clipped`).
+
+    Raises:
+        InputError: as `read_json` does.
+    """
+    return _parse(path, read_bytes(path, MAX_HEADER), infinite=True)
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -172,8 +180,11 @@ def _refuse_disguise(path: Path, beginning: bytes) -> None:
             raise InputError(f"{path}: {found}", fix=fix)
 
 
-def parse_json(text: bytes | str) -> dict[str, Any]:
+def parse_json(text: bytes | str, *, infinite: bool = False) -> dict[str, Any]:
     """Return the JSON object that a text holds, read more strictly than Python does.
+
+    Args:
+        infinite: take Infinity and -Infinity, which are not JSON.
 
     Raises:
         ValueError: where it is no object, a key occurs twice, it is more than 32 levels deep, or holds NaN, a number beyond
@@ -182,7 +193,11 @@ def parse_json(text: bytes | str) -> dict[str, Any]:
     text = text.encode() if isinstance(text, str) else text
     try:
         document = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite, parse_int=_whole
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_infinite if infinite else _finite,
+            parse_float=_finite,
+            parse_int=_whole,
         )
         if b"\\u" in text and "\\u0000" in json.dumps(document, ensure_ascii=False).encode().decode():
             raise ValueError("a text holds NUL")
@@ -210,6 +225,10 @@ def _finite(text: str) -> float:
     return float(text)
 
 
+def _infinite(text: str) -> float:
+    return float(text) if text.endswith("Infinity") else _finite(text)
+
+
 def _whole(text: str) -> int:
     if len(text) > 20 or abs(int(text)) >= 1 << 63:
         raise ValueError(f"the number {text[:20]}... is beyond 64 bits")
@@ -225,9 +244,9 @@ def _depth(text: bytes) -> int:
     return deepest
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def _parse(path: Path, text: bytes, *, infinite: bool = False) -> dict[str, Any]:
     try:
-        return parse_json(text)
+        return parse_json(text, infinite=infinite)
     except ValueError as error:
         raise _damaged(path, str(error)) from error
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from demerge.conditions import keep_labels
 from demerge.configs import DenoiserConfig, SchedulerConfig, TextConfig, VaeConfig, check_config
 from demerge.errors import InputError, ResourceError, UsageError
-from demerge.headers import read_json
+from demerge.headers import read_json, read_scheduler
 from demerge.local import local
 from demerge.memory import free_bytes
 from demerge.places import COMPONENTS, component_place, inside
@@ -144,7 +144,7 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise InputError(f"{folder}: scheduler class '{name}' is unknown to diffusers", fix="use a stock scheduler")
     path = inside(folder, part(folder, "scheduler") / "scheduler_config.json")
-    return make_scheduler(read_json(path), kind, str(path))
+    return make_scheduler(read_scheduler(path), kind, str(path))
 
 
 def make_scheduler(config: Mapping[str, Any], kind: Any, where: str) -> Any:

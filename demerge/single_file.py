@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from demerge.errors import InputError, UsageError
 from demerge.files import commit_dir, commit_json, refuse_existing, refuse_small_disk
-from demerge.headers import read_json
+from demerge.headers import read_json, read_scheduler
 from demerge.local import local
 from demerge.places import PART_NAME, inside, locate, read_index
 from demerge.weights import PREFIXES, WRAPPER, Checkpoint, commit_tensors
@@ -129,7 +129,7 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
 def _refuse_markers(source: Path, file: Checkpoint, config: Path) -> None:
     """Refuse a file that says that it predicts v for a config that says something else."""
     scheduler = config / "scheduler" / "scheduler_config.json"
-    predicts = (read_json(scheduler) if scheduler.is_file() else {}).get("prediction_type", "epsilon")
+    predicts = (read_scheduler(scheduler) if scheduler.is_file() else {}).get("prediction_type", "epsilon")
     if "v_pred" in file and predicts != "v_prediction":
         what = f"{source} is marked v_pred, the scheduler of {config} says {predicts}"
         raise InputError(what, fix='give a --config whose scheduler_config.json says "prediction_type": "v_prediction"')

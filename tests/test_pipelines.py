@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from demerge.diffusion import Diffusion
 from demerge.errors import InputError, ResourceError
+from demerge.facts import facts_of
 from demerge.headers import read_json
+from demerge.merge.sources import scheduler_config
 from demerge.pipelines import load_denoiser, load_text, load_vae
+from demerge.places import locate
 
 FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -239,3 +242,23 @@ def cached(base: Path, root: Path, blobs: str = "blobs") -> Path:
 def test_blobs_of_the_hub_cache_are_followed_and_nothing_else_of_it(tiny_text: Path, tmp_path: Path) -> None:
     assert Diffusion.load(cached(tiny_text, tmp_path / "hub")).sha256 == Diffusion.load(tiny_text).sha256
     assert "leads out of" in refusal(cached(tiny_text, tmp_path / "other", blobs="others")).what
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_as_diffusers_saves_it_is_read(copy: Path, name: str) -> None:
+    """A DPM-Solver's config holds -Infinity (`lambda_min_clipped`), which is not JSON; identity and fingerprint are."""
+    getattr(diffusers, name)().save_pretrained(copy / "scheduler")
+    index = read_json(copy / "model_index.json")
+    (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    model = Diffusion.load(copy)
+    json.dumps(model.identity, allow_nan=False)
+    assert len(model.fingerprint) == 64 and facts_of(copy).scheduler == name
+    assert scheduler_config(locate(copy))["_class_name"] == name
+
+
+def test_a_scheduler_whose_numbers_are_none_is_refused(copy: Path) -> None:
+    (copy / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler", "beta_end": Infinity}')
+    assert "beta_end" in str(refusal(copy))
+    (copy / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler", "lambda_min_clipped": NaN}')
+    assert "NaN is not a finite number" in str(refusal(copy))

@@ -23,7 +23,7 @@ from demerge.diffusion import Diffusion
 from demerge.errors import UsageError
 from demerge.evaluate.protocol import FORMAT, Kind
 from demerge.expert import EXPERT, read_expert
-from demerge.headers import read_json
+from demerge.headers import read_json, read_scheduler
 from demerge.pages import is_page, printable
 from demerge.sample import load_routed
 
@@ -180,5 +180,5 @@ def _is_pipeline(folder: Path) -> bool:
 
 def _is_whole(span: Any, folder: Path) -> bool:
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    total = read_json(scheduler).get("num_train_timesteps") if scheduler.is_file() else None
+    total = read_scheduler(scheduler).get("num_train_timesteps") if scheduler.is_file() else None
     return total is not None and span == [0, total]

@@ -9,7 +9,7 @@ from typing import Any
 from demerge.errors import InputError, UsageError
 from demerge.expert import expert_of, expert_range
 from demerge.hashes import remembered_content
-from demerge.headers import read_json
+from demerge.headers import read_json, read_scheduler
 from demerge.lora import Adapter, NoBase
 from demerge.merge.recipe.asked import Source
 from demerge.places import Place
@@ -121,7 +121,7 @@ def scheduler_config(place: Place) -> dict[str, Any]:
     folder = place.pipeline
     places = [folder / "scheduler", folder] if folder else []
     path = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()), None)
-    return read_json(path) if path is not None else {}
+    return read_scheduler(path) if path is not None else {}
 
 
 def source(asked: Source, opened: Sequence[Expert | NoBase], hashes: Hashes, inputs: Mapping[str, Checkpoint]) -> Source:
