@@ -93,6 +93,12 @@ class Diffusion:
             )
         classes_of(self.config)
 
+    def __repr__(self) -> str:
+        """Say what it is, not its layers."""
+        size = sum(p.numel() for p in self.denoiser.parameters())
+        where = f", {str(self.folder)!r}" if self.folder else ""
+        return f"Diffusion({type(self.denoiser).__name__}, {size:,} parameters, {self.prediction_type}, T = {self.T}{where})"
+
     # -- reading and writing -----------------------------------------------------------------------------------------
 
     @classmethod

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from io import BytesIO
-from pathlib import Path
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-
-from demerge.files import commit_files
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -33,13 +30,3 @@ def grid(images: Tensor, columns: int, *, gap: int = 1, background: int = 255) -
     missing = -len(images) % columns
     filler = images.new_full((missing, *images.shape[1:]), background)
     return rearrange(torch.cat([images, filler]), "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
-
-
-def write_pngs(folder: Path | str, images: Tensor) -> None:
-    """Write images, uint8 [B C H W], as FOLDER/000000.png and so on: all of them or none.
-
-    Raises:
-        InputError: where the folder is there already and not empty.
-    """
-    folder = Path(folder)
-    commit_files(folder, ((f"{i:06d}.png", png(image)) for i, image in enumerate(images)))

@@ -232,20 +232,13 @@ def _load(folder: Path, component: str, kind: type[Foreign], build: Callable[[di
         {names.get(bare, name): shapes[name] for bare, name in wanted.items()},
         f"{where}: the weights do not fit the config",
     )
-    tensors = {name: weights[names[bare]] for bare, name in wanted.items()}
-    model.load_state_dict(
-        {n: t.to(torch.float32, copy=True) if t.is_floating_point() else t.clone() for n, t in tensors.items()}, assign=True
-    )
+    model.load_state_dict({name: _copied(weights[names[bare]]) for bare, name in wanted.items()}, assign=True)
     return model
 
 
 def _copied(tensor: Tensor) -> Tensor:
     """Return a tensor in memory of its own, floating point in float32."""
     return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
-
-
-def _are_shares(values: Tensor) -> bool:
-    return bool(((values >= 0) & (values <= 1)).all())
 
 
 def refuse_other_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:

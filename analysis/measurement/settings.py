@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from demerge.conflict import MIN_GROUPS
 from demerge.errors import UsageError
+from demerge.reprs import stated
 
 DRAWS = ("shared", "independent")
 METRICS = ("euclid", "adam")
@@ -45,6 +46,8 @@ class Settings:
     budget: float | None = None
     se: float | None = None
     precision: str = "no"
+
+    __repr__ = stated
 
     def __post_init__(self) -> None:
         if isinstance(self.antithetic, bool):

@@ -20,6 +20,7 @@ from demerge.evaluate.protocol import Kind, Scores
 from demerge.evaluate.reference import Reference
 from demerge.files import place_for
 from demerge.pages import printable
+from demerge.reprs import stated
 from demerge.sample import check_sampling, make_scheduler
 from demerge.timesteps import Partition
 
@@ -56,6 +57,8 @@ class EvaluationOptions:
     lpips: bool = True
     batch_size: int = 64
     device: str = "cpu"
+
+    __repr__ = stated
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from demerge.errors import UsageError
+from demerge.reprs import stated
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "sampling": ("mixture", "paper"),
@@ -60,6 +61,8 @@ class FinetuneOptions:
     checkpointing_steps: int = 500
     logging_steps: int = 50
     seed: int = 0
+
+    __repr__ = stated
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):

@@ -123,6 +123,10 @@ class Method:
     whole_with: Callable[[Mapping[str, Any]], bool] | None = None
     precise: bool = False
 
+    def __repr__(self) -> str:
+        """Name it, its paper and its options."""
+        return f"Method({self.name}, {self.paper or 'no paper'}: {', '.join(self.options) or 'no options'})"
+
     @property
     def weighted(self) -> bool:
         """Whether it has weights: its function or one of its statistics asks for them."""

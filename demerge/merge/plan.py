@@ -49,6 +49,10 @@ class MergeResult:
     adapter: AdapterSummary | None = None
     report: Path | None = None
 
+    def __repr__(self) -> str:
+        """Say where it is, of what, and what survived."""
+        return f"MergeResult({str(self.path)!r}, {self.recipe!r}, {self.tally.share:.1%} of the changes survive)"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,6 +72,12 @@ class Plan:
     parts: Sequence[Part]
     boundary: float | None = None
     variant: str | None = None
+
+    def __repr__(self) -> str:
+        """Say what is merged; the inputs may not be hashed yet."""
+        job = self.parts[0].job
+        tensors = sum(len(part.entries) for part in self.parts)
+        return f"Plan({job.method.name} of {len(job.experts)} experts, {tensors:,} tensors)"
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -50,6 +50,7 @@ class MergeSession:
     """Base and experts on a device, to be merged with any weights.
 
     Attributes:
+        method: the name of the method.
         groups: the names of the groups of tensors, in the order of the rows of w; empty where w is [K].
         bytes: what base, deltas and inputs take on the device.
         notes: what had to be supposed about LoRA files among the experts.
@@ -84,6 +85,7 @@ class MergeSession:
             ResourceError: where the device's free memory does not suffice.
         """
         chosen, origin = find(method), opened(base)
+        self.method = chosen.name
         settled = chosen.settle(options or {})
         chosen = chosen.under(settled)
         tuned = [opened_expert(expert, origin) for expert in experts]
@@ -106,6 +108,11 @@ class MergeSession:
         }
         self._resident = load(Reader(chosen, origin, tuned, given, seed), constants, self.device, dtype)
         self.groups, self._group = _grouped(groups, self.names)
+
+    def __repr__(self) -> str:
+        """Say what is held, and where."""
+        held = f"{len(self.names)} tensors, {self.bytes:,} bytes on {self.device}"
+        return f"MergeSession({self.method}, w {list(self.shape)}, {held})"
 
     @property
     def names(self) -> list[str]:

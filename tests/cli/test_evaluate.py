@@ -14,7 +14,7 @@ from PIL import Image
 
 from demerge.data import load_images
 from demerge.evaluate.protocol import Scores
-from demerge.images import write_pngs
+from demerge.images import png
 from demerge.pages import whole
 
 SMALL = ("--data", "digits", "--num-images", "20", "--steps", "2", "--loss-samples", "16", "--reference-images", "100")
@@ -23,8 +23,14 @@ SMALL = ("--data", "digits", "--num-images", "20", "--steps", "2", "--loss-sampl
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "pictures"
-    write_pngs(folder, load_images("digits", split="train").images(range(30)))
+    draw_digits(folder, 30)
     return folder
+
+
+def draw_digits(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(load_images("digits", split="train").images(range(count))):
+        (folder / f"{i}.png").write_bytes(png(image))
 
 
 def test_from_models_to_a_report(run: Callable[..., Any], make_tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -121,7 +127,7 @@ def test_every_model_is_resolved_before_the_first_image(run: Callable[..., Any],
 
 def test_plots_among_the_models_are_left_out_and_named(run: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
     plots = tmp_path / "merged" / "ties-report"
-    write_pngs(plots, load_images("digits", split="train").images(range(2)))
+    draw_digits(plots, 2)
     (plots / "index.html").write_text(whole("What the merge did", "", [], ""))
     result = run("evaluate", tiny, plots, *SMALL, "--no-lpips", "--seeds", "0", "-o", tmp_path / "run", "--json")
     assert result.code == 0, result.err

@@ -74,6 +74,10 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
     output: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Name the method and the models, not what is known of their files."""
+        return f"Recipe({self.method}: {self.base.path!r}, experts {[expert.path for expert in self.experts]})"
+
     def __post_init__(self) -> None:
         for name, value, least in (("seed", self.seed, 0), ("out_rank", 1 if self.out_rank is None else self.out_rank, 1)):
             if value < least:

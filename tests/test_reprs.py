@@ -1,0 +1,50 @@
+"""What a notebook shows of demerge: the names of the package, and values in one short line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import demerge
+from demerge.analysis import Settings
+from demerge.evaluate import EvaluationOptions
+from demerge.merge import MergeSession, Recipe, find, merge, prepare
+from demerge.merge.recipe.asked import Source
+
+MOST = 300
+
+
+def test_the_public_names_are_listed() -> None:
+    assert set(demerge.__all__) <= set(dir(demerge))
+    assert demerge.__all__ == sorted(demerge.HOMES)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (demerge.FinetuneOptions(), "FinetuneOptions()"),
+        (demerge.FinetuneOptions(learning_rate=1e-3, seed=2), "FinetuneOptions(learning_rate=0.001, seed=2)"),
+        (EvaluationOptions("digits", steps=20), "EvaluationOptions(data='digits', steps=20)"),
+        (Settings(groups=12), "Settings(groups=12)"),
+        (find("average"), "Method(average, arXiv 2203.05482: no options)"),
+    ],
+)
+def test_options_show_what_was_chosen(value: object, text: str) -> None:
+    assert repr(value) == text
+
+
+def test_values_are_one_short_line(tiny: Path, add_expert: Callable[..., Path]) -> None:
+    folder = tiny.parent / "of-reprs"
+    experts = [add_expert(folder / str(i), 500 * i, 500 * i + 500) for i in range(2)]
+    values: list[Any] = [
+        demerge.Diffusion.load(tiny),
+        MergeSession(tiny, experts),
+        prepare(Recipe(Source(str(tiny)), [Source(str(path)) for path in experts], method="ties")),
+        merge(tiny, experts, folder / "merged", method="average"),
+    ]
+    for value in values:
+        text = repr(value).replace(str(tiny.parent), "")
+        assert text.startswith(f"{type(value).__name__}(") and "\n" not in text and len(text) < MOST, text
