@@ -185,8 +185,9 @@ def lines(said: dict[str, Any]) -> list[str]:
     for other, gain in said["held_out"].items():
         held_out = f"{said['judged']} explains {_pair(gain['value'], gain['se'], '+.2f')} more than {other}"
         text.append(("held out", held_out))
-    text.append(("advice", f"{said['advice']} for {said['ranges']} ranges: {said['reason']}"))
-    text.append(("taken", f"the {said['taken']} cut into {said['ranges']} ranges"))
+    ranges = _counted(said["ranges"], "range")
+    text.append(("advice", f"{said['advice']} for {ranges}: {said['reason']}"))
+    text.append(("taken", f"the {said['taken']} cut into {ranges}"))
     text.append(("benefit", said["benefit"]["sentence"]))
     if said["benefit"]["promised"]:
         text.append(("plain SGD", said["benefit"]["plain"]))
@@ -203,7 +204,11 @@ def _unresolved(said: dict[str, Any]) -> str:
     within_reach = said["unresolved"] and said["groups_needed"] < MOST
     more = f" ({said['groups_needed']} groups or more would do)" if within_reach else ""
     weak = f", {len(said['weak'])} perhaps resolved by luck" if said["weak"] else ""
-    return f"{len(said['unresolved'])} bins unresolved{more}{weak}"
+    return f"{_counted(len(said['unresolved']), 'bin')} unresolved{more}{weak}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _pair(value: float | None, se: float | None, form: str = ".2f") -> str:

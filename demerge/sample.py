@@ -211,7 +211,7 @@ def check_sampling(
     if sampler not in SAMPLERS:
         raise UsageError(f"sampler '{sampler}' is unknown", fix=f"use one of {', '.join(SAMPLERS)}")
     if model.requires_text and not captions:
-        raise UsageError("the model takes text", fix="give captions")
+        raise UsageError("the model takes text", fix="give captions; in a command, --captions FILE, one per line")
     if not 1 <= guidance_scale < math.inf:
         raise UsageError(f"guidance_scale is {guidance_scale:g}", fix="give 1 for no guidance, or more, for example 7.5")
     null = model.requires_text or (model.classes is not None and model.classes.null is not None)

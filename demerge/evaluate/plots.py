@@ -18,6 +18,7 @@ from demerge.evaluate.losses import RangeLosses
 from demerge.evaluate.protocol import Row
 from demerge.figures import KINDS, Theme, plain
 
+CELL = 0.66  # inches of an image on the contact sheet
 LABELS: Mapping[str, str] = {
     "kid": "KID",
     "precision": "precision",
@@ -30,7 +31,7 @@ LABELS: Mapping[str, str] = {
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -126,13 +127,17 @@ def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme) -> Figure:
 
 def contact_sheet(images: Mapping[str, Tensor], kinds: Mapping[str, str], theme: Theme) -> Figure:
     """Draw rows of images, uint8 [n C H W] for each model; one column is one noise. Names are coloured by `kinds`."""
-    columns = max(len(row) for row in images.values())
-    figure = Figure(figsize=(1.6 + 0.62 * columns, 0.66 * len(images)))
+    columns, room = max(len(row) for row in images.values()), 0.15 + 0.08 * max(len(plain(name)) for name in images)
+    width, height = room + CELL * columns, CELL * len(images)
+    figure = Figure(figsize=(width, height))
     for i, (name, row) in enumerate(images.items()):
         for j, image in enumerate(row):
-            axes = figure.add_axes((j / columns, 1 - (i + 1) / len(images), 0.94 / columns, 0.94 / len(images)))
+            corner = (room + j * CELL) / width, 1 - (i + 1) * CELL / height
+            axes = figure.add_axes((*corner, 0.94 * CELL / width, 0.94 * CELL / height))
             axes.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), aspect="auto")
             axes.set_axis_off()
         ink = KINDS.get(kinds.get(name, ""), theme.ink)
-        figure.text(-0.01, 1 - (i + 0.5) / len(images), plain(name), ha="right", va="center", color=ink, fontsize=9)
+        figure.text(
+            (room - 0.08) / width, 1 - (i + 0.5) / len(images), plain(name), ha="right", va="center", color=ink, fontsize=9
+        )
     return figure

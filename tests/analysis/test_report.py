@@ -155,3 +155,8 @@ def test_a_map_that_is_stored_is_left_alone(planted: Any, tmp_path: Path) -> Non
     written = write(map, tmp_path, summary(map, 4), stored=True)
     assert written[0].read_bytes() == kept
     assert write(map, tmp_path, summary(map, 4))[0].read_bytes() != kept
+
+
+def test_one_is_said_in_the_singular(map_of: Any) -> None:
+    text = "\n".join(lines(summary(map_of(np.random.default_rng(0).standard_normal((8, 6, 200))), 1)))
+    assert "into 1 range\n" in text and "for 1 range:" in text and "8 bins unresolved" in text

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
@@ -228,3 +230,13 @@ def test_formulas_are_disarmed(text: str) -> None:
 
 def test_markdown_signs_are_escaped() -> None:
     assert escaped("a|b_c<d>\n`e`") == "a\\|b\\_c&lt;d&gt; \\`e\\`"
+
+
+def test_a_figure_holds_all_that_is_drawn(scores: list[Scores]) -> None:
+    images = {name: torch.zeros(3, 1, 8, 8, dtype=torch.uint8) for name in ("base", "joint", "experts")}
+    report = Report.of(scores, contact=images)
+    for figure in (*map(report.plot, report.plots), report.contact_sheet()):
+        FigureCanvasAgg(figure).draw()
+        held, drawn = figure.bbox_inches, figure.get_tightbbox()
+        assert drawn.x0 >= held.x0 - 0.01 and drawn.y0 >= held.y0 - 0.01, "or savefig cuts it off"
+        assert drawn.x1 <= held.x1 + 0.01 and drawn.y1 <= held.y1 + 0.01
