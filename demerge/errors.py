@@ -13,7 +13,17 @@ Every message says what is wrong (which argument or file, the rule, the value fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 LONGEST = 1900  # characters of a sentence: hostile files have names and values of any length
+
+LISTED = 5
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first five names, each cut to 120 characters, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(name[:120] for name in names[:LISTED]) + more
 
 
 class DemergeError(Exception):

@@ -97,6 +97,13 @@ def test_the_rank_is_the_sum_of_the_ranks_unless_it_is_asked_for(tmp_path: Path)
     assert result.adapter is not None and result.adapter.rank == 2 and 0 < result.adapter.share < 1
 
 
+def test_one_file_alone_is_refused_unless_a_rank_is_asked_for(tmp_path: Path) -> None:
+    path = save(tmp_path / "0.safetensors", factors(4, 0))
+    with pytest.raises(UsageError, match="a LoRA alone"):
+        prepare(Recipe.of(path, []))
+    assert prepare(Recipe.of(path, [], out_rank=2)).recipe.out_rank == 2
+
+
 def test_files_of_kohya_give_a_file_of_kohya(tmp_path: Path) -> None:
     one, other = factors(2, 0), factors(2, 1)
     paths = [save(tmp_path / f"{i}.safetensors", f, "kohya") for i, f in enumerate((one, other))]
@@ -146,7 +153,7 @@ def test_what_needs_a_base_is_refused_with_the_command(tmp_path: Path) -> None:
     save_file({f"{m}.weight": torch.zeros(s) for m, s in SHAPES.items()}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="is a LoRA in the base's place") as usage:
         merge(one, [tmp_path / "model.safetensors"], tmp_path / "o.safetensors")
-    assert "demerge merge BASE" in usage.value.fix
+    assert f"demerge merge {tmp_path / 'model.safetensors'} {one}" in usage.value.fix
     with pytest.raises(InputError, match="cannot stand in the base's place"):
         MergeSession(one, [one])
     half = {"unet.conv_in.lora_A.weight": torch.ones(1, 3, 3, 3), "unet.conv_out.lora_B.weight": torch.ones(1, 1, 1, 1)}

@@ -154,9 +154,17 @@ def _entrant(name: str, source: str | Path | Diffusion, kind: Kind | None) -> En
     if is_report(folder):
         what = f"{folder}: its pictures are plots that demerge wrote, not a model's images"
         raise UsageError(what, fix="leave it out, or name a folder that holds images alone")
+    if kind is None and (expert := _only_joint(folder)):
+        folder, source = expert, str(expert)
     kind = kind or kind_of(folder)
     plain = {"ensemble": "routed ensemble", "joint": "joint"}.get(kind) if not (folder / "demerge.json").is_file() else None
     return Entrant(printable(name or plain or _short(str(source))), kind, str(source))
+
+
+def _only_joint(folder: Path) -> Path | None:
+    """Return the expert of [0, T) that is alone in the folder that finetune printed: a joint control, no ensemble."""
+    found = [path.parent for path in folder.glob(f"*/{EXPERT}")] if not _is_pipeline(folder) else []
+    return found[0] if len(found) == 1 and kind_of(found[0]) == "joint" else None
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from demerge.errors import InputError
+from demerge.errors import InputError, listed
 from demerge.local import local
 from demerge.lora.names import Keys, Modules
 from demerge.lora.settings import Settings, config_beside
@@ -28,7 +28,6 @@ from demerge.places import Place, locate
 from demerge.weights import Checkpoint, finite
 
 BLOCK = 1 << 20  # elements in float64 at once
-LISTED = 5
 Shape = tuple[int, ...]
 
 
@@ -102,11 +101,11 @@ class Adapter(Mapping[str, Tensor]):
 
     def _refuse_others(self, keys: Keys, skip_text: bool) -> None:
         for kind, names in keys.foreign.items():
-            self._refuse(f"{kind}, which demerge does not expand: {_listed(names)}", "merge it into its base first")
+            self._refuse(f"{kind}, which demerge does not expand: {listed(names)}", "merge it into its base first")
         if keys.unknown:
-            self._refuse(f"keys that are no factors of a LoRA: {_listed(keys.unknown)}", "merge it into its base first")
+            self._refuse(f"keys that are no factors of a LoRA: {listed(keys.unknown)}", "merge it into its base first")
         if keys.text and not skip_text:
-            what = f"it changes a text encoder as well, and only the denoiser is merged: {_listed(keys.text)}"
+            what = f"it changes a text encoder as well, and only the denoiser is merged: {listed(keys.text)}"
             self._refuse(what, "give --skip-text-encoder to leave that out, or merge it into its base first")
         if not keys.parts:
             self._refuse("nothing in it changes the denoiser", "leave it out")
@@ -116,7 +115,7 @@ class Adapter(Mapping[str, Tensor]):
         tensors = {named: modules.find(named) for named in keys.parts}
         unknown = [named for named, tensor in tensors.items() if tensor is None]
         if unknown:
-            what = f"{len(unknown)} of {len(tensors)} modules are not in the base by this name: {_listed(unknown)}"
+            what = f"{len(unknown)} of {len(tensors)} modules are not in the base by this name: {listed(unknown)}"
             self._refuse(what, "name the base it was trained on; load and save it with diffusers to have its names rewritten")
         found: dict[str, Factors] = {}
         for named, tensor in tensors.items():
@@ -130,7 +129,7 @@ class Adapter(Mapping[str, Tensor]):
         absent = [part for part in ("down", "up") if part not in parts]
         absent += ["magnitude"] if settings.dora and magnitude is None else []
         if absent:
-            self._refuse(f"{_listed(list(parts.values()))} without {' and '.join(absent)}", "fetch the file again")
+            self._refuse(f"{listed(list(parts.values()))} without {' and '.join(absent)}", "fetch the file again")
         integers = [key for key in parts.values() if not self._file.specs[key].is_float]
         if integers and integers != [parts.get("alpha")]:
             self._refuse(f"{integers[0]} is in {self._file.specs[integers[0]].dtype}", "use factors in floating point")
@@ -240,8 +239,3 @@ def product_shape(shapes: Sequence[Shape]) -> Shape:
 def _as_linear(shape: Shape) -> Shape:
     """Return a weight's shape without the ones behind its second axis: a 1 x 1 convolution is a linear layer."""
     return shape if len(shape) < 3 or shape[-1] != 1 else _as_linear(shape[:-1])
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(name[:120] for name in names[:LISTED]) + more

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from demerge.errors import DemergeError, InputError, NumericalError, UsageError
+from demerge.errors import DemergeError, InputError, NumericalError, UsageError, listed
 from demerge.merge.contract import Method
 from demerge.weights import finite
 
@@ -51,21 +51,28 @@ def refuse_unlike(base: Tensors, experts: Sequence[Tensors], names: Sequence[str
     for expert, label in zip(experts, names[1:], strict=True):
         if holds_deltas(expert):
             continue
-        common = [n for n in base if n in expert]
-        unlike = [n for n in common if base[n].shape != expert[n].shape]
-        kinds = [n for n in common if base[n].is_floating_point() != expert[n].is_floating_point()]
-        fixed = [n for n in common if n not in unlike and n not in kinds and not base[n].is_floating_point()]
-        differences = {
+        found = {
             "missing": [n for n in base if n not in expert],
             "extra": [n for n in expert if n not in base],
-            "of another shape": [f"{n} {list(expert[n].shape)} for {list(base[n].shape)}" for n in unlike],
-            "of another kind of dtype": [f"{n} {expert[n].dtype} for {base[n].dtype}" for n in kinds],
-            "of unequal integers": [n for n in fixed if not torch.equal(base[n], expert[n].to(base[n].dtype))],
+            **{what: list(told.values()) for what, told in unlike(base, expert, [n for n in base if n in expert]).items()},
         }
-        found = {what: listed for what, listed in differences.items() if listed}
-        if found:
-            lines = "; ".join(f"{len(ns)} {what}: {', '.join(ns[:5])}" for what, ns in found.items())
+        lines = "; ".join(f"{len(told)} {what}: {listed(told)}" for what, told in found.items() if told)
+        if lines:
             raise InputError(f"{label} does not fit {names[0]}: {lines}", fix="merge models finetuned from this base")
+
+
+def unlike(base: Tensors, expert: Tensors, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return which tensors of two models do not fit each other: kind of difference -> name -> what to say of it."""
+    pairs = {n: (base[n], expert[n]) for n in names}
+    shapes = {n: f"{n} {list(its.shape)} for {list(mine.shape)}" for n, (mine, its) in pairs.items() if mine.shape != its.shape}
+    kinds = {
+        n: f"{n} {its.dtype} for {mine.dtype}"
+        for n, (mine, its) in pairs.items()
+        if mine.is_floating_point() != its.is_floating_point()
+    }
+    fixed = {n: pair for n, pair in pairs.items() if n not in shapes and n not in kinds and not pair[0].is_floating_point()}
+    unequal = {n: n for n, (mine, its) in fixed.items() if not torch.equal(mine, its.to(mine.dtype))}
+    return {"of another shape": shapes, "of another kind of dtype": kinds, "of unequal integers": unequal}
 
 
 def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Sequence[Tensors]], K: int) -> None:

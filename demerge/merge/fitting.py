@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from demerge.errors import InputError, UsageError
+from demerge.errors import InputError, UsageError, listed
 from demerge.lora import NoBase, notes_of
-from demerge.merge.checks import Tensors, holds_deltas
+from demerge.merge.checks import Tensors, holds_deltas, unlike
 from demerge.merge.recipe.blocks import by_depth, grouped
 from demerge.merge.recipe.rules import matcher
 from demerge.merge.sources import Base
@@ -45,7 +45,6 @@ PARTS = {
 }
 FIRST_CONVOLUTION = re.compile(r"(?:conv_in|input_blocks\.0\.0|x_embedder\.proj|pos_embed\.proj)\.weight")
 LAYOUTS = {"LDM": "input_blocks.", "diffusers": "down_blocks."}
-LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +155,12 @@ class _Differences:
             (mine - its, base, "--missing base", self.rules.missing == "base"),
             (its - mine, label, "--extra drop", self.rules.extra == "drop"),
         ):
-            listed = ", ".join(sorted(which))
+            marks = ", ".join(sorted(which))
             if which and allowed:
-                self.notes.append(f"only {of} is marked {listed}: taken to predict the same, as {option} says")
+                self.notes.append(f"only {of} is marked {marks}: taken to predict the same, as {option} says")
             elif which:
                 fix = f"name the base that {label} was finetuned from; if both predict the same all the same, give {option}"
-                self.faults.append((f"only {of} is marked {listed}, so the two predict something else", fix))
+                self.faults.append((f"only {of} is marked {marks}, so the two predict something else", fix))
 
     def _schedule(self) -> None:
         label = self.names[1]
@@ -172,7 +171,7 @@ class _Differences:
             what = f"another noise schedule: {', '.join(wrong)} differ"
             self.faults.append((what, f"name the base that {label} was finetuned from"))
         if set(other) - set(wrong):
-            self.notes.append(f"{label}: the base's buffers are kept: {_listed([n for n in other if n not in wrong])}")
+            self.notes.append(f"{label}: the base's buffers are kept: {listed([n for n in other if n not in wrong])}")
 
     def _missing(self, names: Sequence[str]) -> None:
         label = self.names[1]
@@ -183,12 +182,12 @@ class _Differences:
         for part in dict.fromkeys(_part(n) for n in whole):
             self.notes.append(f"{label} has no {part}: the base's is kept")
         if buffers:
-            self.notes.append(f"{label}: the base's buffers are kept: {_listed(buffers)}")
+            self.notes.append(f"{label}: the base's buffers are kept: {listed(buffers)}")
         if left and self.rules.missing == "base":
-            self.notes.append(f"{label} lacks {len(left)} tensors, the base's are kept: {_listed(left)}")
+            self.notes.append(f"{label} lacks {len(left)} tensors, the base's are kept: {listed(left)}")
         elif left:
             fix = f"name the base that {label} was finetuned from, or give --missing base to keep the base's"
-            self.faults.append((f"{len(left)} missing: {_listed(left)}", fix))
+            self.faults.append((f"{len(left)} missing: {listed(left)}", fix))
 
     def _extra(self, names: Sequence[str]) -> None:
         label = self.names[1]
@@ -196,37 +195,28 @@ class _Differences:
         buffers = [n for n in names if is_buffer(n) and n not in outside]
         left = [n for n in names if n not in outside and n not in buffers]
         if buffers:
-            self.notes.append(f"{label}: buffers are left out: {_listed(buffers)}")
+            self.notes.append(f"{label}: buffers are left out: {listed(buffers)}")
         if outside:
-            self.notes.append(f"{label}: {len(outside)} tensors outside of --only are left out: {_listed(outside)}")
+            self.notes.append(f"{label}: {len(outside)} tensors outside of --only are left out: {listed(outside)}")
         parts = [part for part in PARTS if _has(part, left) and not _has(part, self.base)]
         told = f" (the base has no {' and no '.join(parts)})" if parts else ""
         if left and self.rules.extra == "drop":
-            self.notes.append(f"{label}: {len(left)} tensors dropped{told}: {_listed(left)}")
+            self.notes.append(f"{label}: {len(left)} tensors dropped{told}: {listed(left)}")
         elif left:
             fix = f"name the base that {label} was finetuned from, or give --extra drop to leave them out"
-            self.faults.append((f"{len(left)} extra{told}: {_listed(left)}", fix))
+            self.faults.append((f"{len(left)} extra{told}: {listed(left)}", fix))
 
     def _unlike(self, names: Sequence[str]) -> None:
         label = self.names[1]
-        pairs = {n: (self.base[n], self.expert[n]) for n in names}
-        shapes = [n for n, (one, other) in pairs.items() if one.shape != other.shape]
-        kinds = [n for n, (one, other) in pairs.items() if one.is_floating_point() != other.is_floating_point()]
-        fixed = [n for n in names if n not in shapes and n not in kinds and not self.base[n].is_floating_point()]
-        unequal = [n for n in fixed if not torch.equal(self.base[n], self.expert[n].to(self.base[n].dtype))]
-        fix = f"name the base that {label} was finetuned from{self._rest({*shapes, *kinds, *unequal})}"
-        for n in [n for n in shapes if FIRST_CONVOLUTION.search(n) and _channels(*pairs[n])]:
-            shapes.remove(n)
-            its, mine = pairs[n][1].shape[1], pairs[n][0].shape[1]
-            kind = {9: "an inpainting model", 8: "an image editing model", 5: "a depth model"}
+        found = unlike(self.base, self.expert, names)
+        fix = f"name the base that {label} was finetuned from{self._rest({n for told in found.values() for n in told})}"
+        shapes = found["of another shape"]
+        for n in [n for n in shapes if FIRST_CONVOLUTION.search(n) and _channels(self.base[n], self.expert[n])]:
+            its, mine = self.expert[n].shape[1], self.base[n].shape[1]
+            kind = {4: "a text-to-image model", 9: "an inpainting model", 8: "an image editing model", 5: "a depth model"}
             what = f"it takes {its} input channels ({kind.get(its, 'another kind of model')}), the base takes {mine}"
-            self.faults.append((f"{what}: {n} {list(pairs[n][1].shape)} for {list(pairs[n][0].shape)}", fix))
-        differences = {
-            "of another shape": [f"{n} {list(pairs[n][1].shape)} for {list(pairs[n][0].shape)}" for n in shapes],
-            "of another kind of dtype": [f"{n} {pairs[n][1].dtype} for {pairs[n][0].dtype}" for n in kinds],
-            "of unequal integers": unequal,
-        }
-        self.faults += [(f"{len(ns)} {what}: {_listed(ns)}", fix) for what, ns in differences.items() if ns]
+            self.faults.append((f"{what}: {shapes.pop(n)}", fix))
+        self.faults += [(f"{len(told)} {what}: {listed(list(told.values()))}", fix) for what, told in found.items() if told]
 
     def _rest(self, wrong: set[str]) -> str:
         """Return the option that merges the blocks that fit, empty if none does."""
@@ -276,8 +266,3 @@ def _layout(names: Iterable[str]) -> str | None:
     """Return the layout of a UNet's names."""
     plain = {canonical(name).partition(".")[0] + "." for name in names}
     return next((layout for layout, prefix in LAYOUTS.items() if prefix in plain), None)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(name[:120] for name in names[:LISTED]) + more

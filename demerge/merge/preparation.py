@@ -198,7 +198,11 @@ def _without_base(recipe: Recipe) -> Recipe:
     model = next((e.path for e, o in zip(recipe.experts[1:], opened[1:], strict=True) if not is_lora(o)), None)
     if model is not None:
         what = f"{recipe.base.path} is a LoRA in the base's place, and {model} is a model"
-        raise UsageError(what, fix=f"name the base first: demerge merge BASE {' '.join(e.path for e in recipe.experts)}")
+        others = " ".join(e.path for e in recipe.experts if e.path != model)
+        raise UsageError(what, fix=f"name the base first; if it is that model: demerge merge {model} {others}")
+    if len(opened) == 1 and not recipe.out_rank:
+        what = f"{recipe.base.path} is a LoRA alone, and a merge of it is a copy"
+        raise UsageError(what, fix="name its base before it, or more LoRA files, or give --out-rank for a smaller one")
     return recipe if recipe.out_rank else replace(recipe, out_rank=NoBase(opened).rank)
 
 

@@ -94,12 +94,14 @@ def refuse_uneven(job: Merge) -> None:
     Raises:
         UsageError: naming the method.
     """
+    if len(job.experts) < 2:
+        raise UsageError("--no-base merges models with each other, and there is one", fix="name two models or more")
     for setting in _settings(job):
         case = _case(job, setting, no_base=True)
         turned = case.picked([*range(1, len(case.experts)), 0])
         turned = replace(turned, base=turned.experts[0])
         one, other = (each.merge(job.method, **setting.options) for each in (case, turned))
-        if len(job.experts) < 2 or not all(torch.allclose(one[n], other[n], rtol=1e-4, atol=1e-5) for n in one):
+        if not all(torch.allclose(one[n], other[n], rtol=1e-4, atol=1e-5) for n in one):
             weights = ",".join(f"{weight:g}" for weight in setting.weights)
             raise UsageError(
                 f"{job.method.name} of {len(job.experts)} models with the weights {weights} needs a base: without one, its "

@@ -83,6 +83,8 @@ def test_two_models_and_no_base(run: Any, make_tiny: Any, tmp_path: Path) -> Non
     for options in (("--method", "ties"), ("--weights", "1,1"), ("--method", "dare")):
         done = run("merge", a, b, "--no-base", *options, "-o", tmp_path / "out")
         assert done.code == 2 and "needs a base" in done.err and not (tmp_path / "out").exists()
+    done = run("merge", a, "--no-base", "--method", "average", "-o", tmp_path / "out")
+    assert done.code == 2 and "there is one" in done.err and "needs a base" not in done.err
 
 
 def test_rules_ranges_and_a_report(run: Any, make_tiny: Any, tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def test_kinds_by_their_records(tmp_path: Path) -> None:
     assert found[-1].slug == "google-ddpm-cifar10-32"
 
 
+def test_the_folder_of_a_joint_control_is_the_control(tmp_path: Path) -> None:
+    """`finetune --ranges joint -o run/joint` prints run/joint; routed by timestep, it would be called an ensemble."""
+    base, control = pipeline(tmp_path / "mine"), pipeline(tmp_path / "joint" / "0000-1000", expert={"range": [0, 1000]})
+    found = entrants([base, str(tmp_path / "joint"), f"half={tmp_path / 'joint'}"])
+    assert [(e.name, e.kind, e.source) for e in found[1:]] == [("joint", "joint", control), ("half", "joint", control)]
+
+
 def test_names_and_the_base_can_be_given(tmp_path: Path) -> None:
     a, b = pipeline(tmp_path / "x" / "unet"), pipeline(tmp_path / "y" / "unet")
     assert [(e.name, e.kind) for e in entrants([a, f"best={b}"], base=b)] == [("unet", "model"), ("best", "base")]
