@@ -388,7 +388,7 @@ def write(folder: Path, *names: str) -> None:
         Image.fromarray(noise(4, 4)).save(folder / name)
 
 
-@pytest.mark.parametrize("held", ["val", "validation", "valid", "test", "Val"])
+@pytest.mark.parametrize("held", ["val", "validation", "valid", "test", "Val", "dev", "eval", "testing", "val2017"])
 @pytest.mark.parametrize("below", [False, True])
 def test_splits_are_not_classes_and_held_out_images_are_not_trained_on(tmp_path, held, below):
     names = [f"{split}/{name}/{i}.png" for split in ("train", held) for name in ("cat", "dog") for i in range(2)]
@@ -408,6 +408,24 @@ def test_validation_images_next_to_a_test_folder_are_in_neither_split(tmp_path):
         assert {data.pixels.paths[p].relative_to(tmp_path).parts[0] for p in data.positions} == {split}
     assert scan(tmp_path).splits == {"train": 2, "test": 2, "in neither": 2}
     assert len(load_images(tmp_path, split="all")) == 6
+
+
+def test_splits_have_their_names_with_a_year_behind_them(tmp_path):
+    write(tmp_path, *(f"{split}/{name}/0.png" for split in ("Train2017", "Val2017") for name in ("cat", "dog")))
+    assert scan(tmp_path).splits == {"train": 2, "test": 2}
+    write(tmp_path, "extra/c.png")
+    with pytest.raises(InputError, match=r"1 images lie outside of Train2017/ and Val2017/") as refused:
+        load_images(tmp_path)
+    assert refused.value.fix.endswith(f"{tmp_path}/Train2017")
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    write(tmp_path, "cat/0.png", "dog/1.png")
+    (tmp_path / "bird").symlink_to(tmp_path / "unmounted")
+    assert scan(tmp_path).broken == (("bird", "the link leads nowhere"),) and not scan(tmp_path).usable
+    with pytest.raises(InputError, match="bird: the link leads nowhere"):
+        load_images(tmp_path)
+    assert len(load_images(tmp_path, skip_broken=True, split="all")) == 2
 
 
 def test_images_outside_of_the_splits_are_refused_by_name(tmp_path):

@@ -1,21 +1,27 @@
 """Splits and classes of a folder of images, from the names of its folders.
 
-`train/`, and `test/`, `validation/`, `valid/` or `val/` next to it, are splits; so are they below the folders of classes. The
-other folder is the class: `train/cat/1.png` and `cat/train/1.png` are both a training image of the class cat.
+`train/`, and `test/` or `validation/` next to it, are splits. So are the other names in `SPLITS`, with a year behind them
+(`val2017/`), and below the folders of classes. The other folder is the class: `train/cat/1.png` and `cat/train/1.png` are both
+a training image of the class cat.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from demerge.data.listing import escaped
-from demerge.errors import InputError
+from demerge.errors import InputError, listed
 
-TRAIN, TEST = "train", "test"
-VALIDATION = ("validation", "valid", "val")
-SPLITS = frozenset({TRAIN, TEST, *VALIDATION})
+TRAIN, TEST, VALIDATION = "train", "test", "validation"
+SPLITS = {  # the names that the library datasets knows
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), TEST),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
+}
+YEAR = re.compile(r"[-_ ]?(?:19|20)\d\d\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +46,21 @@ def layout(folder: Path, images: Sequence[Path]) -> Layout:
         InputError: if there are training and held-out images, and images outside of both.
     """
     for depth in (0, 1):
-        names = [_at(folder, path, depth) for path in images]
-        if set(names) <= SPLITS:
-            held = TEST if TEST in names else next((name for name in VALIDATION if name in names), None)
+        splits = [_split(_at(folder, path, depth)) for path in images]
+        if None not in splits:
+            held = next((split for split in (TEST, VALIDATION) if split in splits), None)
             if held is None:
                 return Layout(depth)
-            test = tuple(i for i, name in enumerate(names) if name == held)
-            return Layout(depth, test, tuple(i for i, name in enumerate(names) if name not in (TRAIN, held)))
+            test = tuple(i for i, split in enumerate(splits) if split == held)
+            return Layout(depth, test, tuple(i for i, split in enumerate(splits) if split not in (TRAIN, held)))
     tops = [_at(folder, path, 0) for path in images]
-    if TRAIN in tops and SPLITS & set(tops) - {TRAIN}:
-        outside = [escaped(p.relative_to(folder).as_posix()) for p, top in zip(images, tops, strict=True) if top not in SPLITS]
-        held_out = " and ".join(f"{name}/" for name in sorted(SPLITS & set(tops)))
+    found = {split: top for top in tops if (split := _split(top))}
+    if TRAIN in found and len(found) > 1:
+        outside = [escaped(p.relative_to(folder).as_posix()) for p, top in zip(images, tops, strict=True) if not _split(top)]
+        held_out = " and ".join(f"{name}/" for name in sorted(found.values()))
         raise InputError(
-            f"{folder}: {len(outside)} images lie outside of {held_out}: {', '.join(outside[:5])}",
-            fix=f"move them, or name one split: {folder}/train",
+            f"{folder}: {len(outside)} images lie outside of {held_out}: {listed(outside)}",
+            fix=f"move them, or name one split: {folder}/{found[TRAIN]}",
         )
     return Layout()
 
@@ -83,4 +90,8 @@ def class_labels(folder: Path, images: Sequence[Path], every: Sequence[Path], de
 
 def _at(folder: Path, path: Path, depth: int) -> str:
     folders = path.relative_to(folder).parts[:-1]
-    return folders[depth].casefold() if len(folders) > depth else ""
+    return folders[depth] if len(folders) > depth else ""
+
+
+def _split(name: str) -> str | None:
+    return SPLITS.get(YEAR.sub("", name.casefold()))

@@ -22,6 +22,7 @@ REFUSED = ("arw", "cr2", "cr3", "dng", "heic", "heif", "hif", "jxl", "nef", "orf
 KINDS = frozenset({*READABLE, *REFUSED})
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = ("txt", "caption")
+FILES = frozenset({*KINDS, *SIDECARS, "jsonl", "csv"})
 
 Identity = tuple[int, int]
 
@@ -37,7 +38,7 @@ class Listing:
         others: how many files of each other suffix there are.
         linked: linked folders that were followed.
         left_out: linked folders that were not followed, since their files are read already.
-        closed: folders that cannot be read, with the reason.
+        closed: folders that cannot be read, and links that may have led to one, with the reason.
     """
 
     folder: Path
@@ -119,7 +120,9 @@ class _Walk:
                 self.closed.append((place, f"the folder cannot be read: {error.strerror}"))
                 continue
             for entry in entries:
-                if not entry.is_dir():
+                if entry.is_symlink() and not os.path.exists(entry.path) and _kind(Path(entry.path)) not in FILES:
+                    self.closed.append((Path(entry.path), "the link leads nowhere"))
+                elif not entry.is_dir():
                     yield Path(entry.path)
                 else:
                     (links if entry.is_symlink() else places).append(Path(entry.path))

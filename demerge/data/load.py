@@ -30,8 +30,8 @@ def load_images(
 
     Args:
         source: `digits`, `hf:NAME[:CONFIG]`, a folder of images, CIFAR-10 batches, idx files or an `.npz`.
-        split: `all`, `train` or `test`. A source's own test split is used (of a folder: `test/`, or else `validation/`,
-            `valid/` or `val/`); without one, a tenth of the images, drawn by a fixed key, is the test split.
+        split: `all`, `train` or `test`. A source's own test split is used (of a folder: `test/`, or else
+            `validation/`, also by their other names); without one, a tenth of the images, drawn by a fixed key, is that.
         resolution: height and width in pixels; None keeps the source's, which must then be one.
         channels: 1 or 3; None keeps the source's.
         limit: at most so many images, drawn evenly by a fixed key; smaller choices are contained in larger ones.
