@@ -46,7 +46,7 @@ class Option:
             UsageError: where the rule is broken.
         """
         try:
-            parsed = _boolean(value) if self.kind is bool else self.kind(value)
+            parsed = _boolean(value) if self.kind is bool else self._converted(value)
         except (TypeError, ValueError):
             parsed = None
         among = not self.choices or parsed in self.choices
@@ -54,6 +54,12 @@ class Option:
         if parsed is None or infinite or not among or not (self.between is None or self.between.holds(parsed)):
             raise UsageError(f"option {name}={value} is not {self.rule}", fix=f"for example {name}={self.default}")
         return parsed
+
+    def _converted(self, value: Any) -> Any:
+        """Return a number or text; true is not 1, and 1.5 is not 1."""
+        if isinstance(value, bool) or (self.kind is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError(value)
+        return self.kind(value)
 
 
 def option(name: str, default: Any, hint: Any) -> Option:

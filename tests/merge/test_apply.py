@@ -270,7 +270,7 @@ def test_options_are_read_from_the_signature() -> None:
     assert method.settle({"a": "0.5", "b": "true", "c": "4", "d": "y"}) == {"a": 0.5, "b": True, "c": 4, "d": "y"}
     assert method.settle({}) == {"a": 1.5, "b": False, "c": 3, "d": "x"}
     assert method.document()["options"]["a"] == {"default": 1.5, "rule": "float in [0, 2]"}
-    for wrong in ({"a": "3"}, {"b": "maybe"}, {"c": "1.5"}, {"d": "z"}):
+    for wrong in ({"a": "3"}, {"a": True}, {"b": "maybe"}, {"c": "1.5"}, {"c": 1.5}, {"c": True}, {"d": "z"}):
         with pytest.raises(UsageError):
             method.settle(wrong)
 
