@@ -6,8 +6,9 @@ Decouple-then-Merge, arXiv 2410.06664). The five nouns, in the order data flows:
 
     ConflictMap -> Partition (of TimestepRanges) -> experts -> merged model (by a recipe) -> report (of Scores)
 
-Names below are imported when first used, so that `import demerge` costs nothing. Stages are functions named like their
-modules: `demerge.finetune.finetune`, `demerge.merge.merge`, `demerge.sample.sample`, `demerge.analysis.measure`.
+Names below and the stages are imported when first used, so that `import demerge` costs nothing. Stages are functions in
+modules: `demerge.analysis.measure`, `demerge.finetune.finetune`, `demerge.merge.merge`, `demerge.sample.sample`,
+`demerge.evaluate.compare`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ HOMES = {
     "routed": "sample",
 }
 
+STAGES = ("analysis", "evaluate", "finetune", "merge", "sample", "stats")
+
 __all__ = [
     "Checkpoint",
     "ConflictMap",
@@ -55,10 +58,12 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *STAGES})
 
 
 def __getattr__(name: str) -> Any:
+    if name in STAGES:
+        return import_module(f"demerge.{name}")
     if name not in HOMES:
         raise AttributeError(f"module 'demerge' has no attribute {name!r}")
     return getattr(import_module(f"demerge.{HOMES[name]}"), name)

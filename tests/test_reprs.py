@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,12 @@ MOST = 300
 def test_the_public_names_are_listed() -> None:
     assert set(demerge.__all__) <= set(dir(demerge))
     assert demerge.__all__ == sorted(demerge.HOMES)
+
+
+def test_the_stages_are_there_at_the_first_use() -> None:
+    code = "import demerge; print([name for name in demerge.STAGES if name not in dir(demerge)], demerge.evaluate.compare)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.startswith("[] <function compare"), found.stderr
 
 
 @pytest.mark.parametrize(
