@@ -76,7 +76,8 @@ def commands(
     """
     at = shlex.quote(str(out))
     train = (
-        f"--max-train-steps {steps} --train-batch-size 64 --learning-rate 5e-4 --consistency 0 --ema-decay 0.9 --seed {seed}"
+        f"--max-train-steps {steps} --train-batch-size 64 --learning-rate 5e-4 --p 0.5 --consistency 0"
+        f" --ema-decay 0.9 --seed {seed}"
     )
     cells = f"--bins 10 --groups 12 --train-batch-size {cell_size}"
     yield [f"analyze {BASE} --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"]
