@@ -25,5 +25,5 @@ def methods(json: Json = False) -> None:
             show(f"    needs {', '.join(d['needs'])}")
     for name, (m, signs, models) in DIFFERENCES.items():
         weights = " and ".join("m" if sign > 0 else "-m" for sign in signs)
-        print(f"{name}: task_arithmetic of the models {models}, weights {weights}\n    --option multiplier={m}")
-    print("\n".join(f"{name}: {method} then={options['then']}" for name, (method, options) in STAGES.items()))
+        show(f"{name}: task_arithmetic of the models {models}, weights {weights}\n    --option multiplier={m}")
+    show("\n".join(f"{name}: {method} then={options['then']}" for name, (method, options) in STAGES.items()))

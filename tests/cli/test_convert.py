@@ -48,4 +48,4 @@ def test_what_merge_asks_for_works(run: Any, tiny_text: Path, tmp_path: Path) ->
     refused = run("merge", tiny_text, file, "-o", tmp_path / "merged")
     assert refused.code == 3 and f"demerge convert {file} FOLDER --config {tiny_text}" in refused.err
     assert run("convert", file, tmp_path / "folder", "--config", tiny_text).code == 0
-    assert run("merge", tiny_text, tmp_path / "folder", "-o", tmp_path / "merged").code == 0
+    assert run("merge", tiny_text, tmp_path / "folder", "--weights", 1, "-o", tmp_path / "merged").code == 0

@@ -264,7 +264,7 @@ def test_regmean_without_gram_is_the_mean_and_a_gram_that_does_not_fit_is_refuse
         merge_of(deltas, "regmean", gram=[torch.eye(3)] * 2)
     with pytest.raises(InputError, match="NaN"):
         merge_of(deltas, "regmean", gram=[torch.full((27, 27), float("nan"))] * 2)
-    with pytest.raises(UsageError, match="sum to 0"):
+    with pytest.raises(UsageError, match="the weight -1 is negative"):
         merge_of(deltas, "regmean", [1, -1], gram=[torch.eye(27)] * 2)
 
 
