@@ -55,7 +55,7 @@ def component_tasks(
     for place, unlike in zip(experts, found, strict=True):
         left = [name for name in unlike if name not in wanted]
         if left and asked in (None, ALL):
-            _refuse(base, place, left, mergeable=set(left) <= set(names))
+            _refuse(base, place, left, variant)
         if left:
             notes.append(f"{place.path}: not used, as --components says: its {_and(left)}, other than the base's")
     for name in wanted:
@@ -90,13 +90,12 @@ def _wanted(asked: str | None, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in given]
 
 
-def _refuse(base: Place, expert: Place, names: Sequence[str], *, mergeable: bool) -> None:
-    if mergeable:
-        what = f"{expert.path} has another {_and(names)} than {base.path}"
-        fix = "give --components denoiser to keep the base's, or --components all to merge them too"
-    else:
-        what = f"{expert.path} has {_and(names)}, which {base.path} does not have, or not alike"
-        fix = "give --components denoiser to leave them out"
+def _refuse(base: Place, expert: Place, names: Sequence[str], variant: str | None) -> None:
+    mine = parts_of(base)
+    unlike = {n: _config_differences(*_pair(base, expert, n, variant)) if n in mine else "the base has none" for n in names}
+    reasons = "; ".join(f"{name}: {why}" for name, why in unlike.items() if why)
+    what = f"{expert.path} has another {_and(names)} than {base.path}{f' ({reasons})' if reasons else ''}"
+    fix = "give --components denoiser to keep the base's" + ("" if reasons else ", or --components all to merge them too")
     raise InputError(what, fix=fix)
 
 
@@ -122,6 +121,10 @@ def _component(place: Place, name: str, variant: str | None) -> Place:
     return locate(place.pipeline, variant, name)
 
 
+def _pair(base: Place, expert: Place, name: str, variant: str | None) -> tuple[Place, Place]:
+    return _component(base, name, variant), _component(expert, name, variant)
+
+
 def _differing(base: Place, expert: Place, variant: str | None) -> list[str]:
     """Return the names of an expert's parts that are not the base's."""
     if base.pipeline is None or expert.pipeline is None or base.pipeline.resolve() == expert.pipeline.resolve():
@@ -135,7 +138,7 @@ def _equal(base: Place, expert: Place, name: str, variant: str | None) -> bool:
     files = [{file.name: file for file in _weights(folder)} for folder in folders]
     if files[0].keys() == files[1].keys() and all(_same_bytes(files[0][n], files[1][n]) for n in files[0]):
         return not _differences(*(_config(folder) for folder in folders))
-    one, other = _component(base, name, variant), _component(expert, name, variant)
+    one, other = _pair(base, expert, name, variant)
     return not _config_differences(one, other) and _equal_tensors(Checkpoint(one), Checkpoint(other))
 
 

@@ -90,8 +90,9 @@ def test_equal_parts_in_another_dtype_or_without_position_ids_are_equal(tiny_tex
     save_file(held | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, expert / TEXT)
     assert not prepare(Recipe.of(tiny_text, [expert], weights=[1])).notes
     edit(expert / "vae" / "config.json", scaling_factor=0.5)
-    with pytest.raises(InputError, match="another vae"):
+    with pytest.raises(InputError, match=r"another vae than .* \(vae: scaling_factor 0\.5 for") as error:
         prepare(Recipe.of(tiny_text, [expert], weights=[1]))
+    assert error.value.fix == "give --components denoiser to keep the base's"
     with pytest.raises(InputError, match=r"scaling_factor 0\.5 for"):
         prepare(Recipe.of(tiny_text, [expert], weights=[1], components="all"))
 
