@@ -259,4 +259,4 @@ def refuse_to_replace(path: Path) -> None:
         UsageError: naming it.
     """
     if path.exists() and (not path.is_file() or FOOTER.encode() not in path.read_bytes()):
-        raise UsageError(f"{path} is there and is no page of a conflict map", fix="name a file in another folder")
+        raise UsageError(f"{path} is there and is not a page of a conflict map", fix="name a file in another folder")

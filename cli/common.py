@@ -62,7 +62,7 @@ def ranges_of(text: str) -> int | None:
     if text == "auto":
         return None
     if not (text.isascii() and text.isdigit() and int(text)):
-        raise UsageError(f"-n '{text}' is no number of ranges", fix="give a whole number from 1 on, or auto")
+        raise UsageError(f"-n '{text}' is not a number of ranges", fix="give a whole number from 1 on, or auto")
     return int(text)
 
 

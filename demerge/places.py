@@ -57,7 +57,9 @@ def read_index(pipeline: Path) -> dict[str, Any]:
     index = read_json(pipeline / "model_index.json")
     odd = next((key for key in index if not PART_NAME.fullmatch(key)), None)
     if odd is not None:
-        raise InputError(f"{pipeline}/model_index.json: {odd[:80]!r} is no name of a component", fix="fetch the pipeline again")
+        raise InputError(
+            f"{pipeline}/model_index.json: {odd[:80]!r} is not a name of a component", fix="fetch the pipeline again"
+        )
     return index
 
 

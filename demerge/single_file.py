@@ -214,10 +214,8 @@ def _to_ldm(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     if part == TEXT:
         named = {n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": t for n, t in tensors.items()}
     elif part == UNET:
-        layers, ups = (
-            config.get("layers_per_block", 2),
-            {n.split(".")[1] for n in tensors if re.match(r"up_blocks\.\d+\.att", n)},
-        )
+        layers = config.get("layers_per_block", 2)
+        ups = {n.split(".")[1] for n in tensors if re.match(r"up_blocks\.\d+\.att", n)}
         if not isinstance(layers, int):
             raise InputError(f"layers_per_block is {layers}", fix="single files have one number of layers in all blocks")
         named = {_unet_name(name, layers, ups): tensor for name, tensor in tensors.items()}

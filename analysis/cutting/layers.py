@@ -297,7 +297,7 @@ def refuse_to_replace(out: Path | None, plot: Path | None) -> None:
     if plot is not None and (plot.suffix not in PLOTS or plot.is_dir()):
         raise UsageError(f"plot {plot} is neither .svg nor .png", fix="name a file, for example --plot layers.svg")
     if out is not None and out.exists() and format_of(out) != FORMAT:
-        raise UsageError(f"{out} is there and is no choice of layers", fix="name another file, for example layers.json")
+        raise UsageError(f"{out} is there and is not a choice of layers", fix="name another file, for example layers.json")
 
 
 def draw(said: dict[str, Any], path: Path) -> Path:

@@ -136,7 +136,9 @@ def refuse_to_replace(out: Path) -> None:
     try:
         Partition.load(out)
     except InputError as error:
-        raise UsageError(f"{out} is there and is no partition", fix="name another file, for example partition.json") from error
+        raise UsageError(
+            f"{out} is there and is not a partition", fix="name another file, for example partition.json"
+        ) from error
 
 
 def page_beside(out: Path) -> Path:

@@ -123,7 +123,7 @@ def prepare(
     """
     out = place_for(out)
     if out.suffix != ".json":
-        raise UsageError(f"{out} is no name for a file of weights", fix="end it in .json")
+        raise UsageError(f"{out} is not a name for a file of weights", fix="end it in .json")
     refuse_existing(out)
     if per not in PER:
         raise UsageError(f"per '{per}' is unknown", fix=f"use {', '.join(PER)}")

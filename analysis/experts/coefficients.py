@@ -177,7 +177,7 @@ def coefficients(
         UsageError: where the ridge is negative or not finite.
     """
     if ridge is not None and not 0 <= ridge < float("inf"):
-        raise UsageError(f"ridge {ridge} is no shrinkage", fix="give a number >= 0, or leave it out")
+        raise UsageError(f"ridge {ridge} is not a shrinkage", fix="give a number >= 0, or leave it out")
     q = found.shares / (found.loss.mean(1) if relative else 1)
     objective = Objective(np.einsum("r,rmp->mp", q, found.slope), np.einsum("r,rmpq->mpq", q, found.products))
     ridges = RIDGES if ridge is None else (ridge,)

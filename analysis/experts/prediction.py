@@ -120,9 +120,9 @@ def refuse_to_replace(out: Path) -> None:
     """
     file, fix = out / "transfer.json", "name another folder"
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is there and is no folder", fix=fix)
+        raise UsageError(f"{out} is there and is not a folder", fix=fix)
     if file.exists() and format_of(file) != FORMAT:
-        raise UsageError(f"{file} is there and is no prediction of `demerge transfer`", fix=fix)
+        raise UsageError(f"{file} is there and is not a prediction of `demerge transfer`", fix=fix)
 
 
 # -- what is said -----------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def responses(draws: Draws, session: MergeSession, *, step: float = 1.0, progres
         NumericalError: where an output is not finite.
     """
     if step == 0 or not math.isfinite(step):
-        raise UsageError(f"step {step} is no length", fix="give a number other than 0, 1 for the experts themselves")
+        raise UsageError(f"step {step} is not a length", fix="give a number other than 0, 1 for the experts themselves")
     model = draws.model.with_denoiser(copy.deepcopy(draws.model.denoiser).eval())
     M, P, total = draws.groups, math.prod(session.shape), passes(draws, math.prod(session.shape))
     gram, done = np.zeros((len(draws.ranges), M, P + 1, P + 1)), 0

@@ -38,7 +38,7 @@ def select(denoiser: nn.Module, which: str = "all") -> dict[str, nn.Parameter]:
     try:
         pattern = re.compile(LORA if which == "lora" else which)
     except re.error as error:
-        raise UsageError(f"params '{which}' is no regular expression: {error}", fix="give all, lora or a REGEX") from error
+        raise UsageError(f"params '{which}' is not a regular expression: {error}", fix="give all, lora or a REGEX") from error
     chosen = {name: parameter for name, parameter in known.items() if pattern.search(name)}
     if not chosen:
         raise UsageError(

@@ -95,7 +95,7 @@ def seconds_of(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip(), re.ASCII)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"budget '{text}' is no duration", fix="give seconds, minutes or hours, for example 90s, 10m or 2h")
+        raise UsageError(f"budget '{text}' is not a duration", fix="give seconds, minutes or hours, for example 90s, 10m or 2h")
     return float(match[1]) * UNITS[match[2]]
 
 

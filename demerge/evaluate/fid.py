@@ -154,7 +154,7 @@ def load_moments(path: Path, *, n: int | None = None) -> Moments:
         raise InputError(f"{path}: {error.what}", fix=error.fix) from error
     scale = float(covariance.abs().max())
     if bool((covariance.diagonal() < 0).any()) or float((covariance - covariance.T).abs().max()) > ASYMMETRY * scale:
-        raise InputError(f"{path}: sigma is not symmetric with a diagonal >= 0, so it is no covariance", fix=NPZ)
+        raise InputError(f"{path}: sigma is not symmetric with a diagonal >= 0, so it is not a covariance", fix=NPZ)
     return value
 
 

@@ -175,7 +175,7 @@ def _switch(value: Any, name: str, where: str) -> bool:
 
 def _table(value: Any, name: str, where: str) -> dict[str, float]:
     if value is not None and not isinstance(value, dict):
-        raise InputError(f"{where}: {name} is no table", fix="fetch the configuration again")
+        raise InputError(f"{where}: {name} is not a table", fix="fetch the configuration again")
     numbers = {key.replace("\\.", "."): _number(v, f"{name} of {key[:60]}", where) for key, v in (value or {}).items()}
     odd = next((key for key in numbers if set(key.removeprefix("^")) & EXPRESSION), None)
     if odd is not None:

@@ -229,7 +229,7 @@ def _hints(function: Callable[..., Tensor], name: str, needs: Sequence[str]) -> 
         return get_type_hints(function, include_extras=True)
     except (TypeError, NameError) as error:
         fix = "write it as function(base, deltas, *, weights, ...), and import what its annotations name"
-        raise UsageError(f"{name} is no merge method: {error}", fix=fix) from error
+        raise UsageError(f"{name} is not a merge method: {error}", fix=fix) from error
 
 
 def called(function: Callable[..., Any], *positional: Any, supplied: Mapping[str, Any]) -> Any:

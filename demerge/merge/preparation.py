@@ -271,7 +271,7 @@ def _refuse_copies(recipe: Recipe, sides: Sequence[_Side], parts: Sequence[Part]
             if isinstance(side.base, NoBase):  # LoRA files alone, whose deltas depend on no base
                 continue
             if any(map(holds_deltas, side.experts)):
-                raise UsageError("a LoRA is no model, and --no-base merges models alone", fix="name the LoRA's base first")
+                raise UsageError("a LoRA is not a model, and --no-base merges models alone", fix="name the LoRA's base first")
             refuse_uneven(part.job)
     stated = recipe.weights is not None or any(rule.weights is not None for rule in recipe.rules)
     if stated or recipe.base.files or recipe.only or recipe.out_rank is not None:

@@ -173,12 +173,12 @@ def _folders(
     """Return the ranges that are asked for and where their statistics go."""
     record, own = checkpoint.place.beside(EXPERT), expert_range(checkpoint.place)
     if ranges is None and own is None:
-        raise UsageError(f"{model} is no expert with a range of its own", fix="give --ranges, for example uniform:4")
+        raise UsageError(f"{model} is not an expert with a range of its own", fix="give --ranges, for example uniform:4")
     spans = _spans(ranges, T) if ranges is not None else [own] if own else []
     if out is not None:
         return [(span, out / str(span)) for span in spans]
     if record is None or len(spans) > 1:
-        what = f"{model} is no expert" if record is None else f"{len(spans)} ranges do not fit beside one expert"
+        what = f"{model} is not an expert" if record is None else f"{len(spans)} ranges do not fit beside one expert"
         raise UsageError(f"no output is named and {what}", fix="give -o DIR")
     return [(spans[0], record.parent)]
 

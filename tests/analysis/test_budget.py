@@ -29,7 +29,7 @@ def test_durations_are_read(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "10", "m", "0s", "-1m", "10 min", "1e3s", "٣s", "nan"])
 def test_other_texts_are_no_durations(text: str) -> None:
-    with pytest.raises(UsageError, match="no duration"):
+    with pytest.raises(UsageError, match="not a duration"):
         seconds_of(text)
 
 

@@ -359,13 +359,13 @@ def test_bad_draws_are_refused(draws: Draws) -> None:
 
 @pytest.mark.parametrize("step", [0.0, float("nan"), float("inf")])
 def test_bad_steps_are_refused(draws: Draws, step: float) -> None:
-    with pytest.raises(UsageError, match="is no length"):
+    with pytest.raises(UsageError, match="is not a length"):
         responses(draws, session(draws.model, moved(draws.model.denoiser, 1)), step=step)
 
 
 @pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
 def test_bad_ridges_are_refused(ridge: float) -> None:
-    with pytest.raises(UsageError, match="is no shrinkage"):
+    with pytest.raises(UsageError, match="is not a shrinkage"):
         coefficients(planted([0.5]), ridge=ridge)
 
 

@@ -220,5 +220,5 @@ def test_the_page_is_written_whole_and_replaces_only_itself(planted: Any, tmp_pa
     refuse_to_replace(path)
     path.write_text("<html>mine</html>")
     for place in (path, tmp_path):
-        with pytest.raises(UsageError, match="is no page of a conflict map"):
+        with pytest.raises(UsageError, match="is not a page of a conflict map"):
             refuse_to_replace(place)

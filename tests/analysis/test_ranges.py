@@ -110,5 +110,5 @@ def test_only_a_partition_is_replaced(tmp_path: Path) -> None:
     refuse_to_replace(tmp_path / "old.json")
     (tmp_path / "other").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "other"):
-        with pytest.raises(UsageError, match="is no partition"):
+        with pytest.raises(UsageError, match="is not a partition"):
             refuse_to_replace(path)

@@ -89,13 +89,13 @@ def test_the_same_again_is_the_same_to_the_byte(run: Run, tiny: Path, experts: l
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        (("-o", "w.txt"), 2, "is no name for a file of weights"),
+        (("-o", "w.txt"), 2, "is not a name for a file of weights"),
         (("-o", "there.json"), 2, "exists already"),
         (("--per", "tensor"), 2, "per 'tensor' is unknown"),
         (("--ranges", "unifrom:2"), 2, "neither uniform:N"),
         (("--samples", 4), 2, "4 samples per range do not fill 5 groups"),
         (("--split", "test", "--groups", 1000, "--samples", 2000), 2, "images do not fill 1000 groups"),
-        (("--step", 0), 2, "is no length"),
+        (("--step", 0), 2, "is not a length"),
         (("--split", "none"), 2, "split 'none' is unknown"),
         (("--data", "/nowhere"), 3, "/nowhere"),
     ],

@@ -84,10 +84,10 @@ def test_what_scripts_rely_on(run: Any, conflict: Path) -> None:
         (("--ranges", "uniform:5"), 2, "holds no whole bin"),
         (("--model", "nowhere"), 3, "nowhere"),
         (("--plot", "layers.pdf"), 2, "neither .svg nor .png"),
-        (("-o", "conflict.safetensors"), 2, "is no choice of layers"),
+        (("-o", "conflict.safetensors"), 2, "is not a choice of layers"),
         (("-o", "conflict.safetensors/l.json"), 2, "cannot exist"),
         (("--plot", "conflict.safetensors/l.svg"), 2, "cannot exist"),
-        (("-o", "."), 2, "is no choice of layers"),
+        (("-o", "."), 2, "is not a choice of layers"),
     ],
 )
 def test_mistakes_end_in_one_message(

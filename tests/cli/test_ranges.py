@@ -72,8 +72,8 @@ def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: 
     ("arguments", "code", "message"),
     [
         (("-n", 17), 2, "17 ranges, and the map has 16 bins"),
-        (("-n", "many"), 2, "'many' is no number of ranges"),
-        (("-n", 0), 2, "'0' is no number of ranges"),
+        (("-n", "many"), 2, "'many' is not a number of ranges"),
+        (("-n", 0), 2, "'0' is not a number of ranges"),
         (("--minimum", 9, "-n", 2), 2, "2 ranges of 9 bins"),
         (
             ("--minimum", 9),
@@ -87,8 +87,8 @@ def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: 
         (("--cuts", "500,125"), 2, "ascend"),
         (("--cuts", "125", "-n", 4), 2, "2 ranges"),
         (("--cuts", "125", "--method", "uniform"), 2, "leave out --method"),
-        (("-o", "."), 2, "is no partition"),
-        (("-o", "conflict.safetensors"), 2, "is no partition"),
+        (("-o", "."), 2, "is not a partition"),
+        (("-o", "conflict.safetensors"), 2, "is not a partition"),
         (("-o", "conflict.safetensors/p.json"), 2, "cannot exist"),
         (("--cuts", "125,125"), 2, "ascend"),
         (("--cuts", "125,1000"), 2, "ascend"),
@@ -109,7 +109,7 @@ def test_a_page_of_ones_own_is_kept(run: Any, conflict: Path, tmp_path: Path) ->
     page = tmp_path / "conflict.html"
     page.write_text("mine")
     done = run("ranges", conflict, "-o", tmp_path / "p.json")
-    assert (done.code, "is no page of a conflict map" in done.err, page.read_text()) == (2, True, "mine")
+    assert (done.code, "is not a page of a conflict map" in done.err, page.read_text()) == (2, True, "mine")
     assert not (tmp_path / "p.json").exists()
 
 

@@ -288,9 +288,9 @@ FAULTS = {
     "short": ("def short(base, deltas, *, weights): return base[:1]", r"short returns \[1\] for \[2\] of tensor w"),
     "nothing": ("def nothing(base, deltas, *, weights): return None", "nothing returns NoneType"),
     "raises": ("def raises(base, deltas, *, weights): raise ValueError('boom')", "raises fails at tensor w: ValueError: boom"),
-    "third": ("def third(base, deltas, weights): return base", "third is no merge method: missing a required argument"),
+    "third": ("def third(base, deltas, weights): return base", "third is not a merge method: missing a required argument"),
     "odd": ("def odd(base, deltas, *, weights, a=None): return base", "option a=None of a merge method is of the type"),
-    "lost": ("def lost(base, deltas, *, weights: 'Gone'): return base", "lost is no merge method: name 'Gone'"),
+    "lost": ("def lost(base, deltas, *, weights: 'Gone'): return base", "lost is not a merge method: name 'Gone'"),
 }
 
 

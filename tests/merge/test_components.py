@@ -119,7 +119,7 @@ def test_refusals(tiny_text: Path, tune: Tune) -> None:
 def test_a_part_with_a_hostile_name_is_refused(tiny_text: Path, tune: Tune, name: str) -> None:
     expert = tune("expert", "unet")
     edit(expert / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
-    with pytest.raises(InputError, match="is no name of a component"):
+    with pytest.raises(InputError, match="is not a name of a component"):
         prepare(Recipe.of(tiny_text, [expert]))
 
 

@@ -114,7 +114,7 @@ def _refuse_twins(path: Path, node: Any, yaml: Any) -> None:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) != len(node.value) or len(set(keys)) != len(keys):
-            raise _damaged(path, "a key occurs twice, or is no plain text")
+            raise _damaged(path, "a key occurs twice, or is not plain text")
     children: Sequence[Any] = [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
     for child in children:
         for part in child if isinstance(child, tuple) else (child,):
