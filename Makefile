@@ -29,7 +29,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy -p demerge
 
 pytest: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q # models of a test are too small for more threads
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal # a process per core, one thread each
 
 clean:
 	rm -rf .venv build
