@@ -1,8 +1,8 @@
 """`demerge demo`: the whole path on the embedded default, by running the very commands a user would.
 
-The base (a UNet of 0.2 M parameters, trained for 400 steps on scikit-learn's digits) ships in the package; nothing is
-downloaded. The commands are printed as they run, and again in the report, and can be copied. Commands that do not wait
-for each other run as processes side by side if the machine has the cores.
+The base (a UNet of 0.2 M parameters, trained for 400 steps on scikit-learn's digits) ships in the package, next to a
+converged one; nothing is downloaded. The commands are printed as they run, and again in the report, and can be copied.
+Commands that do not wait for each other run as processes side by side if the machine has the cores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import typer
 
 from demerge.cli.common import Json, Seed, cores, emit, say
 
-BASE = "digits-early"
+BASES = ("digits-early", "digits-base")
 MERGES = {
     "average": "--method average",
     "task-arithmetic": "--method task_arithmetic --weights 0.5,0.5,0.5,0.5",
@@ -34,6 +34,9 @@ MERGES = {
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("runs/demo"),
+    base: Annotated[
+        str, typer.Option("--base", help="digits-early, whose timesteps conflict, or digits-base, which is converged.")
+    ] = BASES[0],
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Training steps per expert; the joint control gets 4 times as many.")
     ] = 150,
@@ -47,10 +50,13 @@ def demo(
     """Walk the whole path offline, in some three minutes: conflict map, ranges, experts, merges, an honest report."""
     start = time.monotonic()
     say("demerge demo: one diffusion model of handwritten digits becomes four experts and merged models")
+    from demerge.errors import UsageError
     from demerge.files import commit_json
 
+    if base not in BASES:
+        raise UsageError(f"--base '{base}' is not a base of digits", fix=f"give {' or '.join(BASES)}")
     ran: list[str] = []
-    for together in commands(out, steps, num_images, seeds, sampling_steps, cell_size, seed):
+    for together in commands(out, base, steps, num_images, seeds, sampling_steps, cell_size, seed):
         for command in together:
             ran.append(f"demerge {command}")
             say(f"\n[{time.monotonic() - start:3.0f} s] $ {ran[-1]}")
@@ -68,7 +74,7 @@ def demo(
 
 
 def commands(
-    out: Path, steps: int, num_images: int, seeds: int, sampling_steps: int, cell_size: int, seed: int
+    out: Path, base: str, steps: int, num_images: int, seeds: int, sampling_steps: int, cell_size: int, seed: int
 ) -> Iterator[list[str]]:
     """Yield the command lines of the path, those that do not wait for each other together.
 
@@ -80,23 +86,23 @@ def commands(
         f" --ema-decay 0.9 --seed {seed}"
     )
     cells = f"--bins 10 --groups 12 --train-batch-size {cell_size}"
-    yield [f"analyze {BASE} --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"]
+    yield [f"analyze {base} --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"]
     ranges = f"--ranges {at}/conflict/partition.json"
     yield [
-        f"finetune {BASE} --data digits {ranges} {train} -o {at}/experts",
-        f"finetune {BASE} --data digits --ranges joint:4 {train} -o {at}/joint",
+        f"finetune {base} --data digits {ranges} {train} -o {at}/experts",
+        f"finetune {base} --data digits --ranges joint:4 {train} -o {at}/joint",
     ]
     experts = " ".join(f"{at}/experts/{span}" for span in _ranges(out / "conflict" / "partition.json"))
     yield [f"stats {experts} --data digits --what fisher --samples 64 --seed {seed}"]
     halfway = "--method task_arithmetic --weights 0.5 --save-dtype float32"
-    yield [f"merge {BASE} {at}/joint/0000-1000 {halfway} -o {at}/merged/joint-0.5"]
+    yield [f"merge {base} {at}/joint/0000-1000 {halfway} -o {at}/merged/joint-0.5"]
     for name, method in MERGES.items():
-        yield [f"merge {BASE} {experts} {method} --save-dtype float32 -o {at}/merged/{name}"]
+        yield [f"merge {base} {experts} {method} --save-dtype float32 -o {at}/merged/{name}"]
     merged = [f"{at}/merged/{name}" for name in ("joint-0.5", *MERGES)]
     models = [f"joint={at}/joint/0000-1000", f"ensemble={at}/experts", *merged]
     images = f"--num-images {num_images} --seeds {','.join(map(str, range(seeds)))} --steps {sampling_steps}"
     score = f"--data digits --features digits-cnn {images} --eval-batch-size 250 {ranges} -o {at}"
-    halves = f"base={BASE} {' '.join(models[::2])}", f"--base {BASE} {' '.join(models[1::2])}"
+    halves = f"base={base} {' '.join(models[::2])}", f"--base {base} {' '.join(models[1::2])}"
     yield [f"evaluate {half} {score}" for half in halves]
     yield [f"compare {at} --title 'Handwritten digits: one base, four experts, their merges'"]
 

@@ -25,3 +25,8 @@ def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:  # type: ignore
     assert {words[1] for words in commands} == {"analyze", "finetune", "stats", "merge", "evaluate", "compare"}
     assert all(words[0] == "demerge" for words in commands)
     assert run("demo", "-o", out, *small).code == 0
+
+
+def test_another_base_is_refused(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = run("demo", "--base", "digits", "-o", tmp_path / "out")
+    assert (done.code, "digits-early or digits-base" in done.err) == (2, True)
