@@ -22,8 +22,9 @@ from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
 from demerge.files import commit_json
 from demerge.headers import format_of
-from demerge.lora import notes_of, open_expert
+from demerge.lora import open_expert
 from demerge.merge.checks import refuse_unlike
+from demerge.merge.components import notes_about
 from demerge.merge.sources import Expert, refuse_foreign
 from demerge.records import versions
 from demerge.timesteps import Partition
@@ -71,7 +72,7 @@ class Plan:
         if self.base.parameters > D:
             which = f"params {map.origin.params}: {D:,} of the base's {self.base.parameters:,} numbers"
             text.append(f"params    task vectors restricted to what the map was measured on, {which}")
-        text += [f"note      {note}" for note in notes_of(self.experts)]
+        text += [f"note      {note}" for note in notes_about(self.base, self.experts)]
         off = [str(cut) for cut in self.ranges.cuts if cut not in map.edges]
         if off:
             text.append(f"note      {', '.join(off)} within bins of the map: gradients count as constant in a bin")

@@ -31,8 +31,9 @@ from demerge.errors import UsageError
 from demerge.evaluate.losses import BLOCKS, range_losses
 from demerge.expert import expert_range
 from demerge.files import commit_dir, commit_json, commit_text, place_for, refuse_existing
-from demerge.lora import notes_of, open_expert
+from demerge.lora import open_expert
 from demerge.merge.checks import refuse_unlike
+from demerge.merge.components import notes_about
 from demerge.merge.sources import Expert, refuse_foreign
 from demerge.places import Place
 from demerge.records import versions
@@ -133,7 +134,7 @@ class Plan:
         pair = "none" if self.pair is None else " and ".join(self.labels[k] for k in self.pair)
         return [
             *(f"note    {path} was trained on these very images" for path in self.inputs["trained_on"]),
-            *(f"note    {note}" for note in notes_of([*self.experts, *(self.merged or ())[1:]])),
+            *(f"note    {note}" for note in notes_about(self.base, [*self.experts, *(self.merged or ())[1:]])),
             f"data    {self.data.name}, {self.data.split}: {len(self.data):,} images" + (f"; {told}" if told else ""),
             f"ranges  {self.ranges}",
             f"paths   from the base to {', '.join(self.ends)}, {len(self.scales)} points each",

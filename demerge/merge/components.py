@@ -15,6 +15,7 @@ import torch
 
 from demerge.errors import InputError, UsageError
 from demerge.headers import read_json
+from demerge.lora import notes_of
 from demerge.merge.denoisers import Denoiser, Task
 from demerge.merge.fitting import is_buffer
 from demerge.places import COMPONENTS, PART_NAME, SECOND, Place, locate, read_index
@@ -64,6 +65,17 @@ def component_tasks(
             lacking = [str(place.path) for place in experts if place.pipeline and name not in parts_of(place)]
             notes += [f"{path} has no {name}: the base's is taken" for path in lacking]
     return tasks, notes
+
+
+def notes_about(base: object, experts: Sequence[object]) -> list[str]:
+    """Return what is supposed or passed over if only denoisers are read: settings of LoRA files, other parts that differ."""
+    notes = notes_of(experts)
+    for expert in experts:
+        if isinstance(base, Checkpoint) and isinstance(expert, Checkpoint):
+            unlike = _differing(base.place, expert.place, None)
+            if unlike:
+                notes.append(f"{expert.place.path}: not looked at: its {_and(unlike)}, other than the base's")
+    return notes
 
 
 def parts_of(place: Place) -> list[str]:

@@ -27,9 +27,10 @@ from torch.func import functional_call
 
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.expert import expert_range
-from demerge.lora import Adapter, notes_of, open_expert
+from demerge.lora import Adapter, open_expert
 from demerge.memory import free_bytes
 from demerge.merge.checks import Tensors, refuse_missing_inputs, refuse_unlike, settle_weights
+from demerge.merge.components import notes_about
 from demerge.merge.contract import Method
 from demerge.merge.inputs import refuse_of_others
 from demerge.merge.recipe.blocks import block_of, by_depth
@@ -53,7 +54,7 @@ class MergeSession:
         method: the name of the method.
         groups: the names of the groups of tensors, in the order of the rows of w; empty where w is [K].
         bytes: what base, deltas and inputs take on the device.
-        notes: what had to be supposed about LoRA files among the experts.
+        notes: what had to be supposed about LoRA files, and parts next to the denoiser that differ from the base's.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class MergeSession:
         settled = chosen.settle(options or {})
         chosen = chosen.under(settled)
         tuned = [opened_expert(expert, origin) for expert in experts]
-        self.notes = notes_of(tuned)
+        self.notes = notes_about(origin, tuned)
         settle_weights(None, len(tuned))
         refuse_unlike(origin, tuned, ["the base", *(f"expert {i}" for i in range(len(tuned)))])
         given = _inputs(chosen, tuned, inputs or {})

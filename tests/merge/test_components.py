@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from demerge.diffusion import Diffusion
 from demerge.errors import InputError, UsageError
-from demerge.merge import Recipe, merge, prepare, verify
+from demerge.merge import MergeSession, Recipe, merge, prepare, verify
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 VAE = Path("vae/diffusion_pytorch_model.safetensors")
@@ -81,6 +81,13 @@ def test_all_parts_merge_by_the_same_method_and_verify(tiny_text: Path, tune: Tu
     recipe = Recipe.read(tmp_path / "out")
     assert set(verify(tmp_path / "out", recipe).files) == {UNET.as_posix(), TEXT.as_posix()} == set(recipe.output)
     StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_what_reads_denoisers_alone_says_what_it_does_not_look_at(tiny_text: Path, tune: Tune) -> None:
+    alike, other = tune("alike", "unet"), tune("other", "unet", "vae", "text_encoder")
+    assert MergeSession(str(tiny_text), [str(alike)]).notes == []
+    (note,) = MergeSession(str(tiny_text), [str(alike), str(other)]).notes
+    assert "vae" in note and "text_encoder" in note and str(other) in note
 
 
 def test_equal_parts_in_another_dtype_or_without_position_ids_are_equal(tiny_text: Path, tune: Tune, tmp_path: Path) -> None:
