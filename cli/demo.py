@@ -40,10 +40,10 @@ def demo(
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Training steps per expert; the joint control gets 4 times as many.")
     ] = 150,
-    num_images: Annotated[int, typer.Option("--num-images", min=65, help="Images per model and seed.")] = 250,
+    num_images: Annotated[int, typer.Option("--num-images", min=65, help="Images per model and seed.")] = 200,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of sampling seeds.")] = 5,
-    sampling_steps: Annotated[int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")] = 20,
-    cell_size: Annotated[int, typer.Option("--cell-size", min=1, help="Images per cell of the conflict map.")] = 128,
+    sampling_steps: Annotated[int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")] = 15,
+    cell_size: Annotated[int, typer.Option("--cell-size", min=1, help="Images per cell of the conflict map.")] = 96,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:

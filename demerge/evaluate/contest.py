@@ -88,6 +88,8 @@ class Contest:
                 continue
             losses = losses or self._losses(model)
             images = self._draw(model, seed, self.num_images, entrant.name)
+            if entrant == self.base and self.num_images <= self.judge.perceptual_images:
+                self._base_images[seed] = images
             scores = self.judge.score(
                 entrant.name,
                 images,

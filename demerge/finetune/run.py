@@ -103,6 +103,7 @@ class Run:
             betas=(options.adam_beta1, options.adam_beta2),
             weight_decay=options.adam_weight_decay,
             eps=options.adam_epsilon,
+            fused=True,
         )
         ema = {name: p.detach().clone() for name, p in parameters.items()}
         weights = loss_weights(base, options)
