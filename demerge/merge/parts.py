@@ -125,7 +125,7 @@ class Part:
     @cached_property
     def storage(self) -> Storage:
         """How the entries are stored; the first use may take a pass over the merge."""
-        return Storage.of(self.job, self.entries)
+        return Storage.of(self.job, {entry.name: entry.dtype for entry in self.entries})
 
     def parameters(self, names: Sequence[str]) -> int:
         """Count the elements of some tensors."""

@@ -8,9 +8,8 @@ keeps its value to the bit, and k = 0 keeps the base's scale. Finding k takes a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +19,6 @@ from demerge.merge.checks import rounded
 from demerge.quantised import METADATA
 from demerge.scaled import Scaled, decoded
 from demerge.weights import Checkpoint
-
-if TYPE_CHECKING:
-    from demerge.merge.output import Entry
 
 FITS = 1 + 2.0**-10  # times the largest code, which rounding in float32 may exceed
 
@@ -44,9 +40,8 @@ class Storage:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, job: Merge, entries: Sequence[Entry]) -> Storage:
+    def of(cls, job: Merge, dtypes: Mapping[str, torch.dtype]) -> Storage:
         """Return how a merge is stored; where scaled fp8 is kept, the merge is made once to see how large its values are."""
-        dtypes = {entry.name: entry.dtype for entry in entries}
         weights = {n: t for n, t in job.base.items() if isinstance(t, Scaled) and dtypes.get(n) == t.codes.dtype}
         if not weights or not isinstance(job.base, Checkpoint):
             return cls(dtypes)
