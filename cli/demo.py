@@ -42,7 +42,7 @@ def demo(
     ] = 150,
     num_images: Annotated[int, typer.Option("--num-images", min=65, help="Images per model and seed.")] = 200,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of sampling seeds.")] = 5,
-    sampling_steps: Annotated[int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")] = 15,
+    sampling_steps: Annotated[int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")] = 12,
     cell_size: Annotated[int, typer.Option("--cell-size", min=1, help="Images per cell of the conflict map.")] = 96,
     seed: Seed = 0,
     json: Json = False,

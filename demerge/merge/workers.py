@@ -104,8 +104,11 @@ class _Parent(Crew):
         return result
 
     def _in_order(self, n: int, ahead: int) -> Iterator[Any]:
-        """Hand out n items and yield their values, of which at most `ahead` wait for one before them."""
-        ready: dict[int, Any] = {}
+        """Hand out n items and yield their values, of which at most `ahead` wait for one before them.
+
+        The error of an item is raised in its turn, so that it is the same one whichever worker is the faster.
+        """
+        ready: dict[int, tuple[Any, BaseException | None]] = {}
         given = 0
         for i in range(n):
             while i not in ready:
@@ -115,9 +118,12 @@ class _Parent(Crew):
                         given += 1
                 for connection in wait([worker.pipe for worker in self.workers if worker.waiting]):
                     worker = next(worker for worker in self.workers if worker.pipe is connection)
-                    index, value = worker.receive()
-                    ready[index] = value
-            yield ready.pop(i)
+                    index, value, failure = worker.receive()
+                    ready[index] = value, failure
+            value, failure = ready.pop(i)
+            if failure is not None:
+                raise failure
+            yield value
 
     def _tell(self, result: Any) -> None:
         message = _dumped(result, memoryview(bytearray()))
@@ -159,7 +165,7 @@ class _Worker:
         with suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send_bytes(message)
 
-    def receive(self) -> tuple[int, Any]:
+    def receive(self) -> tuple[int, Any, BaseException | None]:
         try:
             message = self.pipe.recv_bytes()
         except (EOFError, ConnectionResetError) as error:
@@ -169,9 +175,7 @@ class _Worker:
             ) from error
         index, value, failure = _Loads(message, _slot(self.shared, self.received)).load()
         self.waiting, self.received = self.waiting - 1, self.received + 1
-        if failure is not None:
-            raise failure
-        return index, value
+        return index, value, failure
 
     def stop(self) -> None:
         """End it, whatever it is at."""

@@ -156,7 +156,7 @@ def test_wrong_recipes_are_refused(text: str, message: str, fix: str, tmp_path: 
         ("a: !!python/object/apply:os.system [true]\n", "the tag"),
         ("a: " + "[" * 40 + "]" * 40, "levels deep"),
         ("base: a\nbase: b\n", "a key occurs twice"),
-        ("? [a, b]\n: 1\n", "no plain text"),
+        ("? [a, b]\n: 1\n", "not plain text"),
         ("- a\n- b\n", "a table was expected"),
         ("", "a table was expected"),
         ("a: [1\n", "not valid YAML"),

@@ -108,6 +108,15 @@ def test_an_error_that_cannot_travel_is_told() -> None:
         list(ordered(fails, range(3), 2))
 
 
+def test_the_error_is_that_of_the_first_item_whichever_worker_is_faster() -> None:
+    def fails(i: int) -> int:
+        time.sleep(0.2 * (i == 0))
+        raise ValueError(f"item {i}")
+
+    with pytest.raises(ValueError, match="item 0"):
+        list(ordered(fails, range(3), 2))
+
+
 def test_a_killed_worker_is_an_error_and_the_others_end() -> None:
     def work(i: int) -> int:
         if i == 5:
