@@ -37,11 +37,15 @@ def local(model: str | Path, variant: str | None = None) -> Path:
     asked for is fetched, beside the plain weights.
 
     Raises:
-        InputError: where the Hub has no such model or cannot be reached.
+        InputError: where the Hub has no such model or cannot be reached, or no path can have this name.
     """
     if str(model) in EMBEDDED:
         return ASSETS / str(model)
     path = Path(model)
+    try:
+        path.exists()
+    except OSError as error:  # a name of more than 255 bytes, for example
+        raise InputError(f"{str(model)[:80]}...: not a path: {error.strerror}", fix="name a file or a folder") from error
     named = HUB_ID.fullmatch(str(model)) and not path.parent.exists()
     return _fetch(str(model), variant) if named and not path.exists() else path
 

@@ -271,14 +271,17 @@ def running(what: object) -> Iterator[None]:
     """Say of a model whose parts cannot compute what they were loaded for that its configs do not fit.
 
     Raises:
-        InputError: with the words of the library that it came from; memory that does not suffice is passed on.
+        InputError: with the words of the library that it came from.
+        ResourceError: if this machine's memory does not suffice; an accelerator's own error is passed on.
     """
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "memory" in str(error):
+            raise ResourceError(f"{what} needs more memory than there is: {said}", fix="use a smaller batch") from error
         raise InputError(f"{what} cannot be run: {said}", fix="use the configs of this very model") from error
 
 
