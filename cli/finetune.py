@@ -102,8 +102,8 @@ def finetune(
     )
     for line in plan.lines():
         say(line)
-    check(plan.base, plan.data, plan.ranges, plan.options, out, layers=plan.layers)
     if dry_run:
+        check(plan.base, plan.data, plan.ranges, plan.options, out, layers=plan.layers)
         emit(plan.document(), None, json)
         return
     with stop_signals() as stop, progress(plan.total_steps, "finetune") as bar:
