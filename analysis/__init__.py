@@ -19,24 +19,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from demerge.analysis.cutting.crossfit import count
-    from demerge.analysis.cutting.segmentation import METHODS, SCORES, cut
     from demerge.analysis.measurement.gradients import Cost, Measurement, measure
-    from demerge.analysis.measurement.settings import Settings
-    from demerge.analysis.report import lines, summary, write
+    from demerge.analysis.measurement.options import Settings
+    from demerge.analysis.partitioning.cross_validation import count
+    from demerge.analysis.partitioning.objective import METHODS, SCORES, cut
+    from demerge.analysis.report.text import lines, summary, write
 
 HOMES = {
-    "METHODS": "cutting.segmentation",
-    "SCORES": "cutting.segmentation",
+    "METHODS": "partitioning.objective",
+    "SCORES": "partitioning.objective",
     "Cost": "measurement.gradients",
     "Measurement": "measurement.gradients",
-    "Settings": "measurement.settings",
-    "count": "cutting.crossfit",
-    "cut": "cutting.segmentation",
-    "lines": "report",
+    "Settings": "measurement.options",
+    "count": "partitioning.cross_validation",
+    "cut": "partitioning.objective",
+    "lines": "report.text",
     "measure": "measurement.gradients",
-    "summary": "report",
-    "write": "report",
+    "summary": "report.text",
+    "write": "report.text",
 }
 
 __all__ = ["METHODS", "SCORES", "Cost", "Measurement", "Settings", "count", "cut", "lines", "measure", "summary", "write"]

@@ -94,10 +94,10 @@ def analyze(
     those it has. Stopped midway, the same command goes on after the last finished group. Under `accelerate launch` or
     `torchrun` the groups are shared among the processes.
     """
-    from demerge.analysis.cutting.crossfit import count
-    from demerge.analysis.measurement.settings import seconds_of
-    from demerge.analysis.measurement.stage import prepare
-    from demerge.analysis.report import lines, summary, write
+    from demerge.analysis.measurement.options import seconds_of
+    from demerge.analysis.partitioning.cross_validation import count
+    from demerge.analysis.report.text import lines, summary, write
+    from demerge.analysis.stages.analyze import prepare
 
     n = ranges_of(ranges)
     plan = prepare(

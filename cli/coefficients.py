@@ -67,8 +67,8 @@ def coefficients(
     demerge coefficients base expert-0 expert-1 --data D --per block -o weights.json
     demerge merge base expert-0 expert-1 --weights weights.json -o merged
     """
-    from demerge.analysis.experts.balance import document, lines, prepare
-    from demerge.files import commit_json
+    from demerge.analysis.stages.coefficients import document, lines, prepare
+    from demerge.storage.atomic import commit_json
 
     plan = prepare(
         base,

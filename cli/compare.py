@@ -19,8 +19,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Rank models that share a protocol and say whether merging beat the base and the joint control."""
-    from demerge.evaluate.gather import gather
-    from demerge.evaluate.report import Report
+    from demerge.evaluation.report.report import Report
+    from demerge.evaluation.results import gather
 
     found = gather(runs)
     report = Report.of(

@@ -30,9 +30,9 @@ def convert(
 
     demerge convert model.safetensors folder --config base-folder
     """
-    from demerge.convert import convert as converted
     from demerge.errors import UsageError
-    from demerge.single_file import to_file, to_folder
+    from demerge.storage.pickles import convert as converted
+    from demerge.storage.single_file import to_file, to_folder
 
     if source.is_dir():
         emit({"out": str(out), "tensors": to_file(source, out)}, out, json)

@@ -51,7 +51,7 @@ def demo(
     start = time.monotonic()
     say("demerge demo: one diffusion model of handwritten digits becomes four experts and merged models")
     from demerge.errors import UsageError
-    from demerge.files import commit_json
+    from demerge.storage.atomic import commit_json
 
     if base not in BASES:
         raise UsageError(f"--base '{base}' is not a base of digits", fix=f"give {' or '.join(BASES)}")

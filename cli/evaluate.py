@@ -65,9 +65,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score models against real images; the same command again goes on where it stopped."""
-    from demerge.evaluate.prepare import EvaluationOptions, parse_seeds, prepare
-    from demerge.evaluate.protocol import tables_of
-    from demerge.evaluate.tables import lines
+    from demerge.evaluation.planning import EvaluationOptions, parse_seeds, prepare
+    from demerge.evaluation.report.tables import lines
+    from demerge.evaluation.scores import tables_of
 
     options = EvaluationOptions(
         data,

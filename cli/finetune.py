@@ -80,10 +80,10 @@ def finetune(
     """
     from dataclasses import fields
 
-    from demerge.finetune import FinetuneOptions
-    from demerge.finetune import finetune as train
-    from demerge.finetune.loop import check
-    from demerge.finetune.plan import prepare
+    from demerge.finetuning import FinetuneOptions
+    from demerge.finetuning import finetune as train
+    from demerge.finetuning.planning import prepare
+    from demerge.finetuning.train import check
 
     given = locals()
     options = FinetuneOptions(**{f.name: given[f.name] for f in fields(FinetuneOptions) if f.name in given})

@@ -20,7 +20,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Say what a model is, or, for a base and others, whether they merge into it and why not (exit code 3)."""
-    from demerge.facts import facts_of
+    from demerge.inspection import facts_of
 
     facts = facts_of(model)
     if not experts:
@@ -43,7 +43,7 @@ def inspect(
 
 def _merges(base: Path, expert: Path) -> dict[str, Any]:
     from demerge.errors import DemergeError
-    from demerge.merge.preparation import refuse_unmergeable
+    from demerge.merging.planning import refuse_unmergeable
 
     found = {"path": str(expert), "merges": True, "why": "", "fix": "", "notes": []}
     try:

@@ -56,7 +56,7 @@ def landscape(
 
     demerge landscape base expert-0 expert-1 --data D --merged merged -o landscape
     """
-    from demerge.analysis.experts.survey import document, lines, prepare, write
+    from demerge.analysis.stages.landscape import document, lines, prepare, write
 
     plan = prepare(
         base,

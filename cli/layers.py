@@ -31,9 +31,9 @@ def layers(
 
     Where the ranking is not better than chance it says so, and the choice is all layers. The model and its data are not needed.
     """
-    from demerge.analysis.cutting import layers as stage
-    from demerge.analysis.cutting.ranges import load_map
-    from demerge.files import commit_json
+    from demerge.analysis.layers import gains as stage
+    from demerge.analysis.stages.ranges import load_map
+    from demerge.storage.atomic import commit_json
     from demerge.timesteps import Partition
 
     stage.refuse_to_replace(out, plot)

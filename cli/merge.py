@@ -10,7 +10,7 @@ import typer
 from demerge.cli.common import Device, Json, device_of, emit, progress, say
 
 if TYPE_CHECKING:
-    from demerge.merge import Recipe
+    from demerge.merging import Recipe
     from demerge.timesteps import TimestepRange
 
 WHAT, PARTS, MODELS, RUN, OUT = "How to merge", "Which parts", "Experts and bases", "Running", "Output"
@@ -165,9 +165,9 @@ def merge(
         demerge merge base expert-0 expert-1 -o merged --method ties --option density=0.2 --rule "mid density=0.5 scope=tensor"
     """
     from demerge.errors import UsageError
-    from demerge.files import refuse_existing
-    from demerge.merge import prepare
-    from demerge.merge import verify as make_again
+    from demerge.merging import prepare
+    from demerge.merging import verify as make_again
+    from demerge.storage.atomic import refuse_existing
 
     asked = _given(
         method=method,
@@ -222,8 +222,8 @@ def merge(
 def _recipe(path: Path | None, base: str | None, experts: list[str], weights: str | None, asked: dict[str, Any]) -> Recipe:
     """Return the recipe of a file with what is asked beside it, or of base and experts."""
     from demerge.errors import UsageError
-    from demerge.merge import Recipe
-    from demerge.merge.recipe.coefficients import is_coefficients, read_coefficients, refuse_other_order
+    from demerge.merging import Recipe
+    from demerge.merging.recipe.coefficients import is_coefficients, read_coefficients, refuse_other_order
 
     if (path is None) == (base is None):
         raise UsageError("base and experts come from the command line or from --recipe", fix="merge BASE EXPERT... -o OUT")

@@ -7,10 +7,10 @@ from demerge.cli.common import Json, emit, show
 
 def methods(json: Json = False) -> None:
     """List the merge methods, their options and their papers."""
-    from demerge.merge import methods as registered
-    from demerge.merge.recipe.names import DIFFERENCES, STAGES
+    from demerge.merging import all_methods
+    from demerge.merging.recipe.method_names import DIFFERENCES, STAGES
 
-    documents = [method.document() for method in registered().values()]
+    documents = [method.document() for method in all_methods().values()]
     emit({"methods": documents}, None, json)
     if json:
         return

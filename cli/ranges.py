@@ -41,8 +41,8 @@ def ranges(
 
     The model and its data are not needed.
     """
-    from demerge.analysis.cutting import ranges as stage
-    from demerge.analysis.report import taken
+    from demerge.analysis.report.text import taken
+    from demerge.analysis.stages import ranges as stage
 
     count = ranges_of(n)
     found = stage.load_map(map, model)

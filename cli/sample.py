@@ -39,9 +39,9 @@ def sample(
     json: Json = False,
 ) -> None:
     """Draw images; image i depends on the seed and i alone. The same command again draws those that are missing."""
-    from demerge.diffusion import Diffusion
-    from demerge.drawing import sample_to
-    from demerge.sample import captions_of, labels_of, load_routed
+    from demerge.diffusion.drawing import sample_to
+    from demerge.diffusion.model import Diffusion
+    from demerge.diffusion.sampling import captions_of, labels_of, load_routed
 
     place = device_of(device)
     base = load_routed(model, experts, device=place) if experts else Diffusion.load(model, device=place)

@@ -35,7 +35,7 @@ def stats(
 
     The same command again does nothing; one of other options is refused where its files are.
     """
-    from demerge.stats import prepare
+    from demerge.statistics import prepare
 
     plan = prepare(
         models,

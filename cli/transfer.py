@@ -38,7 +38,7 @@ def transfer(
 
     demerge transfer runs/conflict experts/0000-0250 experts/0250-1000 --base base -o runs/transfer
     """
-    from demerge.analysis.experts.prediction import document, lines, prepare, refuse_to_replace, write
+    from demerge.analysis.stages.transfer import document, lines, prepare, refuse_to_replace, write
 
     if out is not None:
         refuse_to_replace(out)

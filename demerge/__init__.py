@@ -6,9 +6,9 @@ Decouple-then-Merge, arXiv 2410.06664). The five nouns, in the order data flows:
 
     ConflictMap -> Partition (of TimestepRanges) -> experts -> merged model (by a recipe) -> report (of Scores)
 
-Names below and the stages are imported when first used, so that `import demerge` costs nothing. Stages are functions in
-modules: `demerge.analysis.measure`, `demerge.finetune.finetune`, `demerge.merge.merge`, `demerge.sample.sample`,
-`demerge.evaluate.compare`.
+Names below and the stages are imported when first used, so that `import demerge` costs nothing.
+Stages are functions in modules: `demerge.analysis.measure`, `demerge.finetuning.finetune`,
+`demerge.merging.merge`, `demerge.diffusion.sampling.sample`, `demerge.evaluation.compare`.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from demerge.conflict import ConflictMap
     from demerge.data import ImageData, load_images
-    from demerge.diffusion import Diffusion
+    from demerge.diffusion.model import Diffusion
+    from demerge.diffusion.sampling import load_routed, routed
     from demerge.errors import DemergeError
-    from demerge.finetune import FinetuneOptions
-    from demerge.sample import load_routed, routed
+    from demerge.finetuning import FinetuneOptions
+    from demerge.storage.checkpoint import Checkpoint
     from demerge.timesteps import Partition, TimestepRange
-    from demerge.weights import Checkpoint
 
 HOMES = {
-    "Checkpoint": "weights",
+    "Checkpoint": "storage.checkpoint",
     "ConflictMap": "conflict",
     "DemergeError": "errors",
-    "Diffusion": "diffusion",
-    "FinetuneOptions": "finetune",
+    "Diffusion": "diffusion.model",
+    "FinetuneOptions": "finetuning",
     "ImageData": "data",
     "Partition": "timesteps",
     "TimestepRange": "timesteps",
     "load_images": "data",
-    "load_routed": "sample",
-    "routed": "sample",
+    "load_routed": "diffusion.sampling",
+    "routed": "diffusion.sampling",
 }
 
-STAGES = ("analysis", "evaluate", "finetune", "merge", "sample", "stats")
+STAGES = ("analysis", "evaluation", "finetuning", "merging", "statistics")
 
 __all__ = [
     "Checkpoint",

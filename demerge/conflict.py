@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from demerge.errors import DemergeError, InputError
-from demerge.files import commit_file
-from demerge.headers import read_header
-from demerge.schema import MAX_TIMESTEPS, Record, parse_record
+from demerge.storage.atomic import commit_file
+from demerge.storage.safetensors_header import read_header
+from demerge.storage.schema import MAX_TIMESTEPS, Record, parse_record
 from demerge.timesteps import Partition
 
 if TYPE_CHECKING:
@@ -189,8 +189,8 @@ class ConflictMap:
         return table
 
     def plot(self, partition: Partition | None = None) -> Figure:
-        """Draw the map, with the cuts of a partition as lines: `demerge.analysis.plots.heat_map`."""
-        figure: Figure = _above("plots").heat_map(self, partition)
+        """Draw the map, with the cuts of a partition as lines: `demerge.analysis.report.plots.heat_map`."""
+        figure: Figure = _above("report.plots").heat_map(self, partition)
         return figure
 
     def save(self, path: Path | str) -> Path:

@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from demerge.errors import InputError
-from demerge.places import Place, inside
-from demerge.schema import Count, Record, Span, Table, read_record
+from demerge.storage.layout import Place, inside
+from demerge.storage.schema import Count, Record, Span, Table, read_record
 from demerge.timesteps import TimestepRange
 
 EXPERT = "expert.json"

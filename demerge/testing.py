@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demerge.merge.checks import Tensors
-from demerge.merge.contract import Block, Blocks, Method
-from demerge.merge.probe import Case
-from demerge.merge.registry import of
+from demerge.merging.contract import Block, Blocks, Method
+from demerge.merging.engine.probe import Case
+from demerge.merging.engine.validation import Tensors
+from demerge.merging.registry import of
 
 SCALES = (0.0, 1e-30, 1e-4, 1.0, 1e10)
 

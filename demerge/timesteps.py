@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from demerge.errors import InputError, UsageError
-from demerge.files import commit_json
-from demerge.schema import Record, Span, read_record
+from demerge.storage.atomic import commit_json
+from demerge.storage.schema import Record, Span, read_record
 
 SHOWN = 12  # inner boundaries up to which a repr lists all
 FIX = 'write {"ranges": [[0, 250], [250, 1000]]}'

@@ -175,7 +175,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 def protocol(**changes: object) -> Any:
-    from demerge.evaluate.protocol import Protocol
+    from demerge.evaluation.scores import Protocol
 
     fields: dict[str, object] = {
         "features": "digits-cnn",
@@ -196,8 +196,8 @@ def protocol(**changes: object) -> Any:
 @pytest.fixture(scope="session")
 def make_scores() -> Callable[..., list[Any]]:
     """Make scores of one model, one for each distance: make_scores("ties", "merge", [7.1, 7.2, 7.0])."""
-    from demerge.evaluate.losses import RangeLosses
-    from demerge.evaluate.protocol import Scores
+    from demerge.evaluation.metrics.range_losses import RangeLosses
+    from demerge.evaluation.scores import Scores
 
     def make(model: str, kind: Any, distances: list[float], *, shift: float = 0.0, **changes: object) -> list[Scores]:
         losses = RangeLosses(("0000-0500", "0500-1000"), tuple(tuple(1 + shift + b / 100 for b in range(4)) for _ in range(2)))

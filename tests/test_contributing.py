@@ -6,7 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from demerge.merge.registry import find
+from demerge.merging.registry import find
 from demerge.testing import check_method
 
 

@@ -226,7 +226,7 @@ def _is_a_place(given: ast.expr) -> bool:
 
 @each_module
 def test_only_files_writes(name, path):
-    if name != "demerge.files":
+    if name != "demerge.storage.atomic":
         assert list(writes(tree(path))) == []
 
 

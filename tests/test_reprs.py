@@ -12,9 +12,9 @@ import pytest
 
 import demerge
 from demerge.analysis import Settings
-from demerge.evaluate import EvaluationOptions
-from demerge.merge import MergeSession, Recipe, find, merge, prepare
-from demerge.merge.recipe.asked import Source
+from demerge.evaluation import EvaluationOptions
+from demerge.merging import MergeSession, Recipe, find, merge, prepare
+from demerge.merging.recipe.fields import Source
 
 MOST = 300
 
@@ -25,7 +25,7 @@ def test_the_public_names_are_listed() -> None:
 
 
 def test_the_stages_are_there_at_the_first_use() -> None:
-    code = "import demerge; print([name for name in demerge.STAGES if name not in dir(demerge)], demerge.evaluate.compare)"
+    code = "import demerge; print([name for name in demerge.STAGES if name not in dir(demerge)], demerge.evaluation.compare)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout.startswith("[] <function compare"), found.stderr
 

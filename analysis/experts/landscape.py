@@ -3,9 +3,10 @@
     path     theta_0 + s (theta_merged - theta_0)         s = 0 is the base, 1 the merged model, beyond it overshoots
     plane    theta_0 + w_i tau_i + w_j tau_j              (0, 0) the base, (1, 0) and (0, 1) the experts
 
-The plane's axes are coefficients of a merge, not an orthonormal pair: what is read off it can be typed into `--weights`. At
-each point the loss of every range is measured on the same images, timesteps and noise (demerge.evaluate.losses), and given
-as the change against the base, L_r / L_r(base) - 1, with the paired standard error: ranges differ in loss by orders of
+The plane's axes are coefficients of a merge, not an orthonormal pair: what is read off it can be
+typed into `--weights`. At each point the loss of every range is measured on the same images,
+timesteps and noise (demerge.evaluation.metrics.range_losses), and given as the change against the
+base, L_r / L_r(base) - 1, with the paired standard error: ranges differ in loss by orders of
 magnitude, and raw values would show one of them only. Equal arguments give equal numbers.
 
 Weights are written by `MergeSession.apply` into a copy of the denoiser; the model that was given is not touched.
@@ -23,10 +24,10 @@ import pandas as pd
 
 from demerge.conflict import Array
 from demerge.data import ImageData
-from demerge.diffusion import Diffusion
+from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
-from demerge.evaluate.losses import RangeLosses, range_losses
-from demerge.merge.session import MergeSession, Model
+from demerge.evaluation.metrics.range_losses import RangeLosses, range_losses
+from demerge.merging.session import MergeSession, Model
 from demerge.timesteps import Partition
 
 Progress = Callable[[int, int, str], None]

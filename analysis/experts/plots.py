@@ -17,14 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from demerge.analysis.experts.landscape import PATH, PLANE, Landscape
-from demerge.analysis.experts.taskvectors import TaskVectors
+from demerge.analysis.experts.task_vectors import TaskVectors
 from demerge.analysis.experts.transfer import Transfer
 from demerge.analysis.similarity import t_quantile
 from demerge.conflict import Array
 from demerge.errors import UsageError
-from demerge.evaluate.losses import BLOCKS
-from demerge.figures import GREY, plain, styled
-from demerge.merge.recipe.blocks import grouped
+from demerge.evaluation.metrics.range_losses import BLOCKS
+from demerge.merging.recipe.blocks import grouped
+from demerge.reporting.theme import GREY, plain, styled
 
 COLUMNS = 4
 MARKERS = "osD^vP*X"

@@ -8,11 +8,11 @@ from typing import Any
 from demerge.data import ImageData
 from demerge.errors import InputError, UsageError
 from demerge.expert import expert_of, expert_range
-from demerge.hashes import remembered_content
-from demerge.merge.sources import Expert
-from demerge.places import Place
+from demerge.merging.inputs.experts import Expert
+from demerge.storage.checkpoint import Checkpoint, content_sha256, finite
+from demerge.storage.hashing import remembered_content
+from demerge.storage.layout import Place
 from demerge.timesteps import Partition
-from demerge.weights import Checkpoint, content_sha256, finite
 
 
 def own_ranges(places: Sequence[Place], T: int) -> Partition:

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from demerge.conflict import MIN_GROUPS, Array
 from demerge.data import ImageData
-from demerge.diffusion import Diffusion, squared_error
+from demerge.diffusion.model import Diffusion, squared_error
 from demerge.errors import NumericalError, UsageError
-from demerge.merge import MergeSession
+from demerge.merging import MergeSession
 from demerge.randomness import normal, permutation, uniform
 from demerge.timesteps import Partition, TimestepRange
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from demerge.analysis.experts.taskvectors import delta
+from demerge.analysis.experts.task_vectors import delta
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import Array, ConflictMap, layer_of, layers_of
 from demerge.errors import InputError
-from demerge.weights import finite, modern
+from demerge.storage.checkpoint import finite, modern
 
 Progress = Callable[[int, int, str], None]
 Model = Mapping[str, Tensor]

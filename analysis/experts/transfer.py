@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from demerge.analysis.cutting.segmentation import cover
 from demerge.analysis.experts.sketched import Model, Progress, Vectors, sketched
+from demerge.analysis.partitioning.objective import cover
 from demerge.analysis.similarity import cross, kernel, leave_one_out, standard_error, t_quantile
 from demerge.conflict import Array, ConflictMap, Sketches, layer_widths, layers_of
 from demerge.errors import InputError, UsageError

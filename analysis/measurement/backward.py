@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from demerge.diffusion.numerics import steady_norms
 from demerge.errors import UsageError
-from demerge.numerics import steady_norms
 
 Consume = Callable[[int, Tensor], None]
 

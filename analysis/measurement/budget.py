@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from demerge.analysis.measurement.cells import products
+from demerge.analysis.measurement.collector import products
 from demerge.analysis.similarity import similarity
 from demerge.conflict import Array, ConflictMap
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from demerge.conflict import MAX_CELLS
 from demerge.data import ImageData
-from demerge.diffusion import Diffusion
+from demerge.diffusion.model import Diffusion
 from demerge.randomness import normal, uniform
 from demerge.timesteps import Partition, TimestepRange
 

@@ -1,6 +1,6 @@
 """The diagonal Fisher of ranges, from the very passes that measure the map: `analyze --fisher`.
 
-    F_R [D] = E[g^2]     g = grad_theta |y - f(x_t, t, c)|^2 for one example, t ~ U(R)      (as `demerge.stats.range_fisher`)
+    F_R [D] = E[g^2]     g = grad_theta |y - f(x_t, t, c)|^2, t ~ U(R)   (as `demerge.statistics.range_fisher`)
 
 The B samples of a cell go through the model in k microbatches instead of at once: x_j [D] is the gradient of the j-th one's
 mean loss, divided by k, and s = sum_j x_j is the cell's own gradient. The samples are independent, so that for each coordinate
@@ -38,16 +38,16 @@ import torch
 from torch import Tensor, nn
 
 from demerge.analysis.measurement.backward import Backward, Consume
+from demerge.analysis.measurement.checkpoint import Partial
 from demerge.analysis.measurement.draws import Draw
 from demerge.analysis.measurement.parallel import ALONE, World
-from demerge.analysis.measurement.partial import Partial
 from demerge.errors import InputError, ResourceError, UsageError
-from demerge.files import refuse_small_disk
 from demerge.memory import free_bytes
-from demerge.records import made_as
-from demerge.stats import Collected, commit_statistic, inputs_of
-from demerge.stats.fisher import by_state_name
-from demerge.stats.record import is_there
+from demerge.provenance import made_as
+from demerge.statistics import Collected, commit_statistic, inputs_of
+from demerge.statistics.fisher import by_state_name
+from demerge.statistics.record import is_there
+from demerge.storage.atomic import refuse_small_disk
 from demerge.timesteps import Partition, TimestepRange
 
 if TYPE_CHECKING:

@@ -23,20 +23,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from demerge.analysis.measurement.backward import Backward, select
-from demerge.analysis.measurement.cells import TRIALS, Cells, Everything, Keep, Progress, SideBySide
+from demerge.analysis.measurement.checkpoint import Partial
+from demerge.analysis.measurement.collector import TRIALS, Cells, Everything, Keep, Progress, SideBySide
 from demerge.analysis.measurement.draws import Draws
 from demerge.analysis.measurement.fisher import RangeFisher
+from demerge.analysis.measurement.options import MEMORY, Settings, duration, groups_of
 from demerge.analysis.measurement.parallel import ALONE, World
-from demerge.analysis.measurement.partial import Partial
 from demerge.analysis.measurement.run import Run
 from demerge.analysis.measurement.schedule import described, log_snr
-from demerge.analysis.measurement.settings import MEMORY, Settings, duration, groups_of
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import MAX_CELLS, MIN_GROUPS, Array, ConflictMap, K, Origin, layer_widths
 from demerge.data import ImageData
-from demerge.diffusion import Diffusion
+from demerge.diffusion.model import Diffusion
+from demerge.diffusion.threads import fitting_threads
 from demerge.errors import ResourceError, UsageError
-from demerge.threads import fitting_threads
 from demerge.timesteps import Partition
 
 

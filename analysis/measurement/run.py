@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from demerge.analysis.measurement.budget import Stop, by_cell
-from demerge.analysis.measurement.cells import Cells, Keep, Progress, products
+from demerge.analysis.measurement.collector import Cells, Keep, Progress, products
 from demerge.analysis.measurement.fisher import RangeFisher
-from demerge.analysis.measurement.settings import duration
+from demerge.analysis.measurement.options import duration
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import MIN_GROUPS, Array, ConflictMap, K, Origin
+from demerge.diffusion.numerics import accumulator
+from demerge.diffusion.threads import fitting_threads
 from demerge.errors import ResourceError, UsageError
-from demerge.files import refuse_small_disk
-from demerge.numerics import accumulator
-from demerge.threads import fitting_threads
+from demerge.storage.atomic import refuse_small_disk
 
 if TYPE_CHECKING:
     from demerge.analysis.measurement.gradients import Cost, Measurement

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from demerge.conflict import Array, ConflictMap
-from demerge.diffusion import Diffusion
+from demerge.diffusion.loading import load_scheduler, resolve
+from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError
-from demerge.pipelines import load_scheduler, resolve
-from demerge.places import read_index
+from demerge.storage.layout import read_index
 
 MAX_LOG_SNR = 20.0  # schedules that end in pure noise have log SNR = -inf
 

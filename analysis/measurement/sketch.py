@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from demerge.conflict import K, layer_widths, layers_of
-from demerge.numerics import accumulator
+from demerge.diffusion.numerics import accumulator
 from demerge.randomness import key_of
 
 ROWS, ACCELERATED_ROWS = 8, 512  # of k at a time: those that stay in a processor's cache, and those worth a kernel's start

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from demerge.analysis.measurement.settings import DRAWS
+from demerge.analysis.measurement.options import DRAWS
 from demerge.analysis.similarity import (
     cross,
     error,

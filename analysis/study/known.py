@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from demerge.analysis.measurement.settings import DRAWS
+from demerge.analysis.measurement.options import DRAWS
 from demerge.analysis.similarity import normalised
 from demerge.conflict import MIN_GROUPS, Array, ConflictMap, Origin
 from demerge.errors import UsageError

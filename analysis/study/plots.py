@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from demerge.analysis.study.estimators import PLUG_IN, UNBIASED
-from demerge.figures import BLUE, GREY, ORANGE, styled
+from demerge.reporting.theme import BLUE, GREY, ORANGE, styled
 
 STYLES = {PLUG_IN: (ORANGE, "s", "--"), UNBIASED: (BLUE, "o", "-")}
 

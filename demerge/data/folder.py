@@ -17,8 +17,8 @@ from demerge.data.layout import class_labels, layout
 from demerge.data.listing import Listing, escaped, list_folder
 from demerge.data.values import Pixels8, Shape
 from demerge.errors import InputError
-from demerge.files import sha256
-from demerge.hashes import remembered
+from demerge.storage.atomic import sha256
+from demerge.storage.hashing import remembered
 
 
 @dataclass(frozen=True, slots=True)

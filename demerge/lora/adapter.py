@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError, listed
-from demerge.local import local
 from demerge.lora.names import Keys, Modules
 from demerge.lora.settings import Settings, config_beside
-from demerge.places import Place, locate
-from demerge.weights import Checkpoint, finite
+from demerge.storage.checkpoint import Checkpoint, finite
+from demerge.storage.hub import local
+from demerge.storage.layout import Place, locate
 
 BLOCK = 1 << 20  # elements in float64 at once
 Shape = tuple[int, ...]

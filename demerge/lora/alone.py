@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError
-from demerge.headers import Spec
 from demerge.lora.adapter import product_shape
 from demerge.lora.names import Keys, flat, original, stripped
-from demerge.weights import Checkpoint, modern
+from demerge.storage.checkpoint import Checkpoint, modern
+from demerge.storage.safetensors_header import Spec
 
 RESNETS = 2  # in a block of Stable Diffusion 1, 2 and XL: for kohya's two ways to name a module
 DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from demerge.weights import canonical, modern
+from demerge.storage.checkpoint import canonical, modern
 
 ROLES: Mapping[str, re.Pattern[str]] = {
     "down": re.compile(r"\.(?:lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight\Z"),

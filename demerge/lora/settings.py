@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import InputError
-from demerge.headers import parse_json, read_json
 from demerge.lora.names import in_names_of_peft
-from demerge.places import Place
-from demerge.weights import Checkpoint
+from demerge.storage.checkpoint import Checkpoint
+from demerge.storage.layout import Place
+from demerge.storage.safetensors_header import parse_json, read_json
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"

@@ -69,6 +69,6 @@ def linear() -> Any:
     """A Diffusion around `Scale`, T = 30, epsilon prediction."""
     import diffusers
 
-    from demerge.diffusion import Diffusion
+    from demerge.diffusion.model import Diffusion
 
     return Diffusion(Scale(3), diffusers.DDPMScheduler(num_train_timesteps=30, beta_start=0.01, beta_end=0.3))

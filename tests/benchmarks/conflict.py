@@ -28,7 +28,7 @@ from demerge.analysis.measurement.draws import Draws
 from demerge.analysis.measurement.gradients import measure
 from demerge.conflict import ConflictMap
 from demerge.data import ImageData, load_images
-from demerge.diffusion import Diffusion
+from demerge.diffusion.model import Diffusion
 from demerge.timesteps import Partition
 
 MODELS = ("digits", "small", "cifar10")

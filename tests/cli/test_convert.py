@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from demerge.single_file import to_file
+from demerge.storage.single_file import to_file
 
 
 def test_converts_on_request(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

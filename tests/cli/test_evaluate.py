@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from demerge.data import load_images
-from demerge.evaluate.protocol import Scores
-from demerge.images import png
-from demerge.pages import whole
+from demerge.evaluation.scores import Scores
+from demerge.reporting.html import whole
+from demerge.reporting.images import png
 
 SMALL = ("--data", "digits", "--num-images", "20", "--steps", "2", "--loss-samples", "16", "--reference-images", "100")
 

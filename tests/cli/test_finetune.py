@@ -46,7 +46,7 @@ def test_random_start_needs_no_base(run, tmp_path: Path) -> None:  # type: ignor
     assert (
         run("finetune", config, "--init", "random", "--ranges", "joint", "-o", out, *FAST, "--save-dtype", "float16").code == 0
     )
-    from demerge.evaluate.entrants import kind_of
+    from demerge.evaluation.models import kind_of
 
     made = {path.name: path.read_bytes() for path in (out / "0000-0100").glob("*.json*")}
     assert set(made) == {"base.json", "log.jsonl", "model_index.json"}  # a base is no control, hence no expert.json

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from demerge.diffusion import Diffusion
+from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
-from demerge.facts import other_input
+from demerge.inspection import other_input
 
 
 def test_two_files_merge_or_it_says_why_not(run: Any, tmp_path: Path) -> None:

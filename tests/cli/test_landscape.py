@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demerge.data import load_images
-from demerge.diffusion import Diffusion
-from demerge.evaluate.losses import range_losses
+from demerge.diffusion.model import Diffusion
+from demerge.evaluation.metrics.range_losses import range_losses
 from demerge.timesteps import Partition
 
 Run = Callable[..., Any]
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_the_library(run: Run, tiny: Path, experts: lis
 
 def compared_names(folder: Path) -> list[str]:
     """The tensors of a model in the order of its file."""
-    from demerge.weights import Checkpoint
+    from demerge.storage.checkpoint import Checkpoint
 
     return list(Checkpoint.open(folder))
 

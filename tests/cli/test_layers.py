@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from demerge.conflict import ConflictMap, Origin, layers_of
-from demerge.diffusion import Diffusion
+from demerge.diffusion.model import Diffusion
+from demerge.storage.checkpoint import Checkpoint
 from demerge.timesteps import Partition
-from demerge.weights import Checkpoint
 
 CHOSEN = ["conv_out", "mid_block.resnets.0.norm1"]
 TRAIN = ("--data", "digits", "--max-train-steps", 2, "--train-batch-size", 2, "--device", "cpu")

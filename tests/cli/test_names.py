@@ -18,8 +18,8 @@ from PIL import Image
 from demerge import Partition
 from demerge.cli import common
 from demerge.errors import UsageError
-from demerge.files import commit_dir, commit_json, commit_text
-from demerge.merge import merge
+from demerge.merging import merge
+from demerge.storage.atomic import commit_dir, commit_json, commit_text
 
 HOSTILE = {"not UTF-8": os.fsdecode(b"caf\xe9"), "a sequence": "\x1b[31mred", "a C1 sequence": "\x9b2J", "markup": "[bold]x"}
 hostile = pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
@@ -110,7 +110,7 @@ def test_strays_of_long_names_are_swept(here: Path) -> None:
 
 STRAY = """
 import os, pathlib, sys
-from demerge.files import commit_file
+from demerge.storage.atomic import commit_file
 commit_file(pathlib.Path(sys.argv[1]), lambda stream: os.kill(os.getpid(), 9))
 """
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from demerge.weights import Checkpoint
+from demerge.storage.checkpoint import Checkpoint
 
 Run = Callable[..., Any]
 QUICK = ("--data", "digits", "--samples", 3, "--device", "cpu")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from demerge.data import ImageData, load_images
-from demerge.diffusion import Diffusion
-from demerge.finetune import FinetuneOptions, finetune
+from demerge.diffusion.model import Diffusion
+from demerge.finetuning import FinetuneOptions, finetune
 from demerge.timesteps import TimestepRange
 
 SPAN = TimestepRange(0, 1000)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from demerge.analysis.measurement.stage import Plan, prepare
-from demerge.files import sha256
+from demerge.analysis.stages.analyze import Plan, prepare
+from demerge.storage.atomic import sha256
 
 
 def plan(tiny: Path, out: Path) -> Plan:

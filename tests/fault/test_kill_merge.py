@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from demerge.files import sha256
-from demerge.merge import Recipe, merge, prepare
+from demerge.merging import Recipe, merge, prepare
+from demerge.storage.atomic import sha256
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -79,7 +79,9 @@ def test_a_merge_killed_between_its_parts_comes_with_its_report_or_not_at_all(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr("demerge.merge.report.render", lambda draw, theme, kind: b"<svg/>")  # drawing takes a second each time
+    monkeypatch.setattr(
+        "demerge.merging.report.page.render", lambda draw, theme, kind: b"<svg/>"
+    )  # drawing takes a second each time
 
     def work(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -99,7 +101,7 @@ def test_a_merge_killed_between_its_parts_comes_with_its_report_or_not_at_all(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_statistics_killed_between_two_files_are_recorded_as_they_are(tiny: Path, tmp_path: Path) -> None:
-    from demerge.stats import prepare as prepared
+    from demerge.statistics import prepare as prepared
 
     torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.diffusion import Diffusion
-from demerge.drawing import sample_to
+from demerge.diffusion.drawing import sample_to
+from demerge.diffusion.model import Diffusion
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from demerge.errors import DemergeError
-from demerge.headers import MAX_HEADER
 from demerge.lora import open_expert
-from demerge.merge import merge
+from demerge.merging import merge
+from demerge.storage.safetensors_header import MAX_HEADER
 
 SECONDS = 5.0
 STEM = "diffusion_pytorch_model"

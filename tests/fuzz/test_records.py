@@ -25,35 +25,35 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from demerge.analysis.cutting import layers as layers_stage
-from demerge.analysis.cutting import ranges as ranges_stage
-from demerge.analysis.measurement.partial import Partial
+from demerge.analysis.layers import gains as layers_stage
+from demerge.analysis.measurement.checkpoint import Partial
 from demerge.analysis.measurement.schedule import log_snr, refuse_other_schedule
+from demerge.analysis.stages import ranges as ranges_stage
 from demerge.conflict import LAYER_K, Array, ConflictMap, Origin
 from demerge.data import load_images
-from demerge.diffusion import Diffusion
+from demerge.diffusion.model import Diffusion
+from demerge.diffusion.sampling import sample
 from demerge.errors import DemergeError
-from demerge.evaluate.entrants import entrants, kind_of
-from demerge.evaluate.gather import gather
-from demerge.evaluate.protocol import Protocol, Scores, tables_of
-from demerge.evaluate.records import save_scores
-from demerge.evaluate.tables import lines, markdown
+from demerge.evaluation.models import entrants, kind_of
+from demerge.evaluation.report.tables import lines, markdown
+from demerge.evaluation.results import gather
+from demerge.evaluation.score_files import save_scores
+from demerge.evaluation.scores import Protocol, Scores, tables_of
 from demerge.expert import experts_in
-from demerge.facts import facts_of
-from demerge.files import commit_json
-from demerge.finetune.layers import load_layers
-from demerge.finetune.options import FinetuneOptions
-from demerge.finetune.run import Run
-from demerge.finetune.state import Manifest
+from demerge.finetuning.checkpoint import Manifest
+from demerge.finetuning.layers import load_layers
+from demerge.finetuning.options import FinetuneOptions
+from demerge.finetuning.trainer import Run
+from demerge.inspection import facts_of
 from demerge.lora import open_expert
-from demerge.merge import Recipe, prepare
-from demerge.merge.recipe.coefficients import read_coefficients, refuse_other_order
-from demerge.records import MEASURED, measured_on
-from demerge.sample import sample
-from demerge.schema import read_record
-from demerge.stats.record import is_there
+from demerge.merging import Recipe, prepare
+from demerge.merging.recipe.coefficients import read_coefficients, refuse_other_order
+from demerge.provenance import MEASURED, measured_on
+from demerge.statistics.record import is_there
+from demerge.storage.atomic import commit_json
+from demerge.storage.checkpoint import Checkpoint
+from demerge.storage.schema import read_record
 from demerge.timesteps import Partition, TimestepRange
-from demerge.weights import Checkpoint
 
 SECONDS = 5
 MEMORY = 1 << 30  # bytes that all cases together may add

@@ -1,0 +1,1 @@
+"""Which layers gain from experts on ranges."""

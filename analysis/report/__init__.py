@@ -1,0 +1,1 @@
+"""What a conflict map says: verdict, text, page, plots, next steps."""

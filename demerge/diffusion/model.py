@@ -1,0 +1,390 @@
+"""A diffusion model: denoiser, noise schedule and, for text and latents, text encoder and autoencoder.
+
+    q(x_t | x_0):      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,      eps ~ N(0, I),  t in [0, T)
+    target y:          epsilon       eps
+                       v_prediction  sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+                       sample        x_0
+    loss at t:         |y - f(x_t, t, c)|^2, averaged over the elements of one sample
+    SNR(t):            abar_t / (1 - abar_t)
+
+abar, the prediction type and T are the base's own, read from its scheduler's config; nothing is
+filled in by a default. Models are stock diffusers pipelines, read by `demerge.diffusion.loading`:
+UNet2DModel, UNet2DConditionModel with a CLIP text encoder and an AutoencoderKL, or a DiT with class
+labels and an AutoencoderKL. The condition c is told by `demerge.diffusion.conditioning`. Of a
+denoiser that also learns the variance (a DiT: 2 C channels) the first C channels are f.
+
+Papers: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), latent diffusion (arXiv 2112.10752).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from einops import reduce
+from torch import Tensor, nn
+
+from demerge.data import ImageData, load_images
+from demerge.diffusion.conditioning import Classes, classes_of
+from demerge.diffusion.loading import (
+    TextEncoder,
+    denoiser_part,
+    load_denoiser,
+    load_scheduler,
+    load_text,
+    load_vae,
+    make_scheduler,
+    make_unet,
+    resolve,
+    running,
+)
+from demerge.errors import InputError, UsageError
+from demerge.inspection import other_input
+from demerge.storage.atomic import commit_json
+from demerge.storage.checkpoint import content_sha256, finite
+from demerge.storage.hashing import Hashing
+from demerge.storage.layout import inside, read_index
+from demerge.storage.schema import Record, Table, read_record
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class RandomConfig(Record):
+    """The configs of a model that is to be made."""
+
+    unet: Table
+    scheduler: Table
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A denoiser f(x_t, t, c) with the noise schedule it was trained on.
+
+    `folder` is the pipeline folder it was loaded from; `save` copies from it what is not the denoiser.
+    """
+
+    denoiser: nn.Module
+    scheduler: Any
+    folder: Path | None = None
+    vae: Any | None = None
+    text: TextEncoder | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.scheduler, "alphas_cumprod"):
+            raise UsageError(
+                f"scheduler {type(self.scheduler).__name__} has no alphas_cumprod",
+                fix="use a base with a DDPM-like schedule (DDPM, DDIM, PNDM, Euler, DPM-Solver)",
+            )
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UsageError(
+                f"prediction type '{self.prediction_type}' is unknown", fix=f"use one of {', '.join(PREDICTION_TYPES)}"
+            )
+        other = other_input(self.config, None if self.vae is None else self.vae.config.latent_channels)
+        if other:
+            raise UsageError(
+                f"{self.folder or 'the denoiser'}: {other}",
+                fix="use a base that takes x_t alone, as the text-to-image model of this one; merge takes both",
+            )
+        classes_of(self.config)
+
+    def __repr__(self) -> str:
+        """Say what it is, not its layers."""
+        size = sum(p.numel() for p in self.denoiser.parameters())
+        where = f", {str(self.folder)!r}" if self.folder else ""
+        return f"Diffusion({type(self.denoiser).__name__}, {size:,} parameters, {self.prediction_type}, T = {self.T}{where})"
+
+    # -- reading and writing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, model: str | Path, *, device: str | torch.device = "cpu") -> Diffusion:
+        """Load a pipeline folder or a Hub id, in float32, in eval mode.
+
+        Raises:
+            InputError: where the folder is no supported pipeline, or a weight is missing from its file.
+        """
+        folder = resolve(model)
+        index = read_index(folder)
+        component = load_denoiser(folder, index)
+        scheduler = load_scheduler(folder, index)
+        vae, text = load_vae(folder, index), load_text(folder, index)
+        modules: dict[str, Any] = {"denoiser": component, "vae": vae, "text_encoder": text and text.model}
+        for name, module in modules.items():
+            if module is not None:
+                if bad := not_finite(module):
+                    raise InputError(f"{folder}: the {name} holds NaN or Inf in {bad}", fix="use an earlier save of this model")
+                module.eval().requires_grad_(False)
+        return cls(component, scheduler, folder, vae, text).to(device)
+
+    @classmethod
+    def random(cls, config: Path | str, *, seed: int) -> Diffusion:
+        """Make an unconditional model with random weights from a JSON file {"unet": {...}, "scheduler": {...}}.
+
+        Raises:
+            InputError: where the file lacks a part or diffusers refuses it.
+        """
+        config = Path(config)
+        fix = 'write {"unet": {... UNet2DModel ...}, "scheduler": {... DDPMScheduler ...}}'
+        parts = read_record(config, RandomConfig, fix=fix)
+        scheduler = make_scheduler(parts.scheduler, diffusers.DDPMScheduler, f"{config}: scheduler")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(make_unet(parts.unet, f"{config}: unet"), scheduler)
+
+    def save(self, path: Path | str) -> None:
+        """Write a stock pipeline into the empty folder `path`; what is not the denoiser is copied from `folder`."""
+        path = Path(path)
+        if self.folder is None:
+            diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
+            return
+        index = read_index(self.folder)
+        parts = [p for p in sorted(self.folder.iterdir()) if p.is_dir() and p.name in index]
+        own = (denoiser_part(index), "scheduler")
+        copied = [p for p in parts if p.name not in own]
+        for file in (file for part in copied for file in [part, *part.rglob("*")]):
+            inside(self.folder, file)
+        for part in copied:
+            shutil.copytree(part, path / part.name)
+        absent = {n for n, v in index.items() if isinstance(v, list)} - {*own, *(p.name for p in copied)}
+        commit_json(path / "model_index.json", {n: [None, None] if n in absent else v for n, v in index.items()})
+        self.scheduler.save_pretrained(path / "scheduler")
+        self.denoiser.save_pretrained(path / own[0])  # type: ignore[operator]
+
+    def with_denoiser(self, denoiser: nn.Module) -> Diffusion:
+        """Return the same diffusion around another denoiser."""
+        return replace(self, denoiser=denoiser)
+
+    def to(self, device: str | torch.device) -> Diffusion:
+        """Move the modules to a device, in place; return self."""
+        for module in (self.denoiser, self.vae, self.text.model if self.text else None):
+            if module is not None:
+                module.to(device)
+        return self
+
+    # -- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The denoiser's own config."""
+        return self.denoiser.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def T(self) -> int:
+        """The number of training timesteps."""
+        return int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon`, `v_prediction` or `sample`."""
+        return str(self.scheduler.config.get("prediction_type"))
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """abar [T], float64."""
+        abar: Tensor = self.scheduler.alphas_cumprod.to("cpu", torch.float64)
+        return abar
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_t."""
+        size = self.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.config.in_channels), int(height), int(width)
+
+    def load_images(self, source: str, *, split: str, skip_broken: bool) -> ImageData:
+        """Load a data set in the shape of this model's images, which are square; see `demerge.data.load_images`."""
+        channels, height, _ = self.image_shape
+        return load_images(source, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        if self.vae is None:
+            return self.sample_shape
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        _, height, width = self.sample_shape
+        return int(self.vae.config.out_channels), height * factor, width * factor
+
+    @property
+    def parameters(self) -> int:
+        """The number of the denoiser's parameters."""
+        return sum(p.numel() for p in self.denoiser.parameters())
+
+    @property
+    def requires_text(self) -> bool:
+        """Whether the denoiser takes captions."""
+        return self.text is not None
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes that the denoiser takes, None where it takes none."""
+        return classes_of(self.config)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the denoiser's tensors: names, dtypes, shapes and values."""
+        return content_sha256(self.denoiser.state_dict())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that images and losses of this model depend on, as JSON values; infinity is a text.
+
+        The hash of the denoiser's tensors, its config, the scheduler's config, and the hash of each file of the other
+        components.
+        """
+        configs = {"config": self.config, "scheduler": self.scheduler.config}
+        public = {
+            part: {key: value for key, value in config.items() if not key.startswith("_")} for part, config in configs.items()
+        }
+        public["scheduler"]["class"] = type(self.scheduler).__name__
+        identity = {"sha256": self.sha256, **public, "components": self._components()}
+        document: dict[str, Any] = json.loads(json.dumps(identity, default=str), parse_constant=str)
+        return document
+
+    def _components(self) -> dict[str, str]:
+        """Return the hash of each file of the components that are not the denoiser and not the scheduler."""
+        if self.folder is None:
+            return {}
+        index = read_index(self.folder)
+        names = sorted(index.keys() - {denoiser_part(index), "scheduler"})
+        files = [file for name in names for file in sorted((self.folder / name).rglob("*")) if file.is_file()]
+        hashes = Hashing([inside(self.folder, file) for file in files]).result()
+        return {str(file.relative_to(self.folder)): hashes[file] for file in files}
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def snr(self) -> Tensor:
+        """SNR(t) = abar_t / (1 - abar_t), [T] float64."""
+        abar = self.alphas_cumprod
+        return abar / (1 - abar)
+
+    # -- mathematics -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self, images: Tensor, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Turn images [B C H W] in [-1, 1] and what is known of them into (x_0 [B *sample_shape], condition); see `condition`.
+
+        Raises:
+            UsageError: where the images have another shape than the base's, or what the base needs to know is missing.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise UsageError(
+                f"images are {tuple(images.shape[1:])}, the base expects {self.image_shape}",
+                fix="load the data with the base's resolution and channels",
+            )
+        condition = self.condition(len(images), captions, labels)
+        images = images.to(self.device)
+        if self.vae is None:
+            return images, condition
+        with running(f"{self.folder}/vae"):
+            return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor, condition
+
+    @torch.no_grad()
+    def condition(self, n: int, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None) -> Tensor | None:
+        """Return c for n samples: hidden states of captions [n L D], labels of classes [n], or None, as the denoiser takes it.
+
+        Raises:
+            UsageError: where captions or labels are missing, or a label is no class of the base's.
+        """
+        if self.text is not None:
+            required = _required(captions)
+            with running(f"{self.folder}/text_encoder"):
+                return self.text(required)
+        return None if self.classes is None else self.classes.labels(labels, n).to(self.device)
+
+    def told(self, data: ImageData) -> str | None:
+        """Say what the denoiser is told of the images of a data set, None where it is told nothing.
+
+        Raises:
+            UsageError: where captions or labels are missing, or a label is no class of the base's.
+        """
+        if self.text is not None:
+            return f"captions, {len(set(_required(data.captions))):,} different ones"
+        if self.classes is None:
+            return None
+        self.classes.labels(data.labels, len(data))
+        return f"classes, {self.classes.told(data.labels)}"
+
+    def encode_from(self, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Encode images of a data set, with their captions or labels where the base takes them; see `encode`."""
+        return self.encode(data.floats(indices), *data.known(indices))
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Turn x_0 [B *sample_shape] into images [B C H W], nominally in [-1, 1]."""
+        if self.vae is None:
+            return x0
+        with running(f"{self.folder}/vae"):
+            images: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor).sample
+        return images
+
+    def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
+        return abar.sqrt().to(like.dtype).to(like.device), (1 - abar).sqrt().to(like.dtype).to(like.device)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Draw x_t from q(x_t | x_0) with the given noise; x0, noise [B *], t [B] integers."""
+        a, s = self._coefficients(t, x0)
+        return a * x0 + s * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return y [B *], what the denoiser is trained to predict."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x0
+        a, s = self._coefficients(t, x0)
+        return a * noise - s * x0
+
+    def arguments(self, condition: Tensor | None) -> dict[str, Tensor]:
+        """Return the denoiser's keyword arguments for a condition."""
+        if condition is None:
+            return {}
+        return {"encoder_hidden_states" if self.classes is None else "class_labels": condition}
+
+    def predict(self, x_t: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
+        """Return f(x_t, t, c) [B C H W] for t [B] or one for all; a learned variance behind the C channels is left out."""
+        each = torch.as_tensor(t, device=x_t.device).reshape(-1).expand(len(x_t))
+        with running(self.folder or "the model"):
+            output: Tensor = self.denoiser(x_t, each, **self.arguments(condition)).sample
+        return output[:, : x_t.shape[1]]
+
+    def loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return |y - f(x_t, t, c)|^2 for each sample [B], averaged over its elements."""
+        return squared_error(self.predict(self.add_noise(x0, noise, t), t, condition), self.target(x0, noise, t))
+
+
+def _required(captions: Sequence[str] | None) -> Sequence[str]:
+    if captions is None:
+        raise UsageError(
+            "the base takes text and the data has no captions",
+            fix="add a metadata.jsonl with file_name and text, or a NAME.txt next to each image",
+        )
+    return captions
+
+
+def not_finite(module: nn.Module) -> str:
+    """Name the first tensors of a module that hold NaN or Inf; empty if none does."""
+    bad = [name for name, tensor in module.state_dict().items() if not finite(tensor)]
+    return ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of each sample [B], in float32."""
+    return reduce((prediction.float() - target.float()).square(), "b ... -> b", "mean")

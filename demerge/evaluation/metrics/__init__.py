@@ -1,0 +1,1 @@
+"""Metrics: distances between sets of images, and losses per range of timesteps."""

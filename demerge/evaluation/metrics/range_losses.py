@@ -1,0 +1,125 @@
+"""Validation loss per range of timesteps, on common random numbers.
+
+    L_r = mean over (x0, t, eps), t in range r, of |y - f(x_t, t, c)|^2
+
+Sample j of range r is the same (image, t, eps) for every model: image, t and noise are functions of (seed, r, j). So the
+difference of two models is far surer than either loss, and its standard error comes from blocks of paired samples. The t of
+a range follow the golden-ratio sequence, t_j = lo + floor(frac(j phi + u_j / 512) (hi - lo)), so that every block sees the
+whole range and the variance that t itself makes is mostly gone.
+
+Ranges differ in loss by orders of magnitude: show changes relative to the base, never sums over ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from demerge.data import ImageData
+from demerge.diffusion.model import Diffusion
+from demerge.diffusion.threads import fitting_threads
+from demerge.errors import NumericalError, UsageError
+from demerge.randomness import normal, permutation, uniform
+from demerge.timesteps import Partition, TimestepRange
+
+BLOCKS = 16
+GOLDEN = (5**0.5 - 1) / 2
+JITTER = 512
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RangeLosses:
+    """Mean losses of blocks of samples, `blocks[r][b]`; block b holds the same samples for every model.
+
+    Raises:
+        UsageError: unless there is one row for each range.
+    """
+
+    ranges: tuple[str, ...]
+    blocks: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ranges) != len(self.blocks) or len({len(row) for row in self.blocks}) > 1:
+            raise UsageError(
+                f"{len(self.ranges)} ranges and {len(self.blocks)} rows of losses do not fit",
+                fix="give a row for each range",
+            )
+
+    def __repr__(self) -> str:
+        """Say the loss of each range."""
+        return f"RangeLosses({', '.join(f'{name}: {loss:.4g}' for name, loss in self.means.items())})"
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The loss of each range."""
+        return {name: sum(row) / len(row) for name, row in zip(self.ranges, self.blocks, strict=True)}
+
+    def change(self, base: RangeLosses) -> dict[str, tuple[float, float]]:
+        """Return L / L_base - 1 for each range with its standard error, from paired blocks.
+
+        Raises:
+            UsageError: where the two were measured on other ranges or blocks.
+        """
+        if self.ranges != base.ranges or len(self.blocks[0]) != len(base.blocks[0]):
+            raise UsageError("losses of unlike ranges do not compare", fix="measure both models on one partition")
+        result = {}
+        for name, own, other in zip(self.ranges, self.blocks, base.blocks, strict=True):
+            a, b = (torch.tensor(row, dtype=torch.float64) for row in (own, other))
+            ratio = a.mean() / b.mean()
+            spread = (a - ratio * b).std() if len(a) > 1 else torch.tensor(float("nan"), dtype=torch.float64)
+            result[name] = (float(ratio - 1), float(spread / len(a) ** 0.5 / b.mean()))
+        return result
+
+
+@torch.inference_mode()
+def range_losses(
+    model: Diffusion,
+    data: ImageData,
+    partition: Partition,
+    *,
+    samples: int = 512,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> RangeLosses:
+    """Measure the loss of each range on `samples` draws.
+
+    Raises:
+        UsageError: where the partition is not of the model's T, or there are fewer samples than blocks.
+        NumericalError: where a loss is not finite.
+    """
+    if partition.total != model.T:
+        raise UsageError(f"the partition covers {partition.total} timesteps, the model has {model.T}", fix="use its own T")
+    if samples < BLOCKS:
+        raise UsageError(f"{samples} samples do not fill {BLOCKS} blocks", fix=f"give at least {BLOCKS}")
+    rows = []
+    for r, span in enumerate(partition):
+        draws = torch.arange(samples).split(batch_size)
+        with fitting_threads(model, batch_size):
+            losses = torch.cat([_losses(model, data, span, r, j.tolist(), seed) for j in draws])
+        if not bool(losses.isfinite().all()):
+            raise NumericalError(f"the loss in {span} is not finite", fix="check the model's weights")
+        rows.append(tuple(float(block.mean()) for block in losses.double().tensor_split(BLOCKS)))
+        if progress is not None:
+            progress(r + 1, len(partition), str(span))
+    return RangeLosses(tuple(map(str, partition)), tuple(rows))
+
+
+def _losses(model: Diffusion, data: ImageData, span: TimestepRange, r: int, draws: list[int], seed: int) -> Tensor:
+    """Return the losses [B] of some draws j of range r; draw j takes image order[j mod N]."""
+    order = permutation(len(data), seed, "validation-images", r)
+    chosen = [order[j % len(data)] for j in draws]
+    x0, condition = model.encode_from(data, chosen)
+    noise = normal(model.sample_shape, seed, "validation-noise", samples=draws, step=r)
+    t = _timesteps(span, r, draws, seed)
+    return model.loss(x0, noise.to(model.device), t.to(model.device), condition).cpu()
+
+
+def _timesteps(span: TimestepRange, r: int, draws: list[int], seed: int) -> Tensor:
+    jitter = uniform(seed, "validation-t", samples=draws, step=r) / JITTER
+    places = (torch.tensor(draws, dtype=torch.float64) * GOLDEN + jitter) % 1
+    return span.start + (places * len(span)).long().clamp(max=len(span) - 1)

@@ -1,0 +1,136 @@
+"""What a model is, from its headers and configs alone: no weight is read and torch is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from demerge.expert import expert_of
+from demerge.storage.checkpoint import Checkpoint
+from demerge.storage.safetensors_header import read_json, read_scheduler
+
+MERGED_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel")
+FACTORS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a model; what its files do not say is None.
+
+    Attributes:
+        range: [start, stop) of an expert.
+        merged_by: the method, where demerge made it.
+        mergeable: whether `demerge merge` takes it.
+        note: what else a user should know, for example what the other commands need.
+    """
+
+    path: str
+    kind: str
+    model_class: str | None
+    pipeline: str | None
+    parameters: int
+    tensors: int
+    dtypes: list[str]
+    bytes: int
+    sample_size: Any
+    prediction_type: str | None
+    scheduler: str | None
+    timesteps: int | None
+    range: list[int] | None
+    merged_by: str | None
+    mergeable: bool
+    note: str
+
+    def document(self) -> dict[str, Any]:
+        """Return the facts as JSON values."""
+        return asdict(self)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the known facts for a person, as (name, value)."""
+        known = [(n, v) for n, v in self.document().items() if v not in (None, "", [])]
+        return [(name.replace("_", " "), _text(value)) for name, value in known]
+
+
+def facts_of(path: Path) -> Facts:
+    """Read what a model is.
+
+    Raises:
+        InputError: where a file is missing, damaged or hostile.
+    """
+    checkpoint = Checkpoint.open(path)
+    place = checkpoint.place
+    config = checkpoint.config or {}
+    folder = place.pipeline
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json" if folder else None, read_scheduler)
+    expert = expert_of(place)
+    recipe = _read(place.beside("demerge.json"))
+    model_class = config.get("_class_name")
+    latents = _read(folder / "vae" / "config.json" if folder else None).get("latent_channels")
+    mergeable, note = _verdict(checkpoint, model_class, latents, has_pipeline=folder is not None)
+    return Facts(
+        path=str(path),
+        kind="pipeline" if folder else "component" if place.component else "file",
+        model_class=model_class,
+        pipeline=_read(folder / "model_index.json" if folder else None).get("_class_name"),
+        parameters=checkpoint.parameters,
+        tensors=len(checkpoint),
+        dtypes=checkpoint.dtypes,
+        bytes=sum(file.stat().st_size for file in place.files),
+        sample_size=config.get("sample_size"),
+        prediction_type=scheduler.get("prediction_type"),
+        scheduler=scheduler.get("_class_name"),
+        timesteps=scheduler.get("num_train_timesteps"),
+        range=None if expert is None else list(expert.range),
+        merged_by=recipe.get("method"),
+        mergeable=mergeable,
+        note=note,
+    )
+
+
+def other_input(config: Mapping[str, Any], latents: Any) -> str:
+    """Say how a denoiser takes or gives something else than x_t, empty if it does not; a learned variance is allowed.
+
+    Args:
+        config: the denoiser's.
+        latents: the channels that its VAE makes, None without one.
+    """
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if taken is None:
+        return ""
+    known = given if latents is None else latents
+    if known is not None and taken != known and not (latents is None and 2 * taken == known):
+        kind = {9: "an inpainting model: x_t, a mask and a masked image", 8: "x_t and an image"}
+        what = "its images have" if latents is None else "the latents of its VAE have"
+        return f"it takes {taken} input channels ({kind.get(taken, 'x_t and something else')}), {what} {known}"
+    if given not in (None, taken, 2 * taken):
+        return f"it takes {taken} input channels and gives {given}"
+    return ""
+
+
+def _verdict(checkpoint: Checkpoint, model_class: Any, latents: Any, *, has_pipeline: bool) -> tuple[bool, str]:
+    if checkpoint.parameters == 0:
+        return False, "no floating point tensor"
+    if any(part in name for name in checkpoint for part in FACTORS):
+        return True, "a LoRA: merges as an expert of the base that it was trained on"
+    if not has_pipeline:
+        return True, "merges; analyze, finetune and sample need a whole pipeline folder"
+    if model_class not in MERGED_CLASSES:
+        return True, f"merges; analyze, finetune and sample do not know the class {model_class}"
+    other = other_input(checkpoint.config or {}, latents)
+    if other:
+        return True, f"merges; analyze, finetune and sample do not take it: {other}"
+    return True, "merges with models of equal keys and shapes finetuned from one base"
+
+
+def _read(path: Path | None, reader: Callable[[Path], dict[str, Any]] = read_json) -> dict[str, Any]:
+    return reader(path) if path is not None and path.is_file() else {}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,133 @@
+"""What a merge comes to, tried on a few small random tensors before any work: a copy of one input, or of no use without a base.
+
+Two models and no base are a usual request: A is then taken for the base, B for its only expert, and the mean of one expert is
+that expert. Whether a method with its options and weights gives an input back is not listed anywhere but seen: it is merged
+once, in memory, and compared bit by bit. So it holds for the methods of other packages, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demerge.errors import DemergeError, UsageError
+from demerge.merging.contract import Method
+from demerge.merging.engine.job import Merge, Setting
+from demerge.merging.engine.validation import Tensors, holds_deltas
+from demerge.timesteps import TimestepRange
+
+SHAPES = {"conv": (3, 2, 3, 3), "linear": (5, 7), "bias": (5,), "scalar": (), "empty": (0, 4)}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A base and K experts of a few tensors, with the inputs the method needs, and what else it is given."""
+
+    base: Tensors
+    experts: Sequence[Tensors]
+    weights: Sequence[float]
+    inputs: Sequence[Tensors]
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def random(cls, seed: int, K: int, scale: float = 0.01) -> Case:
+        """Draw a base, experts at a distance of `scale` times a normal number, and positive inputs."""
+        g = torch.Generator().manual_seed(seed)
+        base = {n: torch.randn(s, generator=g) * max(scale, 1.0) for n, s in SHAPES.items()}
+        experts = [{n: t + scale * torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(K)]
+        inputs = [{n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()} for _ in range(K)]
+        given = {
+            "ranges": [TimestepRange(0, 250)] * K,
+            "snr": torch.linspace(100, 0.01, 250, dtype=torch.float64),
+        }
+        return cls(base, experts, [(i + 1) / (K * (K + 1) / 2) for i in range(K)], inputs, given)
+
+    def picked(self, numbers: Sequence[int]) -> Case:
+        """Return the case with these experts, in this order."""
+        return Case(
+            self.base,
+            [self.experts[i] for i in numbers],
+            [self.weights[i] for i in numbers],
+            [self.inputs[i] for i in numbers],
+            {**self.given, "ranges": [self.given["ranges"][i] for i in numbers]},
+        )
+
+    def merge(self, method: Method, **options: object) -> dict[str, Tensor]:
+        """Merge with the method's defaults but for `options`."""
+        asked = method.settle(options)
+        method = method.under(asked)
+        grams = [_grams(tensors) for tensors in self.inputs]
+        inputs = {name: grams if name in method.partial else self.inputs for name in method.inputs}
+        job = Merge(method, self.base, self.experts, self.weights, asked, inputs, **self.given)
+        return {name: _join(job, name) for name in self.base}
+
+
+def _grams(tensors: Tensors) -> dict[str, Tensor]:
+    """Return Gram matrices [in in] for the tensors that are matrices: inputs of another shape, which some tensors lack."""
+    return {n: t.flatten(1).T @ t.flatten(1) for n, t in tensors.items() if t.ndim > 1}
+
+
+def _join(job: Merge, name: str) -> Tensor:
+    chunks = [done.merged.to(job.base[name].dtype) for done in job.tensor(name)]
+    return torch.cat(chunks).view(job.base[name].shape) if chunks else job.base[name].clone()
+
+
+def copied(job: Merge, no_base: bool = False) -> set[int]:
+    """Return the inputs that the merge gives back to the bit: 0 for the base, 1 for the first expert, and so on.
+
+    A base that is the first expert, too, is not counted; nor is a LoRA, which is no model.
+    """
+    if not job.experts:
+        return {0}
+    equal = [_equal(_case(job, setting, no_base), job.method, setting) for setting in _settings(job)]
+    known = {0, *(i for i, expert in enumerate(job.experts, 1) if not holds_deltas(expert))} - ({0} if no_base else set())
+    return known.intersection(*equal)
+
+
+def refuse_uneven(job: Merge) -> None:
+    """Refuse a merge without a base whose result depends on which model is named first.
+
+    Raises:
+        UsageError: naming the method.
+    """
+    if len(job.experts) < 2:
+        raise UsageError("--no-base merges models with each other, and there is one", fix="name two models or more")
+    for setting in _settings(job):
+        case = _case(job, setting, no_base=True)
+        turned = case.picked([*range(1, len(case.experts)), 0])
+        turned = replace(turned, base=turned.experts[0])
+        one, other = (each.merge(job.method, **setting.options) for each in (case, turned))
+        if not all(torch.allclose(one[n], other[n], rtol=1e-4, atol=1e-5) for n in one):
+            weights = ",".join(f"{weight:g}" for weight in setting.weights)
+            raise UsageError(
+                f"{job.method.name} of {len(job.experts)} models with the weights {weights} needs a base: without one, its "
+                "result would depend on which of them is named first",
+                fix="name the base they were finetuned from: demerge merge BASE A B; or give --method average with --no-base",
+            )
+
+
+def _settings(job: Merge) -> list[Setting]:
+    """Return the different weights and options of the tensors."""
+    found = {repr(setting): setting for setting in (job.setting(None), *job.settings.values())}
+    return list(found.values())
+
+
+def _case(job: Merge, setting: Setting, no_base: bool) -> Case:
+    case = Case.random(0, len(job.experts))
+    base = case.experts[0] if no_base else case.base
+    return replace(
+        case, base=base, weights=setting.weights, given={"ranges": list(job.ranges), "snr": job.snr, "seed": job.seed}
+    )
+
+
+def _equal(case: Case, method: Method, setting: Setting) -> set[int]:
+    try:
+        merged = case.merge(method, **setting.options)
+    except DemergeError:  # the merge itself says it better
+        return set()
+    models = enumerate([case.base, *case.experts])
+    return {i for i, model in models if all(torch.equal(merged[name], tensor) for name, tensor in model.items())}

@@ -1,0 +1,94 @@
+"""Fisher merging: a mean weighted by how much each expert's loss depends on each weight (arXiv 2111.09832).
+
+    theta = sum_i c_i F_i theta_i / sum_i c_i F_i = theta_0 + sum_i c_i F_i tau_i / sum_i c_i F_i
+
+F_i [*] is the diagonal Fisher of expert i on its own range of timesteps, E[g^2] of the range loss per example
+(`demerge.statistics.range_fisher`). `normalise`: `none`, `l2` divides F_i by its norm over the model, `layer` by its norm
+over the tensor. Where every F_i is 0, the weighted mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from demerge.errors import InputError, UsageError
+from demerge.merging.methods.linear import nonzero_sum, weighted_sum
+from demerge.merging.registry import Block, Blocks, Scope, Statistic, method
+
+
+def fisher_norms(blocks: Blocks) -> Tensor:
+    """Return |F_i|_2 for each expert [K]; 1 where F_i is 0."""
+    squares = torch.stack(list(blocks.map(lambda block: _fisher(block).double().square().sum(1)))).sum(0)
+    return torch.where(squares > 0, squares.sqrt(), 1.0)
+
+
+def _fisher(block: Block) -> Tensor:
+    fisher = block.inputs["fisher"]
+    assert fisher is not None
+    return fisher
+
+
+def _scope(options: Mapping[str, Any]) -> Scope | None:
+    scopes: dict[str, Scope | None] = {"none": None, "l2": "model", "layer": "tensor"}
+    return scopes[options["normalise"]]
+
+
+@method("fisher", paper="arXiv 2111.09832", statistics=(Statistic("norm", fisher_norms, _scope),), off={})
+def fisher(
+    base: Tensor,
+    deltas: Tensor,
+    *,
+    weights: Tensor,
+    fisher: Tensor,
+    norm: Tensor | None,
+    normalise: Literal["none", "l2", "layer"] = "none",
+) -> Tensor:
+    """Return the mean of the experts weighted by c_i F_i, entry by entry [*].
+
+    Raises:
+        UsageError: if a weight is negative, or they sum to 0.
+        InputError: where a Fisher is negative.
+    """
+    nonzero_sum(weights)
+    refuse_negative_weights(weights, "fisher")
+    refuse_negative(fisher)
+    relative = weights / weights.abs().max()
+    if norm is not None:
+        relative = relative / (norm / norm.min()).to(relative)
+    share = fisher / nonzero(fisher.amax(0))  # in [0, 1]: products of the F themselves might be 0
+    total = weighted_sum(share, relative)
+    merged = weighted_sum(share * deltas, relative) / nonzero(total)
+    if bool(total.abs().min() > 0):
+        return base + merged
+    return base + torch.where(total == 0, weighted_sum(deltas, weights / nonzero_sum(weights)), merged)
+
+
+def refuse_negative_weights(weights: Tensor, what: str) -> None:
+    """Refuse weights under which the divisor, a sum that differs from entry to entry, may come close to 0.
+
+    Raises:
+        UsageError: if a weight is negative.
+    """
+    if bool((weights < 0).any()):
+        least = float(weights.min())
+        fix = "give weights of 0 or more, or use task_arithmetic, which takes any sign"
+        raise UsageError(f"{what} divides by a weighted sum, and the weight {least:g} is negative", fix=fix)
+
+
+def refuse_negative(fisher: Tensor) -> None:
+    """Refuse what is no mean of squares.
+
+    Raises:
+        InputError: where an entry is negative.
+    """
+    if fisher.numel() and bool(fisher.min() < 0):
+        raise InputError("a Fisher has negative entries, and is a mean of squares", fix="make fisher.safetensors again")
+
+
+def nonzero(values: Tensor) -> Tensor:
+    """Return the values [*], 1 in the place of 0."""
+    return values if bool(values.abs().min() > 0) else torch.where(values == 0, 1.0, values)

@@ -1,0 +1,54 @@
+"""The weighted mean of the experts, and the weighted sum of their task vectors.
+
+    average           theta = sum_i w_i theta_i / sum_i w_i         (model soups, arXiv 2203.05482)
+    task_arithmetic   theta = theta_0 + lambda sum_i w_i tau_i      (arXiv 2212.04089; what DeMe uses, arXiv 2410.06664)
+
+with tau_i = theta_i - theta_0. The mean is formed as theta_0 + sum_i w_i tau_i / sum_i w_i, the same with less
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from demerge.errors import UsageError
+from demerge.merging.registry import method
+
+
+@method("average", paper="arXiv 2203.05482", aliases=("linear",), off={})
+def average(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
+    """Return the weighted mean of the experts [*].
+
+    Raises:
+        UsageError: where the weights sum to 0.
+    """
+    return weighted_sum(deltas, weights / nonzero_sum(weights)).add_(base)
+
+
+@method("task_arithmetic", paper="arXiv 2212.04089", off={})
+def task_arithmetic(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the base plus `scale` (lambda) times the weighted sum of the task vectors [*]."""
+    return weighted_sum(deltas, scale * weights).add_(base)
+
+
+def weighted_sum(deltas: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """Return sum_i w_i tau_i [*] of K deltas [*], in the order of the experts."""
+    (first, weight), *others = zip(deltas, weights, strict=True)
+    total: Tensor = first * weight
+    for delta, weight in others:
+        total.addcmul_(delta, weight)
+    return total
+
+
+def nonzero_sum(weights: Tensor) -> Tensor:
+    """Return the sum of the weights [].
+
+    Raises:
+        UsageError: where it is 0: a mean with no weight means nothing.
+    """
+    total = weights.sum()
+    if total == 0:
+        raise UsageError("the weights of a mean sum to 0", fix="give weights with another sum, or use task_arithmetic")
+    return total

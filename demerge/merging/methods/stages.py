@@ -1,0 +1,37 @@
+"""The last stage of the methods that thin task vectors first (dare, della, breadcrumbs): a linear merge, or that of TIES.
+
+theta = theta_0 + lambda sum_i w_i tau_i'                                     (then = linear)
+theta = theta_0 + lambda disjoint_merge(tau'), signs elected by mass          (then = ties, without its trimming)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from demerge.merging.methods.linear import weighted_sum
+from demerge.merging.methods.ties import Mean, disjoint_merge, elect, majority_sign
+from demerge.merging.registry import Block, Blocks, Scope
+
+Then = Literal["linear", "ties"]
+
+
+def aggregate(
+    base: Tensor, thinned: list[Tensor], weights: Tensor, then: str, majority: Tensor | None, mean: Mean, scale: float
+) -> Tensor:
+    """Return the merged tensor [*] of a base and K thinned task vectors [*]; without a majority, even votes are positive."""
+    if then == "linear":
+        return base + weighted_sum(thinned, scale * weights)
+    return base + scale * disjoint_merge(thinned, weights, "mass", 1 if majority is None else majority, mean=mean)
+
+
+def majority_of(blocks: Blocks, thinned: Callable[[Block], list[Tensor]]) -> Tensor:
+    """Return the sign [] of the sum of all signs that the thinned task vectors elect."""
+    return majority_sign(blocks, lambda block: elect(thinned(block), block.weights, "mass"))
+
+
+def majority_scope(options: Mapping[str, Any]) -> Scope | None:
+    """Where the majority is counted: over the tensor, if it is asked for at all."""
+    return "tensor" if options["then"] == "ties" and options["undecided"] == "majority" else None

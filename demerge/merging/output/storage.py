@@ -1,0 +1,91 @@
+"""How the tensors of an output are stored: in a dtype, or in the base's scaled fp8 with a scale that holds the merged values.
+
+    codes = round(W / s),   s = 2^k s_base,   k >= 0 the least for which no code is too large
+
+A scale changes by a power of two alone: float8 keeps the relative precision of its codes, so what a merge leaves unchanged
+keeps its value to the bit, and k = 0 keeps the base's scale. Finding k takes a pass over the merge before it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from demerge.merging.engine.job import Done, Merge
+from demerge.merging.engine.validation import rounded
+from demerge.storage.checkpoint import Checkpoint
+from demerge.storage.quantised import METADATA
+from demerge.storage.scaled import Scaled, decoded
+
+FITS = 1 + 2.0**-10  # times the largest code, which rounding in float32 may exceed
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What is needed to round a chunk, and the tensors of the output that are not the model's.
+
+    Attributes:
+        dtypes: of each tensor of the model.
+        scaled: the weights that are stored in scaled fp8, with the scales that they get.
+        beside: scales and markers by their keys.
+        metadata: what the base's file says of its scaled fp8.
+    """
+
+    dtypes: Mapping[str, torch.dtype]
+    scaled: Mapping[str, Scaled] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: Merge, dtypes: Mapping[str, torch.dtype]) -> Storage:
+        """Return how a merge is stored; where scaled fp8 is kept, the merge is made once to see how large its values are."""
+        weights = {n: t for n, t in job.base.items() if isinstance(t, Scaled) and dtypes.get(n) == t.codes.dtype}
+        if not weights or not isinstance(job.base, Checkpoint):
+            return cls(dtypes)
+        grown = {name: tensor.grown(k) for (name, tensor), k in zip(weights.items(), _exponents(job, weights), strict=True)}
+        beside = job.base.storage({name: tensor.scale for name, tensor in grown.items()})
+        metadata = {key: text for key, text in job.base.metadata.items() if key == METADATA}
+        return cls(dtypes, grown, beside, metadata)
+
+    def stored(self, name: str, start: int, chunk: Tensor) -> Tensor:
+        """Round a chunk [n] of a tensor to what is stored, on the CPU.
+
+        Raises:
+            NumericalError: if a value is too large.
+        """
+        dtype = self.dtypes[name]
+        if name in self.scaled:
+            return rounded(self.scaled[name].over(chunk.cpu(), start), dtype, name)
+        return rounded(chunk, dtype, name)
+
+    def kept(self, name: str, done: Done, dtype: torch.dtype) -> Tensor:
+        """Return the base's values [n], which have `dtype`, as they would be stored."""
+        base = done.block.base.reshape(-1).cpu()
+        return base if self.dtypes[name] == dtype else self.stored(name, done.start, base)
+
+    def squares(self, name: str, stored: Tensor, done: Done) -> tuple[float, float, float]:
+        """Return the sums of squares of merged, merged - base and stored - merged; of scaled fp8 alone."""
+        if name not in self.scaled:
+            return 0.0, 0.0, 0.0
+        merged, base = done.merged.cpu().double(), done.block.base.reshape(-1).cpu().double()
+        values = self.scaled[name].times(decoded(stored).double(), done.start)
+        merged_, moved, error = (float(t.square().sum()) for t in (merged, merged - base, values - merged))
+        return merged_, moved, error
+
+
+def _exponents(job: Merge, weights: Mapping[str, Scaled]) -> list[Tensor]:
+    """Return k for each scale of each weight; 0 for those that are not merged."""
+    codes = {name: torch.zeros(len(tensor.scale)) for name, tensor in weights.items()}
+    merged = set(job.floating)
+
+    def seen(name: str, done: Done) -> tuple[str, Tensor]:
+        tensor = weights[name]
+        return name, tensor.largest(tensor.over(done.merged.cpu(), done.start).float(), done.start)
+
+    for name, largest in job.stream([name for name in weights if name in merged], seen):
+        codes[name] = codes[name].maximum(largest)
+    limits = {name: torch.finfo(tensor.codes.dtype).max * FITS for name, tensor in weights.items()}
+    return [(code / limits[name]).log2().ceil().clamp(min=0) for name, code in codes.items()]

@@ -1,0 +1,125 @@
+"""Documents that people and tools write for a merge, YAML or JSON, read without trust.
+
+A YAML file may hold plain values only: at most 1 MB, 16 levels deep, no anchors, aliases or tags, no key twice. What a table
+holds is checked key by key: an unknown one is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from demerge.errors import InputError, UsageError
+from demerge.storage.safetensors_header import read_json
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 16
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON table.
+
+    Raises:
+        InputError: where the file is missing, too large, too deep, or no table.
+    """
+    return read_json(path) if path.suffix == ".json" else _read_yaml(path)
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Read the rows of a CSV file below its head, empty ones left out.
+
+    Raises:
+        InputError: where the file is missing or too large.
+    """
+    return [row for row in list(csv.reader(_text(path).splitlines()))[1:] if row]
+
+
+def refuse_unknown(table: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Refuse keys that mean nothing.
+
+    Raises:
+        UsageError: naming the first one and the nearest known one.
+    """
+    for key in table:
+        if key not in known:
+            near = get_close_matches(str(key), known, 1)
+            fix = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+            raise UsageError(f"{where}: unknown key '{str(key)[:80]}'", fix=fix)
+
+
+def typed(table: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], where: str) -> Any:
+    """Return the value of a key; None where there is none.
+
+    Raises:
+        UsageError: where the value is of another kind.
+    """
+    value = table.get(key)
+    if value is None or (isinstance(value, kinds) and (not isinstance(value, bool) or kinds is bool)):
+        return value
+    wanted = " or ".join(NAMES[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    raise UsageError(f"{where}: {key} is {str(value)[:80]!r}", fix=f"write {wanted}")
+
+
+NAMES: Mapping[type, str] = {
+    str: "text", int: "a whole number", float: "a number", list: "a list [..., ...]", dict: "a table", bool: "true or false",
+}  # fmt: skip
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", fix="check the path") from error
+    if len(data) > MAX_BYTES:
+        raise _damaged(path, f"larger than {MAX_BYTES >> 20} MB")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "not UTF-8 text") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    text = _text(path)
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster, where it was built
+    try:
+        _refuse_bombs(path, yaml.parse(text, loader), yaml)
+        _refuse_twins(path, yaml.compose(text, loader), yaml)
+        document = yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _damaged(path, f"not valid YAML ({' '.join(str(error).split())[:120]})") from error
+    if not isinstance(document, dict):
+        raise _damaged(path, "a table was expected")
+    return document
+
+
+def _refuse_bombs(path: Path, events: Any, yaml: Any) -> None:
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise _damaged(path, "anchors and aliases are not allowed")
+        if getattr(event, "tag", None):
+            raise _damaged(path, f"the tag {event.tag[:40]} is not allowed")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _damaged(path, f"more than {MAX_DEPTH} levels deep")
+
+
+def _refuse_twins(path: Path, node: Any, yaml: Any) -> None:
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(keys) != len(node.value) or len(set(keys)) != len(keys):
+            raise _damaged(path, "a key occurs twice, or is not plain text")
+    children: Sequence[Any] = [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
+    for child in children:
+        for part in child if isinstance(child, tuple) else (child,):
+            _refuse_twins(path, part, yaml)
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: {what}", fix="mend the file")

@@ -1,0 +1,1 @@
+"""What a merge did to its experts: the diagnosis and the report."""

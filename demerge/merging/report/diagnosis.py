@@ -1,0 +1,174 @@
+"""What a merge did to its experts, by tensor and by block, seen in the pass that writes it.
+
+    |tau_i|           length of each task vector                  cos(tau_i, tau_j)   how alike two of them are
+    sign conflict     share of the entries that some expert moves where experts move in both directions
+    kept              share of the entries that differ from the base in the result
+    survived          share of those that still do in the dtype that is stored
+    |merged - base|   length of the merged task vector
+    effective rank    exp(-sum_k p_k log p_k), p = s / sum s, s the singular values of [tau_1 .. tau_K], the [K D] matrix of
+                      the task vectors as vectors: how many independent directions the experts take, 1 to K (0 for no change)
+
+All follow from sums over entries, taken in float64 chunk by chunk and added in the order of the file: the numbers do not
+depend on the number of workers. A block's are those of its tensors taken as one vector. A cosine with a task vector of 0 is 0.
+
+Papers: effective rank (Roy and Vetterli, EUSIPCO 2007), sign conflict (TIES, arXiv 2306.01708).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demerge.merging.engine.job import Done
+from demerge.merging.methods.statistics import cosines, norms, row_grams
+from demerge.merging.output.storage import Storage
+from demerge.merging.output.writer import survivors
+from demerge.merging.recipe.blocks import block_of, grouped
+
+FORMAT = "demerge.diagnosis/1"
+DIAGNOSIS = "diagnosis.json"  # the numbers, in the folder of a report
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What the entries of a chunk, a tensor or a block add up to.
+
+    Attributes:
+        gram: inner products of the task vectors [K K], float64.
+        moved: entries that some expert moves; `opposed`: those that experts move in both directions.
+        changed: entries in which the result differs from the base; `survived`: those that do once rounded.
+        squares: sum of squares of merged - base.
+    """
+
+    name: str
+    entries: int
+    gram: Tensor
+    moved: int
+    opposed: int
+    changed: int
+    survived: int
+    squares: float
+
+    def __add__(self, other: Sums) -> Sums:
+        counts = ("entries", "gram", "moved", "opposed", "changed", "survived", "squares")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in counts})
+
+    @property
+    def norms(self) -> list[float]:
+        """|tau_i| [K]."""
+        return [float(norm) for norm in norms(self.gram)]
+
+    @property
+    def cosines(self) -> list[list[float]]:
+        """cos(tau_i, tau_j) [K K]."""
+        found: list[list[float]] = cosines(self.gram).tolist()
+        return found
+
+    @property
+    def effective_rank(self) -> float:
+        """The effective rank of the task vectors."""
+        return effective_rank(self.gram)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The shares that the module's table names."""
+        return {
+            "sign_conflict": self.opposed / self.moved if self.moved else 0.0,
+            "kept": self.changed / self.entries if self.entries else 0.0,
+            "survived": self.survived / self.changed if self.changed else 1.0,
+        }
+
+    def document(self) -> dict[str, Any]:
+        """Return the numbers as JSON values."""
+        return {
+            "name": self.name,
+            "entries": self.entries,
+            "norms": self.norms,
+            "cosines": self.cosines,
+            **self.shares,
+            "distance": self.squares**0.5,
+            "effective_rank": self.effective_rank,
+        }
+
+
+def effective_rank(gram: Tensor) -> float:
+    """Return the effective rank of vectors from their Gram matrix [K K], whose eigenvalues are s^2; 0 where all are 0."""
+    s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = s[s > 0] / s.sum()
+    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+
+
+def observer(storage: Storage, base: Mapping[str, Tensor]) -> Callable[[str, Done], Sums]:
+    """Return what sums up a chunk of one of the tensors that are written."""
+
+    def observe(name: str, done: Done) -> Sums:
+        deltas = done.block.deltas.reshape(len(done.block.deltas), -1)
+        up, down = (deltas > 0).any(0), (deltas < 0).any(0)
+        step = done.merged.double() - done.block.base.reshape(-1).double()
+        stored = storage.stored(name, done.start, done.merged)
+        changed, survived = survivors(stored, done, storage.kept(name, done, base[name].dtype))
+        return Sums(
+            name=name,
+            entries=deltas.shape[1],
+            gram=row_grams(deltas.unsqueeze(1))[0].cpu(),
+            moved=int((up | down).count_nonzero()),
+            opposed=int((up & down).count_nonzero()),
+            changed=changed,
+            survived=survived,
+            squares=float(step.square().sum()),
+        )
+
+    return observe
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What a merge did, over the model, in each block from input to output, and in each tensor in the order of the file."""
+
+    experts: Sequence[str]
+    model: Sums
+    blocks: Sequence[Sums]
+    tensors: Sequence[Sums]
+
+    @classmethod
+    def of(cls, chunks: Sequence[Sums], experts: Sequence[str]) -> Diagnosis:
+        """Add up the chunks, in their order; there is at least one."""
+        by_tensor: dict[str, list[Sums]] = {}
+        for chunk in chunks:
+            by_tensor.setdefault(chunk.name, []).append(chunk)
+        tensors = {name: _total(parts, name) for name, parts in by_tensor.items()}
+        blocks = [_total([tensors[n] for n in names], block) for block, names in grouped(list(tensors)).items()]
+        return cls(experts, _total(list(tensors.values()), "model"), blocks, list(tensors.values()))
+
+    def document(self) -> dict[str, Any]:
+        """Return all numbers as JSON values."""
+        tensors = [{"block": block_of(sums.name), **sums.document()} for sums in self.tensors]
+        blocks = [sums.document() for sums in self.blocks]
+        whole = self.model.document()
+        return {"format": FORMAT, "experts": list(self.experts), "model": whole, "blocks": blocks, "tensors": tensors}
+
+
+def table(rows: Sequence[Sums], harmless: Callable[[str], str]) -> str:
+    """Return one line for each tensor or block as CSV; `harmless` keeps names from being taken for formulas."""
+    K = len(rows[0].norms)
+    pairs = [(i, j) for i in range(K) for j in range(i)]
+    stream = StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    heads = [*(f"norm_{i}" for i in range(K)), *(f"cos_{j}_{i}" for i, j in pairs), *rows[0].shares]
+    writer.writerow(["name", "block", "entries", *heads, "distance", "effective_rank"])
+    for row in rows:
+        cosine = row.cosines
+        numbers = [*row.norms, *(cosine[i][j] for i, j in pairs), *row.shares.values(), row.squares**0.5, row.effective_rank]
+        writer.writerow([harmless(row.name), harmless(block_of(row.name)), row.entries, *(f"{n:.9g}" for n in numbers)])
+    return stream.getvalue()
+
+
+def _total(parts: Sequence[Sums], name: str) -> Sums:
+    return replace(reduce(Sums.__add__, parts), name=name)

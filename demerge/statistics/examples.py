@@ -1,0 +1,118 @@
+"""Examples of a range: the images, timesteps and noise on which its statistics are measured.
+
+    x_t ~ q(x_t | x_0),   t ~ U[start, stop),   y = target(x_0, eps, t)
+
+Example j is a function of (seed, j) alone, so that every statistic of one seed sees the same examples, in batches of any
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demerge.data import ImageData
+from demerge.diffusion.model import Diffusion
+from demerge.errors import NumericalError, UsageError
+from demerge.randomness import normal, permutation, uniform
+from demerge.timesteps import TimestepRange
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """B examples: x_t and y [B *], t [B], and the condition [B L D] of a model that takes text."""
+
+    x_t: Tensor
+    y: Tensor
+    t: Tensor
+    condition: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors there are, each with its B rows."""
+        return (self.x_t, self.y, self.t, *([] if self.condition is None else [self.condition]))
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A statistic: its tensors by the name of the weight, float32 on the CPU, and facts of how it was made, as JSON values."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Draws the examples of a range.
+
+    Raises:
+        UsageError: where there is no sample, or the range reaches beyond the model's timesteps.
+    """
+
+    model: Diffusion
+    data: ImageData
+    span: TimestepRange
+    samples: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.span.stop > self.model.T:
+            raise UsageError(
+                f"{self.samples} samples of {self.span} cannot be drawn",
+                fix=f"give samples >= 1 and stay in [0, {self.model.T})",
+            )
+
+    def batches(self, size: int) -> Iterator[tuple[range, Examples]]:
+        """Yield the numbers of the examples and the examples, `size` at a time."""
+        order = permutation(len(self.data), self.seed, "stats image")
+        for start in range(0, self.samples, size):
+            numbers = range(start, min(start + size, self.samples))
+            yield numbers, self._draw(numbers, [order[j % len(order)] for j in numbers])
+
+    def refuse_infinite(self, numbers: range, values: Tensor, what: str) -> None:
+        """Refuse a batch of which a value [B] is not finite, naming the first such example.
+
+        Raises:
+            NumericalError: with the example's number and image.
+        """
+        finite = torch.isfinite(values).tolist()
+        if not all(finite):
+            number = numbers[finite.index(False)]
+            image = permutation(len(self.data), self.seed, "stats image")[number % len(self.data)]
+            raise NumericalError(
+                f"{what} of sample {number} (image {image} of {self.data.name}) of range {self.span} is not finite",
+                fix="check the model and this image",
+            )
+
+    @torch.no_grad()
+    def _draw(self, numbers: Sequence[int], images: Sequence[int]) -> Examples:
+        model = self.model
+        x0, condition = model.encode_from(self.data, images)
+        position = uniform(self.seed, "stats timestep", samples=numbers)
+        t = (self.span.start + position * len(self.span)).long().to(x0.device)
+        noise = normal(x0.shape[1:], self.seed, "stats noise", samples=numbers).to(x0.device)
+        return Examples(model.add_noise(x0, noise, t), model.target(x0, noise, t), t, condition)
+
+
+@contextmanager
+def evaluated(module: nn.Module) -> Iterator[nn.Module]:
+    """Put a module into eval mode, and each of its parts back into its own mode afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield module.eval()
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def silent(done: int, total: int) -> None:
+    """Report nothing."""

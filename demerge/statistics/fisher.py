@@ -1,0 +1,140 @@
+"""The diagonal Fisher of a model on a range of timesteps, for `demerge merge --method fisher`.
+
+    F [*] = (1/n) sum_j g_j^2,   g_j = grad_theta |y - f(x_t, t, c)|^2 for one example j, t ~ U[start, stop)
+
+The gradients are squared for each example before they are averaged (arXiv 2111.09832); the square of a batch's gradient
+would be another, smaller quantity. A small model takes the gradients of 32 examples at once, by `vmap` of `grad`; a model
+whose gradients for 8 examples exceed 256 MB takes them one at a time, as does one that `vmap` cannot run. On one core a
+UNet of 0.2 M parameters is so 3 times faster, one of 1.6 M 1.3 times, one of 6 M no faster.
+
+Differs from the paper, whose g is the gradient of log p: the loss stands for -log p, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from demerge.data import ImageData
+from demerge.diffusion.model import Diffusion, squared_error
+from demerge.diffusion.numerics import accumulator
+from demerge.diffusion.threads import fitting_threads
+from demerge.statistics.examples import Collected, Examples, Progress, Sampler, evaluated, silent
+from demerge.timesteps import TimestepRange
+
+BATCH, SMALLEST_BATCH = 32, 8
+GRADIENT_BYTES = 1 << 28
+AGREEMENT = 1e-4
+
+Gradients = Callable[[Examples], dict[str, Tensor]]
+
+
+def range_fisher(
+    model: Diffusion,
+    data: ImageData,
+    range: TimestepRange,
+    *,
+    samples: int = 256,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Collected:
+    """Return F for each tensor of the state dict, float32 on the CPU; 0 for what the loss does not depend on.
+
+    Raises:
+        UsageError: where there is no sample, or the range reaches beyond the model's timesteps.
+        NumericalError: where the gradient of an example is not finite.
+    """
+    sampler = Sampler(model, data, range, samples, seed)
+    with evaluated(model.denoiser), fitting_threads(model, BATCH):
+        gradients, size, how = _engine(model, sampler)
+        sums = {name: accumulator(p.shape, p.device) for name, p in model.denoiser.named_parameters()}
+        for numbers, examples in sampler.batches(size):
+            norms = _add_squares(sums, gradients(examples))
+            sampler.refuse_infinite(numbers, norms, "the gradient")
+            progress(numbers.stop, samples)
+    means = {name: (total / samples).float().cpu() for name, total in sums.items()}
+    return Collected(by_state_name(model.denoiser, means), {"gradients": how, "batch": size})
+
+
+def one_by_one(model: Diffusion) -> Gradients:
+    """Return the function that gives g [B *] for each parameter, one backward pass per example."""
+    leaves = {name: p.detach().requires_grad_(True) for name, p in model.denoiser.named_parameters()}
+
+    def gradients(examples: Examples) -> dict[str, Tensor]:
+        rows = []
+        for example in zip(*examples.tensors(), strict=True):
+            loss = _loss(model, leaves, *example)
+            rows.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True))
+        return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
+
+    return gradients
+
+
+def side_by_side(model: Diffusion) -> Gradients:
+    """Return the function that gives g [B *] for each parameter, all B examples in one pass."""
+    leaves = {name: p.detach() for name, p in model.denoiser.named_parameters()}
+
+    def gradients(examples: Examples) -> dict[str, Tensor]:
+        tensors = examples.tensors()
+        each = vmap(grad(partial(_loss, model)), in_dims=(None, *[0] * len(tensors)))
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention that vmap runs without a loop
+            found: dict[str, Tensor] = each(leaves, *tensors)
+        return found
+
+    return gradients
+
+
+def _loss(
+    model: Diffusion, parameters: dict[str, Tensor], x_t: Tensor, y: Tensor, t: Tensor, condition: Tensor | None = None
+) -> Tensor:
+    """Return |y - f(x_t, t, c)|^2 [] of one example, x_t and y [*sample_shape], with `parameters` for the model's own."""
+    arguments = model.arguments(None if condition is None else condition[None])
+    output: Tensor = functional_call(model.denoiser, parameters, (x_t[None], t[None]), arguments).sample
+    return squared_error(output[:, : len(x_t)], y[None]).sum()
+
+
+def _engine(model: Diffusion, sampler: Sampler) -> tuple[Gradients, int, str]:
+    """Choose how gradients are taken, by the model's size and a trial of two examples: (function, batch, its name)."""
+    size, slow = min(BATCH, GRADIENT_BYTES // (4 * model.parameters)), one_by_one(model)
+    if size < SMALLEST_BATCH:
+        return slow, 1, "one by one: a large model"
+    fast = side_by_side(model)
+    _, examples = next(sampler.batches(2))
+    try:
+        trial = fast(examples)
+    except RuntimeError as error:  # what functorch raises where it cannot batch a model
+        return slow, 1, f"one by one: vmap fails: {str(error).splitlines()[0][:200]}"
+    if not _agree(trial, slow(examples)):
+        return slow, 1, "one by one: vmap gives other gradients"
+    return fast, size, "side by side"
+
+
+def _agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether all gradients together differ by rounding alone; NaN is no difference, it is refused by name later."""
+    off, length = (
+        sum(float(t.double().square().sum()) for t in ts) for ts in ((one[n] - other[n] for n in one), other.values())
+    )
+    return not off > AGREEMENT**2 * length
+
+
+def _add_squares(sums: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
+    """Add each parameter's squares to its sum; return |g_j|^2 [B]."""
+    norms: list[Tensor] = []
+    for name, total in sums.items():
+        squares = gradients[name].to(total.device, torch.float64).square()
+        norms.append(squares.flatten(1).sum(1))
+        total += squares.sum(0)
+    return torch.stack(norms).sum(0)
+
+
+def by_state_name(module: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name F as the state dict does: a tied parameter has it under each of its names, a buffer's is 0."""
+    first: dict[int, str] = {}
+    names = {n: first.setdefault(id(p), n) for n, p in module.named_parameters(remove_duplicate=False)}
+    state = module.state_dict()
+    return {n: means[names[n]].clone() if n in names else torch.zeros_like(t, device="cpu") for n, t in state.items()}

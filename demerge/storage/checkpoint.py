@@ -1,0 +1,277 @@
+"""Weights on disk: lazy, checked safetensors, and the hash of their content.
+
+A `Checkpoint` is a mapping from names to tensors that share memory with the mapped files: nothing is read before an
+element is used, so a model larger than memory costs nothing to open. Headers, shard indexes and paths are checked on
+opening.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import mmap
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pydantic import Field
+
+from demerge.errors import InputError
+from demerge.storage.atomic import commit_file
+from demerge.storage.hub import local
+from demerge.storage.layout import Place, locate
+from demerge.storage.quantised import numbers
+from demerge.storage.safetensors_header import Spec, read_header, read_json
+from demerge.storage.schema import Foreign, checked
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+TORCH_NAMES: Mapping[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+HASH_CHUNK = 1 << 20
+OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=(\.(weight|bias))?\Z)")
+NEW_ATTENTION: Mapping[str, str] = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "text_model.")  # or none, as programs like
+
+
+def modern(name: str) -> str:
+    """Return the name under which diffusers holds a tensor or module whose attention is named in the manner of 2022."""
+    return OLD_ATTENTION.sub(lambda match: NEW_ATTENTION[match[1]], name)
+
+
+def canonical(name: str) -> str:
+    """Return a name as diffusers has it: without wrappers (torch.compile, DDP), prefixes of single files and old attention."""
+    plain = WRAPPER.sub("", name)
+    prefix = next((prefix for prefix in PREFIXES if plain.startswith(prefix)), "")
+    return modern(plain.removeprefix(prefix))
+
+
+class Named(Foreign):
+    """A config that says which class it is of."""
+
+    class_name: str | None = Field(None, alias="_class_name")
+
+
+class Checkpoint(Mapping[str, "Tensor"]):
+    """The tensors of a denoiser on disk, in the order of the files, mapped and not read.
+
+    A tensor shares the private mapping of its file; treat it as read-only. Weights in scaled fp8 are read as the numbers that
+    they stand for, in float32; their scales are not tensors of the model (`storage` has them).
+
+    Attributes:
+        place: where it lies.
+        specs: dtype, shape and bytes of each tensor, as the file stores them.
+
+    Raises:
+        InputError: if a file is damaged or hostile, or holds codes that are not scaled fp8.
+    """
+
+    def __init__(self, place: Place) -> None:
+        headers = {file: read_header(file) for file in place.files}
+        self.place = place
+        self.specs: dict[str, Spec] = {}
+        self.metadata: dict[str, str] = {}
+        self._views: dict[str, Tensor] = {}
+        for file, header in headers.items():
+            for name in header.tensors:
+                if name in self.specs:
+                    other = self.specs[name].file.name
+                    raise InputError(f"{file}: tensor {name!r} is in {other} too", fix="fetch the shards again")
+            self.specs |= header.tensors
+            self.metadata |= header.metadata
+        if place.index is not None:
+            self._refuse_other_index(place.index)
+        self.specs, self._markers = numbers(self.specs, self.metadata, self._bytes)
+
+    def __repr__(self) -> str:
+        what = ", ".join(self.dtypes) or "no floating point tensor"
+        return f"Checkpoint({str(self.place.path)!r}, {len(self)} tensors, {self.parameters:,} parameters, {what})"
+
+    @classmethod
+    def open(cls, path: str | Path, variant: str | None = None) -> Checkpoint:
+        """Locate and open a file or folder; `variant` chooses among the weights of a folder.
+
+        Raises:
+            InputError: where it is missing, damaged or hostile.
+        """
+        return cls(locate(local(path, variant), variant))
+
+    def named_like(self, base: Mapping[str, Any]) -> Checkpoint:
+        """Return this checkpoint under the names of `base`, if the two differ by prefixes or old names; see `canonical`.
+
+        Names that mean nothing in the base, or two things, stay as they are.
+        """
+        names: dict[str, str | None] = {}
+        for name in base:
+            names[canonical(name)] = None if canonical(name) in names else name
+        renamed = {name if name in base else names.get(canonical(name)) or name: spec for name, spec in self.specs.items()}
+        same = len(renamed) != len(self.specs) or list(renamed) == list(self.specs)
+        return self if same else self._with(renamed)
+
+    def only(self, names: Iterable[str]) -> Checkpoint:
+        """Return this checkpoint with some of its tensors."""
+        return self._with({name: self.specs[name] for name in names})
+
+    def _with(self, specs: dict[str, Spec]) -> Checkpoint:
+        other = copy.copy(self)
+        other.specs, other._views = specs, {}
+        return other
+
+    def _refuse_other_index(self, index: Mapping[str, str]) -> None:
+        held = {name: spec.file.name for name, spec in self.specs.items()}
+        missing = [name for name, file in index.items() if held.get(name) != PurePosixPath(file).name]
+        extra = [name for name in held if name not in index]
+        for what, names in (("are not in the shard the index names", missing), ("are in no index", extra)):
+            if names:
+                listed = f"{len(names)} tensors {what}: {', '.join(names[:5])}"
+                raise InputError(f"{self.place.path}: {listed}", fix="fetch index and shards again")
+
+    @cached_property
+    def _maps(self) -> dict[Path, mmap.mmap]:
+        maps = {}
+        for file in self.place.files:
+            with file.open("rb") as stream:
+                maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return maps
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._views:
+            return self._views[name]
+        spec = self.specs[name]
+        if spec.scale is not None:
+            from demerge.storage.scaled import Scaled
+
+            return self._views.setdefault(name, Scaled.of(self._stored(spec), self._stored(spec.scale.spec)))
+        found = self._stored(spec)
+        return self._views.setdefault(name, found) if spec.start % found.itemsize == 0 else found
+
+    def _stored(self, spec: Spec) -> Tensor:
+        """Return a tensor as the file stores it; one that is not aligned is copied."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, TORCH_NAMES[spec.dtype])
+        if spec.numel == 0:
+            return torch.empty(spec.shape, dtype=dtype)
+        length = spec.stop - spec.start
+        data = torch.frombuffer(self._maps[spec.file], dtype=torch.uint8, count=length, offset=spec.start)
+        return (data.clone() if spec.start % dtype.itemsize else data).view(dtype).view(spec.shape)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return all tensors as the files store them: codes where codes are, with their scales and markers."""
+        return {name: self._stored(spec) for name, spec in self.specs.items()} | self.storage()
+
+    def _bytes(self, spec: Spec) -> bytes:
+        return self._maps[spec.file][spec.start : spec.stop]
+
+    def storage(self, scales: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return what the files hold of scaled fp8 besides the codes, by its key: scales, scales of inputs, markers.
+
+        Args:
+            scales: by weight, scales to take the place of the file's, in any shape.
+        """
+        found = {name: self._stored(spec) for name, spec in self._markers.items()}
+        for weight, spec in self.specs.items():
+            if spec.scale is not None:
+                beside = {last: self._stored(each) for last, each in spec.scale.beside.items()}
+                scale = self._stored(spec.scale.spec)
+                other = (scales or {}).get(weight, scale)
+                beside[spec.scale.name] = other.to(scale.dtype).view(scale.shape)
+                found |= {weight.removesuffix("weight") + last: tensor for last, tensor in beside.items()}
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The component's config.json, where there is one."""
+        folder = self.place.component
+        if folder is None or not (folder / "config.json").is_file():
+            return None
+        config = read_json(folder / "config.json")
+        checked(config, Named, f"{folder}/config.json", fix="use the config of this very model")
+        return config
+
+    @property
+    def parameters(self) -> int:
+        """The number of floating point elements."""
+        return sum(spec.numel for spec in self.specs.values() if spec.is_float)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes of the floating point tensors, by torch's names, most elements first."""
+        counts: dict[str, int] = {}
+        for spec in self.specs.values():
+            if spec.is_float:
+                name = TORCH_NAMES[spec.dtype] + (" scaled" if spec.scale else "")
+                counts[name] = counts.get(name, 0) + spec.numel
+        return sorted(counts, key=lambda name: -counts[name])
+
+
+def content_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of what a model computes with: names, shapes and values, whatever the file, order or dtype.
+
+    The hash of the lines `name kind shape sha256(values)`, sorted by name. Floating point values count as their float32
+    values and names as diffusers holds them, so that a file and the model loaded from it in float32 have one hash.
+    """
+    lines = sorted(f"{modern(name)}\t{_kind(t)}\t{list(t.shape)}\t{_values_sha256(t)}\n" for name, t in tensors.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _kind(tensor: Tensor) -> str:
+    return "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+
+
+def _values_sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256()
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), HASH_CHUNK):
+        chunk = flat[start : start + HASH_CHUNK]
+        digest.update((chunk.float() if chunk.is_floating_point() else chunk).cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def finite(tensor: Tensor) -> bool:
+    """Return whether all elements are finite: the sum of finite numbers is, unless it overflows, which is then looked at."""
+    if tensor.dtype.itemsize == 1:
+        from demerge.storage.scaled import decoded
+
+        tensor = decoded(tensor.reshape(-1)) if tensor.is_floating_point() else tensor.float()
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def commit_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write tensors as one safetensors file, atomically; the same tensors and metadata give the same bytes."""
+    from safetensors.torch import save
+
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return commit_file(path, lambda stream: _write_ordered(stream, save(held, dict(metadata or {}))))
+
+
+def _write_ordered(stream: BinaryIO, file: bytes) -> None:
+    """Write a safetensors file with the keys of its metadata sorted: the library leaves them in a random order."""
+    length = int.from_bytes(file[:8], "little")
+    table = json.loads(file[8 : 8 + length])
+    if "__metadata__" in table:
+        table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    stream.write(len(header).to_bytes(8, "little") + header)
+    stream.write(memoryview(file)[8 + length :])

@@ -1,0 +1,67 @@
+r"""What a user's word for a model stands for on this machine: a path, an embedded model, or a Hub id that is fetched.
+
+`digits-base` is a UNet of 0.2 M parameters trained from a random start on the train split of scikit-learn's digits by
+
+    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint -o runs/digits-base \
+        --max-train-steps 5000 --train-batch-size 64 --learning-rate 1e-3 --lr-scheduler cosine --lr-warmup-steps 200 \
+        --adam-beta1 0.9 --p 1 --ema-decay 0.999 --save-dtype float16 --seed 0
+
+and is what that command leaves in runs/digits-base/0000-1000, less its records. `digits-early` is the same early in its
+training, when gradients of timesteps still conflict:
+
+    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint -o runs/digits-early \
+        --max-train-steps 400 --train-batch-size 64 --learning-rate 1e-3 --lr-scheduler cosine --p 1 --ema-decay 0.99 \
+        --save-dtype float16 --seed 0
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from demerge.errors import InputError
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+EMBEDDED = ("digits-base", "digits-early")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+ROOT = ("model_index.json", "config.json", "scheduler_config.json", "adapter_config.json")
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+VARIANTS = ("fp16", "bf16", "non_ema")
+PARTS = ("unet", "transformer*", "vae", "scheduler", "text_encoder*", "tokenizer*")
+
+
+def local(model: str | Path, variant: str | None = None) -> Path:
+    """Return the path of a model; what is neither there nor embedded and reads `owner/name` is fetched from the Hub.
+
+    An embedded name wins over a folder of that name, which is written `./digits-base`. Of the Hub's variants only the one
+    asked for is fetched, beside the plain weights.
+
+    Raises:
+        InputError: where the Hub has no such model or cannot be reached, or no path can have this name.
+    """
+    if str(model) in EMBEDDED:
+        return ASSETS / str(model)
+    path = Path(model)
+    try:
+        path.exists()
+    except OSError as error:  # a name of more than 255 bytes, for example
+        raise InputError(f"{str(model)[:80]}...: not a path: {error.strerror}", fix="name a file or a folder") from error
+    named = HUB_ID.fullmatch(str(model)) and not path.parent.exists()
+    return _fetch(str(model), variant) if named and not path.exists() else path
+
+
+def _fetch(model: str, variant: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [f"{part}/*{kind}" for part in PARTS for kind in (".json", ".txt", ".safetensors")]
+    if variant:
+        patterns += [name.replace(".", f".{variant}.") for name in WEIGHTS]
+    unwanted = [f"*.{other}*" for other in VARIANTS if other != variant]
+    try:
+        return Path(snapshot_download(model, allow_patterns=[*ROOT, *WEIGHTS, *patterns], ignore_patterns=unwanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"'{model}' is neither a file or folder here nor a model that the Hub gives ({type(error).__name__})",
+            fix="check the spelling and the network, or name a local folder",
+        ) from error

@@ -1,0 +1,131 @@
+"""Which tensors of a file are codes of numbers, told by names and dtypes alone: scaled fp8 is read, the rest refused.
+
+    scaled fp8    W = weight * scale_weight, or weight * weight_scale; weight in float8, one scale or one for each output
+
+The keys next to such a weight (its scale, the scale of its input, `comfy_quant`) and the marker `scaled_fp8` are not tensors
+of the model. float8 without a scale is a float like any other. Everything else that stores codes is refused by its name:
+no arithmetic on codes means anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from demerge.errors import InputError
+from demerge.storage.safetensors_header import Scale, Spec, parse_json
+
+SCALES = ("scale_weight", "weight_scale")
+BESIDE = ("scale_input", "input_scale", "comfy_quant")
+MARKER = "scaled_fp8"
+METADATA = "_quantization_metadata"
+MOST = 1 << 16  # bytes of a layer's comfy_quant
+FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+FORMATS = frozenset({"float8_e4m3fn", "float8_e5m2"})
+HARMLESS = frozenset({"format", "full_precision_matrix_mult"})
+KINDS: Mapping[str, re.Pattern[str]] = {
+    "bitsandbytes": re.compile(r"\.(?:nested_)?(?:absmax|quant_map)\Z|\.quant_state\b|\.SCB\Z|\.weight_format\Z"),
+    "GPTQ or AWQ": re.compile(r"\.(?:qweight|qzeros|g_idx)\Z"),
+    "SVDQuant": re.compile(r"\.(?:wscales|wcscales|smooth_factor)\Z"),
+    "compressed-tensors": re.compile(r"\.weight_(?:packed|zero_point|global_scale)\Z"),
+    "optimum-quanto": re.compile(r"\.weight\._(?:data|scale|shift|packed|zeropoint)\Z"),
+    "torchao": re.compile(r"(?:\.weight:|\._weight_)(?:qdata|scale|zero_point)\Z"),
+    "HQQ": re.compile(r"\.W_q\Z"),
+    "NVFP4": re.compile(r"\.weight_scale_2\Z"),
+    "fp8 in blocks": re.compile(r"\.weight_scale_inv\Z"),
+}
+FIX = "name the float32, float16, bfloat16 or scaled fp8 file of this model"
+Specs = dict[str, Spec]
+
+
+def numbers(specs: Specs, metadata: Mapping[str, str], read: Callable[[Spec], bytes]) -> tuple[Specs, Specs]:
+    """Return the tensors that hold numbers, each weight in scaled fp8 with its scale; and the markers.
+
+    Args:
+        read: returns the bytes of a tensor.
+
+    Raises:
+        InputError: naming file, tensor and kind, if a tensor holds codes that are not scaled fp8.
+    """
+    _refuse_kinds(specs)
+    markers = {name: spec for name, spec in specs.items() if name.rpartition(".")[2] == MARKER}
+    beside: dict[str, Specs] = {}  # weight -> last part of the key -> what lies next to it
+    for name, spec in specs.items():
+        stem, _, last = name.rpartition(".")
+        if last in SCALES or last in BESIDE:
+            beside.setdefault(f"{stem}.weight" if stem else "weight", {})[last] = spec
+    _refuse_other_formats(metadata, next(iter(specs.values())).file if specs else Path())
+    declared = bool(markers) or METADATA in metadata or any("comfy_quant" in found for found in beside.values())
+    scaled = {}
+    for weight, found in beside.items():
+        scale = _scale(weight, specs.get(weight), found, read)
+        if scale is not None:
+            scaled[weight] = scale
+        elif declared:
+            last, spec = next(iter(found.items()))
+            raise _refused(spec, _key(weight, last), "scaled fp8 without a float8 weight and its scale")
+    left_out = {*markers, *(_key(weight, last) for weight in scaled for last in beside[weight])}
+    held = {name: replace(spec, scale=scaled.get(name)) for name, spec in specs.items() if name not in left_out}
+    return held, markers
+
+
+def _key(weight: str, last: str) -> str:
+    return weight.removesuffix("weight") + last
+
+
+def _scale(weight: str, spec: Spec | None, found: Specs, read: Callable[[Spec], bytes]) -> Scale | None:
+    """Return the scale of a float8 weight; None if the weight is not in float8 or has none."""
+    names = [name for name in SCALES if name in found]
+    if spec is None or spec.dtype not in FP8 or not names:
+        return None
+    scale = found[names[0]]
+    for_each_output = len(spec.shape) > 1 and scale.shape[:1] == spec.shape[:1] and scale.numel == spec.shape[0]
+    if len(names) > 1 or not scale.is_float or scale.dtype in FP8 or not (scale.numel == 1 or for_each_output):
+        kind = f"fp8 whose {' and '.join(names)} {scale.dtype} {list(scale.shape)} is not one scale or one for each output"
+        raise _refused(spec, weight, kind)
+    if "comfy_quant" in found:
+        said = found["comfy_quant"]
+        _refuse_other_format(_parsed(read(said)) if said.numel < MOST else None, spec.file, weight)
+    return Scale(names[0], scale, {name: found[name] for name in BESIDE if name in found})
+
+
+def _refuse_kinds(specs: Specs) -> None:
+    for kind, pattern in KINDS.items():
+        names = [name for name in specs if pattern.search(name)]
+        if names:
+            raise _refused(specs[names[0]], names[0], kind, len(names))
+    names = [name for name, spec in specs.items() if name.rpartition(".")[2] == "weight" and not spec.is_float]
+    if names:
+        raise _refused(specs[names[0]], names[0], f"weights in {specs[names[0]].dtype}", len(names))
+
+
+def _refuse_other_formats(metadata: Mapping[str, str], file: Path) -> None:
+    """Refuse a table of layers, in the metadata of a file, in which one has another format."""
+    if METADATA in metadata:
+        table = _parsed(metadata[METADATA])
+        layers = table.get("layers") if isinstance(table, dict) else None
+        for layer, entry in layers.items() if isinstance(layers, dict) else [("", None)]:
+            _refuse_other_format(entry, file, layer)
+
+
+def _refuse_other_format(entry: Any, file: Path, layer: str) -> None:
+    if not isinstance(entry, dict) or entry.get("format") not in FORMATS or set(entry) - HARMLESS:
+        what = f"{file}: {layer[:200] or METADATA} is stored as {json.dumps(entry)[:120]}, not as scaled fp8"
+        raise InputError(what, fix=FIX)
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return None
+
+
+def _refused(spec: Spec, name: str, kind: str, n: int = 1) -> InputError:
+    more = f" and {n - 1} more" if n > 1 else ""
+    what = f"{spec.file}: {name[:200]} {spec.dtype} {list(spec.shape)}{more}: quantised ({kind}), codes are not numbers"
+    return InputError(what, fix=FIX)

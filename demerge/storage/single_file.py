@@ -1,0 +1,279 @@
+"""Single files in the layout of the original Stable Diffusion code (LDM), and pipeline folders of diffusers.
+
+    model.diffusion_model.*   first_stage_model.*   cond_stage_model.transformer.*       unet/   vae/   text_encoder/
+
+A file becomes a folder by diffusers' own converters; configs, scheduler and tokenizer come from a local pipeline of the same
+kind. diffusers has no way back: names and shapes are inverted here, and what is written is held against its converters, which
+must give the pipeline back to the bit. Stable Diffusion 1.x, and those that have its parts.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from demerge.errors import InputError, UsageError
+from demerge.storage.atomic import commit_dir, commit_json, refuse_existing, refuse_small_disk
+from demerge.storage.checkpoint import PREFIXES, WRAPPER, Checkpoint, commit_tensors
+from demerge.storage.hub import local
+from demerge.storage.layout import PART_NAME, inside, locate, read_index
+from demerge.storage.safetensors_header import read_json, read_scheduler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNET, VAE, TEXT = "unet", "vae", "text_encoder"
+PREFIX = {UNET: PREFIXES[0], VAE: "first_stage_model.", TEXT: "cond_stage_model.transformer."}
+CLASSES = {UNET: "UNet2DConditionModel", VAE: "AutoencoderKL", TEXT: "CLIPTextModel"}
+FILES = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT: "model"}
+WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".ckpt", ".onnx")
+CLIP = "quick_gelu"  # the activation of the text encoder of 1.x; OpenCLIP's, of 2.x, has other names in single files
+Tensors = dict[str, "Tensor"]
+
+# diffusers' name -> LDM's, in order; a number is computed from the groups and the layers per block L
+UNET_RESNET = (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
+               ("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection"))  # fmt: skip
+VAE_ATTENTION = (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
+
+
+def to_folder(source: Path, out: Path, config: str | Path) -> dict[str, int]:
+    """Write a single file as a pipeline folder; return the number of tensors of each part, 0 if it is the config's.
+
+    Args:
+        config: a pipeline folder or Hub id of the same kind; a VAE or text encoder that the file lacks is taken from it.
+
+    Raises:
+        UsageError: if `out` exists.
+        InputError: if the file is damaged or of another kind than the config, or lacks or has tensors that it should not.
+        ResourceError: if the disk does not suffice.
+    """
+    refuse_existing(out)
+    home = local(config)
+    index = _index(home)
+    file = Checkpoint(locate(source))
+    _refuse_markers(source, file, home)
+    refuse_small_disk(out, sum(spec.stop - spec.start for spec in file.specs.values()))
+    held = dict(_ldm_names(file))
+    found = {part: _to_diffusers(part, held, home) for part in CLASSES if index.get(part)}
+    if not found.get(UNET):
+        raise InputError(f"{source}: no tensor of a UNet in the LDM layout", fix="name a single file of Stable Diffusion")
+    with commit_dir(out) as folder:
+        _copy_configs(home, index, folder, {part for part, tensors in found.items() if not tensors})
+        for part, tensors in found.items():
+            if tensors:
+                commit_tensors(folder / part / f"{FILES[part]}.safetensors", tensors, {"format": "pt"})
+        _refuse_misfit(source, folder)
+    return {part: len(tensors) for part, tensors in found.items()}
+
+
+def to_file(source: Path, out: Path) -> int:
+    """Write a pipeline folder as one file in the LDM layout; return the number of its tensors.
+
+    Raises:
+        UsageError: if `out` exists or does not end in .safetensors.
+        InputError: if the pipeline is of another kind, or diffusers' converters do not give it back from what was made.
+        ResourceError: if the disk does not suffice.
+    """
+    if out.suffix != ".safetensors":
+        raise UsageError(f"'{out}' does not end in .safetensors", fix=f"for example {out}.safetensors")
+    refuse_existing(out)
+    index = _index(source)
+    parts = {part: dict(Checkpoint(locate(source, None, part))) for part in CLASSES if index.get(part)}
+    made: Tensors = {}
+    for part, tensors in parts.items():
+        made |= _to_ldm(part, tensors, _config(source, part))
+    for part, tensors in parts.items():
+        back = _to_diffusers(part, made, source)
+        lost = [name for name in tensors if not _same(tensors[name], back.get(name))] + [n for n in back if n not in tensors]
+        if lost:
+            what = f"{source}/{part}: the LDM layout does not hold {len(lost)} tensors as they are: {', '.join(lost[:5])}"
+            raise InputError(what, fix="keep the folder; single files are written of Stable Diffusion 1.x alone")
+    refuse_small_disk(out, sum(tensor.nbytes for tensor in made.values()))
+    commit_tensors(out, made, {"format": "pt"})
+    return len(made)
+
+
+# -- what is converted ---------------------------------------------------------------------------------------------------
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """Return which parts a pipeline has, once it is known to be one that is converted.
+
+    Raises:
+        InputError: if it is not.
+    """
+    fix = "name a pipeline folder of Stable Diffusion 1.x"
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder}: no pipeline folder with a model_index.json", fix=fix)
+    index = {n: v for n, v in read_index(folder).items() if n.startswith("_") or v not in (None, [None, None])}
+    kinds = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
+    unlike = [f"{part} {kinds[part]}" for part, kind in CLASSES.items() if kinds.get(part, kind) != kind]
+    unlike += [name for name in kinds if name in ("transformer", "text_encoder_2", "text_encoder_3", "image_encoder")]
+    if UNET not in kinds:
+        unlike.append("no unet")
+    if TEXT in kinds and _config(folder, TEXT).get("hidden_act", CLIP) != CLIP:
+        unlike.append("an OpenCLIP text encoder")
+    if unlike:
+        raise InputError(f"{folder}: this kind of pipeline is not converted: {', '.join(unlike)}", fix=fix)
+    return index
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    inside(folder, folder / part / "config.json")
+    return read_json(folder / part / "config.json")
+
+
+def _refuse_markers(source: Path, file: Checkpoint, config: Path) -> None:
+    """Refuse a file that says that it predicts v for a config that says something else."""
+    scheduler = config / "scheduler" / "scheduler_config.json"
+    predicts = (read_scheduler(scheduler) if scheduler.is_file() else {}).get("prediction_type", "epsilon")
+    if "v_pred" in file and predicts != "v_prediction":
+        what = f"{source} is marked v_pred, the scheduler of {config} says {predicts}"
+        raise InputError(what, fix='give a --config whose scheduler_config.json says "prediction_type": "v_prediction"')
+
+
+def _ldm_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors without wrappers; a UNet that stands alone gets its prefix."""
+    names = {WRAPPER.sub("", name): name for name in file}
+    bare = not any(name.startswith(PREFIX[UNET]) for name in names)
+    for plain, name in names.items():
+        yield (PREFIX[UNET] if bare and not plain.startswith((PREFIX[VAE], PREFIX[TEXT])) else "") + plain, file[name]
+
+
+def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[str]) -> None:
+    """Copy what is no weight of the parts that are kept, and all of those in `whole`."""
+    parts = {n for n, value in index.items() if isinstance(value, list) and PART_NAME.fullmatch(n) and (home / n).is_dir()}
+    kept = {n: value for n, value in index.items() if not isinstance(value, list) or n in parts - {"safety_checker"}}
+    for name in (name for name, value in kept.items() if isinstance(value, list)):
+        for file in (file for file in sorted((home / name).iterdir()) if file.is_file()):
+            inside(home, file)
+            if name in whole or not (file.suffix in WEIGHTS or ".index." in file.name):
+                (out / name).mkdir(exist_ok=True)
+                shutil.copyfile(file, out / name / file.name)
+    empty = {n: [None, None] for n, v in read_index(home).items() if isinstance(v, list) and n not in kept}
+    commit_json(out / "model_index.json", {**kept, **empty})
+
+
+def _refuse_misfit(source: Path, folder: Path) -> None:
+    """Load what was written, strictly."""
+    from demerge.diffusion.loading import load_denoiser, load_text, load_vae
+
+    index = read_index(folder)
+    try:
+        for load in (load_denoiser, load_vae, load_text):
+            load(folder, index)
+    except InputError as error:
+        what = error.what.replace(f"{folder}/", "")
+        raise InputError(f"{source} does not fit --config: {what}", fix="give a --config of the same kind of model") from error
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    import torch
+
+    return other is not None and one.dtype == other.dtype and torch.equal(one, other)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------
+
+
+def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
+    """Return a part of an LDM file in diffusers' names, by diffusers' converters; nothing if the file lacks it."""
+    from diffusers.loaders import single_file_utils as stock
+
+    mine = {name: tensor for name, tensor in held.items() if name.startswith(PREFIX[part])}
+    if not mine:
+        return {}
+    if part == TEXT:
+        found = stock.convert_ldm_clip_checkpoint(mine)
+        wrapped = _is_wrapped(home)
+        named = {n if wrapped else n.removeprefix("text_model."): t for n, t in found.items()}
+        return {n: t for n, t in named.items() if not n.endswith("position_ids")}
+    config = _config(home, part)
+    converters: dict[str, Callable[..., Tensors]] = {
+        UNET: stock.convert_ldm_unet_checkpoint,
+        VAE: stock.convert_ldm_vae_checkpoint,
+    }
+    try:
+        found = converters[part](mine, config={"layers_per_block": 2, **config})
+    except Exception as error:  # of any kind: the converters take names and config as they come
+        what = f"diffusers cannot convert the {part} by {home}/{part}/config.json: {type(error).__name__}: {error}"
+        raise InputError(what, fix="give file and config of the same model") from error
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _is_wrapped(home: Path) -> bool:
+    """Whether the names of a pipeline's text encoder begin with text_model, as transformers wrote them before 5.6."""
+    weights = sorted((home / TEXT).glob("*.safetensors"))
+    return not weights or any(name.startswith("text_model.") for name in Checkpoint(locate(home, None, TEXT)))
+
+
+def _to_ldm(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    if part == TEXT:
+        named = {n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": t for n, t in tensors.items()}
+    elif part == UNET:
+        layers = config.get("layers_per_block", 2)
+        ups = {n.split(".")[1] for n in tensors if re.match(r"up_blocks\.\d+\.att", n)}
+        if not isinstance(layers, int):
+            raise InputError(f"layers_per_block is {layers}", fix="single files have one number of layers in all blocks")
+        named = {_unet_name(name, layers, ups): tensor for name, tensor in tensors.items()}
+    else:
+        blocks = len({name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks.")})
+        named = {_vae_name(name, blocks): _as_convolution(name, tensor) for name, tensor in tensors.items()}
+    return {PREFIX[part] + name: tensor for name, tensor in named.items()}
+
+
+def _unet_name(name: str, layers: int, with_attention: set[str]) -> str:
+    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+
+    whole: Mapping[str, str] = DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"]
+    if name in whole:
+        return whole[name]
+    match = re.fullmatch(r"(down|up|mid)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    side, block, kind, number, rest = match[1], match[2] or "0", match[3], int(match[4]), match[5]
+    place = int(block) * (layers + 1)
+    if side == "mid":
+        stem = f"middle_block.{2 * number if kind == 'resnets' else 2 * number + 1}"
+    elif kind == "downsamplers":
+        return f"input_blocks.{1 + place + layers}.0.op.{rest.removeprefix('conv.')}"
+    elif kind == "upsamplers":
+        return f"output_blocks.{place + layers}.{2 if block in with_attention else 1}.{rest}"
+    else:
+        first, blocks = (1, "input_blocks") if side == "down" else (0, "output_blocks")
+        stem = f"{blocks}.{first + place + number}.{0 if kind == 'resnets' else 1}"
+    return f"{stem}.{_replaced(rest, UNET_RESNET) if kind == 'resnets' else rest}"
+
+
+def _vae_name(name: str, blocks: int) -> str:
+    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+
+    whole: Mapping[str, str] = DIFFUSERS_TO_LDM_MAPPING["vae"]
+    if name in whole:
+        return whole[name]
+    match = re.fullmatch(r"(encoder|decoder)\.(down|up|mid)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    coder, side, kind, number, rest = match[1], match[2], match[4], int(match[5]), match[6]
+    if kind == "attentions":
+        return f"{coder}.mid.attn_1.{_replaced(rest, VAE_ATTENTION)}"
+    rest = rest.replace("conv_shortcut", "nin_shortcut")
+    if side == "mid":
+        return f"{coder}.mid.block_{number + 1}.{rest}"
+    block = int(match[3]) if side == "down" else blocks - 1 - int(match[3])
+    if kind == "resnets":
+        return f"{coder}.{side}.{block}.block.{number}.{rest}"
+    return f"{coder}.{side}.{block}.{kind.removesuffix('rs')}.{rest}"
+
+
+def _as_convolution(name: str, tensor: Tensor) -> Tensor:
+    """Return the linear layers of the VAE's attention as the convolutions of size 1 that LDM has."""
+    linear = re.search(r"\.attentions\.\d+\.to_(?:q|k|v|out\.0)\.weight\Z", name)
+    return tensor[:, :, None, None] if linear and tensor.ndim == 2 else tensor
+
+
+def _replaced(text: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    return next((new + text.removeprefix(old) for old, new in pairs if text.startswith(f"{old}.")), text)

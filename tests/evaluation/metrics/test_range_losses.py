@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from demerge.data import load_images
+from demerge.diffusion.model import Diffusion
+from demerge.errors import UsageError
+from demerge.evaluation.metrics.range_losses import BLOCKS, RangeLosses, range_losses
+from demerge.timesteps import Partition
+
+
+def test_change_by_hand() -> None:
+    base = RangeLosses(("0000-0500", "0500-1000"), ((1.0, 3.0), (2.0, 2.0)))
+    model = RangeLosses(("0000-0500", "0500-1000"), ((0.5, 1.5), (2.0, 3.0)))
+    change = model.change(base)
+    assert change["0000-0500"] == (-0.5, 0.0)  # exactly half in every block: no doubt at all
+    value, error = change["0500-1000"]
+    assert value == 0.25
+    assert error > 0
+    assert base.means == {"0000-0500": 2.0, "0500-1000": 2.0}
+
+
+def test_unlike_losses_do_not_compare() -> None:
+    base = RangeLosses(("0000-1000",), ((1.0, 3.0),))
+    with pytest.raises(UsageError, match="unlike ranges"):
+        base.change(RangeLosses(("0000-0999",), ((1.0, 3.0),)))
+    with pytest.raises(UsageError, match="do not fit"):
+        RangeLosses(("a", "b"), ((1.0,),))
+
+
+def test_common_random_numbers(tiny: Path) -> None:
+    model, data = Diffusion.load(tiny), load_images("digits", split="test", limit=40)
+    partition = Partition.uniform(model.T, 2)
+    one = range_losses(model, data, partition, samples=64, batch_size=64)
+    other = range_losses(model, data, partition, samples=64, batch_size=10)
+    assert one.ranges == ("0000-0500", "0500-1000")
+    assert len(one.blocks[0]) == BLOCKS
+    torch.testing.assert_close(torch.tensor(one.blocks), torch.tensor(other.blocks))
+    assert range_losses(model, data, partition, samples=64, seed=1).blocks != one.blocks
+
+
+def test_a_loss_close_to_its_definition(tiny: Path) -> None:
+    """The golden-ratio timesteps and keyed noise estimate the same mean as plain random draws."""
+    model, data = Diffusion.load(tiny), load_images("digits", split="test", limit=40)
+    mine = range_losses(model, data, Partition.uniform(model.T, 1), samples=512).means["0000-1000"]
+    generator = torch.Generator().manual_seed(0)
+    x0 = data.floats(torch.randint(40, (512,), generator=generator).tolist())
+    t = torch.randint(model.T, (512,), generator=generator)
+    with torch.inference_mode():
+        plain = model.loss(x0, torch.randn(x0.shape, generator=generator), t)
+    assert abs(mine - float(plain.mean())) < 5 * float(plain.std()) / 512**0.5
+
+
+def test_bad_requests_are_refused(tiny: Path) -> None:
+    model, data = Diffusion.load(tiny), load_images("digits", split="test", limit=20)
+    with pytest.raises(UsageError, match="the model has 1000"):
+        range_losses(model, data, Partition.uniform(500, 2))
+    with pytest.raises(UsageError, match="16 blocks"):
+        range_losses(model, data, Partition.uniform(1000, 2), samples=15)
