@@ -39,7 +39,19 @@ HOMES = {
     "write": "report.text",
 }
 
-__all__ = ["METHODS", "SCORES", "Cost", "Measurement", "Settings", "count", "cut", "lines", "measure", "summary", "write"]
+__all__ = [
+    "METHODS",
+    "SCORES",
+    "Cost",
+    "Measurement",
+    "Settings",
+    "count",
+    "cut",
+    "lines",
+    "measure",
+    "summary",
+    "write",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -114,7 +114,9 @@ def kernel(map: ConflictMap, pairs: Array) -> Array:
     N, M = map.N, map.M
     flat = map.gram.transpose(0, 2, 1, 3).reshape(N * N, M * M)
     sums = pairs.reshape(-1, M * M) @ flat.T
-    K: Array = (sums / pairs.reshape(-1, M * M).sum(1, keepdims=True)).reshape(*pairs.shape[:-2], N, N)
+    K: Array = (sums / pairs.reshape(-1, M * M).sum(1, keepdims=True)).reshape(
+        *pairs.shape[:-2], N, N
+    )
     return K
 
 
@@ -188,7 +190,9 @@ def error(values: Array) -> Error:
     apart = a > e
     variance = np.where(apart, plus - minus, squares / (P - 1) / P)
     scale = plus**2 / a_df + minus**2 / e_df
-    df = np.where(apart, np.divide(variance**2, scale, out=np.ones_like(scale), where=scale > 0), P - 1)
+    df = np.where(
+        apart, np.divide(variance**2, scale, out=np.ones_like(scale), where=scale > 0), P - 1
+    )
     shape = values.shape[1:]
     return Error(np.sqrt(variance).reshape(shape), df.reshape(shape))
 
@@ -219,7 +223,9 @@ def normalised(K: Array, resolved: NDArray[np.bool_]) -> Array:
 def reliability(map: ConflictMap) -> Array:
     """Return cos(s_i^A, s_i^B) [N], the mean over ways to halve the groups."""
     A, B = halves(range(map.M), map.M, map.origin.seed)
-    square = [np.diagonal(kernel(map, h[:, :, None] * h[:, None, :]), axis1=1, axis2=2) for h in (A, B)]
+    square = [
+        np.diagonal(kernel(map, h[:, :, None] * h[:, None, :]), axis1=1, axis2=2) for h in (A, B)
+    ]
     both = np.diagonal(kernel(map, A[:, :, None] * B[:, None, :]), axis1=1, axis2=2)
     norms = np.sqrt(square[0] * square[1])
     mean: Array = np.divide(both, norms, out=np.zeros_like(both), where=norms > 0).mean(0)
@@ -249,8 +255,19 @@ def by_lag(map: ConflictMap) -> pd.DataFrame:
             rows.append((lag, np.nan, np.nan, np.nan, naive, 0))
             continue
         mean = error(np.diagonal(replicates, lag, axis1=1, axis2=2)[:, known].mean(1))
-        rows.append((lag, np.diagonal(rho, lag)[known].mean(), float(mean.se), float(mean.half()), naive, len(known)))
-    return pd.DataFrame(rows, columns=["lag", "cosine", "se", "half", "naive", "pairs"], dtype=np.float64)
+        rows.append(
+            (
+                lag,
+                np.diagonal(rho, lag)[known].mean(),
+                float(mean.se),
+                float(mean.half()),
+                naive,
+                len(known),
+            )
+        )
+    return pd.DataFrame(
+        rows, columns=["lag", "cosine", "se", "half", "naive", "pairs"], dtype=np.float64
+    )
 
 
 def frame(map: ConflictMap) -> pd.DataFrame:
@@ -280,5 +297,9 @@ def by_log_snr(map: ConflictMap) -> pd.DataFrame:
     i, j = np.triu_indices(map.N, 1)
     known = np.isfinite(found.cosine[i, j])
     i, j = i[known], j[known]
-    columns = {"distance": abs(level[i] - level[j]), "cosine": found.cosine[i, j], "se": found.cosine_se[i, j]}
+    columns = {
+        "distance": abs(level[i] - level[j]),
+        "cosine": found.cosine[i, j],
+        "se": found.cosine_se[i, j],
+    }
     return pd.DataFrame({**columns, "t": map.timesteps[i]})

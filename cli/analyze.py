@@ -7,22 +7,52 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Device, Json, Seed, data_words, device_of, emit, progress, ranges_of, say
+from demerge.cli.common import (
+    Device,
+    Json,
+    Seed,
+    data_words,
+    device_of,
+    emit,
+    progress,
+    ranges_of,
+    say,
+)
 
 MEASURE, CUT = "Measurement", "Cut"
 
 
 def analyze(
     model: Annotated[str, typer.Argument(help="Pipeline folder or Hub id.")],
-    data: Annotated[str, typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder that gets conflict.safetensors, partition.json, plots.")],
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="Folder that gets conflict.safetensors, partition.json, plots."
+        ),
+    ],
     ranges: Annotated[
         str,
-        typer.Option("-n", "--ranges", help="Ranges to cut into; auto is what held-out groups support.", rich_help_panel=CUT),
+        typer.Option(
+            "-n",
+            "--ranges",
+            help="Ranges to cut into; auto is what held-out groups support.",
+            rich_help_panel=CUT,
+        ),
     ] = "4",
-    method: Annotated[str, typer.Option(help="gradient, hierarchical, uniform or logsnr.", rich_help_panel=CUT)] = "gradient",
-    score: Annotated[str, typer.Option(help="What gradient maximises: step, energy or cosine.", rich_help_panel=CUT)] = "step",
-    bins: Annotated[int, typer.Option(min=1, help="Bins of timesteps.", rich_help_panel=MEASURE)] = 20,
+    method: Annotated[
+        str, typer.Option(help="gradient, hierarchical, uniform or logsnr.", rich_help_panel=CUT)
+    ] = "gradient",
+    score: Annotated[
+        str,
+        typer.Option(help="What gradient maximises: step, energy or cosine.", rich_help_panel=CUT),
+    ] = "step",
+    bins: Annotated[
+        int, typer.Option(min=1, help="Bins of timesteps.", rich_help_panel=MEASURE)
+    ] = 20,
     groups: Annotated[
         int | None,
         typer.Option(
@@ -42,31 +72,54 @@ def analyze(
     se: Annotated[
         float | None,
         typer.Option(
-            help="Groups until the similarity of neighbouring bins has this median SE, such as 0.02.", rich_help_panel=MEASURE
+            help="Groups until the similarity of neighbouring bins has this median SE, such as 0.02.",
+            rich_help_panel=MEASURE,
         ),
     ] = None,
     train_batch_size: Annotated[
-        int, typer.Option("--train-batch-size", min=1, help="Samples per bin and group.", rich_help_panel=MEASURE)
+        int,
+        typer.Option(
+            "--train-batch-size", min=1, help="Samples per bin and group.", rich_help_panel=MEASURE
+        ),
     ] = 16,
     draws: Annotated[
-        str, typer.Option(help="shared between the bins of a group, or independent.", rich_help_panel=MEASURE)
+        str,
+        typer.Option(
+            help="shared between the bins of a group, or independent.", rich_help_panel=MEASURE
+        ),
     ] = "shared",
     antithetic: Annotated[
         str,
         typer.Option(
-            help="Take each noise with its opposite: on, off, or auto: in bins where that helps.", rich_help_panel=MEASURE
+            help="Take each noise with its opposite: on, off, or auto: in bins where that helps.",
+            rich_help_panel=MEASURE,
         ),
     ] = "off",
-    metric: Annotated[str, typer.Option(help="Inner products: euclid, or adam.", rich_help_panel=MEASURE)] = "euclid",
+    metric: Annotated[
+        str, typer.Option(help="Inner products: euclid, or adam.", rich_help_panel=MEASURE)
+    ] = "euclid",
     engine: Annotated[
-        str, typer.Option(help="Keep of the gradients: exact, sketch, or auto: exact if it fits.", rich_help_panel=MEASURE)
+        str,
+        typer.Option(
+            help="Keep of the gradients: exact, sketch, or auto: exact if it fits.",
+            rich_help_panel=MEASURE,
+        ),
     ] = "auto",
-    exact: Annotated[bool, typer.Option("--exact", help="The same as --engine exact.", rich_help_panel=MEASURE)] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="The same as --engine exact.", rich_help_panel=MEASURE)
+    ] = False,
     params: Annotated[
-        str, typer.Option(help="Parameters that count: all, lora, or a REGEX in their names.", rich_help_panel=MEASURE)
+        str,
+        typer.Option(
+            help="Parameters that count: all, lora, or a REGEX in their names.",
+            rich_help_panel=MEASURE,
+        ),
     ] = "all",
     layers: Annotated[
-        bool, typer.Option("--layers", help="Sketch each layer too, for `demerge layers`.", rich_help_panel=MEASURE)
+        bool,
+        typer.Option(
+            "--layers", help="Sketch each layer too, for `demerge layers`.", rich_help_panel=MEASURE
+        ),
     ] = False,
     fisher: Annotated[
         str | None,
@@ -77,12 +130,22 @@ def analyze(
         ),
     ] = None,
     mixed_precision: Annotated[
-        str, typer.Option("--mixed-precision", help="no, or bf16 in the model's passes.", rich_help_panel=MEASURE)
+        str,
+        typer.Option(
+            "--mixed-precision", help="no, or bf16 in the model's passes.", rich_help_panel=MEASURE
+        ),
     ] = "no",
-    split: Annotated[str, typer.Option(help="train, test or all.", rich_help_panel=MEASURE)] = "train",
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
+    split: Annotated[
+        str, typer.Option(help="train, test or all.", rich_help_panel=MEASURE)
+    ] = "train",
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
+    ] = False,
     memory: Annotated[
-        float, typer.Option(min=0.001, help="GB for gradients or their sketches.", rich_help_panel=MEASURE)
+        float,
+        typer.Option(
+            min=0.001, help="GB for gradients or their sketches.", rich_help_panel=MEASURE
+        ),
     ] = 2.0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -134,9 +197,14 @@ def analyze(
         map = plan.map(bar, say)
     for line in plan.lines(map):
         say(line)
-    said = summary(map, n or count(map, method=method, score=score).chosen, method=method, score=score)
+    said = summary(
+        map, n or count(map, method=method, score=score).chosen, method=method, score=score
+    )
     for line in lines(said):
         say(line)
     words = data_words(split, skip_broken)
-    files = [*write(map, out, said, model=model, data=data, options=words, stored=True), *plan.files]
+    files = [
+        *write(map, out, said, model=model, data=data, options=words, stored=True),
+        *plan.files,
+    ]
     emit({"out": out, "files": files, **said}, out, json)

@@ -16,17 +16,31 @@ def coefficients(
     base: Annotated[str, typer.Argument(help="Pipeline folder or Hub id.", show_default=False)],
     experts: Annotated[
         list[str],
-        typer.Argument(metavar="EXPERT...", help="Models finetuned from the base, or LoRA files of it.", show_default=False),
+        typer.Argument(
+            metavar="EXPERT...",
+            help="Models finetuned from the base, or LoRA files of it.",
+            show_default=False,
+        ),
     ],
-    data: Annotated[str, typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="A new .json file, for `demerge merge --weights`.")],
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME."),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="A new .json file, for `demerge merge --weights`.")
+    ],
     per: Annotated[
-        str, typer.Option(help="model, block or layer: what has weights of its own.", rich_help_panel=SOLUTION)
+        str,
+        typer.Option(
+            help="model, block or layer: what has weights of its own.", rich_help_panel=SOLUTION
+        ),
     ] = "model",
     ridge: Annotated[
         float | None,
         typer.Option(
-            min=0, help="How much weights are shrunk towards 0; chosen by cross-fit by default.", rich_help_panel=SOLUTION
+            min=0,
+            help="How much weights are shrunk towards 0; chosen by cross-fit by default.",
+            rich_help_panel=SOLUTION,
         ),
     ] = None,
     relative: Annotated[
@@ -46,18 +60,37 @@ def coefficients(
     ] = 1.0,
     ranges: Annotated[
         str | None,
-        typer.Option(help="uniform:N, joint or a partition.json; the experts' own by default.", rich_help_panel=SAMPLES),
+        typer.Option(
+            help="uniform:N, joint or a partition.json; the experts' own by default.",
+            rich_help_panel=SAMPLES,
+        ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Samples per range, each with a timestep and noise.", rich_help_panel=SAMPLES)
+        int,
+        typer.Option(
+            min=1,
+            help="Samples per range, each with a timestep and noise.",
+            rich_help_panel=SAMPLES,
+        ),
     ] = 512,
     groups: Annotated[
-        int, typer.Option(min=5, help="Groups of images; errors come from their differences.", rich_help_panel=SAMPLES)
+        int,
+        typer.Option(
+            min=5,
+            help="Groups of images; errors come from their differences.",
+            rich_help_panel=SAMPLES,
+        ),
     ] = 16,
     split: Annotated[
-        str, typer.Option(help="train, test or all; those of test should not judge the merge after.", rich_help_panel=SAMPLES)
+        str,
+        typer.Option(
+            help="train, test or all; those of test should not judge the merge after.",
+            rich_help_panel=SAMPLES,
+        ),
     ] = "train",
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,

@@ -19,7 +19,9 @@ LINE_SECONDS = 3.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is.")]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is.")
+]
 
 
 def printable(text: str) -> str:
@@ -62,13 +64,18 @@ def ranges_of(text: str) -> int | None:
     if text == "auto":
         return None
     if not (text.isascii() and text.isdigit() and int(text)):
-        raise UsageError(f"-n '{text}' is not a number of ranges", fix="give a whole number from 1 on, or auto")
+        raise UsageError(
+            f"-n '{text}' is not a number of ranges", fix="give a whole number from 1 on, or auto"
+        )
     return int(text)
 
 
 def data_words(split: str, skip_broken: bool) -> list[str]:
     """Return the options that say how data is read as words of a command line, without those at their defaults."""
-    return [*(["--split", split] if split != "train" else []), *(["--skip-broken"] if skip_broken else [])]
+    return [
+        *(["--split", split] if split != "train" else []),
+        *(["--skip-broken"] if skip_broken else []),
+    ]
 
 
 def device_of(name: str) -> str:
@@ -88,7 +95,9 @@ def device_of(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{name}' cannot be used: {error}", fix="give --device cpu or auto") from error
+        raise UsageError(
+            f"device '{name}' cannot be used: {error}", fix="give --device cpu or auto"
+        ) from error
     return name
 
 
@@ -100,9 +109,20 @@ def progress(total: int, what: str) -> Iterator[Any]:
     """
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total)
             yield lambda done, total, text="": bar.update(
@@ -136,7 +156,11 @@ def stop_signals() -> Iterator[Any]:
         seen.append(number)
         say("stopping after this step; a second signal stops at once")
 
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    numbers = [
+        signal.SIGINT,
+        signal.SIGTERM,
+        *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []),
+    ]
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(seen)

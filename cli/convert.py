@@ -13,17 +13,30 @@ from demerge.cli.common import Json, emit
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="A .bin, .ckpt or .pth file, a .safetensors file, or a pipeline folder."),
+        typer.Argument(
+            metavar="FILE",
+            help="A .bin, .ckpt or .pth file, a .safetensors file, or a pipeline folder.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="A new .safetensors file, or for one a new pipeline folder.")],
+    out: Annotated[
+        Path, typer.Argument(help="A new .safetensors file, or for one a new pipeline folder.")
+    ],
     config: Annotated[
         str | None,
-        typer.Option(help="For a folder: the pipeline folder whose configs, scheduler and tokenizer the file needs."),
+        typer.Option(
+            help="For a folder: the pipeline folder whose configs, scheduler and tokenizer the file needs."
+        ),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Open the pickle, for its tensors alone. Needed: pickles may run code.")
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Open the pickle, for its tensors alone. Needed: pickles may run code.",
+        ),
     ] = False,
-    key: Annotated[str | None, typer.Option(help="Which table of the file holds the weights.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Which table of the file holds the weights.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a pickle as safetensors, a single file as a pipeline folder, or a pipeline as a single file (LDM layout).
@@ -43,4 +56,12 @@ def convert(
         emit({"out": str(out), "tensors": to_folder(source, out, config)}, out, json)
     else:
         tensors = converted(source, out, allow_pickle=allow_pickle, key=key)
-        emit({"out": str(out), "tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values())}, out, json)
+        emit(
+            {
+                "out": str(out),
+                "tensors": len(tensors),
+                "parameters": sum(t.numel() for t in tensors.values()),
+            },
+            out,
+            json,
+        )

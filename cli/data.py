@@ -25,7 +25,12 @@ def data() -> None:
 
 @app.command()
 def check(
-    source: Annotated[str, typer.Argument(help="digits, hf:NAME, a folder of images, CIFAR-10 batches, idx files or .npz.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="digits, hf:NAME, a folder of images, CIFAR-10 batches, idx files or .npz."
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Read every image; tell counts, broken files, sizes, captions, a verdict. Exit code 3 unless all of it is usable."""
@@ -64,7 +69,9 @@ def _sizes(counts: dict[str, int]) -> str:
         return _counts(counts)
     shorter = [min(map(int, size.split("x"))) for size in counts]
     longer = [max(map(int, size.split("x"))) for size in counts]
-    spans = f"shorter side {min(shorter)} to {max(shorter)}, longer side {min(longer)} to {max(longer)}"
+    spans = (
+        f"shorter side {min(shorter)} to {max(shorter)}, longer side {min(longer)} to {max(longer)}"
+    )
     return f"{len(counts):,} sizes, {spans}"
 
 

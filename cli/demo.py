@@ -33,28 +33,49 @@ MERGES = {
 
 
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path(
+        "runs/demo"
+    ),
     base: Annotated[
-        str, typer.Option("--base", help="digits-early, whose timesteps conflict, or digits-base, which is converged.")
+        str,
+        typer.Option(
+            "--base",
+            help="digits-early, whose timesteps conflict, or digits-base, which is converged.",
+        ),
     ] = BASES[0],
     steps: Annotated[
-        int, typer.Option("--steps", min=1, help="Training steps per expert; the joint control gets 4 times as many.")
+        int,
+        typer.Option(
+            "--steps",
+            min=1,
+            help="Training steps per expert; the joint control gets 4 times as many.",
+        ),
     ] = 150,
-    num_images: Annotated[int, typer.Option("--num-images", min=65, help="Images per model and seed.")] = 200,
+    num_images: Annotated[
+        int, typer.Option("--num-images", min=65, help="Images per model and seed.")
+    ] = 200,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of sampling seeds.")] = 5,
-    sampling_steps: Annotated[int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")] = 12,
-    cell_size: Annotated[int, typer.Option("--cell-size", min=1, help="Images per cell of the conflict map.")] = 96,
+    sampling_steps: Annotated[
+        int, typer.Option("--sampling-steps", min=1, help="DDIM steps.")
+    ] = 12,
+    cell_size: Annotated[
+        int, typer.Option("--cell-size", min=1, help="Images per cell of the conflict map.")
+    ] = 96,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Walk the whole path offline, in some three minutes: conflict map, ranges, experts, merges, an honest report."""
     start = time.monotonic()
-    say("demerge demo: one diffusion model of handwritten digits becomes four experts and merged models")
+    say(
+        "demerge demo: one diffusion model of handwritten digits becomes four experts and merged models"
+    )
     from demerge.errors import UsageError
     from demerge.storage.atomic import commit_json
 
     if base not in BASES:
-        raise UsageError(f"--base '{base}' is not a base of digits", fix=f"give {' or '.join(BASES)}")
+        raise UsageError(
+            f"--base '{base}' is not a base of digits", fix=f"give {' or '.join(BASES)}"
+        )
     ran: list[str] = []
     for together in commands(out, base, steps, num_images, seeds, sampling_steps, cell_size, seed):
         for command in together:
@@ -67,14 +88,25 @@ def demo(
     page = out / "report" / "index.html"
     say(f"\n[{time.monotonic() - start:3.0f} s] done")
     emit(
-        {"report": page, "scores": out / "report" / "scores.csv", "seconds": round(time.monotonic() - start)},
+        {
+            "report": page,
+            "scores": out / "report" / "scores.csv",
+            "seconds": round(time.monotonic() - start),
+        },
         page,
         json,
     )
 
 
 def commands(
-    out: Path, base: str, steps: int, num_images: int, seeds: int, sampling_steps: int, cell_size: int, seed: int
+    out: Path,
+    base: str,
+    steps: int,
+    num_images: int,
+    seeds: int,
+    sampling_steps: int,
+    cell_size: int,
+    seed: int,
 ) -> Iterator[list[str]]:
     """Yield the command lines of the path, those that do not wait for each other together.
 
@@ -92,7 +124,9 @@ def commands(
         f"finetune {base} --data digits {ranges} {train} -o {at}/experts",
         f"finetune {base} --data digits --ranges joint:4 {train} -o {at}/joint",
     ]
-    experts = " ".join(f"{at}/experts/{span}" for span in _ranges(out / "conflict" / "partition.json"))
+    experts = " ".join(
+        f"{at}/experts/{span}" for span in _ranges(out / "conflict" / "partition.json")
+    )
     yield [f"stats {experts} --data digits --what fisher --samples 64 --seed {seed}"]
     halfway = "--method task_arithmetic --weights 0.5 --save-dtype float32"
     yield [f"merge {base} {at}/joint/0000-1000 {halfway} -o {at}/merged/joint-0.5"]
@@ -123,7 +157,9 @@ def run(together: list[list[str]]) -> None:
 
     if len(together) > 1 and cores() > 1:
         with ThreadPoolExecutor(len(together)) as pool:
-            codes = list(pool.map(lambda words: _beside(words, max(1, cores() // len(together))), together))
+            codes = list(
+                pool.map(lambda words: _beside(words, max(1, cores() // len(together))), together)
+            )
     else:
         with redirect_stdout(sys.stderr):
             codes = [app(words, standalone_mode=False) for words in together]
@@ -136,7 +172,12 @@ def _beside(words: list[str], threads: int) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     program = [sys.executable, "-m", "demerge.cli.main", *words]
     with subprocess.Popen(
-        program, env=environment, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        program,
+        env=environment,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -20,7 +20,17 @@ NEED_MEMORY = 2 * GIB
 FAILED = 4
 DRIVER = Path("/proc/driver/nvidia/version")
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
-PACKAGES = ("diffusers", "safetensors", "numpy", "pandas", "sklearn", "seaborn", "einops", "PIL", "typer")
+PACKAGES = (
+    "diffusers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "sklearn",
+    "seaborn",
+    "einops",
+    "PIL",
+    "typer",
+)
 EXTRAS = {"transformers": "sd", "datasets": "data", "nbclient": "notebook"}
 
 
@@ -40,31 +50,46 @@ def doctor(json: Json = False) -> None:
     emit({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, None, json)
     if not json:
         for f in findings:
-            show(f"{'FIX' if f.fix else 'ok':4}{f.name:14}{f.state}" + (f"\n    {f.fix}" if f.fix else ""))
+            show(
+                f"{'FIX' if f.fix else 'ok':4}{f.name:14}{f.state}"
+                + (f"\n    {f.fix}" if f.fix else "")
+            )
     if not healthy:
         raise typer.Exit(FAILED)
 
 
 def _python() -> Iterator[Finding]:
     fix = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer and make .venv again"
-    yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", fix)
+    yield Finding(
+        "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", fix
+    )
 
 
 def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:
-        yield Finding("torch", f"cannot be imported: {error}", "pip install --force-reinstall 'torch>=2.10'")
+        yield Finding(
+            "torch", f"cannot be imported: {error}", "pip install --force-reinstall 'torch>=2.10'"
+        )
         return
     old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
     yield Finding("torch", torch.__version__, "pip install 'torch>=2.10'" if old else "")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     mps = ["Apple GPU"] if torch.backends.mps.is_available() else []
     fix = "" if names or mps else _unused_gpu(torch.version.cuda)
-    yield Finding("devices", "an NVIDIA GPU that torch cannot use" if fix else ", ".join([*names, *mps, "CPU"]), fix)
+    yield Finding(
+        "devices",
+        "an NVIDIA GPU that torch cannot use" if fix else ", ".join([*names, *mps, "CPU"]),
+        fix,
+    )
     threads, most = torch.get_num_threads(), cores()
     over = threads > most
-    yield Finding("threads", f"torch uses {threads} of {most} cores", f"export OMP_NUM_THREADS={most}" if over else "")
+    yield Finding(
+        "threads",
+        f"torch uses {threads} of {most} cores",
+        f"export OMP_NUM_THREADS={most}" if over else "",
+    )
 
 
 def _unused_gpu(cuda: str | None) -> str:
@@ -88,7 +113,10 @@ def _extras() -> Iterator[Finding]:
         if find_spec(module):
             yield _imported(module)
         else:
-            yield Finding(module, f"not installed; the extra '{extra}' brings it: pip install 'demerge[{extra}]'")
+            yield Finding(
+                module,
+                f"not installed; the extra '{extra}' brings it: pip install 'demerge[{extra}]'",
+            )
 
 
 def _imported(module: str) -> Finding:
@@ -102,16 +130,28 @@ def _imported(module: str) -> Finding:
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         broken = "torchvision" in str(error)
-        fix = "pip uninstall torchvision (demerge does not need it)" if broken else f"pip install --force-reinstall {module}"
+        fix = (
+            "pip uninstall torchvision (demerge does not need it)"
+            if broken
+            else f"pip install --force-reinstall {module}"
+        )
         return Finding(module, f"cannot be imported: {reason[0]}", fix)
 
 
 def _disk() -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     state = f"{free / GIB:.1f} GiB free in this folder"
-    yield Finding("disk", state, "" if free >= NEED_DISK else "free some space: a run of the demo's size takes 1 GiB")
+    yield Finding(
+        "disk",
+        state,
+        "" if free >= NEED_DISK else "free some space: a run of the demo's size takes 1 GiB",
+    )
     writable = os.access(Path.cwd(), os.W_OK)
-    yield Finding("folder", "writable" if writable else "read-only", "" if writable else "change to a folder of yours")
+    yield Finding(
+        "folder",
+        "writable" if writable else "read-only",
+        "" if writable else "change to a folder of yours",
+    )
 
 
 def _memory() -> Iterator[Finding]:
@@ -123,4 +163,11 @@ def _memory() -> Iterator[Finding]:
         yield Finding("memory", f"{free / GIB:.1f} GiB available", fix)
 
 
-LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _packages, _extras, _disk, _memory)
+LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _python,
+    _torch,
+    _packages,
+    _extras,
+    _disk,
+    _memory,
+)

@@ -13,9 +13,15 @@ DOES_NOT_MERGE = 3  # as the merge would end
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Pipeline folder, component folder, .safetensors file or shard index.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="Pipeline folder, component folder, .safetensors file or shard index."),
+    ],
     experts: Annotated[
-        list[Path] | None, typer.Argument(help="Models that may be merged into it, or LoRA files of it.", show_default=False)
+        list[Path] | None,
+        typer.Argument(
+            help="Models that may be merged into it, or LoRA files of it.", show_default=False
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -30,10 +36,20 @@ def inspect(
                 show(f"{name:<16}{value}")
         return
     found = [_merges(model, expert) for expert in experts]
-    emit({"base": str(model), "merges": all(each["merges"] for each in found), "experts": found}, None, json)
+    emit(
+        {"base": str(model), "merges": all(each["merges"] for each in found), "experts": found},
+        None,
+        json,
+    )
     for each in [] if json else found:
-        show(f"{each['path']}  {'merges into' if each['merges'] else 'does not merge into'} {model}")
-        lines = [("why", each["why"]), ("fix", each["fix"]), *(("note", note) for note in each["notes"])]
+        show(
+            f"{each['path']}  {'merges into' if each['merges'] else 'does not merge into'} {model}"
+        )
+        lines = [
+            ("why", each["why"]),
+            ("fix", each["fix"]),
+            *(("note", note) for note in each["notes"]),
+        ]
         for name, value in lines:
             if value:
                 show(f"  {name:<6}{value}")

@@ -16,15 +16,28 @@ def landscape(
     base: Annotated[str, typer.Argument(help="Pipeline folder or Hub id.", show_default=False)],
     experts: Annotated[
         list[str],
-        typer.Argument(metavar="EXPERT...", help="Models finetuned from the base, or LoRA files of it.", show_default=False),
+        typer.Argument(
+            metavar="EXPERT...",
+            help="Models finetuned from the base, or LoRA files of it.",
+            show_default=False,
+        ),
     ],
-    data: Annotated[str, typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.")],
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME."),
+    ],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="A new folder, which gets landscape.json, tables and plots.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="A new folder, which gets landscape.json, tables and plots."
+        ),
     ] = None,
     merged: Annotated[
         str | None,
-        typer.Option(help="A merged model that the path leads to, in place of one to each expert.", rich_help_panel=POINTS),
+        typer.Option(
+            help="A merged model that the path leads to, in place of one to each expert.",
+            rich_help_panel=POINTS,
+        ),
     ] = None,
     plane: Annotated[
         str,
@@ -34,20 +47,38 @@ def landscape(
         ),
     ] = "auto",
     points: Annotated[
-        int, typer.Option(min=1, help="Steps from the base to an expert, on paths and plane.", rich_help_panel=POINTS)
+        int,
+        typer.Option(
+            min=1,
+            help="Steps from the base to an expert, on paths and plane.",
+            rich_help_panel=POINTS,
+        ),
     ] = 4,
     ranges: Annotated[
         str | None,
-        typer.Option(help="uniform:N, joint or a partition.json; the experts' own by default.", rich_help_panel=SAMPLES),
+        typer.Option(
+            help="uniform:N, joint or a partition.json; the experts' own by default.",
+            rich_help_panel=SAMPLES,
+        ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=16, help="Samples per range and point, the same at all points.", rich_help_panel=SAMPLES)
+        int,
+        typer.Option(
+            min=16,
+            help="Samples per range and point, the same at all points.",
+            rich_help_panel=SAMPLES,
+        ),
     ] = 128,
     split: Annotated[
         str,
-        typer.Option(help="test, train or all; a tenth is test where the data has no such split.", rich_help_panel=SAMPLES),
+        typer.Option(
+            help="test, train or all; a tenth is test where the data has no such split.",
+            rich_help_panel=SAMPLES,
+        ),
     ] = "test",
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,

@@ -12,15 +12,29 @@ from demerge.cli.common import Json, emit, say, show
 
 def layers(
     map: Annotated[
-        Path, typer.Argument(metavar="MAP", help="conflict.safetensors of `demerge analyze --layers`, or its folder.")
+        Path,
+        typer.Argument(
+            metavar="MAP", help="conflict.safetensors of `demerge analyze --layers`, or its folder."
+        ),
     ],
-    ranges: Annotated[str, typer.Option(help="uniform:N or a partition.json: the ranges that get experts.")] = "uniform:4",
-    share: Annotated[float, typer.Option(help="Share of the parameters to train, in (0, 1].")] = 0.1,
-    model: Annotated[str | None, typer.Option(help="The base; a map of other weights is refused.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write the choice here, for `demerge finetune --train-layers`.")
+    ranges: Annotated[
+        str, typer.Option(help="uniform:N or a partition.json: the ranges that get experts.")
+    ] = "uniform:4",
+    share: Annotated[
+        float, typer.Option(help="Share of the parameters to train, in (0, 1].")
+    ] = 0.1,
+    model: Annotated[
+        str | None, typer.Option(help="The base; a map of other weights is refused.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw gains and curve here, .svg or .png.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Write the choice here, for `demerge finetune --train-layers`."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw gains and curve here, .svg or .png.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Rank layers by what experts gain on them per parameter, judged on samples that did not rank them.

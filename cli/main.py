@@ -52,7 +52,17 @@ app = typer.Typer(
 
 NAMES = {  # what is wrong with a path, and not with the machine
     getattr(errno, name)
-    for name in ("ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP", "EINVAL", "EILSEQ", "ENOTEMPTY")
+    for name in (
+        "ENOENT",
+        "ENOTDIR",
+        "EISDIR",
+        "EEXIST",
+        "ENAMETOOLONG",
+        "ELOOP",
+        "EINVAL",
+        "EILSEQ",
+        "ENOTEMPTY",
+    )
 }
 START, PATH, AROUND = "Start here", "The path, in order", "Around it"
 app.command(rich_help_panel=START)(demo.demo)
@@ -92,9 +102,15 @@ def options(
 
 def main() -> None:
     """Run the program; a user's mistake ends in one message and its exit code, never in a traceback."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # threads that spin for long are many times slower on shared cores
+    os.environ.setdefault(
+        "GOMP_SPINCOUNT", "20000"
+    )  # threads that spin for long are many times slower on shared cores
     debug = "--debug" in sys.argv
-    sys.argv = [sys.argv[0], *(["--debug"] if debug else []), *(word for word in sys.argv[1:] if word != "--debug")]
+    sys.argv = [
+        sys.argv[0],
+        *(["--debug"] if debug else []),
+        *(word for word in sys.argv[1:] if word != "--debug"),
+    ]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
@@ -118,10 +134,18 @@ def main() -> None:
         if error.strerror is None:
             _bug(error, debug)
         name = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-        _fail(f"{error.strerror}{name}\n  fix: check the path", 3 if error.errno in NAMES else 4, debug)
+        _fail(
+            f"{error.strerror}{name}\n  fix: check the path",
+            3 if error.errno in NAMES else 4,
+            debug,
+        )
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            _fail("not enough memory on the accelerator\n  fix: a smaller batch, or --device cpu", 4, debug)
+            _fail(
+                "not enough memory on the accelerator\n  fix: a smaller batch, or --device cpu",
+                4,
+                debug,
+            )
         _bug(error, debug)
 
 
@@ -134,7 +158,11 @@ def _refuse_deleted_folder(debug: bool) -> None:
 
 
 def _bug(error: Exception, debug: bool) -> None:
-    _fail(f"a bug in demerge: {type(error).__name__}: {error}\n  fix: run again with --debug and report it", 1, debug)
+    _fail(
+        f"a bug in demerge: {type(error).__name__}: {error}\n  fix: run again with --debug and report it",
+        1,
+        debug,
+    )
 
 
 def _refuse(error: TyperException) -> None:

@@ -13,14 +13,23 @@ if TYPE_CHECKING:
     from demerge.merging import Recipe
     from demerge.timesteps import TimestepRange
 
-WHAT, PARTS, MODELS, RUN, OUT = "How to merge", "Which parts", "Experts and bases", "Running", "Output"
+WHAT, PARTS, MODELS, RUN, OUT = (
+    "How to merge",
+    "Which parts",
+    "Experts and bases",
+    "Running",
+    "Output",
+)
 Texts = list[str] | None
 
 
 def merge(
     base: Annotated[
         str | None,
-        typer.Argument(help="Pipeline folder, component folder, .safetensors file, shard index or Hub id.", show_default=False),
+        typer.Argument(
+            help="Pipeline folder, component folder, .safetensors file, shard index or Hub id.",
+            show_default=False,
+        ),
     ] = None,
     experts: Annotated[
         list[str] | None,
@@ -32,7 +41,9 @@ def merge(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="A new folder, or a new .safetensors file.", rich_help_panel=OUT),
+        typer.Option(
+            "-o", "--out", help="A new folder, or a new .safetensors file.", rich_help_panel=OUT
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -50,10 +61,16 @@ def merge(
         ),
     ] = None,
     option: Annotated[
-        Texts, typer.Option("--option", help="NAME=VALUE of the method; may be repeated.", rich_help_panel=WHAT)
+        Texts,
+        typer.Option(
+            "--option", help="NAME=VALUE of the method; may be repeated.", rich_help_panel=WHAT
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Seed of every random number; 0 by default.", rich_help_panel=WHAT)
+        int | None,
+        typer.Option(
+            "--seed", min=0, help="Seed of every random number; 0 by default.", rich_help_panel=WHAT
+        ),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -64,7 +81,11 @@ def merge(
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Make the merge of --recipe again, write nothing, compare hashes.", rich_help_panel=WHAT),
+        typer.Option(
+            "--verify",
+            help="Make the merge of --recipe again, write nothing, compare hashes.",
+            rich_help_panel=WHAT,
+        ),
     ] = False,
     rule: Annotated[
         Texts,
@@ -86,11 +107,16 @@ def merge(
     ranges: Annotated[
         Texts,
         typer.Option(
-            "--range", help="START:STOP timesteps of an expert, or none; once for each, in their order.", rich_help_panel=MODELS
+            "--range",
+            help="START:STOP timesteps of an expert, or none; once for each, in their order.",
+            rich_help_panel=MODELS,
         ),
     ] = None,
     variant: Annotated[
-        str | None, typer.Option(help="Which weights of a folder to read, for example fp16.", rich_help_panel=MODELS)
+        str | None,
+        typer.Option(
+            help="Which weights of a folder to read, for example fp16.", rich_help_panel=MODELS
+        ),
     ] = None,
     no_base: Annotated[
         bool,
@@ -103,7 +129,9 @@ def merge(
     skip_text_encoder: Annotated[
         bool,
         typer.Option(
-            "--skip-text-encoder", help="Leave out what a LoRA does to text encoders, else refused.", rich_help_panel=MODELS
+            "--skip-text-encoder",
+            help="Leave out what a LoRA does to text encoders, else refused.",
+            rich_help_panel=MODELS,
         ),
     ] = False,
     components: Annotated[
@@ -116,22 +144,38 @@ def merge(
     ] = None,
     missing: Annotated[
         str | None,
-        typer.Option(help="Tensors that an expert lacks: error, or base to keep the base's.", rich_help_panel=MODELS),
+        typer.Option(
+            help="Tensors that an expert lacks: error, or base to keep the base's.",
+            rich_help_panel=MODELS,
+        ),
     ] = None,
     extra: Annotated[
         str | None,
-        typer.Option(help="Tensors that only an expert has: error, or drop to leave them out.", rich_help_panel=MODELS),
+        typer.Option(
+            help="Tensors that only an expert has: error, or drop to leave them out.",
+            rich_help_panel=MODELS,
+        ),
     ] = None,
     boundary: Annotated[
         float | None,
-        typer.Option(help="Make a pipeline of two denoisers that change at this share of the timesteps.", rich_help_panel=OUT),
+        typer.Option(
+            help="Make a pipeline of two denoisers that change at this share of the timesteps.",
+            rich_help_panel=OUT,
+        ),
     ] = None,
     out_rank: Annotated[
-        int | None, typer.Option("--out-rank", min=1, help="Write a LoRA of this rank, not a model.", rich_help_panel=OUT)
+        int | None,
+        typer.Option(
+            "--out-rank", min=1, help="Write a LoRA of this rank, not a model.", rich_help_panel=OUT
+        ),
     ] = None,
     save_dtype: Annotated[
         str | None,
-        typer.Option("--save-dtype", help="keep, float32, float16 or bfloat16; keep by default.", rich_help_panel=OUT),
+        typer.Option(
+            "--save-dtype",
+            help="keep, float32, float16 or bfloat16; keep by default.",
+            rich_help_panel=OUT,
+        ),
     ] = None,
     report: Annotated[
         bool,
@@ -143,18 +187,25 @@ def merge(
         ),
     ] = False,
     report_dir: Annotated[
-        Path | None, typer.Option("--report-dir", help="The same, to this new folder.", rich_help_panel=OUT)
+        Path | None,
+        typer.Option("--report-dir", help="The same, to this new folder.", rich_help_panel=OUT),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check, measure what survives the rounding, print the plan, write nothing.", rich_help_panel=RUN
+            "--dry-run",
+            help="Check, measure what survives the rounding, print the plan, write nothing.",
+            rich_help_panel=RUN,
         ),
     ] = False,
     device: Device = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that share the work; the cores, up to 4, by default.", rich_help_panel=RUN),
+        typer.Option(
+            min=1,
+            help="Processes that share the work; the cores, up to 4, by default.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -190,7 +241,10 @@ def merge(
     device = device_of(device)
     if verify:
         if recipe is None or set(asked) - {"method"} or weights or report or report_dir or dry_run:
-            raise UsageError("--verify makes the merge of a recipe again, as it is", fix="give --recipe FILE --verify")
+            raise UsageError(
+                "--verify makes the merge of a recipe again, as it is",
+                fix="give --recipe FILE --verify",
+            )
         with progress(1, "verify") as bar:
             found = make_again(recipe, what, out, device=device, threads=threads, progress=bar)
         for line in found.lines():
@@ -200,7 +254,9 @@ def merge(
     if out is None and not dry_run:
         raise UsageError("no output is named", fix="give -o OUT, or --dry-run")
     if dry_run and (report or report_dir):
-        raise UsageError("--dry-run writes nothing, and --report writes", fix="leave one of them out")
+        raise UsageError(
+            "--dry-run writes nothing, and --report writes", fix="leave one of them out"
+        )
     if out is not None:
         refuse_existing(out)
     with progress(1, "merge") as bar:
@@ -211,7 +267,9 @@ def merge(
         say(line)
     document = plan.document(out, tally)
     if result is not None and result.adapter is not None:
-        say(f"adapter holds {result.adapter.share:.1%} of the energy of the merged change at rank {result.adapter.rank}")
+        say(
+            f"adapter holds {result.adapter.share:.1%} of the energy of the merged change at rank {result.adapter.rank}"
+        )
         document["adapter"] = result.adapter.document()
     if result is not None and result.report is not None:
         say(f"report  {result.report / 'index.html'}")
@@ -219,21 +277,38 @@ def merge(
     emit(document, None if dry_run else out, json)
 
 
-def _recipe(path: Path | None, base: str | None, experts: list[str], weights: str | None, asked: dict[str, Any]) -> Recipe:
+def _recipe(
+    path: Path | None,
+    base: str | None,
+    experts: list[str],
+    weights: str | None,
+    asked: dict[str, Any],
+) -> Recipe:
     """Return the recipe of a file with what is asked beside it, or of base and experts."""
     from demerge.errors import UsageError
     from demerge.merging import Recipe
-    from demerge.merging.recipe.coefficients import is_coefficients, read_coefficients, refuse_other_order
+    from demerge.merging.recipe.coefficients import (
+        is_coefficients,
+        read_coefficients,
+        refuse_other_order,
+    )
 
     if (path is None) == (base is None):
-        raise UsageError("base and experts come from the command line or from --recipe", fix="merge BASE EXPERT... -o OUT")
+        raise UsageError(
+            "base and experts come from the command line or from --recipe",
+            fix="merge BASE EXPERT... -o OUT",
+        )
     if weights is not None and is_coefficients(weights):
         refuse_other_order(Path(weights), experts)
         whole, rules = read_coefficients(Path(weights))
         asked = {**asked, "weights": whole, "rules": [*asked.get("rules", ()), *rules]}
     elif weights is not None:
         asked = {**asked, "weights": _numbers(weights)}
-    return Recipe.read(path).changed(**asked) if path is not None else Recipe.of(base or "", experts, **asked)
+    return (
+        Recipe.read(path).changed(**asked)
+        if path is not None
+        else Recipe.of(base or "", experts, **asked)
+    )
 
 
 def _given(**asked: Any) -> dict[str, Any]:
@@ -254,7 +329,11 @@ def _numbers(text: str) -> list[float]:
 def _ranges(texts: list[str] | None) -> list[TimestepRange | None] | None:
     from demerge.timesteps import TimestepRange
 
-    return None if texts is None else [None if text == "none" else TimestepRange.parse(text) for text in texts]
+    return (
+        None
+        if texts is None
+        else [None if text == "none" else TimestepRange.parse(text) for text in texts]
+    )
 
 
 def _pairs(texts: list[str] | None) -> dict[str, str] | None:
@@ -262,6 +341,8 @@ def _pairs(texts: list[str] | None) -> dict[str, str] | None:
 
     for text in texts or ():
         if "=" not in text:
-            raise UsageError(f"option '{text}' has no value", fix="for example --option density=0.2")
+            raise UsageError(
+                f"option '{text}' has no value", fix="for example --option density=0.2"
+            )
     pairs = (text.partition("=") for text in texts or ())
     return {name.strip().replace("-", "_"): value for name, _, value in pairs} or None

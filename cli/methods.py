@@ -20,10 +20,18 @@ def methods(json: Json = False) -> None:
         for name, option in d["options"].items():
             show(f"    --option {name}={option['default']}    {option['rule']}")
         for name, options in d["presets"].items():
-            show(f"    --option preset={name}    {', '.join(f'{n}={v}' for n, v in options.items()) or 'the defaults'}")
+            show(
+                f"    --option preset={name}    {', '.join(f'{n}={v}' for n, v in options.items()) or 'the defaults'}"
+            )
         if d["needs"]:
             show(f"    needs {', '.join(d['needs'])}")
     for name, (m, signs, models) in DIFFERENCES.items():
         weights = " and ".join("m" if sign > 0 else "-m" for sign in signs)
-        show(f"{name}: task_arithmetic of the models {models}, weights {weights}\n    --option multiplier={m}")
-    show("\n".join(f"{name}: {method} then={options['then']}" for name, (method, options) in STAGES.items()))
+        show(
+            f"{name}: task_arithmetic of the models {models}, weights {weights}\n    --option multiplier={m}"
+        )
+    show(
+        "\n".join(
+            f"{name}: {method} then={options['then']}" for name, (method, options) in STAGES.items()
+        )
+    )

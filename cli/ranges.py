@@ -12,9 +12,17 @@ from demerge.errors import UsageError
 
 
 def ranges(
-    map: Annotated[Path, typer.Argument(metavar="MAP", help="conflict.safetensors of `demerge analyze`, or its folder.")],
+    map: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MAP", help="conflict.safetensors of `demerge analyze`, or its folder."
+        ),
+    ],
     n: Annotated[
-        str, typer.Option("-n", "--ranges", help="Ranges to cut into; auto is as many as held-out groups support.")
+        str,
+        typer.Option(
+            "-n", "--ranges", help="Ranges to cut into; auto is as many as held-out groups support."
+        ),
     ] = "auto",
     method: Annotated[
         str | None,
@@ -22,18 +30,34 @@ def ranges(
             help="gradient, hierarchical, uniform or logsnr; advised, the default, is gradient where that beats uniform."
         ),
     ] = None,
-    score: Annotated[str, typer.Option(help="What gradient and hierarchical maximise: step, energy or cosine.")] = "step",
-    cuts: Annotated[str | None, typer.Option(help="A cut of your own in place of a method, for example 125,500.")] = None,
+    score: Annotated[
+        str, typer.Option(help="What gradient and hierarchical maximise: step, energy or cosine.")
+    ] = "step",
+    cuts: Annotated[
+        str | None,
+        typer.Option(help="A cut of your own in place of a method, for example 125,500."),
+    ] = None,
     minimum: Annotated[
         int | None,
-        typer.Option(min=1, help="Least width of a range in bins, for gradient and hierarchical; else a twentieth of [0, T)."),
+        typer.Option(
+            min=1,
+            help="Least width of a range in bins, for gradient and hierarchical; else a twentieth of [0, T).",
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The base; a map of other weights is refused.")] = None,
-    data: Annotated[str | None, typer.Option(help="The data, for the commands on the page.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base; a map of other weights is refused.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The data, for the commands on the page.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Its split, for the commands on the page.")] = "train",
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Write the ranges here, for example partition.json, and conflict.html beside."),
+        typer.Option(
+            "-o",
+            "--out",
+            help="Write the ranges here, for example partition.json, and conflict.html beside.",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -48,17 +72,32 @@ def ranges(
     found = stage.load_map(map, model)
     given = None if cuts is None else stage.given_cuts(cuts, found.T)
     if given is not None and (method is not None or count not in (None, len(given))):
-        raise UsageError(f"--cuts {cuts} fixes the method and {len(given)} ranges", fix="leave out --method and -n")
+        raise UsageError(
+            f"--cuts {cuts} fixes the method and {len(given)} ranges",
+            fix="leave out --method and -n",
+        )
     if out is not None:
         stage.refuse_to_replace(out)
     page = None if out is None else stage.page_beside(out)
-    said = stage.ranges(found, count, method=method or stage.ADVISED, score=score, minimum=minimum, given=given)
+    said = stage.ranges(
+        found, count, method=method or stage.ADVISED, score=score, minimum=minimum, given=given
+    )
     for line in stage.lines(said):
         say(line)
     if out is not None and page is not None:
         taken(found, said).save(out)
         words = data_words(split, skip_broken=False)
-        stage.write_beside(found, said, page, stored=map, out=out, model=model, data=data, options=words, minimum=minimum)
+        stage.write_beside(
+            found,
+            said,
+            page,
+            stored=map,
+            out=out,
+            model=model,
+            data=data,
+            options=words,
+            minimum=minimum,
+        )
     emit({"out": out, "page": page, **said}, out, json)
     if out is None and not json:
         show(" ".join(f"{start}:{stop}" for start, stop in said["partition"]))

@@ -12,10 +12,16 @@ from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, sa
 
 def sample(
     model: Annotated[str, typer.Argument(help="Pipeline folder or Hub id.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder that gets 000000.png and so on.")],
-    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="How many images.")] = 16,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder that gets 000000.png and so on.")
+    ],
+    num_images: Annotated[
+        int, typer.Option("-n", "--num-images", min=1, help="How many images.")
+    ] = 16,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")] = 50,
-    sampler: Annotated[str, typer.Option(help="ddim, or base for the base's own scheduler.")] = "ddim",
+    sampler: Annotated[
+        str, typer.Option(help="ddim, or base for the base's own scheduler.")
+    ] = "ddim",
     guidance_scale: Annotated[
         float,
         typer.Option(
@@ -24,16 +30,26 @@ def sample(
         ),
     ] = 1.0,
     experts: Annotated[
-        Path | None, typer.Option(help="Folder of experts: sample the routed ensemble on MODEL's schedule.")
+        Path | None,
+        typer.Option(help="Folder of experts: sample the routed ensemble on MODEL's schedule."),
     ] = None,
     captions: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file, a caption per line, for text-to-image models.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text file, a caption per line, for text-to-image models.",
+        ),
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(help="Classes for class-conditional models, for example 3,3,7; one after the other by default."),
+        typer.Option(
+            help="Classes for class-conditional models, for example 3,3,7; one after the other by default."
+        ),
     ] = None,
-    eval_batch_size: Annotated[int, typer.Option("--eval-batch-size", min=1, help="Images per forward pass.")] = 64,
+    eval_batch_size: Annotated[
+        int, typer.Option("--eval-batch-size", min=1, help="Images per forward pass.")
+    ] = 64,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
@@ -44,7 +60,11 @@ def sample(
     from demerge.diffusion.sampling import captions_of, labels_of, load_routed
 
     place = device_of(device)
-    base = load_routed(model, experts, device=place) if experts else Diffusion.load(model, device=place)
+    base = (
+        load_routed(model, experts, device=place)
+        if experts
+        else Diffusion.load(model, device=place)
+    )
     texts = captions_of(captions) if captions else None
     with progress(num_images, "sample") as bar:
         drawn = sample_to(
@@ -61,6 +81,16 @@ def sample(
             progress=bar,
         )
     if drawn < num_images:
-        say(f"{num_images - drawn:,} of {num_images:,} images were there already" + ("; nothing is left to do" * (not drawn)))
-    result = {"out": out, "images": num_images, "drawn": drawn, "seed": seed, "steps": steps, "sampler": sampler}
+        say(
+            f"{num_images - drawn:,} of {num_images:,} images were there already"
+            + ("; nothing is left to do" * (not drawn))
+        )
+    result = {
+        "out": out,
+        "images": num_images,
+        "drawn": drawn,
+        "seed": seed,
+        "steps": steps,
+        "sampler": sampler,
+    }
     emit(result | {"guidance_scale": guidance_scale}, out, json)

@@ -11,22 +11,43 @@ from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, sa
 
 
 def stats(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Experts, or other pipeline folders or Hub ids.")],
-    data: Annotated[str, typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Experts, or other pipeline folders or Hub ids."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Image folder, CIFAR-10 batches, idx, npz, digits or hf:NAME."),
+    ],
     ranges: Annotated[
         str | None,
-        typer.Option(help="uniform:N, joint, a partition.json or START:STOP; an expert's own where none is given."),
+        typer.Option(
+            help="uniform:N, joint, a partition.json or START:STOP; an expert's own where none is given."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Folder that gets one folder per range; beside each expert.json where none is given."),
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder that gets one folder per range; beside each expert.json where none is given.",
+        ),
     ] = None,
     what: Annotated[
-        str, typer.Option("--what", help="fisher (E[g^2], for fisher), gram (E[x x^T], for regmean), comma-separated.")
+        str,
+        typer.Option(
+            "--what",
+            help="fisher (E[g^2], for fisher), gram (E[x x^T], for regmean), comma-separated.",
+        ),
     ] = "fisher,gram",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Images per range, each with a timestep and noise.")] = 256,
+    samples: Annotated[
+        int,
+        typer.Option("--samples", min=1, help="Images per range, each with a timestep and noise."),
+    ] = 256,
     split: Annotated[str, typer.Option("--split", help="train, test or all.")] = "train",
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,

@@ -13,24 +13,41 @@ from demerge.cli.common import Json, emit, progress, say, show
 def transfer(
     map: Annotated[
         Path,
-        typer.Argument(metavar="MAP", help="conflict.safetensors of `demerge analyze`, or its folder.", show_default=False),
+        typer.Argument(
+            metavar="MAP",
+            help="conflict.safetensors of `demerge analyze`, or its folder.",
+            show_default=False,
+        ),
     ],
     experts: Annotated[
         list[str],
-        typer.Argument(metavar="EXPERT...", help="Models finetuned from the base, or LoRA files of it.", show_default=False),
+        typer.Argument(
+            metavar="EXPERT...",
+            help="Models finetuned from the base, or LoRA files of it.",
+            show_default=False,
+        ),
     ],
     base: Annotated[
         str,
         typer.Option(
-            "--base", help="The model that the map was measured on: folder, .safetensors file or Hub id.", show_default=False
+            "--base",
+            help="The model that the map was measured on: folder, .safetensors file or Hub id.",
+            show_default=False,
         ),
     ],
     ranges: Annotated[
-        str | None, typer.Option(help="uniform:N, joint or a partition.json; the experts' own by default.")
+        str | None,
+        typer.Option(help="uniform:N, joint or a partition.json; the experts' own by default."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder that gets transfer.json and the plots.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder that gets transfer.json and the plots."),
+    ] = None,
     skip_text_encoder: Annotated[
-        bool, typer.Option("--skip-text-encoder", help="Leave out what a LoRA does to text encoders, else refused.")
+        bool,
+        typer.Option(
+            "--skip-text-encoder", help="Leave out what a LoRA does to text encoders, else refused."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:

@@ -45,7 +45,15 @@ K = 65_521  # numbers of a sketch: the largest prime below 2^16
 LAYER_K = 509  # of one of a layer: the largest prime below 2^9
 MIN_GROUPS = 5
 MAX_CELLS = 1 << 14
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError, DemergeError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RecursionError,
+    safetensors.SafetensorError,
+    DemergeError,
+)
 
 
 def _above(module: str) -> Any:
@@ -197,9 +205,16 @@ class ConflictMap:
         """Write the map as safetensors, whole or not at all; equal maps give equal bytes."""
         path = Path(path)
         layout = [[name, numel] for name, numel in self.layout.items()]
-        header = {"format": FORMAT, "edges": self.edges, "origin": asdict(self.origin), "layout": layout}
+        header = {
+            "format": FORMAT,
+            "edges": self.edges,
+            "origin": asdict(self.origin),
+            "layout": layout,
+        }
         tensors = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
-        data = safetensors.numpy.save(tensors, metadata={"demerge": json.dumps(header, sort_keys=True)})
+        data = safetensors.numpy.save(
+            tensors, metadata={"demerge": json.dumps(header, sort_keys=True)}
+        )
         return commit_file(path, lambda stream: stream.write(data))
 
     @classmethod
@@ -215,7 +230,9 @@ class ConflictMap:
             raise InputError(f"{path}: not a conflict map: there is no such file", fix=fix)
         try:
             there = read_header(path)
-            header = parse_record(there.metadata.get("demerge", "null"), MapHeader, str(path), fix="")
+            header = parse_record(
+                there.metadata.get("demerge", "null"), MapHeader, str(path), fix=""
+            )
             _check_header(header, {name: list(spec.shape) for name, spec in there.tensors.items()})
             with safetensors.safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in there.tensors}
@@ -236,21 +253,40 @@ def _check_header(header: MapHeader, shapes: Mapping[str, list[int]]) -> None:
         raise InputError("the edges of its bins are no ascending numbers from 0")
     if not {"gram", "log_snr"} <= set(shapes) <= set(ARRAYS):
         raise InputError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}, not gram and log_snr")
-    if len(shapes["gram"]) != 4 or shapes["gram"][0] * shapes["gram"][1] > MAX_CELLS or edges[-1] > MAX_TIMESTEPS:
-        raise InputError(f"its gram of shape {shapes['gram']} over {edges[-1]} timesteps is too large to be one")
+    if (
+        len(shapes["gram"]) != 4
+        or shapes["gram"][0] * shapes["gram"][1] > MAX_CELLS
+        or edges[-1] > MAX_TIMESTEPS
+    ):
+        raise InputError(
+            f"its gram of shape {shapes['gram']} over {edges[-1]} timesteps is too large to be one"
+        )
 
 
 def _check(map: ConflictMap) -> None:
     gram, log_snr, N = map.gram, map.log_snr, map.N
     fix = "measure the map again"
-    if gram.ndim != 4 or gram.shape != (N, gram.shape[1], N, gram.shape[1]) or log_snr.shape != (map.T,):
-        raise InputError(f"{N} bins, {map.T} timesteps, but gram {gram.shape} and log_snr {log_snr.shape}", fix=fix)
+    if (
+        gram.ndim != 4
+        or gram.shape != (N, gram.shape[1], N, gram.shape[1])
+        or log_snr.shape != (map.T,)
+    ):
+        raise InputError(
+            f"{N} bins, {map.T} timesteps, but gram {gram.shape} and log_snr {log_snr.shape}",
+            fix=fix,
+        )
     if gram.shape[1] < MIN_GROUPS:
-        raise InputError(f"{gram.shape[1]} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
+        raise InputError(
+            f"{gram.shape[1]} groups are too few for errors", fix=f"use at least {MIN_GROUPS}"
+        )
     if gram.dtype != np.float64 or log_snr.dtype != np.float64:
-        raise InputError(f"gram and log_snr are {gram.dtype} and {log_snr.dtype}, not float64", fix=fix)
+        raise InputError(
+            f"gram and log_snr are {gram.dtype} and {log_snr.dtype}, not float64", fix=fix
+        )
     if isinstance(map.origin.antithetic, tuple) and len(map.origin.antithetic) != N:
-        raise InputError(f"antithetic noise is said of {len(map.origin.antithetic)} bins, not of {N}", fix=fix)
+        raise InputError(
+            f"antithetic noise is said of {len(map.origin.antithetic)} bins, not of {N}", fix=fix
+        )
     _check_sketches(map)
     for name, array in map._arrays().items():
         if not np.isfinite(array).all():
@@ -276,8 +312,13 @@ def _check_sketches(map: ConflictMap) -> None:
     widths = {"sketches": min(K, D), "layers": sum(layer_widths(map.layout))}
     for name, width in widths.items():
         array = getattr(map, name)
-        if array is not None and (array.shape != (map.N, map.M, width) or array.dtype != np.float32):
-            raise InputError(f"{name} is {array.dtype} {array.shape}, not float32 {(map.N, map.M, width)}", fix=fix)
+        if array is not None and (
+            array.shape != (map.N, map.M, width) or array.dtype != np.float32
+        ):
+            raise InputError(
+                f"{name} is {array.dtype} {array.shape}, not float32 {(map.N, map.M, width)}",
+                fix=fix,
+            )
 
 
 def layers_of(layout: Mapping[str, int]) -> dict[str, int]:

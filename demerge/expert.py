@@ -84,8 +84,14 @@ def experts_in(folder: Path) -> dict[TimestepRange, Path]:
     for path in sorted(folder.glob(f"*/{EXPERT}")):
         span = read_expert(inside(folder, path)).span
         if span in found:
-            raise InputError(f"{folder}: {found[span].name} and {path.parent.name} are both of {span}", fix="keep one of them")
+            raise InputError(
+                f"{folder}: {found[span].name} and {path.parent.name} are both of {span}",
+                fix="keep one of them",
+            )
         found[span] = path.parent
     if not found:
-        raise InputError(f"{folder}: no expert.json in its subfolders", fix="name the folder that `finetune -o` filled")
+        raise InputError(
+            f"{folder}: no expert.json in its subfolders",
+            fix="name the folder that `finetune -o` filled",
+        )
     return dict(sorted(found.items()))

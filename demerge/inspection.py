@@ -11,7 +11,12 @@ from demerge.expert import expert_of
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
-MERGED_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel")
+MERGED_CLASSES = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "DiTTransformer2DModel",
+    "Transformer2DModel",
+)
 FACTORS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 
 
@@ -63,7 +68,9 @@ def facts_of(path: Path) -> Facts:
     place = checkpoint.place
     config = checkpoint.config or {}
     folder = place.pipeline
-    scheduler = _read(folder / "scheduler" / "scheduler_config.json" if folder else None, read_scheduler)
+    scheduler = _read(
+        folder / "scheduler" / "scheduler_config.json" if folder else None, read_scheduler
+    )
     expert = expert_of(place)
     recipe = _read(place.beside("demerge.json"))
     model_class = config.get("_class_name")
@@ -109,7 +116,9 @@ def other_input(config: Mapping[str, Any], latents: Any) -> str:
     return ""
 
 
-def _verdict(checkpoint: Checkpoint, model_class: Any, latents: Any, *, has_pipeline: bool) -> tuple[bool, str]:
+def _verdict(
+    checkpoint: Checkpoint, model_class: Any, latents: Any, *, has_pipeline: bool
+) -> tuple[bool, str]:
     if checkpoint.parameters == 0:
         return False, "no floating point tensor"
     if any(part in name for name in checkpoint for part in FACTORS):
@@ -124,7 +133,9 @@ def _verdict(checkpoint: Checkpoint, model_class: Any, latents: Any, *, has_pipe
     return True, "merges with models of equal keys and shapes finetuned from one base"
 
 
-def _read(path: Path | None, reader: Callable[[Path], dict[str, Any]] = read_json) -> dict[str, Any]:
+def _read(
+    path: Path | None, reader: Callable[[Path], dict[str, Any]] = read_json
+) -> dict[str, Any]:
     return reader(path) if path is not None and path.is_file() else {}
 
 

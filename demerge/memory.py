@@ -22,7 +22,9 @@ def _free_on_this_machine() -> int | None:
         return None
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = (
+            (group / name).read_text().strip() for name in ("memory.max", "memory.current")
+        )
         reclaimable = _field(group / "memory.stat", "inactive_file")
     except OSError:
         return free

@@ -34,7 +34,9 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: installed(package) for package in packages}
 
 
-def refuse_differences(where: Path, record: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+def refuse_differences(
+    where: Path, record: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> None:
     """Refuse to continue or reuse work that was begun with other options or inputs.
 
     Raises:
@@ -105,8 +107,12 @@ def read_stats(folder: Path) -> dict[str, Made]:
     path = folder / STATS
     if not path.is_file():
         return {}
-    record = read_record(path, StatsRecord, fix=f"remove {path} and make the statistics again with `demerge stats`")
-    return {name: made for name in ("fisher", "gram") if (made := getattr(record, name)) is not None}
+    record = read_record(
+        path, StatsRecord, fix=f"remove {path} and make the statistics again with `demerge stats`"
+    )
+    return {
+        name: made for name in ("fisher", "gram") if (made := getattr(record, name)) is not None
+    }
 
 
 def made_as(folder: Path, name: str) -> Made | None:
@@ -121,7 +127,9 @@ def made_as(folder: Path, name: str) -> Made | None:
     text = read_header(file).metadata.get(MADE)
     if text is None:
         return read_stats(folder).get(name)
-    return parse_record(text, Made, f"{file}: {MADE}", fix=f"remove {file} and make it again with `demerge stats`")
+    return parse_record(
+        text, Made, f"{file}: {MADE}", fix=f"remove {file} and make it again with `demerge stats`"
+    )
 
 
 def measured_on(statistic: Checkpoint) -> Measured | None:
@@ -135,4 +143,9 @@ def measured_on(statistic: Checkpoint) -> Measured | None:
     if text is None:
         made = read_stats(file.parent).get(file.stem)
         return None if made is None else made.inputs
-    return parse_record(text, Measured, f"{file}: {MEASURED}", fix=f"remove {file} and make it again with `demerge stats`")
+    return parse_record(
+        text,
+        Measured,
+        f"{file}: {MEASURED}",
+        fix=f"remove {file} and make it again with `demerge stats`",
+    )

@@ -26,15 +26,22 @@ def generator(seed: int, purpose: str, *key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key_of(seed, purpose, *key)))
 
 
-def normal(shape: Sequence[int], seed: int, purpose: str, *, samples: Sequence[int], step: int = 0) -> Tensor:
+def normal(
+    shape: Sequence[int], seed: int, purpose: str, *, samples: Sequence[int], step: int = 0
+) -> Tensor:
     """Draw standard normal values [B *shape], float32 on the CPU; row b depends on (seed, purpose, step, samples[b])."""
-    rows = [generator(seed, purpose, step, i).standard_normal(tuple(shape), dtype=np.float32) for i in samples]
+    rows = [
+        generator(seed, purpose, step, i).standard_normal(tuple(shape), dtype=np.float32)
+        for i in samples
+    ]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
 
 
 def uniform(seed: int, purpose: str, *, samples: Sequence[int], step: int = 0) -> Tensor:
     """Draw uniform values in [0, 1), [B] float64; value b depends on (seed, purpose, step, samples[b])."""
-    return torch.tensor([generator(seed, purpose, step, i).random() for i in samples], dtype=torch.float64)
+    return torch.tensor(
+        [generator(seed, purpose, step, i).random() for i in samples], dtype=torch.float64
+    )
 
 
 def permutation(n: int, seed: int, purpose: str, *key: int | str) -> list[int]:

@@ -90,7 +90,10 @@ def off_is_the_mean(method: Method, seed: int) -> None:
     case = Case.random(seed, K=3)
     experts = [{n: t + (e[n] - t).abs() for n, t in case.base.items()} for e in case.experts]
     merged = replace(case, experts=experts, inputs=[case.inputs[0]] * 3).merge(method, **method.off)
-    mean = {n: sum((w * e[n] for w, e in zip(case.weights, experts, strict=True)), torch.zeros(())) for n in case.base}
+    mean = {
+        n: sum((w * e[n] for w, e in zip(case.weights, experts, strict=True)), torch.zeros(()))
+        for n in case.base
+    }
     _assert_close(merged, mean)
 
 
@@ -98,8 +101,12 @@ def weight_zero_is_left_out(method: Method, seed: int) -> None:
     """An expert of weight 0 changes nothing, with any two choices, if the method has weights: the others are merged."""
     if not method.weighted:
         return
-    silent = 3 if method.draws else 1  # random masks depend on the place of an expert: so the others keep theirs
-    case = replace(Case.random(seed, K=4), weights=[0.0 if i == silent else 0.2 + 0.1 * i for i in range(4)])
+    silent = (
+        3 if method.draws else 1
+    )  # random masks depend on the place of an expert: so the others keep theirs
+    case = replace(
+        Case.random(seed, K=4), weights=[0.0 if i == silent else 0.2 + 0.1 * i for i in range(4)]
+    )
     others = case.picked([i for i in range(4) if i != silent])
     for options in list(_pairs_of_choices(method))[seed % 3 :: 3]:  # all of them over three seeds
         try:
@@ -110,7 +117,11 @@ def weight_zero_is_left_out(method: Method, seed: int) -> None:
 
 def _pairs_of_choices(method: Method) -> Iterator[dict[str, Any]]:
     """Yield the defaults, and all choices of each two options that have choices."""
-    chosen = [[(name, choice) for choice in option.choices] for name, option in method.options.items() if option.choices]
+    chosen = [
+        [(name, choice) for choice in option.choices]
+        for name, option in method.options.items()
+        if option.choices
+    ]
     yield {}
     for one, other in combinations([*chosen, [("", "")]], 2):
         yield from ({name: choice for name, choice in pair if name} for pair in product(one, other))
@@ -120,7 +131,9 @@ def finite_stays_finite(method: Method, seed: int) -> None:
     """Deltas of any scale from 0 to 1e10, identical experts and inputs of 0 give finite numbers."""
     for scale in SCALES:
         case = Case.random(seed, K=3, scale=scale)
-        silent = replace(case, inputs=[{n: torch.zeros_like(t) for n, t in i.items()} for i in case.inputs])
+        silent = replace(
+            case, inputs=[{n: torch.zeros_like(t) for n, t in i.items()} for i in case.inputs]
+        )
         for variant in (case, silent, replace(case, experts=[case.experts[0]] * 3)):
             assert all(bool(torch.isfinite(t).all()) for t in variant.merge(method).values())
 
@@ -149,8 +162,14 @@ def check_method(function: Callable[..., Tensor], *, seeds: int = 3) -> None:
             try:
                 check(of(function), seed)
             except Exception as error:
-                what = error if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-                raise AssertionError(f"{function.__name__}: {check.__doc__} seed {seed}: {what}") from error
+                what = (
+                    error
+                    if isinstance(error, AssertionError)
+                    else f"{type(error).__name__}: {error}"
+                )
+                raise AssertionError(
+                    f"{function.__name__}: {check.__doc__} seed {seed}: {what}"
+                ) from error
 
 
 def _assert_equal(one: Tensors, other: Tensors) -> None:

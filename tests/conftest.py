@@ -37,13 +37,17 @@ def tiny_unet(**changes: object) -> torch.nn.Module:
     return diffusers.UNet2DModel(**{**config, **changes})
 
 
-def save_tiny(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **changes: object) -> Path:
+def save_tiny(
+    folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **changes: object
+) -> Path:
     """Save a DDPMPipeline around a tiny UNet, linear betas, T = 1000."""
     import diffusers
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
+        scheduler = diffusers.DDPMScheduler(
+            num_train_timesteps=1000, prediction_type=prediction_type
+        )
         diffusers.DDPMPipeline(tiny_unet(**changes), scheduler).save_pretrained(folder)
     return folder
 
@@ -123,7 +127,9 @@ def tiny_dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_embeds_ada_norm=10,
     )
     folder = tmp_path_factory.mktemp("dit") / "base"
-    diffusers.DiTPipeline(transformer, _tiny_vae(), diffusers.DDIMScheduler()).save_pretrained(folder)
+    diffusers.DiTPipeline(transformer, _tiny_vae(), diffusers.DDIMScheduler()).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -143,10 +149,14 @@ def _clip_tokenizer(folder: Path) -> Any:
     import transformers
 
     letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    vocabulary = {
+        token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
+    }
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    return transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
+    )
 
 
 @pytest.fixture
@@ -155,7 +165,9 @@ def add_expert(tiny: Path) -> Callable[..., Path]:
 
     def add(folder: Path, start: int, stop: int) -> Path:
         shutil.copytree(tiny, folder)
-        (folder / "expert.json").write_text(json.dumps({"format": "demerge.expert/1", "range": [start, stop]}))
+        (folder / "expert.json").write_text(
+            json.dumps({"format": "demerge.expert/1", "range": [start, stop]})
+        )
         return folder
 
     return add
@@ -199,12 +211,24 @@ def make_scores() -> Callable[..., list[Any]]:
     from demerge.evaluation.metrics.range_losses import RangeLosses
     from demerge.evaluation.scores import Scores
 
-    def make(model: str, kind: Any, distances: list[float], *, shift: float = 0.0, **changes: object) -> list[Scores]:
-        losses = RangeLosses(("0000-0500", "0500-1000"), tuple(tuple(1 + shift + b / 100 for b in range(4)) for _ in range(2)))
+    def make(
+        model: str, kind: Any, distances: list[float], *, shift: float = 0.0, **changes: object
+    ) -> list[Scores]:
+        losses = RangeLosses(
+            ("0000-0500", "0500-1000"),
+            tuple(tuple(1 + shift + b / 100 for b in range(4)) for _ in range(2)),
+        )
         return [
             Scores(
                 model,
-                {"fd": value, "kid": value / 10, "precision": 0.9, "recall": 0.8, "density": 1.0, "coverage": 0.7},
+                {
+                    "fd": value,
+                    "kid": value / 10,
+                    "precision": 0.9,
+                    "recall": 0.8,
+                    "density": 1.0,
+                    "coverage": 0.7,
+                },
                 protocol(**changes),
                 "ef" * 32,
                 seed,

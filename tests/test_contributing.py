@@ -14,7 +14,10 @@ def test_the_method_of_the_guide_passes_every_property(tmp_path: Path) -> None:
     guide = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     file = tmp_path / "median.py"
-    file.write_text(textwrap.dedent(code).replace('@method("median"', '@method("median of the guide"'), encoding="utf-8")
+    file.write_text(
+        textwrap.dedent(code).replace('@method("median"', '@method("median of the guide"'),
+        encoding="utf-8",
+    )
     method = find(f"{file}:median")
     assert list(method.options) == ["scale"]
     check_method(method.function)

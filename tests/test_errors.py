@@ -26,7 +26,11 @@ def test_exit_codes(name):
 
 
 def test_no_error_is_without_a_code():
-    found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    found = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
     assert found == set(CODES)
 
 

@@ -22,7 +22,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LAYERS = {"demerge": "demerge", "demerge.analysis": "analysis", "demerge.cli": "cli"}
 LIGHT = {*sys.stdlib_module_names, "typer"}
 WRITES = {"write_text", "write_bytes", "save_file", "symlink_to", "hardlink_to"}
-SAVES = {"savefig", "savez", "savez_compressed", "savetxt", "to_csv", "to_html", "to_json", "to_parquet", "tofile"}
+SAVES = {
+    "savefig",
+    "savez",
+    "savez_compressed",
+    "savetxt",
+    "to_csv",
+    "to_html",
+    "to_json",
+    "to_parquet",
+    "tofile",
+}
 
 SAVERS = {"torch", "np", "numpy", "image", "picture", "sheet", "figure"}
 
@@ -90,13 +100,17 @@ def test_this_checkout_is_what_is_tested():
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel, the source archive and the editable wheel of a copy of this checkout."""
     copy, out = tmp_path_factory.mktemp("copy") / "demerge", tmp_path_factory.mktemp("built")
-    junk = ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs", "shared", "notebooks")
+    junk = ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "__pycache__", "runs", "shared", "notebooks"
+    )
     copytree(ROOT, copy, ignore=junk)
     build = "import sys; from setuptools import build_meta as b; o = sys.argv[1]; b.build_wheel(o); b.build_sdist(o)"
     editable = "import sys; from setuptools import build_meta as b; b.build_editable(sys.argv[1] + '/editable')"
     (out / "editable").mkdir()
     for program in (build, editable):
-        subprocess.run([sys.executable, "-c", program, str(out)], cwd=copy, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", program, str(out)], cwd=copy, check=True, capture_output=True
+        )
     return out
 
 
@@ -151,7 +165,11 @@ def test_only_the_map_finds_modules_above_it_by_name():
         for name, path in MODULES
         if layer(name) == 0
     }
-    looks = [name for name, calls in texts.items() if any("import_module(" in c and any(a in c for a in above) for c in calls)]
+    looks = [
+        name
+        for name, calls in texts.items()
+        if any("import_module(" in c and any(a in c for a in above) for c in calls)
+    ]
     assert looks == ["demerge.conflict"]
 
 
@@ -160,7 +178,8 @@ def test_commands_start_light(path):
     heavy = [
         imported
         for imported in imports(tree(path), lazy=False)
-        if imported.split(".")[0] not in LIGHT and not imported.startswith(("demerge.cli", "demerge.errors"))
+        if imported.split(".")[0] not in LIGHT
+        and not imported.startswith(("demerge.cli", "demerge.errors"))
     ]
     assert heavy == []
 
@@ -179,7 +198,9 @@ except SystemExit as stop:
 
 def test_help_takes_under_half_a_second_and_imports_nothing_heavy():
     command = [sys.executable, "-c", HELP]
-    subprocess.run(command, check=False, capture_output=True)  # compiles what was never imported before
+    subprocess.run(
+        command, check=False, capture_output=True
+    )  # compiles what was never imported before
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     code, seconds, heavy = result.stderr.split(maxsplit=2)
     assert (code, heavy.strip()) == ("0", "[]")
@@ -193,15 +214,28 @@ def test_help_takes_under_half_a_second_and_imports_nothing_heavy():
 def writes(node: ast.AST) -> Iterator[str]:
     """The calls in a syntax tree that write to a place by its name."""
     for call in (inner for inner in ast.walk(node) if isinstance(inner, ast.Call)):
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if name in WRITES or (name == "open" and _opens_to_write(call)) or (_saves(call, name) and _names_a_place(call)):
+        name = (
+            call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        )
+        if (
+            name in WRITES
+            or (name == "open" and _opens_to_write(call))
+            or (_saves(call, name) and _names_a_place(call))
+        ):
             yield f"line {call.lineno}: {ast.unparse(call)}"
 
 
 def _opens_to_write(call: ast.Call) -> bool:
     first = 1 if isinstance(call.func, ast.Name) else 0
-    given = [*call.args[first:], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
-    modes = [node.value for node in given if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    given = [
+        *call.args[first:],
+        *(keyword.value for keyword in call.keywords if keyword.arg == "mode"),
+    ]
+    modes = [
+        node.value
+        for node in given
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     return any(set(mode) <= set("rwaxbt+") and set(mode) & set("wax+") for mode in modes)
 
 
@@ -279,15 +313,26 @@ def required(dependency: str) -> str:
 def test_constraints_pin_every_dependency():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
-    assert {required(dependency) for dependency in PROJECT["project"]["dependencies"]} - pinned == set()
+    assert {
+        required(dependency) for dependency in PROJECT["project"]["dependencies"]
+    } - pinned == set()
 
 
 def test_what_is_imported_is_required_and_what_is_required_is_imported():
     roots = {imported.split(".")[0] for _, path in MODULES for imported in imports(tree(path))}
-    names = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
+    names = {
+        "PIL": "pillow",
+        "sklearn": "scikit-learn",
+        "huggingface_hub": "huggingface-hub",
+        "yaml": "pyyaml",
+    }
     imported = {names.get(root, root) for root in roots - sys.stdlib_module_names - {"demerge"}}
     core = {required(dependency) for dependency in PROJECT["project"]["dependencies"]}
-    extras = {required(d) for extra in ("sd", "data") for d in PROJECT["project"]["optional-dependencies"][extra]}
+    extras = {
+        required(d)
+        for extra in ("sd", "data")
+        for d in PROJECT["project"]["optional-dependencies"][extra]
+    }
     assert imported - extras == core
 
 
@@ -296,5 +341,7 @@ def test_continuous_integration_is_the_two_commands():
     text = script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
     assert "set -euo pipefail" in text
-    assert "\nmake demo DEMO=" in text  # in a folder of its own, so that an old report cannot stand in for a new one
+    assert (
+        "\nmake demo DEMO=" in text
+    )  # in a folder of its own, so that an old report cannot stand in for a new one
     assert "\nmake test\n" in text

@@ -19,6 +19,11 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     assert notebook.cells[-1].outputs
-    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    shown = [
+        output.data
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "data" in output
+    ]
     figures = [data for data in shown if data.get("text/plain", "").startswith("<Figure")]
     assert figures and all("image/png" in data for data in figures)

@@ -19,7 +19,8 @@ def test_a_sample_does_not_depend_on_its_batch(samples):
     alone = torch.cat([normal((2, 3), 7, "noise", samples=[i], step=3) for i in samples])
     assert torch.equal(batch, alone)
     assert torch.equal(
-        uniform(7, "t", samples=samples, step=3), torch.cat([uniform(7, "t", samples=[i], step=3) for i in samples])
+        uniform(7, "t", samples=samples, step=3),
+        torch.cat([uniform(7, "t", samples=[i], step=3) for i in samples]),
     )
 
 
@@ -54,7 +55,9 @@ def test_nothing_global_is_read_or_written():
 def test_golden_values_hold_across_versions():
     assert key_of(0, "noise", 0, 0) == 0x3E38BBCD543FD7EB543259BC0FF10F68
     assert permutation(8, 0, "order", 0) == [0, 7, 2, 3, 5, 4, 6, 1]
-    assert normal((2,), 0, "noise", samples=[0])[0].tolist() == pytest.approx([1.0043243, 1.1007638])
+    assert normal((2,), 0, "noise", samples=[0])[0].tolist() == pytest.approx(
+        [1.0043243, 1.1007638]
+    )
 
 
 def test_moments_and_shapes():

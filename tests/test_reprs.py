@@ -26,7 +26,9 @@ def test_the_public_names_are_listed() -> None:
 
 def test_the_stages_are_there_at_the_first_use() -> None:
     code = "import demerge; print([name for name in demerge.STAGES if name not in dir(demerge)], demerge.evaluation.compare)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert found.stdout.startswith("[] <function compare"), found.stderr
 
 
@@ -34,7 +36,10 @@ def test_the_stages_are_there_at_the_first_use() -> None:
     ("value", "text"),
     [
         (demerge.FinetuneOptions(), "FinetuneOptions()"),
-        (demerge.FinetuneOptions(learning_rate=1e-3, seed=2), "FinetuneOptions(learning_rate=0.001, seed=2)"),
+        (
+            demerge.FinetuneOptions(learning_rate=1e-3, seed=2),
+            "FinetuneOptions(learning_rate=0.001, seed=2)",
+        ),
         (EvaluationOptions("digits", steps=20), "EvaluationOptions(data='digits', steps=20)"),
         (Settings(groups=12), "Settings(groups=12)"),
         (find("average"), "Method(average, arXiv 2203.05482: no options)"),
@@ -55,4 +60,6 @@ def test_values_are_one_short_line(tiny: Path, add_expert: Callable[..., Path]) 
     ]
     for value in values:
         text = repr(value).replace(str(tiny.parent), "")
-        assert text.startswith(f"{type(value).__name__}(") and "\n" not in text and len(text) < MOST, text
+        assert (
+            text.startswith(f"{type(value).__name__}(") and "\n" not in text and len(text) < MOST
+        ), text

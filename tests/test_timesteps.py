@@ -93,7 +93,10 @@ def test_save_and_load_give_the_same(tmp_path_factory, partition):
     assert Partition.load(path) == partition
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ranges": 5}', '{"ranges": [[0]]}', '{"ranges": [["a", "b"]]}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"ranges": 5}', '{"ranges": [[0]]}', '{"ranges": [["a", "b"]]}', "\xff"],
+)
 def test_files_that_are_no_partition_are_input_errors(tmp_path, text):
     path = tmp_path / "partition.json"
     path.write_text(text, encoding="latin-1")
@@ -126,5 +129,7 @@ def test_reprs_are_short_and_make_the_value_again() -> None:
     assert repr(partition) == "Partition.from_cuts(1000, [250, 500])"
     assert repr(partition[0]) == "TimestepRange(0, 250)"
     assert eval(repr(partition)) == partition and eval(repr(partition[0])) == partition[0]
-    assert repr(Partition.uniform(1000, 20)) == "Partition.from_cuts(1000, [50, 100, 150, ..., 950])"
+    assert (
+        repr(Partition.uniform(1000, 20)) == "Partition.from_cuts(1000, [50, 100, 150, ..., 950])"
+    )
     assert repr(Partition.uniform(10, 1)) == "Partition.from_cuts(10, [])"

@@ -82,7 +82,10 @@ class Prediction:
 
     def document(self) -> dict[str, Any]:
         """Return the changes as JSON values."""
-        return {"total": self.total.document(), "ranges": {name: found.document() for name, found in self.ranges.items()}}
+        return {
+            "total": self.total.document(),
+            "ranges": {name: found.document() for name, found in self.ranges.items()},
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,7 +167,11 @@ def settled(ridges: Sequence[float], changes: Sequence[Array]) -> int:
 
 
 def coefficients(
-    found: Responses, *, ridge: float | None = None, relative: bool = False, bend: Bend | None = None
+    found: Responses,
+    *,
+    ridge: float | None = None,
+    relative: bool = False,
+    bend: Bend | None = None,
 ) -> Coefficients:
     """Solve for the weights, and predict what they change.
 
@@ -177,17 +184,29 @@ def coefficients(
         UsageError: where the ridge is negative or not finite.
     """
     if ridge is not None and not 0 <= ridge < float("inf"):
-        raise UsageError(f"ridge {ridge} is not a shrinkage", fix="give a number >= 0, or leave it out")
+        raise UsageError(
+            f"ridge {ridge} is not a shrinkage", fix="give a number >= 0, or leave it out"
+        )
     q = found.shares / (found.loss.mean(1) if relative else 1)
-    objective = Objective(np.einsum("r,rmp->mp", q, found.slope), np.einsum("r,rmpq->mpq", q, found.products))
+    objective = Objective(
+        np.einsum("r,rmp->mp", q, found.slope), np.einsum("r,rmpq->mpq", q, found.products)
+    )
     ridges = RIDGES if ridge is None else (ridge,)
     cross = CrossFit.of(objective, ridges)
-    rho = ridges[settled(ridges, [objective.changes(m, objective.weights(ridges, m)) for m in range(objective.M)])]
+    rho = ridges[
+        settled(
+            ridges, [objective.changes(m, objective.weights(ridges, m)) for m in range(objective.M)]
+        )
+    ]
     w = objective.weights((rho,))[0]
     larger = [rho, *(ridge for ridge in RIDGES if ridge > rho)]
-    calm = [bool(((x >= INTERVAL[0]) & (x <= INTERVAL[1])).all()) for x in objective.weights(larger)]
+    calm = [
+        bool(((x >= INTERVAL[0]) & (x <= INTERVAL[1])).all()) for x in objective.weights(larger)
+    ]
     average = CrossFit.given(np.full(found.P, 1 / found.K), found.M)
-    mine, theirs = (np.zeros_like(found.loss) if bend is None else bend(x) for x in (w, average.W[0]))
+    mine, theirs = (
+        np.zeros_like(found.loss) if bend is None else bend(x) for x in (w, average.W[0])
+    )
     rows = [
         q @ (found.change(one) + mine - found.change(other) - theirs)
         for one, other in zip(cross.rows, average.rows, strict=True)
@@ -222,7 +241,10 @@ class CrossFit:
         """Fit; of several rho, each W[m] has the one that serves the groups other than m best, and V[:, m] has it too."""
         groups = range(objective.M)
         twice = {(m, g): objective.weights(ridges, m, g) for m in groups for g in range(m)}
-        W, V = np.zeros((objective.M, objective.P)), np.zeros((objective.M, objective.M, objective.P))
+        W, V = (
+            np.zeros((objective.M, objective.P)),
+            np.zeros((objective.M, objective.M, objective.P)),
+        )
         for m in groups:
             left = {g: twice[max(m, g), min(m, g)] for g in groups if g != m}
             i = settled(ridges, [objective.changes(g, each) for g, each in left.items()])
@@ -246,5 +268,10 @@ def _predicted(found: Responses, weights: CrossFit, q: Array, bent: Array) -> Pr
     """Return the changes of the ranges and of all of them, counted by q [R], with what bends [R M]."""
     change, *without = (found.change(W) + bent for W in weights.rows)
     rows = np.stack(without, 1)
-    ranges = {str(span): Change.of(change[r], found.loss[r], rows[r]) for r, span in enumerate(found.ranges)}
-    return Prediction(ranges, Change.of(q @ change, q @ found.loss, np.einsum("r,rgm->gm", q, rows)))
+    ranges = {
+        str(span): Change.of(change[r], found.loss[r], rows[r])
+        for r, span in enumerate(found.ranges)
+    }
+    return Prediction(
+        ranges, Change.of(q @ change, q @ found.loss, np.einsum("r,rgm->gm", q, rows))
+    )

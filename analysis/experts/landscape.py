@@ -56,7 +56,11 @@ class Landscape:
     base: RangeLosses
 
     def __post_init__(self) -> None:
-        if not self.points or len(self.points) != len(self.losses) or {len(p) for p in self.points} != {len(self.axes)}:
+        if (
+            not self.points
+            or len(self.points) != len(self.losses)
+            or {len(p) for p in self.points} != {len(self.axes)}
+        ):
             raise UsageError(
                 f"{len(self.points)} points on {len(self.axes)} axes and {len(self.losses)} losses do not fit",
                 fix="give a coordinate for each axis and a loss for each point",
@@ -72,7 +76,10 @@ class Landscape:
         rows = []
         for point, losses in zip(self.points, self.losses, strict=True):
             means = losses.means
-            rows += [(*point, name, means[name], *change) for name, change in losses.change(self.base).items()]
+            rows += [
+                (*point, name, means[name], *change)
+                for name, change in losses.change(self.base).items()
+            ]
         return pd.DataFrame(rows, columns=[*self.axes, "range", "loss", "change", "se"])
 
     def grid(self, column: str, span: str) -> tuple[Array, Array, Array]:
@@ -82,10 +89,17 @@ class Landscape:
             UsageError: where this is no plane, or the table has no such column or range.
         """
         if self.axes != PLANE or column not in ("loss", "change", "se") or span not in self.ranges:
-            raise UsageError(f"no {column} of {span} on {' x '.join(self.axes)}", fix="ask for what the table of a plane holds")
+            raise UsageError(
+                f"no {column} of {span} on {' x '.join(self.axes)}",
+                fix="ask for what the table of a plane holds",
+            )
         table = self.table()
         found = table[table.range == span].pivot(index=PLANE[1], columns=PLANE[0], values=column)
-        return found.columns.to_numpy(np.float64), found.index.to_numpy(np.float64), found.to_numpy(np.float64)
+        return (
+            found.columns.to_numpy(np.float64),
+            found.index.to_numpy(np.float64),
+            found.to_numpy(np.float64),
+        )
 
 
 def loss_path(
@@ -115,7 +129,9 @@ def loss_path(
         NumericalError: where a loss is not finite.
     """
     points = [(float(s),) for s in scales]
-    return _measured(model, [merged], PATH, points, data, partition, samples, seed, batch_size, progress)
+    return _measured(
+        model, [merged], PATH, points, data, partition, samples, seed, batch_size, progress
+    )
 
 
 def loss_plane(
@@ -142,7 +158,9 @@ def loss_plane(
         UsageError, InputError, NumericalError: as `loss_path` does.
     """
     points = [(float(w_i), float(w_j)) for w_j in steps for w_i in steps]
-    return _measured(model, [first, second], PLANE, points, data, partition, samples, seed, batch_size, progress)
+    return _measured(
+        model, [first, second], PLANE, points, data, partition, samples, seed, batch_size, progress
+    )
 
 
 def _measured(
@@ -167,14 +185,23 @@ def _measured(
     todo = list(dict.fromkeys([origin, *points]))
     for done, point in enumerate(todo, 1):
         session.apply(point, live.denoiser)
-        found[point] = range_losses(live, data, partition, samples=samples, seed=seed, batch_size=batch_size)
+        found[point] = range_losses(
+            live, data, partition, samples=samples, seed=seed, batch_size=batch_size
+        )
         if progress is not None:
-            progress(done, len(todo), ", ".join(f"{axis} = {value:g}" for axis, value in zip(axes, point, strict=True)))
+            progress(
+                done,
+                len(todo),
+                ", ".join(f"{axis} = {value:g}" for axis, value in zip(axes, point, strict=True)),
+            )
     return Landscape(axes, tuple(points), tuple(found[point] for point in points), found[origin])
 
 
 def _check(points: Sequence[tuple[float, ...]], batch_size: int) -> None:
     if not points or len(set(points)) != len(points) or not np.isfinite(points).all():
-        raise UsageError("there is no point, one is given twice, or one is not finite", fix="give distinct finite numbers")
+        raise UsageError(
+            "there is no point, one is given twice, or one is not finite",
+            fix="give distinct finite numbers",
+        )
     if batch_size < 1:
         raise UsageError(f"a batch size of {batch_size} holds no sample", fix="give at least 1")

@@ -50,8 +50,18 @@ def loss_along_path(path: Landscape, label: str = "merged") -> Figure:
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
     for place, text in ((0, "base"), (1, plain(label))):
         ax.axvline(place, color=GREY, lw=0.8, ls=":", zorder=0)
-        ax.annotate(text, (place, 1), xycoords=("data", "axes fraction"), fontsize=8, xytext=(2, 2), textcoords="offset points")
-    ax.set(xlabel="s, the way from the base to the merged model", ylabel="held-out loss against the base, %")
+        ax.annotate(
+            text,
+            (place, 1),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            xytext=(2, 2),
+            textcoords="offset points",
+        )
+    ax.set(
+        xlabel="s, the way from the base to the merged model",
+        ylabel="held-out loss against the base, %",
+    )
     ax.legend(frameon=False, title="range of timesteps", fontsize=8)
     sns.despine(ax=ax)
     return figure
@@ -79,7 +89,9 @@ def loss_on_plane(plane: Landscape, labels: Sequence[str] = ("expert i", "expert
         mesh = _panel(ax, plane, name, norm)
     for ax in axes[R:]:
         ax.set_axis_off()
-    figure.colorbar(mesh, ax=axes.tolist(), label="held-out loss against the base, %", extend="both", shrink=0.9)
+    figure.colorbar(
+        mesh, ax=axes.tolist(), label="held-out loss against the base, %", extend="both", shrink=0.9
+    )
     figure.supxlabel(f"coefficient of {plain(labels[0])}", fontsize=10)
     figure.supylabel(f"coefficient of {plain(labels[1])}", fontsize=10)
     return figure
@@ -94,7 +106,14 @@ def _panel(ax: Axes, plane: Landscape, name: str, norm: TwoSlopeNorm) -> QuadMes
     at_y, at_x = np.nonzero(abs(change) <= t_quantile(BLOCKS) * se)
     ax.scatter(x[at_x], y[at_y], marker="x", s=14, color="0.35", lw=0.8)
     for text, place in (("base", (0, 0)), ("i", (1, 0)), ("j", (0, 1))):
-        ax.annotate(text, place, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round", "fc": "white", "ec": "0.4"})
+        ax.annotate(
+            text,
+            place,
+            ha="center",
+            va="center",
+            fontsize=8,
+            bbox={"boxstyle": "round", "fc": "white", "ec": "0.4"},
+        )
     ax.set_title(name, loc="left", fontsize=10)
     ax.set_aspect("equal")
     return mesh
@@ -117,14 +136,28 @@ def norms_by_block(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     table = blocks.table(labels)
     names = [plain(name) for name in blocks.names]
     norms = pd.DataFrame(blocks.norms, index=names, columns=[plain(label) for label in labels])
-    figure = Figure(figsize=(3.4 + 0.9 * len(labels) + 2.4, 1.4 + 0.34 * len(norms)), layout="constrained")
+    figure = Figure(
+        figsize=(3.4 + 0.9 * len(labels) + 2.4, 1.4 + 0.34 * len(norms)), layout="constrained"
+    )
     left, right = figure.subplots(1, 2, width_ratios=(0.9 * len(labels) + 1, 2.4), sharey=False)
-    sns.heatmap(norms, ax=left, cmap="viridis", annot=True, fmt=".2g", cbar_kws={"label": "length of the task vector"})
+    sns.heatmap(
+        norms,
+        ax=left,
+        cmap="viridis",
+        annot=True,
+        fmt=".2g",
+        cbar_kws={"label": "length of the task vector"},
+    )
     left.set(xlabel="expert", ylabel="")
     left.tick_params(axis="y", rotation=0, length=0)
     places = np.arange(len(norms)) + 0.5
     right.barh(places, table.effective_rank, color=sns.color_palette("colorblind")[0], height=0.7)
-    right.set(xlim=(0, len(labels)), ylim=(len(norms), 0), xlabel=f"effective rank, of {len(labels)}", yticks=[])
+    right.set(
+        xlim=(0, len(labels)),
+        ylim=(len(norms), 0),
+        xlabel=f"effective rank, of {len(labels)}",
+        yticks=[],
+    )
     sns.despine(ax=right, left=True)
     return figure
 
@@ -138,8 +171,15 @@ def norms_by_layer(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     """
     layers = vectors.by_layer()
     if len(labels) != layers.norms.shape[1]:
-        raise UsageError(f"{len(labels)} labels for {layers.norms.shape[1]} task vectors", fix="give one for each")
-    order = [(block, i) for block, names in grouped(layers.names).items() for i in map(layers.names.index, names)]
+        raise UsageError(
+            f"{len(labels)} labels for {layers.norms.shape[1]} task vectors",
+            fix="give one for each",
+        )
+    order = [
+        (block, i)
+        for block, names in grouped(layers.names).items()
+        for i in map(layers.names.index, names)
+    ]
     norms = layers.norms[[i for _, i in order]]
     known = np.ma.masked_less_equal(norms, 0)
     limits = (float(known.min()), float(known.max())) if known.count() else (0.1, 1.0)
@@ -151,7 +191,12 @@ def norms_by_layer(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     middles = [(a + b) / 2 for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
     for start in starts[1:]:
         ax.axhline(start, color="white", lw=1.2)
-    ax.set(xlabel="expert", ylabel=f"{len(order)} layers, by block", ylim=(len(order), 0), facecolor="0.9")
+    ax.set(
+        xlabel="expert",
+        ylabel=f"{len(order)} layers, by block",
+        ylim=(len(order), 0),
+        facecolor="0.9",
+    )
     ax.set_yticks(middles, [plain(order[p][0]) for p in starts])
     ax.set_xticks(np.arange(len(labels)) + 0.5, [plain(label) for label in labels])
     ax.tick_params(length=0)
@@ -171,21 +216,37 @@ def transfer_matrix(transfer: Transfer) -> Figure:
     known = np.where(found.resolved, found.value, np.nan)
     largest = np.nanmax(abs(known), axis=0, initial=0.0)
     shares = np.divide(known, largest, out=np.full_like(known, np.nan), where=largest > 0)
-    figure = Figure(figsize=(2.6 + 1.35 * R + 0.05 * max(map(len, labels)), 1.7 + 0.55 * K), layout="constrained")
+    figure = Figure(
+        figsize=(2.6 + 1.35 * R + 0.05 * max(map(len, labels)), 1.7 + 0.55 * K),
+        layout="constrained",
+    )
     ax = figure.add_subplot()
-    mesh = ax.pcolormesh(np.ma.masked_invalid(shares), cmap="vlag", vmin=-1, vmax=1, edgecolors="white", linewidth=1.5)
+    mesh = ax.pcolormesh(
+        np.ma.masked_invalid(shares),
+        cmap="vlag",
+        vmin=-1,
+        vmax=1,
+        edgecolors="white",
+        linewidth=1.5,
+    )
     for (k, r), sure in np.ndenumerate(found.resolved):
         if not sure:
-            ax.add_patch(Rectangle((r, k), 1, 1, facecolor="0.96", edgecolor="0.75", hatch="////", lw=0))
+            ax.add_patch(
+                Rectangle((r, k), 1, 1, facecolor="0.96", edgecolor="0.75", hatch="////", lw=0)
+            )
         text = f"{found.value[k, r]:+.1e}\n± {found.half[k, r]:.1e}"
         ink = "white" if sure and abs(shares[k, r]) > 0.5 else "0.15"
         box = None if sure else {"boxstyle": "round,pad=0.15", "fc": "0.96", "ec": "none"}
-        ax.annotate(text, (r + 0.5, k + 0.5), ha="center", va="center", fontsize=8, color=ink, bbox=box)
+        ax.annotate(
+            text, (r + 0.5, k + 0.5), ha="center", va="center", fontsize=8, color=ink, bbox=box
+        )
     ax.set(xlabel="range of timesteps", ylabel="expert", xlim=(0, R), ylim=(K, 0))
     ax.set_xticks(np.arange(R) + 0.5, [str(span) for span in transfer.ranges])
     ax.set_yticks(np.arange(K) + 0.5, labels)
     ax.tick_params(length=0)
-    ax.set_title("Predicted first-order change of the loss; unresolved hatched", loc="left", fontsize=10)
+    ax.set_title(
+        "Predicted first-order change of the loss; unresolved hatched", loc="left", fontsize=10
+    )
     figure.colorbar(mesh, ax=ax, label="share of the range's largest change", ticks=[-1, 0, 1])
     sns.despine(ax=ax, left=True, bottom=True)
     return figure
@@ -193,4 +254,7 @@ def transfer_matrix(transfer: Transfer) -> Figure:
 
 def _require(landscape: Landscape, axes: tuple[str, ...]) -> None:
     if landscape.axes != axes:
-        raise UsageError(f"the landscape is over {landscape.axes}, not over {axes}", fix="draw it by the other function")
+        raise UsageError(
+            f"the landscape is over {landscape.axes}, not over {axes}",
+            fix="draw it by the other function",
+        )

@@ -25,14 +25,24 @@ def own_ranges(places: Sequence[Place], T: int) -> Partition:
     try:
         partition = Partition(tuple(dict.fromkeys(spans)))
     except UsageError as error:
-        raise UsageError(f"the experts' ranges make no partition: {error.what}", fix="give --ranges, e.g. uniform:4") from error
+        raise UsageError(
+            f"the experts' ranges make no partition: {error.what}",
+            fix="give --ranges, e.g. uniform:4",
+        ) from error
     if partition.total != T:
-        raise UsageError(f"the experts' ranges {partition} do not cover [0, {T})", fix="give --ranges, for example uniform:4")
+        raise UsageError(
+            f"the experts' ranges {partition} do not cover [0, {T})",
+            fix="give --ranges, for example uniform:4",
+        )
     return partition
 
 
 def settled_ranges(
-    text: str | None, T: int, paths: Sequence[str], models: Sequence[Expert], experts: Sequence[Expert]
+    text: str | None,
+    T: int,
+    paths: Sequence[str],
+    models: Sequence[Expert],
+    experts: Sequence[Expert],
 ) -> Partition:
     """Return the ranges that are asked for, or else the experts' own, of T timesteps.
 
@@ -59,7 +69,10 @@ def refuse_infinite(paths: Sequence[str], models: Sequence[Expert]) -> None:
         for name in model:
             if not finite(model[name]):
                 file = model.specs[name].file if isinstance(model, Checkpoint) else path
-                raise InputError(f"{file}: tensor '{name}' holds NaN or Inf", fix="use another checkpoint of this model")
+                raise InputError(
+                    f"{file}: tensor '{name}' holds NaN or Inf",
+                    fix="use another checkpoint of this model",
+                )
 
 
 def sha256_of(model: Expert) -> str:
@@ -68,10 +81,18 @@ def sha256_of(model: Expert) -> str:
 
 
 def measured_on(
-    images: ImageData, split: str, ranges: Partition, paths: Sequence[str], experts: Sequence[Expert]
+    images: ImageData,
+    split: str,
+    ranges: Partition,
+    paths: Sequence[str],
+    experts: Sequence[Expert],
 ) -> dict[str, Any]:
     """Return the data and ranges that experts are measured on, and which of them were trained on these very images."""
-    known = [path for path, e in zip(paths, experts, strict=True) if _data_of(e.place) == images.fingerprint]
+    known = [
+        path
+        for path, e in zip(paths, experts, strict=True)
+        if _data_of(e.place) == images.fingerprint
+    ]
     return {
         "data": images.name,
         "data_fingerprint": images.fingerprint,

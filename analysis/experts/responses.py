@@ -68,9 +68,13 @@ class Responses:
 
     def __post_init__(self) -> None:
         if not all(np.isfinite(values).all() for values in (self.loss, self.slope, self.products)):
-            raise NumericalError("the responses to the experts are not finite", fix="check the experts' weights")
+            raise NumericalError(
+                "the responses to the experts are not finite", fix="check the experts' weights"
+            )
         if not (self.loss.mean(1) > 0).all():
-            raise NumericalError("the base's loss in a range is 0, it cannot fall", fix="check the base and the data")
+            raise NumericalError(
+                "the base's loss in a range is 0, it cannot fall", fix="check the base and the data"
+            )
 
     @property
     def P(self) -> int:
@@ -90,7 +94,9 @@ class Responses:
     def change(self, w: Array) -> Array:
         """Return dL_R(w) on each group, [R M]; w [P], or [M P] for weights of each group's own."""
         W = np.broadcast_to(w, (self.M, self.P))
-        change: Array = np.einsum("rmp,mp->rm", self.slope, W) + np.einsum("mp,rmpq,mq->rm", W, self.products, W)
+        change: Array = np.einsum("rmp,mp->rm", self.slope, W) + np.einsum(
+            "mp,rmpq,mq->rm", W, self.products, W
+        )
         return change
 
 
@@ -122,12 +128,17 @@ class Draws:
     def __post_init__(self) -> None:
         M, T = self.groups, self.model.T
         if self.ranges.total != T:
-            raise UsageError(f"the ranges cover {self.ranges.total} timesteps, the model has {T}", fix="use its own T")
+            raise UsageError(
+                f"the ranges cover {self.ranges.total} timesteps, the model has {T}",
+                fix="use its own T",
+            )
         if M < MIN_GROUPS:
             raise UsageError(f"{M} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
         for what, n in (("samples per range", self.samples), ("images", len(self.data))):
             if n < M:
-                raise UsageError(f"{n} {what} do not fill {M} groups", fix="give more, or fewer groups")
+                raise UsageError(
+                    f"{n} {what} do not fill {M} groups", fix="give more, or fewer groups"
+                )
 
     @property
     def J(self) -> int:
@@ -136,14 +147,21 @@ class Draws:
 
     def cells(self, span: TimestepRange, r: int, m: int, size: int) -> Iterator[Cell]:
         """Yield the samples of group m in range r, `size` at a time."""
-        model, images = self.model, permutation(len(self.data), self.seed, "coefficients-image")[m :: self.groups]
+        model, images = (
+            self.model,
+            permutation(len(self.data), self.seed, "coefficients-image")[m :: self.groups],
+        )
         step = r * self.groups + m
         for numbers in torch.arange(self.J).split(size):
             samples: list[int] = numbers.tolist()
             chosen = [images[j % len(images)] for j in samples]
             x0, condition = model.encode_from(self.data, chosen)
-            noise = normal(model.sample_shape, self.seed, "coefficients-noise", samples=samples, step=step).to(model.device)
-            place = (numbers + uniform(self.seed, "coefficients-t", samples=samples, step=step)) / self.J
+            noise = normal(
+                model.sample_shape, self.seed, "coefficients-noise", samples=samples, step=step
+            ).to(model.device)
+            place = (
+                numbers + uniform(self.seed, "coefficients-t", samples=samples, step=step)
+            ) / self.J
             t = (span.start + (place * len(span)).long().clamp(max=len(span) - 1)).to(model.device)
             yield Cell(model.add_noise(x0, noise, t), t, model.target(x0, noise, t), condition)
 
@@ -154,7 +172,9 @@ def passes(draws: Draws, P: int) -> int:
 
 
 @torch.inference_mode()
-def responses(draws: Draws, session: MergeSession, *, step: float = 1.0, progress: Progress | None = None) -> Responses:
+def responses(
+    draws: Draws, session: MergeSession, *, step: float = 1.0, progress: Progress | None = None
+) -> Responses:
     """Measure how the losses answer to the experts of a session, per block where the session has blocks for its groups.
 
     Args:
@@ -166,16 +186,26 @@ def responses(draws: Draws, session: MergeSession, *, step: float = 1.0, progres
         NumericalError: where an output is not finite.
     """
     if step == 0 or not math.isfinite(step):
-        raise UsageError(f"step {step} is not a length", fix="give a number other than 0, 1 for the experts themselves")
+        raise UsageError(
+            f"step {step} is not a length",
+            fix="give a number other than 0, 1 for the experts themselves",
+        )
     model = draws.model.with_denoiser(copy.deepcopy(draws.model.denoiser).eval())
     M, P, total = draws.groups, math.prod(session.shape), passes(draws, math.prod(session.shape))
     gram, done = np.zeros((len(draws.ranges), M, P + 1, P + 1)), 0
     for r, span in enumerate(draws.ranges):
         for part in _parts(draws, span, r, P):
-            moved = np.empty((P + 1, sum(len(cell.t) for _, cell in part), math.prod(model.sample_shape)), dtype=np.float32)
-            for p, row in enumerate(torch.eye(P + 1)[:, 1:] * step):  # the base, then one expert at a time
+            moved = np.empty(
+                (P + 1, sum(len(cell.t) for _, cell in part), math.prod(model.sample_shape)),
+                dtype=np.float32,
+            )
+            for p, row in enumerate(
+                torch.eye(P + 1)[:, 1:] * step
+            ):  # the base, then one expert at a time
                 session.apply(row.view(session.shape), model.denoiser)
-                outputs = torch.cat([model.predict(cell.x_t, cell.t, cell.condition).float() for _, cell in part])
+                outputs = torch.cat(
+                    [model.predict(cell.x_t, cell.t, cell.condition).float() for _, cell in part]
+                )
                 _refuse_infinite(outputs, _label(session, p - 1), span)
                 moved[p] = outputs.flatten(1).cpu().numpy()
                 done += len(outputs)
@@ -190,7 +220,9 @@ def responses(draws: Draws, session: MergeSession, *, step: float = 1.0, progres
                 start += len(cell.t)
     gram /= draws.J * math.prod(model.sample_shape)
     loss, slope = gram[:, :, 0, 0].copy(), 2 * gram[:, :, 0, 1:]
-    return Responses(draws.ranges, session.groups, session.shape[-1], loss, slope, gram[:, :, 1:, 1:])
+    return Responses(
+        draws.ranges, session.groups, session.shape[-1], loss, slope, gram[:, :, 1:, 1:]
+    )
 
 
 @torch.inference_mode()
@@ -206,7 +238,9 @@ def bend(draws: Draws, session: MergeSession, found: Responses, w: Array) -> Arr
     for r, span in enumerate(draws.ranges):
         for m in range(draws.groups):
             cells = draws.cells(span, r, m, BATCH)
-            each = torch.cat([squared_error(model.predict(c.x_t, c.t, c.condition), c.y) for c in cells])
+            each = torch.cat(
+                [squared_error(model.predict(c.x_t, c.t, c.condition), c.y) for c in cells]
+            )
             _refuse_infinite(each, "the merge", span)
             loss[r, m] = float(each.double().mean())
     bent: Array = loss - found.loss - found.change(w)
@@ -258,9 +292,16 @@ def _products(rows: NDArray[np.float32]) -> Array:
 def _label(session: MergeSession, p: int) -> str:
     """Return what weight p is of; -1 stands for the base."""
     b, k = divmod(p, session.shape[-1])
-    return "the base" if p < 0 else f"expert {k}" + (f" in {session.groups[b]}" if session.groups else "")
+    return (
+        "the base"
+        if p < 0
+        else f"expert {k}" + (f" in {session.groups[b]}" if session.groups else "")
+    )
 
 
 def _refuse_infinite(outputs: Tensor, who: str, span: TimestepRange) -> None:
     if not bool(outputs.isfinite().all()):
-        raise NumericalError(f"an output of {who} in range {span} is not finite", fix="check its weights and the data")
+        raise NumericalError(
+            f"an output of {who} in range {span} is not finite",
+            fix="check its weights and the data",
+        )

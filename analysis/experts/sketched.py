@@ -40,7 +40,11 @@ class Vectors:
 
 
 def sketched(
-    map: ConflictMap, base: Model, experts: Sequence[Model], labels: Sequence[str], progress: Progress | None
+    map: ConflictMap,
+    base: Model,
+    experts: Sequence[Model],
+    labels: Sequence[str],
+    progress: Progress | None,
 ) -> Vectors:
     """Sketch the task vectors of K experts with the signs of a map, reading base and experts once, a tensor at a time.
 
@@ -56,7 +60,10 @@ def sketched(
     places, names = _places(map, base), [name for name in base if base[name].is_floating_point()]
     sketch, K = CountSketch.of(map.origin.parameters, map.origin.seed), len(experts)
     short = sketch.layers(map.layout)
-    whole, parts = [sketch.zeros() for _ in experts], [sketch.zeros().new_zeros(short.width) for _ in experts]
+    whole, parts = (
+        [sketch.zeros() for _ in experts],
+        [sketch.zeros().new_zeros(short.width) for _ in experts],
+    )
     squares, outside = np.zeros((K, len(short.parts))), np.zeros(K)
     for done, name in enumerate(names, 1):
         for n, expert in enumerate(experts):
@@ -86,7 +93,9 @@ def _places(map: ConflictMap, base: Model) -> dict[str, tuple[int, int]]:
     of, layers = {modern(name): name for name in base}, list(layers_of(map.layout))
     missing = [name for name in map.layout if modern(name) not in of]
     if missing:
-        listed = f"{len(missing)} parameters of the map are not in the base: {', '.join(missing[:5])}"
+        listed = (
+            f"{len(missing)} parameters of the map are not in the base: {', '.join(missing[:5])}"
+        )
         raise InputError(listed, fix="name the base that the map was measured on")
     places, start = {}, 0
     for name, numel in map.layout.items():

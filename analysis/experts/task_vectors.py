@@ -87,7 +87,10 @@ class TaskVectors:
     def _summed(self, groups: Mapping[str, Sequence[str]]) -> TaskVectors:
         index = {name: i for i, name in enumerate(self.names)}
         rows = [[index[name] for name in names] for names in groups.values()]
-        sums = ([values[row].sum(0) for row in rows] for values in (self.gram, self.opposed, self.energy))
+        sums = (
+            [values[row].sum(0) for row in rows]
+            for values in (self.gram, self.opposed, self.energy)
+        )
         return TaskVectors(tuple(groups), *(np.array(each) for each in sums))
 
     def table(self, labels: Sequence[str]) -> pd.DataFrame:
@@ -102,12 +105,20 @@ class TaskVectors:
         pairs, norms = np.triu_indices(K, 1), self.norms
         cosine = _ratio(self.gram, norms[:, :, None] * norms[:, None, :])[:, *pairs]
         opposed = _ratio(self.opposed, self.energy)[:, *pairs]
-        table = pd.DataFrame(norms, index=list(self.names), columns=[f"norm {label}" for label in labels])
-        shares = {"cosine": _mean(cosine), "sign_conflict": _mean(opposed), "effective_rank": self.effective_ranks}
+        table = pd.DataFrame(
+            norms, index=list(self.names), columns=[f"norm {label}" for label in labels]
+        )
+        shares = {
+            "cosine": _mean(cosine),
+            "sign_conflict": _mean(opposed),
+            "effective_rank": self.effective_ranks,
+        }
         return table.assign(**shares)
 
 
-def task_vectors(base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> TaskVectors:
+def task_vectors(
+    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]
+) -> TaskVectors:
     """Compare the task vectors of experts of one base, given as state dicts or as the deltas of a LoRA.
 
     Raises:
@@ -130,14 +141,19 @@ def _check_keys(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], k: int
     extra = sorted(set(expert) - set(base))
     if missing or extra:
         raise InputError(
-            f"expert {k}: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}", fix="use experts of this base"
+            f"expert {k}: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}",
+            fix="use experts of this base",
         )
 
 
-def _products(base: Tensor, experts: Sequence[Mapping[str, Tensor]], name: str) -> tuple[Array, Array, Array]:
+def _products(
+    base: Tensor, experts: Sequence[Mapping[str, Tensor]], name: str
+) -> tuple[Array, Array, Array]:
     """Return gram, opposed and energy [K K] of one tensor."""
     found = [delta(base, expert, name, f"expert {k}") for k, expert in enumerate(experts)]
-    tau = torch.stack([torch.zeros(base.numel(), dtype=torch.float64) if tau is None else tau for tau in found])
+    tau = torch.stack(
+        [torch.zeros(base.numel(), dtype=torch.float64) if tau is None else tau for tau in found]
+    )
     gram, energy = tau @ tau.T, tau.abs() @ tau.abs().T
     return gram.numpy(), ((energy - gram) / 2).clamp(min=0).numpy(), energy.numpy()
 

@@ -78,7 +78,13 @@ class Products:
 
     def document(self) -> dict[str, Any]:
         """Return them as JSON values: numbers, or lists of the same shape."""
-        arrays = {"change": self.value, "se": self.se, "sketch": self.sketch, "half": self.half, "resolved": self.resolved}
+        arrays = {
+            "change": self.value,
+            "se": self.se,
+            "sketch": self.sketch,
+            "half": self.half,
+            "resolved": self.resolved,
+        }
         return {name: array.tolist() for name, array in arrays.items()}
 
 
@@ -132,9 +138,15 @@ def transfer(
     """
     labels = tuple(str(k) for k in range(len(experts))) if names is None else tuple(names)
     if not experts or len(labels) != len(experts):
-        raise UsageError(f"{len(experts)} experts and {len(labels)} names", fix="give at least one expert, and a name for each")
+        raise UsageError(
+            f"{len(experts)} experts and {len(labels)} names",
+            fix="give at least one expert, and a name for each",
+        )
     if ranges.total != map.T:
-        raise UsageError(f"the ranges cover {ranges.total} timesteps, the map has {map.T}", fix="use ranges of its T")
+        raise UsageError(
+            f"the ranges cover {ranges.total} timesteps, the map has {map.T}",
+            fix="use ranges of its T",
+        )
     sketches = sketches_of(map)
     vectors = sketched(map, base, experts, labels, progress)
     shares = np.vstack([cover(map, ranges), np.ones(map.N)]) * map.widths
@@ -144,7 +156,9 @@ def transfer(
     by_layer = None if map.layers is None else _by_layer(map, map.layers, weights[:-1], vectors)
     norms = np.sqrt(vectors.squares.sum(1))
     everything = norms**2 + vectors.outside
-    outside = np.divide(vectors.outside, everything, out=np.zeros_like(everything), where=everything > 0)
+    outside = np.divide(
+        vectors.outside, everything, out=np.zeros_like(everything), where=everything > 0
+    )
     return Transfer(labels, ranges, whole[:, :-1], whole[:, -1], norms, outside, layers, by_layer)
 
 
@@ -155,11 +169,12 @@ def sketches_of(map: ConflictMap) -> Sketches:
         InputError: where it has none, or they are of scaled gradients.
     """
     if map.sketches is None:
-        raise InputError("the map holds no sketches of gradients", fix="measure it again with this version's `demerge analyze`")
-    if map.origin.metric != "euclid":
-        what = (
-            f"the map is in the {map.origin.metric} metric: its sketches are of scaled gradients, and say nothing of the loss"
+        raise InputError(
+            "the map holds no sketches of gradients",
+            fix="measure it again with this version's `demerge analyze`",
         )
+    if map.origin.metric != "euclid":
+        what = f"the map is in the {map.origin.metric} metric: its sketches are of scaled gradients, and say nothing of the loss"
         raise InputError(what, fix="measure one with `demerge analyze --metric euclid`")
     return map.sketches
 
@@ -170,10 +185,14 @@ def sketches_of(map: ConflictMap) -> Sketches:
 def _products(map: ConflictMap, sketches: Sketches, weights: Array, vectors: Vectors) -> Products:
     """Return <gbar_r, tau_n> [K R] for weights of the bins [R N]."""
     each = np.stack([rows.astype(np.float64) @ vectors.sketch.T for rows in sketches])
-    square, left_out = (_squares(K, weights) for K in (kernel(map, cross(map.M)), leave_one_out(map)))
+    square, left_out = (
+        _squares(K, weights) for K in (kernel(map, cross(map.M)), leave_one_out(map))
+    )
     kept, D = sketches.shape[-1], map.origin.parameters
     factor = np.sqrt(2 / kept) if kept < D else 0.0
-    error = factor * np.outer(np.sqrt(vectors.squares.sum(1)), np.sqrt((square + standard_error(left_out)).clip(min=0)))
+    error = factor * np.outer(
+        np.sqrt(vectors.squares.sum(1)), np.sqrt((square + standard_error(left_out)).clip(min=0))
+    )
     return _estimated(np.einsum("ri,imn->mnr", weights, each), error)
 
 

@@ -79,14 +79,19 @@ class LayerGains:
             UsageError: where the partition has one range, another number of timesteps, or a range without a whole bin.
         """
         if map.layers is None:
-            raise InputError("the map has no sketches of layers", fix="measure it with `demerge analyze --layers`")
+            raise InputError(
+                "the map has no sketches of layers",
+                fix="measure it with `demerge analyze --layers`",
+            )
         sizes, apart = layers_of(map.layout), _apart(map, partition)
         products, column = [], 0
         for width in layer_widths(map.layout):
             z = np.tensordot(apart, map.layers[..., column : column + width].astype(np.float64), 1)
             products.append(np.einsum("rmk,rnk->mn", z, z, optimize=True))
             column += width
-        return cls(tuple(sizes), np.array(list(sizes.values())), np.stack(products), map.origin.seed)
+        return cls(
+            tuple(sizes), np.array(list(sizes.values())), np.stack(products), map.origin.seed
+        )
 
     @property
     def M(self) -> int:
@@ -127,16 +132,26 @@ class LayerGains:
             size = self.sizes[place][..., None]
             fits = used + size <= budgets
             used += size * fits
-            np.put_along_axis(chosen, np.broadcast_to(place[..., None, None], (*used.shape, 1)), fits[..., None], -1)
+            np.put_along_axis(
+                chosen,
+                np.broadcast_to(place[..., None, None], (*used.shape, 1)),
+                fits[..., None],
+                -1,
+            )
         return chosen
 
 
 def _apart(map: ConflictMap, partition: Partition) -> Array:
     """Return the map from gradients of bins to z, [R N]."""
     if partition.total != map.T:
-        raise UsageError(f"the partition covers {partition.total} timesteps, the map {map.T}", fix="make it with this base")
+        raise UsageError(
+            f"the partition covers {partition.total} timesteps, the map {map.T}",
+            fix="make it with this base",
+        )
     if len(partition) == 1:
-        raise UsageError("one range decouples nothing", fix="give two or more, for example --ranges uniform:4")
+        raise UsageError(
+            "one range decouples nothing", fix="give two or more, for example --ranges uniform:4"
+        )
     shares = cover(map, partition)
     for span, whole in zip(partition, (shares == 1).any(1), strict=True):
         if not whole:
@@ -170,11 +185,16 @@ class HeldOutLayers:
         """Rank on halves of the groups, judge on the others."""
         everyone = list(range(layers.M))
         kept = [everyone, *([g for g in everyone if g != m] for m in everyone)]
-        fixed = {"size": np.argsort(layers.sizes, kind="stable")[None], "random": _random_orders(layers)}
+        fixed = {
+            "size": np.argsort(layers.sizes, kind="stable")[None],
+            "random": _random_orders(layers),
+        }
         taken = {name: layers.taken(orders, shares).mean(0) for name, orders in fixed.items()}
         rows: dict[str, list[Array]] = {name: [] for name in ORDERS}
         for groups in kept:
-            ranked, judged = (layers.gains(weighted(half)) for half in halves(groups, layers.M, layers.seed))
+            ranked, judged = (
+                layers.gains(weighted(half)) for half in halves(groups, layers.M, layers.seed)
+            )
             found = layers.taken(layers.ranking(ranked), shares)
             rows["ranked"].append(np.einsum("scl,sl->c", found, judged) / judged.sum())
             for name, which in taken.items():
@@ -237,7 +257,12 @@ def layers(map: ConflictMap, partition: Partition, *, share: float = 0.1) -> dic
         "share": share,
         "total": _number(found.total()),
         "layers": [
-            {"name": found.names[i], "parameters": int(found.sizes[i]), "gain": _short(gains[i]), "se": _short(errors[i])}
+            {
+                "name": found.names[i],
+                "parameters": int(found.sizes[i]),
+                "gain": _short(gains[i]),
+                "se": _short(errors[i]),
+            }
             for i in order
         ],
         "curve": _curve(held_out),
@@ -256,13 +281,19 @@ def _verdict(held_out: HeldOutLayers | None, share: float, M: int) -> tuple[bool
         return False, "a share of 1 leaves nothing to choose"
     gain, more = held_out.estimate("ranked", share), held_out.estimate("ranked", share, "random")
     if not gain.above(t_quantile(M)):
-        return False, f"held out, the ranked layers gain {_percent(gain)} of all, which is not distinguishable from 0"
+        return (
+            False,
+            f"held out, the ranked layers gain {_percent(gain)} of all, which is not distinguishable from 0",
+        )
     if not more.above(t_quantile(M)):
         return (
             False,
             f"held out, ranked layers gain {_percent(more)} of all more than random ones, which is not distinguishable",
         )
-    return True, f"held out, they gain {_percent(gain)} of what all layers gain, {_percent(more)} more than random ones"
+    return (
+        True,
+        f"held out, they gain {_percent(gain)} of what all layers gain, {_percent(more)} more than random ones",
+    )
 
 
 def _percent(found: Estimate) -> str:
@@ -273,7 +304,8 @@ def _curve(held_out: HeldOutLayers | None) -> list[dict[str, Any]]:
     if held_out is None:
         return []
     return [
-        {"share": share, **{order: _number(held_out.estimate(order, share)) for order in ORDERS}} for share in held_out.shares
+        {"share": share, **{order: _number(held_out.estimate(order, share)) for order in ORDERS}}
+        for share in held_out.shares
     ]
 
 
@@ -295,9 +327,15 @@ def refuse_to_replace(out: Path | None, plot: Path | None) -> None:
         UsageError: naming it.
     """
     if plot is not None and (plot.suffix not in PLOTS or plot.is_dir()):
-        raise UsageError(f"plot {plot} is neither .svg nor .png", fix="name a file, for example --plot layers.svg")
+        raise UsageError(
+            f"plot {plot} is neither .svg nor .png",
+            fix="name a file, for example --plot layers.svg",
+        )
     if out is not None and out.exists() and format_of(out) != FORMAT:
-        raise UsageError(f"{out} is there and is not a choice of layers", fix="name another file, for example layers.json")
+        raise UsageError(
+            f"{out} is there and is not a choice of layers",
+            fix="name another file, for example layers.json",
+        )
 
 
 def draw(said: dict[str, Any], path: Path) -> Path:
@@ -342,7 +380,11 @@ def lines(said: dict[str, Any], top: int = 10) -> list[str]:
 def _table(curve: list[dict[str, Any]], chosen: float) -> list[str]:
     if not curve:
         return []
-    head = f"{'trained':>12}  " + "  ".join(f"{order:>13}" for order in ORDERS) + "   of the gain of all layers, held out"
+    head = (
+        f"{'trained':>12}  "
+        + "  ".join(f"{order:>13}" for order in ORDERS)
+        + "   of the gain of all layers, held out"
+    )
     return [
         head,
         *(

@@ -38,7 +38,10 @@ def select(denoiser: nn.Module, which: str = "all") -> dict[str, nn.Parameter]:
     try:
         pattern = re.compile(LORA if which == "lora" else which)
     except re.error as error:
-        raise UsageError(f"params '{which}' is not a regular expression: {error}", fix="give all, lora or a REGEX") from error
+        raise UsageError(
+            f"params '{which}' is not a regular expression: {error}",
+            fix="give all, lora or a REGEX",
+        ) from error
     chosen = {name: parameter for name, parameter in known.items() if pattern.search(name)}
     if not chosen:
         raise UsageError(
@@ -78,7 +81,9 @@ class Backward:
             self._piece_by_piece(loss, consume)
 
     def _whole(self, loss: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(loss, list(self._starts), allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            loss, list(self._starts), allow_unused=True, materialize_grads=True
+        )
         return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
     def _piece_by_piece(self, loss: Tensor, consume: Consume) -> None:
@@ -87,7 +92,9 @@ class Backward:
                 consume(self._starts[parameter], parameter.grad.reshape(-1))
             parameter.grad = None
 
-        handles = [parameter.register_post_accumulate_grad_hook(finished) for parameter in self._starts]
+        handles = [
+            parameter.register_post_accumulate_grad_hook(finished) for parameter in self._starts
+        ]
         try:
             loss.backward()
         finally:

@@ -77,9 +77,13 @@ def neighbour_se(map: ConflictMap) -> float:
 def said(map: ConflictMap, target: float) -> str:
     """Say whether a map is as sure as was asked, and how many groups would be."""
     found = neighbour_se(map)
-    what = f"the similarity of neighbouring bins has a median SE of {found:.3g} after {map.M} groups"
+    what = (
+        f"the similarity of neighbouring bins has a median SE of {found:.3g} after {map.M} groups"
+    )
     if found <= target:
         return f"{what}, {target:g} was asked"
     if not math.isfinite(found):
         return f"half of the neighbouring bins are not resolved after {map.M} groups: larger batches or more groups may"
-    return f"{what}, not {target:g}: about {math.ceil(map.M * (found / target) ** 2)} groups would do"
+    return (
+        f"{what}, not {target:g}: about {math.ceil(map.M * (found / target) ** 2)} groups would do"
+    )

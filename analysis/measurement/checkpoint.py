@@ -41,7 +41,10 @@ class Partial:
             UsageError: saying how the measurements differ.
         """
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder is not None else ():
-            with contextlib.suppress(*UNREADABLE), safetensors.safe_open(path, framework="pt") as file:
+            with (
+                contextlib.suppress(*UNREADABLE),
+                safetensors.safe_open(path, framework="pt") as file,
+            ):
                 self._refuse_foreign(parse_json((file.metadata() or {})["demerge"]))
 
     def load(self, name: str, shape: Sequence[int]) -> Tensor | None:
@@ -54,7 +57,10 @@ class Partial:
             return None
         try:
             with safetensors.safe_open(self._path(self.folder, name), framework="pt") as file:
-                there, values = parse_json((file.metadata() or {})["demerge"]), file.get_tensor("values")
+                there, values = (
+                    parse_json((file.metadata() or {})["demerge"]),
+                    file.get_tensor("values"),
+                )
         except UNREADABLE:
             return None
         self._refuse_foreign(there)
@@ -64,7 +70,9 @@ class Partial:
         """Commit a part."""
         if self.folder is not None:
             tensors = {"values": values.detach().cpu().contiguous()}
-            data = safetensors.torch.save(tensors, {"demerge": json.dumps(self.key, sort_keys=True)})
+            data = safetensors.torch.save(
+                tensors, {"demerge": json.dumps(self.key, sort_keys=True)}
+            )
             commit_file(self._path(self.folder, name), lambda stream: stream.write(data))
 
     def has(self, name: str) -> bool:
@@ -95,4 +103,6 @@ def _differences(there: Any, asked: Mapping[str, Any]) -> str:
     if not isinstance(there, dict):
         return ""
     names = [name for name in asked if there.get(name) != asked[name]]
-    return ": " + "; ".join(f"{name} {str(there.get(name))[:60]} there, {str(asked[name])[:60]} asked" for name in names)
+    return ": " + "; ".join(
+        f"{name} {str(there.get(name))[:60]} there, {str(asked[name])[:60]} asked" for name in names
+    )

@@ -72,7 +72,9 @@ class SideBySide:
 
     def add(self, total: Tensor, start: int, x: Tensor) -> None:
         """Add x [n] to each part."""
-        for part, own in zip(self.parts, total.split([part.width for part in self.parts]), strict=True):
+        for part, own in zip(
+            self.parts, total.split([part.width for part in self.parts]), strict=True
+        ):
             part.add(own, start, x)
 
 
@@ -164,7 +166,13 @@ class Cells:
             if self.fisher is None:
                 total = self._kept(draw, span)
             else:
-                self.fisher.passes(draw, span, self._loss, self.backward, self._weighed(partial(self.keep.add, total)))
+                self.fisher.passes(
+                    draw,
+                    span,
+                    self._loss,
+                    self.backward,
+                    self._weighed(partial(self.keep.add, total)),
+                )
             bool(total.isfinite().all())  # waits for the device
             passes.append(time.perf_counter() - began)
             if sum(passes) > TIMED_SECONDS:
@@ -246,7 +254,9 @@ class Cells:
 
     def _fill(self, rows: Tensor, m: int) -> None:
         """Put the gradient or sketch of each bin on group m into rows [N *]."""
-        for i, (row, span, draw) in enumerate(zip(rows, self.draws.bins, self.draws.group(m), strict=True)):
+        for i, (row, span, draw) in enumerate(
+            zip(rows, self.draws.bins, self.draws.group(m), strict=True)
+        ):
             if self.fisher is None:
                 row.copy_(self._kept(draw, span))
             else:
@@ -272,7 +282,9 @@ class Cells:
         scale = self.scale
         if scale is None:
             return consume
-        return lambda start, values: consume(start, values.float() * scale[start : start + len(values)])
+        return lambda start, values: consume(
+            start, values.float() * scale[start : start + len(values)]
+        )
 
     def _tick(self, what: str, passes: int = 1) -> None:
         self.done += passes
@@ -283,18 +295,23 @@ class Cells:
         """Refuse a cell by the first of its samples whose gradient is not finite; a sketch of it is not finite either."""
         if bool(values.isfinite().all()):
             return
-        found = next((b for b in range(len(draw.images)) if not self._is_finite(draw.only(b), span)), None)
+        found = next(
+            (b for b in range(len(draw.images)) if not self._is_finite(draw.only(b), span)), None
+        )
         sample = "though that of each sample is"
         if found is not None:
             image, t = draw.images[found], int(draw.timesteps(span)[found])
             sample = f"at sample {found} (image {image} of {self.draws.data.name}, t = {t})"
         raise NumericalError(
-            f"the gradient in bin {span}, {where}, is not finite, {sample}", fix="check the model's weights and this image"
+            f"the gradient in bin {span}, {where}, is not finite, {sample}",
+            fix="check the model's weights and this image",
         )
 
     def _is_finite(self, draw: Draw, span: TimestepRange) -> bool:
         found: list[bool] = []
-        self.backward(self._loss(draw, span), lambda _, values: found.append(bool(values.isfinite().all())))
+        self.backward(
+            self._loss(draw, span), lambda _, values: found.append(bool(values.isfinite().all()))
+        )
         return all(found)
 
 

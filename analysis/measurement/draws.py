@@ -39,13 +39,17 @@ class Draw:
 
     def loss(self, model: Diffusion, span: TimestepRange) -> Tensor:
         """Return the mean loss [] at the timesteps of a range."""
-        return model.loss(self.x0, self.noise, self.timesteps(span).to(model.device), self.condition).mean()
+        return model.loss(
+            self.x0, self.noise, self.timesteps(span).to(model.device), self.condition
+        ).mean()
 
     def only(self, b: int) -> Draw:
         """Return sample b alone."""
         keep = slice(b, b + 1)
         condition = None if self.condition is None else self.condition[keep]
-        return Draw(self.images[keep], self.x0[keep], condition, self.noise[keep], self.position[keep])
+        return Draw(
+            self.images[keep], self.x0[keep], condition, self.noise[keep], self.position[keep]
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +70,11 @@ class Draws:
 
     def group(self, m: int) -> Iterator[Draw]:
         """Yield the draw of each bin of group m."""
-        pairs = [self.antithetic] * len(self.bins) if isinstance(self.antithetic, bool) else self.antithetic
+        pairs = (
+            [self.antithetic] * len(self.bins)
+            if isinstance(self.antithetic, bool)
+            else self.antithetic
+        )
         shared = {paired: self._of(m, paired) for paired in set(pairs)} if self.shared else {}
         for i, paired in enumerate(pairs):
             yield shared[paired] if self.shared else self._of(MAX_CELLS * (1 + i) + m, paired)
@@ -79,7 +87,10 @@ class Draws:
     def trial(self, i: int, j: int) -> tuple[Draw, Draw]:
         """Return two samples of bin i that no group has, for trial j of the noise, and one of them with its opposite noise."""
         key = MAX_CELLS * (2 + len(self.bins) + i) + j
-        plain, paired = (draw(self.model, self.data, key, 2, self.seed, antithetic) for antithetic in (False, True))
+        plain, paired = (
+            draw(self.model, self.data, key, 2, self.seed, antithetic)
+            for antithetic in (False, True)
+        )
         return plain, paired
 
     def _of(self, key: int, antithetic: bool) -> Draw:
@@ -90,11 +101,21 @@ def draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithe
     """Return the B samples of one key."""
     n = B // 2 if antithetic else B
     samples = range(n)
-    chosen = (uniform(seed, "analysis-image", samples=samples, step=key) * len(data)).long().tolist()
+    chosen = (
+        (uniform(seed, "analysis-image", samples=samples, step=key) * len(data)).long().tolist()
+    )
     x0, condition = model.encode_from(data, chosen)
-    noise = normal(model.sample_shape, seed, "analysis-noise", samples=samples, step=key).to(model.device)
+    noise = normal(model.sample_shape, seed, "analysis-noise", samples=samples, step=key).to(
+        model.device
+    )
     position = (torch.arange(n) + uniform(seed, "analysis-t", samples=samples, step=key)) / n
     if not antithetic:
         return Draw(chosen, x0, condition, noise, position)
     twice = None if condition is None else torch.cat([condition, condition])
-    return Draw(2 * chosen, torch.cat([x0, x0]), twice, torch.cat([noise, -noise]), torch.cat([position, position]))
+    return Draw(
+        2 * chosen,
+        torch.cat([x0, x0]),
+        twice,
+        torch.cat([noise, -noise]),
+        torch.cat([position, position]),
+    )

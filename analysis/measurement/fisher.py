@@ -111,7 +111,9 @@ class RangeFisher:
     @property
     def committed(self) -> int:
         """How many groups, from the first, an earlier call has committed."""
-        return next((m + 1 for m in reversed(range(self.groups)) if self.partial.has(f"{m:04d}")), 0)
+        return next(
+            (m + 1 for m in reversed(range(self.groups)) if self.partial.has(f"{m:04d}")), 0
+        )
 
     def samples(self, span: TimestepRange, groups: int) -> int:
         """Return how many examples the Fisher of a range is taken from."""
@@ -134,7 +136,9 @@ class RangeFisher:
         """Whether the sums hold group m."""
         return m < self.done
 
-    def cell(self, m: int, i: int, draw: Draw, loss: Loss, backward: Backward, consume: Consume) -> None:
+    def cell(
+        self, m: int, i: int, draw: Draw, loss: Loss, backward: Backward, consume: Consume
+    ) -> None:
         """Run the backward passes of the cell of bin i and group m, `consume` its gradient, and add to the Fisher."""
         B, k, span = self.batch_size, self.parts, self.bins[i]
         s, squares = self.passes(draw, span, loss, backward, consume)
@@ -144,12 +148,16 @@ class RangeFisher:
         weight, total = len(span) / len(self.ranges[r]), self.part[r % len(self.part)]
         total.addcmul_(s, s, value=weight)
         if k > 1:
-            spread = squares.mul_(k).addcmul_(s, s, value=-1).clamp_(min=0)  # below 0 by rounding only
+            spread = (
+                squares.mul_(k).addcmul_(s, s, value=-1).clamp_(min=0)
+            )  # below 0 by rounding only
             total.add_(spread, alpha=weight * (B - 1) / (k - 1))
         if self.world.size == 1 and span.stop == self.ranges[r].stop:
             self._take(r, 0)
 
-    def passes(self, draw: Draw, span: TimestepRange, loss: Loss, backward: Backward, consume: Consume) -> Tensor:
+    def passes(
+        self, draw: Draw, span: TimestepRange, loss: Loss, backward: Backward, consume: Consume
+    ) -> Tensor:
         """Run the backward passes of a cell, `consume` its gradient s, and return s and sum_j x_j^2, [2 D]."""
         k = self.parts
         s, squares = found = torch.zeros(2, backward.D, device=draw.x0.device)
@@ -178,7 +186,11 @@ class RangeFisher:
 
     def _take(self, r: int, owner: int) -> None:
         """Add what the process `owner` has of a group on range r to the sums."""
-        part = self.part[r % len(self.part)] if owner == self.world.rank else torch.empty_like(self.sums[r])
+        part = (
+            self.part[r % len(self.part)]
+            if owner == self.world.rank
+            else torch.empty_like(self.sums[r])
+        )
         self.sums[r] += self.world.share(part, owner)
         part.zero_()
 
@@ -186,7 +198,10 @@ class RangeFisher:
         """Return F of range r for each tensor of the state dict, float32 on the CPU."""
         parameters = dict(denoiser.named_parameters())
         pieces = (self.sums[r] / self.done).cpu().split([p.numel() for p in parameters.values()])
-        found = {name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
+        found = {
+            name: piece.view(p.shape)
+            for (name, p), piece in zip(parameters.items(), pieces, strict=True)
+        }
         return by_state_name(denoiser, found)
 
     def _of(self, i: int) -> int:
@@ -227,8 +242,13 @@ class FisherFiles:
         Raises:
             UsageError: where one was made otherwise.
         """
-        groups = {span: min(self._recorded(span), self.fisher.groups) for span in self.fisher.ranges}
-        there = [is_there(self.folder / str(s), NAME, self.inputs[s], self._said(s, n)) for s, n in groups.items()]
+        groups = {
+            span: min(self._recorded(span), self.fisher.groups) for span in self.fisher.ranges
+        }
+        there = [
+            is_there(self.folder / str(s), NAME, self.inputs[s], self._said(s, n))
+            for s, n in groups.items()
+        ]
         return all(there) and set(groups.values()) == {self.fisher.groups}
 
     def write(self, denoiser: nn.Module) -> list[Path]:
@@ -237,7 +257,13 @@ class FisherFiles:
         facts = {"gradients": f"{k} microbatches a cell", "batch": self.fisher.batch_size // k}
         for r, span in enumerate(self.fisher.ranges):
             collected = Collected(self.fisher.means(r, denoiser), facts)
-            commit_statistic(self.folder / str(span), NAME, collected, self.inputs[span], self._said(span, groups))
+            commit_statistic(
+                self.folder / str(span),
+                NAME,
+                collected,
+                self.inputs[span],
+                self._said(span, groups),
+            )
         return self.paths
 
     def _said(self, span: TimestepRange, groups: int) -> dict[str, Any]:
@@ -255,13 +281,19 @@ class FisherFiles:
     def __str__(self) -> str:
         k, b = self.fisher.parts, self.fisher.batch_size // self.fisher.parts
         passes = f"{k} passes of {b} samples for each cell" if k > 1 else "each cell is an example"
-        before = sorted({n for span in self.fisher.ranges if (n := self._recorded(span)) != self.fisher.groups})
-        instead = f", in place of the one of {' and '.join(map(str, before))} groups" if before else ""
+        before = sorted(
+            {n for span in self.fisher.ranges if (n := self._recorded(span)) != self.fisher.groups}
+        )
+        instead = (
+            f", in place of the one of {' and '.join(map(str, before))} groups" if before else ""
+        )
         where = f"{self.bytes / 1e6:,.0f} MB of sums, into {self.folder}{instead}"
         return f"fisher    {self.fisher.ranges}: {passes}, {where}"
 
 
-def fisher_files(measurement: Measurement, ranges: str, out: Path, world: World = ALONE) -> FisherFiles:
+def fisher_files(
+    measurement: Measurement, ranges: str, out: Path, world: World = ALONE
+) -> FisherFiles:
     """Prepare the Fisher of ranges beside a measurement, and check it.
 
     Args:
@@ -277,13 +309,23 @@ def fisher_files(measurement: Measurement, ranges: str, out: Path, world: World 
     if s.precision != "no":
         raise UsageError("the Fisher is taken in float32", fix="leave out --mixed-precision")
     if s.antithetic != "off":
-        raise UsageError("antithetic samples are not independent, and the Fisher needs such", fix="leave out --antithetic")
+        raise UsageError(
+            "antithetic samples are not independent, and the Fisher needs such",
+            fix="leave out --antithetic",
+        )
     if s.params != "all":
-        raise UsageError(f"the Fisher of params '{s.params}' alone does not merge a model", fix="leave out --params")
+        raise UsageError(
+            f"the Fisher of params '{s.params}' alone does not merge a model",
+            fix="leave out --params",
+        )
     spans = Partition.parse(ranges, model.T)
     edges = [0, *spans.cuts, spans.total]
-    own = Partial(out / "conflict.partial" / NAME, {**measurement.key(), NAME: edges, "parts": PARTS})
-    fisher = RangeFisher(spans, Partition.uniform(model.T, s.bins), measurement.most, s.batch_size, own, world)
+    own = Partial(
+        out / "conflict.partial" / NAME, {**measurement.key(), NAME: edges, "parts": PARTS}
+    )
+    fisher = RangeFisher(
+        spans, Partition.uniform(model.T, s.bins), measurement.most, s.batch_size, own, world
+    )
     options = {name: getattr(s, name) for name in ("bins", "batch_size", "draws", "seed")}
     sha256 = model.sha256
     inputs = {span: inputs_of(sha256, measurement.data, span) for span in spans}

@@ -24,7 +24,14 @@ from typing import Any
 
 from demerge.analysis.measurement.backward import Backward, select
 from demerge.analysis.measurement.checkpoint import Partial
-from demerge.analysis.measurement.collector import TRIALS, Cells, Everything, Keep, Progress, SideBySide
+from demerge.analysis.measurement.collector import (
+    TRIALS,
+    Cells,
+    Everything,
+    Keep,
+    Progress,
+    SideBySide,
+)
 from demerge.analysis.measurement.draws import Draws
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.options import MEMORY, Settings, duration, groups_of
@@ -61,7 +68,11 @@ class Cost:
 
     def __str__(self) -> str:
         kept = "exact gradients" if self.engine == "exact" else f"sketches of {K:,} numbers"
-        took = "" if self.seconds is None else f", {'at most' if self.most else 'about'} {duration(self.seconds)}"
+        took = (
+            ""
+            if self.seconds is None
+            else f", {'at most' if self.most else 'about'} {duration(self.seconds)}"
+        )
         trials = f" and {self.trials} of 2 samples" if self.trials else ""
         passes = f"{'up to ' * self.most}{self.passes + self.more} backward passes{trials}{took}"
         return f"{passes}, {self.bytes / 1e6:,.0f} MB of {kept}"
@@ -90,7 +101,9 @@ class Measurement:
     @property
     def layout(self) -> dict[str, int]:
         """How many coordinates each parameter has, by name, in their order."""
-        return {name: p.numel() for name, p in select(self.model.denoiser, self.settings.params).items()}
+        return {
+            name: p.numel() for name, p in select(self.model.denoiser, self.settings.params).items()
+        }
 
     @property
     def parameters(self) -> int:
@@ -106,7 +119,9 @@ class Measurement:
     def exact(self) -> bool:
         """Whether whole gradients are kept."""
         s, D = self.settings, self.parameters
-        return s.engine == "exact" or (s.engine == "auto" and (s.bins * s.groups * self._bytes(True) <= s.memory or D <= K))
+        return s.engine == "exact" or (
+            s.engine == "auto" and (s.bins * s.groups * self._bytes(True) <= s.memory or D <= K)
+        )
 
     @property
     def most(self) -> int:
@@ -114,7 +129,10 @@ class Measurement:
         s = self.settings
         if not s.open:
             return s.groups
-        return max(MIN_GROUPS, min(s.groups, s.memory // (s.bins * self._bytes(self.exact)), MAX_CELLS // s.bins))
+        return max(
+            MIN_GROUPS,
+            min(s.groups, s.memory // (s.bins * self._bytes(self.exact)), MAX_CELLS // s.bins),
+        )
 
     def _bytes(self, exact: bool) -> int:
         """Return what one cell takes: sketches, and the gradient where that is kept."""
@@ -139,15 +157,35 @@ class Measurement:
                 f"{cells:,} cells are more than the {MAX_CELLS:,} of a map",
                 fix=f"take {MAX_CELLS // s.bins} groups, or fewer bins",
             )
-        pilot, trials = s.bins * (s.metric == "adam"), 2 * TRIALS * s.bins * (s.antithetic == "auto")
-        return Cost(cells + pilot, "exact" if exact else f"sketch-{K}", needed, None, trials, more=cells * (parts - 1))
+        pilot, trials = (
+            s.bins * (s.metric == "adam"),
+            2 * TRIALS * s.bins * (s.antithetic == "auto"),
+        )
+        return Cost(
+            cells + pilot,
+            "exact" if exact else f"sketch-{K}",
+            needed,
+            None,
+            trials,
+            more=cells * (parts - 1),
+        )
 
     def origin(self, antithetic: bool | tuple[bool, ...] | None = None) -> Origin:
         """Return what the map will be one of; where a pilot chooses the noise, with what it chose."""
         s, of = self.settings, self.model
         facts = (of.sha256, self.data.fingerprint, self.parameters, self.cost().engine, s.draws)
         paired = s.antithetic == "on" if antithetic is None else antithetic
-        return Origin(*facts, paired, s.metric, s.batch_size, s.seed, s.params, s.precision, of.prediction_type, of.fingerprint)
+        return Origin(
+            *facts,
+            paired,
+            s.metric,
+            s.batch_size,
+            s.seed,
+            s.params,
+            s.precision,
+            of.prediction_type,
+            of.fingerprint,
+        )
 
     def key(self) -> dict[str, Any]:
         """Return what a part must be a part of; the number of groups is none of it."""
@@ -177,13 +215,26 @@ class Measurement:
         """
         s = self.settings
         denoiser = copy.deepcopy(self.model.denoiser).float().eval()
-        student, backward = self.model.with_denoiser(denoiser), Backward(denoiser, s.params, self.mode)
+        student, backward = (
+            self.model.with_denoiser(denoiser),
+            Backward(denoiser, s.params, self.mode),
+        )
         bins = Partition.uniform(self.model.T, s.bins)
-        draws = Draws(student, self.data, bins, s.batch_size, s.seed, s.draws == "shared", s.antithetic == "on")
+        draws = Draws(
+            student,
+            self.data,
+            bins,
+            s.batch_size,
+            s.seed,
+            s.draws == "shared",
+            s.antithetic == "on",
+        )
         sketch = CountSketch.of(backward.D, s.seed, device=self.model.device)
         short = SideBySide([sketch, *([sketch.layers(self.layout)] if s.layers else [])])
         keep: Keep = Everything(backward.D) if self.exact else short
-        cells = Cells(draws, backward, keep, partial, 0, world=world, precision=s.precision, fisher=fisher)
+        cells = Cells(
+            draws, backward, keep, partial, 0, world=world, precision=s.precision, fisher=fisher
+        )
         run = Run(self, cells, sketch, short, start)
         if timed or s.budget is not None:
             with fitting_threads(self.model, s.batch_size):
@@ -191,7 +242,9 @@ class Measurement:
         run.refuse_small_budget()
         return run
 
-    def run(self, partial: Partial, progress: Progress | None = None, fisher: RangeFisher | None = None) -> ConflictMap:
+    def run(
+        self, partial: Partial, progress: Progress | None = None, fisher: RangeFisher | None = None
+    ) -> ConflictMap:
         """Measure what `partial` does not hold yet, and return the map; see `Run.map`."""
         return self.begin(partial, fisher=fisher).map(progress)
 

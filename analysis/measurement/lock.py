@@ -32,7 +32,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise ResourceError(f"{folder} cannot be written: {error}", fix="choose a folder you may write to") from error
+        raise ResourceError(
+            f"{folder} cannot be written: {error}", fix="choose a folder you may write to"
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -53,7 +53,9 @@ class Settings:
         if isinstance(self.antithetic, bool):
             object.__setattr__(self, "antithetic", "on" if self.antithetic else "off")
         if self.groups < MIN_GROUPS:
-            raise UsageError(f"{self.groups} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
+            raise UsageError(
+                f"{self.groups} groups are too few for errors", fix=f"use at least {MIN_GROUPS}"
+            )
         if min(self.bins, self.batch_size, self.memory) < 1:
             raise UsageError(
                 f"{self.bins} bins, batch size {self.batch_size} and {self.memory} bytes must all be at least 1",
@@ -67,14 +69,23 @@ class Settings:
             ("mixed precision", self.precision, PRECISIONS),
         ):
             if value not in known:
-                raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
+                raise UsageError(
+                    f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}"
+                )
         if self.antithetic != "off" and self.batch_size % 2:
-            raise UsageError(f"batch size {self.batch_size} makes no antithetic pairs", fix="give an even one")
+            raise UsageError(
+                f"batch size {self.batch_size} makes no antithetic pairs", fix="give an even one"
+            )
         for name, number in (("budget", self.budget), ("se", self.se)):
             if number is not None and not 0 < number < float("inf"):
-                raise UsageError(f"{name} {number} is not positive and finite", fix=f"give a {name} above 0")
+                raise UsageError(
+                    f"{name} {number} is not positive and finite", fix=f"give a {name} above 0"
+                )
         if self.se is not None and self.bins < 2:
-            raise UsageError("se is that of the similarity of neighbouring bins, and there is one bin", fix="give more bins")
+            raise UsageError(
+                "se is that of the similarity of neighbouring bins, and there is one bin",
+                fix="give more bins",
+            )
 
     @property
     def open(self) -> bool:
@@ -95,7 +106,10 @@ def seconds_of(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip(), re.ASCII)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"budget '{text}' is not a duration", fix="give seconds, minutes or hours, for example 90s, 10m or 2h")
+        raise UsageError(
+            f"budget '{text}' is not a duration",
+            fix="give seconds, minutes or hours, for example 90s, 10m or 2h",
+        )
     return float(match[1]) * UNITS[match[2]]
 
 

@@ -46,9 +46,14 @@ class Run:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start is not None and self.start.layers is not None and not self.measurement.settings.layers:
+        if (
+            self.start is not None
+            and self.start.layers is not None
+            and not self.measurement.settings.layers
+        ):
             raise UsageError(
-                f"the map of {self.start.M} groups has sketches of layers, which more groups would lack", fix="add --layers"
+                f"the map of {self.start.M} groups has sketches of layers, which more groups would lack",
+                fix="add --layers",
             )
 
     @property
@@ -85,7 +90,9 @@ class Run:
             left = max(0.0, s.budget - self._took(0))
             fitting = self.cells.world.size * int(left / (s.bins * self.seconds))
             most = min(most, max(MIN_GROUPS, self.known + fitting))
-        return replace(self._cost(most), seconds=self._took(most - self.known), most=s.se is not None)
+        return replace(
+            self._cost(most), seconds=self._took(most - self.known), most=s.se is not None
+        )
 
     def _cost(self, groups: int) -> Cost:
         return self.measurement.cost(groups, 1 if self.fisher is None else self.fisher.parts)
@@ -121,7 +128,9 @@ class Run:
             fix=", or ".join([f"give --budget {math.ceil(needed * 1.1)}s", *fewer]),
         )
 
-    def map(self, progress: Progress | None = None, early: Callable[[ConflictMap], None] | None = None) -> ConflictMap:
+    def map(
+        self, progress: Progress | None = None, early: Callable[[ConflictMap], None] | None = None
+    ) -> ConflictMap:
         """Measure, and return the map.
 
         Args:
@@ -138,7 +147,9 @@ class Run:
         with fitting_threads(of.model, s.batch_size):
             return self._measured(progress, early)
 
-    def _measured(self, progress: Progress | None, early: Callable[[ConflictMap], None] | None) -> ConflictMap:
+    def _measured(
+        self, progress: Progress | None, early: Callable[[ConflictMap], None] | None
+    ) -> ConflictMap:
         of, cells, cost = self.measurement, self.cells, self.cost
         s = of.settings
         if self.fisher is not None:
@@ -150,13 +161,17 @@ class Run:
         def of_gram(gram: Array) -> ConflictMap:
             return ConflictMap(cells.draws.bins, gram, of.log_snr, origin)
 
-        stop = Stop(s.budget, s.se, cells.took, of_gram, width, time.monotonic()) if s.open else None
+        stop = (
+            Stop(s.budget, s.se, cells.took, of_gram, width, time.monotonic()) if s.open else None
+        )
 
         def first(rows: Tensor) -> None:
             if early is not None:
                 early(of_gram(by_cell(products(rows[..., :width].flatten(0, 1)), len(rows))))
 
-        rows = cells.rows(of.most, adam=s.metric == "adam", start=self._rows(), enough=stop, first=first)
+        rows = cells.rows(
+            of.most, adam=s.metric == "adam", start=self._rows(), enough=stop, first=first
+        )
         return self._map(rows, origin)
 
     def _antithetic(self) -> bool | tuple[bool, ...]:
@@ -181,11 +196,15 @@ class Run:
 
     def _map(self, rows: Tensor, origin: Origin) -> ConflictMap:
         of, width = self.measurement, self.sketch.width
-        whole, short = (rows, _shortened(rows, self.short)) if of.exact else (rows[..., :width], rows)
+        whole, short = (
+            (rows, _shortened(rows, self.short)) if of.exact else (rows[..., :width], rows)
+        )
         gram = by_cell(products(whole.flatten(0, 1)), len(rows))
         kept = short.transpose(0, 1).cpu().numpy()
         layers = kept[..., width:] if of.settings.layers else None
-        return ConflictMap(self.cells.draws.bins, gram, of.log_snr, origin, of.layout, kept[..., :width], layers)
+        return ConflictMap(
+            self.cells.draws.bins, gram, of.log_snr, origin, of.layout, kept[..., :width], layers
+        )
 
 
 def _shortened(rows: Tensor, keep: Keep) -> Tensor:

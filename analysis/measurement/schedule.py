@@ -42,7 +42,10 @@ def refuse_other_schedule(map: ConflictMap, path: Path, model: str) -> None:
     except InputError:
         return
     scheduler = load_scheduler(folder, read_index(folder))
-    there, here = described(map.log_snr), described(_log_snr(scheduler.alphas_cumprod.double().numpy()))
+    there, here = (
+        described(map.log_snr),
+        described(_log_snr(scheduler.alphas_cumprod.double().numpy())),
+    )
     if there != here:
         raise InputError(
             f"{path} was measured on a schedule {there}, {model} has one {here}",

@@ -28,7 +28,10 @@ from demerge.conflict import K, layer_widths, layers_of
 from demerge.diffusion.numerics import accumulator
 from demerge.randomness import key_of
 
-ROWS, ACCELERATED_ROWS = 8, 512  # of k at a time: those that stay in a processor's cache, and those worth a kernel's start
+ROWS, ACCELERATED_ROWS = (
+    8,
+    512,
+)  # of k at a time: those that stay in a processor's cache, and those worth a kernel's start
 HASHED = 1 << 20
 WORD = 1 << 64
 
@@ -41,9 +44,13 @@ class CountSketch:
     k: int = K
 
     @classmethod
-    def of(cls, D: int, seed: int, *, k: int = K, device: torch.device | str = "cpu") -> CountSketch:
+    def of(
+        cls, D: int, seed: int, *, k: int = K, device: torch.device | str = "cpu"
+    ) -> CountSketch:
         """Make the sketch of D coordinates that a seed stands for; all of them are kept where they are fewer than k."""
-        pieces = [signs(start, min(start + HASHED, D), seed, device) for start in range(0, D, HASHED)]
+        pieces = [
+            signs(start, min(start + HASHED, D), seed, device) for start in range(0, D, HASHED)
+        ]
         return cls(torch.cat(pieces), min(k, D))
 
     @property
@@ -117,10 +124,14 @@ def signs(start: int, stop: int, seed: int, device: torch.device | str = "cpu") 
     Integers wrap around at 2^64 on every device; a shift drags the sign bit along, which the masks take off again.
     """
     key = key_of(seed, "analysis-sketch") % WORD
-    z = torch.arange(start + 1, stop + 1, device=device) * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    z = torch.arange(start + 1, stop + 1, device=device) * _signed(0x9E3779B97F4A7C15) + _signed(
+        key
+    )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ _shifted(z, shift)) * _signed(factor)
-    return 1 - 2 * (z < 0).to(torch.int8)  # the last step of SplitMix64, z ^ z >> 31, leaves the top bit as it is
+    return 1 - 2 * (z < 0).to(
+        torch.int8
+    )  # the last step of SplitMix64, z ^ z >> 31, leaves the top bit as it is
 
 
 def _shifted(z: Tensor, n: int) -> Tensor:

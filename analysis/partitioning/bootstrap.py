@@ -17,7 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from demerge.analysis.partitioning.objective import METHODS, Objective, cover, cut, edges_of, nearest_edges, on_bins
+from demerge.analysis.partitioning.objective import (
+    METHODS,
+    Objective,
+    cover,
+    cut,
+    edges_of,
+    nearest_edges,
+    on_bins,
+)
 from demerge.analysis.partitioning.resolution import LEAST_KNOWN, Blocks, blocks
 from demerge.analysis.similarity import (
     RESOLVED,
@@ -95,26 +103,46 @@ class Evidence:
     def share(self, partition: Partition) -> Estimate:
         """Return ES of a partition, in [0, 1], at the nearest edges of bins."""
         shares = cover(self.map, on_bins(self.map, nearest_edges(self.map, partition)))
-        found = estimate(self.map, lambda K: self.objective.gain(K, shares) / self.objective.gain(K, self.apart), self.found.K)
+        found = estimate(
+            self.map,
+            lambda K: self.objective.gain(K, shares) / self.objective.gain(K, self.apart),
+            self.found.K,
+        )
         return Estimate(float(np.clip(found.value, 0, 1)), found.se)
 
-    def edges(self, K: Array, counts: Sequence[int], method: str = "gradient", minimum: int | None = None) -> list[list[int]]:
+    def edges(
+        self, K: Array, counts: Sequence[int], method: str = "gradient", minimum: int | None = None
+    ) -> list[list[int]]:
         """Return the edges of the best cuts of K [N N] between the map's blocks, for each number of ranges."""
         return edges_of(self.objective.table(K), counts, self.blocks.edges, method, minimum)
 
     def bootstrap(self, n: int, method: str = "gradient", minimum: int | None = None) -> Array:
         """Return the inner cuts of 200 bootstrap draws, in timesteps, [200 n-1]; fewer where `hierarchical` finds none."""
-        weights = generator(self.map.origin.seed, "analysis-bootstrap").exponential(size=(DRAWS, self.map.M))
-        cuts = [self.edges(K, [n], method, minimum)[0][1:-1] for K in kernel(self.map, weighted(weights))]
+        weights = generator(self.map.origin.seed, "analysis-bootstrap").exponential(
+            size=(DRAWS, self.map.M)
+        )
+        cuts = [
+            self.edges(K, [n], method, minimum)[0][1:-1]
+            for K in kernel(self.map, weighted(weights))
+        ]
         places = np.array(self.map.edges, dtype=np.float64)
-        return places[np.array([inner for inner in cuts if len(inner) == n - 1], dtype=np.intp).reshape(-1, n - 1)]
+        return places[
+            np.array([inner for inner in cuts if len(inner) == n - 1], dtype=np.intp).reshape(
+                -1, n - 1
+            )
+        ]
 
 
-def support(map: ConflictMap, partition: Partition, draws: Array) -> list[tuple[int, float, int, int]]:
+def support(
+    map: ConflictMap, partition: Partition, draws: Array
+) -> list[tuple[int, float, int, int]]:
     """Return for each cut: its timestep, the share of draws with a cut within one bin, and the central 90 % of its draws."""
     edges, result = np.array(map.edges), []
     for k, place in enumerate(partition.cuts):
-        low, high = edges[np.searchsorted(edges, place) - 1], edges[np.searchsorted(edges, place, side="right")]
+        low, high = (
+            edges[np.searchsorted(edges, place) - 1],
+            edges[np.searchsorted(edges, place, side="right")],
+        )
         near = ((draws >= low) & (draws <= high)).any(1).mean()
         a, b = np.quantile(draws[:, k], [0.05, 0.95], method="nearest")
         result.append((place, float(near), int(a), int(b)))

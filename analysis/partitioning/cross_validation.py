@@ -27,7 +27,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from demerge.analysis.partitioning.bootstrap import Estimate, Evidence
-from demerge.analysis.partitioning.objective import FOUND, GIVEN, METHODS, cut, least_width, nearest_edges
+from demerge.analysis.partitioning.objective import (
+    FOUND,
+    GIVEN,
+    METHODS,
+    cut,
+    least_width,
+    nearest_edges,
+)
 from demerge.analysis.partitioning.resolution import LEAST_KNOWN
 from demerge.analysis.partitioning.search import no_cut, total
 from demerge.analysis.similarity import halves, kernel, standard_error, weighted
@@ -59,13 +66,19 @@ class HeldOut:
         kept = [everyone, *([g for g in everyone if g != m] for m in everyone)]
         pairs = [halves(groups, map.M, map.origin.seed) for groups in kept]
         splits = tuple((kernel(map, weighted(A)), kernel(map, weighted(B))) for A, B in pairs)
-        return cls(evidence, splits, float(evidence.objective.gain(evidence.found.K, evidence.apart)))
+        return cls(
+            evidence, splits, float(evidence.objective.gain(evidence.found.K, evidence.apart))
+        )
 
-    def gains(self, counts: Sequence[int], method: str = "gradient", minimum: int | None = None) -> Array:
+    def gains(
+        self, counts: Sequence[int], method: str = "gradient", minimum: int | None = None
+    ) -> Array:
         """Return the mean J_B of cuts into n ranges for each n, of all groups and without each, [1+M C]."""
         if method in FOUND:
             return self._judged(lambda A: self.evidence.edges(A, counts, method, minimum))
-        fixed = [nearest_edges(self.evidence.map, cut(self.evidence.map, n, method)) for n in counts]
+        fixed = [
+            nearest_edges(self.evidence.map, cut(self.evidence.map, n, method)) for n in counts
+        ]
         return self._judged(lambda A: fixed)
 
     def given(self, partition: Partition) -> Array:
@@ -78,7 +91,10 @@ class HeldOut:
         table = self.evidence.objective.table
         rows = []
         for A, B in self.splits:
-            split = [[total(judge, edges) - judge[0, -1] for edges in find(a)] for a, judge in zip(A, table(B), strict=True)]
+            split = [
+                [total(judge, edges) - judge[0, -1] for edges in find(a)]
+                for a, judge in zip(A, table(B), strict=True)
+            ]
             rows.append(np.mean(split, axis=0))
         return np.array(rows)
 
@@ -106,7 +122,9 @@ class Count:
     shares: dict[str, list[Estimate]]
 
 
-def count(map: ConflictMap, *, method: str = "gradient", score: str = "step", minimum: int | None = None) -> Count:
+def count(
+    map: ConflictMap, *, method: str = "gradient", score: str = "step", minimum: int | None = None
+) -> Count:
     """Find how many ranges a map supports by cross-fit and the one-SE rule; 1 where no conflict is resolved.
 
     Raises:
@@ -150,7 +168,9 @@ def unsure(evidence: Evidence) -> str:
 
 def _counts(evidence: Evidence, method: str, minimum: int | None) -> list[int]:
     """Return 1, 2, ... as far as a method can cut the map, but no further than its bins and 10."""
-    evidence.edges(evidence.found.K, [1], method, minimum)  # raises where not even one range is wide enough
+    evidence.edges(
+        evidence.found.K, [1], method, minimum
+    )  # raises where not even one range is wide enough
     counts = [1]
     for n in range(2, min(MOST, evidence.map.N) + 1):
         try:

@@ -143,7 +143,11 @@ class Benefit:
         if not self.share.known:
             return "no promise: noise hides what steps of the ranges would gain"
         if self.promised:
-            noisy = f"; with the noise of batches of {BATCH}, {self.batch.value:.0%}" if self.batch.known else ""
+            noisy = (
+                f"; with the noise of batches of {BATCH}, {self.batch.value:.0%}"
+                if self.batch.known
+                else ""
+            )
             return f"a joint AdamW step misses {self.share} of what separate ones gain, by direction alone{noisy}"
         where = "covers" if self.gain.high >= 0 else "lies below"
         return f"no promise: a joint AdamW step misses {self.share} of what separate ones gain, and the interval {where} 0"
@@ -180,7 +184,11 @@ class Benefit:
 
 
 def benefit(
-    evidence: Evidence, partition: Partition, method: str = "given", minimum: int | None = None, doubt: str = ""
+    evidence: Evidence,
+    partition: Partition,
+    method: str = "given",
+    minimum: int | None = None,
+    doubt: str = "",
 ) -> Benefit:
     """Predict what experts of the ranges gain over a joint model.
 
@@ -190,14 +198,18 @@ def benefit(
         doubt: why the map allows no promise.
     """
     shares = cover(evidence.map, partition)
-    at, without = (_Steps.of(evidence.map, K, shares) for K in (evidence.found.K, without_pair(evidence.map)))
+    at, without = (
+        _Steps.of(evidence.map, K, shares) for K in (evidence.found.K, without_pair(evidence.map))
+    )
 
     def interval(name: str) -> Interval:
         return Interval.of(float(getattr(at, name)), getattr(without, name))
 
     rows = tuple(
         RangeBenefit(span, Interval.of(float(m), m_), Interval.of(float(n), n_))
-        for span, m, m_, n, n_ in zip(partition, at.missed, without.missed.T, at.relative, without.relative.T, strict=True)
+        for span, m, m_, n, n_ in zip(
+            partition, at.missed, without.missed.T, at.relative, without.relative.T, strict=True
+        )
     )
     held_out = method in FOUND and len(partition) > 1
     if held_out:
@@ -206,7 +218,16 @@ def benefit(
         gain, share = (Interval.jackknife(float(each[0]), each[1:]) for each in (gains, ratio))
     else:
         gain, share = interval("gain"), interval("share")
-    return Benefit(rows, gain, share, interval("batch"), interval("sgd"), interval("sgd_length"), held_out, doubt)
+    return Benefit(
+        rows,
+        gain,
+        share,
+        interval("batch"),
+        interval("sgd"),
+        interval("sgd_length"),
+        held_out,
+        doubt,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -275,7 +296,9 @@ class _Steps:
     @property
     def batch(self) -> Array:
         own = self.own / np.sqrt(np.clip(self.own + self.noise / BATCH, self.own, None))
-        joint = self.joint / np.sqrt(np.clip(self.joint + self.joint_noise / BATCH, self.joint, None))
+        joint = self.joint / np.sqrt(
+            np.clip(self.joint + self.joint_noise / BATCH, self.joint, None)
+        )
         share: Array = 1 - joint / (own @ self.weights)
         return share
 
@@ -291,7 +314,9 @@ class _Steps:
         return part
 
 
-def _cross_fitted(evidence: Evidence, n: int, method: str, minimum: int | None) -> tuple[Array, Array]:
+def _cross_fitted(
+    evidence: Evidence, n: int, method: str, minimum: int | None
+) -> tuple[Array, Array]:
     """Return sum_R w_R |gbar_R| and J of cuts found on half of the groups, judged on the other, [1+M] each."""
     step = Objective.of(evidence.map, "step", evidence.found)
 

@@ -64,7 +64,9 @@ class Objective:
             raise UsageError(f"score '{score}' is unknown", fix=f"use one of {', '.join(SCORES)}")
         if score != "cosine":
             return cls(map.widths, np.ones(map.N), root=score == "step")
-        scale = np.where(found.resolved, np.where(found.resolved, np.diagonal(found.K), 1.0) ** -0.5, 0.0)
+        scale = np.where(
+            found.resolved, np.where(found.resolved, np.diagonal(found.K), 1.0) ** -0.5, 0.0
+        )
         return cls(found.resolved / max(1, found.resolved.sum()), scale, root=False)
 
     def values(self, sums: Array, weights: Array) -> Array:
@@ -77,11 +79,19 @@ class Objective:
     def table(self, K: Array) -> Array:
         """Return v of the range of bins [a, b) for all a <= b, [* N+1 N+1], from K [* N N]; 0 below the diagonal."""
         u = self.weights * self.scale
-        P = np.pad(np.cumsum(np.cumsum(K * np.outer(u, u), -2), -1), [(0, 0)] * (K.ndim - 2) + [(1, 0), (1, 0)])
+        P = np.pad(
+            np.cumsum(np.cumsum(K * np.outer(u, u), -2), -1),
+            [(0, 0)] * (K.ndim - 2) + [(1, 0), (1, 0)],
+        )
         W = np.concatenate([[0], np.cumsum(self.weights)])
         corners = np.diagonal(P, axis1=-2, axis2=-1)
         sums = corners[..., None, :] - P - P.swapaxes(-1, -2) + corners[..., :, None]
-        return np.triu(self.values(sums, np.broadcast_to(np.clip(W[None, :] - W[:, None], 0, None), sums.shape)), 1)
+        return np.triu(
+            self.values(
+                sums, np.broadcast_to(np.clip(W[None, :] - W[:, None], 0, None), sums.shape)
+            ),
+            1,
+        )
 
     def gain(self, K: Array, cover: Array) -> Array:
         """Return J [*] for K [* N N] of ranges that cover the share c_rn of each bin, [R N]."""
@@ -98,7 +108,12 @@ class Objective:
 
 
 def cut(
-    map: ConflictMap, n: int = 4, method: str = "gradient", *, score: str = "step", minimum: int | None = None
+    map: ConflictMap,
+    n: int = 4,
+    method: str = "gradient",
+    *,
+    score: str = "step",
+    minimum: int | None = None,
 ) -> Partition:
     """Cut [0, T) into n ranges.
 
@@ -115,7 +130,9 @@ def cut(
     if method not in METHODS:
         raise UsageError(f"method '{method}' is unknown", fix=f"use one of {', '.join(METHODS)}")
     if not 1 <= n <= map.T:
-        raise UsageError(f"cannot cut {map.T} timesteps into {n} ranges", fix=f"give 1 <= n <= {map.T}")
+        raise UsageError(
+            f"cannot cut {map.T} timesteps into {n} ranges", fix=f"give 1 <= n <= {map.T}"
+        )
     if method == "uniform" or n == 1:
         return Partition.uniform(map.T, n)
     if method == "logsnr":
@@ -128,7 +145,9 @@ def cut(
     return on_bins(map, edges)
 
 
-def edges_of(table: Array, counts: Sequence[int], allowed: Sequence[int], method: str, minimum: int | None) -> list[list[int]]:
+def edges_of(
+    table: Array, counts: Sequence[int], allowed: Sequence[int], method: str, minimum: int | None
+) -> list[list[int]]:
     """Return the edges of the cuts that `gradient` or `hierarchical` finds in a table of v, for each number of ranges.
 
     `hierarchical` returns its finest partition where it can split no more.
@@ -179,7 +198,9 @@ def nearest_edges(map: ConflictMap, partition: Partition) -> list[int]:
 def cover(map: ConflictMap, partition: Partition) -> Array:
     """Return the share of each bin that each range covers, [R N]."""
     edges = np.array(map.edges)
-    low, high = (np.array([getattr(r, side) for r in partition])[:, None] for side in ("start", "stop"))
+    low, high = (
+        np.array([getattr(r, side) for r in partition])[:, None] for side in ("start", "stop")
+    )
     overlap = np.clip(np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]), 0, None)
     shares: Array = overlap / np.diff(edges)
     return shares

@@ -55,7 +55,9 @@ def blocks(map: ConflictMap) -> Blocks:
     def resolved(start: int, stop: int) -> bool:
         inside = slice(start, stop)
         w = map.widths[inside]
-        return bool(w @ K[inside, inside] @ w > RESOLVED * error(pairs[:, inside, inside] @ w @ w).se)
+        return bool(
+            w @ K[inside, inside] @ w > RESOLVED * error(pairs[:, inside, inside] @ w @ w).se
+        )
 
     edges = [0]
     for single, run in groupby(range(map.N), lambda i: resolved(i, i + 1)):

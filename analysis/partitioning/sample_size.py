@@ -26,7 +26,9 @@ def groups_needed(map: ConflictMap, found: Similarity, known: float = 1.0) -> in
 
     It is M if they are already, and 100,000 at most.
     """
-    needed = np.array([map.M if resolved else _of_bin(map, found, i) for i, resolved in enumerate(found.resolved)])
+    needed = np.array(
+        [map.M if resolved else _of_bin(map, found, i) for i, resolved in enumerate(found.resolved)]
+    )
     order = np.argsort(needed, kind="stable")
     enough = np.searchsorted(np.cumsum(map.widths[order]), known - 1e-9)
     return int(needed[order[enough]])

@@ -25,7 +25,9 @@ def program(table: Array, n: int, allowed: Sequence[int], minimum: int = 1) -> l
     return programs(table, [n], allowed, minimum)[0]
 
 
-def programs(table: Array, counts: Sequence[int], allowed: Sequence[int], minimum: int = 1) -> list[list[int]]:
+def programs(
+    table: Array, counts: Sequence[int], allowed: Sequence[int], minimum: int = 1
+) -> list[list[int]]:
     """Return the edges of the best partitions into n ranges for each n, of one dynamic program.
 
     Args:
@@ -37,7 +39,9 @@ def programs(table: Array, counts: Sequence[int], allowed: Sequence[int], minimu
         NumericalError: where no such cut exists.
     """
     edges, found = np.asarray(allowed), {}
-    steps = np.where(edges[None, :] - edges[:, None] >= max(1, minimum), table[np.ix_(edges, edges)], -np.inf)
+    steps = np.where(
+        edges[None, :] - edges[:, None] >= max(1, minimum), table[np.ix_(edges, edges)], -np.inf
+    )
     best = np.where(np.arange(len(edges)) == 0, 0.0, -np.inf)
     came: list[NDArray[np.intp]] = []
     for n in range(1, max(counts) + 1):

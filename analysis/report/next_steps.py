@@ -63,7 +63,9 @@ class Names:
         return shlex.quote(str(self.folder.parent / name))
 
 
-def steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names) -> list[Step]:
+def steps(
+    map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names
+) -> list[Step]:
     """Return what to do next, each with the commands that do it; without a promise, seeing more comes first."""
     experts = _experts(map, partition, said, names) if len(partition) > 1 else []
     hidden, known = _hidden(map, said, names), len(said["unresolved"]) < map.N
@@ -71,9 +73,15 @@ def steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names
     return [*ordered, *(_layers(map, names) if known and len(partition) > 1 else [])]
 
 
-def _experts(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names) -> list[Step]:
+def _experts(
+    map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names
+) -> list[Step]:
     file = shlex.quote(str(names.partition))
-    what = "Train an expert for each range" if said["benefit"]["promised"] else "To try all the same: an expert for each range"
+    what = (
+        "Train an expert for each range"
+        if said["benefit"]["promised"]
+        else "To try all the same: an expert for each range"
+    )
     train = [
         f"demerge finetune {names.on()} --ranges {file} -o {names.beside('experts')}",
         f"demerge finetune {names.on()} --ranges joint:{len(partition)} -o {names.beside('joint')}",
@@ -82,7 +90,12 @@ def _experts(map: ConflictMap, partition: Partition, said: Mapping[str, Any], na
     if map.sketches is not None:
         folders = " ".join(names.beside(f"experts/{span}") for span in partition)
         moved = f"demerge transfer {shlex.quote(str(names.map))} {folders} --base {shlex.quote(names.model)}"
-        found.append(("Once they are trained: what each does to each range, predicted from the map alone.", [moved]))
+        found.append(
+            (
+                "Once they are trained: what each does to each range, predicted from the map alone.",
+                [moved],
+            )
+        )
     return found
 
 
@@ -93,9 +106,16 @@ def _hidden(map: ConflictMap, said: Mapping[str, Any], names: Names) -> list[Ste
         return []
     why = f"{len(said['unresolved'])} of {map.N} bins are unresolved; some {groups:,} groups or more would do"
     if groups <= most:
-        return [(f"{why}. They are added to the map.", [_again(map, names, shlex.quote(str(names.folder)), groups=groups)])]
+        return [
+            (
+                f"{why}. They are added to the map.",
+                [_again(map, names, shlex.quote(str(names.folder)), groups=groups)],
+            )
+        ]
     batch = 2 * math.ceil(map.origin.batch_size * groups / map.M / 2)
-    larger = _again(map, names, names.beside(f"{names.folder.name}-more"), **{"train-batch-size": batch})
+    larger = _again(
+        map, names, names.beside(f"{names.folder.name}-more"), **{"train-batch-size": batch}
+    )
     return [(f"{why}, or as many as there are with batches of {batch:,}.", [larger])]
 
 
@@ -105,10 +125,17 @@ def _layers(map: ConflictMap, names: Names) -> list[Step]:
         stored = names.beside(f"{names.folder.name}-layers")
         measure = [_again(map, names, stored, layers=True, metric="adam")]
     rank = f"demerge layers {stored} --ranges {shlex.quote(str(names.partition))} -o {names.beside('layers.json')}"
-    return [("Which layers conflict, to train only these with finetune --train-layers layers.json.", [*measure, rank])]
+    return [
+        (
+            "Which layers conflict, to train only these with finetune --train-layers layers.json.",
+            [*measure, rank],
+        )
+    ]
 
 
-def _again(map: ConflictMap, names: Names, out: str, *, layers: bool = False, **changes: object) -> str:
+def _again(
+    map: ConflictMap, names: Names, out: str, *, layers: bool = False, **changes: object
+) -> str:
     """Return the command that measures the map again into `out`, a word of a command, but for `changes`."""
     origin = map.origin
     asked = {
@@ -123,6 +150,10 @@ def _again(map: ConflictMap, names: Names, out: str, *, layers: bool = False, **
         "mixed-precision": origin.precision,
         "seed": origin.seed,
     }
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in {**asked, **changes}.items() if value != DEFAULTS[name]]
+    words = [
+        f"--{name} {shlex.quote(str(value))}"
+        for name, value in {**asked, **changes}.items()
+        if value != DEFAULTS[name]
+    ]
     words += ["--layers"] if layers or map.layers is not None else []
     return " ".join(["demerge analyze", names.on(), *words, "-o", out])

@@ -28,9 +28,7 @@ from demerge.storage.atomic import commit_text
 from demerge.timesteps import Partition
 
 NAME = "conflict.html"
-FOOTER = (
-    "Made by demerge from a conflict map. The same numbers lie beside it in conflict.safetensors; `demerge ranges` cuts anew."
-)
+FOOTER = "Made by demerge from a conflict map. The same numbers lie beside it in conflict.safetensors; `demerge ranges` cuts anew."
 CAPTIONS = {
     "heatmap": "Cosine of the mean gradients of two bins of timesteps: warm, one step helps both; cold, what helps one "
     "harms the other. Above the diagonal its standard error; hatched, noise hides it; dotted, a "
@@ -44,7 +42,13 @@ CAPTIONS = {
 }
 
 
-def page(map: ConflictMap, partition: Partition, said: Mapping[str, Any], shown: Mapping[str, Exhibit], names: Names) -> str:
+def page(
+    map: ConflictMap,
+    partition: Partition,
+    said: Mapping[str, Any],
+    shown: Mapping[str, Exhibit],
+    names: Names,
+) -> str:
     """Return the page of a map and its summary; `shown` are pictures by name, as in CAPTIONS."""
     sections = [
         _verdict(partition, said),
@@ -56,7 +60,11 @@ def page(map: ConflictMap, partition: Partition, said: Mapping[str, Any], shown:
         section("How the gradients change", "", _figures(shown, "similarity", "strength")),
         section("How it was measured", MEASURED, _origin(map)),
     ]
-    subtitle = f"{names.model} on {names.data}" if (names.model, names.data) != ("MODEL", "DATA") else _bare(map)
+    subtitle = (
+        f"{names.model} on {names.data}"
+        if (names.model, names.data) != ("MODEL", "DATA")
+        else _bare(map)
+    )
     return whole("How the timesteps conflict", subtitle, sections, FOOTER)
 
 
@@ -77,7 +85,9 @@ def _sure(said: Mapping[str, Any], shown: Mapping[str, Exhibit]) -> str:
     if said["cuts"][said["taken"]]["share"] is None:
         return ""
     found = _figures(shown, "curve", "support")
-    return section("How sure the cut is", "", f'<div class="gallery">{found}</div>') if found else ""
+    return (
+        section("How sure the cut is", "", f'<div class="gallery">{found}</div>') if found else ""
+    )
 
 
 def _figures(shown: Mapping[str, Exhibit], *names: str) -> str:
@@ -122,7 +132,9 @@ def _cut(partition: Partition, said: Mapping[str, Any]) -> str:
 
 def _promise(said: Mapping[str, Any]) -> str:
     sentence = said["benefit"]["sentence"]
-    judged = ", judged on samples that did not choose the cut" if said["benefit"]["held_out"] else ""
+    judged = (
+        ", judged on samples that did not choose the cut" if said["benefit"]["held_out"] else ""
+    )
     return f"Of this cut: {sentence}{judged}."
 
 
@@ -132,10 +144,19 @@ def _promise(said: Mapping[str, Any]) -> str:
 def _tiles(map: ConflictMap, said: Mapping[str, Any]) -> str:
     promise, explained = said["benefit"], said["cuts"][said["taken"]]
     shown = [
-        (f"{map.N - len(said['unresolved'])} of {map.N}", "bins whose mean gradient stands out from noise"),
+        (
+            f"{map.N - len(said['unresolved'])} of {map.N}",
+            "bins whose mean gradient stands out from noise",
+        ),
         _opposed(map),
-        (_percent(explained["share"]), f"of the conflict is resolved by this cut{_error(explained['se'])}"),
-        (_percent(promise["share"]["value"]), "of what separate AdamW steps gain is missed by a joint one, by direction alone"),
+        (
+            _percent(explained["share"]),
+            f"of the conflict is resolved by this cut{_error(explained['se'])}",
+        ),
+        (
+            _percent(promise["share"]["value"]),
+            "of what separate AdamW steps gain is missed by a joint one, by direction alone",
+        ),
         (
             _percent(promise["batch"]["value"]),
             f"with the noise of batches of {promise['batch']['size']} and unequal lengths too",
@@ -155,9 +176,10 @@ def _joint(row: Mapping[str, Any]) -> tuple[str, str]:
     """Return |gbar|^2 / sum_i w_i |mu_i|^2, a ratio that noise can carry anywhere."""
     if row["ratio"] is None or row["se"] is None or row["se"] > 0.5:
         return "?", "of all pull is joint: noise hides it"
-    return _percent(
-        row["ratio"]
-    ), f"of all pull is joint{_error(row['se'])}; near 0 the base has converged, and bins must oppose"
+    return (
+        _percent(row["ratio"]),
+        f"of all pull is joint{_error(row['se'])}; near 0 the base has converged, and bins must oppose",
+    )
 
 
 def _opposed(map: ConflictMap) -> tuple[str, str]:
@@ -166,11 +188,18 @@ def _opposed(map: ConflictMap) -> tuple[str, str]:
     if not np.isfinite(rho).any() or map.N == 1:
         return "?", "lowest cosine of two bins: none is resolved"
     i, j = sorted(divmod(int(np.nanargmin(rho)), map.N))
-    return f"{np.clip(rho[i, j], -1, 1):.2f}", f"lowest cosine, of the bins {_span(map.bins[i])} and {_span(map.bins[j])}"
+    return (
+        f"{np.clip(rho[i, j], -1, 1):.2f}",
+        f"lowest cosine, of the bins {_span(map.bins[i])} and {_span(map.bins[j])}",
+    )
 
 
 def _ranges(map: ConflictMap, partition: Partition, said: Mapping[str, Any]) -> str:
-    support = {row["cut"]: f"{row['support']:.0%}" for row in said["support"] if said["taken"] == said["judged"]}
+    support = {
+        row["cut"]: f"{row['support']:.0%}"
+        for row in said["support"]
+        if said["taken"] == said["judged"]
+    }
     rows = [
         [
             _span(span),
@@ -182,7 +211,17 @@ def _ranges(map: ConflictMap, partition: Partition, said: Mapping[str, Any]) -> 
         ]
         for span, row in zip(partition, said["benefit"]["ranges"], strict=True)
     ]
-    return table(["timesteps", "of all", "pull", "missed by a joint step", "95 % interval", "support of its end"], rows)
+    return table(
+        [
+            "timesteps",
+            "of all",
+            "pull",
+            "missed by a joint step",
+            "95 % interval",
+            "support of its end",
+        ],
+        rows,
+    )
 
 
 def _span(span: Any) -> str:
@@ -211,7 +250,10 @@ def _between(share: Mapping[str, float | None]) -> str:
 
 def _steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names) -> str:
     found = steps(map, partition, said, names)
-    return "\n".join(f'<p class="step">{text(why)}</p>\n<pre>{text(chr(10).join(run))}</pre>' for why, run in found)
+    return "\n".join(
+        f'<p class="step">{text(why)}</p>\n<pre>{text(chr(10).join(run))}</pre>'
+        for why, run in found
+    )
 
 
 # -- how it was measured -------------------------------------------------------------------------------------------------
@@ -219,9 +261,15 @@ def _steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], name
 
 def _origin(map: ConflictMap) -> str:
     facts = {"bins": map.N, "groups": f"{map.M} of {map.origin.batch_size} samples"}
-    facts |= {f.name.replace("_", " "): getattr(map.origin, f.name) for f in fields(map.origin) if f.name != "batch_size"}
+    facts |= {
+        f.name.replace("_", " "): getattr(map.origin, f.name)
+        for f in fields(map.origin)
+        if f.name != "batch_size"
+    }
     facts |= {"antithetic": map.origin.noise}
-    rows = (f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items() if value != "")
+    rows = (
+        f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items() if value != ""
+    )
     return f"<dl>{''.join(rows)}</dl>"
 
 
@@ -234,14 +282,27 @@ def pictures(
     """Draw the plots of a summary: figures on white, and the page's pictures for light and dark."""
     method, score = said["judged"] if said["judged"] in FOUND else "gradient", said["score"]
     counted = count(map, method=method, score=score, minimum=minimum)
-    given: dict[str, Any] = {"score": score, "method": method, "minimum": minimum, "counted": counted}
+    given: dict[str, Any] = {
+        "score": score,
+        "method": method,
+        "minimum": minimum,
+        "counted": counted,
+    }
     light, dark = figures(map, partition, **given), figures(map, partition, **given, theme=DARK)
-    shown = {name: Exhibit(CAPTIONS[name], render(each), dark=render(dark[name])) for name, each in light.items()}
+    shown = {
+        name: Exhibit(CAPTIONS[name], render(each), dark=render(dark[name]))
+        for name, each in light.items()
+    }
     return light, shown
 
 
 def write_page(
-    map: ConflictMap, partition: Partition, said: Mapping[str, Any], path: Path, names: Names, minimum: int | None = None
+    map: ConflictMap,
+    partition: Partition,
+    said: Mapping[str, Any],
+    path: Path,
+    names: Names,
+    minimum: int | None = None,
 ) -> Path:
     """Draw the plots and write the page.
 
@@ -249,7 +310,9 @@ def write_page(
         UsageError: where the place holds something else.
     """
     refuse_to_replace(path)
-    return commit_text(path, page(map, partition, said, pictures(map, partition, said, minimum)[1], names))
+    return commit_text(
+        path, page(map, partition, said, pictures(map, partition, said, minimum)[1], names)
+    )
 
 
 def refuse_to_replace(path: Path) -> None:
@@ -259,4 +322,7 @@ def refuse_to_replace(path: Path) -> None:
         UsageError: naming it.
     """
     if path.exists() and (not path.is_file() or FOOTER.encode() not in path.read_bytes()):
-        raise UsageError(f"{path} is there and is not a page of a conflict map", fix="name a file in another folder")
+        raise UsageError(
+            f"{path} is there and is not a page of a conflict map",
+            fix="name a file in another folder",
+        )

@@ -19,7 +19,9 @@ EMPTY = "nothing to show"
 
 
 @styled
-def explained_share(evidence: Evidence, counted: Count, chosen: int | None = None, *, theme: Theme = LIGHT) -> Figure:
+def explained_share(
+    evidence: Evidence, counted: Count, chosen: int | None = None, *, theme: Theme = LIGHT
+) -> Figure:
     """Draw the share of the conflict that cuts explain on held-out groups against the number of ranges, with SE.
 
     Beside the three ways to cut, pale: cuts that the map chose, judged on the groups that chose them.
@@ -40,10 +42,16 @@ def explained_share(evidence: Evidence, counted: Count, chosen: int | None = Non
 
 
 def _held_out(ax: Axes, counted: Count) -> None:
-    for (method, shares), colour, marker in zip(counted.shares.items(), (BLUE, ORANGE, GREEN), "os^", strict=True):
-        counts, values, errors = zip(*((k, share.value, share.se) for k, share in enumerate(shares, 1)), strict=True)
+    for (method, shares), colour, marker in zip(
+        counted.shares.items(), (BLUE, ORANGE, GREEN), "os^", strict=True
+    ):
+        counts, values, errors = zip(
+            *((k, share.value, share.se) for k, share in enumerate(shares, 1)), strict=True
+        )
         label = WAYS.get(method, f"{method}, held out")
-        ax.errorbar(counts, values, errors, color=colour, marker=marker, ms=5, capsize=2, label=label)
+        ax.errorbar(
+            counts, values, errors, color=colour, marker=marker, ms=5, capsize=2, label=label
+        )
         ax.set_xticks(counts)
 
 
@@ -51,7 +59,15 @@ def _seen(ax: Axes, evidence: Evidence, counted: Count) -> None:
     looks, shares = next(iter(counted.shares.items()))
     seen = curve(evidence, range(1, len(shares) + 1))
     seen = seen[seen.method == looks]
-    ax.plot(seen.ranges, seen.share, color=BLUE, alpha=0.5, lw=1, ls="--", label=f"{looks}, on the groups it saw")
+    ax.plot(
+        seen.ranges,
+        seen.share,
+        color=BLUE,
+        alpha=0.5,
+        lw=1,
+        ls="--",
+        label=f"{looks}, on the groups it saw",
+    )
 
 
 @styled
@@ -77,8 +93,20 @@ def cut_support(
         ax.bar(places, share, width=0.6 * map.T / map.N, color=BLUE)
     for place in partition.cuts:
         ax.axvline(place, color=theme.ink, lw=1.2, ls="--")
-        ax.annotate(str(place), (place, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="center", va="bottom")
-    ax.set(xlabel="timestep t (0 = least noise)", ylabel="share of draws with a cut here", xlim=(0, map.T), ylim=(0, 1.02))
+        ax.annotate(
+            str(place),
+            (place, 1),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            ha="center",
+            va="bottom",
+        )
+    ax.set(
+        xlabel="timestep t (0 = least noise)",
+        ylabel="share of draws with a cut here",
+        xlim=(0, map.T),
+        ylim=(0, 1.02),
+    )
     return figure
 
 

@@ -67,17 +67,27 @@ def render(figure: Figure, kind: str = "svg") -> bytes:
     """Encode a figure as `svg` or `png`; equal figures give equal bytes."""
     stream = BytesIO()
     with mpl.rc_context({"svg.hashsalt": "demerge"}):
-        figure.savefig(stream, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else {"Software": None})
+        figure.savefig(
+            stream,
+            format=kind,
+            dpi=144,
+            metadata={"Date": None} if kind == "svg" else {"Software": None},
+        )
     return stream.getvalue()
 
 
 def write(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure into a folder as NAME.svg and NAME.png; return both."""
     pictures = {folder / f"{name}.{kind}": render(figure, kind) for kind in ("svg", "png")}
-    return [commit_file(path, lambda stream, picture=picture: stream.write(picture)) for path, picture in pictures.items()]  # type: ignore[misc]
+    return [
+        commit_file(path, lambda stream, picture=picture: stream.write(picture))
+        for path, picture in pictures.items()
+    ]  # type: ignore[misc]
 
 
-def _figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+def _figure(
+    columns: int = 1, *, width: float = 6.4, height: float = 4.2
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
     for ax in axes:
@@ -89,7 +99,9 @@ def _figure(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tup
 
 
 @styled
-def heat_map(map: ConflictMap, partition: Partition | None = None, *, theme: Theme = LIGHT) -> Figure:
+def heat_map(
+    map: ConflictMap, partition: Partition | None = None, *, theme: Theme = LIGHT
+) -> Figure:
     """Draw rho on and below the diagonal, its SE above; unresolved bins hatched, weak ones dotted, cuts as lines."""
     found = similarity(map)
     figure, (ax,) = _figure(width=7.4, height=4.9)
@@ -97,20 +109,44 @@ def heat_map(map: ConflictMap, partition: Partition | None = None, *, theme: The
     se = np.where(upper, found.cosine_se, np.nan)
     if np.isfinite(se).any():
         span = (0.0, max(float(np.nanmax(se)), 1e-6))
-        _mesh(figure, ax, map, se, "Greys_r" if theme is DARK else "Greys", span, "standard error (above the diagonal)")
+        _mesh(
+            figure,
+            ax,
+            map,
+            se,
+            "Greys_r" if theme is DARK else "Greys",
+            span,
+            "standard error (above the diagonal)",
+        )
     cosine = np.where(upper, np.nan, np.clip(found.cosine, -1, 1))
     _mesh(figure, ax, map, cosine, theme.maps, (-1, 1), "cosine of gradients (below)")
     _hatch(ax, map, found, theme)
     for place in partition.cuts if partition else []:
         ax.axvline(place, color=theme.ink, lw=1.4, ls="--")
         ax.axhline(place, color=theme.ink, lw=1.4, ls="--")
-    ax.set(xlabel="timestep t (0 = least noise)", ylabel="timestep t", aspect="equal", xlim=(0, map.T), ylim=(map.T, 0))
+    ax.set(
+        xlabel="timestep t (0 = least noise)",
+        ylabel="timestep t",
+        aspect="equal",
+        xlim=(0, map.T),
+        ylim=(map.T, 0),
+    )
     ax.set_title(_heading(map, found), loc="left", fontsize=10)
     return figure
 
 
-def _mesh(figure: Figure, ax: Axes, map: ConflictMap, values: Array, cmap: str, span: tuple[float, float], label: str) -> None:
-    mesh = ax.pcolormesh(map.edges, map.edges, np.ma.masked_invalid(values), cmap=cmap, vmin=span[0], vmax=span[1])
+def _mesh(
+    figure: Figure,
+    ax: Axes,
+    map: ConflictMap,
+    values: Array,
+    cmap: str,
+    span: tuple[float, float],
+    label: str,
+) -> None:
+    mesh = ax.pcolormesh(
+        map.edges, map.edges, np.ma.masked_invalid(values), cmap=cmap, vmin=span[0], vmax=span[1]
+    )
     mesh.set_rasterized(map.N > MANY)
     bar = figure.colorbar(mesh, ax=ax, label=label, shrink=0.8, pad=0.02)
     bar.outline.set_visible(False)
@@ -132,7 +168,9 @@ def _hatch(ax: Axes, map: ConflictMap, found: Similarity, theme: Theme) -> None:
 
 def _heading(map: ConflictMap, found: Similarity) -> str:
     missing, weak = int((~found.resolved).sum()), int(found.weak.sum())
-    tail = (f", {missing} unresolved (hatched)" if missing else "") + (f", {weak} weak (dotted)" if weak else "")
+    tail = (f", {missing} unresolved (hatched)" if missing else "") + (
+        f", {weak} weak (dotted)" if weak else ""
+    )
     return f"Gradient similarity: {map.N} bins, {map.M} groups of {map.origin.batch_size}{tail}"
 
 
@@ -147,7 +185,11 @@ def similarity_by_distance(map: ConflictMap, *, theme: Theme = LIGHT) -> Figure:
     step = map.T / map.N
     _band(left, lags.lag * step, lags.cosine, lags.half)
     left.plot(lags.lag * step, lags.naive, color=ORANGE, ls="--", label="naive (biased), all pairs")
-    left.set(xlabel="distance in timesteps", ylabel="cosine of gradients", ylim=_limits(lags.cosine, lags.naive))
+    left.set(
+        xlabel="distance in timesteps",
+        ylabel="cosine of gradients",
+        ylim=_limits(lags.cosine, lags.naive),
+    )
     left.legend(frameon=False)
     if len(pairs):
         sns.scatterplot(
@@ -187,27 +229,52 @@ def _limits(*series: pd.Series) -> tuple[float, float]:
 
 
 @styled
-def strength(map: ConflictMap, partition: Partition | None = None, *, theme: Theme = LIGHT) -> Figure:
+def strength(
+    map: ConflictMap, partition: Partition | None = None, *, theme: Theme = LIGHT
+) -> Figure:
     """Draw |mu_t| with its 95 % interval (unresolved bins open) and the noise scale nu_t in samples."""
     found = similarity(map)
     figure, (left, right) = _figure(2, width=9.6, height=3.8)
     signal, half = np.diagonal(found.K), np.diagonal(found.K_half)
     size, low, high = (np.sqrt(np.clip(v, 0, None)) for v in (signal, signal - half, signal + half))
-    left.errorbar(map.timesteps, size, [size - low, high - size], fmt="none", ecolor=BLUE, elinewidth=1, capsize=2)
+    left.errorbar(
+        map.timesteps,
+        size,
+        [size - low, high - size],
+        fmt="none",
+        ecolor=BLUE,
+        elinewidth=1,
+        capsize=2,
+    )
     sns.lineplot(x=map.timesteps, y=size, ax=left, color=BLUE, lw=1)
-    for known, face, label in ((True, BLUE, "resolved"), (False, left.get_facecolor(), "unresolved")):
+    for known, face, label in (
+        (True, BLUE, "resolved"),
+        (False, left.get_facecolor(), "unresolved"),
+    ):
         here = found.resolved == known
         if not here.any():
             continue
-        left.scatter(map.timesteps[here], size[here], facecolor=face, edgecolor=BLUE, s=28, zorder=3, label=label)
+        left.scatter(
+            map.timesteps[here],
+            size[here],
+            facecolor=face,
+            edgecolor=BLUE,
+            s=28,
+            zorder=3,
+            label=label,
+        )
     left.set(xlabel="timestep t", ylabel="length of the mean gradient", ylim=(0, None))
     left.legend(frameon=False)
     sns.lineplot(x=map.timesteps, y=found.noise, ax=right, color=ORANGE, marker="o")
     samples = map.M * map.origin.batch_size
     right.axhline(samples, color=GREY, lw=1, ls=":")
     axes = right.get_yaxis_transform()
-    right.text(0.02, samples, f"{samples} samples were taken", transform=axes, fontsize=8, va="bottom")
-    right.set(xlabel="timestep t", ylabel="noise scale, samples", yscale="log", xlim=left.get_xlim())
+    right.text(
+        0.02, samples, f"{samples} samples were taken", transform=axes, fontsize=8, va="bottom"
+    )
+    right.set(
+        xlabel="timestep t", ylabel="noise scale, samples", yscale="log", xlim=left.get_xlim()
+    )
     for ax in (left, right):
         for place in partition.cuts if partition else []:
             ax.axvline(place, color=theme.ink, lw=1, ls="--", zorder=0)
@@ -226,7 +293,16 @@ def task_vector_norms(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
         .rename_axis("tensor")
         .melt(ignore_index=False, var_name="expert", value_name="norm")
     )
-    sns.lineplot(table.reset_index(), x="tensor", y="norm", hue="expert", style="expert", palette="colorblind", ax=ax, lw=1)
+    sns.lineplot(
+        table.reset_index(),
+        x="tensor",
+        y="norm",
+        hue="expert",
+        style="expert",
+        palette="colorblind",
+        ax=ax,
+        lw=1,
+    )
     ax.set(xlabel="tensor, from input to output", ylabel="length of the task vector")
     ax.legend(frameon=False, title=None)
     return figure
@@ -236,9 +312,22 @@ def task_vector_norms(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
 def task_vector_similarity(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     """Draw cosines between task vectors and, beside them, the share of energy at opposed signs."""
     figure, axes = _figure(2, width=9.6, height=4.0)
-    tables = ((vectors.cosine, "vlag", -1.0, "cosine"), (vectors.sign_conflict, "rocket_r", 0.0, "opposed in sign"))
+    tables = (
+        (vectors.cosine, "vlag", -1.0, "cosine"),
+        (vectors.sign_conflict, "rocket_r", 0.0, "opposed in sign"),
+    )
     for ax, (values, cmap, low, title) in zip(axes, tables, strict=True):
         frame = pd.DataFrame(values, index=list(labels), columns=list(labels))
-        sns.heatmap(frame, ax=ax, cmap=cmap, vmin=low, vmax=1, annot=True, fmt=".2f", square=True, cbar=False)
+        sns.heatmap(
+            frame,
+            ax=ax,
+            cmap=cmap,
+            vmin=low,
+            vmax=1,
+            annot=True,
+            fmt=".2f",
+            square=True,
+            cbar=False,
+        )
         ax.set_title(title, loc="left", fontsize=10)
     return figure

@@ -66,7 +66,9 @@ def summary(
         cuts, method = {"given": given, **cuts}, "given"
     judged = "gradient" if method in ("advised", *GIVEN) else method
     best = cuts[judged]
-    held_out = gains_over(evidence, judged, best, minimum) if best and evidence.sure and n > 1 else {}
+    held_out = (
+        gains_over(evidence, judged, best, minimum) if best and evidence.sure and n > 1 else {}
+    )
     advice, reason = _advice(evidence, best, judged, why.get(judged, ""), held_out, minimum)
     asked = advice if method == "advised" else method
     chosen = asked if cuts[asked] else "uniform"
@@ -80,8 +82,14 @@ def summary(
         "draws": map.origin.draws,
         "ranges": n,
         "score": score,
-        "unresolved": [[r.start, r.stop] for r, known in zip(map.bins, evidence.found.resolved, strict=True) if not known],
-        "weak": [[r.start, r.stop] for r, weak in zip(map.bins, evidence.found.weak, strict=True) if weak],
+        "unresolved": [
+            [r.start, r.stop]
+            for r, known in zip(map.bins, evidence.found.resolved, strict=True)
+            if not known
+        ],
+        "weak": [
+            [r.start, r.stop] for r, weak in zip(map.bins, evidence.found.weak, strict=True) if weak
+        ],
         "blocks": len(evidence.blocks),
         "known": short(evidence.blocks.known),
         "conflict": _number(evidence.conflict),
@@ -98,7 +106,9 @@ def summary(
     }
 
 
-def _cuts(map: ConflictMap, n: int, score: str, minimum: int | None) -> tuple[dict[str, Partition | None], dict[str, str]]:
+def _cuts(
+    map: ConflictMap, n: int, score: str, minimum: int | None
+) -> tuple[dict[str, Partition | None], dict[str, str]]:
     """Return the cut of each method, None where it cannot be made, and why it cannot."""
     cuts: dict[str, Partition | None] = {}
     why: dict[str, str] = {}
@@ -111,7 +121,12 @@ def _cuts(map: ConflictMap, n: int, score: str, minimum: int | None) -> tuple[di
 
 
 def _advice(
-    evidence: Evidence, best: Partition | None, judged: str, why: str, held_out: dict[str, Estimate], minimum: int | None
+    evidence: Evidence,
+    best: Partition | None,
+    judged: str,
+    why: str,
+    held_out: dict[str, Estimate],
+    minimum: int | None,
 ) -> tuple[str, str]:
     if best is None or not evidence.sure:
         return "uniform", why or unsure(evidence)
@@ -125,7 +140,9 @@ def _described(evidence: Evidence, partition: Partition | None) -> dict[str, Any
     return {"cuts": partition.cuts, "share": short(share.value), "se": short(share.se)}
 
 
-def _support(evidence: Evidence, judged: str, best: Partition | None, minimum: int | None) -> list[dict[str, Any]]:
+def _support(
+    evidence: Evidence, judged: str, best: Partition | None, minimum: int | None
+) -> list[dict[str, Any]]:
     """Say how often the bootstrap puts a cut where the judged one has it, and where else: `low` and `high`, 90 % of its draws.
 
     A given cut is held against the draws of the gradient's cut into as many ranges: its own places do not vary.
@@ -178,7 +195,11 @@ def lines(said: dict[str, Any]) -> list[str]:
         ),
     ]
     for name, described in said["cuts"].items():
-        found = "no cut" if described is None else f"{described['cuts']} explains {_pair(described['share'], described['se'])}"
+        found = (
+            "no cut"
+            if described is None
+            else f"{described['cuts']} explains {_pair(described['share'], described['se'])}"
+        )
         text.append((name, found))
     for row in said["support"]:
         text.append((f"cut {row['cut']}", _supported(said, row)))
@@ -197,7 +218,9 @@ def lines(said: dict[str, Any]) -> list[str]:
 def _supported(said: dict[str, Any], row: dict[str, Any]) -> str:
     if row["low"] is None:
         return f"the gradient's own {said['ranges']} ranges have a cut within a bin in {row['support']:.0%} of bootstrap draws"
-    return f"in {row['support']:.0%} of bootstrap draws, 90 % between {row['low']} and {row['high']}"
+    return (
+        f"in {row['support']:.0%} of bootstrap draws, 90 % between {row['low']} and {row['high']}"
+    )
 
 
 def _unresolved(said: dict[str, Any]) -> str:
@@ -248,8 +271,16 @@ def write(
     written += [out / "partition.json", out / "summary.json"]
     figures, shown = pictures(map, partition, said)
     for name, figure in figures.items():
-        pictures_of = {"svg": shown[name].data, "dark.svg": shown[name].dark or b"", "png": render(figure, "png")}
+        pictures_of = {
+            "svg": shown[name].data,
+            "dark.svg": shown[name].dark or b"",
+            "png": render(figure, "png"),
+        }
         for kind, picture in pictures_of.items():
-            written.append(commit_file(out / f"{name}.{kind}", lambda stream, picture=picture: stream.write(picture)))  # type: ignore[misc]
+            written.append(
+                commit_file(
+                    out / f"{name}.{kind}", lambda stream, picture=picture: stream.write(picture)
+                )
+            )  # type: ignore[misc]
     names = Names(model, data, tuple(options), out, out / "partition.json")
     return [*written, commit_text(out / NAME, page(map, partition, said, shown, names))]

@@ -73,7 +73,9 @@ class Verdict:
         }
 
 
-def verdict(evidence: Evidence, minimum: int | None = None, counted: Count | None = None) -> Verdict:
+def verdict(
+    evidence: Evidence, minimum: int | None = None, counted: Count | None = None
+) -> Verdict:
     """Judge a map.
 
     Args:
@@ -83,11 +85,18 @@ def verdict(evidence: Evidence, minimum: int | None = None, counted: Count | Non
     map = evidence.map
     whole = Partition.uniform(map.T, 1)
     if evidence.blocks.known < LEAST_KNOWN:
-        return Verdict("unresolved", whole, "uniform", None, unsure(evidence), *_unresolved(evidence))
+        return Verdict(
+            "unresolved", whole, "uniform", None, unsure(evidence), *_unresolved(evidence)
+        )
     counted = counted or count(map, score=evidence.score, minimum=minimum)
     if counted.chosen == 1:
         return _alike(whole, None, counted.reason)
-    method, _ = advised(evidence, cut(map, counted.chosen, score=evidence.score, minimum=minimum), "gradient", minimum)
+    method, _ = advised(
+        evidence,
+        cut(map, counted.chosen, score=evidence.score, minimum=minimum),
+        "gradient",
+        minimum,
+    )
     partition = cut(map, counted.chosen, method, score=evidence.score, minimum=minimum)
     promise = benefit(evidence, partition, method, minimum)
     if not promise.promised:
@@ -95,15 +104,21 @@ def verdict(evidence: Evidence, minimum: int | None = None, counted: Count | Non
     found = f"The timesteps conflict: in {len(partition)} ranges cut at {listed(partition)} {promise.sentence}."
     advice = "Train an expert for each range, and the joint control."
     if converged(evidence):
-        advice += (
-            " The joint gradient is near 0, as at a converged base: the share says nothing about how much there is to gain."
-        )
+        advice += " The joint gradient is near 0, as at a converged base: the share says nothing about how much there is to gain."
     return Verdict("conflict", partition, method, promise.share, "", found, advice)
 
 
 def _alike(whole: Partition, share: Interval | None, reason: str) -> Verdict:
     found = f"No conflict that pays: {reason}."
-    return Verdict("alike", whole, "uniform", share, reason, found, "Train jointly; experts on ranges promise nothing here.")
+    return Verdict(
+        "alike",
+        whole,
+        "uniform",
+        share,
+        reason,
+        found,
+        "Train jointly; experts on ranges promise nothing here.",
+    )
 
 
 def _unresolved(evidence: Evidence) -> tuple[str, str]:
@@ -114,7 +129,10 @@ def _unresolved(evidence: Evidence) -> tuple[str, str]:
         found += " The joint gradient is hidden by noise too, as at a base that has converged or was annealed."
     needed = groups_needed(map, evidence.found, LEAST_KNOWN)
     if needed >= MOST:
-        return found, "No affordable number of groups would resolve it: train jointly, or measure an earlier checkpoint."
+        return (
+            found,
+            "No affordable number of groups would resolve it: train jointly, or measure an earlier checkpoint.",
+        )
     passes = f"{needed} groups of {map.origin.batch_size}, {needed * map.N:,} backward passes"
     return found, f"Measure about {passes}, for half of [0, T) to be resolved, or train jointly."
 
@@ -127,27 +145,44 @@ def converged(evidence: Evidence) -> bool:
 
 
 def advised(
-    evidence: Evidence, best: Partition, judged: str, minimum: int | None, held_out: Mapping[str, Estimate] | None = None
+    evidence: Evidence,
+    best: Partition,
+    judged: str,
+    minimum: int | None,
+    held_out: Mapping[str, Estimate] | None = None,
 ) -> tuple[str, str]:
     """Return `judged`, or `uniform` if the cut `best` that it found does not beat that on held-out groups, and why."""
     n = len(best)
     if n == 1:
         return "uniform", "one range leaves nothing to choose"
     if len(evidence.blocks) == n and judged != "given":
-        return "uniform", f"noise leaves {n} blocks of bins, so that there was one way to cut and nothing to choose"
+        return (
+            "uniform",
+            f"noise leaves {n} blocks of bins, so that there was one way to cut and nothing to choose",
+        )
     gain = (held_out or gains_over(evidence, judged, best, minimum))["uniform"]
     if gain.above(BEAT):
-        return judged, f"on held-out groups the {judged} cut explains {gain} more of the conflict than uniform"
-    return "uniform", f"on held-out groups the {judged} cut gains {gain} over uniform, less than {BEAT:g} SE"
+        return (
+            judged,
+            f"on held-out groups the {judged} cut explains {gain} more of the conflict than uniform",
+        )
+    return (
+        "uniform",
+        f"on held-out groups the {judged} cut gains {gain} over uniform, less than {BEAT:g} SE",
+    )
 
 
-def gains_over(evidence: Evidence, judged: str, best: Partition, minimum: int | None) -> dict[str, Estimate]:
+def gains_over(
+    evidence: Evidence, judged: str, best: Partition, minimum: int | None
+) -> dict[str, Estimate]:
     """Return how much more of J the judged cut explains than each of GIVEN, on groups that did not choose it.
 
     A given cut was chosen elsewhere, and is judged as it is.
     """
     held_out, n = HeldOut.of(evidence), len(best)
-    gains = held_out.given(best) if judged == "given" else held_out.gains([n], judged, minimum)[:, 0]
+    gains = (
+        held_out.given(best) if judged == "given" else held_out.gains([n], judged, minimum)[:, 0]
+    )
     return {other: held_out.share(gains - held_out.gains([n], other)[:, 0]) for other in GIVEN}
 
 

@@ -58,13 +58,23 @@ class Plan:
 
     def __str__(self) -> str:
         if self.run is None:
-            there = "" if self.found is None else f", with {self.found.M} groups; --groups N adds to them"
+            there = (
+                ""
+                if self.found is None
+                else f", with {self.found.M} groups; --groups N adds to them"
+            )
             return f"cost      nothing: the map of this measurement is there already{there}"
         s, start = self.measurement.settings, self.run.start
         told = self.measurement.model.told(self.measurement.data)
-        cost = (f"given     {told}\n" if told else "") + f"cost      {self.cost}; batches of {s.batch_size}"
+        cost = (
+            f"given     {told}\n" if told else ""
+        ) + f"cost      {self.cost}; batches of {s.batch_size}"
         if self._again > 0:
-            why = "their exact gradients are not kept" if self.fisher is None else "no sums for the Fisher are kept"
+            why = (
+                "their exact gradients are not kept"
+                if self.fisher is None
+                else "no sums for the Fisher are kept"
+            )
             cost += f"; {self._again} groups of the map are measured again, as {why}"
         elif start is not None:
             cost += f"; {start.M * s.bins} passes were done before"
@@ -82,7 +92,9 @@ class Plan:
             return there.M - self.fisher.fisher.committed
         return 0 if self.run is None else max(0, there.M - self.run.known)
 
-    def map(self, progress: Progress | None = None, tell: Callable[[str], None] | None = None) -> ConflictMap:
+    def map(
+        self, progress: Progress | None = None, tell: Callable[[str], None] | None = None
+    ) -> ConflictMap:
         """Return the map that is there, or measure and save it; groups that an earlier call finished are not measured again.
 
         Args:
@@ -111,20 +123,29 @@ class Plan:
             return []
         seconds = None if self.run is None else self.run.seconds
         cost = "" if seconds is None else f", about {duration(needed * s.bins * seconds)}"
-        would = "no affordable number would do" if needed >= MOST else f"some {needed:,} would do{cost}"
+        would = (
+            "no affordable number would do" if needed >= MOST else f"some {needed:,} would do{cost}"
+        )
         why = (
             "; the joint gradient is not told from 0, as at a base that has converged or was annealed"
             if converged(evidence)
             else ""
         )
-        known = f"after {map.M} groups gradients are resolved on {evidence.blocks.known:.0%} of [0, T)"
-        return [f"early     {known}{why}. For half of it {would}. Ctrl-C keeps the groups that are measured."]
+        known = (
+            f"after {map.M} groups gradients are resolved on {evidence.blocks.known:.0%} of [0, T)"
+        )
+        return [
+            f"early     {known}{why}. For half of it {would}. Ctrl-C keeps the groups that are measured."
+        ]
 
     def _refuse_new_map(self) -> None:
         """Refuse to replace a map that another process finished since `prepare` looked."""
         started = self.run is not None and self.run.start is None and self.found is None
         if started and (self.out / MAP).exists():
-            raise UsageError(f"another process has finished {self.out / MAP} meanwhile", fix="run the same command again")
+            raise UsageError(
+                f"another process has finished {self.out / MAP} meanwhile",
+                fix="run the same command again",
+            )
 
     def _keep(self, map: ConflictMap) -> None:
         if map is not self.found:
@@ -207,7 +228,8 @@ def prepare(
     base = Diffusion.load(model, device=device)
     if not 1 <= ranges <= bins <= base.T:
         raise UsageError(
-            f"{ranges} ranges, {bins} bins and {base.T} timesteps do not fit", fix="give ranges <= bins <= timesteps"
+            f"{ranges} ranges, {bins} bins and {base.T} timesteps do not fit",
+            fix="give ranges <= bins <= timesteps",
         )
     images = base.load_images(data, split=split, skip_broken=skip_broken)
     base.told(images)
@@ -216,7 +238,10 @@ def prepare(
     found = None if there is None else _earlier(there, out / MAP, partial.key)
     groups_there = 0 if found is None else found.M
     if world.agree(groups_there, device) != groups_there:
-        raise UsageError(f"{out / MAP} is not the same file for all processes", fix="give a folder that they share")
+        raise UsageError(
+            f"{out / MAP} is not the same file for all processes",
+            fix="give a folder that they share",
+        )
     if found is not None and groups is not None and groups < found.M and not settings.open:
         raise UsageError(
             f"{out / MAP} is of another measurement: groups {found.M} there, {groups} asked",
@@ -225,7 +250,9 @@ def prepare(
     start = None if found is None or _suffices(found, measurement, groups) else found
     found = None if start is not None else found
     if found is not None and fisher is not None:
-        measurement = replace(measurement, settings=replace(settings, groups=found.M, budget=None, se=None))
+        measurement = replace(
+            measurement, settings=replace(settings, groups=found.M, budget=None, se=None)
+        )
     squares = None if fisher is None else fisher_files(measurement, fisher, out, world)
     if found is not None and (squares is None or squares.are_there()):
         return Plan(measurement, out, partial, found, None, squares, world)
@@ -264,7 +291,14 @@ def _earlier(map: ConflictMap, path: Path, asked: Mapping[str, Any]) -> Conflict
         "schedule": described(map.log_snr),
         "antithetic": map.origin.noise,
     }
-    differences = [f"{name} {there[name]} there, {asked[name]} asked" for name in asked if there[name] != asked[name]]
+    differences = [
+        f"{name} {there[name]} there, {asked[name]} asked"
+        for name in asked
+        if there[name] != asked[name]
+    ]
     if differences:
-        raise UsageError(f"{path} is of another measurement: {'; '.join(differences)}", fix="choose another folder")
+        raise UsageError(
+            f"{path} is of another measurement: {'; '.join(differences)}",
+            fix="choose another folder",
+        )
     return map

@@ -21,7 +21,16 @@ from torch import nn
 
 from demerge.analysis.experts.coefficients import INTERVAL, Change, Coefficients, coefficients
 from demerge.analysis.experts.records import measured_on, settled_ranges, sha256_of
-from demerge.analysis.experts.responses import BATCH, Draws, Progress, bend, bytes_held, merges, passes, responses
+from demerge.analysis.experts.responses import (
+    BATCH,
+    Draws,
+    Progress,
+    bend,
+    bytes_held,
+    merges,
+    passes,
+    responses,
+)
 from demerge.conflict import layer_of
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
@@ -53,13 +62,18 @@ class Plan:
 
     def seconds(self) -> float:
         """Estimate what `run` takes, by a probe of one batch and one merge."""
-        cell, model = next(self.draws.cells(self.draws.ranges[0], 0, 0, BATCH)), copy.deepcopy(self.draws.model.denoiser)
+        cell, model = (
+            next(self.draws.cells(self.draws.ranges[0], 0, 0, BATCH)),
+            copy.deepcopy(self.draws.model.denoiser),
+        )
         start = time.perf_counter()
         self.draws.model.predict(cell.x_t, cell.t, cell.condition)
         predicted = time.perf_counter()
         self.session.apply(0.5, model)
         merged = time.perf_counter() - predicted
-        return (predicted - start) * self.passes / len(cell.t) + merged * merges(self.draws, math.prod(self.session.shape))
+        return (predicted - start) * self.passes / len(cell.t) + merged * merges(
+            self.draws, math.prod(self.session.shape)
+        )
 
     def lines(self) -> list[str]:
         """Return the plan and its cost for a person."""
@@ -84,7 +98,9 @@ class Plan:
         """
         found = responses(self.draws, self.session, step=self.options["step"], progress=progress)
         bent = partial(bend, self.draws, self.session, found)
-        return coefficients(found, ridge=self.options["ridge"], relative=self.options["relative"], bend=bent)
+        return coefficients(
+            found, ridge=self.options["ridge"], relative=self.options["relative"], bend=bent
+        )
 
     def record(self) -> dict[str, Any]:
         """Return inputs, options, seed and versions as JSON values."""
@@ -137,10 +153,20 @@ def prepare(
     session = MergeSession(origin, tuned, device, groups=_groups(per, model.denoiser))
     inputs = {
         "base": {"path": base, "sha256": sha256_of(origin)},
-        "experts": [{"path": path, "sha256": sha256_of(found)} for path, found in zip(experts, tuned, strict=True)],
+        "experts": [
+            {"path": path, "sha256": sha256_of(found)}
+            for path, found in zip(experts, tuned, strict=True)
+        ],
         **measured_on(images, split, partition, experts, tuned),
     }
-    options = {"per": per, "samples": samples, "groups": groups, "ridge": ridge, "relative": relative, "step": step}
+    options = {
+        "per": per,
+        "samples": samples,
+        "groups": groups,
+        "ridge": ridge,
+        "relative": relative,
+        "step": step,
+    }
     return Plan(draws, session, options, inputs)
 
 
@@ -154,7 +180,9 @@ def layers(denoiser: nn.Module) -> list[str]:
     names = [name for name, tensor in denoiser.state_dict().items() if tensor.is_floating_point()]
     found = list(dict.fromkeys(map(layer_of, names)))
     holding = {layer.rsplit(".", i)[0] for layer in found for i in range(1, layer.count(".") + 1)}
-    nested = sorted((layer for layer in found if layer in holding), key=lambda layer: -layer.count("."))
+    nested = sorted(
+        (layer for layer in found if layer in holding), key=lambda layer: -layer.count(".")
+    )
     chosen = [layer for layer in found if layer not in holding] + nested
     return [f"{layer}.*" if layer in KINDS else layer for layer in chosen]
 
@@ -167,7 +195,10 @@ def document(made: Coefficients, record: Mapping[str, Any]) -> dict[str, Any]:
     blocks = made.responses.blocks
     weights = {"weights": (made.w.mean(0) if blocks else made.w).tolist()}
     parts = {"blocks": dict(zip(blocks, made.w.tolist(), strict=True))} if blocks else {}
-    loss = {str(span): float(mean) for span, mean in zip(made.responses.ranges, made.responses.loss.mean(1), strict=True)}
+    loss = {
+        str(span): float(mean)
+        for span, mean in zip(made.responses.ranges, made.responses.loss.mean(1), strict=True)
+    }
     said = {
         "ridge": made.ridge,
         "base_loss": loss,
@@ -178,7 +209,9 @@ def document(made: Coefficients, record: Mapping[str, Any]) -> dict[str, Any]:
         "against_average": made.gained.document(),
         "outside": {
             "interval": list(INTERVAL),
-            "weights": [{"block": block or None, "expert": k, "weight": w} for block, k, w in made.outside],
+            "weights": [
+                {"block": block or None, "expert": k, "weight": w} for block, k, w in made.outside
+            ],
             "ridge": made.calm if made.outside else None,
         },
     }
@@ -210,8 +243,15 @@ def _weights(made: Coefficients) -> list[str]:
     if len(names) > SHOWN:
         names, rows = ("least", "median", "most"), np.quantile(rows, (0, 0.5, 1), axis=0)
     width = max(9, *(len(name) for name in names))
-    told = [f"{name:{width}s}  {' '.join(f'{w:7.3f}' for w in row)}" for name, row in zip(names, rows, strict=True)]
-    return told if len(made.responses.blocks) <= SHOWN else [f"of {len(made.responses.blocks)} layers:", *told]
+    told = [
+        f"{name:{width}s}  {' '.join(f'{w:7.3f}' for w in row)}"
+        for name, row in zip(names, rows, strict=True)
+    ]
+    return (
+        told
+        if len(made.responses.blocks) <= SHOWN
+        else [f"of {len(made.responses.blocks)} layers:", *told]
+    )
 
 
 def _outside(made: Coefficients) -> list[str]:
@@ -220,9 +260,15 @@ def _outside(made: Coefficients) -> list[str]:
         return []
     block, k, w = made.outside[0]
     which = f"{w:.3g} of expert {k}{f' at {block}' if block else ''}"
-    ridge = f"a --ridge above {made.ridge:g} shrinks them" if made.calm is None else f"--ridge {made.calm:g} brings all inside"
+    ridge = (
+        f"a --ridge above {made.ridge:g} shrinks them"
+        if made.calm is None
+        else f"--ridge {made.calm:g} brings all inside"
+    )
     count = f"{len(made.outside)} of {made.w.size} weights lie outside [{INTERVAL[0]:g}, {INTERVAL[1]:g}]"
-    return [f"outside    {count}, over a task vector from base and expert, the farthest {which}; {ridge}"]
+    return [
+        f"outside    {count}, over a task vector from base and expert, the farthest {which}; {ridge}"
+    ]
 
 
 def verdict(made: Coefficients) -> list[str]:
@@ -236,8 +282,16 @@ def verdict(made: Coefficients) -> list[str]:
     else:
         first = f"worse: the loss over all ranges changes by {interval}; keep the base"
     better = "better than" if gained.value < 0 else "worse than"
-    second = f"{better} 1/K each by {gained}" if gained.sure else f"no promise that they beat 1/K each: {gained}"
-    return [first, second, "loss does not rank models as images do: compare by `demerge evaluate` before you believe it"]
+    second = (
+        f"{better} 1/K each by {gained}"
+        if gained.sure
+        else f"no promise that they beat 1/K each: {gained}"
+    )
+    return [
+        first,
+        second,
+        "loss does not rank models as images do: compare by `demerge evaluate` before you believe it",
+    ]
 
 
 def _told(change: Change) -> str:

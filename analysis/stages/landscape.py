@@ -97,7 +97,11 @@ class Plan:
     @property
     def ends(self) -> dict[str, Expert]:
         """The models that paths lead to, by name."""
-        return {self.merged[0]: self.merged[1]} if self.merged else dict(zip(self.labels, self.experts, strict=True))
+        return (
+            {self.merged[0]: self.merged[1]}
+            if self.merged
+            else dict(zip(self.labels, self.experts, strict=True))
+        )
 
     @cached_property
     def pair(self) -> tuple[int, int] | None:
@@ -133,12 +137,20 @@ class Plan:
         told = self.model.told(self.data)
         pair = "none" if self.pair is None else " and ".join(self.labels[k] for k in self.pair)
         return [
-            *(f"note    {path} was trained on these very images" for path in self.inputs["trained_on"]),
-            *(f"note    {note}" for note in notes_about(self.base, [*self.experts, *(self.merged or ())[1:]])),
-            f"data    {self.data.name}, {self.data.split}: {len(self.data):,} images" + (f"; {told}" if told else ""),
+            *(
+                f"note    {path} was trained on these very images"
+                for path in self.inputs["trained_on"]
+            ),
+            *(
+                f"note    {note}"
+                for note in notes_about(self.base, [*self.experts, *(self.merged or ())[1:]])
+            ),
+            f"data    {self.data.name}, {self.data.split}: {len(self.data):,} images"
+            + (f"; {told}" if told else ""),
             f"ranges  {self.ranges}",
             f"paths   from the base to {', '.join(self.ends)}, {len(self.scales)} points each",
-            f"plane   {pair}" + (f", {len(self.steps)} x {len(self.steps)} points" if self.pair else ""),
+            f"plane   {pair}"
+            + (f", {len(self.steps)} x {len(self.steps)} points" if self.pair else ""),
             f"cost    {self.passes:,} forward passes of a sample: some {self.seconds():.0f} s",
         ]
 
@@ -157,12 +169,29 @@ class Plan:
 
         paths = {}
         for name, end in self.ends.items():
-            paths[name] = loss_path(self.model, end, self.data, self.ranges, scales=self.scales, progress=counted, **common)
+            paths[name] = loss_path(
+                self.model,
+                end,
+                self.data,
+                self.ranges,
+                scales=self.scales,
+                progress=counted,
+                **common,
+            )
             before += len(self.scales)
         plane = None
         if self.pair is not None:
             i, j = (self.experts[k] for k in self.pair)
-            plane = loss_plane(self.model, i, j, self.data, self.ranges, steps=self.steps, progress=counted, **common)
+            plane = loss_plane(
+                self.model,
+                i,
+                j,
+                self.data,
+                self.ranges,
+                steps=self.steps,
+                progress=counted,
+                **common,
+            )
         return Survey(self.labels, self.vectors, paths, self.pair, plane)
 
     def record(self) -> dict[str, Any]:
@@ -202,7 +231,10 @@ def prepare(
     if out is not None:
         refuse_existing(out)
     if points < 1 or samples < BLOCKS:
-        raise UsageError(f"{points} points and {samples} samples are too few", fix=f"give at least 1 and {BLOCKS}")
+        raise UsageError(
+            f"{points} points and {samples} samples are too few",
+            fix=f"give at least 1 and {BLOCKS}",
+        )
     asked = _pair(plane, len(experts))
     origin = Checkpoint.open(base)
     paths = [*experts, *([merged] if merged is not None else [])]
@@ -222,7 +254,9 @@ def prepare(
         "merged": None if merged is None else {"path": merged, "sha256": sha256_of(opened[-1])},
         **measured_on(images, split, partition, paths, opened),
     }
-    return Plan(model, images, partition, origin, tuned, labels, end, asked, points, samples, seed, inputs)
+    return Plan(
+        model, images, partition, origin, tuned, labels, end, asked, points, samples, seed, inputs
+    )
 
 
 def _pair(text: str, K: int) -> tuple[int, int] | str:
@@ -231,12 +265,17 @@ def _pair(text: str, K: int) -> tuple[int, int] | str:
         return text
     words = text.split(",")
     if not all(word.isascii() and word.isdigit() for word in words) or len(words) != 2:
-        raise UsageError(f"plane '{text}' names no two experts", fix="give their places from 0 on, as 0,1, or auto or none")
+        raise UsageError(
+            f"plane '{text}' names no two experts",
+            fix="give their places from 0 on, as 0,1, or auto or none",
+        )
     i, j = map(int, words)
     if i == j or max(i, j) >= K:
         raise UsageError(
             f"plane '{text}' takes two different experts, and {K} {'is' if K == 1 else 'are'} given",
-            fix=f"give two of 0..{K - 1}" if K > 1 else "name a second expert, or leave the plane out: --plane none",
+            fix=f"give two of 0..{K - 1}"
+            if K > 1
+            else "name a second expert, or leave the plane out: --plane none",
         )
     return i, j
 
@@ -244,13 +283,21 @@ def _pair(text: str, K: int) -> tuple[int, int] | str:
 def _labels(paths: Sequence[str], places: Sequence[Place]) -> tuple[str, ...]:
     """Return what experts are called: their ranges, the names of their folders where ranges are missing or not distinct."""
     spans = [expert_range(place) for place in places]
-    names = [str(span) if span else Path(path).name for span, path in zip(spans, paths, strict=True)]
+    names = [
+        str(span) if span else Path(path).name for span, path in zip(spans, paths, strict=True)
+    ]
     if len(set(names)) < len(names):
         names = [Path(path).name for path in paths]
-    return tuple(names) if len(set(names)) == len(names) else tuple(f"{i}: {name}" for i, name in enumerate(names))
+    return (
+        tuple(names)
+        if len(set(names)) == len(names)
+        else tuple(f"{i}: {name}" for i, name in enumerate(names))
+    )
 
 
-def _hashed(paths: Sequence[str], experts: Sequence[Expert], labels: Sequence[str]) -> list[dict[str, str]]:
+def _hashed(
+    paths: Sequence[str], experts: Sequence[Expert], labels: Sequence[str]
+) -> list[dict[str, str]]:
     return [
         {"path": path, "label": label, "sha256": sha256_of(expert)}
         for path, expert, label in zip(paths, experts, labels, strict=True)
@@ -270,13 +317,18 @@ def document(found: Survey, record: Mapping[str, Any]) -> dict[str, Any]:
         "cosine": _plain(vectors.cosine),
         "sign_conflict": _plain(vectors.sign_conflict),
         "effective_rank": vectors.effective_rank,
-        **{name: _rows(part.table(labels).rename_axis("name").reset_index()) for name, part in parts.items()},
+        **{
+            name: _rows(part.table(labels).rename_axis("name").reset_index())
+            for name, part in parts.items()
+        },
     }
     return {
         "format": FORMAT,
         "task_vectors": compared,
         "paths": {name: _rows(path.table()) for name, path in found.paths.items()},
-        "plane": None if found.plane is None or found.pair is None else _of_plane(found, found.plane, found.pair),
+        "plane": None
+        if found.plane is None or found.pair is None
+        else _of_plane(found, found.plane, found.pair),
         "record": dict(record),
     }
 
@@ -286,7 +338,10 @@ def _of_plane(found: Survey, plane: Landscape, pair: tuple[int, int]) -> dict[st
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
+    return [
+        {str(name): _plain(value) for name, value in row.items()}
+        for row in table.to_dict("records")
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -307,15 +362,28 @@ def _compared(found: Survey) -> Iterator[str]:
     vectors, labels = found.vectors, [label[:12] for label in found.labels]
     blocks = vectors.by_block()
     table = blocks.table(found.labels)
-    yield f"{'length by block':16s}" + "".join(f"{label:>13s}" for label in labels) + "   cosine  opposed  rank"
+    yield (
+        f"{'length by block':16s}"
+        + "".join(f"{label:>13s}" for label in labels)
+        + "   cosine  opposed  rank"
+    )
     for name, norms, row in zip(blocks.names, blocks.norms, table.itertuples(), strict=True):
         shares = f"   {row.cosine:6.2f}  {row.sign_conflict:7.0%}  {row.effective_rank:4.1f}"
         yield f"{name[:16]:16s}" + "".join(f"{norm:13.4g}" for norm in norms) + shares
     norms = np.sqrt(np.diagonal(vectors.gram.sum(0)))
-    yield f"{'whole':16s}" + "".join(f"{norm:13.4g}" for norm in norms) + f"{'':19s}  {vectors.effective_rank:4.1f}"
-    for name, values, form in (("cosine", vectors.cosine, ".2f"), ("opposed", vectors.sign_conflict, ".0%")):
+    yield (
+        f"{'whole':16s}"
+        + "".join(f"{norm:13.4g}" for norm in norms)
+        + f"{'':19s}  {vectors.effective_rank:4.1f}"
+    )
+    for name, values, form in (
+        ("cosine", vectors.cosine, ".2f"),
+        ("opposed", vectors.sign_conflict, ".0%"),
+    ):
         for k in range(1, len(labels)):
-            yield f"{name:8s}{labels[k]:12s}" + "".join(f"  {labels[n]} {values[k, n]:{form}}" for n in range(k))
+            yield f"{name:8s}{labels[k]:12s}" + "".join(
+                f"  {labels[n]} {values[k, n]:{form}}" for n in range(k)
+            )
 
 
 def _along(found: Survey) -> Iterator[str]:
@@ -348,14 +416,21 @@ def _told(row: Any) -> str:
 
 def figures(found: Survey) -> dict[str, Figure]:
     """Return the plots by the name of their file."""
-    from demerge.analysis.experts.plots import loss_along_path, loss_on_plane, norms_by_block, norms_by_layer
+    from demerge.analysis.experts.plots import (
+        loss_along_path,
+        loss_on_plane,
+        norms_by_block,
+        norms_by_layer,
+    )
 
     drawn = {
         "norms_by_block": norms_by_block(found.vectors, found.labels),
         "norms_by_layer": norms_by_layer(found.vectors, found.labels),
     }
     for i, (name, path) in enumerate(found.paths.items()):
-        drawn["loss_along_path" if len(found.paths) == 1 else f"loss_along_path_{i}"] = loss_along_path(path, name)
+        drawn["loss_along_path" if len(found.paths) == 1 else f"loss_along_path_{i}"] = (
+            loss_along_path(path, name)
+        )
     if found.plane is not None and found.pair is not None:
         drawn["loss_on_plane"] = loss_on_plane(found.plane, [found.labels[k] for k in found.pair])
     return drawn
@@ -367,8 +442,14 @@ def write(found: Survey, made: Mapping[str, Any], out: Path) -> list[Path]:
 
     with commit_dir(out) as folder:
         commit_json(folder / "landscape.json", made)
-        for name, part in (("blocks", found.vectors.by_block()), ("layers", found.vectors.by_layer())):
-            commit_text(folder / f"{name}.csv", part.table(found.labels).rename_axis("name").to_csv(lineterminator="\n"))
+        for name, part in (
+            ("blocks", found.vectors.by_block()),
+            ("layers", found.vectors.by_layer()),
+        ):
+            commit_text(
+                folder / f"{name}.csv",
+                part.table(found.labels).rename_axis("name").to_csv(lineterminator="\n"),
+            )
         for name, figure in figures(found).items():
             write_plot(figure, folder, name)
     return sorted(out.iterdir())

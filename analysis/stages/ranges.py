@@ -49,9 +49,19 @@ def ranges(
         UsageError: where an argument is out of its range.
     """
     _check(map, n, method, score, minimum)
-    found = count(map, method="gradient" if method == ADVISED else method, score=score, minimum=minimum)
+    found = count(
+        map, method="gradient" if method == ADVISED else method, score=score, minimum=minimum
+    )
     counted = found if method in (ADVISED, "gradient") else None
-    said = summary(map, n or found.chosen, method=method, score=score, minimum=minimum, given=given, counted=counted)
+    said = summary(
+        map,
+        n or found.chosen,
+        method=method,
+        score=score,
+        minimum=minimum,
+        given=given,
+        counted=counted,
+    )
     return {
         "partition": [[r.start, r.stop] for r in taken(map, said)],
         "timesteps": map.T,
@@ -67,7 +77,9 @@ def _check(map: ConflictMap, n: int | None, method: str, score: str, minimum: in
         if value not in known:
             raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
     if n is not None and not 1 <= n <= map.N:
-        raise UsageError(f"{n} ranges, and the map has {map.N} bins", fix=f"give 1 <= n <= {map.N}, or auto")
+        raise UsageError(
+            f"{n} ranges, and the map has {map.N} bins", fix=f"give 1 <= n <= {map.N}, or auto"
+        )
     parts = n or min(2, map.N)
     if minimum is not None and not 1 <= minimum <= map.N // parts:
         raise UsageError(
@@ -79,7 +91,10 @@ def _check(map: ConflictMap, n: int | None, method: str, score: str, minimum: in
 def _by_count(shares: dict[str, list[Estimate]]) -> list[dict[str, Any]]:
     rows = zip(*shares.values(), strict=True)
     return [
-        {"ranges": k + 1, **{name: {"value": e.value, "se": e.se} for name, e in zip(shares, row, strict=True)}}
+        {
+            "ranges": k + 1,
+            **{name: {"value": e.value, "se": e.se} for name, e in zip(shares, row, strict=True)},
+        }
         for k, row in enumerate(rows)
     ]
 
@@ -137,7 +152,8 @@ def refuse_to_replace(out: Path) -> None:
         Partition.load(out)
     except InputError as error:
         raise UsageError(
-            f"{out} is there and is not a partition", fix="name another file, for example partition.json"
+            f"{out} is there and is not a partition",
+            fix="name another file, for example partition.json",
         ) from error
 
 
@@ -193,7 +209,11 @@ def _table(rows: Sequence[dict[str, Any]], chosen: int) -> list[str]:
     if not rows:
         return []
     methods = [name for name in rows[0] if name != "ranges"]
-    head = f"{'ranges':>12}  " + "  ".join(f"{name:>13}" for name in methods) + "   explained on held-out groups"
+    head = (
+        f"{'ranges':>12}  "
+        + "  ".join(f"{name:>13}" for name in methods)
+        + "   explained on held-out groups"
+    )
     body = [
         f"{row['ranges']:12}  "
         + "  ".join(f"{row[name]['value']:6.2f} ± {row[name]['se']:.2f}" for name in methods)

@@ -62,24 +62,45 @@ class Plan:
         Raises:
             InputError: where a value of an expert is not finite.
         """
-        return transfer(self.map, self.base, self.experts, self.ranges, names=self.names, progress=progress)
+        return transfer(
+            self.map, self.base, self.experts, self.ranges, names=self.names, progress=progress
+        )
 
     def lines(self) -> list[str]:
         """Return what the prediction is made from, for a person."""
         map, D = self.map, self.map.origin.parameters
-        kept = f"sketches of {sketches_of(map).shape[-1]:,}" if sketches_of(map).shape[-1] < D else "all kept"
-        text = [f"map       {map.N} bins, {map.M} groups of {map.origin.batch_size}; {D:,} coordinates, {kept}"]
+        kept = (
+            f"sketches of {sketches_of(map).shape[-1]:,}"
+            if sketches_of(map).shape[-1] < D
+            else "all kept"
+        )
+        text = [
+            f"map       {map.N} bins, {map.M} groups of {map.origin.batch_size}; {D:,} coordinates, {kept}"
+        ]
         if self.base.parameters > D:
-            which = f"params {map.origin.params}: {D:,} of the base's {self.base.parameters:,} numbers"
-            text.append(f"params    task vectors restricted to what the map was measured on, {which}")
+            which = (
+                f"params {map.origin.params}: {D:,} of the base's {self.base.parameters:,} numbers"
+            )
+            text.append(
+                f"params    task vectors restricted to what the map was measured on, {which}"
+            )
         text += [f"note      {note}" for note in notes_about(self.base, self.experts)]
         off = [str(cut) for cut in self.ranges.cuts if cut not in map.edges]
         if off:
-            text.append(f"note      {', '.join(off)} within bins of the map: gradients count as constant in a bin")
+            text.append(
+                f"note      {', '.join(off)} within bins of the map: gradients count as constant in a bin"
+            )
         return text
 
 
-def prepare(map: Path, base: str, experts: Sequence[str], *, ranges: str | None = None, skip_text: bool = False) -> Plan:
+def prepare(
+    map: Path,
+    base: str,
+    experts: Sequence[str],
+    *,
+    ranges: str | None = None,
+    skip_text: bool = False,
+) -> Plan:
     """Open what a prediction is made from, and check that it belongs together.
 
     Args:
@@ -101,7 +122,10 @@ def prepare(map: Path, base: str, experts: Sequence[str], *, ranges: str | None 
     inputs = {
         "map": str(map),
         "base": {"path": base, "sha256": found.origin.model},
-        "experts": [{"path": path, "sha256": sha256_of(each)} for path, each in zip(experts, tuned, strict=True)],
+        "experts": [
+            {"path": path, "sha256": sha256_of(each)}
+            for path, each in zip(experts, tuned, strict=True)
+        ],
     }
     return Plan(found, origin, tuned, short_names(experts), partition, inputs)
 
@@ -138,22 +162,37 @@ def document(made: Transfer, plan: Plan) -> dict[str, Any]:
             **given,
             "norm": float(made.norms[k]),
             "outside": float(made.outside[k]),
-            "ranges": {str(span): made.changes[k, r].document() for r, span in enumerate(made.ranges)},
+            "ranges": {
+                str(span): made.changes[k, r].document() for r, span in enumerate(made.ranges)
+            },
             "total": made.total[k].document(),
         }
         for k, (name, given) in enumerate(rows)
     ]
     origin = plan.map.origin
-    measured = {"bins": plan.map.N, "groups": plan.map.M, "batch_size": origin.batch_size, "params": origin.params}
+    measured = {
+        "bins": plan.map.N,
+        "groups": plan.map.M,
+        "batch_size": origin.batch_size,
+        "params": origin.params,
+    }
     sizes = {"coordinates": origin.parameters, "kept": int(sketches_of(plan.map).shape[-1])}
-    layers = {} if made.by_layer is None else {"layers": {"names": list(made.layers), **made.by_layer.document()}}
+    layers = (
+        {}
+        if made.by_layer is None
+        else {"layers": {"names": list(made.layers), **made.by_layer.document()}}
+    )
     return {
         "format": FORMAT,
         "order": 1,
         "ranges": [[span.start, span.stop] for span in made.ranges],
         "experts": experts,
         **layers,
-        "record": {"inputs": dict(plan.inputs), "map": {**measured, **sizes}, "versions": versions("demerge")},
+        "record": {
+            "inputs": dict(plan.inputs),
+            "map": {**measured, **sizes},
+            "versions": versions("demerge"),
+        },
     }
 
 
@@ -165,7 +204,10 @@ def lines(made: Transfer) -> list[str]:
         for k, name in enumerate(made.names)
     ]
     width = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    table = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, width, strict=True)).rstrip() for row in (heads, *rows)]
+    table = [
+        "  ".join(f"{cell:{w}}" for cell, w in zip(row, width, strict=True)).rstrip()
+        for row in (heads, *rows)
+    ]
     return [*table, *READING, _sketch(made), *_restricted(made), *_layers(made)]
 
 
@@ -182,8 +224,18 @@ def _sketch(made: Transfer) -> str:
 
 
 def _restricted(made: Transfer) -> list[str]:
-    shares = [f"{name} {share:.0%}" for name, share in zip(made.names, made.outside, strict=True) if share >= 0.005]
-    return [f"outside   of |tau|^2 on numbers that the map does not have, not counted: {', '.join(shares)}"] if shares else []
+    shares = [
+        f"{name} {share:.0%}"
+        for name, share in zip(made.names, made.outside, strict=True)
+        if share >= 0.005
+    ]
+    return (
+        [
+            f"outside   of |tau|^2 on numbers that the map does not have, not counted: {', '.join(shares)}"
+        ]
+        if shares
+        else []
+    )
 
 
 def _layers(made: Transfer) -> list[str]:
@@ -198,7 +250,10 @@ def _layers(made: Transfer) -> list[str]:
         for k, layer, r in largest
     ]
     cells = f"{len(places)} of {found.value.size} cells of layer, expert and range are resolved"
-    return [f"layers    {cells}, by chance {found.value.size // 20} would be{'; the largest:' if rows else ''}", *rows]
+    return [
+        f"layers    {cells}, by chance {found.value.size // 20} would be{'; the largest:' if rows else ''}",
+        *rows,
+    ]
 
 
 def write(made: Transfer, plan: Plan, out: Path) -> list[Path]:

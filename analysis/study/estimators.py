@@ -35,7 +35,13 @@ PLUG_IN, UNBIASED = "plug-in", "unbiased"
 
 
 def errors(
-    known: Known, draws: Iterable[str] = DRAWS, *, groups: int = 8, batch_size: int = 8, maps: int = 200, seed: int = 0
+    known: Known,
+    draws: Iterable[str] = DRAWS,
+    *,
+    groups: int = 8,
+    batch_size: int = 8,
+    maps: int = 200,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Measure a known problem many times and return how far both cosines are from the truth.
 
@@ -52,7 +58,10 @@ def errors(
         raise UsageError(f"{maps} maps have no spread", fix="give at least 2")
     rows = []
     for kind in draws:
-        found = [known.measure(groups=groups, batch_size=batch_size, draws=kind, seed=seed + number) for number in range(maps)]
+        found = [
+            known.measure(groups=groups, batch_size=batch_size, draws=kind, seed=seed + number)
+            for number in range(maps)
+        ]
         for name, estimates in (
             (PLUG_IN, [_plug_in(map) for map in found]),
             (UNBIASED, [_unbiased(map) for map in found]),
@@ -64,7 +73,10 @@ def errors(
 def _errors(truth: Array, estimates: list[tuple[Array, Array]]) -> dict[str, float]:
     off = np.array([value for value, _ in estimates]) - truth  # [maps N N], NaN where unresolved
     half = np.array([half for _, half in estimates])
-    pairs, beside = np.triu_indices(len(truth), 1), (np.arange(len(truth) - 1), np.arange(1, len(truth)))
+    pairs, beside = (
+        np.triu_indices(len(truth), 1),
+        (np.arange(len(truth) - 1), np.arange(1, len(truth))),
+    )
     pair_error, pair_half = off[:, *pairs], half[:, *pairs]
     known = np.isfinite(pair_error)
     bias, bias_se = _mean(pair_error)
@@ -75,7 +87,9 @@ def _errors(truth: Array, estimates: list[tuple[Array, Array]]) -> dict[str, flo
         "neighbours": near,
         "neighbours_se": near_se,
         "rmse": float(np.sqrt(np.mean(pair_error[known] ** 2))) if known.any() else float("nan"),
-        "covered": float((abs(pair_error) <= pair_half)[known].mean()) if known.any() else float("nan"),
+        "covered": float((abs(pair_error) <= pair_half)[known].mean())
+        if known.any()
+        else float("nan"),
         "unresolved": float(np.isnan(np.diagonal(off, axis1=1, axis2=2)).mean()),
     }
 
@@ -87,7 +101,9 @@ def _mean(values: Array) -> tuple[float, float]:
     if not count.any():
         return float("nan"), float("nan")
     mean = total.sum() / count.sum()
-    return float(mean), float((total - mean * count).std(ddof=1) / count.mean() / len(values) ** 0.5)
+    return float(mean), float(
+        (total - mean * count).std(ddof=1) / count.mean() / len(values) ** 0.5
+    )
 
 
 def by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -> pd.DataFrame:
@@ -104,16 +120,29 @@ def by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -> pd.Dat
             left_out = np.array([_beside(each) for each in _plug_in_without(part)])
             half = t_quantile(count) * float(standard_error(left_out))
             rows.append((kind, PLUG_IN, samples, _beside(found.naive), half, 0))
-            left_out = np.array([_beside(each) for each in normalised(without_pair(part), found.resolved)])
+            left_out = np.array(
+                [_beside(each) for each in normalised(without_pair(part), found.resolved)]
+            )
             half = float(error(left_out).half())
-            rows.append((kind, UNBIASED, samples, _beside(found.cosine), half, int((~found.resolved).sum())))
-    return pd.DataFrame(rows, columns=["draws", "estimator", "samples", "cosine", "half", "unresolved"])
+            rows.append(
+                (kind, UNBIASED, samples, _beside(found.cosine), half, int((~found.resolved).sum()))
+            )
+    return pd.DataFrame(
+        rows, columns=["draws", "estimator", "samples", "cosine", "half", "unresolved"]
+    )
 
 
 def first_groups(map: ConflictMap, groups: int) -> ConflictMap:
     """Return the map of the first groups alone, as if no more had been measured."""
-    sketches, layers = (None if rows is None else rows[:, :groups] for rows in (map.sketches, map.layers))
-    return replace(map, gram=np.ascontiguousarray(map.gram[:, :groups, :, :groups]), sketches=sketches, layers=layers)
+    sketches, layers = (
+        None if rows is None else rows[:, :groups] for rows in (map.sketches, map.layers)
+    )
+    return replace(
+        map,
+        gram=np.ascontiguousarray(map.gram[:, :groups, :, :groups]),
+        sketches=sketches,
+        layers=layers,
+    )
 
 
 def disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFrame:
@@ -127,13 +156,18 @@ def disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFrame:
         UsageError: where the maps have other bins, or fewer than two.
     """
     if first.edges != second.edges or first.N < 2:
-        raise UsageError(f"maps of {first.N} and {second.N} bins do not compare", fix="measure both on the same bins")
+        raise UsageError(
+            f"maps of {first.N} and {second.N} bins do not compare",
+            fix="measure both on the same bins",
+        )
     rows = []
     for name, pair_mean in ((PLUG_IN, _plug_in_pair_mean), (UNBIASED, _unbiased_pair_mean)):
         (a, a_se), (b, b_se) = pair_mean(first), pair_mean(second)
         scale = float(np.hypot(a_se, b_se))
         rows.append((name, a, a_se, b, b_se, (a - b) / scale if scale else 0.0))
-    return pd.DataFrame(rows, columns=["estimator", "first", "first_se", "second", "second_se", "z"])
+    return pd.DataFrame(
+        rows, columns=["estimator", "first", "first_se", "second", "second_se", "z"]
+    )
 
 
 def _plug_in_pair_mean(map: ConflictMap) -> tuple[float, float]:
@@ -144,7 +178,9 @@ def _plug_in_pair_mean(map: ConflictMap) -> tuple[float, float]:
 
 def _unbiased_pair_mean(map: ConflictMap) -> tuple[float, float]:
     i, j = np.triu_indices(map.N, 1)
-    return float(kernel(map, cross(map.M))[i, j].mean()), float(error(without_pair(map)[:, i, j].mean(1)).se)
+    return float(kernel(map, cross(map.M))[i, j].mean()), float(
+        error(without_pair(map)[:, i, j].mean(1)).se
+    )
 
 
 def _beside(cosine: Array) -> float:

@@ -52,10 +52,18 @@ class Known:
     dimensions: int = 256
 
     def __post_init__(self) -> None:
-        if not (-1 < self.neighbours < 1 and self.noise >= 0 and min(self.strengths, default=0) > 0):
-            raise UsageError(f"{self} is no problem", fix="give cosines within (-1, 1), noise from 0 on, positive strengths")
+        if not (
+            -1 < self.neighbours < 1 and self.noise >= 0 and min(self.strengths, default=0) > 0
+        ):
+            raise UsageError(
+                f"{self} is no problem",
+                fix="give cosines within (-1, 1), noise from 0 on, positive strengths",
+            )
         if self.dimensions < len(self.strengths):
-            raise UsageError(f"{self.dimensions} dimensions do not hold {len(self.strengths)} bins", fix="give more")
+            raise UsageError(
+                f"{self.dimensions} dimensions do not hold {len(self.strengths)} bins",
+                fix="give more",
+            )
 
     @property
     def cosine(self) -> Array:
@@ -78,7 +86,9 @@ class Known:
         shared = np.ones((N, N)) if draws == "shared" else np.eye(N)
         return normalised(mu @ mu.T + self.noise / samples * shared, np.ones(N, dtype=bool))
 
-    def measure(self, *, groups: int = 8, batch_size: int = 8, draws: str = "shared", seed: int = 0) -> ConflictMap:
+    def measure(
+        self, *, groups: int = 8, batch_size: int = 8, draws: str = "shared", seed: int = 0
+    ) -> ConflictMap:
         """Draw the gradients and return their map.
 
         Raises:
@@ -86,12 +96,19 @@ class Known:
         """
         _check_draws(draws)
         if groups < MIN_GROUPS or batch_size < 1:
-            raise UsageError(f"{groups} groups of {batch_size} are too few", fix=f"give {MIN_GROUPS} groups of 1 or more")
+            raise UsageError(
+                f"{groups} groups of {batch_size} are too few",
+                fix=f"give {MIN_GROUPS} groups of 1 or more",
+            )
         mu, scale = self.means, (self.noise / (batch_size * self.dimensions)) ** 0.5
         shape = (1 if draws == "shared" else len(mu), groups, self.dimensions)
-        rows = (mu[:, None] + scale * generator(seed, "analysis-known", draws).standard_normal(shape)).reshape(-1, mu.shape[1])
+        rows = (
+            mu[:, None] + scale * generator(seed, "analysis-known", draws).standard_normal(shape)
+        ).reshape(-1, mu.shape[1])
         gram = (rows @ rows.T).reshape(len(mu), groups, len(mu), groups)
-        origin = Origin("known", "known", self.dimensions, "exact", draws, False, "euclid", batch_size, seed)
+        origin = Origin(
+            "known", "known", self.dimensions, "exact", draws, False, "euclid", batch_size, seed
+        )
         return ConflictMap(Partition.uniform(T, len(mu)), gram, np.linspace(9, -10, T), origin)
 
 

@@ -24,7 +24,11 @@ def neighbours_by_samples(table: pd.DataFrame, truth: float | None = None) -> Fi
         if truth is not None:
             ax.axhline(truth, color=GREY, lw=1.2, ls=":", zorder=0, label=f"truth, {truth:.2f}")
         ax.set_title(f"{kind} draws", loc="left", fontsize=10)
-        ax.set(xlabel="samples for each bin", ylabel="mean cosine of neighbours" if ax is axes[0] else "", xscale="log")
+        ax.set(
+            xlabel="samples for each bin",
+            ylabel="mean cosine of neighbours" if ax is axes[0] else "",
+            xscale="log",
+        )
         ax.set_xticks(places, [str(place) for place in places])
         ax.minorticks_off()
         sns.despine(ax=ax)
@@ -37,4 +41,6 @@ def _panel(ax: Axes, table: pd.DataFrame) -> None:
         rows = table[table.estimator == name].dropna(subset=["cosine"])
         label = f"{name} (resolved bins)" if name == UNBIASED else name
         style = {"color": colour, "marker": marker, "ls": line, "label": label}
-        ax.errorbar(rows.samples, rows.cosine, rows.half, ms=5, lw=1.4, elinewidth=1, capsize=2, **style)
+        ax.errorbar(
+            rows.samples, rows.cosine, rows.half, ms=5, lw=1.4, elinewidth=1, capsize=2, **style
+        )

@@ -64,7 +64,12 @@ def read_cifar(path: Path) -> Source:
     parts = [_cifar_batch(file) for file in [*train, *test]]
     sizes = [len(labels) for _, labels in parts]
     held = tuple(range(sum(sizes[: len(train)]), sum(sizes))) if train and test else None
-    return array_source(path.name, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), held)
+    return array_source(
+        path.name,
+        np.concatenate([p[0] for p in parts]),
+        np.concatenate([p[1] for p in parts]),
+        held,
+    )
 
 
 def is_cifar(folder: Path) -> bool:
@@ -75,10 +80,16 @@ def is_cifar(folder: Path) -> bool:
 def _cifar_batch(file: Path) -> tuple[Pixels8, Pixels8]:
     values = np.fromfile(file, dtype=np.uint8)
     if not len(values) or len(values) % CIFAR_RECORD:
-        raise InputError(f"{file}: {len(values):,} bytes are no whole number of {CIFAR_RECORD}-byte records", fix=CIFAR_FIX)
+        raise InputError(
+            f"{file}: {len(values):,} bytes are no whole number of {CIFAR_RECORD}-byte records",
+            fix=CIFAR_FIX,
+        )
     records = values.reshape(-1, CIFAR_RECORD)
     if records[:, 0].max() > 9:
-        raise InputError(f"{file}: label {records[:, 0].max()} is not one of 0..9, no CIFAR-10 batch", fix=CIFAR_FIX)
+        raise InputError(
+            f"{file}: label {records[:, 0].max()} is not one of 0..9, no CIFAR-10 batch",
+            fix=CIFAR_FIX,
+        )
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
@@ -94,11 +105,20 @@ def read_idx(path: Path) -> Source:
     files = [file for file in (train, test) if file is not None]
     images = [_idx_images(file) for file in files]
     if len({part.shape[1:] for part in images}) > 1:
-        raise InputError(f"{path}: train and t10k images differ in size", fix="use files of one data set")
+        raise InputError(
+            f"{path}: train and t10k images differ in size", fix="use files of one data set"
+        )
     labels = [_idx_labels(file) for file in files]
     known = [part for part in labels if part is not None]
-    held = tuple(range(len(images[0]), len(images[0]) + len(images[1]))) if len(images) == 2 else None
-    return array_source(path.name, np.concatenate(images), np.concatenate(known) if len(known) == len(files) else None, held)
+    held = (
+        tuple(range(len(images[0]), len(images[0]) + len(images[1]))) if len(images) == 2 else None
+    )
+    return array_source(
+        path.name,
+        np.concatenate(images),
+        np.concatenate(known) if len(known) == len(files) else None,
+        held,
+    )
 
 
 def is_idx(folder: Path) -> bool:
@@ -121,7 +141,10 @@ def _idx_labels(images: Path) -> Pixels8 | None:
         return None
     labels, count = _idx_values(file, 1), len(_idx_values(images, 3))
     if len(labels) != count:
-        raise InputError(f"{file}: {len(labels)} labels for {count} images", fix="use labels of the same data set")
+        raise InputError(
+            f"{file}: {len(labels)} labels for {count} images",
+            fix="use labels of the same data set",
+        )
     return labels
 
 
@@ -129,10 +152,15 @@ def _idx_values(file: Path, dims: int) -> Pixels8:
     raw = _unzipped(file)
     head = 4 + 4 * dims
     if len(raw) < head or raw[:2] != b"\0\0" or raw[2] != 8 or raw[3] != dims:
-        raise InputError(f"{file}: no idx file of bytes in {dims} dimensions", fix="use MNIST-like idx files")
+        raise InputError(
+            f"{file}: no idx file of bytes in {dims} dimensions", fix="use MNIST-like idx files"
+        )
     shape = struct.unpack(f">{dims}I", raw[4:head])
     if math.prod(shape) != len(raw) - head or 0 in shape:
-        raise InputError(f"{file}: header says {shape}, the file holds {len(raw) - head:,} values", fix="fetch it again")
+        raise InputError(
+            f"{file}: header says {shape}, the file holds {len(raw) - head:,} values",
+            fix="fetch it again",
+        )
     return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape)
 
 
@@ -157,7 +185,10 @@ def read_npz(path: Path) -> Source:
         with np.load(path, allow_pickle=False) as archive:
             key = next((k for k in ("images", "arr_0") if k in archive.files), None)
             if key is None:
-                raise InputError(f"{path}: no key 'images' or 'arr_0' among {archive.files[:8]}", fix="name the array 'images'")
+                raise InputError(
+                    f"{path}: no key 'images' or 'arr_0' among {archive.files[:8]}",
+                    fix="name the array 'images'",
+                )
             images = archive[key]
             labels = archive["labels"] if "labels" in archive.files else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
@@ -166,7 +197,10 @@ def read_npz(path: Path) -> Source:
             fix="write it with numpy.savez(path, images=array), uint8, no objects",
         ) from error
     if labels is not None and labels.shape != (len(images),):
-        raise InputError(f"{path}: labels {labels.shape} do not match {len(images)} images", fix="give one label per image")
+        raise InputError(
+            f"{path}: labels {labels.shape} do not match {len(images)} images",
+            fix="give one label per image",
+        )
     return array_source(path.stem, _channels_first(path, key, images), labels)
 
 
@@ -183,10 +217,18 @@ def _channels_first(path: Path, key: str, images: NDArray[np.generic]) -> Pixels
         return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
     if values.shape[1] in (1, 3):
         return values
-    raise InputError(f"{path}: '{key}' {list(values.shape)} has neither 1 nor 3 channels", fix="drop other channels, as alpha")
+    raise InputError(
+        f"{path}: '{key}' {list(values.shape)} has neither 1 nor 3 channels",
+        fix="drop other channels, as alpha",
+    )
 
 
-def array_source(name: str, images: Pixels8, labels: NDArray[np.integer] | None, test: tuple[int, ...] | None = None) -> Source:
+def array_source(
+    name: str,
+    images: Pixels8,
+    labels: NDArray[np.integer] | None,
+    test: tuple[int, ...] | None = None,
+) -> Source:
     """Wrap images [N C H W]; the content's hash covers shape, pixels and labels."""
     digest = hashlib.sha256(str(images.shape).encode())
     digest.update(np.ascontiguousarray(images).data)

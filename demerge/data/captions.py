@@ -22,9 +22,7 @@ from demerge.errors import InputError
 
 MOST_BYTES = 128 << 10
 FIX_JSONL = 'write one line per image: {"file_name": "a.png", "text": "a red fox"}'
-FIX_CSV = (
-    'write UTF-8 with the header file_name,text and one row per image; a quote inside of a caption is "" in a quoted field'
-)
+FIX_CSV = 'write UTF-8 with the header file_name,text and one row per image; a quote inside of a caption is "" in a quoted field'
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,10 @@ def find_captions(listing: Listing) -> Captions | None:
         for number, name, caption in _rows(file):
             where = f"{file}, line {number}"
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise InputError(f"{where}: '{name}' leads out of its folder", fix="name files relative to the metadata")
+                raise InputError(
+                    f"{where}: '{name}' leads out of its folder",
+                    fix="name files relative to the metadata",
+                )
             _add(of, file.parent / name, caption, where)
     return Captions(of) if of or listing.metadata else None
 
@@ -87,7 +88,10 @@ def find_captions(listing: Listing) -> Captions | None:
 def _add(of: dict[str, tuple[str, str]], image: Path, caption: str, where: str) -> None:
     known, first = of.setdefault(_key(image), (caption, where))
     if known != caption:
-        raise InputError(f"{where}: another caption of {image.name} is in {first}", fix="keep one caption per image")
+        raise InputError(
+            f"{where}: another caption of {image.name} is in {first}",
+            fix="keep one caption per image",
+        )
 
 
 def _key(path: Path) -> str:
@@ -100,7 +104,9 @@ def _sidecar(file: Path) -> str:
             raw = stream.read(MOST_BYTES + 1)
         return _checked(raw.decode("utf-8-sig"), str(file)).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as UTF-8: {error}", fix="save it as UTF-8") from error
+        raise InputError(
+            f"{file}: cannot be read as UTF-8: {error}", fix="save it as UTF-8"
+        ) from error
 
 
 def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
@@ -108,7 +114,9 @@ def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as UTF-8: {error}", fix="save it as UTF-8") from error
+        raise InputError(
+            f"{file}: cannot be read as UTF-8: {error}", fix="save it as UTF-8"
+        ) from error
     fix = FIX_CSV if file.suffix == ".csv" else FIX_JSONL
     for number, row in _csv(file, text) if file.suffix == ".csv" else _jsonl(text):
         match row:
@@ -121,12 +129,15 @@ def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
 def _checked(caption: str, where: str) -> str:
     size = len(caption.encode("utf-8", "surrogatepass"))
     if size > MOST_BYTES:
-        raise InputError(f"{where}: a caption of more than {MOST_BYTES >> 10} KiB", fix="shorten it")
+        raise InputError(
+            f"{where}: a caption of more than {MOST_BYTES >> 10} KiB", fix="shorten it"
+        )
     try:
         caption.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: half of a character in the caption {escaped_text(caption[:40])}", fix="correct it"
+            f"{where}: half of a character in the caption {escaped_text(caption[:40])}",
+            fix="correct it",
         ) from error
     return caption
 
@@ -145,7 +156,10 @@ def _csv(file: Path, text: str) -> Iterator[tuple[int, Any]]:
             begin = reader.line_num + 1 if reader.fieldnames else 1
             row = next(reader, None)
         except csv.Error as error:
-            raise InputError(f"{file}, line {begin}: the row that begins here cannot be read: {error}", fix=FIX_CSV) from error
+            raise InputError(
+                f"{file}, line {begin}: the row that begins here cannot be read: {error}",
+                fix=FIX_CSV,
+            ) from error
         if row is None:
             return
         yield begin, row

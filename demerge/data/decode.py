@@ -86,8 +86,19 @@ def check(path: Path) -> Header:
     with _opened(path) as image:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         width, height = image.size[::-1] if orientation in range(5, 9) else image.size
-        alpha, frames = image.has_transparency_data, bool(getattr(image, "is_animated", False)) and image.format != "MPO"
-        header = Header(width, height, image.mode, alpha, orientation in range(2, 9), frames, _profile_note(image))
+        alpha, frames = (
+            image.has_transparency_data,
+            bool(getattr(image, "is_animated", False)) and image.format != "MPO",
+        )
+        header = Header(
+            width,
+            height,
+            image.mode,
+            alpha,
+            orientation in range(2, 9),
+            frames,
+            _profile_note(image),
+        )
         kind = image.format
     if not _whole(path, kind):
         decode(path, (1, 1))
@@ -120,8 +131,14 @@ def decoded(image: Image.Image, name: str, least: Least | None = None) -> Pixels
     grey = image.mode in GREY
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN):
         kind = "floats" if image.mode == "F" else "integers of 32 bits"
-        raise InputError(f"{name}: pixels are {kind} of unknown range", fix="save it with 8 or 16 bits per channel")
-    profile, turn = image.info.get("icc_profile"), TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+        raise InputError(
+            f"{name}: pixels are {kind} of unknown range",
+            fix="save it with 8 or 16 bits per channel",
+        )
+    profile, turn = (
+        image.info.get("icc_profile"),
+        TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1)),
+    )
     if image.mode in DEEP:
         image = _eight_bits(image)
     elif image.mode in ("P", "1", "PA"):
@@ -150,7 +167,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         scaled[start : start + rows] = (block + 128) // 257
     result = Image.fromarray(scaled)
     if isinstance(clear, int):
-        result = Image.merge("LA", (result, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
+        result = Image.merge(
+            "LA", (result, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        )
     result.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return result
 
@@ -191,7 +210,11 @@ def _profile_note(image: Image.Image) -> str:
     if not profile:
         return ""
     mode = "L" if image.mode in GREY else image.mode if image.mode == "CMYK" else "RGB"
-    return "colour profile not readable, taken as sRGB" if _transform(profile, mode) is None else "colour profile taken to sRGB"
+    return (
+        "colour profile not readable, taken as sRGB"
+        if _transform(profile, mode) is None
+        else "colour profile taken to sRGB"
+    )
 
 
 @cache
@@ -212,15 +235,32 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             with Image.open(path, formats=_formats()) as image:
                 most = MAX_PIXELS_OF.get(str(image.format), MAX_PIXELS)
                 if image.width * image.height > most:
-                    raise InputError(f"{path}: more than {most // 10**6} million pixels", fix="scale it down or remove it")
+                    raise InputError(
+                        f"{path}: more than {most // 10**6} million pixels",
+                        fix="scale it down or remove it",
+                    )
                 yield image
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: more than {MAX_PIXELS // 10**6} million pixels", fix="scale it down or remove it") from error
+        raise InputError(
+            f"{path}: more than {MAX_PIXELS // 10**6} million pixels",
+            fix="scale it down or remove it",
+        ) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: {_what_else(path)}", fix="convert, replace or remove it") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, MemoryError) as error:
+        raise InputError(
+            f"{path}: {_what_else(path)}", fix="convert, replace or remove it"
+        ) from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        IndexError,
+        TypeError,
+        KeyError,
+        MemoryError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         cut = "truncat" in reason or "incomplete" in reason.lower()
         raise InputError(

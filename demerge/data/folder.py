@@ -75,10 +75,20 @@ def read_folder(folder: Path, *, skip_broken: bool = False) -> Source:
     labels = class_labels(folder, good, paths, parts.depth)
     pixels = Files(tuple(good), tuple(headers[path] for path in good))
     name = escaped(folder.resolve().name)
-    return Source(name, pixels, _content(listing, good, captions, labels), parts.test, captions, labels, parts.spare)
+    return Source(
+        name,
+        pixels,
+        _content(listing, good, captions, labels),
+        parts.test,
+        captions,
+        labels,
+        parts.spare,
+    )
 
 
-def _content(listing: Listing, paths: Sequence[Path], captions: list[str] | None, labels: list[int] | None) -> str:
+def _content(
+    listing: Listing, paths: Sequence[Path], captions: list[str] | None, labels: list[int] | None
+) -> str:
     """Hash the names and the whole content of the files, their captions and labels."""
     digest = hashlib.sha256("\0".join(map(listing.name, paths)).encode())
     digest.update(remembered("contents", paths, lambda: _contents(paths)).encode())
@@ -99,11 +109,16 @@ def kinds_of(names: Sequence[str]) -> str:
 
 def _broken(listing: Listing, errors: Sequence[InputError]) -> InputError:
     total, folder = len(listing.images), listing.folder
-    lines = [*(f"{path}: {reason}" for path, reason in listing.closed), *(error.what for error in errors)]
+    lines = [
+        *(f"{path}: {reason}" for path, reason in listing.closed),
+        *(error.what for error in errors),
+    ]
     shown = [f"  {line}" for line in lines[:10]]
     if len(lines) > 10:
         shown.append(f"  and {len(lines) - 10} more")
     closed = f" and {len(listing.closed)} folders" if listing.closed else ""
     what = f"{folder}: {len(errors)} of {total} images{closed} cannot be read:\n" + "\n".join(shown)
     fix = f"'demerge data check {folder}' lists them; convert, replace or remove them"
-    return InputError(what, fix=fix if len(errors) == total else f"{fix}, or leave them out with --skip-broken")
+    return InputError(
+        what, fix=fix if len(errors) == total else f"{fix}, or leave them out with --skip-broken"
+    )

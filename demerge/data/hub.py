@@ -79,7 +79,8 @@ def _load(name: str, config: str | None) -> Mapping[str, Any]:
         from datasets import load_dataset
     except ImportError as error:
         raise UsageError(
-            f"'hf:{name}' needs the package 'datasets'", fix="pip install 'demerge[data]', or give a local folder"
+            f"'hf:{name}' needs the package 'datasets'",
+            fix="pip install 'demerge[data]', or give a local folder",
         ) from error
     try:
         splits: Mapping[str, Any] = load_dataset(name, config)
@@ -96,7 +97,10 @@ def _image_column(text: str, part: Any) -> str:
     for column, feature in part.features.items():
         if type(feature).__name__ == "Image":
             return str(column)
-    raise InputError(f"{text}: no column of images among {', '.join(part.features)}", fix="choose an image data set")
+    raise InputError(
+        f"{text}: no column of images among {', '.join(part.features)}",
+        fix="choose an image data set",
+    )
 
 
 def _column(parts: tuple[Any, ...], names: tuple[str, ...], kind: type) -> list[Any] | None:

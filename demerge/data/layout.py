@@ -52,11 +52,19 @@ def layout(folder: Path, images: Sequence[Path]) -> Layout:
             if held is None:
                 return Layout(depth)
             test = tuple(i for i, split in enumerate(splits) if split == held)
-            return Layout(depth, test, tuple(i for i, split in enumerate(splits) if split not in (TRAIN, held)))
+            return Layout(
+                depth,
+                test,
+                tuple(i for i, split in enumerate(splits) if split not in (TRAIN, held)),
+            )
     tops = [_at(folder, path, 0) for path in images]
     found = {split: top for top in tops if (split := _split(top))}
     if TRAIN in found and len(found) > 1:
-        outside = [escaped(p.relative_to(folder).as_posix()) for p, top in zip(images, tops, strict=True) if not _split(top)]
+        outside = [
+            escaped(p.relative_to(folder).as_posix())
+            for p, top in zip(images, tops, strict=True)
+            if not _split(top)
+        ]
         held_out = " and ".join(f"{name}/" for name in sorted(found.values()))
         raise InputError(
             f"{folder}: {len(outside)} images lie outside of {held_out}: {listed(outside)}",
@@ -65,7 +73,9 @@ def layout(folder: Path, images: Sequence[Path]) -> Layout:
     return Layout()
 
 
-def class_labels(folder: Path, images: Sequence[Path], every: Sequence[Path], depth: int | None) -> list[int] | None:
+def class_labels(
+    folder: Path, images: Sequence[Path], every: Sequence[Path], depth: int | None
+) -> list[int] | None:
     """Return the class of each image: its folder's place in alphabetical order, or the folder's name as a number.
 
     The folder is the first below the source that is not a split, at `depth`. Numbers count if every folder's name is one.

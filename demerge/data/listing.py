@@ -15,10 +15,40 @@ from pathlib import Path
 from demerge.errors import InputError
 
 READABLE = (
-    *("apng", "avif", "bmp", "dib", "gif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpf", "jpg", "jpx", "mpo"),
+    *(
+        "apng",
+        "avif",
+        "bmp",
+        "dib",
+        "gif",
+        "j2k",
+        "jfif",
+        "jp2",
+        "jpe",
+        "jpeg",
+        "jpf",
+        "jpg",
+        "jpx",
+        "mpo",
+    ),
     *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
 )
-REFUSED = ("arw", "cr2", "cr3", "dng", "heic", "heif", "hif", "jxl", "nef", "orf", "qoi", "raf", "rw2", "tga")  # by name
+REFUSED = (
+    "arw",
+    "cr2",
+    "cr3",
+    "dng",
+    "heic",
+    "heif",
+    "hif",
+    "jxl",
+    "nef",
+    "orf",
+    "qoi",
+    "raf",
+    "rw2",
+    "tga",
+)  # by name
 KINDS = frozenset({*READABLE, *REFUSED})
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = ("txt", "caption")
@@ -71,7 +101,10 @@ def list_folder(folder: Path) -> Listing:
     kinds = [_kind(path) for path in files]
     images = tuple(path for path, kind in zip(files, kinds, strict=True) if kind in KINDS)
     if not images and not walk.closed:
-        raise InputError(f"{folder}: no image in this folder", fix="give a folder of png, jpg, webp, tif or bmp files")
+        raise InputError(
+            f"{folder}: no image in this folder",
+            fix="give a folder of png, jpg, webp, tif or bmp files",
+        )
     texts = [path for path, kind in zip(files, kinds, strict=True) if kind in SIDECARS]
     metadata = tuple(path for path in files if path.name in METADATA)
     others = Counter(
@@ -80,7 +113,14 @@ def list_folder(folder: Path) -> Listing:
         if kind not in KINDS and kind not in SIDECARS and path.name not in METADATA
     )
     return Listing(
-        folder, images, metadata, tuple(texts), dict(others), tuple(walk.linked), tuple(walk.left_out), tuple(walk.closed)
+        folder,
+        images,
+        metadata,
+        tuple(texts),
+        dict(others),
+        tuple(walk.linked),
+        tuple(walk.left_out),
+        tuple(walk.closed),
     )
 
 
@@ -120,7 +160,11 @@ class _Walk:
                 self.closed.append((place, f"the folder cannot be read: {error.strerror}"))
                 continue
             for entry in entries:
-                if entry.is_symlink() and not os.path.exists(entry.path) and _kind(Path(entry.path)) not in FILES:
+                if (
+                    entry.is_symlink()
+                    and not os.path.exists(entry.path)
+                    and _kind(Path(entry.path)) not in FILES
+                ):
                     self.closed.append((Path(entry.path), "the link leads nowhere"))
                 elif not entry.is_dir():
                     yield Path(entry.path)

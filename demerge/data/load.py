@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from demerge.data.arrays import Source, is_cifar, is_idx, read_cifar, read_digits, read_idx, read_npz
+from demerge.data.arrays import (
+    Source,
+    is_cifar,
+    is_idx,
+    read_cifar,
+    read_digits,
+    read_idx,
+    read_npz,
+)
 from demerge.data.folder import read_folder
 from demerge.data.hub import read_hub
 from demerge.data.values import ImageData, Shape
@@ -46,12 +54,17 @@ def load_images(
     shape = _shape(read, resolution, channels)
     n = len(read.pixels)
     name = read.name.encode("utf-8", "replace").decode()  # as records can hold it
-    data = ImageData(name, split, shape, read.content, read.pixels, tuple(range(n)), read.captions, read.labels)
+    data = ImageData(
+        name, split, shape, read.content, read.pixels, tuple(range(n)), read.captions, read.labels
+    )
     chosen = split_positions(n, read.test, split, read.spare)
     if limit is not None and limit < len(chosen):
         chosen = sorted(chosen[i] for i in permutation(len(chosen), 0, "limit")[:limit])
     if not chosen:
-        raise InputError(f"{source}: the split '{split}' of {n} images is empty", fix="use a larger source or split 'all'")
+        raise InputError(
+            f"{source}: the split '{split}' of {n} images is empty",
+            fix="use a larger source or split 'all'",
+        )
     return data.subset(chosen)
 
 
@@ -67,7 +80,10 @@ def read_source(source: str | Path, *, skip_broken: bool = False) -> Source:
     if text.startswith("hf:"):
         return read_hub(text)
     if not path.exists():
-        raise InputError(f"data source '{text}' is neither a known name nor a file or folder", fix=f"give {KINDS}")
+        raise InputError(
+            f"data source '{text}' is neither a known name nor a file or folder",
+            fix=f"give {KINDS}",
+        )
     if path.is_dir():
         if is_cifar(path):
             return read_cifar(path)
@@ -83,18 +99,25 @@ def read_source(source: str | Path, *, skip_broken: bool = False) -> Source:
     raise InputError(f"{path}: not a source of images", fix=f"give {KINDS}")
 
 
-def _check_arguments(split: str, resolution: int | None, channels: int | None, limit: int | None) -> None:
+def _check_arguments(
+    split: str, resolution: int | None, channels: int | None, limit: int | None
+) -> None:
     if split not in SPLITS:
         raise UsageError(f"split '{split}' is unknown", fix=f"use one of {', '.join(SPLITS)}")
     if resolution is not None and not 1 <= resolution <= 8192:
-        raise UsageError(f"resolution {resolution} lies outside 1..8192", fix="give the model's resolution in pixels")
+        raise UsageError(
+            f"resolution {resolution} lies outside 1..8192",
+            fix="give the model's resolution in pixels",
+        )
     if channels not in (None, 1, 3):
         raise UsageError(f"{channels} channels cannot be made", fix="give 1 (grey) or 3 (colour)")
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit} leaves no image", fix="give at least 1")
 
 
-def split_positions(n: int, test: Sequence[int] | None, split: str, spare: Sequence[int] = ()) -> list[int]:
+def split_positions(
+    n: int, test: Sequence[int] | None, split: str, spare: Sequence[int] = ()
+) -> list[int]:
     """Return the positions of a split of n images; `test` None holds a tenth out by a fixed key, `spare` is in neither."""
     tenth = max(1, round(n * HELD_OUT)) if n > 1 else 0
     held = set(permutation(n, 0, "held-out")[:tenth] if test is None else test)

@@ -76,8 +76,12 @@ class Scan:
         if not self.usable:
             return f"cannot be used as it is: {self.readable - (self.captions or 0)} of {self.readable} images have no caption"
         extra = [
-            "images of several sizes are fitted to the model's resolution" if len(self.sizes) > 1 else "",
-            f"{sum(self.passed_over.values()):,} other files are passed over" if self.passed_over else "",
+            "images of several sizes are fitted to the model's resolution"
+            if len(self.sizes) > 1
+            else "",
+            f"{sum(self.passed_over.values()):,} other files are passed over"
+            if self.passed_over
+            else "",
             f"{self.unmatched:,} captions name no image" if self.unmatched else "",
         ]
         return "; ".join([f"usable: {count} were read", *filter(None, extra)])
@@ -153,7 +157,9 @@ def _scan_folder(folder: Path, progress: Progress | None) -> Scan:
     except InputError as error:
         splits, complaint = {}, complaint or error.what
     links = {listing.name(path): "followed" for path in listing.linked}
-    links |= {listing.name(path): "left out, its folder is read already" for path in listing.left_out}
+    links |= {
+        listing.name(path): "left out, its folder is read already" for path in listing.left_out
+    }
     return Scan(
         escaped_text(str(folder)),
         len(paths),
@@ -175,11 +181,18 @@ def _captions(listing: Listing, images: Iterable[Path]) -> tuple[int | None, int
         return 0, 0, f"captions cannot be read: {error.what}"
     if captions is None:
         return None, 0, ""
-    return sum(captions.get(path) is not None for path in images), captions.unmatched(listing.images), ""
+    return (
+        sum(captions.get(path) is not None for path in images),
+        captions.unmatched(listing.images),
+        "",
+    )
 
 
 def _splits(n: int, parts: Layout) -> dict[str, int]:
-    counts = {split: len(split_positions(n, parts.test, split, parts.spare)) for split in ("train", "test")}
+    counts = {
+        split: len(split_positions(n, parts.test, split, parts.spare))
+        for split in ("train", "test")
+    }
     return counts | ({"in neither": len(parts.spare)} if parts.spare else {})
 
 

@@ -100,7 +100,11 @@ class ImageData:
             InputError: where a file turns out to be damaged.
         """
         images = [self._image(self.positions[i]) for i in indices]
-        return torch.from_numpy(np.stack(images)) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
+        return (
+            torch.from_numpy(np.stack(images))
+            if images
+            else torch.empty(0, *self.shape, dtype=torch.uint8)
+        )
 
     def floats(self, indices: Sequence[int], flip: Sequence[bool] | None = None) -> Tensor:
         """Return the images at `indices`, float32 [B C H W] in [-1, 1]; those marked in `flip` are mirrored."""
@@ -118,7 +122,12 @@ class ImageData:
     def subset(self, indices: Sequence[int]) -> ImageData:
         """Return the data set of the images at `indices`, in that order."""
         captions, labels = self.known(indices)
-        return replace(self, positions=tuple(self.positions[i] for i in indices), captions=captions, labels=labels)
+        return replace(
+            self,
+            positions=tuple(self.positions[i] for i in indices),
+            captions=captions,
+            labels=labels,
+        )
 
     def _image(self, position: int) -> Pixels8:
         if position in self._cache:
@@ -145,9 +154,13 @@ def fit(image: Pixels8, shape: Shape) -> Pixels8:
 def as_pixels(image: Image.Image) -> Pixels8:
     """Return a grey or colour image as [C H W]."""
     values = np.asarray(image)
-    return values[None].copy() if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
+    return (
+        values[None].copy() if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
+    )
 
 
 def as_pil(image: Pixels8) -> Image.Image:
     """Return [C H W] as a grey or colour image."""
-    return Image.fromarray(image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+    return Image.fromarray(
+        image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    )

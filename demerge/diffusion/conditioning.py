@@ -51,7 +51,8 @@ class Classes:
         wrong = [label for label in chosen if label != self.null and not 0 <= label < self.count]
         if wrong:
             raise UsageError(
-                f"label {wrong[0]} is none of the base's {self.count} classes", fix=f"give labels in 0..{self.count - 1}"
+                f"label {wrong[0]} is none of the base's {self.count} classes",
+                fix=f"give labels in 0..{self.count - 1}",
             )
         return torch.tensor(chosen, dtype=torch.long)
 
@@ -74,10 +75,20 @@ def classes_of(config: Any) -> Classes | None:
     Raises:
         UsageError: where it takes something besides text or classes, or both of them.
     """
-    kind, count = getattr(config, "class_embed_type", None), getattr(config, "num_class_embeds", None)
+    kind, count = (
+        getattr(config, "class_embed_type", None),
+        getattr(config, "num_class_embeds", None),
+    )
     text = getattr(config, "cross_attention_dim", None) is not None
-    if getattr(config, "addition_embed_type", None) or kind is not None or (text and count is not None):
-        raise UsageError("the denoiser takes conditions besides text or a class (addition or class embeddings)", fix=KNOWN)
+    if (
+        getattr(config, "addition_embed_type", None)
+        or kind is not None
+        or (text and count is not None)
+    ):
+        raise UsageError(
+            "the denoiser takes conditions besides text or a class (addition or class embeddings)",
+            fix=KNOWN,
+        )
     if count is not None:
         return Classes(int(count))
     count = getattr(config, "num_embeds_ada_norm", None)

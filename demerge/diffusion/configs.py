@@ -73,13 +73,17 @@ class SchedulerConfig(Foreign):
     beta_start: Beta = 0.0001
     beta_end: Beta = 0.02
     beta_schedule: str = "linear"
-    trained_betas: Annotated[tuple[Beta, ...], Field(min_length=1, max_length=MAX_TIMESTEPS)] | None = None
+    trained_betas: (
+        Annotated[tuple[Beta, ...], Field(min_length=1, max_length=MAX_TIMESTEPS)] | None
+    ) = None
     prediction_type: str | None = "epsilon"
     steps_offset: Annotated[int, Field(ge=0, le=MAX_TIMESTEPS)] = 0
     clip_sample_range: Annotated[float, Field(gt=0)] = 1.0
 
 
-def check_config(config: Mapping[str, Any], kind: type[Foreign], where: str, tensors: int | None = None) -> None:
+def check_config(
+    config: Mapping[str, Any], kind: type[Foreign], where: str, tensors: int | None = None
+) -> None:
     """Refuse a config whose values have other types or ranges, or whose model has more layers than a file has tensors.
 
     Args:
@@ -95,8 +99,15 @@ def check_config(config: Mapping[str, Any], kind: type[Foreign], where: str, ten
         layers *= max(1, depth)
     most = MAX_LAYERS if tensors is None else min(MAX_LAYERS, tensors // TENSORS)
     if layers > most:
-        held = f"{tensors:,} tensors" if tensors is not None and tensors // TENSORS < MAX_LAYERS else f"at most {MAX_LAYERS:,}"
-        raise InputError(f"{where}: {layers:,} layers, the weights have {held}", fix="use the config of this very model")
+        held = (
+            f"{tensors:,} tensors"
+            if tensors is not None and tensors // TENSORS < MAX_LAYERS
+            else f"at most {MAX_LAYERS:,}"
+        )
+        raise InputError(
+            f"{where}: {layers:,} layers, the weights have {held}",
+            fix="use the config of this very model",
+        )
     side, patch = _deepest(config.get("sample_size")), max(1, _deepest(config.get("patch_size")))
     if "num_layers" in config and (side // patch) ** 2 > MAX_PATCHES:
         raise InputError(

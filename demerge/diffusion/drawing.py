@@ -74,7 +74,9 @@ def sample_to(
     inputs = {
         "model": model.fingerprint,
         "ranges": str(getattr(model.denoiser, "partition", "")),
-        "captions": hashlib.sha256("\0".join(captions or ()).encode()).hexdigest() if captions else "",
+        "captions": hashlib.sha256("\0".join(captions or ()).encode()).hexdigest()
+        if captions
+        else "",
         "labels": ",".join(map(str, labels or ())),
     }
     _begin(folder, options, inputs)
@@ -85,7 +87,9 @@ def sample_to(
             for i, image in zip(indices, draw(), strict=True):
                 if i in wanted:
                     content = png(image)
-                    commit_file(_place(folder, i), lambda stream, content=content: stream.write(content))  # type: ignore[misc]
+                    commit_file(
+                        _place(folder, i), lambda stream, content=content: stream.write(content)
+                    )  # type: ignore[misc]
         if progress is not None:
             progress(indices[-1] + 1, n)
     return len(missing)

@@ -18,7 +18,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from demerge.diffusion.conditioning import keep_labels
-from demerge.diffusion.configs import DenoiserConfig, SchedulerConfig, TextConfig, VaeConfig, check_config
+from demerge.diffusion.configs import (
+    DenoiserConfig,
+    SchedulerConfig,
+    TextConfig,
+    VaeConfig,
+    check_config,
+)
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.memory import free_bytes
 from demerge.storage.checkpoint import Checkpoint, modern
@@ -64,10 +70,17 @@ def resolve(model: str | Path) -> Path:
     """
     path = local(model)
     for folder in (path, path.parent):
-        if (folder / "model_index.json").is_file() and (folder == path or (path / "config.json").is_file()):
+        if (folder / "model_index.json").is_file() and (
+            folder == path or (path / "config.json").is_file()
+        ):
             return folder
-    what = "no model_index.json there, so no scheduler is known" if path.exists() else "no such folder"
-    raise InputError(f"{model}: {what}", fix="name a pipeline folder (model_index.json, scheduler/, unet/ or transformer/)")
+    what = (
+        "no model_index.json there, so no scheduler is known" if path.exists() else "no such folder"
+    )
+    raise InputError(
+        f"{model}: {what}",
+        fix="name a pipeline folder (model_index.json, scheduler/, unet/ or transformer/)",
+    )
 
 
 def part(folder: Path, name: str) -> Path:
@@ -79,7 +92,8 @@ def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:
     entry = index.get(part)
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
         raise InputError(
-            f"{folder}/model_index.json: no component '{part}'", fix="use a pipeline with scheduler, and unet or transformer"
+            f"{folder}/model_index.json: no component '{part}'",
+            fix="use a pipeline with scheduler, and unet or transformer",
         )
     return entry[1]
 
@@ -98,8 +112,13 @@ def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixi
     component = denoiser_part(index)
     name = _class_name(folder, index, component)
     if name not in DENOISERS:
-        raise InputError(f"{folder}: denoiser class '{name}' is not supported", fix=f"use one of {', '.join(DENOISERS)}")
-    denoiser: diffusers.ModelMixin = _load(folder, component, DenoiserConfig, DENOISERS[name].from_config)
+        raise InputError(
+            f"{folder}: denoiser class '{name}' is not supported",
+            fix=f"use one of {', '.join(DENOISERS)}",
+        )
+    denoiser: diffusers.ModelMixin = _load(
+        folder, component, DenoiserConfig, DENOISERS[name].from_config
+    )
     keep_labels(denoiser)
     return denoiser
 
@@ -116,8 +135,12 @@ def make_unet(config: Mapping[str, Any], where: str) -> diffusers.UNet2DModel:
         empty = _built(lambda: diffusers.UNet2DModel.from_config(dict(config)), where)
     needed, free = 4 * sum(p.numel() for p in empty.parameters()), free_bytes()
     if free is not None and needed > free:
-        raise ResourceError(f"{where}: its weights take {needed:,} bytes, {free:,} are free", fix="make it smaller")
-    unet: diffusers.UNet2DModel = _built(lambda: diffusers.UNet2DModel.from_config(dict(config)), where)
+        raise ResourceError(
+            f"{where}: its weights take {needed:,} bytes, {free:,} are free", fix="make it smaller"
+        )
+    unet: diffusers.UNet2DModel = _built(
+        lambda: diffusers.UNet2DModel.from_config(dict(config)), where
+    )
     return unet
 
 
@@ -129,7 +152,9 @@ def load_vae(folder: Path, index: Mapping[str, Any]) -> diffusers.AutoencoderKL 
     """
     if not _has(folder, index, "vae", "AutoencoderKL"):
         return None
-    vae: diffusers.AutoencoderKL = _load(folder, "vae", VaeConfig, diffusers.AutoencoderKL.from_config)
+    vae: diffusers.AutoencoderKL = _load(
+        folder, "vae", VaeConfig, diffusers.AutoencoderKL.from_config
+    )
     return vae
 
 
@@ -142,7 +167,10 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     name = _class_name(folder, index, "scheduler")
     kind: Any = getattr(diffusers, name, None)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
-        raise InputError(f"{folder}: scheduler class '{name}' is unknown to diffusers", fix="use a stock scheduler")
+        raise InputError(
+            f"{folder}: scheduler class '{name}' is unknown to diffusers",
+            fix="use a stock scheduler",
+        )
     path = inside(folder, part(folder, "scheduler") / "scheduler_config.json")
     return make_scheduler(read_scheduler(path), kind, str(path))
 
@@ -157,9 +185,13 @@ def make_scheduler(config: Mapping[str, Any], kind: Any, where: str) -> Any:
     scheduler = _built(lambda: kind.from_config(dict(config)), where)
     abar = getattr(scheduler, "alphas_cumprod", None)
     if isinstance(abar, Tensor) and not (
-        len(abar) == scheduler.config.num_train_timesteps and bool(((abar >= 0) & (abar <= 1)).all())
+        len(abar) == scheduler.config.num_train_timesteps
+        and bool(((abar >= 0) & (abar <= 1)).all())
     ):
-        raise InputError(f"{where}: its betas give no schedule of signal in [0, 1]", fix="use the config of this very model")
+        raise InputError(
+            f"{where}: its betas give no schedule of signal in [0, 1]",
+            fix="use the config of this very model",
+        )
     return scheduler
 
 
@@ -175,12 +207,23 @@ def load_text(folder: Path, index: Mapping[str, Any]) -> TextEncoder | None:
     try:
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     except ImportError as error:
-        raise UsageError("the base takes text, which needs transformers", fix="pip install 'demerge[sd]'") from error
-    model = _load(folder, "text_encoder", TextConfig, lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)))
+        raise UsageError(
+            "the base takes text, which needs transformers", fix="pip install 'demerge[sd]'"
+        ) from error
+    model = _load(
+        folder,
+        "text_encoder",
+        TextConfig,
+        lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+    )
     where = _folder(folder, "tokenizer")
     tokenizer = _built(lambda: CLIPTokenizer.from_pretrained(where), str(where))
     config, length = model.config, tokenizer.model_max_length
-    if type(length) is not int or not 0 < length <= config.max_position_embeddings or len(tokenizer) > config.vocab_size:
+    if (
+        type(length) is not int
+        or not 0 < length <= config.max_position_embeddings
+        or len(tokenizer) > config.vocab_size
+    ):
         raise InputError(
             f"{where}: {len(tokenizer):,} tokens in texts of up to {str(length)[:40]}; the text encoder takes "
             f"{config.vocab_size:,} in {config.max_position_embeddings:,}",
@@ -198,7 +241,10 @@ def _has(folder: Path, index: Mapping[str, Any], part: str, kind: str) -> bool:
         return False
     name = _class_name(folder, index, part)
     if name != kind:
-        raise InputError(f"{folder}: {part} is of class '{name}', which is not supported", fix=f"use a base with {kind}")
+        raise InputError(
+            f"{folder}: {part} is of class '{name}', which is not supported",
+            fix=f"use a base with {kind}",
+        )
     return True
 
 
@@ -216,7 +262,9 @@ def _folder(folder: Path, component: str) -> Path:
     return found
 
 
-def _load(folder: Path, component: str, kind: type[Foreign], build: Callable[[dict[str, Any]], Any]) -> Any:
+def _load(
+    folder: Path, component: str, kind: type[Foreign], build: Callable[[dict[str, Any]], Any]
+) -> Any:
     """Build a component without memory, hold it against its weights file by file, name and shape, and only then read them."""
     where = _folder(folder, component)
     weights = Checkpoint(component_place(where))
@@ -232,7 +280,9 @@ def _load(folder: Path, component: str, kind: type[Foreign], build: Callable[[di
         {names.get(bare, name): shapes[name] for bare, name in wanted.items()},
         f"{where}: the weights do not fit the config",
     )
-    model.load_state_dict({name: _copied(weights[names[bare]]) for bare, name in wanted.items()}, assign=True)
+    model.load_state_dict(
+        {name: _copied(weights[names[bare]]) for bare, name in wanted.items()}, assign=True
+    )
     return model
 
 
@@ -241,7 +291,9 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
-def refuse_other_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+def refuse_other_keys(
+    weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str
+) -> None:
     """Refuse weights that are not of these names and shapes; a `position_ids` of older files is a constant and may be more.
 
     Raises:
@@ -255,10 +307,15 @@ def refuse_other_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
         if name in weights and weights.specs[name].shape != shape
     ]
     found = {"missing": missing, "unknown": more, "of another shape": other}
-    listed = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in found.items() if names]
+    listed = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in found.items() if names
+    ]
     if listed:
         files = ", ".join(file.name for file in weights.place.files[:3])
-        raise InputError(f"{what}: {files} has {'; '.join(listed)}", fix="fetch weights and config of one model again")
+        raise InputError(
+            f"{what}: {files} has {'; '.join(listed)}",
+            fix="fetch weights and config of one model again",
+        )
 
 
 def _bare(name: str) -> str:
@@ -276,13 +333,25 @@ def running(what: object) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if "memory" in str(error):
-            raise ResourceError(f"{what} needs more memory than there is: {said}", fix="use a smaller batch") from error
-        raise InputError(f"{what} cannot be run: {said}", fix="use the configs of this very model") from error
+            raise ResourceError(
+                f"{what} needs more memory than there is: {said}", fix="use a smaller batch"
+            ) from error
+        raise InputError(
+            f"{what} cannot be run: {said}", fix="use the configs of this very model"
+        ) from error
 
 
 def _built(make: Callable[[], Any], where: str) -> Any:
@@ -296,5 +365,6 @@ def _built(make: Callable[[], Any], where: str) -> Any:
     except Exception as error:
         what = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{where}: cannot be loaded: {type(error).__name__}: {what}", fix="use the file of this very model"
+            f"{where}: cannot be loaded: {type(error).__name__}: {what}",
+            fix="use the file of this very model",
         ) from error

@@ -84,9 +84,12 @@ class Diffusion:
             )
         if self.prediction_type not in PREDICTION_TYPES:
             raise UsageError(
-                f"prediction type '{self.prediction_type}' is unknown", fix=f"use one of {', '.join(PREDICTION_TYPES)}"
+                f"prediction type '{self.prediction_type}' is unknown",
+                fix=f"use one of {', '.join(PREDICTION_TYPES)}",
             )
-        other = other_input(self.config, None if self.vae is None else self.vae.config.latent_channels)
+        other = other_input(
+            self.config, None if self.vae is None else self.vae.config.latent_channels
+        )
         if other:
             raise UsageError(
                 f"{self.folder or 'the denoiser'}: {other}",
@@ -114,11 +117,18 @@ class Diffusion:
         component = load_denoiser(folder, index)
         scheduler = load_scheduler(folder, index)
         vae, text = load_vae(folder, index), load_text(folder, index)
-        modules: dict[str, Any] = {"denoiser": component, "vae": vae, "text_encoder": text and text.model}
+        modules: dict[str, Any] = {
+            "denoiser": component,
+            "vae": vae,
+            "text_encoder": text and text.model,
+        }
         for name, module in modules.items():
             if module is not None:
                 if bad := not_finite(module):
-                    raise InputError(f"{folder}: the {name} holds NaN or Inf in {bad}", fix="use an earlier save of this model")
+                    raise InputError(
+                        f"{folder}: the {name} holds NaN or Inf in {bad}",
+                        fix="use an earlier save of this model",
+                    )
                 module.eval().requires_grad_(False)
         return cls(component, scheduler, folder, vae, text).to(device)
 
@@ -151,8 +161,14 @@ class Diffusion:
             inside(self.folder, file)
         for part in copied:
             shutil.copytree(part, path / part.name)
-        absent = {n for n, v in index.items() if isinstance(v, list)} - {*own, *(p.name for p in copied)}
-        commit_json(path / "model_index.json", {n: [None, None] if n in absent else v for n, v in index.items()})
+        absent = {n for n, v in index.items() if isinstance(v, list)} - {
+            *own,
+            *(p.name for p in copied),
+        }
+        commit_json(
+            path / "model_index.json",
+            {n: [None, None] if n in absent else v for n, v in index.items()},
+        )
         self.scheduler.save_pretrained(path / "scheduler")
         self.denoiser.save_pretrained(path / own[0])  # type: ignore[operator]
 
@@ -205,7 +221,9 @@ class Diffusion:
     def load_images(self, source: str, *, split: str, skip_broken: bool) -> ImageData:
         """Load a data set in the shape of this model's images, which are square; see `demerge.data.load_images`."""
         channels, height, _ = self.image_shape
-        return load_images(source, split=split, resolution=height, channels=channels, skip_broken=skip_broken)
+        return load_images(
+            source, split=split, resolution=height, channels=channels, skip_broken=skip_broken
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -245,7 +263,8 @@ class Diffusion:
         """
         configs = {"config": self.config, "scheduler": self.scheduler.config}
         public = {
-            part: {key: value for key, value in config.items() if not key.startswith("_")} for part, config in configs.items()
+            part: {key: value for key, value in config.items() if not key.startswith("_")}
+            for part, config in configs.items()
         }
         public["scheduler"]["class"] = type(self.scheduler).__name__
         identity = {"sha256": self.sha256, **public, "components": self._components()}
@@ -258,7 +277,12 @@ class Diffusion:
             return {}
         index = read_index(self.folder)
         names = sorted(index.keys() - {denoiser_part(index), "scheduler"})
-        files = [file for name in names for file in sorted((self.folder / name).rglob("*")) if file.is_file()]
+        files = [
+            file
+            for name in names
+            for file in sorted((self.folder / name).rglob("*"))
+            if file.is_file()
+        ]
         hashes = Hashing([inside(self.folder, file) for file in files]).result()
         return {str(file.relative_to(self.folder)): hashes[file] for file in files}
 
@@ -276,7 +300,10 @@ class Diffusion:
 
     @torch.no_grad()
     def encode(
-        self, images: Tensor, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None
+        self,
+        images: Tensor,
+        captions: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Turn images [B C H W] in [-1, 1] and what is known of them into (x_0 [B *sample_shape], condition); see `condition`.
 
@@ -293,10 +320,14 @@ class Diffusion:
         if self.vae is None:
             return images, condition
         with running(f"{self.folder}/vae"):
-            return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor, condition
+            return self.vae.encode(
+                images
+            ).latent_dist.mode() * self.vae.config.scaling_factor, condition
 
     @torch.no_grad()
-    def condition(self, n: int, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None) -> Tensor | None:
+    def condition(
+        self, n: int, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None
+    ) -> Tensor | None:
         """Return c for n samples: hidden states of captions [n L D], labels of classes [n], or None, as the denoiser takes it.
 
         Raises:
@@ -336,7 +367,9 @@ class Diffusion:
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
-        return abar.sqrt().to(like.dtype).to(like.device), (1 - abar).sqrt().to(like.dtype).to(like.device)
+        return abar.sqrt().to(like.dtype).to(like.device), (1 - abar).sqrt().to(like.dtype).to(
+            like.device
+        )
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Draw x_t from q(x_t | x_0) with the given noise; x0, noise [B *], t [B] integers."""
@@ -367,7 +400,9 @@ class Diffusion:
 
     def loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return |y - f(x_t, t, c)|^2 for each sample [B], averaged over its elements."""
-        return squared_error(self.predict(self.add_noise(x0, noise, t), t, condition), self.target(x0, noise, t))
+        return squared_error(
+            self.predict(self.add_noise(x0, noise, t), t, condition), self.target(x0, noise, t)
+        )
 
 
 def _required(captions: Sequence[str] | None) -> Sequence[str]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 def accumulator(shape: Sequence[int], device: torch.device) -> Tensor:
     """Return zeros in float64 on a device, or on the CPU where it has no float64."""
-    return torch.zeros(tuple(shape), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    return torch.zeros(
+        tuple(shape), dtype=torch.float64, device="cpu" if device.type == "mps" else device
+    )
 
 
 def steady_norms(denoiser: nn.Module) -> None:

@@ -102,7 +102,10 @@ def batches(
     scheduler = make_scheduler(model, steps, sampler)
     starts = range(first, first + n, batch_size)
     groups = [list(range(start, min(start + batch_size, first + n))) for start in starts]
-    return [(indices, partial(_batch, model, scheduler, seed, indices, condition, guidance_scale)) for indices in groups]
+    return [
+        (indices, partial(_batch, model, scheduler, seed, indices, condition, guidance_scale))
+        for indices in groups
+    ]
 
 
 def captions_of(file: Path) -> list[str]:
@@ -114,7 +117,9 @@ def captions_of(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as UTF-8: {error}", fix="save it as UTF-8, a caption per line") from error
+        raise InputError(
+            f"{file}: cannot be read as UTF-8: {error}", fix="save it as UTF-8, a caption per line"
+        ) from error
 
 
 def labels_of(text: str) -> list[int]:
@@ -125,7 +130,10 @@ def labels_of(text: str) -> list[int]:
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() for word in words):
-        raise UsageError(f"labels '{text}' are no numbers of classes", fix="give whole numbers, for example 3,3,7")
+        raise UsageError(
+            f"labels '{text}' are no numbers of classes",
+            fix="give whole numbers, for example 3,3,7",
+        )
     return [int(word) for word in words]
 
 
@@ -144,19 +152,29 @@ def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
         if config["steps_offset"] > model.T - 1 - (steps - 1) * (model.T // steps):
             config["steps_offset"] = 0  # the offset would lead beyond T
         fields = inspect.signature(diffusers.DDIMScheduler).parameters
-        schedule = {"beta_schedule": "linear", "trained_betas": None, "rescale_betas_zero_snr": False}  # abar is set below
+        schedule = {
+            "beta_schedule": "linear",
+            "trained_betas": None,
+            "rescale_betas_zero_snr": False,
+        }  # abar is set below
         stated = {name: value for name, value in config.items() if name in fields}
         with running(f"the scheduler of {model.folder}"):
-            scheduler: Any = diffusers.DDIMScheduler(**{**stated, **schedule, "timestep_spacing": "leading"})
+            scheduler: Any = diffusers.DDIMScheduler(
+                **{**stated, **schedule, "timestep_spacing": "leading"}
+            )
         scheduler.alphas_cumprod = own.alphas_cumprod.clone()
-        scheduler.final_alpha_cumprod = torch.tensor(1.0) if config["set_alpha_to_one"] else scheduler.alphas_cumprod[0]
+        scheduler.final_alpha_cumprod = (
+            torch.tensor(1.0) if config["set_alpha_to_one"] else scheduler.alphas_cumprod[0]
+        )
     else:
         if str(own.config.get("variance_type", "")).startswith("learned"):
             raise UsageError(
                 f"the base's own {type(own).__name__} draws with a learned variance, which is not supported",
                 fix="use the sampler ddim",
             )
-        scheduler = type(own).from_config({name: config[name] for name in own.config if name in config})
+        scheduler = type(own).from_config(
+            {name: config[name] for name in own.config if name in config}
+        )
     with running(f"the scheduler of {model.folder}"):
         scheduler.set_timesteps(steps)
     _refuse_zero_snr(model, scheduler.timesteps, steps)
@@ -175,10 +193,20 @@ def _own_config(model: Diffusion) -> dict[str, Any]:
     `StableDiffusionPipeline` overrides its scheduler: no clipping, and an offset of 1.
     """
     own = model.scheduler
-    least_noise = type(own).__name__.startswith(("DEIS", "SASolver")) or own.config.get("final_sigmas_type") == "sigma_min"
-    lacking = {"clip_sample": False, "thresholding": False, "steps_offset": 0, "set_alpha_to_one": not least_noise}
+    least_noise = (
+        type(own).__name__.startswith(("DEIS", "SASolver"))
+        or own.config.get("final_sigmas_type") == "sigma_min"
+    )
+    lacking = {
+        "clip_sample": False,
+        "thresholding": False,
+        "steps_offset": 0,
+        "set_alpha_to_one": not least_noise,
+    }
     config = {**lacking, **own.config, "prediction_type": model.prediction_type}
-    config.pop("_use_default_values", None)  # of the base's class; another class would put its own in their place
+    config.pop(
+        "_use_default_values", None
+    )  # of the base's class; another class would put its own in their place
     return config | ({"clip_sample": False, "steps_offset": 1} if model.requires_text else {})
 
 
@@ -205,19 +233,37 @@ def check_sampling(
     Raises:
         UsageError: if a number or the sampler is out of range, captions are missing, or there is nothing to guide by.
     """
-    for name, value, top in (("n", n, 10**9), ("steps", steps, model.T), ("batch_size", batch_size, 10**6)):
+    for name, value, top in (
+        ("n", n, 10**9),
+        ("steps", steps, model.T),
+        ("batch_size", batch_size, 10**6),
+    ):
         if not 1 <= value <= top:
             raise UsageError(f"{name} is {value}", fix=f"give 1 <= {name} <= {top}")
     if sampler not in SAMPLERS:
         raise UsageError(f"sampler '{sampler}' is unknown", fix=f"use one of {', '.join(SAMPLERS)}")
     if model.requires_text and not captions:
-        raise UsageError("the model takes text", fix="give captions; in a command, --captions FILE, one per line")
+        raise UsageError(
+            "the model takes text", fix="give captions; in a command, --captions FILE, one per line"
+        )
     if not 1 <= guidance_scale < math.inf:
-        raise UsageError(f"guidance_scale is {guidance_scale:g}", fix="give 1 for no guidance, or more, for example 7.5")
+        raise UsageError(
+            f"guidance_scale is {guidance_scale:g}",
+            fix="give 1 for no guidance, or more, for example 7.5",
+        )
     null = model.requires_text or (model.classes is not None and model.classes.null is not None)
-    if guidance_scale > 1 and (not null or getattr(model.config, "time_cond_proj_dim", None) is not None):
-        what = "has its guidance distilled into it" if null else "takes no condition that it could be without"
-        raise UsageError(f"guidance_scale is {guidance_scale:g}, and the model {what}", fix="leave out --guidance-scale")
+    if guidance_scale > 1 and (
+        not null or getattr(model.config, "time_cond_proj_dim", None) is not None
+    ):
+        what = (
+            "has its guidance distilled into it"
+            if null
+            else "takes no condition that it could be without"
+        )
+        raise UsageError(
+            f"guidance_scale is {guidance_scale:g}, and the model {what}",
+            fix="leave out --guidance-scale",
+        )
 
 
 def _conditions(
@@ -234,7 +280,9 @@ def _conditions(
 
     def of(indices: Sequence[int]) -> Tensor | None:
         texts = [captions[i % len(captions)] for i in indices] if captions else None
-        return model.condition(len(indices), texts, [known[i % len(known)] for i in indices] if known else None)
+        return model.condition(
+            len(indices), texts, [known[i % len(known)] for i in indices] if known else None
+        )
 
     return of
 
@@ -253,24 +301,34 @@ def _batch(
         nulls = None if model.classes is None else [model.classes.null or 0] * len(indices)
         empty = model.condition(len(indices), [""] * len(indices), nulls)
         condition = condition if empty is None else torch.cat([empty, condition])
-    scheduler.set_timesteps(scheduler.num_inference_steps)  # forgets the batch before: PNDM and others keep a history
-    x = normal(model.sample_shape, seed, "image", samples=indices).to(model.device) * scheduler.init_noise_sigma
+    scheduler.set_timesteps(
+        scheduler.num_inference_steps
+    )  # forgets the batch before: PNDM and others keep a history
+    x = (
+        normal(model.sample_shape, seed, "image", samples=indices).to(model.device)
+        * scheduler.init_noise_sigma
+    )
     arguments: dict[str, Any] = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         arguments["generator"] = [
-            torch.Generator(model.device).manual_seed(key_of(seed, "sampler", i) % 2**63) for i in indices
+            torch.Generator(model.device).manual_seed(key_of(seed, "sampler", i) % 2**63)
+            for i in indices
         ]
     with fitting_threads(model, len(indices)):
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x, t)
-            prediction = model.predict(torch.cat([scaled, scaled]) if guided else scaled, t.to(model.device), condition)
+            prediction = model.predict(
+                torch.cat([scaled, scaled]) if guided else scaled, t.to(model.device), condition
+            )
             if guided:
                 without, given = prediction.chunk(2)
                 prediction = without + guidance_scale * (given - without)
             with running(f"the scheduler of {model.folder}"):
                 x = scheduler.step(prediction, t, x, **arguments).prev_sample
     if not bool(torch.isfinite(x).all()):
-        raise NumericalError("the sampler left the finite numbers", fix="check the weights: `demerge inspect MODEL`")
+        raise NumericalError(
+            "the sampler left the finite numbers", fix="check the weights: `demerge inspect MODEL`"
+        )
     return to_uint8(model.decode(x)).cpu()
 
 
@@ -284,7 +342,10 @@ class RoutedDenoiser(nn.Module):
     def __init__(self, partition: Partition, denoisers: Sequence[nn.Module]) -> None:
         super().__init__()
         if len(partition) != len(denoisers):
-            raise UsageError(f"{len(denoisers)} experts for {len(partition)} ranges", fix="give one expert for each range")
+            raise UsageError(
+                f"{len(denoisers)} experts for {len(partition)} ranges",
+                fix="give one expert for each range",
+            )
         self.partition = partition
         self.experts = nn.ModuleList(denoisers)
 
@@ -296,8 +357,12 @@ class RoutedDenoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor | float, **condition: Any) -> UNet2DOutput:
         """Return the prediction [B C H W] for x [B C H W] at t, a number or [B]."""
         timesteps = torch.as_tensor(t).reshape(-1).expand(len(x)).to(x.device)
-        routes = torch.tensor([self.partition.route(value) for value in timesteps.tolist()], device=x.device)
-        output = x.new_empty(len(x), self.config.out_channels or self.config.in_channels, *x.shape[2:])
+        routes = torch.tensor(
+            [self.partition.route(value) for value in timesteps.tolist()], device=x.device
+        )
+        output = x.new_empty(
+            len(x), self.config.out_channels or self.config.in_channels, *x.shape[2:]
+        )
         for route in routes.unique().tolist():
             rows = (routes == route).nonzero().flatten()
             kept = {name: value[rows] for name, value in condition.items()}
@@ -310,7 +375,9 @@ def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]
     return base.with_denoiser(RoutedDenoiser(partition, denoisers))
 
 
-def load_routed(base: str | Path | Diffusion, experts: Path | str, *, device: str = "cpu") -> Diffusion:
+def load_routed(
+    base: str | Path | Diffusion, experts: Path | str, *, device: str = "cpu"
+) -> Diffusion:
     """Load the experts in the subfolders of `experts` and route between them on the base's schedule; a base may be loaded.
 
     Raises:

@@ -29,7 +29,13 @@ def snr_of(config: Mapping[str, Any]) -> Tensor | None:
         snr = _of_flow(config, T) if _flows(config) else _of_betas(config, T)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         return None
-    return snr if snr is not None and snr.shape == (T,) and bool(torch.isfinite(snr).all() and (snr >= 0).all()) else None
+    return (
+        snr
+        if snr is not None
+        and snr.shape == (T,)
+        and bool(torch.isfinite(snr).all() and (snr >= 0).all())
+        else None
+    )
 
 
 def _flows(config: Mapping[str, Any]) -> bool:
@@ -63,7 +69,10 @@ def _betas(config: Mapping[str, Any], T: int) -> Tensor | None:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
     kind = config.get("beta_schedule")
     if kind == "squaredcos_cap_v2":
-        level = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        level = (
+            torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2)
+            ** 2
+        )
         return (1 - level[1:] / level[:-1]).clamp(max=MAX_BETA)
     if kind not in ("linear", "scaled_linear", "sigmoid"):
         return None

@@ -49,11 +49,19 @@ def compare(
     """
     with _folder(out) as folder:
         prepared = prepare(
-            models, EvaluationOptions(data, seeds=tuple(seeds), **options), folder, base=base, kinds=kinds, progress=progress
+            models,
+            EvaluationOptions(data, seeds=tuple(seeds), **options),
+            folder,
+            base=base,
+            kinds=kinds,
+            progress=progress,
         )
         scores = list(prepared.run())
         _, contact = load_scores(folder / "scores")
-    notes = [f"{name} holds plots that demerge wrote, not a model; it was left out." for name in prepared.left_out]
+    notes = [
+        f"{name} holds plots that demerge wrote, not a model; it was left out."
+        for name in prepared.left_out
+    ]
     return Report.of(scores, title=title, contact=contact, notes=notes)
 
 

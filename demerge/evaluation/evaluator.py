@@ -36,7 +36,11 @@ class Judge:
 
     def protocol(self, n: int) -> Protocol:
         """The protocol of scores on n images."""
-        perceptual = "" if self.perceptual is None else f"{self.perceptual.protocol}, first {self.perceptual_images} images"
+        perceptual = (
+            ""
+            if self.perceptual is None
+            else f"{self.perceptual.protocol}, first {self.perceptual_images} images"
+        )
         return Protocol(
             **self.net.protocol,
             distance=self.net.distance_name,
@@ -72,7 +76,9 @@ class Judge:
         metrics = evaluate_images(images, self.reference, self.net, progress=progress)
         metrics |= self._perceptual(images, base)
         digest = images_sha256(images)
-        return Scores(model, metrics, self.protocol(len(images)), digest, seed, kind, model_sha256, losses)
+        return Scores(
+            model, metrics, self.protocol(len(images)), digest, seed, kind, model_sha256, losses
+        )
 
     def of_real(self) -> Judge:
         """The same judge, for real images."""
@@ -82,7 +88,9 @@ class Judge:
         """The same judge, for images that others made."""
         return replace(self, sampler="unknown (folder of images)", steps=0, guidance_scale=1.0)
 
-    def noise_floor(self, images: Tensor, *, n: int, name: str = "real images", progress: Progress | None = None) -> Scores:
+    def noise_floor(
+        self, images: Tensor, *, n: int, name: str = "real images", progress: Progress | None = None
+    ) -> Scores:
         """Score n real images, disjoint from the reference's: what a perfect model would score.
 
         Where there are fewer than n such images, all are taken, and the protocol of the result says how many.
@@ -98,6 +106,9 @@ class Judge:
         if base is None:
             return result
         if base[: len(first)].shape != first.shape:
-            raise UsageError(f"the base's images are {list(base.shape)}, the model's {list(images.shape)}", fix="draw alike")
+            raise UsageError(
+                f"the base's images are {list(base.shape)}, the model's {list(images.shape)}",
+                fix="draw alike",
+            )
         theirs = embeddings(self.perceptual, base[: len(first)])
         return result | {"drift": float((own - theirs).square().sum(1).mean())}

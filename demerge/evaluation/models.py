@@ -50,7 +50,12 @@ class Entrant:
     def is_images(self) -> bool:
         """Whether the source is a folder of images."""
         folder = Path(self.source)
-        return self.model is None and self.kind == "model" and folder.is_dir() and not _is_pipeline(folder)
+        return (
+            self.model is None
+            and self.kind == "model"
+            and folder.is_dir()
+            and not _is_pipeline(folder)
+        )
 
     def load(self, base: Entrant | None = None, device: str = "cpu") -> Diffusion:
         """Load the model; a routed ensemble takes the schedule of `base`.
@@ -77,7 +82,9 @@ class Entrant:
         return f"{slug.encode()[: SLUG - 9].decode(errors='ignore')}-{digest}"
 
 
-def entrants(models: Models, base: str | None = None, kinds: Mapping[str, Kind] | None = None) -> list[Entrant]:
+def entrants(
+    models: Models, base: str | None = None, kinds: Mapping[str, Kind] | None = None
+) -> list[Entrant]:
     """Tell what each model is; the base is `base`, or else the first pipeline that demerge did not make.
 
     Args:
@@ -90,15 +97,23 @@ def entrants(models: Models, base: str | None = None, kinds: Mapping[str, Kind] 
     """
     if not models:
         raise UsageError("there is no model to evaluate", fix="name at least one")
-    pairs = list(models.items()) if isinstance(models, Mapping) else [_split(text) for text in models]
+    pairs = (
+        list(models.items()) if isinstance(models, Mapping) else [_split(text) for text in models]
+    )
     found = [_entrant(name, source, (kinds or {}).get(name)) for name, source in pairs]
     if base is None:
-        base = next((e.source for e in found if e.kind in ("model", "base") and not e.is_images), None)
+        base = next(
+            (e.source for e in found if e.kind in ("model", "base") and not e.is_images), None
+        )
     found = [replace(e, kind="base") if base in (e.source, e.name) else e for e in found]
     repeated = {e.slug for e in found if sum(other.slug == e.slug for other in found) > 1}
-    found = [replace(e, name=printable(_long(e.source))) if e.slug in repeated else e for e in found]
+    found = [
+        replace(e, name=printable(_long(e.source))) if e.slug in repeated else e for e in found
+    ]
     if len({e.slug for e in found}) < len(found):
-        raise UsageError(f"several models are named {', '.join(sorted(repeated))}", fix="name them: NAME=MODEL")
+        raise UsageError(
+            f"several models are named {', '.join(sorted(repeated))}", fix="name them: NAME=MODEL"
+        )
     return found
 
 
@@ -119,8 +134,15 @@ def is_report(folder: Path) -> bool:
     if not folder.is_dir() or _is_pipeline(folder) or any(folder.glob(f"*/{EXPERT}")):
         return False
     places = {folder, *(path.parent for path in folder.rglob("*.png"))}
-    pages = any(is_page(path) for place in places for path in place.glob("*.html") if path.is_file())
-    return pages or any(_is_own(path) for place in places for kind in ("svg", "json") for path in place.glob(f"*.{kind}"))
+    pages = any(
+        is_page(path) for place in places for path in place.glob("*.html") if path.is_file()
+    )
+    return pages or any(
+        _is_own(path)
+        for place in places
+        for kind in ("svg", "json")
+        for path in place.glob(f"*.{kind}")
+    )
 
 
 def _is_own(path: Path) -> bool:
@@ -143,7 +165,9 @@ def kind_of(folder: Path) -> Kind:
     if (folder / "demerge.json").is_file():
         experts = read_json(folder / "demerge.json").get("experts")
         known = [e for e in experts if isinstance(e, dict)] if isinstance(experts, list) else []
-        return "joint" if known and all(_is_whole(e.get("range"), folder) for e in known) else "merge"
+        return (
+            "joint" if known and all(_is_whole(e.get("range"), folder) for e in known) else "merge"
+        )
     return "ensemble" if not _is_pipeline(folder) and any(folder.glob(f"*/{EXPERT}")) else "model"
 
 
@@ -157,7 +181,11 @@ def _entrant(name: str, source: str | Path | Diffusion, kind: Kind | None) -> En
     if kind is None and (expert := _only_joint(folder)):
         folder, source = expert, str(expert)
     kind = kind or kind_of(folder)
-    plain = {"ensemble": "routed ensemble", "joint": "joint"}.get(kind) if not (folder / "demerge.json").is_file() else None
+    plain = (
+        {"ensemble": "routed ensemble", "joint": "joint"}.get(kind)
+        if not (folder / "demerge.json").is_file()
+        else None
+    )
     return Entrant(printable(name or plain or _short(str(source))), kind, str(source))
 
 

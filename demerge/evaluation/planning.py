@@ -110,9 +110,16 @@ def prepare(
     out = place_for(out)
     models, left_out = without_reports(models)
     found = entrants(models, base, kinds)
-    control = next((e for e in found if e.kind == "base"), None if base is None else Entrant("base", "base", base))
+    control = next(
+        (e for e in found if e.kind == "base"),
+        None if base is None else Entrant("base", "base", base),
+    )
     facts = _facts(found, control, options)
-    partition = None if facts is None or options.ranges == "none" else Partition.parse(options.ranges, facts.T, besides="none")
+    partition = (
+        None
+        if facts is None or options.ranges == "none"
+        else Partition.parse(options.ranges, facts.T, besides="none")
+    )
     data, real, others = _data(options, facts)
     if facts is not None and facts.requires_text and data.captions is None:
         raise UsageError(
@@ -138,14 +145,18 @@ def prepare(
     return Prepared(contest, found, others, left_out)
 
 
-def _facts(found: Sequence[Entrant], base: Entrant | None, options: EvaluationOptions) -> Facts | None:
+def _facts(
+    found: Sequence[Entrant], base: Entrant | None, options: EvaluationOptions
+) -> Facts | None:
     """Load every model, one after the other, and return what they share; None if there are image folders alone."""
     known: list[tuple[Entrant, Facts]] = []
     pipelines = [e for e in found if not e.is_images]
     for entrant in [*pipelines, *([base] if base is not None and base not in found else [])]:
         model = entrant.load(base)
         n, batch = options.num_images, options.batch_size
-        check_sampling(model, n, options.steps, options.sampler, batch, [""], options.guidance_scale)
+        check_sampling(
+            model, n, options.steps, options.sampler, batch, [""], options.guidance_scale
+        )
         make_scheduler(model, options.steps, options.sampler)
         known.append((entrant, Facts(model.image_shape, model.T, model.requires_text)))
     for entrant, facts in known:
@@ -155,7 +166,9 @@ def _facts(found: Sequence[Entrant], base: Entrant | None, options: EvaluationOp
     return known[0][1] if known else None
 
 
-def _data(options: EvaluationOptions, facts: Facts | None) -> tuple[ImageData, ImageData, ImageData | None]:
+def _data(
+    options: EvaluationOptions, facts: Facts | None
+) -> tuple[ImageData, ImageData, ImageData | None]:
     """Return the images that losses are measured on, those of the reference, and those of the noise floor.
 
     Against statistics of `reference`, the images of the split itself are the noise floor.
@@ -168,24 +181,52 @@ def _data(options: EvaluationOptions, facts: Facts | None) -> tuple[ImageData, I
     data = load(split=options.split)
     if options.reference is not None:
         return data, data, load(split=options.split, limit=options.num_images)
-    others = load(split=OTHER[options.split], limit=options.num_images) if options.split in OTHER else None
+    others = (
+        load(split=OTHER[options.split], limit=options.num_images)
+        if options.split in OTHER
+        else None
+    )
     return data, load(split=options.split, limit=options.reference_images), others
 
 
-def _judge(options: EvaluationOptions, real: ImageData, out: Path, progress: Progress | None) -> Judge:
-    spec = options.features if options.features != "auto" else "digits-cnn" if real.name == "digits" else "random"
-    net = feature_net(spec, preprocess=options.preprocess, precision=options.precision, device=options.device)
+def _judge(
+    options: EvaluationOptions, real: ImageData, out: Path, progress: Progress | None
+) -> Judge:
+    spec = (
+        options.features
+        if options.features != "auto"
+        else "digits-cnn"
+        if real.name == "digits"
+        else "random"
+    )
+    net = feature_net(
+        spec, preprocess=options.preprocess, precision=options.precision, device=options.device
+    )
     perceptual = load_lpips(device=options.device) if options.lpips else None
     reference = _reference(options, net, real, out, progress)
-    sampling = {"sampler": options.sampler, "steps": options.steps, "guidance_scale": options.guidance_scale}
+    sampling = {
+        "sampler": options.sampler,
+        "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+    }
     return Judge(net, reference, perceptual=perceptual, **sampling)  # type: ignore[arg-type]
 
 
-def _reference(options: EvaluationOptions, net: FeatureNet, real: ImageData, out: Path, progress: Progress | None) -> Reference:
+def _reference(
+    options: EvaluationOptions,
+    net: FeatureNet,
+    real: ImageData,
+    out: Path,
+    progress: Progress | None,
+) -> Reference:
     if options.reference is not None:
-        return Reference.from_npz(options.reference, net, n=options.reference_images, progress=progress)
+        return Reference.from_npz(
+            options.reference, net, n=options.reference_images, progress=progress
+        )
     images, kept = real.images(range(len(real))), out / f"reference-{net.name}.safetensors"
-    return Reference.remembered(kept, net, images, name=printable(f"{real.name} {real.split}"), progress=progress)
+    return Reference.remembered(
+        kept, net, images, name=printable(f"{real.name} {real.split}"), progress=progress
+    )
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -196,5 +237,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise UsageError(f"seeds '{text}' are no list of different numbers", fix="for example 0,1,2")
+        raise UsageError(
+            f"seeds '{text}' are no list of different numbers", fix="for example 0,1,2"
+        )
     return tuple(map(int, parts))

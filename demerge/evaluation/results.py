@@ -52,11 +52,15 @@ def gather(runs: Sequence[Path]) -> Findings:
     """
     for path in runs:
         if not path.exists():
-            raise InputError(f"{path}: no such file or folder", fix="name a run folder or score files")
+            raise InputError(
+                f"{path}: no such file or folder", fix="name a run folder or score files"
+            )
     if len(runs) == 1 and runs[0].is_dir():
         return _gather_run(runs[0])
     if any(path.is_dir() for path in runs):
-        raise UsageError("several paths, and some are folders", fix="name one run folder, or score files alone")
+        raise UsageError(
+            "several paths, and some are folders", fix="name one run folder, or score files alone"
+        )
     scores, contact = read_scores(list(runs))
     return Findings(runs[0].parent, scores, contact, (), ())
 
@@ -65,11 +69,16 @@ def _gather_run(run: Path) -> Findings:
     folder = run / "scores" if (run / "scores").is_dir() else run
     inside(run, folder)
     scores, contact = load_scores(folder)
-    plots = sorted((p for f in (run, run / "conflict") for p in f.glob("*.svg") if not p.name.endswith(DARK)), key=_order)
+    plots = sorted(
+        (p for f in (run, run / "conflict") for p in f.glob("*.svg") if not p.name.endswith(DARK)),
+        key=_order,
+    )
     linked = [path for path in [*plots, run / "commands.json"] if not _lies_inside(run, path)]
     figures = tuple(_exhibit(run, path) for path in plots if path not in linked)
     commands = () if run / "commands.json" in linked else _commands(run / "commands.json")
-    notes = tuple(f"{path.relative_to(run)} is a link out of the run and was left out." for path in linked)
+    notes = tuple(
+        f"{path.relative_to(run)} is a link out of the run and was left out." for path in linked
+    )
     return Findings(run, scores, contact, figures, commands, notes)
 
 
@@ -77,7 +86,9 @@ def _exhibit(run: Path, plot: Path) -> Exhibit:
     """Read a plot, and next to it, as `demerge analyze` leaves it, the same for dark pages."""
     dark = plot.with_suffix(DARK)
     known = dark.is_file() and _lies_inside(run, dark)
-    return Exhibit(_caption(plot.stem), plot.read_bytes(), dark=dark.read_bytes() if known else None)
+    return Exhibit(
+        _caption(plot.stem), plot.read_bytes(), dark=dark.read_bytes() if known else None
+    )
 
 
 def _lies_inside(run: Path, path: Path) -> bool:

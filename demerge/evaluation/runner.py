@@ -63,7 +63,9 @@ class Contest:
             NumericalError: where images or losses are not finite.
         """
         for entrant in entrants:
-            yield from self._score_folder(entrant) if entrant.is_images else self._score_model(entrant)
+            yield from (
+                self._score_folder(entrant) if entrant.is_images else self._score_model(entrant)
+            )
 
     def noise_floor(self, real: ImageData) -> Scores:
         """Score real images that are disjoint from the reference's."""
@@ -71,10 +73,14 @@ class Contest:
         place = self.out / "scores" / "real.json"
         if place.is_file():
             done = Scores.load(place)
-            if done.images == images_sha256(images) and done.protocol == self.judge.of_real().protocol(len(images)):
+            if done.images == images_sha256(
+                images
+            ) and done.protocol == self.judge.of_real().protocol(len(images)):
                 return done
         name = printable(f"{real.name} {real.split}")
-        scores = self.judge.noise_floor(images, n=self.num_images, name=name, progress=self.progress)
+        scores = self.judge.noise_floor(
+            images, n=self.num_images, name=name, progress=self.progress
+        )
         return save_scores(place, scores, images)
 
     def _score_model(self, entrant: Entrant) -> Iterator[Scores]:
@@ -138,7 +144,14 @@ class Contest:
         if self.partition is None:
             return None
         samples, batch = self.loss_samples, self.batch_size
-        return range_losses(model, self.data, self.partition, samples=samples, batch_size=batch, progress=self.progress)
+        return range_losses(
+            model,
+            self.data,
+            self.partition,
+            samples=samples,
+            batch_size=batch,
+            progress=self.progress,
+        )
 
     def _done(self, place: Path, entrant: Entrant, digest: str) -> Scores | None:
         if not place.is_file():

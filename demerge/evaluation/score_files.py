@@ -35,13 +35,18 @@ def load_scores(folder: Path | str) -> tuple[list[Scores], dict[str, Tensor]]:
     folder = Path(folder)
     paths = [inside(folder, path) for path in sorted(folder.glob("*.json"))]
     if not paths:
-        raise InputError(f"{folder}: no scores there", fix="make some with `demerge evaluate ... -o DIR`")
+        raise InputError(
+            f"{folder}: no scores there", fix="make some with `demerge evaluate ... -o DIR`"
+        )
     return read_scores(paths)
 
 
 def read_scores(paths: list[Path]) -> tuple[list[Scores], dict[str, Tensor]]:
     """Read scores from files, as `load_scores` does."""
-    found = sorted(((Scores.load(path), path.with_suffix(".png")) for path in paths), key=lambda pair: pair[0].seed)
+    found = sorted(
+        ((Scores.load(path), path.with_suffix(".png")) for path in paths),
+        key=lambda pair: pair[0].seed,
+    )
     strips: dict[str, Path] = {}
     for score, strip in found:
         if score.kind != "real" and strip.is_file():
@@ -61,5 +66,7 @@ def read_strip(path: Path) -> Tensor:
             pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
         tiles: Tensor = pixels.unflatten(1, (SHOWN, -1)).permute(1, 3, 0, 2)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a strip of {SHOWN} images: {error}", fix="evaluate again") from error
+        raise InputError(
+            f"{path}: not a strip of {SHOWN} images: {error}", fix="evaluate again"
+        ) from error
     return tiles

@@ -50,7 +50,8 @@ class Protocol:
     def __post_init__(self) -> None:
         if min(self.num_images, self.reference_n) < 2:
             raise UsageError(
-                f"{self.num_images} images against {self.reference_n} do not compare", fix="give at least 2 of each"
+                f"{self.num_images} images against {self.reference_n} do not compare",
+                fix="give at least 2 of each",
             )
 
     @property
@@ -99,7 +100,10 @@ class Scores:
     def __post_init__(self) -> None:
         bad = [name for name, value in self.metrics.items() if not math.isfinite(value)]
         if bad:
-            raise UsageError(f"{self.model}: {', '.join(bad)} not finite", fix="check the images that were scored")
+            raise UsageError(
+                f"{self.model}: {', '.join(bad)} not finite",
+                fix="check the images that were scored",
+            )
         if self.kind not in Kind.__args__:  # type: ignore[attr-defined]
             raise UsageError(f"kind '{self.kind}' is unknown", fix=f"use one of {Kind.__args__}")  # type: ignore[attr-defined]
 
@@ -191,7 +195,10 @@ def rows_of(scores: Iterable[Scores]) -> list[Row]:
     rows = []
     for (model, kind), members in found.items():
         if len({s.seed for s in members}) < len(members):
-            raise UsageError(f"{model}: two scores for one seed", fix="remove one of them or name the models differently")
+            raise UsageError(
+                f"{model}: two scores for one seed",
+                fix="remove one of them or name the models differently",
+            )
         rows.append(Row(model, kind, tuple(sorted(members, key=lambda s: s.seed))))
     return rows
 
@@ -247,14 +254,27 @@ def tables_of(scores: Iterable[Scores]) -> list[Table]:
     rows = {protocol: rows_of(group) for protocol, group in groups.items()}
     floors = [row for group in rows.values() for row in group if row.kind == "real"]
     models = [rank([row for row in group if row.kind != "real"]) for group in rows.values()]
-    tables = [Table(group, [f for f in floors if _share_reference(f, group[0])]) for group in models if group]
+    tables = [
+        Table(group, [f for f in floors if _share_reference(f, group[0])])
+        for group in models
+        if group
+    ]
     if not tables:
-        raise UsageError("there are no scores of a model to report", fix="make some with `demerge evaluate`")
+        raise UsageError(
+            "there are no scores of a model to report", fix="make some with `demerge evaluate`"
+        )
     return sorted(tables, key=lambda table: -len(table.rows))
 
 
 def _share_reference(a: Row, b: Row) -> bool:
-    names = ("features", "features_sha256", "preprocess", "distance", "reference_sha256", "reference_n")
+    names = (
+        "features",
+        "features_sha256",
+        "preprocess",
+        "distance",
+        "reference_sha256",
+        "reference_n",
+    )
     own, other = a.scores[0].protocol, b.scores[0].protocol
     return all(getattr(own, name) == getattr(other, name) for name in names)
 

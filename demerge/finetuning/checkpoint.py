@@ -56,7 +56,9 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
     path = folder / f"step-{record['step']:08d}"
     with commit_dir(path, replace=True) as temporary:
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        file = commit_file(temporary / "tensors.safetensors", lambda s: s.write(safetensors.torch.save(flat)))
+        file = commit_file(
+            temporary / "tensors.safetensors", lambda s: s.write(safetensors.torch.save(flat))
+        )
         commit_json(temporary / "manifest.json", {**record, "sha256": sha256(file)})
     for old in folder.glob("step-*"):
         if old != path:
@@ -75,7 +77,9 @@ def newest_state(folder: Path) -> Snapshot | None:
     return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> dict[str, Tensor]:
     """Name the optimizer's tensors `optimizer.MOMENT.PARAMETER`."""
     return {
         f"optimizer.{moment}.{names[id(parameter)]}": tensor
@@ -85,11 +89,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Put the tensors that `optimizer_tensors` named back."""
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             _, moment, name = key.split(".", 2)
             parameter = parameters[name]
-            optimizer.state[parameter][moment] = tensor if moment == "step" else tensor.to(parameter.device)
+            optimizer.state[parameter][moment] = (
+                tensor if moment == "step" else tensor.to(parameter.device)
+            )

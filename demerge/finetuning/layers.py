@@ -77,7 +77,11 @@ def refuse_unknown_layers(denoiser: nn.Module, names: Iterable[str], where: str)
 
 def digest(names: Sequence[str] | None) -> str | None:
     """Return the SHA-256 of a choice of layers, whatever their order; None is all of them."""
-    return None if names is None else hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()
+    return (
+        None
+        if names is None
+        else hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()
+    )
 
 
 def trained_parameters(denoiser: nn.Module, names: Sequence[str] | None) -> int:

@@ -36,10 +36,14 @@ from demerge.finetuning.options import FinetuneOptions
 from demerge.randomness import uniform
 from demerge.timesteps import TimestepRange
 
-LARGEST = 2.0**23  # 1 / 2^-24 is above: diffusers puts abar = 2^-24 for zero terminal SNR in some schedulers
+LARGEST = (
+    2.0**23
+)  # 1 / 2^-24 is above: diffusers puts abar = 2^-24 for zero terminal SNR in some schedulers
 
 
-def draw_timesteps(span: TimestepRange, T: int, options: FinetuneOptions, step: int, samples: Sequence[int]) -> Tensor:
+def draw_timesteps(
+    span: TimestepRange, T: int, options: FinetuneOptions, step: int, samples: Sequence[int]
+) -> Tensor:
     """Draw t ~ q_i, [B] integers; t of a sample depends on (seed, step, sample).
 
     `sampling="mixture"` tosses the coin for each sample. `sampling="paper"` tosses it once for the batch and mirrors the
@@ -92,7 +96,11 @@ def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
 def consistency_weight(options: FinetuneOptions, step: int) -> float:
     """Return lambda at a step: constant, or decaying to 0 at the end of the run."""
     progress = step / options.max_train_steps
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
     return options.consistency * factor[options.consistency_schedule]
 
 
@@ -102,5 +110,9 @@ def learning_rate(options: FinetuneOptions, step: int) -> float:
     if step < warmup:
         return options.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, options.max_train_steps - warmup)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
     return options.learning_rate * factor[options.lr_scheduler]

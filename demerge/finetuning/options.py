@@ -65,7 +65,12 @@ class FinetuneOptions:
     __repr__ = stated
 
     def __post_init__(self) -> None:
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("logging_steps", self.logging_steps >= 1, "at least 1")
         self._require("fisher_samples", self.fisher_samples >= 0, "0 or more")

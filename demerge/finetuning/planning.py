@@ -52,7 +52,10 @@ class Plan:
     @property
     def finished_steps(self) -> int:
         """Steps of the experts that are there already."""
-        return sum((self.out / str(r) / record_name(self.base)).is_file() for r in self.ranges) * self.options.max_train_steps
+        return (
+            sum((self.out / str(r) / record_name(self.base)).is_file() for r in self.ranges)
+            * self.options.max_train_steps
+        )
 
     @property
     def trained(self) -> int:
@@ -90,15 +93,24 @@ class Plan:
             f"disk    up to {self.disk_bytes / 1e6:.0f} MB",
         ]
         if told := self.base.told(self.data):
-            dropped = f"; {o.caption_dropout:.0%} of them left empty" if self.base.requires_text else ""
+            dropped = (
+                f"; {o.caption_dropout:.0%} of them left empty" if self.base.requires_text else ""
+            )
             lines.insert(2, f"given   {told}{dropped}")
         if self.layers is not None:
-            lines.insert(1, f"layers  {len(self.layers)}: {self.trained / self.base.parameters:.1%} of the parameters train")
+            lines.insert(
+                1,
+                f"layers  {len(self.layers)}: {self.trained / self.base.parameters:.1%} of the parameters train",
+            )
         if self.ranked_for and self.ranked_for != self.ranges:
-            lines.append(f"note    the layers were chosen for the ranges {' '.join(map(str, self.ranked_for))}")
+            lines.append(
+                f"note    the layers were chosen for the ranges {' '.join(map(str, self.ranked_for))}"
+            )
         if o.consistency > 0:
             share = 1 / (1 + o.consistency)
-            lines.append(f"note    consistency {o.consistency:g} lets an expert reach {share:.0%} of its correction")
+            lines.append(
+                f"note    consistency {o.consistency:g} lets an expert reach {share:.0%} of its correction"
+            )
         return lines
 
 
@@ -129,7 +141,10 @@ def prepare(
     out = place_for(out)
     train_layers = None if train_layers is None else Path(train_layers)
     if init == "random" and train_layers is not None:
-        raise UsageError("a random start trains all layers", fix="leave out --train-layers, or give a pretrained base")
+        raise UsageError(
+            "a random start trains all layers",
+            fix="leave out --train-layers, or give a pretrained base",
+        )
     if init not in ("pretrained", "random"):
         raise UsageError(f"init '{init}' is unknown", fix="use pretrained or random")
     if init == "random":
@@ -137,12 +152,16 @@ def prepare(
         options = replace(options, consistency=0.0, projection="none")
     else:
         base = Diffusion.load(model, device=device)
-    partition, factor = parse_ranges(ranges or ("joint" if init == "random" else "uniform:4"), base.T)
+    partition, factor = parse_ranges(
+        ranges or ("joint" if init == "random" else "uniform:4"), base.T
+    )
     options = replace(options, max_train_steps=options.max_train_steps * factor)
     loss_weights(base, options)
     _, height, width = base.image_shape
     if height != width:
-        raise UsageError(f"the base makes {width} x {height} images", fix="use a base of square images")
+        raise UsageError(
+            f"the base makes {width} x {height} images", fix="use a base of square images"
+        )
     images = base.load_images(data, split=split, skip_broken=skip_broken)
     base.told(images)
     layers, ranked_for = (None, ()) if train_layers is None else load_layers(train_layers, base)

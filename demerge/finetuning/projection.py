@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-SITES = re.compile(r"(downsamplers\.\d+\.conv|upsamplers\.\d+\.conv|to_out\.0|ff\.net\.2|proj_out|conv_shortcut)$")
+SITES = re.compile(
+    r"(downsamplers\.\d+\.conv|upsamplers\.\d+\.conv|to_out\.0|ff\.net\.2|proj_out|conv_shortcut)$"
+)
 
 
 class ChannelMix(nn.Module):
@@ -68,6 +70,9 @@ def fold(mixed: nn.Module, stock: nn.Module) -> nn.Module:
     """
     for name, module in stock.named_modules():
         source = mixed.get_submodule(name)
-        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        for key, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
             tensor.copy_(getattr(source, key))
     return stock

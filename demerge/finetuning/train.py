@@ -81,12 +81,17 @@ def check(
     """
     for span in ranges:
         if span.stop > base.T:
-            raise UsageError(f"range {span} reaches beyond the base's {base.T} timesteps", fix=f"stay in [0, {base.T})")
+            raise UsageError(
+                f"range {span} reaches beyond the base's {base.T} timesteps",
+                fix=f"stay in [0, {base.T})",
+            )
         if not (out / str(span) / record_name(base)).is_file():
             refuse_existing(out / str(span))
     _refuse_other_ranges(out, ranges)
     refuse_unknown_layers(base.denoiser, layers or (), "layers")
-    refuse_small_disk(out, disk_bytes(base.parameters, len(ranges), trained_parameters(base.denoiser, layers)))
+    refuse_small_disk(
+        out, disk_bytes(base.parameters, len(ranges), trained_parameters(base.denoiser, layers))
+    )
     identity = base.identity
     inputs = {
         "base_sha256": identity.pop("sha256"),
@@ -98,9 +103,13 @@ def check(
     for span in ranges:
         done, state = out / str(span), out / "state" / str(span)
         if (done / record_name(base)).is_file():
-            refuse_differences(done, read_expert(done / record_name(base)).model_dump(), options.binding(), inputs)
+            refuse_differences(
+                done, read_expert(done / record_name(base)).model_dump(), options.binding(), inputs
+            )
         elif snapshot := newest_state(state):
-            refuse_differences(state, snapshot.record.model_dump(), options.binding(snapshot.record.step), inputs)
+            refuse_differences(
+                state, snapshot.record.model_dump(), options.binding(snapshot.record.step), inputs
+            )
     return inputs
 
 
@@ -113,4 +122,6 @@ def _refuse_other_ranges(out: Path, ranges: Sequence[TimestepRange]) -> None:
             continue
         for span in ranges:
             if other != span and other.start < span.stop and span.start < other.stop:
-                raise UsageError(f"{folder} overlaps the range {span}", fix="give another output folder")
+                raise UsageError(
+                    f"{folder} overlaps the range {span}", fix="give another output folder"
+                )

@@ -23,9 +23,19 @@ from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion, not_finite, squared_error
 from demerge.errors import NumericalError, Preempted
 from demerge.expert import BASE, EXPERT, FORMAT
-from demerge.finetuning.checkpoint import newest_state, optimizer_tensors, restore_optimizer, save_state
+from demerge.finetuning.checkpoint import (
+    newest_state,
+    optimizer_tensors,
+    restore_optimizer,
+    save_state,
+)
 from demerge.finetuning.layers import freeze_others
-from demerge.finetuning.objective import consistency_weight, draw_timesteps, learning_rate, loss_weights
+from demerge.finetuning.objective import (
+    consistency_weight,
+    draw_timesteps,
+    learning_rate,
+    loss_weights,
+)
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.projection import attach, fold
 from demerge.randomness import key_of, normal, permutation, uniform
@@ -91,12 +101,16 @@ class Run:
         frozen = freeze_others(denoiser, layers)
         if options.projection == "foldable":
             attach(denoiser, frozen)
-        parameters: dict[str, Tensor] = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        parameters: dict[str, Tensor] = {
+            name: p for name, p in denoiser.named_parameters() if p.requires_grad
+        }
         mixes = [parameter for name, parameter in parameters.items() if name.endswith(".W")]
         others = [parameter for name, parameter in parameters.items() if not name.endswith(".W")]
         groups: list[dict[str, Any]] = [{"params": others}]
         if mixes:
-            groups.append({"params": mixes, "weight_decay": 0.0})  # decay would pull W to 0 and not to I
+            groups.append(
+                {"params": mixes, "weight_decay": 0.0}
+            )  # decay would pull W to 0 and not to I
         optimizer = torch.optim.AdamW(
             groups,
             lr=options.learning_rate,
@@ -108,7 +122,20 @@ class Run:
         ema = {name: p.detach().clone() for name, p in parameters.items()}
         weights = loss_weights(base, options)
         student = base.with_denoiser(denoiser)
-        run = cls(base, student, data, span, options, folder, inputs, parameters, ema, optimizer, weights, layers)
+        run = cls(
+            base,
+            student,
+            data,
+            span,
+            options,
+            folder,
+            inputs,
+            parameters,
+            ema,
+            optimizer,
+            weights,
+            layers,
+        )
         run._resume()
         return run
 
@@ -134,7 +161,10 @@ class Run:
                 self._save()
             yield Progress(self.range, self.step, self.options.max_train_steps, loss, self.skipped)
             if stopping and not last:
-                raise Preempted(f"stopped at step {self.step} of {self.range}", fix="run the same command to continue")
+                raise Preempted(
+                    f"stopped at step {self.step} of {self.range}",
+                    fix="run the same command to continue",
+                )
 
     def _step(self) -> float:
         rate = learning_rate(self.options, self.step)
@@ -162,7 +192,10 @@ class Run:
         t = draw_timesteps(self.range, self.base.T, o, self.step, samples).to(x0.device)
         noise = normal(x0.shape[1:], o.seed, "noise", samples=samples, step=self.step).to(x0.device)
         x_t, y = self.base.add_noise(x0, noise, t), self.base.target(x0, noise, t)
-        with self._dropout(micro), torch.autocast(x0.device.type, torch.bfloat16, enabled=o.mixed_precision == "bf16"):
+        with (
+            self._dropout(micro),
+            torch.autocast(x0.device.type, torch.bfloat16, enabled=o.mixed_precision == "bf16"),
+        ):
             prediction = self.student.predict(x_t, t, condition)
             error = squared_error(prediction, y)
             loss = self.weights[t.cpu()].to(error) * error
@@ -186,15 +219,25 @@ class Run:
         n, o = len(self.data), self.options
         first = self.step * o.train_batch_size * o.gradient_accumulation_steps
         indices = [self._order((first + s) // n)[(first + s) % n] for s in samples]
-        flips = (uniform(o.seed, "flip", samples=samples, step=self.step) < 0.5).tolist() if o.random_flip else None
+        flips = (
+            (uniform(o.seed, "flip", samples=samples, step=self.step) < 0.5).tolist()
+            if o.random_flip
+            else None
+        )
         images = self.data.floats(indices, flips)
         captions, labels = self.data.known(indices)
         if captions is not None and self.base.requires_text:
-            kept = (uniform(o.seed, "caption", samples=samples, step=self.step) >= o.caption_dropout).tolist()
-            captions = [caption if keep else "" for caption, keep in zip(captions, kept, strict=True)]
+            kept = (
+                uniform(o.seed, "caption", samples=samples, step=self.step) >= o.caption_dropout
+            ).tolist()
+            captions = [
+                caption if keep else "" for caption, keep in zip(captions, kept, strict=True)
+            ]
         x0, condition = self.base.encode(images, captions, labels)
         if condition is not None and self.base.classes is not None:
-            condition = self.base.classes.dropped(condition, uniform(o.seed, "label", samples=samples, step=self.step))
+            condition = self.base.classes.dropped(
+                condition, uniform(o.seed, "label", samples=samples, step=self.step)
+            )
         return x0, condition
 
     def _order(self, epoch: int) -> list[int]:
@@ -205,8 +248,14 @@ class Run:
 
     @torch.no_grad()
     def _average(self) -> None:
-        decay = min(self.options.ema_decay, 1 - (1 + self.step) ** -0.75) if self.options.use_ema else 0.0
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        decay = (
+            min(self.options.ema_decay, 1 - (1 + self.step) ** -0.75)
+            if self.options.use_ema
+            else 0.0
+        )
+        torch._foreach_lerp_(
+            list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay
+        )
 
     # -- what it leaves on disk --------------------------------------------------------------------------------------
 
@@ -217,9 +266,16 @@ class Run:
             torch.zeros(LOG_BINS).index_add_(0, bins, error.float()),
             torch.bincount(bins, minlength=LOG_BINS),
         )
-        by_bin = [round(float(s / c), 6) if c and math.isfinite(s) else None for s, c in zip(sums, counts, strict=True)]
+        by_bin = [
+            round(float(s / c), 6) if c and math.isfinite(s) else None
+            for s, c in zip(sums, counts, strict=True)
+        ]
         mean = float(error.float().nanmean())
-        line = {"step": self.step, "loss": round(mean, 6) if math.isfinite(mean) else None, "loss_by_bin": by_bin}
+        line = {
+            "step": self.step,
+            "loss": round(mean, 6) if math.isfinite(mean) else None,
+            "loss_by_bin": by_bin,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         append_line(self.folder / "log.jsonl", json.dumps(line))
         self.window.clear()
@@ -231,10 +287,14 @@ class Run:
             NumericalError: if weights or their averages hold NaN or Inf; the checkpoint before stays.
         """
         for what, tensors in (("weights", self.parameters), ("averaged weights", self.ema)):
-            self._refuse(what, [name for name, tensor in tensors.items() if not finite(tensor.detach())])
+            self._refuse(
+                what, [name for name, tensor in tensors.items() if not finite(tensor.detach())]
+            )
         log = self.folder / "log.jsonl"
         names = {id(p): name for name, p in self.parameters.items()}
-        tensors = {f"model.{k}": v for k, v in self.parameters.items()} | {f"ema.{k}": v for k, v in self.ema.items()}
+        tensors = {f"model.{k}": v for k, v in self.parameters.items()} | {
+            f"ema.{k}": v for k, v in self.ema.items()
+        }
         record = {
             "step": self.step,
             "skipped": self.skipped,
@@ -306,8 +366,12 @@ class Run:
         """Write the Fisher of the expert's range, as `demerge stats` would: of the weights as they are read back."""
         nn.Module.to(expert.denoiser, dtype=torch.float32)
         options = {"samples": self.options.fisher_samples, "seed": self.options.seed}
-        found = range_fisher(expert, self.data, self.range, samples=options["samples"], seed=options["seed"])
-        commit_statistic(folder, "fisher", found, inputs_of(expert.sha256, self.data, self.range), options)
+        found = range_fisher(
+            expert, self.data, self.range, samples=options["samples"], seed=options["seed"]
+        )
+        commit_statistic(
+            folder, "fisher", found, inputs_of(expert.sha256, self.data, self.range), options
+        )
 
     def expert(self) -> nn.Module:
         """Return the averaged weights in a stock module, in eval mode."""

@@ -57,24 +57,30 @@ class Adapter(Mapping[str, Tensor]):
     holds_deltas = True
     config: dict[str, Any] | None = None
 
-    def __init__(self, checkpoint: Checkpoint, base: Mapping[str, Tensor], *, skip_text: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, base: Mapping[str, Tensor], *, skip_text: bool = False
+    ) -> None:
         config = config_beside(checkpoint)
-        self.place = replace(checkpoint.place, files=(*checkpoint.place.files, *([config] if config else [])))
+        self.place = replace(
+            checkpoint.place, files=(*checkpoint.place.files, *([config] if config else []))
+        )
         self._file, self._base = checkpoint, base
         keys = Keys.of(checkpoint)
         self._refuse_others(keys, skip_text)
         self.skipped = tuple(keys.text)
         settings = Settings.of(checkpoint)
         self._factors = self._resolved(keys, settings)
-        left = [f"{len(self.skipped)} tensors of text encoders are left out"] if self.skipped else []
-        self.notes = tuple(f"{self.place.path}: {note}" for note in (*settings.notes(len(self._factors)), *left))
+        left = (
+            [f"{len(self.skipped)} tensors of text encoders are left out"] if self.skipped else []
+        )
+        self.notes = tuple(
+            f"{self.place.path}: {note}" for note in (*settings.notes(len(self._factors)), *left)
+        )
         self._held: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         ranks = sorted(set(self.ranks.values()))
-        return (
-            f"Adapter({str(self.place.path)!r}, {len(self)} deltas, rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))})"
-        )
+        return f"Adapter({str(self.place.path)!r}, {len(self)} deltas, rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))})"
 
     def __getitem__(self, name: str) -> Tensor:
         factors = self._factors[name]
@@ -95,18 +101,28 @@ class Adapter(Mapping[str, Tensor]):
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each tensor's delta."""
-        return {name: self._file.specs[factors.down].shape[0] for name, factors in self._factors.items()}
+        return {
+            name: self._file.specs[factors.down].shape[0] for name, factors in self._factors.items()
+        }
 
     # -- what is checked on opening ----------------------------------------------------------------------------------
 
     def _refuse_others(self, keys: Keys, skip_text: bool) -> None:
         for kind, names in keys.foreign.items():
-            self._refuse(f"{kind}, which demerge does not expand: {listed(names)}", "merge it into its base first")
+            self._refuse(
+                f"{kind}, which demerge does not expand: {listed(names)}",
+                "merge it into its base first",
+            )
         if keys.unknown:
-            self._refuse(f"keys that are no factors of a LoRA: {listed(keys.unknown)}", "merge it into its base first")
+            self._refuse(
+                f"keys that are no factors of a LoRA: {listed(keys.unknown)}",
+                "merge it into its base first",
+            )
         if keys.text and not skip_text:
             what = f"it changes a text encoder as well, and only the denoiser is merged: {listed(keys.text)}"
-            self._refuse(what, "give --skip-text-encoder to leave that out, or merge it into its base first")
+            self._refuse(
+                what, "give --skip-text-encoder to leave that out, or merge it into its base first"
+            )
         if not keys.parts:
             self._refuse("nothing in it changes the denoiser", "leave it out")
 
@@ -116,28 +132,45 @@ class Adapter(Mapping[str, Tensor]):
         unknown = [named for named, tensor in tensors.items() if tensor is None]
         if unknown:
             what = f"{len(unknown)} of {len(tensors)} modules are not in the base by this name: {listed(unknown)}"
-            self._refuse(what, "name the base it was trained on; load and save it with diffusers to have its names rewritten")
+            self._refuse(
+                what,
+                "name the base it was trained on; load and save it with diffusers to have its names rewritten",
+            )
         found: dict[str, Factors] = {}
         for named, tensor in tensors.items():
             if tensor is None or tensor in found:
-                self._refuse(f"two deltas of {tensor}, the second in {named}", "fetch the file again")
-            found[tensor] = self._settled(tensor, keys.parts[named], settings, modules.module(tensor))
+                self._refuse(
+                    f"two deltas of {tensor}, the second in {named}", "fetch the file again"
+                )
+            found[tensor] = self._settled(
+                tensor, keys.parts[named], settings, modules.module(tensor)
+            )
         return {name: found[name] for name in self._base if name in found}
 
-    def _settled(self, tensor: str, parts: Mapping[str, str], settings: Settings, module: str) -> Factors:
+    def _settled(
+        self, tensor: str, parts: Mapping[str, str], settings: Settings, module: str
+    ) -> Factors:
         magnitude = parts.get("magnitude") or parts.get("dora_scale")
         absent = [part for part in ("down", "up") if part not in parts]
         absent += ["magnitude"] if settings.dora and magnitude is None else []
         if absent:
-            self._refuse(f"{listed(list(parts.values()))} without {' and '.join(absent)}", "fetch the file again")
+            self._refuse(
+                f"{listed(list(parts.values()))} without {' and '.join(absent)}",
+                "fetch the file again",
+            )
         integers = [key for key in parts.values() if not self._file.specs[key].is_float]
         if integers and integers != [parts.get("alpha")]:
-            self._refuse(f"{integers[0]} is in {self._file.specs[integers[0]].dtype}", "use factors in floating point")
+            self._refuse(
+                f"{integers[0]} is in {self._file.specs[integers[0]].dtype}",
+                "use factors in floating point",
+            )
         down, up, mid = parts["down"], parts["up"], parts.get("mid")
         self._refuse_shapes(tensor, down, mid, up)
         axis = 0 if magnitude is None else self._axis(tensor, magnitude)
         try:
-            scale = settings.scale(module, self._file.specs[down].shape[0], self._alpha(parts.get("alpha")))
+            scale = settings.scale(
+                module, self._file.specs[down].shape[0], self._alpha(parts.get("alpha"))
+            )
         except ValueError as error:
             self._refuse(str(error), "fetch file and configuration again")
         return Factors(down, up, mid, magnitude, axis, scale)
@@ -163,10 +196,17 @@ class Adapter(Mapping[str, Tensor]):
     def _axis(self, tensor: str, key: str) -> int:
         """Return the axis of the base that a magnitude runs along: 0 its outputs, 1 its inputs."""
         shape, (outputs, inputs) = self._file.specs[key].shape, self._base[tensor].shape[:2]
-        if key.endswith(".dora_scale") and outputs > 1 and shape[:2] == (1, inputs) and math.prod(shape) == inputs:
+        if (
+            key.endswith(".dora_scale")
+            and outputs > 1
+            and shape[:2] == (1, inputs)
+            and math.prod(shape) == inputs
+        ):
             return 1
         if math.prod(shape) != outputs or max(shape, default=1) != outputs:
-            what = f"{key} is {list(shape)}, {tensor} of the base is {list(self._base[tensor].shape)}"
+            what = (
+                f"{key} is {list(shape)}, {tensor} of the base is {list(self._base[tensor].shape)}"
+            )
             self._refuse(what, "name the base that this LoRA was trained on")
         return 0
 
@@ -179,20 +219,30 @@ class Adapter(Mapping[str, Tensor]):
         base = self._base[name]
         A, B = (self._file[key].double().flatten(1) for key in (factors.down, factors.up))
         if factors.mid is not None:
-            A = torch.einsum("pqk,qi->pik", self._file[factors.mid].double().flatten(2), A).flatten(1)
+            A = torch.einsum("pqk,qi->pik", self._file[factors.mid].double().flatten(2), A).flatten(
+                1
+            )
         blocks = ((rows @ A).mul_(factors.scale) for rows in B.split(max(1, BLOCK // A.shape[1])))
         if factors.magnitude is None:
             dense = torch.cat([block.float() for block in blocks]).view(base.shape)
         else:
             m = self._file[factors.magnitude].double().reshape(-1)
-            dense = _decomposed(base.double(), torch.cat(list(blocks)).view(base.shape), m, factors.axis).float()
+            dense = _decomposed(
+                base.double(), torch.cat(list(blocks)).view(base.shape), m, factors.axis
+            ).float()
         if not finite(dense):
-            self._refuse(f"{factors.up} and {factors.down} make NaN or Inf", "use another file of this LoRA")
+            self._refuse(
+                f"{factors.up} and {factors.down} make NaN or Inf", "use another file of this LoRA"
+            )
         return dense
 
 
 def open_expert(
-    path: str | Path | Place, base: Mapping[str, Tensor], *, variant: str | None = None, skip_text: bool = False
+    path: str | Path | Place,
+    base: Mapping[str, Tensor],
+    *,
+    variant: str | None = None,
+    skip_text: bool = False,
 ) -> Checkpoint | Adapter:
     """Open what was finetuned from a base: a model, under the base's names, or a LoRA; the keys of the file decide.
 
@@ -207,8 +257,13 @@ def open_expert(
     adapter = Keys.of(checkpoint).is_adapter
     if Keys.of(base).is_adapter:
         where = f"{base.place.path} is" if isinstance(base, Checkpoint) else "the base is"
-        raise InputError(f"{where} a LoRA, which cannot stand in the base's place", fix="name the model that it was trained on")
-    return Adapter(checkpoint, base, skip_text=skip_text) if adapter else checkpoint.named_like(base)
+        raise InputError(
+            f"{where} a LoRA, which cannot stand in the base's place",
+            fix="name the model that it was trained on",
+        )
+    return (
+        Adapter(checkpoint, base, skip_text=skip_text) if adapter else checkpoint.named_like(base)
+    )
 
 
 def notes_of(experts: Iterable[object]) -> list[str]:

@@ -20,7 +20,13 @@ from demerge.storage.checkpoint import Checkpoint, modern
 from demerge.storage.safetensors_header import Spec
 
 RESNETS = 2  # in a block of Stable Diffusion 1, 2 and XL: for kohya's two ways to name a module
-DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+DOTTED = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "unet.",
+    "transformer.",
+)
 FIX = "name the base that they were trained on: demerge merge BASE LORA LORA --out-rank R"
 
 
@@ -41,10 +47,14 @@ class NoBase(Mapping[str, Tensor]):
 
     def __init__(self, files: Sequence[Checkpoint]) -> None:
         self.place = files[0].place
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}  # one name for all programs -> name here, shape
+        found: dict[
+            str, tuple[str, tuple[int, ...]]
+        ] = {}  # one name for all programs -> name here, shape
         ranks: dict[str, int] = {}
         prefixes: list[str] = []
-        flat_alone: dict[str, str] = {}  # modules without a name in dots -> what kohya has in front of it
+        flat_alone: dict[
+            str, str
+        ] = {}  # modules without a name in dots -> what kohya has in front of it
         for file in files:
             for named, parts in Keys.of(file).parts.items():
                 shape, rank = _size(file, named, parts)
@@ -62,7 +72,10 @@ class NoBase(Mapping[str, Tensor]):
                 if one not in found or one not in flat_alone:
                     found[one] = (name, found[one][1] if one in found else shape)
         self._shapes = {f"{name}.weight": shape for name, shape in found.values()}
-        self.specs = {name: Spec(self.place.files[0], "F32", shape, 0, 0) for name, shape in self._shapes.items()}
+        self.specs = {
+            name: Spec(self.place.files[0], "F32", shape, 0, 0)
+            for name, shape in self._shapes.items()
+        }
         self.prefix = next(iter(flat_alone.values()), prefixes[0] if prefixes else "")
         self.rank = max(ranks.values(), default=0)
 
@@ -91,11 +104,16 @@ def _size(file: Checkpoint, named: str, parts: Mapping[str, str]) -> tuple[tuple
     if dora is not None:
         raise InputError(f"{where}: {dora[:200]}: a DoRA's delta depends on its base", fix=FIX)
     if "up" not in parts or "down" not in parts:
-        raise InputError(f"{where}: {named[:200]} lacks one of its factors", fix="fetch the file again")
+        raise InputError(
+            f"{where}: {named[:200]} lacks one of its factors", fix="fetch the file again"
+        )
     shapes = [file.specs[parts[part]].shape for part in ("up", "mid", "down") if part in parts]
     shape = product_shape(shapes)
     if not shape:
-        raise InputError(f"{where}: {named[:200]}: {' times '.join(map(str, map(list, shapes)))}", fix="fetch the file again")
+        raise InputError(
+            f"{where}: {named[:200]}: {' times '.join(map(str, map(list, shapes)))}",
+            fix="fetch the file again",
+        )
     return shape, shapes[0][1]
 
 
@@ -104,5 +122,8 @@ def _undotted(name: str) -> tuple[str, str]:
     part = ""
     for prefix in DOTTED:
         if name.startswith(prefix):
-            part, name = ("" if prefix == DOTTED[0] else prefix.removesuffix(".")), name.removeprefix(prefix)
+            part, name = (
+                ("" if prefix == DOTTED[0] else prefix.removesuffix(".")),
+                name.removeprefix(prefix),
+            )
     return name, part

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from demerge.storage.checkpoint import canonical, modern
 
 ROLES: Mapping[str, re.Pattern[str]] = {
-    "down": re.compile(r"\.(?:lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight\Z"),
+    "down": re.compile(
+        r"\.(?:lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight\Z"
+    ),
     "up": re.compile(r"\.(?:lora_B(?:\.\w+)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight\Z"),
     "mid": re.compile(r"\.lora_mid\.weight\Z"),
     "alpha": re.compile(r"\.alpha\Z"),
@@ -72,7 +74,9 @@ class Keys:
         for name in names:
             if TEXT.match(name):
                 keys.text.append(name)
-            elif kind := next((kind for kind, pattern in FOREIGN.items() if pattern.search(name)), None):
+            elif kind := next(
+                (kind for kind, pattern in FOREIGN.items() if pattern.search(name)), None
+            ):
                 keys.foreign.setdefault(kind, []).append(name)
             elif found := _part(name):
                 module, role = found
@@ -87,11 +91,15 @@ class Keys:
         known = [name for parts in self.parts.values() for name in parts.values()]
         known += [*self.text, *(name for names in self.foreign.values() for name in names)]
         factors = any("down" in parts or "up" in parts for parts in self.parts.values())
-        return len(known) >= len(self.unknown) and (factors or bool(self.foreign) or any(_part(name) for name in self.text))
+        return len(known) >= len(self.unknown) and (
+            factors or bool(self.foreign) or any(_part(name) for name in self.text)
+        )
 
 
 def _part(name: str) -> tuple[str, str] | None:
-    plain = PROCESSOR.sub(lambda match: f".{'to_out.0' if match[1] == 'to_out' else match[1]}.lora.", name)
+    plain = PROCESSOR.sub(
+        lambda match: f".{'to_out.0' if match[1] == 'to_out' else match[1]}.lora.", name
+    )
     for role, pattern in ROLES.items():
         if match := pattern.search(plain):
             return plain[: match.start()], role
@@ -179,7 +187,9 @@ def original(name: str, layers: int) -> str:
     """
     if name in OUTSIDE:
         return OUTSIDE[name]
-    match = re.fullmatch(r"(input_blocks_(\d{1,3})|middle_block|output_blocks_(\d{1,3}))_(\d)(?:_(.+))?", name)
+    match = re.fullmatch(
+        r"(input_blocks_(\d{1,3})|middle_block|output_blocks_(\d{1,3}))_(\d)(?:_(.+))?", name
+    )
     if match is None or layers == 0:
         return name
     inner, rest = int(match[4]), match[5] or ""

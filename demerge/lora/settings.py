@@ -22,10 +22,31 @@ from demerge.storage.safetensors_header import parse_json, read_json
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
-ALPHAS = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")  # in metadata, the first that is there
-OTHER_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initial values that change the base's weights as well
+ALPHAS = (
+    "lora_alpha",
+    "ss_network_alpha",
+    "network_alpha",
+    "alpha",
+)  # in metadata, the first that is there
+OTHER_BASE = (
+    "pissa",
+    "olora",
+    "loftq",
+    "corda",
+    "lora_ga",
+)  # initial values that change the base's weights as well
 OTHER_PARTS = ("text_encoder", "transformer_2.")
-USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type", "init_lora_weights", "bias")
+USED = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "peft_type",
+    "init_lora_weights",
+    "bias",
+)
 HARMLESS = (  # of training, or where the deltas go, which the keys say
     "auto_mapping", "arrow_config", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
@@ -67,12 +88,16 @@ class Settings:
         config = config_beside(checkpoint)
         if config is not None:
             where, beside = str(config), read_json(config)
-            unlike = [name for name in USED if name in found and name in beside and found[name] != beside[name]]
+            unlike = [
+                name
+                for name in USED
+                if name in found and name in beside and found[name] != beside[name]
+            ]
             if unlike:
-                values = (
-                    f"{unlike[0]} is {str(beside[unlike[0]])[:40]} in {config}, {str(found[unlike[0]])[:40]} in its metadata"
+                values = f"{unlike[0]} is {str(beside[unlike[0]])[:40]} in {config}, {str(found[unlike[0]])[:40]} in its metadata"
+                raise InputError(
+                    f"{checkpoint.place.path}: {values}", fix="move the file to a folder of its own"
                 )
-                raise InputError(f"{checkpoint.place.path}: {values}", fix="move the file to a folder of its own")
             found = beside | found
         _refuse_others(found, where)
         return cls(
@@ -102,9 +127,13 @@ class Settings:
         """Return what had to be supposed about a LoRA of so many modules."""
         if not self.unsaid:
             return []
-        share = "" if len(self.unsaid) == modules else f" for {len(self.unsaid)} of {modules} modules"
+        share = (
+            "" if len(self.unsaid) == modules else f" for {len(self.unsaid)} of {modules} modules"
+        )
         scale = "sqrt(r), as rsLoRA has it" if self.rslora else "1"
-        return [f"alpha not given{share}: taken as r, so the scale is {scale}; put its {CONFIG} next to it if it has one"]
+        return [
+            f"alpha not given{share}: taken as r, so the scale is {scale}; put its {CONFIG} next to it if it has one"
+        ]
 
 
 def config_beside(checkpoint: Checkpoint) -> Path | None:
@@ -113,7 +142,11 @@ def config_beside(checkpoint: Checkpoint) -> Path | None:
     config = place.files[0].parent / CONFIG if place.files else None
     if config is None or not config.is_file():
         return None
-    return config if place.files[0].name.startswith("adapter_model") or in_names_of_peft(checkpoint) else None
+    return (
+        config
+        if place.files[0].name.startswith("adapter_model") or in_names_of_peft(checkpoint)
+        else None
+    )
 
 
 def _of_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -124,10 +157,21 @@ def _of_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
             table = parse_json(checkpoint.metadata[METADATA])
         except ValueError as error:
             raise InputError(f"{path}: {METADATA}: {error}", fix="fetch the file again") from error
-        return {key.rpartition(".")[2]: value for key, value in table.items() if not key.startswith(OTHER_PARTS)}
+        return {
+            key.rpartition(".")[2]: value
+            for key, value in table.items()
+            if not key.startswith(OTHER_PARTS)
+        }
     known = {*USED, *REFUSED}
     found = {key: _value(text) for key, text in checkpoint.metadata.items() if key in known}
-    alpha = next((value for key in ALPHAS if (value := _value(checkpoint.metadata.get(key, "None"))) is not None), None)
+    alpha = next(
+        (
+            value
+            for key in ALPHAS
+            if (value := _value(checkpoint.metadata.get(key, "None"))) is not None
+        ),
+        None,
+    )
     return found if alpha is None else found | {"lora_alpha": alpha}
 
 
@@ -153,39 +197,58 @@ def _refuse_others(found: Mapping[str, Any], where: str) -> None:
     if others:
         what = f"{where}: made with {', '.join(others)}, which demerge does not expand"
         raise InputError(what, fix="merge the adapter into its base first")
-    strange = next((f"{name[:60]} {str(found[name])[:40]}" for name in sorted(unknown) if found[name]), None)
+    strange = next(
+        (f"{name[:60]} {str(found[name])[:40]}" for name in sorted(unknown) if found[name]), None
+    )
     if strange is not None:
         what = f"{where}: the setting {strange} is unknown, and may change what the adapter does"
-        raise InputError(what, fix="merge the adapter into its base first, or take the setting out if it is harmless")
+        raise InputError(
+            what,
+            fix="merge the adapter into its base first, or take the setting out if it is harmless",
+        )
 
 
 def _number(value: Any, name: str, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-        raise InputError(f"{where}: {name} is {str(value)[:40]!r}, not a number", fix="fetch the configuration again")
+        raise InputError(
+            f"{where}: {name} is {str(value)[:40]!r}, not a number",
+            fix="fetch the configuration again",
+        )
     return float(value)
 
 
 def _switch(value: Any, name: str, where: str) -> bool:
     if value is not None and not isinstance(value, bool):
-        raise InputError(f"{where}: {name} is {str(value)[:40]!r}, not true or false", fix="fetch the configuration again")
+        raise InputError(
+            f"{where}: {name} is {str(value)[:40]!r}, not true or false",
+            fix="fetch the configuration again",
+        )
     return bool(value)
 
 
 def _table(value: Any, name: str, where: str) -> dict[str, float]:
     if value is not None and not isinstance(value, dict):
         raise InputError(f"{where}: {name} is not a table", fix="fetch the configuration again")
-    numbers = {key.replace("\\.", "."): _number(v, f"{name} of {key[:60]}", where) for key, v in (value or {}).items()}
+    numbers = {
+        key.replace("\\.", "."): _number(v, f"{name} of {key[:60]}", where)
+        for key, v in (value or {}).items()
+    }
     odd = next((key for key in numbers if set(key.removeprefix("^")) & EXPRESSION), None)
     if odd is not None:
-        raise InputError(f"{where}: {name} has the regular expression {odd[:60]!r}", fix="write the modules' names out")
+        raise InputError(
+            f"{where}: {name} has the regular expression {odd[:60]!r}",
+            fix="write the modules' names out",
+        )
     return {key: number for key, number in numbers.items() if number is not None}
 
 
 def _matched(table: Mapping[str, float], module: str, default: float | None) -> float | None:
     """Return the first entry whose key is the module's name, or the end of it behind a dot, as peft matches them."""
     for key, value in table.items():
-        if module == key.removeprefix("^") or (not key.startswith("^") and module.endswith(f".{key}")):
+        if module == key.removeprefix("^") or (
+            not key.startswith("^") and module.endswith(f".{key}")
+        ):
             return value
     return default

@@ -152,12 +152,20 @@ class Method:
                 known = ", ".join(f"{n}={o.default}" for n, o in self.options.items()) or "none"
                 near = get_close_matches(name.lower(), self.options, 1, 0.6)
                 meant = f"did you mean {near[0]}? " if near else ""
-                raise UsageError(f"method {self.name} has no option '{name}'", fix=f"{meant}its options: {known}")
-        return {name: option.parse(name, options.get(name, option.default)) for name, option in self.options.items()}
+                raise UsageError(
+                    f"method {self.name} has no option '{name}'", fix=f"{meant}its options: {known}"
+                )
+        return {
+            name: option.parse(name, options.get(name, option.default))
+            for name, option in self.options.items()
+        }
 
     def separate(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the method's options, and apart from them what NAME=PATH,PATH says of tensors that it may need."""
-        files = {*self.inputs, *(name for statistic in self.statistics for name in statistic.inputs)} - set(self.options)
+        files = {
+            *self.inputs,
+            *(name for statistic in self.statistics for name in statistic.inputs),
+        } - set(self.options)
         asked = {name: value for name, value in options.items() if name not in files}
         return asked, {name: value for name, value in options.items() if name in files}
 
@@ -167,7 +175,9 @@ class Method:
         name = str(options["preset"])
         if name not in self.presets:
             known = ", ".join(self.presets) or "none"
-            raise UsageError(f"method {self.name} has no preset '{name}'", fix=f"its presets: {known}")
+            raise UsageError(
+                f"method {self.name} has no preset '{name}'", fix=f"its presets: {known}"
+            )
         return {**self.presets[name], **{n: value for n, value in options.items() if n != "preset"}}
 
     def document(self) -> dict[str, Any]:
@@ -177,7 +187,9 @@ class Method:
             "aliases": list(self.aliases),
             "summary": self.summary,
             "paper": self.paper,
-            "options": {name: {"default": o.default, "rule": o.rule} for name, o in self.options.items()},
+            "options": {
+                name: {"default": o.default, "rule": o.rule} for name, o in self.options.items()
+            },
             "presets": {name: dict(options) for name, options in self.presets.items()},
             "needs": self._needs(),
         }
@@ -203,7 +215,9 @@ def describe(
     Raises:
         UsageError: where the engine cannot call it, or an option is of a type that cannot be written on a command line.
     """
-    keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    keywords = [
+        p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
     needs = [p.name for p in keywords if p.default is p.empty]
     hints = _hints(function, name, needs)
     inputs = tuple(n for n in needs if n not in SUPPLIED and n not in {s.name for s in statistics})
@@ -212,7 +226,11 @@ def describe(
         function=function,
         summary=(inspect.getdoc(function) or "").partition("\n")[0],
         paper=paper,
-        options={p.name: option(p.name, p.default, hints.get(p.name)) for p in keywords if p.default is not p.empty},
+        options={
+            p.name: option(p.name, p.default, hints.get(p.name))
+            for p in keywords
+            if p.default is not p.empty
+        },
         inputs=inputs,
         partial=frozenset(n for n in inputs if type(None) in get_args(hints.get(n))),
         draws="uniform" in needs,
@@ -234,9 +252,13 @@ def _hints(function: Callable[..., Tensor], name: str, needs: Sequence[str]) -> 
 
 def called(function: Callable[..., Any], *positional: Any, supplied: Mapping[str, Any]) -> Any:
     """Call a function with those of `supplied` that its keyword-only parameters name."""
-    return function(*positional, **{name: supplied[name] for name in _keywords(function) if name in supplied})
+    return function(
+        *positional, **{name: supplied[name] for name in _keywords(function) if name in supplied}
+    )
 
 
 @cache
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
+    return tuple(
+        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    )

@@ -37,7 +37,10 @@ class Option:
     @property
     def rule(self) -> str:
         """The rule in words."""
-        return " | ".join(self.choices) or f"{self.kind.__name__}{f' in {self.between}' if self.between else ''}"
+        return (
+            " | ".join(self.choices)
+            or f"{self.kind.__name__}{f' in {self.between}' if self.between else ''}"
+        )
 
     def parse(self, name: str, value: Any) -> Any:
         """Return the value, converted from text where it is text.
@@ -51,13 +54,23 @@ class Option:
             parsed = None
         among = not self.choices or parsed in self.choices
         infinite = isinstance(parsed, float) and not math.isfinite(parsed)
-        if parsed is None or infinite or not among or not (self.between is None or self.between.holds(parsed)):
-            raise UsageError(f"option {name}={value} is not {self.rule}", fix=f"for example {name}={self.default}")
+        if (
+            parsed is None
+            or infinite
+            or not among
+            or not (self.between is None or self.between.holds(parsed))
+        ):
+            raise UsageError(
+                f"option {name}={value} is not {self.rule}",
+                fix=f"for example {name}={self.default}",
+            )
         return parsed
 
     def _converted(self, value: Any) -> Any:
         """Return a number or text; true is not 1, and 1.5 is not 1."""
-        if isinstance(value, bool) or (self.kind is int and isinstance(value, float) and not value.is_integer()):
+        if isinstance(value, bool) or (
+            self.kind is int and isinstance(value, float) and not value.is_integer()
+        ):
             raise ValueError(value)
         return self.kind(value)
 
@@ -76,7 +89,9 @@ def option(name: str, default: Any, hint: Any) -> Option:
         return Option(default, str, choices=get_args(hint))
     if hint not in (float, int, bool, str):
         fix = "annotate float, int, bool, str, Literal[...] or Annotated[float, Between(0, 1)]"
-        raise UsageError(f"option {name}={default} of a merge method is of the type {hint}", fix=fix)
+        raise UsageError(
+            f"option {name}={default} of a merge method is of the type {hint}", fix=fix
+        )
     return Option(default, hint, between=between)
 
 

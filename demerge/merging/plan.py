@@ -19,7 +19,14 @@ from demerge.merging.inputs.experts import base_model
 from demerge.merging.output.denoiser import Metadata, Part, Written
 from demerge.merging.output.lora import AdapterSummary
 from demerge.merging.output.model_card import card
-from demerge.merging.output.writer import Entry, Tally, copy_files, is_file, kept_files, refuse_pickle
+from demerge.merging.output.writer import (
+    Entry,
+    Tally,
+    copy_files,
+    is_file,
+    kept_files,
+    refuse_pickle,
+)
 from demerge.merging.recipe.recipe import DOCUMENT, Recipe
 from demerge.storage.atomic import (
     commit_dir,
@@ -38,7 +45,9 @@ if TYPE_CHECKING:
 
 OVERHEAD = 1 << 20  # header, recipe, card
 SHOWN = 20
-REPORT = "report"  # a folder inside an output folder, which no program takes for a part of the pipeline
+REPORT = (
+    "report"  # a folder inside an output folder, which no program takes for a part of the pipeline
+)
 INDEX, CONFIG = Path("model_index.json"), "config.json"
 
 
@@ -114,11 +123,17 @@ class Plan:
         if is_file(out):
             first = None if place is None else partial(self._report_of_file, place, out)
             metadata = self._metadata(out.parent)
-            written = [self._only_part.commit(out, metadata, diagnosed=place is not None, hashed=False, first=first)]
+            written = [
+                self._only_part.commit(
+                    out, metadata, diagnosed=place is not None, hashed=False, first=first
+                )
+            ]
             recipe = self.recipe.stored(out.parent)
         else:
             recipe, written = self._folder(out, place)
-        return MergeResult(out, recipe, _sum([done.tally for done in written]), written[0].adapter, place)
+        return MergeResult(
+            out, recipe, _sum([done.tally for done in written]), written[0].adapter, place
+        )
 
     def survey(self) -> Tally:
         """Run the arithmetic without writing; return what survives the rounding."""
@@ -150,7 +165,11 @@ class Plan:
     def rules(self) -> list[dict[str, Any]]:
         """What each rule took, as JSON values."""
         return [
-            {"rule": str(taken.rule), "tensors": len(taken.names), "parameters": part.parameters(taken.names)}
+            {
+                "rule": str(taken.rule),
+                "tensors": len(taken.names),
+                "parameters": part.parameters(taken.names),
+            }
             for part in self.parts
             for taken in part.taken
         ]
@@ -163,7 +182,11 @@ class Plan:
     def disk_bytes(self, out: Path | None) -> int:
         """What the output takes on disk."""
         kept = self._kept() if out is not None and not is_file(out) else []
-        return sum(entry.bytes for entry in self.entries) + sum(file.stat().st_size for file, _ in kept) + OVERHEAD
+        return (
+            sum(entry.bytes for entry in self.entries)
+            + sum(file.stat().st_size for file, _ in kept)
+            + OVERHEAD
+        )
 
     def document(self, out: Path | None, tally: Tally) -> dict[str, Any]:
         """Return the plan and what survives the rounding, as JSON values."""
@@ -188,15 +211,26 @@ class Plan:
         """Return the plan and what survives the rounding, for a person."""
         r = self.recipe
         options = "".join(f" {name}={value}" for name, value in r.options.items())
-        weights = [f"{weight:g}" for weight in r.weights] if r.weights is not None else ["an equal share"] * len(r.experts)
+        weights = (
+            [f"{weight:g}" for weight in r.weights]
+            if r.weights is not None
+            else ["an equal share"] * len(r.experts)
+        )
         experts = [
             f"expert  {expert.path}: {expert.range or 'no range recorded'}, weight {weight}"
             for expert, weight in zip(r.experts, weights, strict=True)
         ]
-        rules = [f"rule    {t['rule']}: {t['tensors']} tensors, {t['parameters']:,} parameters" for t in self.rules]
+        rules = [
+            f"rule    {t['rule']}: {t['tensors']} tensors, {t['parameters']:,} parameters"
+            for t in self.rules
+        ]
         more = [f"rule    and {len(rules) - SHOWN} more"] if len(rules) > SHOWN else []
         merged = sum(len(part.job.floating) for part in self.parts)
-        only = [f"only    {', '.join(r.only)}: {merged} of {len(self.entries)} tensors"] if r.only else []
+        only = (
+            [f"only    {', '.join(r.only)}: {merged} of {len(self.entries)} tensors"]
+            if r.only
+            else []
+        )
         return [
             f"{'models  no base' if r.no_base else f'base    {r.base.path}'}: {self.parameters:,} parameters",
             *experts,
@@ -217,7 +251,8 @@ class Plan:
     def _only_part(self) -> Part:
         if len(self.parts) > 1:
             raise UsageError(
-                f"the output has {len(self.parts)} parts with weights, not one file", fix="give -o the name of a folder"
+                f"the output has {len(self.parts)} parts with weights, not one file",
+                fix="give -o the name of a folder",
             )
         return self.parts[0]
 
@@ -227,9 +262,17 @@ class Plan:
         if first.lora:
             return []
         made = {part.folder for part in self.parts} if several else set()
-        kept = [(file, path) for file, path in kept_files(first.place, self.variant) if path.parent not in made]
+        kept = [
+            (file, path)
+            for file, path in kept_files(first.place, self.variant)
+            if path.parent not in made
+        ]
         if several:
-            kept += [(folder / CONFIG, part.folder / CONFIG) for part in self.parts if (folder := part.place.component)]
+            kept += [
+                (folder / CONFIG, part.folder / CONFIG)
+                for part in self.parts
+                if (folder := part.place.component)
+            ]
         return [(file, path) for file, path in kept if path != INDEX or self.boundary is None]
 
     def _metadata(self, home: Path) -> Metadata:
@@ -245,14 +288,23 @@ class Plan:
             copy_files(kept, folder)
             if self.boundary is not None:
                 commit_json(folder / INDEX, index_of_two(first.place, self.boundary))
-            written = [part.commit(folder / part.path, metadata, diagnosed=report is not None) for part in self.parts]
+            written = [
+                part.commit(folder / part.path, metadata, diagnosed=report is not None)
+                for part in self.parts
+            ]
             recipe = self.recipe.stored(out)
-            hashes = {part.path.as_posix(): done.sha256 for part, done in zip(self.parts, written, strict=True)}
+            hashes = {
+                part.path.as_posix(): done.sha256
+                for part, done in zip(self.parts, written, strict=True)
+            }
             recipe = replace(recipe, output=hashes)
             commit_text(folder / DOCUMENT, recipe.canonical() + "\n")
             tally = _sum([done.tally for done in written])
             share = written[0].adapter.share if written[0].adapter else tally.share
-            commit_text(folder / "README.md", card(recipe, base_model(first.place), share, tally.rounding, self.notes))
+            commit_text(
+                folder / "README.md",
+                card(recipe, base_model(first.place), share, tally.rounding, self.notes),
+            )
             if report is not None:
                 inside = report.is_relative_to(out)
                 where, of = (folder / report.relative_to(out), "") if inside else (report, out.name)
@@ -272,8 +324,13 @@ class Plan:
             if not chunks:
                 continue
             diagnosis = Diagnosis.of(chunks, [expert.name for expert in part.experts])
-            made = report_files(diagnosis, replace(recipe, experts=part.experts, weights=part.job.weights), of)
-            files |= {(part.folder / name).as_posix() if len(self.parts) > 1 else name: data for name, data in made.items()}
+            made = report_files(
+                diagnosis, replace(recipe, experts=part.experts, weights=part.job.weights), of
+            )
+            files |= {
+                (part.folder / name).as_posix() if len(self.parts) > 1 else name: data
+                for name, data in made.items()
+            }
         commit_files(place, files.items(), replace=place.exists())
 
 
@@ -288,8 +345,14 @@ def report_place(out: Path, report: Path | str | bool | None) -> Path | None:
 
 def _left_by_a_kill(place: Path, out: Path) -> bool:
     """Whether a folder is the report of an output of this name that never came into its place."""
-    found = [path for path in place.rglob("diagnosis.json") if path.is_file()] if place.is_dir() else []
-    return bool(found) and not out.exists() and all(read_json(path).get("of") == out.name for path in found)
+    found = (
+        [path for path in place.rglob("diagnosis.json") if path.is_file()] if place.is_dir() else []
+    )
+    return (
+        bool(found)
+        and not out.exists()
+        and all(read_json(path).get("of") == out.name for path in found)
+    )
 
 
 def _sum(tallies: Sequence[Tally]) -> Tally:

@@ -17,11 +17,24 @@ from demerge.lora import NoBase, is_lora, open_expert
 from demerge.merging.contract import Method
 from demerge.merging.engine.job import Merge, Progress
 from demerge.merging.engine.probe import copied, refuse_uneven
-from demerge.merging.engine.validation import Tensors, holds_deltas, refuse_missing_inputs, settle_weights
+from demerge.merging.engine.validation import (
+    Tensors,
+    holds_deltas,
+    refuse_missing_inputs,
+    settle_weights,
+)
 from demerge.merging.inputs.compatibility import Rules, fitted, is_buffer, without_ema
 from demerge.merging.inputs.components import component_tasks
 from demerge.merging.inputs.denoisers import Task, denoisers, tasks
-from demerge.merging.inputs.experts import Base, Expert, range_of, refuse_changed, refuse_foreign, scheduler_config, source
+from demerge.merging.inputs.experts import (
+    Base,
+    Expert,
+    range_of,
+    refuse_changed,
+    refuse_foreign,
+    scheduler_config,
+    source,
+)
 from demerge.merging.inputs.statistics import input_paths, refuse_of_others
 from demerge.merging.output.denoiser import Lora, Part
 from demerge.merging.output.writer import layout
@@ -77,7 +90,13 @@ def merge(
     return prepare(recipe, device=device, threads=threads, progress=progress).run(out)
 
 
-def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, progress: Progress | None = None) -> Plan:
+def prepare(
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Plan:
     """Check the merge that a recipe asks for, and hash its inputs; see `merge`.
 
     Raises:
@@ -89,19 +108,31 @@ def prepare(recipe: Recipe, *, device: str = "cpu", threads: int | None = None, 
     hashing = Hashing(_files(sides))
     if recipe.base.files:  # then this comes first
         found = _resolved(recipe, ranges, sides, hashing.result())
-        for asked, there in zip((recipe.base, *recipe.experts), (found.base, *found.experts), strict=True):
+        for asked, there in zip(
+            (recipe.base, *recipe.experts), (found.base, *found.experts), strict=True
+        ):
             refuse_changed(asked, there)
     run = partial(Merge, device=device, threads=threads or _cores(), progress=progress or silent)
     parts = [_part(recipe, side, run) for side in sides]
     _refuse_copies(recipe, sides, parts)
     parts[0] = replace(parts[0], notes=[*parts[0].notes, *notes])
-    weights = parts[0].job.weights if len(parts) == 1 and len(parts[0].experts) == len(recipe.experts) else recipe.weights
+    weights = (
+        parts[0].job.weights
+        if len(parts) == 1 and len(parts[0].experts) == len(recipe.experts)
+        else recipe.weights
+    )
     rules = [rule.parsed(method) for rule in recipe.rules]
-    settled = replace(recipe, method=method.name, options=parts[0].job.options, weights=weights, rules=rules)
-    return Plan(partial(_resolved, settled, ranges, sides), hashing, parts, recipe.boundary, recipe.variant)
+    settled = replace(
+        recipe, method=method.name, options=parts[0].job.options, weights=weights, rules=rules
+    )
+    return Plan(
+        partial(_resolved, settled, ranges, sides), hashing, parts, recipe.boundary, recipe.variant
+    )
 
 
-def refuse_unmergeable(base: Path | str, experts: Sequence[Path | str], **asked: Unpack[Asked]) -> list[str]:
+def refuse_unmergeable(
+    base: Path | str, experts: Sequence[Path | str], **asked: Unpack[Asked]
+) -> list[str]:
     """Make the checks of a merge that need no hash; return the notes that its plan has.
 
     Raises:
@@ -113,12 +144,22 @@ def refuse_unmergeable(base: Path | str, experts: Sequence[Path | str], **asked:
     return [*(note for part in parts for note in part.notes), *notes]
 
 
-def _opened(recipe: Recipe, method: Method) -> tuple[list[TimestepRange | None], list[_Side], list[str]]:
+def _opened(
+    recipe: Recipe, method: Method
+) -> tuple[list[TimestepRange | None], list[_Side], list[str]]:
     """Return the ranges of the experts, the parts of the output with their inputs opened, and notes of what is not used."""
     weights = settle_weights(recipe.weights, len(recipe.experts))
-    if not method.weighted and (any(w != weights[0] for w in weights) or any(rule.weights for rule in recipe.rules)):
-        raise UsageError(f"method {method.name} has no weights", fix="leave them out, and name the experts that count alone")
-    places = [locate(local(s.path, recipe.variant), recipe.variant) for s in (recipe.base, *recipe.experts)]
+    if not method.weighted and (
+        any(w != weights[0] for w in weights) or any(rule.weights for rule in recipe.rules)
+    ):
+        raise UsageError(
+            f"method {method.name} has no weights",
+            fix="leave them out, and name the experts that count alone",
+        )
+    places = [
+        locate(local(s.path, recipe.variant), recipe.variant)
+        for s in (recipe.base, *recipe.experts)
+    ]
     base, *experts = (denoisers(place, recipe.variant) for place in places)
     for asked, sides_of in zip(recipe.experts, experts, strict=True):
         if asked.range and len(sides_of) > 1:
@@ -126,22 +167,34 @@ def _opened(recipe: Recipe, method: Method) -> tuple[list[TimestepRange | None],
                 f"{asked.path} has two denoisers, whose timesteps its boundary_ratio tells; the range {asked.range} is given",
                 fix="leave the range out (none), or name the folder of one of the two",
             )
-    ranges = [range_of(place, asked) for place, asked in zip(places[1:], recipe.experts, strict=True)]
+    ranges = [
+        range_of(place, asked) for place, asked in zip(places[1:], recipe.experts, strict=True)
+    ]
     beside, notes = _beside(recipe, places, ranges)
-    sides = [_Side.of(task, recipe, method) for task in [*tasks(base, experts, ranges, recipe.boundary), *beside]]
+    sides = [
+        _Side.of(task, recipe, method)
+        for task in [*tasks(base, experts, ranges, recipe.boundary), *beside]
+    ]
     if recipe.out_rank is not None and len(sides) > 1:
         fix = "give --components denoiser" if beside else "merge each side alone"
-        raise UsageError("an adapter is made for one denoiser, and the output has more parts", fix=fix)
+        raise UsageError(
+            "an adapter is made for one denoiser, and the output has more parts", fix=fix
+        )
     return ranges, sides, notes
 
 
-def _beside(recipe: Recipe, places: Sequence[Place], ranges: Sequence[TimestepRange | None]) -> tuple[list[Task], list[str]]:
+def _beside(
+    recipe: Recipe, places: Sequence[Place], ranges: Sequence[TimestepRange | None]
+) -> tuple[list[Task], list[str]]:
     """Return what is merged next to the denoisers; with --only, which leaves the rest the base's, nothing."""
     if recipe.only and recipe.components is None:
         return [], []
     found, notes = component_tasks(places[0], places[1:], ranges, recipe.components, recipe.variant)
     if recipe.only and found:
-        raise UsageError("--only merges a part of the denoiser, --components other parts too", fix="leave one of them out")
+        raise UsageError(
+            "--only merges a part of the denoiser, --components other parts too",
+            fix="leave one of them out",
+        )
     return found, notes
 
 
@@ -160,7 +213,9 @@ class _Side:
     def of(cls, task: Task, recipe: Recipe, method: Method) -> _Side:
         options, given = method.separate(recipe.options)
         settled = method.settle(options)
-        method = method.under(settled, *(settled | rule.parsed(method).plain for rule in recipe.rules))
+        method = method.under(
+            settled, *(settled | rule.parsed(method).plain for rule in recipe.rules)
+        )
         if method.inputs and not task.is_denoiser:
             what = f"method {method.name} needs {' and '.join(method.inputs)}, which {task.folder} does not have"
             raise UsageError(what, fix="give --components denoiser, or another method")
@@ -169,8 +224,13 @@ class _Side:
         base: Base = Checkpoint(task.base.place)
         if is_lora(base):
             base = NoBase([Checkpoint(denoiser.place) for _, denoiser in task.experts])
-        experts = [open_expert(d.place, base, skip_text=recipe.skip_text_encoder) for _, d in task.experts]
-        inputs = {name: [Checkpoint.open(path).named_like(base) for path in files] for name, files in paths.items()}
+        experts = [
+            open_expert(d.place, base, skip_text=recipe.skip_text_encoder) for _, d in task.experts
+        ]
+        inputs = {
+            name: [Checkpoint.open(path).named_like(base) for path in files]
+            for name, files in paths.items()
+        }
         return cls(task, method, base, experts, inputs, options)
 
     def has(self, rule: Rule) -> bool:
@@ -195,14 +255,22 @@ def _without_base(recipe: Recipe) -> Recipe:
         return recipe
     recipe = recipe.changed(no_base=True)
     opened += [Checkpoint.open(expert.path, recipe.variant) for expert in recipe.experts[1:]]
-    model = next((e.path for e, o in zip(recipe.experts[1:], opened[1:], strict=True) if not is_lora(o)), None)
+    model = next(
+        (e.path for e, o in zip(recipe.experts[1:], opened[1:], strict=True) if not is_lora(o)),
+        None,
+    )
     if model is not None:
         what = f"{recipe.base.path} is a LoRA in the base's place, and {model} is a model"
         others = " ".join(e.path for e in recipe.experts if e.path != model)
-        raise UsageError(what, fix=f"name the base first; if it is that model: demerge merge {model} {others}")
+        raise UsageError(
+            what, fix=f"name the base first; if it is that model: demerge merge {model} {others}"
+        )
     if len(opened) == 1 and not recipe.out_rank:
         what = f"{recipe.base.path} is a LoRA alone, and a merge of it is a copy"
-        raise UsageError(what, fix="name its base before it, or more LoRA files, or give --out-rank for a smaller one")
+        raise UsageError(
+            what,
+            fix="name its base before it, or more LoRA files, or give --out-rank for a smaller one",
+        )
     return recipe if recipe.out_rank else replace(recipe, out_rank=NoBase(opened).rank)
 
 
@@ -213,7 +281,9 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
     rules = Rules(recipe.missing, recipe.extra, recipe.only)
     base, notes = without_ema(side.base, names[0])
     if isinstance(base, NoBase):
-        notes.append(f"no base: the deltas of {len(asked)} LoRA files are merged, into a LoRA of rank {recipe.out_rank}")
+        notes.append(
+            f"no base: the deltas of {len(asked)} LoRA files are merged, into a LoRA of rank {recipe.out_rank}"
+        )
     experts: list[Tensors] = []
     for expert, name in zip(side.experts, names[1:], strict=True):
         fit, more = fitted(base, expert, (names[0], name), rules)
@@ -241,8 +311,14 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
     K = len(recipe.experts)
     whole = recipe.weights if side.task.is_denoiser else settle_weights(recipe.weights, K)
     weights = settle_weights(side.picked(whole, K), len(asked))
-    own = [replace(rule, weights=side.picked(rule.weights, K)) for rule in recipe.rules if side.has(rule)]
-    settings, taken = settle(own, [name for name in floating if name in chosen], method, side.options, weights)
+    own = [
+        replace(rule, weights=side.picked(rule.weights, K))
+        for rule in recipe.rules
+        if side.has(rule)
+    ]
+    settings, taken = settle(
+        own, [name for name in floating if name in chosen], method, side.options, weights
+    )
     job = run(
         method,
         base,
@@ -271,13 +347,19 @@ def _refuse_copies(recipe: Recipe, sides: Sequence[_Side], parts: Sequence[Part]
             if isinstance(side.base, NoBase):  # LoRA files alone, whose deltas depend on no base
                 continue
             if any(map(holds_deltas, side.experts)):
-                raise UsageError("a LoRA is not a model, and --no-base merges models alone", fix="name the LoRA's base first")
+                raise UsageError(
+                    "a LoRA is not a model, and --no-base merges models alone",
+                    fix="name the LoRA's base first",
+                )
             refuse_uneven(part.job)
     stated = recipe.weights is not None or any(rule.weights is not None for rule in recipe.rules)
     if stated or recipe.base.files or recipe.only or recipe.out_rank is not None:
         return
     numbers = [[0, *(1 + i for i, _ in side.task.experts)] for side in sides]
-    found = [{of[i] for i in copied(part.job, recipe.no_base)} for part, of in zip(parts, numbers, strict=True)]
+    found = [
+        {of[i] for i in copied(part.job, recipe.no_base)}
+        for part, of in zip(parts, numbers, strict=True)
+    ]
     copies = found[0].intersection(*found[1:])
     if not copies:
         return
@@ -287,7 +369,9 @@ def _refuse_copies(recipe: Recipe, sides: Sequence[_Side], parts: Sequence[Part]
     models = " ".join(names)
     fix = f"experts of a base: demerge merge BASE {models}; the models alone: demerge merge {models} --no-base; "
     fix += "the copy itself: say so by --weights"
-    raise UsageError(what, fix=fix if first else "choose other options, or give --weights if the copy is meant")
+    raise UsageError(
+        what, fix=fix if first else "choose other options, or give --weights if the copy is meant"
+    )
 
 
 def _lora(recipe: Recipe) -> Lora | None:
@@ -302,20 +386,34 @@ def _files(sides: Sequence[_Side]) -> list[Path]:
 
 
 def _resolved(
-    recipe: Recipe, ranges: Sequence[TimestepRange | None], sides: Sequence[_Side], hashes: Mapping[Path, str]
+    recipe: Recipe,
+    ranges: Sequence[TimestepRange | None],
+    sides: Sequence[_Side],
+    hashes: Mapping[Path, str],
 ) -> Recipe:
     """Return the recipe with ranges, versions and the SHA-256 of every input."""
     experts = []
     for i, (asked, span) in enumerate(zip(recipe.experts, ranges, strict=True)):
-        taken = [(side, j) for side in sides for j, (number, _) in enumerate(side.task.experts) if number == i]
+        taken = [
+            (side, j)
+            for side in sides
+            for j, (number, _) in enumerate(side.task.experts)
+            if number == i
+        ]
         inputs = {name: found[j] for side, j in taken for name, found in side.inputs.items()}
-        experts.append(source(replace(asked, range=span), [side.experts[j] for side, j in taken], hashes, inputs))
+        experts.append(
+            source(
+                replace(asked, range=span), [side.experts[j] for side, j in taken], hashes, inputs
+            )
+        )
     base = source(recipe.base, [side.base for side in sides], hashes, {})
     return replace(recipe, base=base, experts=experts, versions=versions(*VERSIONS), output={})
 
 
 def _cores() -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(MOST_THREADS, available)
 
 

@@ -37,7 +37,10 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 _METHODS: dict[str, Method] = {}
-COMMUNITY = ("weighted_sum", "add_difference")  # which a recipe may ask for, see `demerge.merging.recipe.method_names`
+COMMUNITY = (
+    "weighted_sum",
+    "add_difference",
+)  # which a recipe may ask for, see `demerge.merging.recipe.method_names`
 
 
 def method(
@@ -55,8 +58,12 @@ def method(
 
     def register(function: Function) -> Function:
         if name in _METHODS:
-            raise UsageError(f"merge method '{name}' is registered twice", fix="rename one of the two")
-        described = describe(function, name, paper=paper, statistics=statistics, whole=whole is True, off=off)
+            raise UsageError(
+                f"merge method '{name}' is registered twice", fix="rename one of the two"
+            )
+        described = describe(
+            function, name, paper=paper, statistics=statistics, whole=whole is True, off=off
+        )
         sometimes = whole if callable(whole) else None
         described = replace(described, aliases=tuple(aliases), presets=presets or {})
         _METHODS[name] = replace(described, whole_with=sometimes, precise=precise)
@@ -80,12 +87,19 @@ def find(name: str) -> Method:
     known = all_methods()
     if ".py:" in name:
         return _from_file(name)
-    names = {folded(alias): method for method in known.values() for alias in (method.name, *method.aliases)}
+    names = {
+        folded(alias): method
+        for method in known.values()
+        for alias in (method.name, *method.aliases)
+    }
     if folded(name) in names:
         return names[folded(name)]
     near = get_close_matches(folded(name), [*names, *COMMUNITY], 2, 0.7)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
-    raise UsageError(f"unknown merge method '{name}'", fix=f"{meant}use one of {', '.join(known)}, or path.py:function")
+    raise UsageError(
+        f"unknown merge method '{name}'",
+        fix=f"{meant}use one of {', '.join(known)}, or path.py:function",
+    )
 
 
 def folded(name: str) -> str:
@@ -122,8 +136,12 @@ def _from_file(name: str) -> Method:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise InputError(f"{path}: cannot be imported: {type(error).__name__}: {error}", fix="mend the file") from error
+        raise InputError(
+            f"{path}: cannot be imported: {type(error).__name__}: {error}", fix="mend the file"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise UsageError(f"{path} has no function '{attribute}'", fix="write --method path.py:function")
+        raise UsageError(
+            f"{path} has no function '{attribute}'", fix="write --method path.py:function"
+        )
     return of(function)

@@ -33,7 +33,12 @@ from demerge.memory import free_bytes
 from demerge.merging.contract import Method
 from demerge.merging.engine.reader import CHUNK, Reader
 from demerge.merging.engine.resident import Dtype, Weights, bytes_needed, load
-from demerge.merging.engine.validation import Tensors, refuse_missing_inputs, refuse_unlike, settle_weights
+from demerge.merging.engine.validation import (
+    Tensors,
+    refuse_missing_inputs,
+    refuse_unlike,
+    settle_weights,
+)
 from demerge.merging.inputs.components import notes_about
 from demerge.merging.inputs.experts import refuse_foreign, scheduler_config
 from demerge.merging.inputs.statistics import refuse_of_others
@@ -97,7 +102,9 @@ class MergeSession:
         refuse_missing_inputs(chosen, origin, given, len(tuned))
         spans = list(ranges) if ranges is not None else [_range(expert) for expert in tuned]
         if len(spans) != len(tuned):
-            raise UsageError(f"{len(spans)} ranges for {len(tuned)} experts", fix="give one for each, or None")
+            raise UsageError(
+                f"{len(spans)} ranges for {len(tuned)} experts", fix="give one for each, or None"
+            )
         refuse_of_others(origin, tuned, spans, given)
         self.device = torch.device(device)
         self.bytes = bytes_needed(origin, len(tuned), given, draws=chosen.draws, dtype=dtype)
@@ -105,9 +112,13 @@ class MergeSession:
         constants = {
             **settled,
             "ranges": spans,
-            "snr": snr_of(scheduler_config(origin.place)) if isinstance(origin, Checkpoint) else None,
+            "snr": snr_of(scheduler_config(origin.place))
+            if isinstance(origin, Checkpoint)
+            else None,
         }
-        self._resident = load(Reader(chosen, origin, tuned, given, seed), constants, self.device, dtype)
+        self._resident = load(
+            Reader(chosen, origin, tuned, given, seed), constants, self.device, dtype
+        )
         self.groups, self._group = _grouped(groups, self.names)
 
     def __repr__(self) -> str:
@@ -137,7 +148,10 @@ class MergeSession:
         """
         held = self._resident.held
         rounded = {name: theta.to(held[name].base.dtype) for name, theta in self._thetas(w)}
-        return {name: theta.clone() if held[name].deltas is None else theta for name, theta in rounded.items()}
+        return {
+            name: theta.clone() if held[name].deltas is None else theta
+            for name, theta in rounded.items()
+        }
 
     @torch.no_grad()
     def apply(self, w: W, module: nn.Module) -> None:
@@ -184,9 +198,14 @@ class MergeSession:
         shapes = [(), (K,), (G, K)] if G else [(), (K,)]
         if tuple(weights.shape) not in shapes:
             wanted = f"[{K}]" + (f" or [{G} {K}]" if G else "")
-            raise UsageError(f"weights of shape {list(weights.shape)} for {K} experts", fix=f"give {wanted}, or one number")
+            raise UsageError(
+                f"weights of shape {list(weights.shape)} for {K} experts",
+                fix=f"give {wanted}, or one number",
+            )
         if not bool(torch.isfinite(weights).all()):
-            raise UsageError(f"weights {weights.tolist()} are not finite", fix="give finite numbers")
+            raise UsageError(
+                f"weights {weights.tolist()} are not finite", fix="give finite numbers"
+            )
         return weights.expand(G, K) if G else weights.expand(K)
 
     def _of(self, weights: Tensor) -> Weights:
@@ -197,16 +216,27 @@ class MergeSession:
 
     def _targets(self, module: nn.Module) -> dict[str, Tensor]:
         held = self._resident.held
-        there = {n: t for n, t in module.state_dict(keep_vars=True).items() if t.is_floating_point()}
-        shapes = [f"{n} {list(there[n].shape)}" for n in held if n in there and there[n].shape != held[n].base.shape]
+        there = {
+            n: t for n, t in module.state_dict(keep_vars=True).items() if t.is_floating_point()
+        }
+        shapes = [
+            f"{n} {list(there[n].shape)}"
+            for n in held
+            if n in there and there[n].shape != held[n].base.shape
+        ]
         found = {
             "missing": [n for n in held if n not in there],
             "unknown to the base": [n for n in there if n not in held],
             "of another shape": shapes,
         }
-        lines = "; ".join(f"{len(ns)} {what}: {', '.join(ns[:5])}" for what, ns in found.items() if ns)
+        lines = "; ".join(
+            f"{len(ns)} {what}: {', '.join(ns[:5])}" for what, ns in found.items() if ns
+        )
         if lines:
-            raise InputError(f"the module does not fit the base: {lines}", fix="use a module of the base's architecture")
+            raise InputError(
+                f"the module does not fit the base: {lines}",
+                fix="use a module of the base's architecture",
+            )
         return there
 
 
@@ -227,12 +257,20 @@ def opened_expert(model: Model, base: Tensors) -> Tensors:
     return expert
 
 
-def _inputs(method: Method, experts: Sequence[Tensors], given: Mapping[str, Sequence[Model]]) -> dict[str, list[Tensors]]:
+def _inputs(
+    method: Method, experts: Sequence[Tensors], given: Mapping[str, Sequence[Model]]
+) -> dict[str, list[Tensors]]:
     """Return the tensors a method needs beside the weights: those given, or those found beside experts that are files."""
     found: dict[str, list[Tensors]] = {}
     for name in method.inputs:
-        places = [expert.place.beside(f"{name}.safetensors") for expert in experts if isinstance(expert, Checkpoint | Adapter)]
-        found[name] = [opened(model) for model in given.get(name, [path for path in places if path])]
+        places = [
+            expert.place.beside(f"{name}.safetensors")
+            for expert in experts
+            if isinstance(expert, Checkpoint | Adapter)
+        ]
+        found[name] = [
+            opened(model) for model in given.get(name, [path for path in places if path])
+        ]
     return found
 
 
@@ -249,7 +287,9 @@ def _refuse_small_memory(needed: int, device: str) -> None:
         )
 
 
-def _grouped(groups: Literal["blocks"] | Sequence[str] | None, names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+def _grouped(
+    groups: Literal["blocks"] | Sequence[str] | None, names: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the groups' names, and the group of each tensor.
 
     Raises:
@@ -262,10 +302,16 @@ def _grouped(groups: Literal["blocks"] | Sequence[str] | None, names: Sequence[s
         return blocks, {name: blocks.index(block_of(name)) for name in names}
     chosen: dict[str, int] = {}
     for i, pattern in enumerate(groups):
-        chosen |= {name: i for name in select(pattern, names, f"group '{pattern}'") if name not in chosen}
+        chosen |= {
+            name: i for name in select(pattern, names, f"group '{pattern}'") if name not in chosen
+        }
     idle = [pattern for i, pattern in enumerate(groups) if i not in chosen.values()]
     left = [name for name in names if name not in chosen]
     if idle or left:
-        what = f"group '{idle[0]}' matches what earlier groups have" if idle else f"{left[0]} is in no group"
+        what = (
+            f"group '{idle[0]}' matches what earlier groups have"
+            if idle
+            else f"{left[0]} is in no group"
+        )
         raise UsageError(what, fix="put narrow patterns first and ** last")
     return tuple(groups), chosen

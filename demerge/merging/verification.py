@@ -41,7 +41,13 @@ class Verified:
     def lines(self) -> list[str]:
         """Return the finding for a person."""
         equal = [f"equal   {name}: SHA-256 {digest}" for name, digest in self.files.items()]
-        return [*equal, *(f"version {name} {now} in place of {then}" for name, (then, now) in self.versions.items())]
+        return [
+            *equal,
+            *(
+                f"version {name} {now} in place of {then}"
+                for name, (then, now) in self.versions.items()
+            ),
+        ]
 
 
 def verify(
@@ -68,24 +74,38 @@ def verify(
     path = Path(path)
     out = None if out is None else place_for(out)
     if not recipe.base.files:
-        raise UsageError(f"{path} names no SHA-256 of its inputs", fix="verify the demerge.json of a finished merge")
+        raise UsageError(
+            f"{path} names no SHA-256 of its inputs",
+            fix="verify the demerge.json of a finished merge",
+        )
     path, out = Path(path), None if out is None else Path(out)
     home, one = _place(out or path)
     plan = prepare(recipe, device=device, threads=threads, progress=progress)
     files = {part.path.as_posix(): one or home / part.path for part in plan.parts}
     if out is not None and not all(file.is_file() for file in files.values()):
-        raise InputError(f"{out} has no {' and '.join(files)}", fix="name the output of this recipe")
+        raise InputError(
+            f"{out} has no {' and '.join(files)}", fix="name the output of this recipe"
+        )
     if not recipe.output and not any(file.is_file() for file in files.values()):
-        raise UsageError(f"there is no output beside {path}, and no SHA-256 of it in the recipe", fix="give -o OUT")
+        raise UsageError(
+            f"there is no output beside {path}, and no SHA-256 of it in the recipe",
+            fix="give -o OUT",
+        )
     stored = replace(plan.recipe.stored(home), versions=recipe.versions)
     found = {part.path.as_posix(): part.digest(stored.metadata()) for part in plan.parts}
-    versions = {name: (then, installed(name)) for name, then in recipe.versions.items() if installed(name) != then}
+    versions = {
+        name: (then, installed(name))
+        for name, then in recipe.versions.items()
+        if installed(name) != then
+    }
     faults = [fault for part in plan.parts for fault in _faults(part, files, found, recipe)]
     if faults:
         told = [f"{name} {then} then, {now} now" for name, (then, now) in versions.items()]
         raise NumericalError(
             "the merge made again is another one: " + "; ".join([*faults, *told]),
-            fix="use the recorded versions" if told else "the output or its recipe was changed after the merge; merge again",
+            fix="use the recorded versions"
+            if told
+            else "the output or its recipe was changed after the merge; merge again",
         )
     return Verified(found, versions)
 
@@ -98,7 +118,9 @@ def _place(path: Path) -> tuple[Path, Path | None]:
     return (path if path.is_dir() else path.parent), None
 
 
-def _faults(part: Part, files: Mapping[str, Path], found: Mapping[str, str], recipe: Recipe) -> Iterator[str]:
+def _faults(
+    part: Part, files: Mapping[str, Path], found: Mapping[str, str], recipe: Recipe
+) -> Iterator[str]:
     name = part.path.as_posix()
     recorded, there = recipe.output.get(name), files[name]
     if recorded is not None and recorded != found[name]:
@@ -110,13 +132,17 @@ def _faults(part: Part, files: Mapping[str, Path], found: Mapping[str, str], rec
 def _difference(part: Part, there: Path) -> str:
     """Say what differs between a file of weights and the merge made again."""
     held = Checkpoint.open(there).stored()
-    if part.lora or {e.name: e.shape for e in part.entries} != {n: tuple(t.shape) for n, t in held.items()}:
+    if part.lora or {e.name: e.shape for e in part.entries} != {
+        n: tuple(t.shape) for n, t in held.items()
+    }:
         return "holds other tensors or bytes"
     names = list(_unequal(part, held))
     if not names:
         return "has the same tensors under another header"
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"differs in {len(names)} of {len(part.entries)} tensors: {', '.join(names[:SHOWN])}{more}"
+    return (
+        f"differs in {len(names)} of {len(part.entries)} tensors: {', '.join(names[:SHOWN])}{more}"
+    )
 
 
 def _unequal(part: Part, held: Mapping[str, Tensor]) -> Iterator[str]:

@@ -69,7 +69,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1
     """Return a table of values, all escaped; the first `texts` columns are set as text, the others as numbers."""
     kinds = ['class="name"' if i < texts else 'class="num"' for i in range(len(heads))]
     head = "".join(f"<th {kind}>{text(name)}</th>" for kind, name in zip(kinds, heads, strict=True))
-    lines = ("".join(f"<td {kind}>{text(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
+    lines = (
+        "".join(f"<td {kind}>{text(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        for row in rows
+    )
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -86,4 +89,8 @@ def printable(text: str) -> str:
 
 def harmless(text: str) -> str:
     """Return the text so that no spreadsheet takes it for a formula."""
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r", "\n")) else text
+    return (
+        f"'{text}"
+        if text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r", "\n"))
+        else text
+    )

@@ -20,7 +20,9 @@ def png(image: Tensor, *, scale: int = 1) -> bytes:
     array = rearrange(image.cpu(), "c h w -> h w c").numpy()
     picture = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     stream = BytesIO()
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(stream, "PNG")
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(
+        stream, "PNG"
+    )
     return stream.getvalue()
 
 
@@ -29,4 +31,8 @@ def grid(images: Tensor, columns: int, *, gap: int = 1, background: int = 255) -
     images = torch.nn.functional.pad(images, (gap, gap, gap, gap), value=background)
     missing = -len(images) % columns
     filler = images.new_full((missing, *images.shape[1:]), background)
-    return rearrange(torch.cat([images, filler]), "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
+    return rearrange(
+        torch.cat([images, filler]),
+        "(rows columns) c h w -> c (rows h) (columns w)",
+        columns=columns,
+    )

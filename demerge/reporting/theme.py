@@ -26,7 +26,9 @@ class Theme:
 
 BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
 GREY = "0.55"
-KINDS: Mapping[str, str] = {  # the colour of each kind of model in every plot and, in assets/report.css, on every page
+KINDS: Mapping[
+    str, str
+] = {  # the colour of each kind of model in every plot and, in assets/report.css, on every page
     "real": "#7d8590",
     "base": "#8a6fd1",
     "joint": "#d9822b",
@@ -49,7 +51,9 @@ def render(draw: Draw, theme: Theme, kind: str) -> bytes:
         figure = draw(theme)
         FigureCanvasAgg(figure)
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(stream, format=kind, dpi=160, bbox_inches="tight", facecolor=ground, metadata=metadata)
+        figure.savefig(
+            stream, format=kind, dpi=160, bbox_inches="tight", facecolor=ground, metadata=metadata
+        )
     return stream.getvalue()
 
 
@@ -85,7 +89,9 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @wraps(draw)
     def drawn(*arguments: P.args, **keywords: P.kwargs) -> Figure:
-        inks = dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), DARK.ink)
+        inks = dict.fromkeys(
+            ("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), DARK.ink
+        )
         grounds = dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none")
         dark = {**inks, **grounds, "axes.edgecolor": DARK.faint}
         with sns.axes_style("ticks", dark if keywords.get("theme") is DARK else {}):

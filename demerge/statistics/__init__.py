@@ -13,4 +13,12 @@ from demerge.statistics.gram import range_gram
 from demerge.statistics.planning import Plan, prepare
 from demerge.statistics.record import commit_statistic, inputs_of
 
-__all__ = ["Collected", "Plan", "commit_statistic", "inputs_of", "prepare", "range_fisher", "range_gram"]
+__all__ = [
+    "Collected",
+    "Plan",
+    "commit_statistic",
+    "inputs_of",
+    "prepare",
+    "range_fisher",
+    "range_gram",
+]

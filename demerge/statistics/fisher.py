@@ -52,7 +52,9 @@ def range_fisher(
     sampler = Sampler(model, data, range, samples, seed)
     with evaluated(model.denoiser), fitting_threads(model, BATCH):
         gradients, size, how = _engine(model, sampler)
-        sums = {name: accumulator(p.shape, p.device) for name, p in model.denoiser.named_parameters()}
+        sums = {
+            name: accumulator(p.shape, p.device) for name, p in model.denoiser.named_parameters()
+        }
         for numbers, examples in sampler.batches(size):
             norms = _add_squares(sums, gradients(examples))
             sampler.refuse_infinite(numbers, norms, "the gradient")
@@ -63,14 +65,23 @@ def range_fisher(
 
 def one_by_one(model: Diffusion) -> Gradients:
     """Return the function that gives g [B *] for each parameter, one backward pass per example."""
-    leaves = {name: p.detach().requires_grad_(True) for name, p in model.denoiser.named_parameters()}
+    leaves = {
+        name: p.detach().requires_grad_(True) for name, p in model.denoiser.named_parameters()
+    }
 
     def gradients(examples: Examples) -> dict[str, Tensor]:
         rows = []
         for example in zip(*examples.tensors(), strict=True):
             loss = _loss(model, leaves, *example)
-            rows.append(torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True))
-        return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
+            rows.append(
+                torch.autograd.grad(
+                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+            )
+        return {
+            name: torch.stack(column)
+            for name, column in zip(leaves, zip(*rows, strict=True), strict=True)
+        }
 
     return gradients
 
@@ -90,11 +101,18 @@ def side_by_side(model: Diffusion) -> Gradients:
 
 
 def _loss(
-    model: Diffusion, parameters: dict[str, Tensor], x_t: Tensor, y: Tensor, t: Tensor, condition: Tensor | None = None
+    model: Diffusion,
+    parameters: dict[str, Tensor],
+    x_t: Tensor,
+    y: Tensor,
+    t: Tensor,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Return |y - f(x_t, t, c)|^2 [] of one example, x_t and y [*sample_shape], with `parameters` for the model's own."""
     arguments = model.arguments(None if condition is None else condition[None])
-    output: Tensor = functional_call(model.denoiser, parameters, (x_t[None], t[None]), arguments).sample
+    output: Tensor = functional_call(
+        model.denoiser, parameters, (x_t[None], t[None]), arguments
+    ).sample
     return squared_error(output[:, : len(x_t)], y[None]).sum()
 
 
@@ -117,7 +135,8 @@ def _engine(model: Diffusion, sampler: Sampler) -> tuple[Gradients, int, str]:
 def _agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Return whether all gradients together differ by rounding alone; NaN is no difference, it is refused by name later."""
     off, length = (
-        sum(float(t.double().square().sum()) for t in ts) for ts in ((one[n] - other[n] for n in one), other.values())
+        sum(float(t.double().square().sum()) for t in ts)
+        for ts in ((one[n] - other[n] for n in one), other.values())
     )
     return not off > AGREEMENT**2 * length
 
@@ -135,6 +154,11 @@ def _add_squares(sums: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) ->
 def by_state_name(module: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name F as the state dict does: a tied parameter has it under each of its names, a buffer's is 0."""
     first: dict[int, str] = {}
-    names = {n: first.setdefault(id(p), n) for n, p in module.named_parameters(remove_duplicate=False)}
+    names = {
+        n: first.setdefault(id(p), n) for n, p in module.named_parameters(remove_duplicate=False)
+    }
     state = module.state_dict()
-    return {n: means[names[n]].clone() if n in names else torch.zeros_like(t, device="cpu") for n, t in state.items()}
+    return {
+        n: means[names[n]].clone() if n in names else torch.zeros_like(t, device="cpu")
+        for n, t in state.items()
+    }

@@ -67,21 +67,32 @@ def range_gram(
     sampler = Sampler(model, data, range, samples, seed)
     layers = layers_of(model.denoiser)
     if not layers:
-        raise UsageError("the model has no linear layer and no 1 x 1 convolution", fix="leave gram out of --what")
-    sums = {name: Sum(accumulator((width(layer),) * 2, model.device)) for name, layer in layers.items()}
+        raise UsageError(
+            "the model has no linear layer and no 1 x 1 convolution", fix="leave gram out of --what"
+        )
+    sums = {
+        name: Sum(accumulator((width(layer),) * 2, model.device)) for name, layer in layers.items()
+    }
     with evaluated(model.denoiser), torch.no_grad(), _hooked(layers, sums):
         for numbers, examples in sampler.batches(BATCH):
             output = model.predict(examples.x_t, examples.t, examples.condition)
             sampler.refuse_infinite(numbers, output.flatten(1).sum(1), "the prediction")
             progress(numbers.stop, samples)
     called = {name: total for name, total in sums.items() if total.rows}
-    facts = {"inputs": {name: total.rows for name, total in called.items()}, "never called": sorted(sums.keys() - called)}
+    facts = {
+        "inputs": {name: total.rows for name, total in called.items()},
+        "never called": sorted(sums.keys() - called),
+    }
     return Collected({name: total.mean for name, total in called.items()}, facts)
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that have a Gram matrix, by the name of their weight in the state dict."""
-    return {f"{name}.weight".lstrip("."): layer for name, layer in module.named_modules() if _has_gram(layer)}
+    return {
+        f"{name}.weight".lstrip("."): layer
+        for name, layer in module.named_modules()
+        if _has_gram(layer)
+    }
 
 
 def width(layer: Any) -> int:
@@ -99,7 +110,10 @@ def _has_gram(layer: nn.Module) -> bool:
 @contextmanager
 def _hooked(layers: Mapping[str, nn.Module], sums: Mapping[str, Sum]) -> Iterator[None]:
     """Add the inputs of each call of a layer to its sum."""
-    hooks = [layer.register_forward_pre_hook(partial(_add, sums[name]), with_kwargs=True) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(partial(_add, sums[name]), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:
@@ -107,7 +121,9 @@ def _hooked(layers: Mapping[str, nn.Module], sums: Mapping[str, Sum]) -> Iterato
             hook.remove()
 
 
-def _add(total: Sum, layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _add(
+    total: Sum, layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
     total.add(rows(layer, arguments[0] if arguments else keywords["input"]))
 
 

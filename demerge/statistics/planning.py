@@ -71,8 +71,12 @@ class Plan:
         for i, job in enumerate(self.jobs):
             if job.model != name:
                 name, model = job.model, Diffusion.load(job.model, device=self.first.device)
-            report = partial(_counted, progress, i * samples, len(self.jobs) * samples, f"{job.what} {job.range}")
-            collected = STATISTICS[job.what](model, self.data, job.range, **self.options, progress=report)
+            report = partial(
+                _counted, progress, i * samples, len(self.jobs) * samples, f"{job.what} {job.range}"
+            )
+            collected = STATISTICS[job.what](
+                model, self.data, job.range, **self.options, progress=report
+            )
             commit_measured(job.folder, job.what, collected, job.inputs, self.options)
             yield job.path
         for folder in dict.fromkeys(job.folder for job in (*self.found, *self.jobs)):
@@ -82,7 +86,10 @@ class Plan:
         """Estimate, rather too high, what `run` takes, by a probe of a few samples of each statistic."""
         probe, seconds = min(PROBE, self.options["samples"]), 0.0
         for what, jobs in Counter(job.what for job in self.jobs).items():
-            span, start = next(job.range for job in self.jobs if job.what == what), time.perf_counter()
+            span, start = (
+                next(job.range for job in self.jobs if job.what == what),
+                time.perf_counter(),
+            )
             STATISTICS[what](self.first, self.data, span, samples=probe, seed=self.options["seed"])
             seconds += (time.perf_counter() - start) * jobs * self.options["samples"] / probe
         return seconds
@@ -115,7 +122,11 @@ class Plan:
             return [*lines, "cost    nothing: all of it is there"]
         memory, samples = self.document()["memory_bytes"] / 1e6, self.options["samples"]
         cost = f"at most some {self.seconds():.0f} s, {memory:.0f} MB for sums"
-        return [*lines, *(f"make    {job.path}" for job in self.jobs), f"cost    {len(self.jobs)} x {samples} samples: {cost}"]
+        return [
+            *lines,
+            *(f"make    {job.path}" for job in self.jobs),
+            f"cost    {len(self.jobs)} x {samples} samples: {cost}",
+        ]
 
 
 def prepare(
@@ -150,16 +161,28 @@ def prepare(
     first = Diffusion.load(models[0], device=device)
     images = first.load_images(data, split=split, skip_broken=skip_broken)
     options = {"samples": samples, "seed": seed}
-    jobs = [job for model in models for job in _jobs(model, images, first.T, ranges, out, list(dict.fromkeys(what)))]
+    jobs = [
+        job
+        for model in models
+        for job in _jobs(model, images, first.T, ranges, out, list(dict.fromkeys(what)))
+    ]
     for path, times in Counter(job.path for job in jobs).items():
         if times > 1:
-            raise UsageError(f"{times} models have {path} for their output", fix="name each once, or leave out -o")
+            raise UsageError(
+                f"{times} models have {path} for their output",
+                fix="name each once, or leave out -o",
+            )
     there = [is_there(job.folder, job.what, job.inputs, options) for job in jobs]
-    todo, found = ([job for job, is_done in zip(jobs, there, strict=True) if is_done is done] for done in (False, True))
+    todo, found = (
+        [job for job, is_done in zip(jobs, there, strict=True) if is_done is done]
+        for done in (False, True)
+    )
     return Plan(first, images, todo, found, options)
 
 
-def _jobs(model: str, data: ImageData, T: int, ranges: str | None, out: Path | None, what: Sequence[str]) -> Iterator[Job]:
+def _jobs(
+    model: str, data: ImageData, T: int, ranges: str | None, out: Path | None, what: Sequence[str]
+) -> Iterator[Job]:
     checkpoint = Checkpoint.open(model)
     sha256 = remembered_content(checkpoint)
     for span, folder in _folders(model, checkpoint, T, ranges, out):
@@ -173,12 +196,19 @@ def _folders(
     """Return the ranges that are asked for and where their statistics go."""
     record, own = checkpoint.place.beside(EXPERT), expert_range(checkpoint.place)
     if ranges is None and own is None:
-        raise UsageError(f"{model} is not an expert with a range of its own", fix="give --ranges, for example uniform:4")
+        raise UsageError(
+            f"{model} is not an expert with a range of its own",
+            fix="give --ranges, for example uniform:4",
+        )
     spans = _spans(ranges, T) if ranges is not None else [own] if own else []
     if out is not None:
         return [(span, out / str(span)) for span in spans]
     if record is None or len(spans) > 1:
-        what = f"{model} is not an expert" if record is None else f"{len(spans)} ranges do not fit beside one expert"
+        what = (
+            f"{model} is not an expert"
+            if record is None
+            else f"{len(spans)} ranges do not fit beside one expert"
+        )
         raise UsageError(f"no output is named and {what}", fix="give -o DIR")
     return [(spans[0], record.parent)]
 

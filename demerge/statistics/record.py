@@ -15,7 +15,16 @@ from typing import Any
 
 from demerge.data import ImageData
 from demerge.errors import InputError
-from demerge.provenance import MADE, MEASURED, STATS, Made, made_as, read_stats, refuse_differences, versions
+from demerge.provenance import (
+    MADE,
+    MEASURED,
+    STATS,
+    Made,
+    made_as,
+    read_stats,
+    refuse_differences,
+    versions,
+)
 from demerge.statistics.examples import Collected
 from demerge.storage.atomic import commit_json
 from demerge.storage.checkpoint import commit_tensors
@@ -36,7 +45,9 @@ def inputs_of(model_sha256: str, data: ImageData, span: TimestepRange) -> dict[s
     }
 
 
-def is_there(folder: Path, name: str, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+def is_there(
+    folder: Path, name: str, inputs: Mapping[str, Any], options: Mapping[str, Any]
+) -> bool:
     """Return whether a folder holds this statistic.
 
     Raises:
@@ -47,13 +58,22 @@ def is_there(folder: Path, name: str, inputs: Mapping[str, Any], options: Mappin
         return False
     record = made_as(folder, name)
     if record is None:
-        raise InputError(f"{folder / name}.safetensors is not recorded in {RECORD}", fix="remove it, or choose another folder")
-    refuse_differences(folder / f"{name}.safetensors", record.model_dump(mode="json"), options, inputs)
+        raise InputError(
+            f"{folder / name}.safetensors is not recorded in {RECORD}",
+            fix="remove it, or choose another folder",
+        )
+    refuse_differences(
+        folder / f"{name}.safetensors", record.model_dump(mode="json"), options, inputs
+    )
     return True
 
 
 def commit_statistic(
-    folder: Path, name: str, collected: Collected, inputs: Mapping[str, Any], options: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    collected: Collected,
+    inputs: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
     """Write a statistic into a folder, beside what it holds already, and then the record of all."""
     commit_measured(folder, name, collected, inputs, options)
@@ -61,7 +81,11 @@ def commit_statistic(
 
 
 def commit_measured(
-    folder: Path, name: str, collected: Collected, inputs: Mapping[str, Any], options: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    collected: Collected,
+    inputs: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
     """Write a statistic into a folder; a stats.json that names another one of this name forgets that one first."""
     made = {
@@ -71,8 +95,13 @@ def commit_measured(
         "versions": versions("demerge", "diffusers", "numpy", "torch"),
     }
     if name in read_stats(folder):
-        _commit_record(folder, {other: record for other, record in read_stats(folder).items() if other != name})
-    metadata = {MEASURED: json.dumps(made["inputs"], sort_keys=True), MADE: json.dumps(made, sort_keys=True)}
+        _commit_record(
+            folder, {other: record for other, record in read_stats(folder).items() if other != name}
+        )
+    metadata = {
+        MEASURED: json.dumps(made["inputs"], sort_keys=True),
+        MADE: json.dumps(made, sort_keys=True),
+    }
     commit_tensors(folder / f"{name}.safetensors", collected.tensors, metadata)
 
 
@@ -84,5 +113,7 @@ def commit_stats(folder: Path) -> None:
 
 
 def _commit_record(folder: Path, made: Mapping[str, Made]) -> None:
-    records = {name: record.model_dump(mode="json", exclude_unset=True) for name, record in made.items()}
+    records = {
+        name: record.model_dump(mode="json", exclude_unset=True) for name, record in made.items()
+    }
     commit_json(folder / RECORD, {"format": FORMAT, **records})

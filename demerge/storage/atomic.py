@@ -52,7 +52,9 @@ def commit_text(path: Path, text: str) -> Path:
 
 def commit_json(path: Path, document: Any) -> Path:
     """Write a JSON document, keys in their given order, with `commit_file`; NaN is refused."""
-    return commit_text(path, json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    return commit_text(
+        path, json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    )
 
 
 @contextlib.contextmanager
@@ -129,7 +131,10 @@ def refuse_small_disk(out: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(_above(Path(out))).free
     if free < needed:
-        raise ResourceError(f"{out} needs {needed:,} bytes, {free:,} are free", fix="free some space or choose another disk")
+        raise ResourceError(
+            f"{out} needs {needed:,} bytes, {free:,} are free",
+            fix="free some space or choose another disk",
+        )
 
 
 def append_line(path: Path, line: str) -> None:
@@ -156,8 +161,14 @@ def _temporary(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         what = f"{path}: its folder cannot be made: {error.strerror}: {error.filename}"
-        raise UsageError(what, fix="choose a place inside of folders only, where you may write") from error
-    name = path.name if len(os.fsencode(path.name)) < LONGEST else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+        raise UsageError(
+            what, fix="choose a place inside of folders only, where you may write"
+        ) from error
+    name = (
+        path.name
+        if len(os.fsencode(path.name)) < LONGEST
+        else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    )
     pattern = re.compile(re.escape(f".{name}.") + r"(\d+)(\.old)?\.tmp")
     for stray in list(path.parent.iterdir()):
         match = pattern.fullmatch(stray.name)
@@ -213,7 +224,9 @@ def _explained(path: Path) -> Iterator[None]:
                 fix="free some space and run again",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ResourceError(f"{path}: the folder cannot be written", fix="choose a folder you may write to") from error
+            raise ResourceError(
+                f"{path}: the folder cannot be written", fix="choose a folder you may write to"
+            ) from error
         raise
 
 

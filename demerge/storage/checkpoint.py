@@ -40,9 +40,22 @@ TORCH_NAMES: Mapping[str, str] = {
 }  # fmt: skip
 HASH_CHUNK = 1 << 20
 OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=(\.(weight|bias))?\Z)")
-NEW_ATTENTION: Mapping[str, str] = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "text_model.")  # or none, as programs like
+NEW_ATTENTION: Mapping[str, str] = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
+WRAPPER = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "unet.",
+    "transformer.",
+    "text_model.",
+)  # or none, as programs like
 
 
 def modern(name: str) -> str:
@@ -87,7 +100,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
             for name in header.tensors:
                 if name in self.specs:
                     other = self.specs[name].file.name
-                    raise InputError(f"{file}: tensor {name!r} is in {other} too", fix="fetch the shards again")
+                    raise InputError(
+                        f"{file}: tensor {name!r} is in {other} too", fix="fetch the shards again"
+                    )
             self.specs |= header.tensors
             self.metadata |= header.metadata
         if place.index is not None:
@@ -115,7 +130,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
         names: dict[str, str | None] = {}
         for name in base:
             names[canonical(name)] = None if canonical(name) in names else name
-        renamed = {name if name in base else names.get(canonical(name)) or name: spec for name, spec in self.specs.items()}
+        renamed = {
+            name if name in base else names.get(canonical(name)) or name: spec
+            for name, spec in self.specs.items()
+        }
         same = len(renamed) != len(self.specs) or list(renamed) == list(self.specs)
         return self if same else self._with(renamed)
 
@@ -130,9 +148,14 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def _refuse_other_index(self, index: Mapping[str, str]) -> None:
         held = {name: spec.file.name for name, spec in self.specs.items()}
-        missing = [name for name, file in index.items() if held.get(name) != PurePosixPath(file).name]
+        missing = [
+            name for name, file in index.items() if held.get(name) != PurePosixPath(file).name
+        ]
         extra = [name for name in held if name not in index]
-        for what, names in (("are not in the shard the index names", missing), ("are in no index", extra)):
+        for what, names in (
+            ("are not in the shard the index names", missing),
+            ("are in no index", extra),
+        ):
             if names:
                 listed = f"{len(names)} tensors {what}: {', '.join(names[:5])}"
                 raise InputError(f"{self.place.path}: {listed}", fix="fetch index and shards again")
@@ -152,7 +175,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
         if spec.scale is not None:
             from demerge.storage.scaled import Scaled
 
-            return self._views.setdefault(name, Scaled.of(self._stored(spec), self._stored(spec.scale.spec)))
+            return self._views.setdefault(
+                name, Scaled.of(self._stored(spec), self._stored(spec.scale.spec))
+            )
         found = self._stored(spec)
         return self._views.setdefault(name, found) if spec.start % found.itemsize == 0 else found
 
@@ -164,7 +189,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
         if spec.numel == 0:
             return torch.empty(spec.shape, dtype=dtype)
         length = spec.stop - spec.start
-        data = torch.frombuffer(self._maps[spec.file], dtype=torch.uint8, count=length, offset=spec.start)
+        data = torch.frombuffer(
+            self._maps[spec.file], dtype=torch.uint8, count=length, offset=spec.start
+        )
         return (data.clone() if spec.start % dtype.itemsize else data).view(dtype).view(spec.shape)
 
     def stored(self) -> dict[str, Tensor]:
@@ -187,7 +214,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
                 scale = self._stored(spec.scale.spec)
                 other = (scales or {}).get(weight, scale)
                 beside[spec.scale.name] = other.to(scale.dtype).view(scale.shape)
-                found |= {weight.removesuffix("weight") + last: tensor for last, tensor in beside.items()}
+                found |= {
+                    weight.removesuffix("weight") + last: tensor for last, tensor in beside.items()
+                }
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -231,7 +260,10 @@ def content_sha256(tensors: Mapping[str, Tensor]) -> str:
     The hash of the lines `name kind shape sha256(values)`, sorted by name. Floating point values count as their float32
     values and names as diffusers holds them, so that a file and the model loaded from it in float32 have one hash.
     """
-    lines = sorted(f"{modern(name)}\t{_kind(t)}\t{list(t.shape)}\t{_values_sha256(t)}\n" for name, t in tensors.items())
+    lines = sorted(
+        f"{modern(name)}\t{_kind(t)}\t{list(t.shape)}\t{_values_sha256(t)}\n"
+        for name, t in tensors.items()
+    )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -244,7 +276,9 @@ def _values_sha256(tensor: Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), HASH_CHUNK):
         chunk = flat[start : start + HASH_CHUNK]
-        digest.update((chunk.float() if chunk.is_floating_point() else chunk).cpu().contiguous().numpy().data)
+        digest.update(
+            (chunk.float() if chunk.is_floating_point() else chunk).cpu().contiguous().numpy().data
+        )
     return digest.hexdigest()
 
 
@@ -257,12 +291,16 @@ def finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
-def commit_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+def commit_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write tensors as one safetensors file, atomically; the same tensors and metadata give the same bytes."""
     from safetensors.torch import save
 
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return commit_file(path, lambda stream: _write_ordered(stream, save(held, dict(metadata or {}))))
+    return commit_file(
+        path, lambda stream: _write_ordered(stream, save(held, dict(metadata or {})))
+    )
 
 
 def _write_ordered(stream: BinaryIO, file: bytes) -> None:

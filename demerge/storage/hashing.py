@@ -36,17 +36,27 @@ class Hashing:
     def __init__(self, files: Iterable[Path]) -> None:
         memory = _recall()
         self._keys = {file: _key("file", [file]) for file in files}
-        self._found: dict[Path, str] = {file: memory[key] for file, key in self._keys.items() if key in memory}
+        self._found: dict[Path, str] = {
+            file: memory[key] for file, key in self._keys.items() if key in memory
+        }
         unknown = [file for file in self._keys if file not in self._found]
         self.known = not unknown
         pool = ThreadPoolExecutor(os.cpu_count() or 1)
-        self._coming: dict[Path, Future[str]] = {file: pool.submit(sha256, file) for file in unknown}
+        self._coming: dict[Path, Future[str]] = {
+            file: pool.submit(sha256, file) for file in unknown
+        }
         pool.shutdown(wait=False)
 
     def result(self) -> Mapping[Path, str]:
         """Return the hash of each file, as soon as all are known."""
         new = {file: coming.result() for file, coming in self._coming.items()}
-        _remember({self._keys[file]: found for file, found in new.items() if _settled("file", [file], self._keys[file])})
+        _remember(
+            {
+                self._keys[file]: found
+                for file, found in new.items()
+                if _settled("file", [file], self._keys[file])
+            }
+        )
         self._coming = {}
         self._found |= new
         return self._found
@@ -65,12 +75,16 @@ def remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> 
 def remembered_content(checkpoint: Checkpoint) -> str:
     """Return `content_sha256` of a checkpoint, or of the part of its files that it shows, from memory if it is known."""
     names = hashlib.sha256("\n".join(sorted(map(modern, checkpoint))).encode()).hexdigest()
-    return remembered(f"content {names[:16]}", checkpoint.place.files, lambda: content_sha256(checkpoint))
+    return remembered(
+        f"content {names[:16]}", checkpoint.place.files, lambda: content_sha256(checkpoint)
+    )
 
 
 def _key(kind: str, files: Sequence[Path]) -> str:
     stats = [(real, real.stat()) for real in (file.resolve() for file in files)]
-    text = "\t".join([kind, *(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}" for real, stat in stats)])
+    text = "\t".join(
+        [kind, *(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}" for real, stat in stats)]
+    )
     return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
@@ -91,7 +105,9 @@ def _recall() -> dict[str, str]:
     except (OSError, ValueError, RecursionError, RuntimeError):
         return {}
     entries = memory.items() if isinstance(memory, dict) else ()
-    return {key: value for key, value in entries if isinstance(value, str) and DIGEST.fullmatch(value)}
+    return {
+        key: value for key, value in entries if isinstance(value, str) and DIGEST.fullmatch(value)
+    }
 
 
 def _remember(new: Mapping[str, str]) -> None:
@@ -100,4 +116,6 @@ def _remember(new: Mapping[str, str]) -> None:
         return
     memory = {**{key: value for key, value in _recall().items() if key not in new}, **new}
     with contextlib.suppress(DemergeError, OSError, RuntimeError):
-        commit_text(_place(), json.dumps(dict(list(memory.items())[-MOST:]), indent=0, ensure_ascii=False))
+        commit_text(
+            _place(), json.dumps(dict(list(memory.items())[-MOST:]), indent=0, ensure_ascii=False)
+        )

@@ -25,7 +25,11 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = ("digits-base", "digits-early")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ROOT = ("model_index.json", "config.json", "scheduler_config.json", "adapter_config.json")
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+)
 VARIANTS = ("fp16", "bf16", "non_ema")
 PARTS = ("unet", "transformer*", "vae", "scheduler", "text_encoder*", "tokenizer*")
 
@@ -45,7 +49,9 @@ def local(model: str | Path, variant: str | None = None) -> Path:
     try:
         path.exists()
     except OSError as error:  # a name of more than 255 bytes, for example
-        raise InputError(f"{str(model)[:80]}...: not a path: {error.strerror}", fix="name a file or a folder") from error
+        raise InputError(
+            f"{str(model)[:80]}...: not a path: {error.strerror}", fix="name a file or a folder"
+        ) from error
     named = HUB_ID.fullmatch(str(model)) and not path.parent.exists()
     return _fetch(str(model), variant) if named and not path.exists() else path
 
@@ -59,7 +65,11 @@ def _fetch(model: str, variant: str | None) -> Path:
         patterns += [name.replace(".", f".{variant}.") for name in WEIGHTS]
     unwanted = [f"*.{other}*" for other in VARIANTS if other != variant]
     try:
-        return Path(snapshot_download(model, allow_patterns=[*ROOT, *WEIGHTS, *patterns], ignore_patterns=unwanted))
+        return Path(
+            snapshot_download(
+                model, allow_patterns=[*ROOT, *WEIGHTS, *patterns], ignore_patterns=unwanted
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"'{model}' is neither a file or folder here nor a model that the Hub gives ({type(error).__name__})",

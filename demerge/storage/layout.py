@@ -19,9 +19,13 @@ COMPONENTS = ("unet", "transformer")
 PART_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # of a folder that model_index.json names
 SECOND = "transformer_2"  # the denoiser of low noise, where a pipeline has two
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
-WEIGHTS = re.compile(rf"({'|'.join(STEMS)})(?:\.([\w-]+))?\.safetensors(\.index(?:\.([\w-]+))?\.json)?")
+WEIGHTS = re.compile(
+    rf"({'|'.join(STEMS)})(?:\.([\w-]+))?\.safetensors(\.index(?:\.([\w-]+))?\.json)?"
+)
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
-BESIDE = frozenset({"fisher.safetensors", "gram.safetensors"})  # tensors that lie beside the weights and are none
+BESIDE = frozenset(
+    {"fisher.safetensors", "gram.safetensors"}
+)  # tensors that lie beside the weights and are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,11 @@ class Place:
 
     def beside(self, name: str) -> Path | None:
         """Return the file `name` in the pipeline folder, the component's or the one around it, where there is one."""
-        folders = (self.pipeline, self.component, self.component.parent if self.component else self.path.parent)
+        folders = (
+            self.pipeline,
+            self.component,
+            self.component.parent if self.component else self.path.parent,
+        )
         return next((f / name for f in folders if f is not None and (f / name).is_file()), None)
 
 
@@ -58,7 +66,8 @@ def read_index(pipeline: Path) -> dict[str, Any]:
     odd = next((key for key in index if not PART_NAME.fullmatch(key)), None)
     if odd is not None:
         raise InputError(
-            f"{pipeline}/model_index.json: {odd[:80]!r} is not a name of a component", fix="fetch the pipeline again"
+            f"{pipeline}/model_index.json: {odd[:80]!r} is not a name of a component",
+            fix="fetch the pipeline again",
         )
     return index
 
@@ -81,7 +90,8 @@ def locate(path: Path, variant: str | None = None, component: str | None = None)
         return Place(path, None, None, (path,))
     if not path.is_dir():
         raise InputError(
-            f"{path}: no such file or folder", fix="name a pipeline folder, a component folder or a .safetensors file"
+            f"{path}: no such file or folder",
+            fix="name a pipeline folder, a component folder or a .safetensors file",
         )
     if not (path / "model_index.json").is_file():
         return component_place(path, variant)
@@ -93,7 +103,10 @@ def locate(path: Path, variant: str | None = None, component: str | None = None)
         return _component(path, path, path / name, variant)
     if (path / "config.json").is_file() and component is None:
         return _component(path, path, path, variant)
-    raise InputError(f"{path}: no folder {' or '.join(wanted)}", fix="use a pipeline with a UNet or a transformer")
+    raise InputError(
+        f"{path}: no folder {' or '.join(wanted)}",
+        fix="use a pipeline with a UNet or a transformer",
+    )
 
 
 def component_place(folder: Path, variant: str | None = None) -> Place:
@@ -119,8 +132,13 @@ def _main(folder: Path, present: list[Path], variant: str | None) -> Path | None
             return kinds.get(variant or "") or next(iter(kinds.values()))
         if kinds:
             there = ", ".join(kind or "plain" for kind in kinds)
-            asked = f"no variant '{variant}'" if variant else "several variants and none of them plain"
-            raise InputError(f"{folder}: {asked}, there is {there}", fix=f"give --variant {max(kinds)}, or name a file")
+            asked = (
+                f"no variant '{variant}'" if variant else "several variants and none of them plain"
+            )
+            raise InputError(
+                f"{folder}: {asked}, there is {there}",
+                fix=f"give --variant {max(kinds)}, or name a file",
+            )
     return None
 
 
@@ -148,7 +166,9 @@ def plain_names(folder: Path, variant: str | None) -> dict[str, str | None]:
     plain = f"{match[1]}.safetensors" + (".index.json" if match[3] else "")
     shards = read_json(chosen).get("weight_map", {}).values() if match[3] else ()
     weights = [p.name for p in present if WEIGHTS.fullmatch(p.name) or SHARD.fullmatch(p.name)]
-    return {name: name if name in shards else plain if name == chosen.name else None for name in weights}
+    return {
+        name: name if name in shards else plain if name == chosen.name else None for name in weights
+    }
 
 
 def _only(present: list[Path]) -> Path | None:
@@ -161,27 +181,49 @@ def _only(present: list[Path]) -> Path | None:
 def _no_weights(folder: Path, files: list[Path]) -> InputError:
     if files:
         names = ", ".join(p.name for p in files[:5])
-        return InputError(f"{folder}: several weight files, none the main one: {names}", fix="name one of the files")
-    pickles = [p for kind in ("*.bin", "*.ckpt", "*.pth", "*.pt") for p in sorted(folder.glob(kind))]
+        return InputError(
+            f"{folder}: several weight files, none the main one: {names}",
+            fix="name one of the files",
+        )
+    pickles = [
+        p for kind in ("*.bin", "*.ckpt", "*.pth", "*.pt") for p in sorted(folder.glob(kind))
+    ]
     if pickles:
         what = f"only pickled weights, which may run code when opened: {pickles[0].name}"
         target = pickles[0].with_suffix(".safetensors").name
-        return InputError(f"{folder}: {what}", fix=f"demerge convert {pickles[0]} {folder / target} --allow-pickle")
+        return InputError(
+            f"{folder}: {what}",
+            fix=f"demerge convert {pickles[0]} {folder / target} --allow-pickle",
+        )
     return InputError(
-        f"{folder}: no .safetensors weights", fix="name the folder that holds diffusion_pytorch_model.safetensors"
+        f"{folder}: no .safetensors weights",
+        fix="name the folder that holds diffusion_pytorch_model.safetensors",
     )
 
 
 def _sharded(path: Path, pipeline: Path | None, folder: Path, index: Path) -> Place:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise InputError(f"{index}: weight_map is not a table of file names", fix="fetch the index again")
+        raise InputError(
+            f"{index}: weight_map is not a table of file names", fix="fetch the index again"
+        )
     names = dict.fromkeys(weight_map.values())
     for name in names:
         parts = PurePosixPath(name).parts
-        if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
-            raise InputError(f"{index}: weight_map leads out of its folder: {name[:200]!r}", fix="do not use this checkpoint")
-    return Place(path, pipeline, folder, tuple(inside(folder, folder / name) for name in names), weight_map)
+        if (
+            not parts
+            or PurePosixPath(name).is_absolute()
+            or ".." in parts
+            or "\\" in name
+            or "\0" in name
+        ):
+            raise InputError(
+                f"{index}: weight_map leads out of its folder: {name[:200]!r}",
+                fix="do not use this checkpoint",
+            )
+    return Place(
+        path, pipeline, folder, tuple(inside(folder, folder / name) for name in names), weight_map
+    )
 
 
 def inside(root: Path, path: Path) -> Path:
@@ -192,9 +234,20 @@ def inside(root: Path, path: Path) -> Path:
     """
     try:
         home, real = root.resolve(), path.resolve()
-    except (OSError, RuntimeError) as error:  # Python tells a circle of links by either, as its version is
-        raise InputError(f"{path} is a link in a circle", fix="put the file itself into the folder") from error
-    blobs = [p.parent / "blobs" for p in home.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # Python tells a circle of links by either, as its version is
+        raise InputError(
+            f"{path} is a link in a circle", fix="put the file itself into the folder"
+        ) from error
+    blobs = [
+        p.parent / "blobs"
+        for p in home.parents
+        if p.name == "snapshots" and p.parent.name.startswith("models--")
+    ]
     if not real.is_relative_to(home) and real.parent not in blobs:
-        raise InputError(f"{path} leads out of {root}, to {real}", fix="put the file itself into the folder")
+        raise InputError(
+            f"{path} leads out of {root}, to {real}", fix="put the file itself into the folder"
+        )
     return path

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 LISTED = 5
 
 
-def convert(source: Path | str, out: Path | str, *, allow_pickle: bool = False, key: str | None = None) -> dict[str, Tensor]:
+def convert(
+    source: Path | str, out: Path | str, *, allow_pickle: bool = False, key: str | None = None
+) -> dict[str, Tensor]:
     """Write the tensors of a pickled state dict as one safetensors file and return them.
 
     Args:
@@ -37,9 +39,15 @@ def convert(source: Path | str, out: Path | str, *, allow_pickle: bool = False, 
     source = Path(source)
     out = place_for(out)
     if not allow_pickle:
-        raise UsageError(f"{source} may be a pickle, which may run code when opened", fix="give --allow-pickle if you trust it")
+        raise UsageError(
+            f"{source} may be a pickle, which may run code when opened",
+            fix="give --allow-pickle if you trust it",
+        )
     if out.suffix != ".safetensors":
-        raise UsageError(f"'{out}' does not end in .safetensors", fix=f"for example {out.with_suffix('.safetensors')}")
+        raise UsageError(
+            f"'{out}' does not end in .safetensors",
+            fix=f"for example {out.with_suffix('.safetensors')}",
+        )
     if not source.is_file():
         raise InputError(f"{source}: no such file", fix="name a .bin, .ckpt or .pth file")
     refuse_existing(out)
@@ -65,9 +73,14 @@ def _unpickled(source: Path) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "not a pickle of tensors"
+        reason = (
+            str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+            or "not a pickle of tensors"
+        )
         what = f"{source}: more than tensors in it, or damaged: {reason[:200]}"
-        raise InputError(what, fix="ask its author for safetensors; demerge opens no other pickle") from error
+        raise InputError(
+            what, fix="ask its author for safetensors; demerge opens no other pickle"
+        ) from error
     except Exception as error:  # the unpickler meets damaged bytes with errors of any kind
         what = f"{source}: cannot be read as a PyTorch file: {type(error).__name__}"
         raise InputError(what, fix="fetch the file again") from error
@@ -83,7 +96,9 @@ def _refuse_compressed(source: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"{source}: a damaged archive", fix="fetch the file again") from error
     if grown > source.stat().st_size:
-        raise InputError(f"{source}: unpacks to {grown:,} bytes, more than it has", fix="do not use this file")
+        raise InputError(
+            f"{source}: unpacks to {grown:,} bytes, more than it has", fix="do not use this file"
+        )
 
 
 def _chosen(source: Path, found: Any, key: str | None) -> Mapping[Any, Any]:
@@ -95,14 +110,27 @@ def _chosen(source: Path, found: Any, key: str | None) -> Mapping[Any, Any]:
     if key is None and len(inner) == 1:
         return dict(next(iter(inner.values())))
     named = ", ".join(str(k)[:60] for k in list(inner)[:LISTED])
-    what = f"no table of tensors '{key}'" if key else "several tables of tensors" if inner else "no table of tensors"
-    raise InputError(f"{source}: {what} in it{f': {named}' if named else ''}", fix="give --key, or name another file")
+    what = (
+        f"no table of tensors '{key}'"
+        if key
+        else "several tables of tensors"
+        if inner
+        else "no table of tensors"
+    )
+    raise InputError(
+        f"{source}: {what} in it{f': {named}' if named else ''}",
+        fix="give --key, or name another file",
+    )
 
 
 def _is_table(value: Any) -> bool:
     import torch
 
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(v, torch.Tensor) for v in value.values())
+    )
 
 
 def _checked(source: Path, table: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -121,7 +149,11 @@ def _refuse_tensor(source: Path, name: Any, tensor: Tensor) -> None:
     import torch
 
     kind = str(tensor.dtype).removeprefix("torch.")
-    if not isinstance(name, str) or tensor.layout != torch.strided or kind not in TORCH_NAMES.values():
+    if (
+        not isinstance(name, str)
+        or tensor.layout != torch.strided
+        or kind not in TORCH_NAMES.values()
+    ):
         what = f"{source}: {str(name)[:100]!r} is of {kind}, which safetensors does not hold"
         raise InputError(what, fix="ask its author for safetensors")
     if tensor.numel() * tensor.itemsize > source.stat().st_size:

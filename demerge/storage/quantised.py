@@ -28,7 +28,9 @@ FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 FORMATS = frozenset({"float8_e4m3fn", "float8_e5m2"})
 HARMLESS = frozenset({"format", "full_precision_matrix_mult"})
 KINDS: Mapping[str, re.Pattern[str]] = {
-    "bitsandbytes": re.compile(r"\.(?:nested_)?(?:absmax|quant_map)\Z|\.quant_state\b|\.SCB\Z|\.weight_format\Z"),
+    "bitsandbytes": re.compile(
+        r"\.(?:nested_)?(?:absmax|quant_map)\Z|\.quant_state\b|\.SCB\Z|\.weight_format\Z"
+    ),
     "GPTQ or AWQ": re.compile(r"\.(?:qweight|qzeros|g_idx)\Z"),
     "SVDQuant": re.compile(r"\.(?:wscales|wcscales|smooth_factor)\Z"),
     "compressed-tensors": re.compile(r"\.weight_(?:packed|zero_point|global_scale)\Z"),
@@ -42,7 +44,9 @@ FIX = "name the float32, float16, bfloat16 or scaled fp8 file of this model"
 Specs = dict[str, Spec]
 
 
-def numbers(specs: Specs, metadata: Mapping[str, str], read: Callable[[Spec], bytes]) -> tuple[Specs, Specs]:
+def numbers(
+    specs: Specs, metadata: Mapping[str, str], read: Callable[[Spec], bytes]
+) -> tuple[Specs, Specs]:
     """Return the tensors that hold numbers, each weight in scaled fp8 with its scale; and the markers.
 
     Args:
@@ -59,7 +63,11 @@ def numbers(specs: Specs, metadata: Mapping[str, str], read: Callable[[Spec], by
         if last in SCALES or last in BESIDE:
             beside.setdefault(f"{stem}.weight" if stem else "weight", {})[last] = spec
     _refuse_other_formats(metadata, next(iter(specs.values())).file if specs else Path())
-    declared = bool(markers) or METADATA in metadata or any("comfy_quant" in found for found in beside.values())
+    declared = (
+        bool(markers)
+        or METADATA in metadata
+        or any("comfy_quant" in found for found in beside.values())
+    )
     scaled = {}
     for weight, found in beside.items():
         scale = _scale(weight, specs.get(weight), found, read)
@@ -67,9 +75,15 @@ def numbers(specs: Specs, metadata: Mapping[str, str], read: Callable[[Spec], by
             scaled[weight] = scale
         elif declared:
             last, spec = next(iter(found.items()))
-            raise _refused(spec, _key(weight, last), "scaled fp8 without a float8 weight and its scale")
+            raise _refused(
+                spec, _key(weight, last), "scaled fp8 without a float8 weight and its scale"
+            )
     left_out = {*markers, *(_key(weight, last) for weight in scaled for last in beside[weight])}
-    held = {name: replace(spec, scale=scaled.get(name)) for name, spec in specs.items() if name not in left_out}
+    held = {
+        name: replace(spec, scale=scaled.get(name))
+        for name, spec in specs.items()
+        if name not in left_out
+    }
     return held, markers
 
 
@@ -77,14 +91,23 @@ def _key(weight: str, last: str) -> str:
     return weight.removesuffix("weight") + last
 
 
-def _scale(weight: str, spec: Spec | None, found: Specs, read: Callable[[Spec], bytes]) -> Scale | None:
+def _scale(
+    weight: str, spec: Spec | None, found: Specs, read: Callable[[Spec], bytes]
+) -> Scale | None:
     """Return the scale of a float8 weight; None if the weight is not in float8 or has none."""
     names = [name for name in SCALES if name in found]
     if spec is None or spec.dtype not in FP8 or not names:
         return None
     scale = found[names[0]]
-    for_each_output = len(spec.shape) > 1 and scale.shape[:1] == spec.shape[:1] and scale.numel == spec.shape[0]
-    if len(names) > 1 or not scale.is_float or scale.dtype in FP8 or not (scale.numel == 1 or for_each_output):
+    for_each_output = (
+        len(spec.shape) > 1 and scale.shape[:1] == spec.shape[:1] and scale.numel == spec.shape[0]
+    )
+    if (
+        len(names) > 1
+        or not scale.is_float
+        or scale.dtype in FP8
+        or not (scale.numel == 1 or for_each_output)
+    ):
         kind = f"fp8 whose {' and '.join(names)} {scale.dtype} {list(scale.shape)} is not one scale or one for each output"
         raise _refused(spec, weight, kind)
     if "comfy_quant" in found:
@@ -98,7 +121,11 @@ def _refuse_kinds(specs: Specs) -> None:
         names = [name for name in specs if pattern.search(name)]
         if names:
             raise _refused(specs[names[0]], names[0], kind, len(names))
-    names = [name for name, spec in specs.items() if name.rpartition(".")[2] == "weight" and not spec.is_float]
+    names = [
+        name
+        for name, spec in specs.items()
+        if name.rpartition(".")[2] == "weight" and not spec.is_float
+    ]
     if names:
         raise _refused(specs[names[0]], names[0], f"weights in {specs[names[0]].dtype}", len(names))
 

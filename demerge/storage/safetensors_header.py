@@ -32,7 +32,14 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 CONVERT = "demerge convert FILE OUT.safetensors --allow-pickle"
-CODES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # dtypes of quantised layers alone
+CODES = (
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+)  # dtypes of quantised layers alone
 DISGUISES: Mapping[bytes, str] = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself",
     b"<!doctype": "a web page, not weights; the download went wrong, fetch the file again",
@@ -148,7 +155,9 @@ def read_bytes(path: Path, most: int) -> bytes:
         with path.open("rb") as stream:
             text = stream.read(most + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", fix="check the path") from error
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}", fix="check the path"
+        ) from error
     if len(text) > most:
         raise _damaged(path, f"larger than {most >> 20} MB")
     return text
@@ -164,13 +173,19 @@ def _header_bytes(path: Path) -> tuple[bytes, int, int]:
                 raise _damaged(path, f"truncated: {size} bytes")
             length: int = struct.unpack("<Q", beginning[:8])[0]
             if length > MAX_HEADER:
-                raise _damaged(path, f"the header claims {length:,} bytes, more than {MAX_HEADER:,}")
+                raise _damaged(
+                    path, f"the header claims {length:,} bytes, more than {MAX_HEADER:,}"
+                )
             if 8 + length > size:
-                raise _damaged(path, f"truncated: {size:,} bytes, the header alone needs {8 + length:,}")
+                raise _damaged(
+                    path, f"truncated: {size:,} bytes, the header alone needs {8 + length:,}"
+                )
             stream.seek(8)
             return stream.read(length), 8 + length, size
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", fix="check the path") from error
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}", fix="check the path"
+        ) from error
 
 
 def _refuse_disguise(path: Path, beginning: bytes) -> None:
@@ -199,7 +214,10 @@ def parse_json(text: bytes | str, *, infinite: bool = False) -> dict[str, Any]:
             parse_float=_finite,
             parse_int=_whole,
         )
-        if b"\\u" in text and "\\u0000" in json.dumps(document, ensure_ascii=False).encode().decode():
+        if (
+            b"\\u" in text
+            and "\\u0000" in json.dumps(document, ensure_ascii=False).encode().decode()
+        ):
             raise ValueError("a text holds NUL")
     except UnicodeEncodeError as error:
         raise ValueError("a text holds half of a surrogate pair") from error
@@ -261,13 +279,19 @@ def _spec(path: Path, name: str, entry: Any, data_start: int) -> Spec:
         raise _damaged(path, f"tensor {name[:200]!r} lacks a dtype, a shape or offsets")
     if dtype in CODES:
         what = f"tensor {name[:200]!r} is quantised ({dtype}), codes are not numbers"
-        raise InputError(f"{path}: {what}", fix="name the float32, float16, bfloat16 or scaled fp8 file of this model")
+        raise InputError(
+            f"{path}: {what}",
+            fix="name the float32, float16, bfloat16 or scaled fp8 file of this model",
+        )
     if dtype not in ITEM_BYTES:
         raise _damaged(path, f"tensor {name[:200]!r} has the unknown dtype {dtype[:20]!r}")
     if len(shape) > MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) >= 1 << 62:
         raise _damaged(path, f"tensor {name[:200]!r} has an impossible shape")
     if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _damaged(path, f"tensor {name[:200]!r} {dtype} {list(shape)} does not fit its {stop - start:,} bytes")
+        raise _damaged(
+            path,
+            f"tensor {name[:200]!r} {dtype} {list(shape)} does not fit its {stop - start:,} bytes",
+        )
     return Spec(path, dtype, shape, data_start + start, data_start + stop)
 
 
@@ -275,7 +299,9 @@ def _refuse_gaps(path: Path, specs: Mapping[str, Spec], data_start: int, size: i
     position = data_start
     for name, spec in specs.items():
         if spec.start != position:
-            how = "overlaps the one before it" if spec.start < position else "leaves a hole before it"
+            how = (
+                "overlaps the one before it" if spec.start < position else "leaves a hole before it"
+            )
             raise _damaged(path, f"tensor {name[:200]!r} {how}")
         position = spec.stop
     if position > size:

@@ -35,7 +35,9 @@ class Scaled(Tensor):
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor) -> Scaled:
         """Return the values of contiguous codes [m ...] whose scale has one element, or m."""
-        return cls._at(codes, scale.reshape(-1).float(), max(1, codes.numel() // max(1, scale.numel())), 0)
+        return cls._at(
+            codes, scale.reshape(-1).float(), max(1, codes.numel() // max(1, scale.numel())), 0
+        )
 
     @classmethod
     def _at(cls, codes: Tensor, scale: Tensor, row: int, start: int) -> Scaled:
@@ -54,7 +56,12 @@ class Scaled(Tensor):
 
     def grown(self, k: Tensor) -> Scaled:
         """Return the same codes with scales of 2^k s, k one for each scale, for values that are larger."""
-        return self._at(self.codes, torch.where(k > 0, self._nonzero, self.scale) * 2.0**k, self._row, self._start)
+        return self._at(
+            self.codes,
+            torch.where(k > 0, self._nonzero, self.scale) * 2.0**k,
+            self._row,
+            self._start,
+        )
 
     def times(self, chunk: Tensor, start: int) -> Tensor:
         """Multiply a chunk [n], from `start` of this tensor flattened on, with its scales."""
@@ -84,7 +91,9 @@ class Scaled(Tensor):
         return of_scale[first:last].repeat_interleave(self._row)[start - first * self._row :][:n]
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Answer for shape and dtype, stay codes in what takes spans, and make the values for all else."""
         kwargs = kwargs or {}
         if getattr(function, "__self__", function) in SHAPED:
@@ -95,7 +104,12 @@ class Scaled(Tensor):
                 return first
             if function in FLAT and args[1:] == (-1,):
                 return cls._at(first.codes.reshape(-1), first.scale, first._row, first._start)
-            if function is Tensor.__getitem__ and first.ndim == 1 and isinstance(args[1], slice) and args[1].step is None:
+            if (
+                function is Tensor.__getitem__
+                and first.ndim == 1
+                and isinstance(args[1], slice)
+                and args[1].step is None
+            ):
                 begin = args[1].indices(len(first))[0]
                 return cls._at(first.codes[args[1]], first.scale, first._row, first._start + begin)
         with torch._C.DisableTorchFunctionSubclass():
@@ -106,7 +120,9 @@ def decoded(codes: Tensor) -> Tensor:
     """Return the float32 values [n] of codes [n] in float8; by a table, several times faster than torch's conversion."""
     if codes.device.type != "cpu":
         return codes.float()
-    return torch.from_numpy(np.take(_table(codes.dtype), codes.view(torch.uint8).numpy(), mode="clip"))
+    return torch.from_numpy(
+        np.take(_table(codes.dtype), codes.view(torch.uint8).numpy(), mode="clip")
+    )
 
 
 @cache

@@ -14,7 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+)
 
 from demerge.errors import DemergeError, InputError
 from demerge.storage.safetensors_header import parse_json, read_json
@@ -70,7 +78,14 @@ def parse_record(text: str | bytes, kind: type[T], where: str, *, fix: str) -> T
         raise InputError(f"{where}: {error}", fix=fix) from error
 
 
-def checked(document: Mapping[str, Any], kind: type[T], where: str, *, fix: str, error: type[DemergeError] = InputError) -> T:
+def checked(
+    document: Mapping[str, Any],
+    kind: type[T],
+    where: str,
+    *,
+    fix: str,
+    error: type[DemergeError] = InputError,
+) -> T:
     """Return JSON values as a value of a type; for all else see `read_record`."""
     extra = "ignore" if issubclass(kind, Foreign) else "forbid"
     try:
@@ -97,7 +112,10 @@ def _sentence(document: Any, refused: ValidationError, kind: type) -> tuple[str,
             field, here = f"{field}.{part}" if field else str(part), here[part]
         elif isinstance(here, list) and isinstance(part, int) and part < len(here):
             field, here = f"{field}[{part}]", here[part]
-    key, inside = str(first["loc"][-1]) if first["loc"] else "", f" in {short(field)}" if field else ""
+    key, inside = (
+        str(first["loc"][-1]) if first["loc"] else "",
+        f" in {short(field)}" if field else "",
+    )
     if first["type"] == "missing":
         return f"the key '{short(key)}' is missing{inside}", ""
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -105,7 +123,10 @@ def _sentence(document: Any, refused: ValidationError, kind: type) -> tuple[str,
         near = get_close_matches(key, known, 1)
         return f"unknown key '{short(field)}'", f"did you mean '{near[0]}'?" if near else ""
     rule = first["msg"].removeprefix("Value error, ").replace("Input should ", "must ")
-    return f"{short(field) or 'the document'}: {rule}, found {short(json.dumps(here, ensure_ascii=False))}", ""
+    return (
+        f"{short(field) or 'the document'}: {rule}, found {short(json.dumps(here, ensure_ascii=False))}",
+        "",
+    )
 
 
 def short(text: str) -> str:

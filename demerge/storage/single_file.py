@@ -36,7 +36,13 @@ Tensors = dict[str, "Tensor"]
 # diffusers' name -> LDM's, in order; a number is computed from the groups and the layers per block L
 UNET_RESNET = (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
                ("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection"))  # fmt: skip
-VAE_ATTENTION = (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
+VAE_ATTENTION = (
+    ("group_norm", "norm"),
+    ("to_q", "q"),
+    ("to_k", "k"),
+    ("to_v", "v"),
+    ("to_out.0", "proj_out"),
+)
 
 
 def to_folder(source: Path, out: Path, config: str | Path) -> dict[str, int]:
@@ -59,12 +65,17 @@ def to_folder(source: Path, out: Path, config: str | Path) -> dict[str, int]:
     held = dict(_ldm_names(file))
     found = {part: _to_diffusers(part, held, home) for part in CLASSES if index.get(part)}
     if not found.get(UNET):
-        raise InputError(f"{source}: no tensor of a UNet in the LDM layout", fix="name a single file of Stable Diffusion")
+        raise InputError(
+            f"{source}: no tensor of a UNet in the LDM layout",
+            fix="name a single file of Stable Diffusion",
+        )
     with commit_dir(out) as folder:
         _copy_configs(home, index, folder, {part for part, tensors in found.items() if not tensors})
         for part, tensors in found.items():
             if tensors:
-                commit_tensors(folder / part / f"{FILES[part]}.safetensors", tensors, {"format": "pt"})
+                commit_tensors(
+                    folder / part / f"{FILES[part]}.safetensors", tensors, {"format": "pt"}
+                )
         _refuse_misfit(source, folder)
     return {part: len(tensors) for part, tensors in found.items()}
 
@@ -78,19 +89,27 @@ def to_file(source: Path, out: Path) -> int:
         ResourceError: if the disk does not suffice.
     """
     if out.suffix != ".safetensors":
-        raise UsageError(f"'{out}' does not end in .safetensors", fix=f"for example {out}.safetensors")
+        raise UsageError(
+            f"'{out}' does not end in .safetensors", fix=f"for example {out}.safetensors"
+        )
     refuse_existing(out)
     index = _index(source)
-    parts = {part: dict(Checkpoint(locate(source, None, part))) for part in CLASSES if index.get(part)}
+    parts = {
+        part: dict(Checkpoint(locate(source, None, part))) for part in CLASSES if index.get(part)
+    }
     made: Tensors = {}
     for part, tensors in parts.items():
         made |= _to_ldm(part, tensors, _config(source, part))
     for part, tensors in parts.items():
         back = _to_diffusers(part, made, source)
-        lost = [name for name in tensors if not _same(tensors[name], back.get(name))] + [n for n in back if n not in tensors]
+        lost = [name for name in tensors if not _same(tensors[name], back.get(name))] + [
+            n for n in back if n not in tensors
+        ]
         if lost:
             what = f"{source}/{part}: the LDM layout does not hold {len(lost)} tensors as they are: {', '.join(lost[:5])}"
-            raise InputError(what, fix="keep the folder; single files are written of Stable Diffusion 1.x alone")
+            raise InputError(
+                what, fix="keep the folder; single files are written of Stable Diffusion 1.x alone"
+            )
     refuse_small_disk(out, sum(tensor.nbytes for tensor in made.values()))
     commit_tensors(out, made, {"format": "pt"})
     return len(made)
@@ -108,16 +127,28 @@ def _index(folder: Path) -> dict[str, Any]:
     fix = "name a pipeline folder of Stable Diffusion 1.x"
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: no pipeline folder with a model_index.json", fix=fix)
-    index = {n: v for n, v in read_index(folder).items() if n.startswith("_") or v not in (None, [None, None])}
+    index = {
+        n: v
+        for n, v in read_index(folder).items()
+        if n.startswith("_") or v not in (None, [None, None])
+    }
     kinds = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
-    unlike = [f"{part} {kinds[part]}" for part, kind in CLASSES.items() if kinds.get(part, kind) != kind]
-    unlike += [name for name in kinds if name in ("transformer", "text_encoder_2", "text_encoder_3", "image_encoder")]
+    unlike = [
+        f"{part} {kinds[part]}" for part, kind in CLASSES.items() if kinds.get(part, kind) != kind
+    ]
+    unlike += [
+        name
+        for name in kinds
+        if name in ("transformer", "text_encoder_2", "text_encoder_3", "image_encoder")
+    ]
     if UNET not in kinds:
         unlike.append("no unet")
     if TEXT in kinds and _config(folder, TEXT).get("hidden_act", CLIP) != CLIP:
         unlike.append("an OpenCLIP text encoder")
     if unlike:
-        raise InputError(f"{folder}: this kind of pipeline is not converted: {', '.join(unlike)}", fix=fix)
+        raise InputError(
+            f"{folder}: this kind of pipeline is not converted: {', '.join(unlike)}", fix=fix
+        )
     return index
 
 
@@ -129,10 +160,15 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
 def _refuse_markers(source: Path, file: Checkpoint, config: Path) -> None:
     """Refuse a file that says that it predicts v for a config that says something else."""
     scheduler = config / "scheduler" / "scheduler_config.json"
-    predicts = (read_scheduler(scheduler) if scheduler.is_file() else {}).get("prediction_type", "epsilon")
+    predicts = (read_scheduler(scheduler) if scheduler.is_file() else {}).get(
+        "prediction_type", "epsilon"
+    )
     if "v_pred" in file and predicts != "v_prediction":
         what = f"{source} is marked v_pred, the scheduler of {config} says {predicts}"
-        raise InputError(what, fix='give a --config whose scheduler_config.json says "prediction_type": "v_prediction"')
+        raise InputError(
+            what,
+            fix='give a --config whose scheduler_config.json says "prediction_type": "v_prediction"',
+        )
 
 
 def _ldm_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -140,20 +176,36 @@ def _ldm_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     names = {WRAPPER.sub("", name): name for name in file}
     bare = not any(name.startswith(PREFIX[UNET]) for name in names)
     for plain, name in names.items():
-        yield (PREFIX[UNET] if bare and not plain.startswith((PREFIX[VAE], PREFIX[TEXT])) else "") + plain, file[name]
+        yield (
+            (PREFIX[UNET] if bare and not plain.startswith((PREFIX[VAE], PREFIX[TEXT])) else "")
+            + plain,
+            file[name],
+        )
 
 
 def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[str]) -> None:
     """Copy what is no weight of the parts that are kept, and all of those in `whole`."""
-    parts = {n for n, value in index.items() if isinstance(value, list) and PART_NAME.fullmatch(n) and (home / n).is_dir()}
-    kept = {n: value for n, value in index.items() if not isinstance(value, list) or n in parts - {"safety_checker"}}
+    parts = {
+        n
+        for n, value in index.items()
+        if isinstance(value, list) and PART_NAME.fullmatch(n) and (home / n).is_dir()
+    }
+    kept = {
+        n: value
+        for n, value in index.items()
+        if not isinstance(value, list) or n in parts - {"safety_checker"}
+    }
     for name in (name for name, value in kept.items() if isinstance(value, list)):
         for file in (file for file in sorted((home / name).iterdir()) if file.is_file()):
             inside(home, file)
             if name in whole or not (file.suffix in WEIGHTS or ".index." in file.name):
                 (out / name).mkdir(exist_ok=True)
                 shutil.copyfile(file, out / name / file.name)
-    empty = {n: [None, None] for n, v in read_index(home).items() if isinstance(v, list) and n not in kept}
+    empty = {
+        n: [None, None]
+        for n, v in read_index(home).items()
+        if isinstance(v, list) and n not in kept
+    }
     commit_json(out / "model_index.json", {**kept, **empty})
 
 
@@ -167,7 +219,10 @@ def _refuse_misfit(source: Path, folder: Path) -> None:
             load(folder, index)
     except InputError as error:
         what = error.what.replace(f"{folder}/", "")
-        raise InputError(f"{source} does not fit --config: {what}", fix="give a --config of the same kind of model") from error
+        raise InputError(
+            f"{source} does not fit --config: {what}",
+            fix="give a --config of the same kind of model",
+        ) from error
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:
@@ -207,21 +262,34 @@ def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
 def _is_wrapped(home: Path) -> bool:
     """Whether the names of a pipeline's text encoder begin with text_model, as transformers wrote them before 5.6."""
     weights = sorted((home / TEXT).glob("*.safetensors"))
-    return not weights or any(name.startswith("text_model.") for name in Checkpoint(locate(home, None, TEXT)))
+    return not weights or any(
+        name.startswith("text_model.") for name in Checkpoint(locate(home, None, TEXT))
+    )
 
 
 def _to_ldm(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     if part == TEXT:
-        named = {n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": t for n, t in tensors.items()}
+        named = {
+            n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": t
+            for n, t in tensors.items()
+        }
     elif part == UNET:
         layers = config.get("layers_per_block", 2)
         ups = {n.split(".")[1] for n in tensors if re.match(r"up_blocks\.\d+\.att", n)}
         if not isinstance(layers, int):
-            raise InputError(f"layers_per_block is {layers}", fix="single files have one number of layers in all blocks")
+            raise InputError(
+                f"layers_per_block is {layers}",
+                fix="single files have one number of layers in all blocks",
+            )
         named = {_unet_name(name, layers, ups): tensor for name, tensor in tensors.items()}
     else:
-        blocks = len({name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks.")})
-        named = {_vae_name(name, blocks): _as_convolution(name, tensor) for name, tensor in tensors.items()}
+        blocks = len(
+            {name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks.")}
+        )
+        named = {
+            _vae_name(name, blocks): _as_convolution(name, tensor)
+            for name, tensor in tensors.items()
+        }
     return {PREFIX[part] + name: tensor for name, tensor in named.items()}
 
 
@@ -231,7 +299,10 @@ def _unet_name(name: str, layers: int, with_attention: set[str]) -> str:
     whole: Mapping[str, str] = DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"]
     if name in whole:
         return whole[name]
-    match = re.fullmatch(r"(down|up|mid)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
+    match = re.fullmatch(
+        r"(down|up|mid)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
+        name,
+    )
     if match is None:
         return name
     side, block, kind, number, rest = match[1], match[2] or "0", match[3], int(match[4]), match[5]
@@ -254,7 +325,9 @@ def _vae_name(name: str, blocks: int) -> str:
     whole: Mapping[str, str] = DIFFUSERS_TO_LDM_MAPPING["vae"]
     if name in whole:
         return whole[name]
-    match = re.fullmatch(r"(encoder|decoder)\.(down|up|mid)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.*)", name)
+    match = re.fullmatch(
+        r"(encoder|decoder)\.(down|up|mid)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.*)", name
+    )
     if match is None:
         return name
     coder, side, kind, number, rest = match[1], match[2], match[4], int(match[5]), match[6]
@@ -276,4 +349,6 @@ def _as_convolution(name: str, tensor: Tensor) -> Tensor:
 
 
 def _replaced(text: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    return next((new + text.removeprefix(old) for old, new in pairs if text.startswith(f"{old}.")), text)
+    return next(
+        (new + text.removeprefix(old) for old, new in pairs if text.startswith(f"{old}.")), text
+    )

@@ -25,8 +25,17 @@ def map_of() -> Callable[..., ConflictMap]:
 
     def make(gradients: Array, T: int = 1000, edges: Sequence[int] | None = None) -> ConflictMap:
         gradients = np.asarray(gradients, dtype=np.float64)
-        bins = Partition.uniform(T, len(gradients)) if edges is None else Partition.from_cuts(edges[-1], edges[1:-1])
-        return ConflictMap(bins, np.einsum("imd,jnd->imjn", gradients, gradients), np.linspace(9, -10, bins.total), ORIGIN)
+        bins = (
+            Partition.uniform(T, len(gradients))
+            if edges is None
+            else Partition.from_cuts(edges[-1], edges[1:-1])
+        )
+        return ConflictMap(
+            bins,
+            np.einsum("imd,jnd->imjn", gradients, gradients),
+            np.linspace(9, -10, bins.total),
+            ORIGIN,
+        )
 
     return make
 
@@ -71,4 +80,6 @@ def linear() -> Any:
 
     from demerge.diffusion.model import Diffusion
 
-    return Diffusion(Scale(3), diffusers.DDPMScheduler(num_train_timesteps=30, beta_start=0.01, beta_end=0.3))
+    return Diffusion(
+        Scale(3), diffusers.DDPMScheduler(num_train_timesteps=30, beta_start=0.01, beta_end=0.3)
+    )

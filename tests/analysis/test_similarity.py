@@ -26,7 +26,10 @@ from demerge.analysis.similarity import (
 from demerge.conflict import Array
 
 N, M, D = 4, 8, 6
-MU = np.array([[2, 0, 0, 0, 0, 0], [1.5, 1, 0, 0, 0, 0], [0.5, 1, 1, 0, 0, 0], [-1, 0, 1, 1, 0, 0]], dtype=float)
+MU = np.array(
+    [[2, 0, 0, 0, 0, 0], [1.5, 1, 0, 0, 0, 0], [0.5, 1, 1, 0, 0, 0], [-1, 0, 1, 1, 0, 0]],
+    dtype=float,
+)
 ROOT = np.diag([1.5, 1.0, 0.7, 0.5, 0.5, 0.2])  # Sigma = ROOT ROOT'
 
 
@@ -37,7 +40,9 @@ def draw(rng: np.random.Generator, draws: str) -> Array:
 
 
 @pytest.mark.parametrize("draws", ["shared", "independent"])
-def test_the_statistic_is_unbiased_and_the_naive_one_is_biased_as_predicted(map_of: Any, draws: str) -> None:
+def test_the_statistic_is_unbiased_and_the_naive_one_is_biased_as_predicted(
+    map_of: Any, draws: str
+) -> None:
     rng = np.random.default_rng(0)
     maps = [map_of(draw(rng, draws)) for _ in range(1500)]
     unbiased = np.array([kernel(map, cross(M)) for map in maps])
@@ -50,8 +55,14 @@ def test_the_statistic_is_unbiased_and_the_naive_one_is_biased_as_predicted(map_
 
 
 def test_the_naive_cosine_is_wrong_both_ways(map_of: Any) -> None:
-    rng, truth = np.random.default_rng(1), MU[0] @ MU[3] / (np.linalg.norm(MU[0]) * np.linalg.norm(MU[3]))
-    found = {kind: [similarity(map_of(draw(rng, kind))) for _ in range(200)] for kind in ("shared", "independent")}
+    rng, truth = (
+        np.random.default_rng(1),
+        MU[0] @ MU[3] / (np.linalg.norm(MU[0]) * np.linalg.norm(MU[3])),
+    )
+    found = {
+        kind: [similarity(map_of(draw(rng, kind))) for _ in range(200)]
+        for kind in ("shared", "independent")
+    }
     mean = {kind: np.mean([s.naive[0, 3] for s in each]) for kind, each in found.items()}
     assert mean["shared"] > truth + 0.05
     assert abs(mean["independent"]) < abs(truth) - 0.03
@@ -66,10 +77,16 @@ def test_intervals_cover(map_of: Any, draws: str) -> None:
     for scale in (1, 3):
         truth = scale**2 * MU @ MU.T
         rho = (truth / np.sqrt(np.outer(np.diagonal(truth), np.diagonal(truth))))[upper]
-        found = [similarity(map_of(draw(rng, draws) + (scale - 1) * MU[:, None])) for _ in range(400)]
+        found = [
+            similarity(map_of(draw(rng, draws) + (scale - 1) * MU[:, None])) for _ in range(400)
+        ]
         assert 0.93 <= np.mean([abs(s.K - truth) <= s.K_half for s in found]) <= 0.97
         if scale == 3:  # all bins are resolved, so that none is chosen by its noise
-            assert 0.92 <= np.mean([abs(s.cosine[upper] - rho) <= s.cosine_half[upper] for s in found]) <= 0.97
+            assert (
+                0.92
+                <= np.mean([abs(s.cosine[upper] - rho) <= s.cosine_half[upper] for s in found])
+                <= 0.97
+            )
 
 
 # -- errors: thousands of maps of one bin at once ------------------------------------------------------------------------
@@ -128,7 +145,9 @@ def test_intervals_of_a_signal_cover_95_percent(groups: int) -> None:
 
 
 @pytest.mark.parametrize("groups", GROUPS)
-def test_bins_without_gradient_are_hardly_ever_resolved_and_others_with_half_of_the_groups(groups: int) -> None:
+def test_bins_without_gradient_are_hardly_ever_resolved_and_others_with_half_of_the_groups(
+    groups: int,
+) -> None:
     K, left, _ = bins(groups, 0)
     assert np.mean(RESOLVED * error(left).se < K) < 0.01
     K, left, _ = bins(groups, 5)
@@ -136,7 +155,9 @@ def test_bins_without_gradient_are_hardly_ever_resolved_and_others_with_half_of_
     pairs = K - (len(left) - 1) * (left - K)
     sums = np.array([pairs[(m == g) | (n == g)].sum(0) for g in range(groups)])
     without = (pairs.sum(0) - sums) / (len(pairs) - groups + 1)
-    ours, jackknife = (np.mean(RESOLVED * se < K) for se in (error(left).se, standard_error(without)))
+    ours, jackknife = (
+        np.mean(RESOLVED * se < K) for se in (error(left).se, standard_error(without))
+    )
     assert ours > 0.55 and ours > 1.3 * jackknife
 
 
@@ -174,12 +195,18 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     assert t_quantile(8) == pytest.approx(2.3646, abs=1e-4)
 
 
-@pytest.mark.parametrize(("groups", "count"), [(range(6), 20), (range(9), 20), ([0, 2, 3, 5], 6), (range(5), 10)])
+@pytest.mark.parametrize(
+    ("groups", "count"), [(range(6), 20), (range(9), 20), ([0, 2, 3, 5], 6), (range(5), 10)]
+)
 def test_halves_are_distinct_and_complete(groups: Any, count: int) -> None:
     A, B = halves(groups, 9, seed=0)
     assert A.shape == B.shape == (count, 9)
     assert len({row.tobytes() for row in A}) == count
-    assert (A * B == 0).all() and ((A + B).sum(1) == len(groups)).all() and min(A.sum(1).min(), B.sum(1).min()) >= 2
+    assert (
+        (A * B == 0).all()
+        and ((A + B).sum(1) == len(groups)).all()
+        and min(A.sum(1).min(), B.sum(1).min()) >= 2
+    )
     assert all(set(np.flatnonzero(row)) <= set(groups) for row in A + B)
 
 
@@ -188,22 +215,36 @@ def test_bins_without_signal_are_unresolved_and_nan(map_of: Any) -> None:
     s[1] = np.random.default_rng(6).standard_normal((M, D))
     found = similarity(map_of(s))
     assert found.resolved.tolist() == [True, False, True, True]
-    assert np.isnan(found.cosine[1]).all() and np.isnan(found.cosine_se[:, 1]).all() and np.isnan(found.noise[1])
+    assert (
+        np.isnan(found.cosine[1]).all()
+        and np.isnan(found.cosine_se[:, 1]).all()
+        and np.isnan(found.noise[1])
+    )
     rest = found.cosine[np.ix_([0, 2, 3], [0, 2, 3])]
-    assert np.allclose(np.diagonal(rest), 1) and np.isfinite(rest).all() and (found.cosine_se[0, [2, 3]] > 0).all()
+    assert (
+        np.allclose(np.diagonal(rest), 1)
+        and np.isfinite(rest).all()
+        and (found.cosine_se[0, [2, 3]] > 0).all()
+    )
     assert found.reliability[1] < 0.5 < found.reliability[0]
 
 
 def test_zero_gradients_are_unresolved_and_nothing_warns(map_of: Any) -> None:
     found = similarity(map_of(np.zeros((N, M, D))))
-    assert not found.resolved.any() and np.isnan(found.cosine).all() and (found.reliability == 0).all()
+    assert (
+        not found.resolved.any() and np.isnan(found.cosine).all() and (found.reliability == 0).all()
+    )
 
 
 def test_reliability_and_noise_scale_of_known_noise(map_of: Any) -> None:
     rng = np.random.default_rng(7)
-    found = [similarity(map_of(10 * MU[:, None] + draw(rng, "shared") - MU[:, None])) for _ in range(100)]
+    found = [
+        similarity(map_of(10 * MU[:, None] + draw(rng, "shared") - MU[:, None])) for _ in range(100)
+    ]
     signal, noise = 100 * (MU**2).sum(1), np.trace(ROOT @ ROOT.T)
-    assert np.mean([s.noise for s in found], axis=0) == pytest.approx(4 * noise / signal, rel=0.1)  # groups of 4 samples
+    assert np.mean([s.noise for s in found], axis=0) == pytest.approx(
+        4 * noise / signal, rel=0.1
+    )  # groups of 4 samples
     assert min(s.reliability.min() for s in found) > 0.95
 
 

@@ -52,8 +52,10 @@ def load(name: str, device: str) -> tuple[Diffusion, ImageData]:
         "block_out_channels": (32, 64, 64) if name == "small" else (128, 256, 256, 256),
         "norm_num_groups": 32,
         "attention_head_dim": None if name == "cifar10" else 8,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"] + ["DownBlock2D"] * (1 if name == "small" else 2),
-        "up_block_types": ["UpBlock2D"] * (1 if name == "small" else 2) + ["AttnUpBlock2D", "UpBlock2D"],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"]
+        + ["DownBlock2D"] * (1 if name == "small" else 2),
+        "up_block_types": ["UpBlock2D"] * (1 if name == "small" else 2)
+        + ["AttnUpBlock2D", "UpBlock2D"],
     }
     model = Diffusion(diffusers.UNet2DModel(**config), diffusers.DDPMScheduler()).to(device)
     return model, load_images("digits", split="train", resolution=32, channels=3)
@@ -116,7 +118,9 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
             "parameters": model.parameters,
             "row": row,
             "seconds": statistics.median(times[row]),
-            "overhead": statistics.median(t / p for t, p in zip(times[row], times["plain"], strict=True)),
+            "overhead": statistics.median(
+                t / p for t, p in zip(times[row], times["plain"], strict=True)
+            ),
             "rmse": rmse(maps, row),
         }
         for row in rows
@@ -135,19 +139,28 @@ def show(lines: list[dict[str, object]]) -> None:
     names = list(lines[0])
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", file=sys.stderr)
     for line in lines:
-        cells = (f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value) for value in line.values())
+        cells = (
+            f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+            for value in line.values()
+        )
         print(f"| {' | '.join(cells)} |", file=sys.stderr)
 
 
 def main() -> None:
     """Compare the models that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="digits,small", help=f"of {', '.join(MODELS)}, comma-separated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", default="digits,small", help=f"of {', '.join(MODELS)}, comma-separated"
+    )
     parser.add_argument("--bins", type=int, default=4)
     parser.add_argument("--groups", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--memory", type=float, default=2.0, help="GB that exact gradients may take")
+    parser.add_argument(
+        "--memory", type=float, default=2.0, help="GB that exact gradients may take"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()

@@ -70,17 +70,27 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
     church = {
         "sample_size": 256,
-        "block_out_channels": (128, 128, 256, 256, 512, 512) if size == "church" else (16, 16, 32, 32, 32, 32),
+        "block_out_channels": (128, 128, 256, 256, 512, 512)
+        if size == "church"
+        else (16, 16, 32, 32, 32, 32),
         "norm_num_groups": 8,
         "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
     }
     with torch.device("meta"):
         sd15 = size.startswith("sd15")
-        model = diffusers.UNet2DConditionModel(cross_attention_dim=768) if sd15 else diffusers.UNet2DModel(**church)
+        model = (
+            diffusers.UNet2DConditionModel(cross_attention_dim=768)
+            if sd15
+            else diffusers.UNet2DModel(**church)
+        )
     tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ends = accumulate(math.prod(shape) for shape in tensors.values())
-    return {n: shape for (n, shape), end in zip(tensors.items(), ends, strict=True) if size != "sd15-half" or end <= HALF}
+    return {
+        n: shape
+        for (n, shape), end in zip(tensors.items(), ends, strict=True)
+        if size != "sd15-half" or end <= HALF
+    }
 
 
 def make(folder: Path, size: str) -> None:
@@ -93,7 +103,10 @@ def make(folder: Path, size: str) -> None:
     sizes = shapes(size)
 
     def normal(scale: float) -> dict[str, torch.Tensor]:
-        return {name: torch.randn(shape, generator=generator).mul_(scale) for name, shape in sizes.items()}
+        return {
+            name: torch.randn(shape, generator=generator).mul_(scale)
+            for name, shape in sizes.items()
+        }
 
     base = {name: tensor.half() for name, tensor in normal(0.05).items()}
     save_file(base, folder / "base.safetensors")
@@ -101,20 +114,44 @@ def make(folder: Path, size: str) -> None:
         moved = {name: (base[name] + move).half() for name, move in normal(0.001).items()}
         save_file(moved, folder / f"expert{i}.safetensors")
         del moved
-        save_file({name: t.square_() for name, t in normal(0.001).items()}, folder / f"fisher{i}.safetensors")
+        save_file(
+            {name: t.square_() for name, t in normal(0.001).items()},
+            folder / f"fisher{i}.safetensors",
+        )
 
 
 def rows(folder: Path, methods: list[str], peers: dict[str, str]) -> Iterator[Row]:
     """Yield what is to be measured."""
-    inputs = [str(folder / f"{name}.safetensors") for name in ("base", *(f"expert{i}" for i in range(EXPERTS)))]
+    inputs = [
+        str(folder / f"{name}.safetensors")
+        for name in ("base", *(f"expert{i}" for i in range(EXPERTS)))
+    ]
     fishers = ",".join(str(folder / f"fisher{i}.safetensors") for i in range(EXPERTS))
     out = str(folder / "out.safetensors")
-    yield Row("floor", "cat + cp", ("sh", "-c", f"cat {' '.join(inputs)} > /dev/null; cp {inputs[0]} {out}"))
+    yield Row(
+        "floor",
+        "cat + cp",
+        ("sh", "-c", f"cat {' '.join(inputs)} > /dev/null; cp {inputs[0]} {out}"),
+    )
     for method in methods:
-        for who, python in {"naive-ram": sys.executable, "naive-stream": sys.executable, **peers}.items():
+        for who, python in {
+            "naive-ram": sys.executable,
+            "naive-stream": sys.executable,
+            **peers,
+        }.items():
             yield Row(who, method, (python, str(PEERS), who, method, out, fishers, *inputs))
         given = ["--option", f"fisher={fishers}"] if method == "fisher" else []
-        ours = (sys.executable, "-m", "demerge.cli.main", "merge", *inputs, *METHODS[method].split(), *given, "-o", out)
+        ours = (
+            sys.executable,
+            "-m",
+            "demerge.cli.main",
+            "merge",
+            *inputs,
+            *METHODS[method].split(),
+            *given,
+            "-o",
+            out,
+        )
         one = (*ours, "--threads", "1")
         if method in (methods[0], "fisher"):  # which reads other files too
             yield Row("demerge-hashing", method, one, forgets=True)
@@ -123,18 +160,31 @@ def rows(folder: Path, methods: list[str], peers: dict[str, str]) -> Iterator[Ro
         yield Row(
             "demerge-pair",
             method,
-            ("sh", "-c", f"{shlex.join(one)} & {shlex.join((*one, '-o', out.replace('out.', 'out2.')))} && wait $!"),
+            (
+                "sh",
+                "-c",
+                f"{shlex.join(one)} & {shlex.join((*one, '-o', out.replace('out.', 'out2.')))} && wait $!",
+            ),
         )
 
 
 def measure(row: Row, folder: Path) -> Cost | None:
     """Run a row once; None where its program does not have the method."""
     for stray in [*folder.glob("out*"), *([folder / "cache"] if row.forgets else [])]:
-        shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(missing_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+        shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(
+            missing_ok=True
+        )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(row.command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(
+            row.command, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+        )
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.005)
@@ -160,7 +210,10 @@ def anonymous(pid: int) -> int:
 
 def table(runs: dict[Row, list[Cost]], traffic: dict[str, float]) -> list[dict[str, object]]:
     """Return a line for each row: medians, and how they compare with the naive streamed loop of the same method."""
-    medians = {row: Cost(*map(statistics.median, zip(*map(astuple, costs), strict=True))) for row, costs in runs.items()}
+    medians = {
+        row: Cost(*map(statistics.median, zip(*map(astuple, costs), strict=True)))
+        for row, costs in runs.items()
+    }
     naive = {row.method: cost.cpu_s for row, cost in medians.items() if row.who == "naive-stream"}
     return [
         {
@@ -176,14 +229,20 @@ def table(runs: dict[Row, list[Cost]], traffic: dict[str, float]) -> list[dict[s
 
 def main() -> None:
     """Make the workload, measure the rows in turns, print the table on stderr and, with --json, as a document on stdout."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=["tiny", "church", "sd15-half", "sd15"], default="tiny")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="keep the workload here, or use the one that is here")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the workload here, or use the one that is here"
+    )
     parser.add_argument("--mergekit", metavar="PYTHON")
     parser.add_argument("--sd-mecha", metavar="PYTHON")
-    parser.add_argument("--only", help="comma-separated: the rows of these alone, for example demerge")
+    parser.add_argument(
+        "--only", help="comma-separated: the rows of these alone, for example demerge"
+    )
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -191,7 +250,11 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "base.safetensors").exists():
             make(folder, asked.size)
-        peers = {who: python for who, python in (("mergekit", asked.mergekit), ("sd-mecha", asked.sd_mecha)) if python}
+        peers = {
+            who: python
+            for who, python in (("mergekit", asked.mergekit), ("sd-mecha", asked.sd_mecha))
+            if python
+        }
         planned = rows(folder, asked.methods.split(","), peers)
         chosen = [row for row in planned if not asked.only or row.who in asked.only.split(",")]
         runs: dict[Row, list[Cost]] = {}
@@ -213,7 +276,10 @@ def show(lines: list[dict[str, object]]) -> None:
     names = list(lines[0])
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", file=sys.stderr)
     for line in lines:
-        cells = (f"{value:.2f}" if isinstance(value, float) else str(value or "") for value in line.values())
+        cells = (
+            f"{value:.2f}" if isinstance(value, float) else str(value or "")
+            for value in line.values()
+        )
         print(f"| {' | '.join(cells)} |", file=sys.stderr)
 
 

@@ -81,12 +81,17 @@ def fisher(base: Tensor, experts: list[Tensor], fishers: list[Tensor]) -> Tensor
 NAIVE = {"average": average, "task_arithmetic": task_arithmetic, "ties-tensor": ties, "dare": dare}
 
 
-def merged(method: str, names: list[str], base: Load, experts: list[Load], fishers: list[Load]) -> Iterator[tuple[str, Tensor]]:
+def merged(
+    method: str, names: list[str], base: Load, experts: list[Load], fishers: list[Load]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the merge, tensor by tensor, in the dtype of the base."""
     thresholds = None
     if method == "ties-model":
         thresholds = [
-            largest(torch.cat([(expert(n).float() - base(n).float()).abs().view(-1) for n in names])) for expert in experts
+            largest(
+                torch.cat([(expert(n).float() - base(n).float()).abs().view(-1) for n in names])
+            )
+            for expert in experts
         ]
     for name in names:
         theta, tuned = base(name), [expert(name) for expert in experts]
@@ -108,11 +113,19 @@ def naive_ram(method: str, out: Path, fishers: list[Path], base: Path, experts: 
 
     origin, tuned = held(base), [held(path) for path in experts]
     weights = [held(path) for path in fishers] if method == "fisher" else []
-    found = merged(method, list(origin), origin.__getitem__, [t.__getitem__ for t in tuned], [w.__getitem__ for w in weights])
+    found = merged(
+        method,
+        list(origin),
+        origin.__getitem__,
+        [t.__getitem__ for t in tuned],
+        [w.__getitem__ for w in weights],
+    )
     save_file(dict(found), out)
 
 
-def naive_stream(method: str, out: Path, fishers: list[Path], base: Path, experts: list[Path]) -> None:
+def naive_stream(
+    method: str, out: Path, fishers: list[Path], base: Path, experts: list[Path]
+) -> None:
     """Merge tensor by tensor from mapped files, and write each as it is made."""
     from safetensors import safe_open
 
@@ -131,7 +144,11 @@ def header(shapes: dict[str, list[int]]) -> bytes:
     table, position = {}, 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
-        table[name] = {"dtype": "F16", "shape": shape, "data_offsets": [position, position := position + size]}
+        table[name] = {
+            "dtype": "F16",
+            "shape": shape,
+            "data_offsets": [position, position := position + size],
+        }
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
@@ -162,7 +179,9 @@ def mergekit(method: str, out: Path, fishers: list[Path], base: Path, experts: l
     file = out.with_suffix(".mergekit.json")
     file.write_text(json.dumps(config))
     folder = out.with_suffix(".mergekit")
-    result = CliRunner().invoke(main, [str(file), str(folder), "--safe-serialization", "--quiet"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        main, [str(file), str(folder), "--safe-serialization", "--quiet"], catch_exceptions=False
+    )
     sys.exit(result.exit_code)
 
 
@@ -174,8 +193,12 @@ def sd_mecha(method: str, out: Path, fishers: list[Path], base: Path, experts: l
     from sd_mecha.extensions.model_configs import from_yaml, register
 
     with safe_open(base, "pt") as file:
-        keys = {n: {"shape": file.get_slice(n).get_shape(), "dtype": "float16"} for n in file.keys()}  # noqa: SIM118
-    register(config := from_yaml(json.dumps({"identifier": "the-unet", "components": {"unet": keys}})))
+        keys = {
+            n: {"shape": file.get_slice(n).get_shape(), "dtype": "float16"} for n in file.keys()
+        }  # noqa: SIM118
+    register(
+        config := from_yaml(json.dumps({"identifier": "the-unet", "components": {"unet": keys}}))
+    )
     origin, *tuned = [mecha.model(path, config=config) for path in (base, *experts)]
     deltas = [linear.subtract(model, origin) for model in tuned]
     if method == "average":
@@ -188,17 +211,35 @@ def sd_mecha(method: str, out: Path, fishers: list[Path], base: Path, experts: l
         recipe = linear.add_difference(origin, ties.ties_sum(*deltas, k=DENSITY), alpha=1.0)
     else:
         sys.exit(NOT_OFFERED)
-    mecha.merge(recipe, output=out, merge_dtype=torch.float32, output_dtype=torch.float16, merge_device="cpu", threads=1)
+    mecha.merge(
+        recipe,
+        output=out,
+        merge_dtype=torch.float32,
+        output_dtype=torch.float16,
+        merge_device="cpu",
+        threads=1,
+    )
 
 
-PEERS = {"naive-ram": naive_ram, "naive-stream": naive_stream, "mergekit": mergekit, "sd-mecha": sd_mecha}
+PEERS = {
+    "naive-ram": naive_ram,
+    "naive-stream": naive_stream,
+    "mergekit": mergekit,
+    "sd-mecha": sd_mecha,
+}
 
 
 def main() -> None:
     """Run one merge."""
     who, method, out, fishers, base, *experts = sys.argv[1:]
     torch.set_num_threads(1)
-    PEERS[who](method, Path(out), [Path(path) for path in fishers.split(",")], Path(base), [Path(path) for path in experts])
+    PEERS[who](
+        method,
+        Path(out),
+        [Path(path) for path in fishers.split(",")],
+        Path(base),
+        [Path(path) for path in experts],
+    )
 
 
 if __name__ == "__main__":

@@ -21,14 +21,24 @@ def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> Non
     assert "30 backward passes" in done.err and "advice" in done.err
     assert ConflictMap.load(out / "conflict.safetensors").N == 6
     assert len(Partition.load(out / "partition.json")) == 3
-    assert {path.suffix for path in out.iterdir()} == {".safetensors", ".json", ".svg", ".png", ".html"}
+    assert {path.suffix for path in out.iterdir()} == {
+        ".safetensors",
+        ".json",
+        ".svg",
+        ".png",
+        ".html",
+    }
     kept = (out / "conflict.safetensors").read_bytes()
     again = run("analyze", tiny, *SMALL, "--ranges", 2, "--method", "uniform", "-o", out, "--json")
     said = json.loads(again.out)
     assert said["taken"] == "uniform" and said["cuts"]["uniform"]["cuts"] == [500]
     assert "there already" in again.err and (out / "conflict.safetensors").read_bytes() == kept
-    found = run("analyze", tiny, *SMALL, "-n", "auto", "--method", "hierarchical", "-o", out, "--json")
-    assert found.code == 0 and json.loads(found.out)["ranges"] == len(Partition.load(out / "partition.json"))
+    found = run(
+        "analyze", tiny, *SMALL, "-n", "auto", "--method", "hierarchical", "-o", out, "--json"
+    )
+    assert found.code == 0 and json.loads(found.out)["ranges"] == len(
+        Partition.load(out / "partition.json")
+    )
     other = run("analyze", tiny, *SMALL, "--seed", 1, "-o", out)
     assert other.code == 2 and "seed 0 there, 1 asked" in other.err
 
@@ -44,7 +54,9 @@ def test_sketches_of_chosen_parameters(run: Any, tiny: Path, tmp_path: Path) -> 
     assert other.code == 2 and "engine sketch-65521 there, exact asked" in other.err
 
 
-def test_a_damaged_map_is_refused_before_anything_is_measured(run: Any, tiny: Path, tmp_path: Path) -> None:
+def test_a_damaged_map_is_refused_before_anything_is_measured(
+    run: Any, tiny: Path, tmp_path: Path
+) -> None:
     (tmp_path / "conflict.safetensors").write_bytes(b"x")
     done = run("analyze", tiny, *SMALL, "-o", tmp_path)
     assert done.code == 3 and "not a conflict map" in done.err
@@ -53,10 +65,24 @@ def test_a_damaged_map_is_refused_before_anything_is_measured(run: Any, tiny: Pa
 
 def test_the_document_names_the_files_of_the_fisher(run: Any, tiny: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        done = run("analyze", tiny, *SMALL, "-n", 2, "--fisher", "uniform:2", "-o", tmp_path / "out", "--json")
+        done = run(
+            "analyze",
+            tiny,
+            *SMALL,
+            "-n",
+            2,
+            "--fisher",
+            "uniform:2",
+            "-o",
+            tmp_path / "out",
+            "--json",
+        )
         assert done.code == 0, done.err
         files = [Path(name) for name in json.loads(done.out)["files"]]
-        assert files[-2:] == [tmp_path / "out" / "fisher" / name / "fisher.safetensors" for name in ("0000-0500", "0500-1000")]
+        assert files[-2:] == [
+            tmp_path / "out" / "fisher" / name / "fisher.safetensors"
+            for name in ("0000-0500", "0500-1000")
+        ]
         assert all(path.is_file() for path in files)
     assert "nothing" in done.err
 

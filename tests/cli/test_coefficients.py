@@ -19,24 +19,38 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def experts(tmp_path: Path, add_expert: Callable[..., Path]) -> list[Path]:
     """Two experts, their weights a little moved."""
-    made = [add_expert(tmp_path / "experts" / f"{a:04d}-{b:04d}", a, b) for a, b in ((0, 300), (300, 1000))]
+    made = [
+        add_expert(tmp_path / "experts" / f"{a:04d}-{b:04d}", a, b)
+        for a, b in ((0, 300), (300, 1000))
+    ]
     for i, expert in enumerate(made):
         g = torch.Generator().manual_seed(i)
         tensors = load_file(expert / WEIGHTS)
-        save_file({n: t + 0.02 * torch.randn(t.shape, generator=g) for n, t in tensors.items()}, expert / WEIGHTS)
+        save_file(
+            {n: t + 0.02 * torch.randn(t.shape, generator=g) for n, t in tensors.items()},
+            expert / WEIGHTS,
+        )
     return made
 
 
-def test_weights_come_with_a_prediction_and_merge_takes_them(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_weights_come_with_a_prediction_and_merge_takes_them(
+    run: Run, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     file = tmp_path / "w.json"
     done = run("coefficients", tiny, *experts, *QUICK, "-o", file)
     assert (done.code, done.out.strip()) == (0, str(file)), done.err
-    assert done.err.index("cost    100 samples through the model for 2 weights") < done.err.index("predicted change")
+    assert done.err.index("cost    100 samples through the model for 2 weights") < done.err.index(
+        "predicted change"
+    )
     assert "promise" in done.err
     made = json.loads(file.read_text())
     record = made["record"]
     assert len(made["weights"]) == 2
-    assert list(record["predicted"]["ranges"]) == list(record["base_loss"]) == ["0000-0300", "0300-1000"]
+    assert (
+        list(record["predicted"]["ranges"])
+        == list(record["base_loss"])
+        == ["0000-0300", "0300-1000"]
+    )
     assert record["inputs"]["split"] == "train"
     assert record["options"]["samples"] == 10
     assert record["fitted"] <= 0
@@ -49,7 +63,20 @@ def test_weights_come_with_a_prediction_and_merge_takes_them(run: Run, tiny: Pat
 
 def test_weights_per_block(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
     file = tmp_path / "w.json"
-    done = run("coefficients", tiny, *experts, *QUICK, "--per", "block", "--ridge", 0.1, "--relative", "-o", file, "--json")
+    done = run(
+        "coefficients",
+        tiny,
+        *experts,
+        *QUICK,
+        "--per",
+        "block",
+        "--ridge",
+        0.1,
+        "--relative",
+        "-o",
+        file,
+        "--json",
+    )
     assert done.code == 0, done.err
     printed, made = json.loads(done.out), json.loads(file.read_text())
     assert {n: v for n, v in printed.items() if n != "out"} == made
@@ -59,12 +86,28 @@ def test_weights_per_block(run: Run, tiny: Path, experts: list[Path], tmp_path: 
     assert run("merge", tiny, *experts, "--weights", file, "-o", merged).code == 0
     base, a, b = (load_file(place / WEIGHTS)["conv_in.weight"] for place in (tiny, *experts))
     first, second = made["blocks"]["in"]
-    torch.testing.assert_close(load_file(merged / WEIGHTS)["conv_in.weight"], base + first * (a - base) + second * (b - base))
+    torch.testing.assert_close(
+        load_file(merged / WEIGHTS)["conv_in.weight"],
+        base + first * (a - base) + second * (b - base),
+    )
 
 
 def test_weights_per_layer(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
     file, expert = tmp_path / "w.json", experts[0]
-    done = run("coefficients", tiny, expert, *QUICK, "--ranges", "joint", "--samples", 5, "--per", "layer", "-o", file)
+    done = run(
+        "coefficients",
+        tiny,
+        expert,
+        *QUICK,
+        "--ranges",
+        "joint",
+        "--samples",
+        5,
+        "--per",
+        "layer",
+        "-o",
+        file,
+    )
     assert done.code == 0, done.err
     made, names = json.loads(file.read_text())["blocks"], list(load_file(tiny / WEIGHTS))
     assert set(made) == {name.rpartition(".")[0] for name in names}
@@ -78,12 +121,30 @@ def test_weights_per_layer(run: Run, tiny: Path, experts: list[Path], tmp_path: 
         torch.testing.assert_close(result[name], base[name] + w * (moved[name] - base[name]))
 
 
-def test_the_same_again_is_the_same_to_the_byte(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_the_same_again_is_the_same_to_the_byte(
+    run: Run, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     files = [tmp_path / f"{i}.json" for i in range(3)]
     for file, seed in zip(files, (0, 0, 1), strict=True):
-        assert run("coefficients", tiny, *experts, *QUICK, "--ranges", "uniform:3", "--seed", seed, "-o", file).code == 0
+        assert (
+            run(
+                "coefficients",
+                tiny,
+                *experts,
+                *QUICK,
+                "--ranges",
+                "uniform:3",
+                "--seed",
+                seed,
+                "-o",
+                file,
+            ).code
+            == 0
+        )
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert json.loads(files[0].read_text())["weights"] != json.loads(files[2].read_text())["weights"]
+    assert (
+        json.loads(files[0].read_text())["weights"] != json.loads(files[2].read_text())["weights"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +155,11 @@ def test_the_same_again_is_the_same_to_the_byte(run: Run, tiny: Path, experts: l
         (("--per", "tensor"), 2, "per 'tensor' is unknown"),
         (("--ranges", "unifrom:2"), 2, "neither uniform:N"),
         (("--samples", 4), 2, "4 samples per range do not fill 5 groups"),
-        (("--split", "test", "--groups", 1000, "--samples", 2000), 2, "images do not fill 1000 groups"),
+        (
+            ("--split", "test", "--groups", 1000, "--samples", 2000),
+            2,
+            "images do not fill 1000 groups",
+        ),
         (("--step", 0), 2, "is not a length"),
         (("--split", "none"), 2, "split 'none' is unknown"),
         (("--data", "/nowhere"), 3, "/nowhere"),
@@ -129,13 +194,18 @@ def test_experts_whose_ranges_make_no_partition_need_ranges(
     assert run("coefficients", tiny, experts[1], *QUICK, "--ranges", "joint", *out).code == 0
 
 
-def test_numbers_that_are_not_finite_are_named_before_ranges(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_named_before_ranges(
+    run: Run, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     broken = experts[1] / WEIGHTS
     tensors = load_file(broken)
     tensors["conv_in.weight"][0] = float("nan")
     save_file(tensors, broken)
     done = run("coefficients", tiny, experts[1], *QUICK, "-o", tmp_path / "w.json")
-    assert (done.code, f"{broken}: tensor 'conv_in.weight' holds NaN or Inf" in done.err) == (3, True), done.err
+    assert (done.code, f"{broken}: tensor 'conv_in.weight' holds NaN or Inf" in done.err) == (
+        3,
+        True,
+    ), done.err
 
 
 def test_experts_of_other_bases_and_shapes_are_refused(
@@ -150,12 +220,25 @@ def test_experts_of_other_bases_and_shapes_are_refused(
     assert (done.code, "of another shape" in done.err) == (3, True)
 
 
-def test_images_that_experts_were_trained_on_are_pointed_out(run: Run, tiny: Path, tmp_path: Path) -> None:
-    train = ("--max-train-steps", 1, "--train-batch-size", 2, "--ranges", "uniform:1", "--device", "cpu")
+def test_images_that_experts_were_trained_on_are_pointed_out(
+    run: Run, tiny: Path, tmp_path: Path
+) -> None:
+    train = (
+        "--max-train-steps",
+        1,
+        "--train-batch-size",
+        2,
+        "--ranges",
+        "uniform:1",
+        "--device",
+        "cpu",
+    )
     assert run("finetune", tiny, "--data", "digits", *train, "-o", tmp_path / "e").code == 0
     expert = tmp_path / "e" / "0000-1000"
     for split, told in (("train", True), ("test", False)):
-        done = run("coefficients", tiny, expert, *QUICK, "--split", split, "-o", tmp_path / f"{split}.json")
+        done = run(
+            "coefficients", tiny, expert, *QUICK, "--split", split, "-o", tmp_path / f"{split}.json"
+        )
         assert done.code == 0
         assert ("trained on these very images" in done.err) is told
         record = json.loads((tmp_path / f"{split}.json").read_text())["record"]
@@ -169,8 +252,25 @@ def test_a_lora_is_an_expert(run: Run, tiny: Path, experts: list[Path], tmp_path
     assert done.code == 0, done.err
 
 
-def test_text_to_image_models(run: Run, tiny_text: Path, image_folder: Path, tmp_path: Path) -> None:
-    quick = ("--data", image_folder, "--split", "all", "--samples", 5, "--groups", 5, "--ranges", "joint", "--device", "cpu")
+def test_text_to_image_models(
+    run: Run, tiny_text: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    quick = (
+        "--data",
+        image_folder,
+        "--split",
+        "all",
+        "--samples",
+        5,
+        "--groups",
+        5,
+        "--ranges",
+        "joint",
+        "--device",
+        "cpu",
+    )
     done = run("coefficients", tiny_text, tiny_text, *quick, "-o", tmp_path / "w.json")
     assert done.code == 0, done.err
-    assert json.loads((tmp_path / "w.json").read_text())["weights"] == [0.0]  # an expert that is the base changes nothing
+    assert json.loads((tmp_path / "w.json").read_text())["weights"] == [
+        0.0
+    ]  # an expert that is the base changes nothing

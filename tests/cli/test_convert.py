@@ -17,7 +17,11 @@ def test_converts_on_request(run, tmp_path: Path) -> None:  # type: ignore[no-un
     refused = run("convert", source, out)
     assert refused.code == 2 and "--allow-pickle" in refused.err and not out.exists()
     done = run("convert", source, out, "--allow-pickle", "--json")
-    assert done.code == 0 and json.loads(done.out) == {"out": str(out), "tensors": 1, "parameters": 6}
+    assert done.code == 0 and json.loads(done.out) == {
+        "out": str(out),
+        "tensors": 1,
+        "parameters": 6,
+    }
     assert run("convert", source, out, "--allow-pickle").code == 2
 
 
@@ -29,7 +33,9 @@ def test_errors_about_pickles_name_the_command(run, tmp_path: Path) -> None:  # 
         assert done.code == 3 and "demerge convert" in done.err
 
 
-def test_the_command_says_what_it_needs_and_replaces_nothing(run: Any, tiny_text: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_it_needs_and_replaces_nothing(
+    run: Any, tiny_text: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "model.safetensors"
     to_file(tiny_text, file)
     refused = run("convert", file, tmp_path / "out")
@@ -46,6 +52,11 @@ def test_what_merge_asks_for_works(run: Any, tiny_text: Path, tmp_path: Path) ->
     file = tmp_path / "model.safetensors"
     to_file(tiny_text, file)
     refused = run("merge", tiny_text, file, "-o", tmp_path / "merged")
-    assert refused.code == 3 and f"demerge convert {file} FOLDER --config {tiny_text}" in refused.err
+    assert (
+        refused.code == 3 and f"demerge convert {file} FOLDER --config {tiny_text}" in refused.err
+    )
     assert run("convert", file, tmp_path / "folder", "--config", tiny_text).code == 0
-    assert run("merge", tiny_text, tmp_path / "folder", "--weights", 1, "-o", tmp_path / "merged").code == 0
+    assert (
+        run("merge", tiny_text, tmp_path / "folder", "--weights", 1, "-o", tmp_path / "merged").code
+        == 0
+    )

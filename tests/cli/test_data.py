@@ -53,7 +53,10 @@ def test_what_is_read_in_part_is_never_called_usable(run, tmp_path):
     done = run("data", "check", tmp_path)
     assert done.code == 0
     assert "others    .pdf (1)" in done.out
-    assert done.out.splitlines()[-1] == "verdict   usable: 1 of 1 images were read; 1 other files are passed over"
+    assert (
+        done.out.splitlines()[-1]
+        == "verdict   usable: 1 of 1 images were read; 1 other files are passed over"
+    )
     (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (tmp_path / "c.jxl").write_bytes(b"\xff\x0a")
     done = run("data", "check", tmp_path)
@@ -62,7 +65,10 @@ def test_what_is_read_in_part_is_never_called_usable(run, tmp_path):
     assert last.startswith(
         "verdict   cannot be used as it is: 1 of 3 images can be read; 2 of 3 files are broken (heic 1, jxl 1)"
     )
-    assert "broken    b.heic: no image in a format that can be read (heic); convert it to PNG" in done.out
+    assert (
+        "broken    b.heic: no image in a format that can be read (heic); convert it to PNG"
+        in done.out
+    )
 
 
 def test_names_that_are_no_utf8_and_names_of_255_bytes_are_printed(run, tmp_path):
@@ -88,11 +94,16 @@ def test_names_that_are_no_utf8_and_names_of_255_bytes_are_printed(run, tmp_path
 
 def test_a_csv_that_cannot_be_read_is_one_sentence_with_file_and_line(run, image_folder):
     (image_folder / "metadata.jsonl").unlink()
-    (image_folder / "metadata.csv").write_text('file_name,text\n0.png,a\n1.png,"5 inch cat\n2.png,c\n')
+    (image_folder / "metadata.csv").write_text(
+        'file_name,text\n0.png,a\n1.png,"5 inch cat\n2.png,c\n'
+    )
     done = run("data", "check", image_folder)
     assert done.code == 3
     assert "a bug" not in done.err
-    assert f"captions cannot be read: {image_folder}/metadata.csv, line 3: the row that begins here" in done.out
+    assert (
+        f"captions cannot be read: {image_folder}/metadata.csv, line 3: the row that begins here"
+        in done.out
+    )
 
 
 def test_no_such_source_is_one_message_and_3(run, tmp_path):

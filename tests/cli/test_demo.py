@@ -11,7 +11,18 @@ import pandas as pd
 
 def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / "my run"
-    small = ("--steps", 1, "--num-images", 70, "--seeds", 2, "--sampling-steps", 2, "--cell-size", 2)
+    small = (
+        "--steps",
+        1,
+        "--num-images",
+        70,
+        "--seeds",
+        2,
+        "--sampling-steps",
+        2,
+        "--cell-size",
+        2,
+    )
     done = run("demo", "-o", out, *small)
     assert done.code == 0, done.err
     assert done.out.strip() == str(out / "report" / "index.html")
@@ -21,8 +32,17 @@ def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:  # type: ignore
     kinds = table["kind"].value_counts()
     assert kinds["merge"] >= 5
     assert {"base", "joint", "ensemble"} <= set(kinds.index)
-    commands = [shlex.split(line) for line in json.loads((out / "commands.json").read_text())["commands"]]
-    assert {words[1] for words in commands} == {"analyze", "finetune", "stats", "merge", "evaluate", "compare"}
+    commands = [
+        shlex.split(line) for line in json.loads((out / "commands.json").read_text())["commands"]
+    ]
+    assert {words[1] for words in commands} == {
+        "analyze",
+        "finetune",
+        "stats",
+        "merge",
+        "evaluate",
+        "compare",
+    }
     assert all(words[0] == "demerge" for words in commands)
     assert run("demo", "-o", out, *small).code == 0
 

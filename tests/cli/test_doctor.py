@@ -59,7 +59,10 @@ def test_a_torchvision_that_breaks_diffusers_is_told_apart(monkeypatch):
     assert doctor._imported("diffusers").fix.startswith("pip uninstall torchvision")
 
 
-@pytest.mark.parametrize(("cuda", "fix"), [(None, "pip install --force-reinstall torch --index-url"), ("13.0", "CUDA 13.0")])
+@pytest.mark.parametrize(
+    ("cuda", "fix"),
+    [(None, "pip install --force-reinstall torch --index-url"), ("13.0", "CUDA 13.0")],
+)
 def test_a_gpu_that_torch_cannot_use_has_one_fix(run, quick, monkeypatch, tmp_path, cuda, fix):
     driver = tmp_path / "version"
     driver.write_text("NVRM version")

@@ -17,7 +17,18 @@ from demerge.evaluation.scores import Scores
 from demerge.reporting.html import whole
 from demerge.reporting.images import png
 
-SMALL = ("--data", "digits", "--num-images", "20", "--steps", "2", "--loss-samples", "16", "--reference-images", "100")
+SMALL = (
+    "--data",
+    "digits",
+    "--num-images",
+    "20",
+    "--steps",
+    "2",
+    "--loss-samples",
+    "16",
+    "--reference-images",
+    "100",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +44,9 @@ def draw_digits(folder: Path, count: int) -> None:
         (folder / f"{i}.png").write_bytes(png(image))
 
 
-def test_from_models_to_a_report(run: Callable[..., Any], make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_from_models_to_a_report(
+    run: Callable[..., Any], make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     base, other, out = make_tiny(seed=0), make_tiny(seed=1), tmp_path / "run"
     (other / "demerge.json").write_text(json.dumps({"experts": [{"range": [0, 500]}]}))
     arguments = ("evaluate", f"base={base}", f"ties={other}", *SMALL, "--seeds", "0,1", "-o", out)
@@ -53,11 +66,15 @@ def test_from_models_to_a_report(run: Callable[..., Any], make_tiny: Callable[..
     score = Scores.load(out / "scores" / "ties.seed0.json")
     assert score.metrics["drift"] > 0
     assert score.losses is not None
-    assert Scores.load(out / "scores" / "base.seed0.json").metrics["drift"] == pytest.approx(0, abs=1e-9)
+    assert Scores.load(out / "scores" / "base.seed0.json").metrics["drift"] == pytest.approx(
+        0, abs=1e-9
+    )
 
     again = run(*arguments)
     assert again.out.strip() == str(out / "scores")
-    assert {path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir()} == written, "nothing is made twice"
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir()} == written, (
+        "nothing is made twice"
+    )
 
     report = run("compare", out, "--json")
     assert report.code == 0, report.err
@@ -66,17 +83,31 @@ def test_from_models_to_a_report(run: Callable[..., Any], make_tiny: Callable[..
     assert len(pd.read_csv(out / "report" / "scores.csv")) == 3
 
 
-def test_a_folder_of_images_is_scored_as_it_is(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
-    result = run("evaluate", pictures, *SMALL, "--features", "random", "-o", tmp_path / "run", "--json")
+def test_a_folder_of_images_is_scored_as_it_is(
+    run: Callable[..., Any], pictures: Path, tmp_path: Path
+) -> None:
+    result = run(
+        "evaluate", pictures, *SMALL, "--features", "random", "-o", tmp_path / "run", "--json"
+    )
     assert result.code == 0, result.err
     score = json.loads(result.out)["scores"][1]
     assert (score["model"], score["protocol"]["num_images"]) == ("pictures", 20)
     assert "unknown" in score["protocol"]["sampler"]
 
 
-def test_unlike_protocols_end_with_6(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
+def test_unlike_protocols_end_with_6(
+    run: Callable[..., Any], pictures: Path, tmp_path: Path
+) -> None:
     for name, count in (("a", 20), ("b", 25)):
-        options = ("--data", "digits", "--num-images", count, "--no-lpips", "--reference-images", "100")
+        options = (
+            "--data",
+            "digits",
+            "--num-images",
+            count,
+            "--no-lpips",
+            "--reference-images",
+            "100",
+        )
         assert run("evaluate", f"{name}={pictures}", *options, "-o", tmp_path / name).code == 0
     result = run("compare", tmp_path / "a/scores/a.json", tmp_path / "b/scores/b.json")
     assert result.code == 6
@@ -97,7 +128,12 @@ def test_unlike_protocols_end_with_6(run: Callable[..., Any], pictures: Path, tm
     ],
 )
 def test_mistakes(
-    run: Callable[..., Any], pictures: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+    run: Callable[..., Any],
+    pictures: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    code: int,
+    words: str,
 ) -> None:
     result = run("evaluate", pictures, *SMALL, *arguments, "-o", tmp_path / "run")
     assert result.code == code, result.err
@@ -114,7 +150,9 @@ def test_mistakes_about_models(run: Callable[..., Any], tiny: Path, tmp_path: Pa
     assert run("compare", empty).code == 3
 
 
-def test_every_model_is_resolved_before_the_first_image(run: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+def test_every_model_is_resolved_before_the_first_image(
+    run: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     next((broken / "unet").glob("*.safetensors")).unlink()
@@ -125,21 +163,41 @@ def test_every_model_is_resolved_before_the_first_image(run: Callable[..., Any],
         assert not (tmp_path / "run").exists(), "no feature was taken and no image made"
 
 
-def test_plots_among_the_models_are_left_out_and_named(run: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+def test_plots_among_the_models_are_left_out_and_named(
+    run: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
     plots = tmp_path / "merged" / "ties-report"
     draw_digits(plots, 2)
     (plots / "index.html").write_text(whole("What the merge did", "", [], ""))
-    result = run("evaluate", tiny, plots, *SMALL, "--no-lpips", "--seeds", "0", "-o", tmp_path / "run", "--json")
+    result = run(
+        "evaluate",
+        tiny,
+        plots,
+        *SMALL,
+        "--no-lpips",
+        "--seeds",
+        "0",
+        "-o",
+        tmp_path / "run",
+        "--json",
+    )
     assert result.code == 0, result.err
     assert "ties-report holds plots that demerge wrote" in result.err
-    assert {score["model"] for score in json.loads(result.out)["scores"]} == {tiny.name, "digits train"}
+    assert {score["model"] for score in json.loads(result.out)["scores"]} == {
+        tiny.name,
+        "digits train",
+    }
     assert run("evaluate", f"ties={plots}", *SMALL, "-o", tmp_path / "other").code == 2
 
 
 def test_compare_ranks_the_largest_group_and_prints_its_verdict(
     run: Callable[..., Any], make_scores: Callable[..., list[Scores]], tmp_path: Path
 ) -> None:
-    groups = [("base", "base", {}), ("ties", "merge", {}), ("pictures", "model", {"sampler": "unknown", "steps": 0})]
+    groups = [
+        ("base", "base", {}),
+        ("ties", "merge", {}),
+        ("pictures", "model", {"sampler": "unknown", "steps": 0}),
+    ]
     for name, kind, changes in groups:
         for score in make_scores(name, kind, [8.0, 7.0, 7.5], **changes):
             score.save(tmp_path / "run" / "scores" / f"{name}.seed{score.seed}.json")
@@ -177,9 +235,20 @@ def test_what_is_linked_out_of_a_run_stays_out_of_its_report(
     assert run("compare", folder).code == 3
 
 
-def test_statistics_of_another_program_are_the_reference(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
+def test_statistics_of_another_program_are_the_reference(
+    run: Callable[..., Any], pictures: Path, tmp_path: Path
+) -> None:
     np.savez(tmp_path / "stats.npz", mu=np.zeros(64), sigma=np.eye(64))
-    arguments = ("evaluate", pictures, *SMALL[:4], "--no-lpips", "--reference", tmp_path / "stats.npz", "-o", tmp_path / "run")
+    arguments = (
+        "evaluate",
+        pictures,
+        *SMALL[:4],
+        "--no-lpips",
+        "--reference",
+        tmp_path / "stats.npz",
+        "-o",
+        tmp_path / "run",
+    )
     refused = run(*arguments)
     assert refused.code == 3
     assert "--reference-images N" in refused.err

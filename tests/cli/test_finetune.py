@@ -20,8 +20,17 @@ def test_experts_land_where_scripts_expect_them(run, tiny: Path, tmp_path: Path)
     again = run("finetune", tiny, "--ranges", "uniform:4", "-o", out, *FAST, "--json")
     assert json.loads(again.out)["finished_steps"] == 8
     images = tmp_path / "images"
-    assert run("sample", tiny, "--experts", out, "-n", 3, "--steps", 4, "-o", images, "--device", "cpu").code == 0
-    assert [p.name for p in sorted(images.glob("*.png"))] == ["000000.png", "000001.png", "000002.png"]
+    assert (
+        run(
+            "sample", tiny, "--experts", out, "-n", 3, "--steps", 4, "-o", images, "--device", "cpu"
+        ).code
+        == 0
+    )
+    assert [p.name for p in sorted(images.glob("*.png"))] == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+    ]
     assert Image.open(images / "000000.png").size == (8, 8)
 
 
@@ -44,16 +53,62 @@ def test_random_start_needs_no_base(run, tmp_path: Path) -> None:  # type: ignor
     config.write_text(json.dumps({"unet": unet, "scheduler": {"num_train_timesteps": 100}}))
     out = tmp_path / "base"
     assert (
-        run("finetune", config, "--init", "random", "--ranges", "joint", "-o", out, *FAST, "--save-dtype", "float16").code == 0
+        run(
+            "finetune",
+            config,
+            "--init",
+            "random",
+            "--ranges",
+            "joint",
+            "-o",
+            out,
+            *FAST,
+            "--save-dtype",
+            "float16",
+        ).code
+        == 0
     )
     from demerge.evaluation.models import kind_of
 
     made = {path.name: path.read_bytes() for path in (out / "0000-0100").glob("*.json*")}
-    assert set(made) == {"base.json", "log.jsonl", "model_index.json"}  # a base is no control, hence no expert.json
+    assert set(made) == {
+        "base.json",
+        "log.jsonl",
+        "model_index.json",
+    }  # a base is no control, hence no expert.json
     assert kind_of(out / "0000-0100") == "model"
-    again = run("finetune", config, "--init", "random", "--ranges", "joint", "-o", out, *FAST, "--save-dtype", "float16")
-    assert (again.code, {path.name: path.read_bytes() for path in (out / "0000-0100").glob("*.json*")}) == (0, made)
-    assert run("sample", out / "0000-0100", "-n", 1, "--steps", 2, "-o", tmp_path / "i", "--device", "cpu").code == 0
+    again = run(
+        "finetune",
+        config,
+        "--init",
+        "random",
+        "--ranges",
+        "joint",
+        "-o",
+        out,
+        *FAST,
+        "--save-dtype",
+        "float16",
+    )
+    assert (
+        again.code,
+        {path.name: path.read_bytes() for path in (out / "0000-0100").glob("*.json*")},
+    ) == (0, made)
+    assert (
+        run(
+            "sample",
+            out / "0000-0100",
+            "-n",
+            1,
+            "--steps",
+            2,
+            "-o",
+            tmp_path / "i",
+            "--device",
+            "cpu",
+        ).code
+        == 0
+    )
 
 
 def test_dry_run_writes_nothing(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -78,7 +133,9 @@ def test_dry_run_writes_nothing(run, tiny: Path, tmp_path: Path) -> None:  # typ
         (("--split", "dev"), 2, "dev"),
     ],
 )
-def test_mistakes_are_named(run, tiny: Path, tmp_path: Path, changes, code: int, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_mistakes_are_named(
+    run, tiny: Path, tmp_path: Path, changes, code: int, message: str
+) -> None:  # type: ignore[no-untyped-def]
     done = run("finetune", tiny, "-o", tmp_path / "e", *FAST, *changes)
     assert done.code == code
     assert message in done.err
@@ -99,14 +156,32 @@ def test_a_folder_that_is_no_model(run, tmp_path: Path) -> None:  # type: ignore
     assert "model_index.json" in done.err
 
 
-def test_broken_images_are_named_and_can_be_left_out(run, tiny: Path, image_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_broken_images_are_named_and_can_be_left_out(
+    run, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     (image_folder / "broken.png").write_text("<html>404</html>")
-    train = ("--data", image_folder, "--split", "all", "--max-train-steps", 1, "--train-batch-size", 2, "--device", "cpu")
+    train = (
+        "--data",
+        image_folder,
+        "--split",
+        "all",
+        "--max-train-steps",
+        1,
+        "--train-batch-size",
+        2,
+        "--device",
+        "cpu",
+    )
     refused = run("finetune", tiny, "--ranges", "joint", "-o", tmp_path / "e", *train)
     assert refused.code == 3
     assert "broken.png" in refused.err
     assert "--skip-broken" in refused.err
-    assert run("finetune", tiny, "--ranges", "joint", "-o", tmp_path / "e", *train, "--skip-broken").code == 0
+    assert (
+        run(
+            "finetune", tiny, "--ranges", "joint", "-o", tmp_path / "e", *train, "--skip-broken"
+        ).code
+        == 0
+    )
 
 
 def test_captions_that_are_not_there(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -17,7 +17,10 @@ from demerge.inspection import other_input
 
 
 def test_two_files_merge_or_it_says_why_not(run: Any, tmp_path: Path) -> None:
-    conv, count = "model.diffusion_model.input_blocks.0.0.weight", {"model_ema.num_updates": torch.ones(1)}
+    conv, count = (
+        "model.diffusion_model.input_blocks.0.0.weight",
+        {"model_ema.num_updates": torch.ones(1)},
+    )
     base, good, bad = (tmp_path / f"{name}.safetensors" for name in ("base", "good", "bad"))
     save_file({conv: torch.zeros(8, 4, 3, 3)} | count, base)
     save_file({f"_orig_mod.{conv}": torch.ones(8, 4, 3, 3)}, good)
@@ -33,7 +36,9 @@ def test_two_files_merge_or_it_says_why_not(run: Any, tmp_path: Path) -> None:
     assert done.code == 3 and "does not merge" in done.out and "fix" in done.out
 
 
-def test_a_pipeline_with_another_schedule_does_not_merge(run: Any, tiny: Path, make_tiny: Any) -> None:
+def test_a_pipeline_with_another_schedule_does_not_merge(
+    run: Any, tiny: Path, make_tiny: Any
+) -> None:
     done = run("inspect", tiny, make_tiny(prediction_type="v_prediction"))
     assert done.code == 3 and "the prediction type v_prediction, not epsilon" in done.out
     assert run("inspect", tiny, make_tiny(seed=3)).code == 0
@@ -50,7 +55,9 @@ def test_a_pipeline_with_another_schedule_does_not_merge(run: Any, tiny: Path, m
         (4, 4, 4, ""), (4, 8, 4, ""), (3, 6, None, ""), (1, 1, None, ""), (4, None, 4, ""),
     ],
 )  # fmt: skip
-def test_what_takes_more_than_x_t_is_told(taken: int, given: int | None, latents: int | None, message: str) -> None:
+def test_what_takes_more_than_x_t_is_told(
+    taken: int, given: int | None, latents: int | None, message: str
+) -> None:
     found = other_input({"in_channels": taken, "out_channels": given}, latents)
     assert message in found and bool(message) == bool(found)
 
@@ -65,6 +72,17 @@ def test_an_inpainting_base_is_refused_by_name(run: Any, tiny_text: Path, tmp_pa
     with pytest.raises(UsageError, match=r"takes 9 input channels \(an inpainting model"):
         Diffusion.load(base)
     (tmp_path / "captions.txt").write_text("a cat\n")
-    done = run("sample", base, "-n", 1, "--steps", 2, "--captions", tmp_path / "captions.txt", "-o", tmp_path / "out")
+    done = run(
+        "sample",
+        base,
+        "-n",
+        1,
+        "--steps",
+        2,
+        "--captions",
+        tmp_path / "captions.txt",
+        "-o",
+        tmp_path / "out",
+    )
     assert done.code == 2 and "an inpainting model" in done.err and "fix:" in done.err
     assert "do not take it: it takes 9 input channels" in run("inspect", base).out

@@ -28,33 +28,54 @@ def experts(add_expert: Callable[..., Path], tmp_path: Path) -> list[Path]:
     for seed, span in enumerate([(0, 300), (300, 1000)]):
         folder = add_expert(tmp_path / f"expert-{seed}", *span)
         g = torch.Generator().manual_seed(seed)
-        tensors = {n: t + 0.02 * torch.randn(t.shape, generator=g) for n, t in load_file(folder / WEIGHTS).items()}
+        tensors = {
+            n: t + 0.02 * torch.randn(t.shape, generator=g)
+            for n, t in load_file(folder / WEIGHTS).items()
+        }
         save_file(tensors, folder / WEIGHTS)
         made.append(folder)
     return made
 
 
-def test_paths_plane_and_task_vectors(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_paths_plane_and_task_vectors(
+    run: Run, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "land"
     done = run("landscape", tiny, *experts, *QUICK, "-o", out, "--json")
     assert done.code == 0, done.err
     made, printed = json.loads((out / "landscape.json").read_text()), json.loads(done.out)
     assert {n: v for n, v in printed.items() if n not in ("out", "files")} == made
     assert sorted(printed["files"]) == sorted(str(file) for file in out.iterdir())
-    names = ["loss_along_path_0", "loss_along_path_1", "loss_on_plane", "norms_by_block", "norms_by_layer"]
-    assert sorted(path.stem for path in out.glob("*.svg")) == sorted(path.stem for path in out.glob("*.png")) == names
+    names = [
+        "loss_along_path_0",
+        "loss_along_path_1",
+        "loss_on_plane",
+        "norms_by_block",
+        "norms_by_layer",
+    ]
+    assert (
+        sorted(path.stem for path in out.glob("*.svg"))
+        == sorted(path.stem for path in out.glob("*.png"))
+        == names
+    )
     assert done.err.index("cost    704 forward passes") < done.err.index("length by block")
     spans = ["0000-0300", "0300-1000"]
-    assert list(made["paths"]) == made["task_vectors"]["labels"] == made["plane"]["experts"] == spans
+    assert (
+        list(made["paths"]) == made["task_vectors"]["labels"] == made["plane"]["experts"] == spans
+    )
     for path in made["paths"].values():
-        assert [(row["s"], row["range"]) for row in path] == [(s, span) for s in (0, 1, 2) for span in spans]
+        assert [(row["s"], row["range"]) for row in path] == [
+            (s, span) for s in (0, 1, 2) for span in spans
+        ]
     points = {(row["w_i"], row["w_j"]) for row in made["plane"]["points"]}
     assert points == {(float(i), float(j)) for i in (-1, 0, 1, 2) for j in (-1, 0, 1, 2)}
     assert made["record"]["inputs"]["split"] == "test"
     assert "covers 0" in done.err or "±" in done.err
 
 
-def test_the_numbers_are_those_of_the_library(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_the_library(
+    run: Run, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     done = run("landscape", tiny, *experts, *QUICK, "--plane", "none", "--json")
     assert done.code == 0, done.err
     made = json.loads(done.out)
@@ -62,14 +83,25 @@ def test_the_numbers_are_those_of_the_library(run: Run, tiny: Path, experts: lis
     tau = [torch.cat([(t[n].double() - base[n].double()).flatten() for n in base]) for t in tuned]
     compared = made["task_vectors"]
     assert compared["norms"] == pytest.approx([float(each.norm()) for each in tau])
-    assert compared["cosine"][0][1] == pytest.approx(float(tau[0] @ tau[1] / tau[0].norm() / tau[1].norm()))
+    assert compared["cosine"][0][1] == pytest.approx(
+        float(tau[0] @ tau[1] / tau[0].norm() / tau[1].norm())
+    )
     layers = {row["name"]: row for row in compared["layers"]}
-    assert list(layers) == list(dict.fromkeys(name.rpartition(".")[0] for name in compared_names(tiny)))
-    conv = [(tuned[0][f"conv_in.{part}"].double() - base[f"conv_in.{part}"].double()) for part in ("weight", "bias")]
-    assert layers["conv_in"]["norm 0000-0300"] == pytest.approx(sum(float(c.square().sum()) for c in conv) ** 0.5)
+    assert list(layers) == list(
+        dict.fromkeys(name.rpartition(".")[0] for name in compared_names(tiny))
+    )
+    conv = [
+        (tuned[0][f"conv_in.{part}"].double() - base[f"conv_in.{part}"].double())
+        for part in ("weight", "bias")
+    ]
+    assert layers["conv_in"]["norm 0000-0300"] == pytest.approx(
+        sum(float(c.square().sum()) for c in conv) ** 0.5
+    )
     data = load_images("digits", split="test", resolution=8, channels=1)
     ranges = Partition.from_cuts(1000, [300])
-    start, end = (range_losses(Diffusion.load(m), data, ranges, samples=16) for m in (tiny, experts[0]))
+    start, end = (
+        range_losses(Diffusion.load(m), data, ranges, samples=16) for m in (tiny, experts[0])
+    )
     change = end.change(start)
     for row in made["paths"]["0000-0300"]:
         if row["s"] == 1:
@@ -85,10 +117,15 @@ def compared_names(folder: Path) -> list[str]:
 
 
 def test_a_path_to_a_merged_model(run: Run, tiny: Path, experts: list[Path]) -> None:
-    done = run("landscape", tiny, *experts, *QUICK, "--merged", experts[0], "--plane", "1,0", "--json")
+    done = run(
+        "landscape", tiny, *experts, *QUICK, "--merged", experts[0], "--plane", "1,0", "--json"
+    )
     assert done.code == 0, done.err
     made = json.loads(done.out)
-    assert list(made["paths"]) == ["expert-0"] and made["plane"]["experts"] == ["0300-1000", "0000-0300"]
+    assert list(made["paths"]) == ["expert-0"] and made["plane"]["experts"] == [
+        "0300-1000",
+        "0000-0300",
+    ]
     at = {(row["w_i"], row["w_j"], row["range"]): row["loss"] for row in made["plane"]["points"]}
     for row in made["paths"]["expert-0"]:
         assert row["loss"] == pytest.approx(at[0.0, row["s"], row["range"]], rel=1e-4)
@@ -99,7 +136,10 @@ def test_one_expert_has_a_path_and_no_plane(run: Run, tiny: Path, experts: list[
     assert done.code == 0, done.err
     made = json.loads(done.out)
     assert made["plane"] is None and list(made["paths"]) == ["0000-0300"] and made["files"] == []
-    assert made["task_vectors"]["cosine"] == [[pytest.approx(1)]] and made["task_vectors"]["blocks"][0]["cosine"] is None
+    assert (
+        made["task_vectors"]["cosine"] == [[pytest.approx(1)]]
+        and made["task_vectors"]["blocks"][0]["cosine"] is None
+    )
 
 
 def test_a_lora_is_an_expert(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
@@ -111,11 +151,16 @@ def test_a_lora_is_an_expert(run: Run, tiny: Path, experts: list[Path], tmp_path
     assert made["task_vectors"]["norms"][0] > 0 and list(made["paths"]) == ["lora.safetensors"]
 
 
-def test_an_expert_that_is_the_base_moves_nothing(run: Run, tiny: Path, experts: list[Path]) -> None:
+def test_an_expert_that_is_the_base_moves_nothing(
+    run: Run, tiny: Path, experts: list[Path]
+) -> None:
     done = run("landscape", tiny, tiny, experts[0], *QUICK, "--ranges", "joint", "--json")
     assert done.code == 0, done.err
     made = json.loads(done.out)
-    assert made["task_vectors"]["norms"][0] == 0 and made["task_vectors"]["cosine"][0] == [None, None]
+    assert made["task_vectors"]["norms"][0] == 0 and made["task_vectors"]["cosine"][0] == [
+        None,
+        None,
+    ]
     assert all(row["change"] == 0 for row in made["paths"]["base"])
 
 
@@ -150,7 +195,9 @@ def test_refusals(
     assert message in done.err
 
 
-def test_one_expert_for_a_plane_and_experts_without_ranges_are_refused(run: Run, tiny: Path, experts: list[Path]) -> None:
+def test_one_expert_for_a_plane_and_experts_without_ranges_are_refused(
+    run: Run, tiny: Path, experts: list[Path]
+) -> None:
     done = run("landscape", tiny, experts[0], *QUICK, "--plane", "0,1")
     assert (done.code, "two different experts, and 1 is given" in done.err) == (2, True)
     done = run("landscape", tiny, experts[1], *QUICK)

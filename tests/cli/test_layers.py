@@ -34,20 +34,38 @@ def conflict(tiny: Path, tmp_path: Path) -> Path:
     s = rng.standard_normal((4, 8, 12))
     origin = Origin(base.sha256, "data", base.parameters, "exact", "shared", False, "adam", 4, 0)
     gram = np.einsum("imd,jnd->imjn", s, s)
-    map = ConflictMap(Partition.uniform(1000, 4), gram, base.snr().log().numpy(), origin, layout, layers=layers)
+    map = ConflictMap(
+        Partition.uniform(1000, 4), gram, base.snr().log().numpy(), origin, layout, layers=layers
+    )
     return map.save(tmp_path / "conflict.safetensors")
 
 
 def test_from_a_map_to_experts(run: Any, tiny: Path, conflict: Path, tmp_path: Path) -> None:
     out, plot, experts = tmp_path / "layers.json", tmp_path / "layers.svg", tmp_path / "experts"
-    done = run("layers", conflict, "--ranges", "uniform:2", "--share", 0.02, "--model", tiny, "-o", out, "--plot", plot)
+    done = run(
+        "layers",
+        conflict,
+        "--ranges",
+        "uniform:2",
+        "--share",
+        0.02,
+        "--model",
+        tiny,
+        "-o",
+        out,
+        "--plot",
+        plot,
+    )
     assert (done.code, done.out.strip()) == (0, str(out)), done.err
     assert "held out, they gain" in done.err and plot.read_bytes().startswith(b"<?xml")
     said = json.loads(out.read_text())
     assert said["train"][:2] == CHOSEN[::-1] or said["train"][:2] == CHOSEN
     assert said["supported"] and said["trained"] <= 0.02
     kept = out.read_bytes()
-    assert run("layers", tmp_path, "--ranges", "uniform:2", "--share", 0.02, "-o", out).code == 0 and out.read_bytes() == kept
+    assert (
+        run("layers", tmp_path, "--ranges", "uniform:2", "--share", 0.02, "-o", out).code == 0
+        and out.read_bytes() == kept
+    )
     trained = ("finetune", tiny, "--train-layers", out, *TRAIN, "-o", experts)
     plan = run(*trained, "--dry-run", "--json")
     document = json.loads(plan.out)
@@ -61,14 +79,18 @@ def test_from_a_map_to_experts(run: Any, tiny: Path, conflict: Path, tmp_path: P
     assert set(layers_of(dict.fromkeys(moved, 1))) == set(said["train"])
     again = run("finetune", tiny, *TRAIN, "--ranges", "joint", "-o", experts)
     assert again.code == 2 and "layers_sha256" in again.err
-    foreign = run("finetune", tiny, "--init", "random", "--train-layers", out, *TRAIN, "-o", tmp_path / "new")
+    foreign = run(
+        "finetune", tiny, "--init", "random", "--train-layers", out, *TRAIN, "-o", tmp_path / "new"
+    )
     assert foreign.code == 2 and "random start trains all layers" in foreign.err
 
 
 def test_what_scripts_rely_on(run: Any, conflict: Path) -> None:
     done = run("layers", conflict, "--ranges", "uniform:2", "--share", 0.02)
     assert (done.code, set(CHOSEN) <= set(done.out.split())) == (0, True)
-    said = json.loads(run("layers", conflict, "--ranges", "uniform:2", "--share", 0.02, "--json").out)
+    said = json.loads(
+        run("layers", conflict, "--ranges", "uniform:2", "--share", 0.02, "--json").out
+    )
     assert said["train"] == done.out.split() and said["out"] is None
     assert sum(row["parameters"] for row in said["layers"]) > 10_000
 
@@ -91,16 +113,25 @@ def test_what_scripts_rely_on(run: Any, conflict: Path) -> None:
     ],
 )
 def test_mistakes_end_in_one_message(
-    run: Any, conflict: Path, arguments: tuple[Any, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+    run: Any,
+    conflict: Path,
+    arguments: tuple[Any, ...],
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(conflict.parent)
     before = conflict.read_bytes()
     done = run("layers", conflict, *arguments)
     assert (done.code, message in done.err, done.out) == (code, True, ""), done.err
-    assert [path.name for path in conflict.parent.iterdir()] == [conflict.name] and conflict.read_bytes() == before
+    assert [path.name for path in conflict.parent.iterdir()] == [
+        conflict.name
+    ] and conflict.read_bytes() == before
 
 
-def test_ranges_of_another_number_of_timesteps_are_refused(run: Any, conflict: Path, tmp_path: Path) -> None:
+def test_ranges_of_another_number_of_timesteps_are_refused(
+    run: Any, conflict: Path, tmp_path: Path
+) -> None:
     Partition.uniform(500, 2).save(tmp_path / "p.json")
     done = run("layers", conflict, "--ranges", tmp_path / "p.json")
     assert (done.code, "covers 500 timesteps" in done.err) == (2, True)

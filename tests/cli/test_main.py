@@ -74,7 +74,9 @@ def test_version(run) -> None:  # type: ignore[no-untyped-def]
         (DemergeError, 1),
     ],
 )
-def test_each_error_has_its_exit_code(run, monkeypatch, error: type[DemergeError], code: int) -> None:  # type: ignore[no-untyped-def]
+def test_each_error_has_its_exit_code(
+    run, monkeypatch, error: type[DemergeError], code: int
+) -> None:  # type: ignore[no-untyped-def]
     def fail(**_: object) -> None:
         raise error("what is wrong", fix="what to do")
 
@@ -95,7 +97,10 @@ def test_interrupt_is_130(run, monkeypatch) -> None:  # type: ignore[no-untyped-
     def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
-    for app in (interrupt, lambda **_: 130):  # typer returns the code where it catches Ctrl-C itself
+    for app in (
+        interrupt,
+        lambda **_: 130,
+    ):  # typer returns the code where it catches Ctrl-C itself
         monkeypatch.setattr(program, "app", app)
         done = run()
         assert done.code == 130 and "interrupted" in done.err
@@ -114,7 +119,10 @@ def test_underscores_and_dashes_are_the_same(run, tmp_path) -> None:  # type: ig
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert program.printable("a\x1b[31mb\x07\nc") == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}\nc"
+    assert (
+        program.printable("a\x1b[31mb\x07\nc")
+        == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}\nc"
+    )
 
 
 def test_sigterm_ends_training_with_a_checkpoint(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -140,7 +148,9 @@ def test_sigterm_ends_training_with_a_checkpoint(tiny, tmp_path) -> None:  # typ
         "--train-batch-size",
         "2",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("finetune"):

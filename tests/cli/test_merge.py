@@ -15,7 +15,16 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 def test_merge_as_scripts_call_it(run: Any, make_tiny: Any, tmp_path: Path) -> None:
     base, a, b = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
     out = tmp_path / "out"
-    options = ("--method", "ties", "--weights", "0.3,0.3", "--option", "density=0.2", "--save-dtype", "float32")
+    options = (
+        "--method",
+        "ties",
+        "--weights",
+        "0.3,0.3",
+        "--option",
+        "density=0.2",
+        "--save-dtype",
+        "float32",
+    )
     done = run("merge", base, a, b, *options, "-o", out)
     assert (done.code, done.out.strip()) == (0, str(out))
     assert "delta" in done.err
@@ -49,7 +58,9 @@ def test_dry_run_writes_nothing(run: Any, tiny: Path, tmp_path: Path) -> None:
         (("--method", "fisher"), 2, "needs fisher"),
     ],
 )
-def test_refusals(run: Any, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
+def test_refusals(
+    run: Any, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
     done = run("merge", tiny, tiny, "-o", tmp_path / "out", *arguments)
     assert done.code == code and message in done.err and "fix:" in done.err
     assert not (tmp_path / "out").exists()
@@ -60,14 +71,33 @@ def test_two_models_and_no_base(run: Any, make_tiny: Any, tmp_path: Path) -> Non
     a, b, c = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
     for options in ((), ("--method", "slerp"), ("--method", "ties", "--option", "density=1")):
         done = run("merge", a, b, *options, "-o", tmp_path / "out")
-        assert done.code == 2 and f"gives a copy of {b}" in done.err and not (tmp_path / "out").exists()
-        assert f"demerge merge BASE {a} {b}" in done.err and f"demerge merge {a} {b} --no-base" in done.err
+        assert (
+            done.code == 2
+            and f"gives a copy of {b}" in done.err
+            and not (tmp_path / "out").exists()
+        )
+        assert (
+            f"demerge merge BASE {a} {b}" in done.err
+            and f"demerge merge {a} {b} --no-base" in done.err
+        )
     done = run("merge", a, b, "--option", "scale=0", "-o", tmp_path / "out")
     assert done.code == 2 and f"gives a copy of {a}" in done.err
     assert run("merge", a, b, "--weights", "1", "-o", tmp_path / "copy").code == 0
     one, other, copy = (load_file(folder / WEIGHTS) for folder in (a, b, tmp_path / "copy"))
     assert all((copy[name] == tensor).all() for name, tensor in other.items())
-    done = run("merge", a, b, c, "--no-base", "--method", "average", "--weights", "1,1,2", "-o", tmp_path / "mean")
+    done = run(
+        "merge",
+        a,
+        b,
+        c,
+        "--no-base",
+        "--method",
+        "average",
+        "--weights",
+        "1,1,2",
+        "-o",
+        tmp_path / "mean",
+    )
     assert done.code == 0 and "models  no base: " in done.err
     third, mean = load_file(c / WEIGHTS), load_file(tmp_path / "mean" / WEIGHTS)
     for name, tensor in mean.items():
@@ -89,23 +119,61 @@ def test_two_models_and_no_base(run: Any, make_tiny: Any, tmp_path: Path) -> Non
 
 def test_rules_ranges_and_a_report(run: Any, make_tiny: Any, tmp_path: Path) -> None:
     base, a, b = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
-    parts = ("--rule", "mid weights=0.2..0.8,0.5", "--rule", "up scale=0.5", "--only", "mid", "--only", "up")
+    parts = (
+        "--rule",
+        "mid weights=0.2..0.8,0.5",
+        "--rule",
+        "up scale=0.5",
+        "--only",
+        "mid",
+        "--only",
+        "up",
+    )
     ranges = ("--range", "0:500", "--range", "none")
-    done = run("merge", base, a, b, *parts, *ranges, "--report", "--threads", "2", "-o", tmp_path / "out")
+    done = run(
+        "merge", base, a, b, *parts, *ranges, "--report", "--threads", "2", "-o", tmp_path / "out"
+    )
     assert (done.code, done.out.strip()) == (0, str(tmp_path / "out"))
-    for line in ("rule    mid weights=0.2..0.8,0.5: ", "rule    up scale=0.5: ", "only    mid, up: ", "0000-0500, weight 0.5"):
+    for line in (
+        "rule    mid weights=0.2..0.8,0.5: ",
+        "rule    up scale=0.5: ",
+        "only    mid, up: ",
+        "0000-0500, weight 0.5",
+    ):
         assert line in done.err
-    assert (tmp_path / "out" / "report" / "index.html").is_file() and not (tmp_path / "out-report").exists()
+    assert (tmp_path / "out" / "report" / "index.html").is_file() and not (
+        tmp_path / "out-report"
+    ).exists()
     plan = json.loads(run("merge", base, a, b, *parts, "--dry-run", "--json").out)
     assert [rule["rule"] for rule in plan["rules"]] == ["mid weights=0.2..0.8,0.5", "up scale=0.5"]
     assert all(rule["tensors"] and rule["parameters"] for rule in plan["rules"])
-    assert plan["merged_tensors"] == sum(rule["tensors"] for rule in plan["rules"]) < plan["tensors"]
+    assert (
+        plan["merged_tensors"] == sum(rule["tensors"] for rule in plan["rules"]) < plan["tensors"]
+    )
 
 
-def test_a_merge_by_flags_is_made_again_from_its_recipe(run: Any, make_tiny: Any, tmp_path: Path) -> None:
+def test_a_merge_by_flags_is_made_again_from_its_recipe(
+    run: Any, make_tiny: Any, tmp_path: Path
+) -> None:
     base, a, b = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
     out, document = tmp_path / "out", tmp_path / "out" / "demerge.json"
-    assert run("merge", base, a, b, "--method", "dare", "--seed", "3", "--rule", "mid weights=0,1", "-o", out).code == 0
+    assert (
+        run(
+            "merge",
+            base,
+            a,
+            b,
+            "--method",
+            "dare",
+            "--seed",
+            "3",
+            "--rule",
+            "mid weights=0,1",
+            "-o",
+            out,
+        ).code
+        == 0
+    )
     done = run("merge", "--recipe", document, "--verify", "--json")
     assert done.code == 0 and json.loads(done.out)["equal"] is True and "equal   unet/" in done.err
     assert run("merge", "--recipe", document, "-o", tmp_path / "again").code == 0
@@ -119,19 +187,37 @@ def test_a_merge_by_flags_is_made_again_from_its_recipe(run: Any, make_tiny: Any
     data[-1] ^= 1
     (b / WEIGHTS).write_bytes(data)
     failed = run("merge", "--recipe", document, "--verify")
-    assert failed.code == 3 and b.name in failed.err and "is not what the recipe names" in failed.err
+    assert (
+        failed.code == 3 and b.name in failed.err and "is not what the recipe names" in failed.err
+    )
 
 
 def test_a_recipe_and_weights_of_files(run: Any, make_tiny: Any, tmp_path: Path) -> None:
     base, a = make_tiny(seed=0), make_tiny(seed=1)
-    (tmp_path / "r.yaml").write_text(f"base: {base.name}\nexperts: [{a.name}]\nmethod: ties\nweights: [0.5]\n")
+    (tmp_path / "r.yaml").write_text(
+        f"base: {base.name}\nexperts: [{a.name}]\nmethod: ties\nweights: [0.5]\n"
+    )
     (tmp_path / "w.csv").write_text("name,expert\nmid,0.25\n*,1\n")
-    done = run("merge", "--recipe", tmp_path / "r.yaml", "--weights", tmp_path / "w.csv", "--dry-run", "--json")
+    done = run(
+        "merge",
+        "--recipe",
+        tmp_path / "r.yaml",
+        "--weights",
+        tmp_path / "w.csv",
+        "--dry-run",
+        "--json",
+    )
     recipe = json.loads(done.out)["recipe"]
-    assert (recipe["method"], recipe["weights"], recipe["rules"]) == ("ties", [1.0], [{"match": "mid", "weights": [0.25]}])
+    assert (recipe["method"], recipe["weights"], recipe["rules"]) == (
+        "ties",
+        [1.0],
+        [{"match": "mid", "weights": [0.25]}],
+    )
     lora = run("merge", base, a, "--out-rank", "4", "-o", tmp_path / "lora", "--json")
     assert 0 < json.loads(lora.out)["adapter"]["share"] < 1
-    assert run("merge", base, tmp_path / "lora", "--weights", "1", "-o", tmp_path / "back").code == 0
+    assert (
+        run("merge", base, tmp_path / "lora", "--weights", "1", "-o", tmp_path / "back").code == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +236,9 @@ def test_a_recipe_and_weights_of_files(run: Any, make_tiny: Any, tmp_path: Path)
         (("--device", "warp"), "device 'warp' cannot be used"),
     ],
 )
-def test_refusals_of_parts(run: Any, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_refusals_of_parts(
+    run: Any, tiny: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     done = run("merge", tiny, tiny, "-o", tmp_path / "out", *arguments)
     assert done.code in (2, 3) and message in done.err and "fix:" in done.err
     assert not (tmp_path / "out").exists()
@@ -158,7 +246,14 @@ def test_refusals_of_parts(run: Any, tiny: Path, tmp_path: Path, arguments: tupl
 
 def test_the_help_has_groups_and_an_example(run: Any) -> None:
     text = run("merge", "--help").out
-    for part in ("How to merge", "Which parts", "--rule", "--recipe", "--report", "demerge merge base"):
+    for part in (
+        "How to merge",
+        "Which parts",
+        "--rule",
+        "--recipe",
+        "--report",
+        "demerge merge base",
+    ):
         assert part in text
 
 
@@ -179,7 +274,10 @@ def test_methods_are_listed(run: Any) -> None:
     methods = {m["name"]: m for m in json.loads(run("methods", "--json").out)["methods"]}
     assert set(methods) >= {"average", "task_arithmetic", "ties", "dare", "fisher"}
     assert methods["average"]["aliases"] == ["linear"]
-    assert methods["ties"]["options"]["density"]["default"] == 0.2 and methods["ties"]["paper"] == "arXiv 2306.01708"
+    assert (
+        methods["ties"]["options"]["density"]["default"] == 0.2
+        and methods["ties"]["paper"] == "arXiv 2306.01708"
+    )
     assert methods["fisher"]["needs"] == ["fisher.safetensors per expert"]
     text = run("methods").out
     assert "density=0.2" in text and "arXiv 2306.01708" in text

@@ -21,10 +21,26 @@ from demerge.errors import UsageError
 from demerge.merging import merge
 from demerge.storage.atomic import commit_dir, commit_json, commit_text
 
-HOSTILE = {"not UTF-8": os.fsdecode(b"caf\xe9"), "a sequence": "\x1b[31mred", "a C1 sequence": "\x9b2J", "markup": "[bold]x"}
+HOSTILE = {
+    "not UTF-8": os.fsdecode(b"caf\xe9"),
+    "a sequence": "\x1b[31mred",
+    "a C1 sequence": "\x9b2J",
+    "markup": "[bold]x",
+}
 hostile = pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 LONG = "n" * 255
-FAST = ("--data", "digits", "--device", "cpu", "--max-train-steps", 1, "--train-batch-size", 2, "--ranges", "joint")
+FAST = (
+    "--data",
+    "digits",
+    "--device",
+    "cpu",
+    "--max-train-steps",
+    1,
+    "--train-batch-size",
+    2,
+    "--ranges",
+    "joint",
+)
 
 
 @pytest.fixture
@@ -50,7 +66,18 @@ def test_no_name_reaches_the_terminal(run: Any, tiny: Path, here: Path, name: st
         ("inspect", f"{name}/absent"),
         ("finetune", name, *FAST, "-o", f"{name}-e"),
         ("sample", name, "-n", 1, "--steps", 2, "-o", f"{name}-s", "--device", "cpu"),
-        ("merge", tiny, tiny, tiny, "--method", "average", "--weights", "0.5,0.25", "-o", f"{name}-m"),
+        (
+            "merge",
+            tiny,
+            tiny,
+            tiny,
+            "--method",
+            "average",
+            "--weights",
+            "0.5,0.25",
+            "-o",
+            f"{name}-m",
+        ),
         ("merge", name, name, name, "--method", "average", "-o", "m"),
         ("data", "check", "images"),
         ("data", "check", name),
@@ -82,7 +109,10 @@ def test_a_recipe_names_no_path_that_is_not_text(tiny: Path, here: Path) -> None
 
 
 def test_files_hold_text(here: Path) -> None:
-    assert json.loads(commit_json(here / "a.json", [HOSTILE["not UTF-8"], "é"]).read_text()) == ["caf?", "é"]
+    assert json.loads(commit_json(here / "a.json", [HOSTILE["not UTF-8"], "é"]).read_text()) == [
+        "caf?",
+        "é",
+    ]
 
 
 def test_names_of_255_bytes(run: Any, tiny: Path, here: Path) -> None:
@@ -101,7 +131,9 @@ def test_names_of_255_bytes(run: Any, tiny: Path, here: Path) -> None:
 
 def test_strays_of_long_names_are_swept(here: Path) -> None:
     commit_text(here / LONG, "x")
-    stray = subprocess.run([sys.executable, "-c", STRAY, here / LONG], capture_output=True, text=True, check=False)
+    stray = subprocess.run(
+        [sys.executable, "-c", STRAY, here / LONG], capture_output=True, text=True, check=False
+    )
     assert stray.returncode == -9, stray.stderr
     assert len(list(here.iterdir())) == 2
     commit_text(here / LONG, "y")
@@ -122,13 +154,52 @@ commit_file(pathlib.Path(sys.argv[1]), lambda stream: os.kill(os.getpid(), 9))
         ("merge", "digits-base", "digits-base", "digits-base", "--method", "average"),
         ("sample", "digits-base", "-n", 1, "--steps", 2, "--device", "cpu"),
         ("finetune", "digits-base", *FAST),
-        ("stats", "digits-base", "--data", "digits", "--ranges", "joint", "--device", "cpu", "--samples", 2),
-        ("analyze", "digits-base", "--data", "digits", "--device", "cpu", "--groups", 5, "--bins", 4, "--train-batch-size", 2),
-        ("evaluate", "digits-base", "--data", "digits", "--num-images", 2, "--seeds", 0, "--steps", 2, "--device", "cpu"),
+        (
+            "stats",
+            "digits-base",
+            "--data",
+            "digits",
+            "--ranges",
+            "joint",
+            "--device",
+            "cpu",
+            "--samples",
+            2,
+        ),
+        (
+            "analyze",
+            "digits-base",
+            "--data",
+            "digits",
+            "--device",
+            "cpu",
+            "--groups",
+            5,
+            "--bins",
+            4,
+            "--train-batch-size",
+            2,
+        ),
+        (
+            "evaluate",
+            "digits-base",
+            "--data",
+            "digits",
+            "--num-images",
+            2,
+            "--seeds",
+            0,
+            "--steps",
+            2,
+            "--device",
+            "cpu",
+        ),
     ],
     ids=lambda command: str(command[0]),
 )
-def test_a_place_that_cannot_be_is_a_usage_error(run: Any, here: Path, command: tuple[object, ...], out: str) -> None:
+def test_a_place_that_cannot_be_is_a_usage_error(
+    run: Any, here: Path, command: tuple[object, ...], out: str
+) -> None:
     (here / "file").touch()
     done = run(*command, "-o", out)
     assert done.code == 2 and "cannot exist" in done.err, done
@@ -137,9 +208,18 @@ def test_a_place_that_cannot_be_is_a_usage_error(run: Any, here: Path, command: 
 def test_a_deleted_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     code = "import os, sys; os.rmdir(os.getcwd()); sys.argv[1:] = ['inspect', 'x']; from demerge.cli.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "gone",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
-    assert done.stderr == "demerge: the current folder was deleted\n  fix: cd to a folder that exists\n"
+    assert (
+        done.stderr
+        == "demerge: the current folder was deleted\n  fix: cd to a folder that exists\n"
+    )
 
 
 def test_outputs_may_be_text(tiny: Path, here: Path) -> None:
@@ -152,7 +232,13 @@ def test_outputs_may_be_text(tiny: Path, here: Path) -> None:
 def test_commands_print_by_say_and_show_alone() -> None:
     folder = Path(common.__file__).parent
     for path in sorted(folder.glob("*.py")):
-        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        calls = [
+            node.func
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        ]
         names = [ast.unparse(call) for call in calls]
         if path.name not in ("common.py", "main.py"):
-            assert not {"print", "typer.echo", "sys.stdout.write", "sys.stderr.write"} & set(names), path
+            assert not {"print", "typer.echo", "sys.stdout.write", "sys.stderr.write"} & set(
+                names
+            ), path

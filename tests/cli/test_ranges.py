@@ -41,10 +41,18 @@ def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> 
         assert word in done.err
     out = tmp_path / "new" / "partition.json"
     wrote = run("ranges", tmp_path, "-n", "auto", "-o", out)
-    assert (wrote.code, wrote.out.strip()) == (0, str(out)) and Partition.load(out).cuts == [125, 250, 375]
+    assert (wrote.code, wrote.out.strip()) == (0, str(out)) and Partition.load(out).cuts == [
+        125,
+        250,
+        375,
+    ]
     page = (out.parent / "conflict.html").read_text(encoding="utf-8")
-    assert "125, 250 and 375 into 4 ranges" in page and f"--ranges {out}" in page and "joint:4" in page
-    said = json.loads(run("ranges", conflict, "-n", 2, "--method", "hierarchical", "-o", out, "--json").out)
+    assert (
+        "125, 250 and 375 into 4 ranges" in page and f"--ranges {out}" in page and "joint:4" in page
+    )
+    said = json.loads(
+        run("ranges", conflict, "-n", 2, "--method", "hierarchical", "-o", out, "--json").out
+    )
     assert said["ranges"] == 2 and said["taken"] == "hierarchical" and len(Partition.load(out)) == 2
     assert said["partition"] == [[r.start, r.stop] for r in Partition.load(out)]
     assert said["page"] == str(out.parent / "conflict.html") and said["benefit"]["promised"]
@@ -52,11 +60,26 @@ def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> 
 
 def test_one_range_says_why_there_are_no_more(run: Any, conflict: Path) -> None:
     done = run("ranges", conflict, "-n", 1, "--minimum", 16)
-    assert (done.code, "supported     1: 16 blocks of bins give no 2 ranges of 16 bins or more" in done.err) == (0, True)
+    assert (
+        done.code,
+        "supported     1: 16 blocks of bins give no 2 ranges of 16 bins or more" in done.err,
+    ) == (0, True)
 
 
 def test_a_list_of_cuts_is_judged_and_written(run: Any, conflict: Path, tmp_path: Path) -> None:
-    done = run("ranges", conflict, "--cuts", "100,500", "-n", 3, "--score", "cosine", "-o", tmp_path / "p.json", "--json")
+    done = run(
+        "ranges",
+        conflict,
+        "--cuts",
+        "100,500",
+        "-n",
+        3,
+        "--score",
+        "cosine",
+        "-o",
+        tmp_path / "p.json",
+        "--json",
+    )
     said = json.loads(done.out)
     assert (done.code, said["taken"], said["ranges"], said["score"]) == (0, "given", 3, "cosine")
     assert Partition.load(tmp_path / "p.json").cuts == said["cuts"]["given"]["cuts"] == [100, 500]
@@ -96,20 +119,31 @@ def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: 
     ],
 )
 def test_mistakes_end_in_one_message(
-    run: Any, conflict: Path, arguments: tuple[Any, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+    run: Any,
+    conflict: Path,
+    arguments: tuple[Any, ...],
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(conflict.parent)
     before = conflict.read_bytes()
     done = run("ranges", conflict, *arguments)
     assert (done.code, message in done.err, done.out) == (code, True, ""), done.err
-    assert [path.name for path in conflict.parent.iterdir()] == [conflict.name] and conflict.read_bytes() == before
+    assert [path.name for path in conflict.parent.iterdir()] == [
+        conflict.name
+    ] and conflict.read_bytes() == before
 
 
 def test_a_page_of_ones_own_is_kept(run: Any, conflict: Path, tmp_path: Path) -> None:
     page = tmp_path / "conflict.html"
     page.write_text("mine")
     done = run("ranges", conflict, "-o", tmp_path / "p.json")
-    assert (done.code, "is not a page of a conflict map" in done.err, page.read_text()) == (2, True, "mine")
+    assert (done.code, "is not a page of a conflict map" in done.err, page.read_text()) == (
+        2,
+        True,
+        "mine",
+    )
     assert not (tmp_path / "p.json").exists()
 
 

@@ -9,7 +9,9 @@ import numpy as np
 from PIL import Image
 
 
-def test_the_same_command_draws_what_is_missing_and_then_says_that_nothing_is(run, tiny: Path, tmp_path: Path) -> None:
+def test_the_same_command_draws_what_is_missing_and_then_says_that_nothing_is(
+    run, tiny: Path, tmp_path: Path
+) -> None:
     command = ("sample", tiny, "-n", 3, "--steps", 2, "-o", tmp_path / "i", "--device", "cpu")
     assert run(*command).code == 0
     first = (tmp_path / "i" / "000001.png").read_bytes()
@@ -34,17 +36,32 @@ def test_a_foreign_folder_is_a_usage_error(run, tiny: Path, tmp_path: Path) -> N
     assert "exists already" in done.err
 
 
-def test_guidance_changes_the_images_of_a_text_model_alone(run, tiny: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_guidance_changes_the_images_of_a_text_model_alone(
+    run, tiny: Path, tiny_text: Path, tmp_path: Path
+) -> None:
     (tmp_path / "c.txt").write_text("a cat\n")
     images = []
     for scale in (1, 9):
         out = tmp_path / str(scale)
-        options = ("-n", 1, "--steps", 2, "--captions", tmp_path / "c.txt", "--guidance-scale", scale, "-o", out)
+        options = (
+            "-n",
+            1,
+            "--steps",
+            2,
+            "--captions",
+            tmp_path / "c.txt",
+            "--guidance-scale",
+            scale,
+            "-o",
+            out,
+        )
         assert run("sample", tiny_text, *options, "--device", "cpu").code == 0
         images.append(np.asarray(Image.open(out / "000000.png")))
     assert not np.array_equal(*images)
     for scale, message in ((3, "takes no condition"), (0.5, "")):
-        done = run("sample", tiny, "--guidance-scale", scale, "-o", tmp_path / "x", "--device", "cpu")
+        done = run(
+            "sample", tiny, "--guidance-scale", scale, "-o", tmp_path / "x", "--device", "cpu"
+        )
         assert done.code == 2
         assert message in done.err
     assert not (tmp_path / "x").exists()

@@ -21,15 +21,23 @@ QUICK = ("--data", "digits", "--samples", 3, "--device", "cpu")
 @pytest.fixture
 def experts(tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]) -> list[Path]:
     """Two experts, the weights of the second a little moved."""
-    made = [add_expert(tmp_path / "experts" / f"{a:04d}-{b:04d}", a, b) for a, b in ((0, 500), (500, 1000))]
+    made = [
+        add_expert(tmp_path / "experts" / f"{a:04d}-{b:04d}", a, b)
+        for a, b in ((0, 500), (500, 1000))
+    ]
     for i, expert in enumerate(made):
         file = expert / "unet" / "diffusion_pytorch_model.safetensors"
         g = torch.Generator().manual_seed(i)
-        save_file({n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in load_file(file).items()}, file)
+        save_file(
+            {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in load_file(file).items()},
+            file,
+        )
     return made
 
 
-def test_experts_get_statistics_that_merge_finds(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_experts_get_statistics_that_merge_finds(
+    run: Run, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     done = run("stats", *experts, *QUICK)
     assert done.code == 0, done.err
     assert "4 x 3 samples: at most some" in done.err
@@ -44,12 +52,17 @@ def test_experts_get_statistics_that_merge_finds(run: Run, tiny: Path, experts: 
         assert merged.code == 0, merged.err
         recipe = json.loads((tmp_path / method / "demerge.json").read_text())
         assert [list(e["inputs"]) for e in recipe["experts"]] == [[name], [name]]
-    weights = [load_file(tmp_path / m / "unet" / "diffusion_pytorch_model.safetensors") for m in ("fisher", "regmean")]
+    weights = [
+        load_file(tmp_path / m / "unet" / "diffusion_pytorch_model.safetensors")
+        for m in ("fisher", "regmean")
+    ]
     name = "mid_block.attentions.0.to_q.weight"
     assert not torch.equal(weights[0][name], weights[1][name])
 
 
-def test_the_same_again_does_nothing_and_what_is_missing_is_made(run: Run, experts: list[Path]) -> None:
+def test_the_same_again_does_nothing_and_what_is_missing_is_made(
+    run: Run, experts: list[Path]
+) -> None:
     one = experts[0]
     assert run("stats", one, *QUICK, "--what", "fisher").code == 0
     assert not (one / "gram.safetensors").exists()
@@ -58,7 +71,10 @@ def test_the_same_again_does_nothing_and_what_is_missing_is_made(run: Run, exper
     assert again.code == 0
     assert "cost    nothing" in again.err
     both = json.loads(run("stats", one, *QUICK, "--json").out)
-    assert (both["files"], both["found"]) == ([str(one / "gram.safetensors")], [str(one / "fisher.safetensors")])
+    assert (both["files"], both["found"]) == (
+        [str(one / "gram.safetensors")],
+        [str(one / "fisher.safetensors")],
+    )
     assert (one / "fisher.safetensors").stat().st_mtime_ns == written
     (one / "fisher.safetensors").unlink()  # as a kill between record and tensors leaves it
     assert run("stats", one, *QUICK).code == 0
@@ -66,9 +82,33 @@ def test_the_same_again_does_nothing_and_what_is_missing_is_made(run: Run, exper
 
 
 def test_finetune_leaves_what_stats_would(run: Run, tiny: Path, tmp_path: Path) -> None:
-    train = ("--max-train-steps", 1, "--train-batch-size", 2, "--ranges", "uniform:1", "--save-dtype", "float16")
+    train = (
+        "--max-train-steps",
+        1,
+        "--train-batch-size",
+        2,
+        "--ranges",
+        "uniform:1",
+        "--save-dtype",
+        "float16",
+    )
     out = tmp_path / "e"
-    assert run("finetune", tiny, "--data", "digits", *train, "--fisher-samples", 3, "-o", out, "--device", "cpu").code == 0
+    assert (
+        run(
+            "finetune",
+            tiny,
+            "--data",
+            "digits",
+            *train,
+            "--fisher-samples",
+            3,
+            "-o",
+            out,
+            "--device",
+            "cpu",
+        ).code
+        == 0
+    )
     expert = out / "0000-1000"
     assert "cost    nothing" in run("stats", expert, *QUICK, "--what", "fisher").err
     kept = (expert / "fisher.safetensors").read_bytes()
@@ -82,7 +122,11 @@ def test_ranges_of_any_model_go_into_folders(run: Run, tiny: Path, tmp_path: Pat
     done = run("stats", tiny, *QUICK, "--ranges", "uniform:2", "-o", out)
     assert (done.code, done.out.strip()) == (0, str(out))
     assert sorted(p.name for p in out.iterdir()) == ["0000-0500", "0500-1000"]
-    assert sorted(p.name for p in (out / "0500-1000").iterdir()) == ["fisher.safetensors", "gram.safetensors", "stats.json"]
+    assert sorted(p.name for p in (out / "0500-1000").iterdir()) == [
+        "fisher.safetensors",
+        "gram.safetensors",
+        "stats.json",
+    ]
     one = tmp_path / "one"
     assert run("stats", tiny, *QUICK, "--ranges", "0:500", "-o", one, "--what", "fisher").code == 0
     same = (one / "0000-0500" / "fisher.safetensors").read_bytes()
@@ -104,7 +148,12 @@ def test_ranges_of_any_model_go_into_folders(run: Run, tiny: Path, tmp_path: Pat
     ],
 )
 def test_refusals(
-    run: Run, experts: list[Path], changes: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    experts: list[Path],
+    changes: tuple[str, ...],
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(experts[0].parent)
     assert run("stats", experts[0], *QUICK, "--what", "fisher").code == 0
@@ -126,7 +175,9 @@ def test_other_weights_are_other_statistics(run: Run, experts: list[Path], tmp_p
     assert (done.code, "is not recorded in stats.json" in done.err) == (3, True)
 
 
-def test_models_without_a_range_or_a_place_are_refused(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_models_without_a_range_or_a_place_are_refused(
+    run: Run, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     assert "not an expert with a range of its own" in run("stats", tiny, *QUICK).err
     assert "no output is named" in run("stats", tiny, *QUICK, "--ranges", "joint").err
     twice = run("stats", experts[0], experts[0], *QUICK)

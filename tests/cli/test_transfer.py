@@ -41,11 +41,17 @@ def conflict(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def experts(tmp_path: Path, add_expert: Callable[..., Path]) -> list[Path]:
     """Two experts, their weights a little moved."""
-    made = [add_expert(tmp_path / "experts" / f"{a:04d}-{b:04d}", a, b) for a, b in ((0, 250), (250, 1000))]
+    made = [
+        add_expert(tmp_path / "experts" / f"{a:04d}-{b:04d}", a, b)
+        for a, b in ((0, 250), (250, 1000))
+    ]
     for i, expert in enumerate(made):
         g = torch.Generator().manual_seed(i)
         tensors = load_file(expert / WEIGHTS)
-        save_file({n: t + 0.02 * torch.randn(t.shape, generator=g) for n, t in tensors.items()}, expert / WEIGHTS)
+        save_file(
+            {n: t + 0.02 * torch.randn(t.shape, generator=g) for n, t in tensors.items()},
+            expert / WEIGHTS,
+        )
     return made
 
 
@@ -54,7 +60,9 @@ def test_a_table_for_a_person(run: Run, conflict: Path, tiny: Path, experts: lis
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert lines[0].split()[-3:] == ["0000-0250", "0250-1000", "all"]
-    assert [line.split()[0] for line in lines[1:3]] == ["0000-0250", "0250-1000"] and lines[1].count("±") == 3
+    assert [line.split()[0] for line in lines[1:3]] == ["0000-0250", "0250-1000"] and lines[
+        1
+    ].count("±") == 3
     for words in (
         "negative: the expert's whole task vector lowers",
         "unresolved, the 95 % interval",
@@ -65,19 +73,33 @@ def test_a_table_for_a_person(run: Run, conflict: Path, tiny: Path, experts: lis
     assert "4 bins, 5 groups of 2" in done.err
 
 
-def test_files_and_documents(run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_files_and_documents(
+    run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     done = run("transfer", conflict.parent, *experts, "--base", tiny, "-o", out)
     assert (done.code, done.out.strip()) == (0, str(out)) and "first order only" in done.err
-    assert sorted(path.name for path in out.iterdir()) == ["transfer.json", "transfer.png", "transfer.svg"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "transfer.json",
+        "transfer.png",
+        "transfer.svg",
+    ]
     made = json.loads((out / "transfer.json").read_text())
     assert (made["format"], made["ranges"]) == ("demerge.transfer/1", [[0, 250], [250, 1000]])
     cell = made["experts"][1]["ranges"]["0000-0250"]
-    assert set(cell) == {"change", "se", "sketch", "half", "resolved"} and cell["sketch"] == 0 < cell["se"]
+    assert (
+        set(cell) == {"change", "se", "sketch", "half", "resolved"}
+        and cell["sketch"] == 0 < cell["se"]
+    )
     layers = made["layers"]
-    assert np.allclose(np.sum(layers["change"], 1)[1, 0], cell["change"], rtol=0.5) and "conv_in" in layers["names"]
+    assert (
+        np.allclose(np.sum(layers["change"], 1)[1, 0], cell["change"], rtol=0.5)
+        and "conv_in" in layers["names"]
+    )
     kept = {path.name: path.read_bytes() for path in out.iterdir()}
-    said = json.loads(run("transfer", conflict.parent, *experts, "--base", tiny, "-o", out, "--json").out)
+    said = json.loads(
+        run("transfer", conflict.parent, *experts, "--base", tiny, "-o", out, "--json").out
+    )
     assert {name: value for name, value in said.items() if name not in ("out", "files")} == made
     assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
 
@@ -91,30 +113,50 @@ def test_ranges_of_ones_own_and_every_kind_of_expert(
     assert run("merge", tiny, experts[0], "--weights", "1", "--out-rank", 400, "-o", lora).code == 0
     shutil.copy(experts[0] / WEIGHTS, tmp_path / "file.safetensors")
     asked = (experts[0], experts[0] / "unet", tmp_path / "file.safetensors", lora, tiny)
-    done = run("transfer", conflict, *asked, "--base", tiny, "--ranges", tmp_path / "p.json", "--json")
+    done = run(
+        "transfer", conflict, *asked, "--base", tiny, "--ranges", tmp_path / "p.json", "--json"
+    )
     assert done.code == 0 and "300 within bins of the map" in done.err, done.err
     rows = json.loads(done.out)["experts"]
     changes = [[cell["change"] for cell in row["ranges"].values()] for row in rows]
     assert changes[0] == changes[1] == changes[2] and changes[4] == [0, 0] and rows[4]["norm"] == 0
-    assert [row["name"] for row in rows] == ["0000-0250", "unet", "file.safetensors", "lora.safetensors", "base"]
+    assert [row["name"] for row in rows] == [
+        "0000-0250",
+        "unet",
+        "file.safetensors",
+        "lora.safetensors",
+        "base",
+    ]
     assert 0 < rows[3]["norm"] < 1.001 * rows[0]["norm"]
 
 
-def test_a_map_of_some_parameters_restricts_task_vectors(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_a_map_of_some_parameters_restricts_task_vectors(
+    run: Run, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     map = measured(tiny, tmp_path / "map", params="attentions")
     done = run("transfer", map, *experts, "--base", tiny)
-    assert done.code == 0 and "restricted to what the map was measured on, params attentions" in done.err
+    assert (
+        done.code == 0
+        and "restricted to what the map was measured on, params attentions" in done.err
+    )
     assert "not counted: 0000-0250" in done.out and "layers" not in done.out
 
 
 @pytest.fixture
 def changed(conflict: Path, tmp_path: Path) -> Callable[..., Path]:
     """Save the map with changes: changed(sketches=None, layers=None, layout={}) -> file."""
-    return lambda **changes: replace(ConflictMap.load(conflict), **changes).save(tmp_path / "changed.safetensors")
+    return lambda **changes: replace(ConflictMap.load(conflict), **changes).save(
+        tmp_path / "changed.safetensors"
+    )
 
 
 def test_maps_that_do_not_serve(
-    run: Run, conflict: Path, changed: Callable[..., Path], tiny: Path, make_tiny: Callable[..., Path], experts: list[Path]
+    run: Run,
+    conflict: Path,
+    changed: Callable[..., Path],
+    tiny: Path,
+    make_tiny: Callable[..., Path],
+    experts: list[Path],
 ) -> None:
     origin = ConflictMap.load(conflict).origin
     for map, base, message in (
@@ -129,7 +171,12 @@ def test_maps_that_do_not_serve(
 
 
 def test_experts_and_ranges_that_do_not_fit(
-    run: Run, conflict: Path, tiny: Path, make_tiny: Callable[..., Path], experts: list[Path], tmp_path: Path
+    run: Run,
+    conflict: Path,
+    tiny: Path,
+    make_tiny: Callable[..., Path],
+    experts: list[Path],
+    tmp_path: Path,
 ) -> None:
     wide = make_tiny(block_out_channels=(4, 8))
     for asked, code, message in (
@@ -139,7 +186,12 @@ def test_experts_and_ranges_that_do_not_fit(
         ((*experts, "--ranges", "unifrom:2"), 2, "neither uniform:N"),
     ):
         done = run("transfer", conflict, *asked, "--base", tiny)
-        assert (done.code, message in done.err, "fix:" in done.err, done.out) == (code, True, True, ""), done.err
+        assert (done.code, message in done.err, "fix:" in done.err, done.out) == (
+            code,
+            True,
+            True,
+            "",
+        ), done.err
     record = experts[0] / "expert.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "base_sha256": "0" * 64}))
     done = run("transfer", conflict, *experts, "--base", tiny)
@@ -149,27 +201,45 @@ def test_experts_and_ranges_that_do_not_fit(
 @pytest.mark.parametrize("ranges", [(), ("--ranges", "uniform:2")], ids=["own", "given"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_named_before_ranges(
-    run: Run, conflict: Path, tiny: Path, experts: list[Path], ranges: tuple[str, ...], number: float
+    run: Run,
+    conflict: Path,
+    tiny: Path,
+    experts: list[Path],
+    ranges: tuple[str, ...],
+    number: float,
 ) -> None:
     broken = experts[1] / WEIGHTS
     tensors = load_file(broken)
     tensors["conv_in.weight"][0] = number
     save_file(tensors, broken)
     done = run("transfer", conflict, experts[1], "--base", tiny, *ranges)
-    assert (done.code, f"{broken}: tensor 'conv_in.weight' holds NaN or Inf" in done.err) == (3, True), done.err
+    assert (done.code, f"{broken}: tensor 'conv_in.weight' holds NaN or Inf" in done.err) == (
+        3,
+        True,
+    ), done.err
 
 
-def test_a_map_cut_short_is_refused(run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_a_map_cut_short_is_refused(
+    run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     cut = tmp_path / "conflict.safetensors"
     for size in (0, 4, 1000, conflict.stat().st_size - 9):
         cut.write_bytes(conflict.read_bytes()[:size])
-        for command in (("transfer", cut, *experts, "--base", tiny), ("layers", cut), ("ranges", cut)):
+        for command in (
+            ("transfer", cut, *experts, "--base", tiny),
+            ("layers", cut),
+            ("ranges", cut),
+        ):
             done = run(*command)
-            assert (done.code, f"{cut}: not a conflict map: truncated" in done.err) == (3, True), done.err
+            assert (done.code, f"{cut}: not a conflict map: truncated" in done.err) == (3, True), (
+                done.err
+            )
             assert "remove it and measure it again" in done.err
 
 
-def test_what_is_there_is_not_replaced(run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
+def test_what_is_there_is_not_replaced(
+    run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path
+) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("mine")
     folder.mkdir()
@@ -177,4 +247,6 @@ def test_what_is_there_is_not_replaced(run: Run, conflict: Path, tiny: Path, exp
     for out in (file, folder):
         done = run("transfer", conflict, *experts, "--base", tiny, "-o", out)
         assert (done.code, "is there and is no" in done.err) == (2, True)
-    assert file.read_text() == "mine" and [path.name for path in folder.iterdir()] == ["transfer.json"]
+    assert file.read_text() == "mine" and [path.name for path in folder.iterdir()] == [
+        "transfer.json"
+    ]

@@ -32,7 +32,9 @@ def noise(*shape: int) -> np.ndarray:
     return RNG.integers(0, 256, shape, dtype=np.uint8)
 
 
-def write_images(folder: Path, n: int, size: tuple[int, int] = (6, 6), mode: str = "RGB") -> list[Path]:
+def write_images(
+    folder: Path, n: int, size: tuple[int, int] = (6, 6), mode: str = "RGB"
+) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:03}.png" for i in range(n)]
     for path in paths:
@@ -42,7 +44,12 @@ def write_images(folder: Path, n: int, size: tuple[int, int] = (6, 6), mode: str
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    raw = b"\0\0\x08" + bytes([values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    raw = (
+        b"\0\0\x08"
+        + bytes([values.ndim])
+        + struct.pack(f">{values.ndim}I", *values.shape)
+        + values.tobytes()
+    )
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
 
 
@@ -62,14 +69,19 @@ def test_digits_split_is_disjoint_and_complete():
 
 
 def test_cifar_folder_uses_its_own_test_split(tmp_path):
-    records = {name: np.hstack([noise(4, 1) % 10, noise(4, 3072)]) for name in ("data_batch_1", "data_batch_2", "test_batch")}
+    records = {
+        name: np.hstack([noise(4, 1) % 10, noise(4, 3072)])
+        for name in ("data_batch_1", "data_batch_2", "test_batch")
+    }
     for name, values in records.items():
         values.tofile(tmp_path / f"{name}.bin")
     test = load_images(tmp_path, split="test")
     assert len(test) == 4
     assert len(load_images(tmp_path, split="train")) == 8
     assert test.labels == records["test_batch"][:, 0].tolist()
-    assert np.array_equal(test.images([2])[0].numpy(), records["test_batch"][2, 1:].reshape(3, 32, 32))
+    assert np.array_equal(
+        test.images([2])[0].numpy(), records["test_batch"][2, 1:].reshape(3, 32, 32)
+    )
     assert len(load_images(tmp_path / "data_batch_1.bin")) == 4
 
 
@@ -87,14 +99,20 @@ def test_idx_folder(tmp_path, suffix):
     assert load_images(tmp_path / f"train-images-idx3-ubyte{suffix}").labels == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("shape", "expected"), [((7, 5, 5, 3), 3), ((7, 3, 5, 5), 3), ((7, 5, 5), 1), ((7, 5, 5, 1), 1)])
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((7, 5, 5, 3), 3), ((7, 3, 5, 5), 3), ((7, 5, 5), 1), ((7, 5, 5, 1), 1)]
+)
 def test_npz_layouts(tmp_path, shape, expected):
     images = noise(*shape)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(7))
     data = load_images(tmp_path / "a.npz")
     order = list(data.positions)
     first = images[order[0]]
-    wanted = first if first.ndim == 2 else (first if first.shape[0] == expected else first.transpose(2, 0, 1))
+    wanted = (
+        first
+        if first.ndim == 2
+        else (first if first.shape[0] == expected else first.transpose(2, 0, 1))
+    )
     assert data.shape == (expected, 5, 5)
     assert np.array_equal(data.images([0])[0].numpy().squeeze(), wanted.squeeze())
     assert data.labels == order
@@ -163,18 +181,35 @@ class FakeSplit(list):
 
 
 def test_hub_reads_images_captions_labels_and_splits(monkeypatch):
-    rows = [{"picture": Image.fromarray(noise(4, 4, 3)), "text": f"cat {i}", "label": i} for i in range(5)]
+    rows = [
+        {"picture": Image.fromarray(noise(4, 4, 3)), "text": f"cat {i}", "label": i}
+        for i in range(5)
+    ]
     splits = {"train": FakeSplit(rows[:3]), "test": FakeSplit(rows[3:])}
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, config: splits))
+    monkeypatch.setitem(
+        sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, config: splits)
+    )
     data = load_images("hf:someone/cats:small", split="test")
-    assert (data.name, data.captions, data.labels) == ("hf:someone/cats:small", ["cat 3", "cat 4"], [3, 4])
-    assert np.array_equal(data.images([1])[0].permute(1, 2, 0).numpy(), np.asarray(rows[4]["picture"]))
+    assert (data.name, data.captions, data.labels) == (
+        "hf:someone/cats:small",
+        ["cat 3", "cat 4"],
+        [3, 4],
+    )
+    assert np.array_equal(
+        data.images([1])[0].permute(1, 2, 0).numpy(), np.asarray(rows[4]["picture"])
+    )
 
 
 def test_a_scan_of_a_hub_data_set_reads_every_row(monkeypatch):
     good, bad = Image.fromarray(noise(4, 4, 3)), Image.fromarray(np.zeros((2, 2), dtype=np.float32))
-    splits = {"train": FakeSplit({"picture": image, "text": "x", "label": 0} for image in [good] * 70 + [bad])}
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, config: splits))
+    splits = {
+        "train": FakeSplit(
+            {"picture": image, "text": "x", "label": 0} for image in [good] * 70 + [bad]
+        )
+    }
+    monkeypatch.setitem(
+        sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, config: splits)
+    )
     monkeypatch.setattr("demerge.data.hub.LOOK_AT", 5)
     found = scan("hf:someone/cats")
     assert (found.files, found.readable, found.usable) == (71, 70, False)
@@ -240,7 +275,9 @@ def test_alpha_lies_on_white(tmp_path):
 
 
 def test_sixteen_bits_are_scaled(tmp_path):
-    Image.fromarray(np.array([[0, 257], [32896, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.array([[0, 257], [32896, 65535]], dtype=np.uint16)).save(
+        tmp_path / "deep.png"
+    )
     assert decode(tmp_path / "deep.png")[0].tolist() == [[0, 1], [128, 255]]
     assert check(tmp_path / "deep.png").channels == 1
 
@@ -298,7 +335,10 @@ def test_sixteen_bits_of_every_kind_are_scaled(tmp_path):
 def exchanged_profile() -> bytes:
     """An sRGB profile whose red and green primaries are exchanged."""
     raw = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    tags = {bytes(raw[132 + 12 * i : 136 + 12 * i]): 136 + 12 * i for i in range(struct.unpack(">I", raw[128:132])[0])}
+    tags = {
+        bytes(raw[132 + 12 * i : 136 + 12 * i]): 136 + 12 * i
+        for i in range(struct.unpack(">I", raw[128:132])[0])
+    }
     r, g = tags[b"rXYZ"], tags[b"gXYZ"]
     raw[r : r + 8], raw[g : g + 8] = raw[g : g + 8], raw[r : r + 8]
     return bytes(raw)
@@ -307,10 +347,18 @@ def exchanged_profile() -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_a_colour_profile_is_taken_to_srgb(tmp_path, mode):
     image = Image.new("RGB", (2, 2), (250, 10, 10))
-    (image.quantize(4) if mode == "P" else image.convert(mode)).save(tmp_path / "a.png", icc_profile=exchanged_profile())
+    (image.quantize(4) if mode == "P" else image.convert(mode)).save(
+        tmp_path / "a.png", icc_profile=exchanged_profile()
+    )
     source = ImageCms.ImageCmsProfile(io.BytesIO(exchanged_profile()))
-    right = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    assert decode(tmp_path / "a.png")[:, 0, 0].tolist() == list(right.getpixel((0, 0))) == [10, 250, 10]
+    right = ImageCms.profileToProfile(
+        image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    assert (
+        decode(tmp_path / "a.png")[:, 0, 0].tolist()
+        == list(right.getpixel((0, 0)))
+        == [10, 250, 10]
+    )
     assert scan(tmp_path).notes["colour profile taken to sRGB"] == 1
 
 
@@ -344,15 +392,27 @@ def test_every_orientation_is_that_of_pillow(tmp_path, orientation):
 
 def test_a_big_image_is_scaled_down_to_no_less_than_twice_what_is_asked(tmp_path, monkeypatch):
     ramp = np.broadcast_to(np.linspace(0, 255, 300).astype(np.uint8)[:, None], (300, 400))
-    for kind, mode in (("png", "RGBA"), ("png", "L"), ("jpg", "RGB"), ("png", "P"), ("png", "I;16")):
-        image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
+    for kind, mode in (
+        ("png", "RGBA"),
+        ("png", "L"),
+        ("jpg", "RGB"),
+        ("png", "P"),
+        ("png", "I;16"),
+    ):
+        image = (
+            Image.fromarray(ramp.astype(np.uint16) * 257)
+            if mode == "I;16"
+            else Image.fromarray(ramp).convert(mode)
+        )
         image.save(tmp_path / f"a.{kind}")
         monkeypatch.setattr("demerge.data.decode.BIG", BIG)
         whole = load_images(tmp_path, resolution=32, channels=1).images([0]).int()
         monkeypatch.setattr("demerge.data.decode.BIG", 1000)
         small = decode(tmp_path / f"a.{kind}", (32, 32))
         assert 64 <= small.shape[1] <= 130
-        assert (load_images(tmp_path, resolution=32, channels=1).images([0]).int() - whole).abs().max() <= 3
+        assert (
+            load_images(tmp_path, resolution=32, channels=1).images([0]).int() - whole
+        ).abs().max() <= 3
         (tmp_path / f"a.{kind}").unlink()
 
 
@@ -368,14 +428,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-@pytest.mark.parametrize("kinds", [("jpg RGB", "png L"), pytest.param(("png RGBA", "png P"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kinds", [("jpg RGB", "png L"), pytest.param(("png RGBA", "png P"), marks=pytest.mark.slow)]
+)
 def test_64_megapixels_take_bounded_memory(tmp_path, kinds):
     """They took 1.5 to 2.1 GB."""
     paths = [tmp_path / f"a{i}.{kind.split()[0]}" for i, kind in enumerate(kinds)]
     for path, kind in zip(paths, kinds, strict=True):
         with Image.new(kind.split()[1], (8000, 8000)) as image:
             image.save(path, **({"compress_level": 1} if path.suffix == ".png" else {}))
-    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 700
 
 
@@ -388,33 +452,59 @@ def write(folder: Path, *names: str) -> None:
         Image.fromarray(noise(4, 4)).save(folder / name)
 
 
-@pytest.mark.parametrize("held", ["val", "validation", "valid", "test", "Val", "dev", "eval", "testing", "val2017"])
+@pytest.mark.parametrize(
+    "held", ["val", "validation", "valid", "test", "Val", "dev", "eval", "testing", "val2017"]
+)
 @pytest.mark.parametrize("below", [False, True])
 def test_splits_are_not_classes_and_held_out_images_are_not_trained_on(tmp_path, held, below):
-    names = [f"{split}/{name}/{i}.png" for split in ("train", held) for name in ("cat", "dog") for i in range(2)]
-    write(tmp_path, *(["/".join([n.split("/")[1], n.split("/")[0], n.split("/")[2]]) for n in names] if below else names))
+    names = [
+        f"{split}/{name}/{i}.png"
+        for split in ("train", held)
+        for name in ("cat", "dog")
+        for i in range(2)
+    ]
+    write(
+        tmp_path,
+        *(
+            ["/".join([n.split("/")[1], n.split("/")[0], n.split("/")[2]]) for n in names]
+            if below
+            else names
+        ),
+    )
     for split, folder in (("train", "train"), ("test", held)):
         data = load_images(tmp_path, split=split)
-        paths = [data.pixels.paths[position].relative_to(tmp_path).parts for position in data.positions]
+        paths = [
+            data.pixels.paths[position].relative_to(tmp_path).parts for position in data.positions
+        ]
         assert len(paths) == 4
         assert all(folder in path for path in paths)
         assert data.labels == [int("dog" in path) for path in paths]
 
 
 def test_validation_images_next_to_a_test_folder_are_in_neither_split(tmp_path):
-    write(tmp_path, *(f"{split}/{name}/0.png" for split in ("train", "val", "test") for name in ("cat", "dog")))
+    write(
+        tmp_path,
+        *(f"{split}/{name}/0.png" for split in ("train", "val", "test") for name in ("cat", "dog")),
+    )
     for split in ("train", "test"):
         data = load_images(tmp_path, split=split)
-        assert {data.pixels.paths[p].relative_to(tmp_path).parts[0] for p in data.positions} == {split}
+        assert {data.pixels.paths[p].relative_to(tmp_path).parts[0] for p in data.positions} == {
+            split
+        }
     assert scan(tmp_path).splits == {"train": 2, "test": 2, "in neither": 2}
     assert len(load_images(tmp_path, split="all")) == 6
 
 
 def test_splits_have_their_names_with_a_year_behind_them(tmp_path):
-    write(tmp_path, *(f"{split}/{name}/0.png" for split in ("Train2017", "Val2017") for name in ("cat", "dog")))
+    write(
+        tmp_path,
+        *(f"{split}/{name}/0.png" for split in ("Train2017", "Val2017") for name in ("cat", "dog")),
+    )
     assert scan(tmp_path).splits == {"train": 2, "test": 2}
     write(tmp_path, "extra/c.png")
-    with pytest.raises(InputError, match=r"1 images lie outside of Train2017/ and Val2017/") as refused:
+    with pytest.raises(
+        InputError, match=r"1 images lie outside of Train2017/ and Val2017/"
+    ) as refused:
         load_images(tmp_path)
     assert refused.value.fix.endswith(f"{tmp_path}/Train2017")
 
@@ -422,7 +512,9 @@ def test_splits_have_their_names_with_a_year_behind_them(tmp_path):
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     write(tmp_path, "cat/0.png", "dog/1.png")
     (tmp_path / "bird").symlink_to(tmp_path / "unmounted")
-    assert scan(tmp_path).broken == (("bird", "the link leads nowhere"),) and not scan(tmp_path).usable
+    assert (
+        scan(tmp_path).broken == (("bird", "the link leads nowhere"),) and not scan(tmp_path).usable
+    )
     with pytest.raises(InputError, match="bird: the link leads nowhere"):
         load_images(tmp_path)
     assert len(load_images(tmp_path, skip_broken=True, split="all")) == 2
@@ -448,7 +540,10 @@ def test_linked_folders_are_followed_once_and_never_in_a_circle(tmp_path):
     (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path)
     (tmp_path / "elsewhere" / "self").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    names = [path.relative_to(tmp_path / "data").as_posix() for path in list_folder(tmp_path / "data").images]
+    names = [
+        path.relative_to(tmp_path / "data").as_posix()
+        for path in list_folder(tmp_path / "data").images
+    ]
     assert names == ["cat/0.png", "cat/gone.png", "dog/1.png", "dog/deep/2.png"]
     found = scan(tmp_path / "data")
     left = "left out, its folder is read already"
@@ -538,7 +633,9 @@ def test_bad_captions_are_named(tmp_path, text, message):
 def test_captions_next_to_the_images(tmp_path):
     paths = write_images(tmp_path / "a" / "deep", 3)
     for i, path in enumerate(paths):
-        path.with_suffix(".txt" if i else ".caption").write_text(f" picture {i}\n", encoding="utf-8-sig")
+        path.with_suffix(".txt" if i else ".caption").write_text(
+            f" picture {i}\n", encoding="utf-8-sig"
+        )
     (tmp_path / "a" / "README.txt").write_text("not a caption")
     data = load_images(tmp_path / "a")
     assert data.captions == ["picture 0", "picture 1", "picture 2"]
@@ -563,7 +660,9 @@ def test_two_different_captions_of_one_image_are_refused(tmp_path):
     (path,) = write_images(tmp_path, 1)
     path.with_suffix(".txt").write_text("a")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "b"}')
-    with pytest.raises(InputError, match=r"metadata.jsonl, line 1: another caption of 000.png is in .*000.txt"):
+    with pytest.raises(
+        InputError, match=r"metadata.jsonl, line 1: another caption of 000.png is in .*000.txt"
+    ):
         load_images(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "./000.png", "text": "a"}')
     assert load_images(tmp_path).captions == ["a"]
@@ -577,7 +676,9 @@ def test_names_match_in_any_unicode_form(tmp_path, forms, kind):
     if kind == "txt":
         (tmp_path / other).with_suffix(".txt").write_text("x")
     else:
-        (tmp_path / kind).write_text(json.dumps({"file_name": other, "text": "x"}), encoding="utf-8")
+        (tmp_path / kind).write_text(
+            json.dumps({"file_name": other, "text": "x"}), encoding="utf-8"
+        )
     assert load_images(tmp_path).captions == ["x"]
 
 
@@ -587,12 +688,32 @@ LONG = "x" * (129 << 10)
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("metadata.csv", 'file_name,text\n000.png,a\n001.png,"5 inch\n', r"metadata\.csv, line 3: .*unexpected end of data"),
-        ("metadata.csv", f"file_name,text\n000.png,{LONG}\n", r"metadata\.csv, line 2: .*field larger than"),
+        (
+            "metadata.csv",
+            'file_name,text\n000.png,a\n001.png,"5 inch\n',
+            r"metadata\.csv, line 3: .*unexpected end of data",
+        ),
+        (
+            "metadata.csv",
+            f"file_name,text\n000.png,{LONG}\n",
+            r"metadata\.csv, line 2: .*field larger than",
+        ),
         ("metadata.csv", f'"{LONG}', r"metadata\.csv, line 1: "),
-        ("metadata.csv", 'file_name,text\n000.png,"a" b\n', r"metadata\.csv, line 2: .*expected after"),
-        ("metadata.jsonl", json.dumps({"file_name": "000.png", "text": LONG}), r"line 1: a caption of more than 128 KiB"),
-        ("metadata.jsonl", '{"file_name": "000.png", "text": "\\ud800"}', r"line 1: half of a character"),
+        (
+            "metadata.csv",
+            'file_name,text\n000.png,"a" b\n',
+            r"metadata\.csv, line 2: .*expected after",
+        ),
+        (
+            "metadata.jsonl",
+            json.dumps({"file_name": "000.png", "text": LONG}),
+            r"line 1: a caption of more than 128 KiB",
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "000.png", "text": "\\ud800"}',
+            r"line 1: half of a character",
+        ),
         ("000.txt", LONG, r"000\.txt: a caption of more than 128 KiB"),
     ],
 )
@@ -624,15 +745,25 @@ def bomb(width: int, height: int) -> bytes:
     import zlib
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 9))
+        + chunk(b"IEND", b"")
+    )
 
 
 BAD = {
     "empty.png": (lambda p: b"", "empty file"),
-    "lfs.png": (lambda p: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+    "lfs.png": (
+        lambda p: b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+        "Git LFS pointer",
+    ),
     "page.jpg": (lambda p: b"<!DOCTYPE html><html></html>", "web page"),
     "text.png": (lambda p: b"hello", "no image"),
     "cut.png": (lambda p: png(p)[:-600], "truncated"),
@@ -713,7 +844,11 @@ def _object_npz(path: Path) -> None:
         ("a.bin", lambda p: p.write_bytes(b"\0" * 3000), "records"),
         ("a.bin", lambda p: p.write_bytes(b"\x0a" * 3073), "label 10"),
         ("a.bin", lambda p: p.write_bytes(b""), "records"),
-        ("a-images-idx3-ubyte", lambda p: p.write_bytes(b"\0\0\x08\x03" + struct.pack(">3I", 9, 9, 9)), "header says"),
+        (
+            "a-images-idx3-ubyte",
+            lambda p: p.write_bytes(b"\0\0\x08\x03" + struct.pack(">3I", 9, 9, 9)),
+            "header says",
+        ),
         ("a-images-idx3-ubyte", lambda p: p.write_bytes(b"nonsense"), "no idx file"),
         ("a-images-idx3-ubyte.gz", lambda p: p.write_bytes(b"nonsense"), "cannot be read"),
         ("a.txt", lambda p: p.write_bytes(b"x"), "not a source"),
@@ -727,7 +862,9 @@ def test_bad_arrays_are_named(tmp_path, name, write, message):
     assert caught.value.fix
 
 
-@pytest.mark.parametrize("arguments", [{"split": "dev"}, {"resolution": 0}, {"channels": 2}, {"limit": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{"split": "dev"}, {"resolution": 0}, {"channels": 2}, {"limit": 0}]
+)
 def test_arguments_out_of_range(arguments):
     with pytest.raises(UsageError):
         load_images("digits", **arguments)

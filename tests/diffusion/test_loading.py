@@ -56,7 +56,9 @@ def test_components_are_those_that_the_libraries_load(tiny_text: Path) -> None:
     stock = {
         "unet": diffusers.UNet2DConditionModel.from_pretrained(tiny_text / "unet"),
         "vae": diffusers.AutoencoderKL.from_pretrained(tiny_text / "vae"),
-        "text_encoder": transformers.CLIPTextModel.from_pretrained(tiny_text / "text_encoder", dtype=torch.float32),
+        "text_encoder": transformers.CLIPTextModel.from_pretrained(
+            tiny_text / "text_encoder", dtype=torch.float32
+        ),
     }
     own: dict[str, Any] = {
         "unet": load_denoiser(tiny_text, index),
@@ -116,13 +118,20 @@ def test_an_only_variant_is_taken(copy: Path) -> None:
         file.unlink()
         save_file(halves, file.with_name(name.replace(".", ".fp16.")))
     model = Diffusion.load(copy)
-    assert {p.dtype for module in (model.denoiser, model.vae) for p in module.parameters()} == {torch.float32}  # type: ignore[union-attr]
+    assert {p.dtype for module in (model.denoiser, model.vae) for p in module.parameters()} == {
+        torch.float32
+    }  # type: ignore[union-attr]
     save_file(halves, file.with_name(FILES["text_encoder"].replace(".", ".bf16.")))
     assert "several variants" in refusal(copy).what
 
 
 @pytest.mark.parametrize(
-    ("part", "kind"), [("vae", "AutoencoderTiny"), ("text_encoder", "T5EncoderModel"), ("unet", "UNet3DConditionModel")]
+    ("part", "kind"),
+    [
+        ("vae", "AutoencoderTiny"),
+        ("text_encoder", "T5EncoderModel"),
+        ("unet", "UNet3DConditionModel"),
+    ],
 )
 def test_other_classes_are_refused(copy: Path, part: str, kind: str) -> None:
     changed(copy / "model_index.json", **{part: ["library", kind]})
@@ -156,12 +165,16 @@ BOMBS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("part", "changes"), BOMBS.values(), ids=BOMBS)
-def test_bombs_are_refused_before_anything_is_built(copy: Path, part: str, changes: dict[str, Any]) -> None:
+def test_bombs_are_refused_before_anything_is_built(
+    copy: Path, part: str, changes: dict[str, Any]
+) -> None:
     changed(copy / part / "config.json", **changes)
     assert part in refusal(copy).what
 
 
-@pytest.mark.parametrize("changes", [{"num_layers": 100_000}, {"sample_size": 8192, "patch_size": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"num_layers": 100_000}, {"sample_size": 8192, "patch_size": 1}]
+)
 def test_bombs_in_a_transformer(tiny_dit: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     shutil.copytree(tiny_dit, tmp_path / "m")
     changed(tmp_path / "m" / "transformer" / "config.json", **changes)
@@ -169,7 +182,12 @@ def test_bombs_in_a_transformer(tiny_dit: Path, tmp_path: Path, changes: dict[st
 
 
 def test_bombs_that_are_to_be_made(tmp_path: Path) -> None:
-    unet: dict[str, Any] = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [1 << 19, 1 << 19]}
+    unet: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": [1 << 19, 1 << 19],
+    }
     unet |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     for changes in ({}, {"layers_per_block": 5000, "block_out_channels": [32, 32]}):
         (tmp_path / "c.json").write_text(json.dumps({"unet": {**unet, **changes}, "scheduler": {}}))
@@ -189,9 +207,15 @@ def test_values_of_configs_are_typed(copy: Path, key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("num_train_timesteps", value) for value in (None, "1000", 0, -1, True, 1.5, 1 << 40, [1000])),
+        *(
+            ("num_train_timesteps", value)
+            for value in (None, "1000", 0, -1, True, 1.5, 1 << 40, [1000])
+        ),
         *(("beta_end", value) for value in (None, "x", -1, 2, 1e300)),
-        *(("trained_betas", value) for value in ([], [2.0], "x", [[1], [2, 3]], [0.1] * 7, {"x": 1})),
+        *(
+            ("trained_betas", value)
+            for value in ([], [2.0], "x", [[1], [2, 3]], [0.1] * 7, {"x": 1})
+        ),
         *(("beta_schedule", value) for value in (None, "unknown", 5)),
         ("prediction_type", 5),
         ("steps_offset", -5),
@@ -207,7 +231,13 @@ def test_a_tokenizer_of_another_encoder_is_refused(copy: Path) -> None:
     assert "texts of up to" in refusal(copy).what
 
 
-LINKED = ("vae", "text_encoder/model.safetensors", "tokenizer", "scheduler/scheduler_config.json", "unet/config.json")
+LINKED = (
+    "vae",
+    "text_encoder/model.safetensors",
+    "tokenizer",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+)
 
 
 @pytest.mark.parametrize("name", LINKED)
@@ -239,13 +269,21 @@ def cached(base: Path, root: Path, blobs: str = "blobs") -> Path:
     return snapshot
 
 
-def test_blobs_of_the_hub_cache_are_followed_and_nothing_else_of_it(tiny_text: Path, tmp_path: Path) -> None:
-    assert Diffusion.load(cached(tiny_text, tmp_path / "hub")).sha256 == Diffusion.load(tiny_text).sha256
+def test_blobs_of_the_hub_cache_are_followed_and_nothing_else_of_it(
+    tiny_text: Path, tmp_path: Path
+) -> None:
+    assert (
+        Diffusion.load(cached(tiny_text, tmp_path / "hub")).sha256
+        == Diffusion.load(tiny_text).sha256
+    )
     assert "leads out of" in refusal(cached(tiny_text, tmp_path / "other", blobs="others")).what
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name",
+    ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"],
+)
 def test_a_scheduler_as_diffusers_saves_it_is_read(copy: Path, name: str) -> None:
     """A DPM-Solver's config holds -Infinity (`lambda_min_clipped`), which is not JSON; identity and fingerprint are."""
     getattr(diffusers, name)().save_pretrained(copy / "scheduler")
@@ -258,7 +296,11 @@ def test_a_scheduler_as_diffusers_saves_it_is_read(copy: Path, name: str) -> Non
 
 
 def test_a_scheduler_whose_numbers_are_none_is_refused(copy: Path) -> None:
-    (copy / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler", "beta_end": Infinity}')
+    (copy / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "DDPMScheduler", "beta_end": Infinity}'
+    )
     assert "beta_end" in str(refusal(copy))
-    (copy / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler", "lambda_min_clipped": NaN}')
+    (copy / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "DDPMScheduler", "lambda_min_clipped": NaN}'
+    )
     assert "NaN is not a finite number" in str(refusal(copy))

@@ -23,7 +23,9 @@ def test_noise_and_target_are_those_of_diffusers(make_tiny: MakeTiny, prediction
     stock = diffusers.DDPMScheduler.from_config(model.scheduler.config)
     x0, noise, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])
     torch.testing.assert_close(model.add_noise(x0, noise, t), stock.add_noise(x0, noise, t))
-    expected = {"epsilon": noise, "sample": x0, "v_prediction": stock.get_velocity(x0, noise, t)}[prediction_type]
+    expected = {"epsilon": noise, "sample": x0, "v_prediction": stock.get_velocity(x0, noise, t)}[
+        prediction_type
+    ]
     torch.testing.assert_close(model.target(x0, noise, t), expected)
 
 
@@ -33,7 +35,11 @@ def test_loss_is_the_mean_squared_error_of_each_sample(tiny: Path) -> None:
     with torch.no_grad():
         loss = model.loss(x0, noise, t)
         each = [
-            ((model.denoiser(model.add_noise(x0, noise, t)[i : i + 1], t[i]).sample - noise[i]) ** 2).mean() for i in range(3)
+            (
+                (model.denoiser(model.add_noise(x0, noise, t)[i : i + 1], t[i]).sample - noise[i])
+                ** 2
+            ).mean()
+            for i in range(3)
         ]
     torch.testing.assert_close(loss, torch.stack(each))
 
@@ -66,14 +72,19 @@ def test_older_pipelines_keep_their_parts_in_the_root(make_tiny: MakeTiny, tmp_p
     Diffusion.load(folder).save(tmp_path / "saved")
     assert Diffusion.load(tmp_path / "saved").sha256 == whole.sha256
     merge(folder, [expert], tmp_path / "merged", method="task_arithmetic", weights=[1.0])
-    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")) is diffusers.DDPMPipeline
+    assert (
+        type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged"))
+        is diffusers.DDPMPipeline
+    )
     assert Diffusion.load(tmp_path / "merged").sha256 == Diffusion.load(expert).sha256
 
 
 def test_schedule_is_the_bases_own(make_tiny: MakeTiny) -> None:
     folder = make_tiny()
     file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "beta_schedule": "squaredcos_cap_v2"}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "beta_schedule": "squaredcos_cap_v2"})
+    )
     expected = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
     torch.testing.assert_close(Diffusion.load(folder).alphas_cumprod, expected.double())
 
@@ -101,7 +112,9 @@ def test_foreign_class_in_the_index_is_refused(tiny: Path, tmp_path: Path) -> No
 
 
 def test_unknown_name_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither a file or folder here nor a model that the Hub gives"):
+    with pytest.raises(
+        InputError, match="neither a file or folder here nor a model that the Hub gives"
+    ):
         Diffusion.load("nobody/nothing")
     with pytest.raises(InputError, match="no such folder"):
         Diffusion.load(tmp_path / "none")
@@ -135,12 +148,21 @@ def test_dit_loads_encodes_and_saves_as_a_stock_pipeline(tiny_dit: Path, tmp_pat
         noise, t = torch.randn_like(x0), torch.tensor([5, 700])
         output = model.denoiser(model.add_noise(x0, noise, t), t, class_labels=labels).sample
         assert output.shape[1] == 8  # half of it is the learned variance
-        torch.testing.assert_close(model.loss(x0, noise, t, labels), (output[:, :4] - noise).square().mean((1, 2, 3)))
+        torch.testing.assert_close(
+            model.loss(x0, noise, t, labels), (output[:, :4] - noise).square().mean((1, 2, 3))
+        )
     model.save(tmp_path)
     assert Diffusion.load(tmp_path / "transformer").sha256 == model.sha256
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(stock) is diffusers.DiTPipeline
-    assert len(stock(class_labels=[1], num_inference_steps=2, guidance_scale=1.0, output_type="np").images) == 1
+    assert (
+        len(
+            stock(
+                class_labels=[1], num_inference_steps=2, guidance_scale=1.0, output_type="np"
+            ).images
+        )
+        == 1
+    )
 
 
 def test_dit_under_its_old_class_name(tiny_dit: Path, tmp_path: Path) -> None:
@@ -148,10 +170,18 @@ def test_dit_under_its_old_class_name(tiny_dit: Path, tmp_path: Path) -> None:
     folder = tmp_path / "old"
     shutil.copytree(tiny_dit, folder)
     index, config = folder / "model_index.json", folder / "transformer" / "config.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "transformer": ["diffusers", "Transformer2DModel"]}))
-    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "Transformer2DModel"}))
+    index.write_text(
+        json.dumps(
+            {**json.loads(index.read_text()), "transformer": ["diffusers", "Transformer2DModel"]}
+        )
+    )
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "_class_name": "Transformer2DModel"})
+    )
     assert Diffusion.load(folder).sha256 == Diffusion.load(tiny_dit).sha256
-    config.write_text(json.dumps({**json.loads(config.read_text()), "norm_type": "ada_norm_single"}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "norm_type": "ada_norm_single"})
+    )
     with pytest.raises(InputError, match=r"transformer/config\.json: cannot be loaded"):
         Diffusion.load(folder)
 
@@ -160,6 +190,10 @@ def test_an_index_without_denoiser_says_so(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     shutil.copytree(tiny, folder)
     file = folder / "model_index.json"
-    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "unet"}))
+    file.write_text(
+        json.dumps(
+            {name: value for name, value in json.loads(file.read_text()).items() if name != "unet"}
+        )
+    )
     with pytest.raises(InputError, match="no component 'unet'"):
         Diffusion.load(folder)

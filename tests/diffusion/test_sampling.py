@@ -17,7 +17,14 @@ import torch
 from demerge.diffusion import drawing
 from demerge.diffusion.drawing import sample_to
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.sampling import captions_of, labels_of, load_routed, make_scheduler, routed, sample
+from demerge.diffusion.sampling import (
+    captions_of,
+    labels_of,
+    load_routed,
+    make_scheduler,
+    routed,
+    sample,
+)
 from demerge.errors import InputError, NumericalError, UsageError
 from demerge.randomness import normal
 from demerge.timesteps import Partition
@@ -44,7 +51,10 @@ def test_images_do_not_depend_on_batch_size_or_start(model: Diffusion, sampler: 
 
 
 def test_a_sampler_with_a_history_forgets_it_between_batches(model: Diffusion) -> None:
-    pndm = replace(model, scheduler=diffusers.PNDMScheduler.from_config(model.scheduler.config, skip_prk_steps=True))
+    pndm = replace(
+        model,
+        scheduler=diffusers.PNDMScheduler.from_config(model.scheduler.config, skip_prk_steps=True),
+    )
     whole = sample(pndm, 5, seed=3, steps=6, sampler="base", batch_size=5)
     parts = sample(pndm, 5, seed=3, steps=6, sampler="base", batch_size=2)
     assert int((whole.int() - parts.int()).abs().max()) <= 1
@@ -60,7 +70,14 @@ def test_an_offset_never_leads_beyond_the_schedule(model: Diffusion, steps: int)
 @pytest.mark.parametrize("n", [1, 5, 8])
 def test_exactly_n_images_and_progress_ends_at_n(model: Diffusion, n: int) -> None:
     seen: list[tuple[int, int]] = []
-    assert len(sample(model, n, seed=0, steps=2, batch_size=4, progress=lambda *done: seen.append(done))) == n
+    assert (
+        len(
+            sample(
+                model, n, seed=0, steps=2, batch_size=4, progress=lambda *done: seen.append(done)
+            )
+        )
+        == n
+    )
     assert seen[-1] == (n, n)
 
 
@@ -105,11 +122,15 @@ def test_each_sample_goes_to_the_expert_of_its_timestep(model: Diffusion) -> Non
 
 
 def test_ensemble_of_copies_is_the_base(model: Diffusion) -> None:
-    ensemble = routed(model, Partition.uniform(1000, 2), [model.denoiser, copy.deepcopy(model.denoiser)])
+    ensemble = routed(
+        model, Partition.uniform(1000, 2), [model.denoiser, copy.deepcopy(model.denoiser)]
+    )
     assert torch.equal(sample(ensemble, 3, seed=1, steps=5), sample(model, 3, seed=1, steps=5))
 
 
-def test_experts_load_from_their_folder(tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]) -> None:
+def test_experts_load_from_their_folder(
+    tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]
+) -> None:
     for start, stop in ((500, 1000), (0, 500)):
         add_expert(tmp_path / f"{start:04d}-{stop:04d}", start, stop)
     ensemble = load_routed(tiny, tmp_path)
@@ -129,7 +150,9 @@ def test_text_to_image(tiny_text: Path) -> None:
         sample(model, 1, seed=0, steps=2)
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", 0), ("steps", 0), ("steps", 1001), ("batch_size", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("n", 0), ("steps", 0), ("steps", 1001), ("batch_size", 0)]
+)
 def test_bad_number_is_named(model: Diffusion, name: str, value: int) -> None:
     arguments = {"n": 1, "seed": 0, "steps": 2, "batch_size": 1, name: value}
     with pytest.raises(UsageError, match=f"{name} is {value}"):
@@ -183,7 +206,9 @@ def test_a_learned_variance_is_refused_by_name(tiny_dit: Path) -> None:
 
 def test_experts_of_a_dit_are_routed(tiny_dit: Path) -> None:
     model = Diffusion.load(tiny_dit)
-    ensemble = routed(model, Partition.from_cuts(1000, [500]), [model.denoiser, copy.deepcopy(model.denoiser)])
+    ensemble = routed(
+        model, Partition.from_cuts(1000, [500]), [model.denoiser, copy.deepcopy(model.denoiser)]
+    )
     images = sample(ensemble, 3, seed=0, steps=2)
     assert int((images.int() - sample(model, 3, seed=0, steps=2).int()).abs().max()) <= 1
 
@@ -214,9 +239,13 @@ def _end(scheduler: object, x0: float) -> float:
     """Where a scheduler ends from noise, if the denoiser knows x_0 exactly."""
     scheduler.set_timesteps(20)
     abar = scheduler.alphas_cumprod.double()
-    x = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 1, 8, 8) * float(scheduler.init_noise_sigma)
+    x = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 1, 8, 8) * float(
+        scheduler.init_noise_sigma
+    )
     given = (
-        {"generator": torch.Generator().manual_seed(0)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        {"generator": torch.Generator().manual_seed(0)}
+        if "generator" in inspect.signature(scheduler.step).parameters
+        else {}
     )
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
@@ -228,26 +257,43 @@ def _end(scheduler: object, x0: float) -> float:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("stated", [{}, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}])
-def test_ddim_clips_and_ends_as_the_bases_own_scheduler_does(model: Diffusion, name: str, stated: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "stated", [{}, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}]
+)
+def test_ddim_clips_and_ends_as_the_bases_own_scheduler_does(
+    model: Diffusion, name: str, stated: dict[str, object]
+) -> None:
     kind = getattr(diffusers, name)
     own = kind.from_config({**SCHEDULE, **SCHEDULERS[name], **stated})
     ddim = make_scheduler(replace(model, scheduler=own), 20, "ddim")
     assert torch.equal(ddim.alphas_cumprod, own.alphas_cumprod)
     if stated:
-        assert (ddim.config.clip_sample, ddim.config.set_alpha_to_one, ddim.config.steps_offset) == (False, False, 1)
+        assert (
+            ddim.config.clip_sample,
+            ddim.config.set_alpha_to_one,
+            ddim.config.steps_offset,
+        ) == (False, False, 1)
         assert torch.equal(ddim.final_alpha_cumprod, own.alphas_cumprod[0])
         return
     clips = [_end(scheduler, 3.0) < 1.5 for scheduler in (ddim, own)]
     assert clips == [name in ("DDIMScheduler", "DDPMScheduler")] * 2
     if name != "TCDScheduler":  # its own last step goes to t = 0, not through the field
-        ends_at_x0 = [abs(_end(scheduler, 0.5) - 0.5) < 1e-5 for scheduler in (ddim, own)]  # or else at the noise of t = 0
-        assert ends_at_x0 == [name not in ("PNDMScheduler", "DEISMultistepScheduler", "SASolverScheduler")] * 2
+        ends_at_x0 = [
+            abs(_end(scheduler, 0.5) - 0.5) < 1e-5 for scheduler in (ddim, own)
+        ]  # or else at the noise of t = 0
+        assert (
+            ends_at_x0
+            == [name not in ("PNDMScheduler", "DEISMultistepScheduler", "SASolverScheduler")] * 2
+        )
     assert ddim.config.thresholding is False
 
 
 def test_a_final_sigma_of_the_least_noise_is_kept(model: Diffusion) -> None:
-    for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+    for name in (
+        "EulerDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ):
         own = getattr(diffusers, name)(**SCHEDULE, final_sigmas_type="sigma_min")
         ddim = make_scheduler(replace(model, scheduler=own), 20, "ddim")
         assert torch.equal(ddim.final_alpha_cumprod, own.alphas_cumprod[0])
@@ -259,17 +305,32 @@ def test_a_text_pipeline_neither_clips_nor_starts_at_0(tiny_text: Path, name: st
     """`StableDiffusionPipeline` sets clip_sample to False and steps_offset to 1, whatever its scheduler's file says."""
     model = Diffusion.load(tiny_text)
     own = getattr(diffusers, name).from_config({**SCHEDULE, **SCHEDULERS[name]})
-    ddim, base = (make_scheduler(replace(model, scheduler=own), 20, sampler) for sampler in ("ddim", "base"))
+    ddim, base = (
+        make_scheduler(replace(model, scheduler=own), 20, sampler) for sampler in ("ddim", "base")
+    )
     stock = diffusers.StableDiffusionPipeline(
-        model.vae, model.text.model, model.text.tokenizer, model.denoiser, own, None, None, requires_safety_checker=False
+        model.vae,
+        model.text.model,
+        model.text.tokenizer,
+        model.denoiser,
+        own,
+        None,
+        None,
+        requires_safety_checker=False,
     ).scheduler
     stock.set_timesteps(20)
     assert torch.equal(torch.as_tensor(base.timesteps), torch.as_tensor(stock.timesteps))
     assert base.config.get("clip_sample", False) is stock.config.get("clip_sample", False) is False
-    assert (ddim.config.clip_sample, ddim.config.steps_offset, min(ddim.timesteps.tolist())) == (False, 1, 1)
+    assert (ddim.config.clip_sample, ddim.config.steps_offset, min(ddim.timesteps.tolist())) == (
+        False,
+        1,
+        1,
+    )
 
 
-def test_a_schedule_that_the_class_assumes_is_not_replaced_by_that_of_ddim(model: Diffusion) -> None:
+def test_a_schedule_that_the_class_assumes_is_not_replaced_by_that_of_ddim(
+    model: Diffusion,
+) -> None:
     """LCM's own betas are scaled linear from 0.00085; those of DDIM are linear from 0.0001."""
     own = diffusers.LCMScheduler.from_config({})
     ddim = make_scheduler(replace(model, scheduler=own), 4, "ddim")
@@ -289,21 +350,43 @@ def test_a_step_at_snr_zero_is_refused_for_epsilon_alone(model: Diffusion) -> No
 # -- guidance ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheduler", [diffusers.DDIMScheduler, diffusers.PNDMScheduler, diffusers.EulerDiscreteScheduler])
+@pytest.mark.parametrize(
+    "scheduler",
+    [diffusers.DDIMScheduler, diffusers.PNDMScheduler, diffusers.EulerDiscreteScheduler],
+)
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_guidance_is_that_of_the_stock_pipeline(tiny_text: Path, scheduler: type, guidance_scale: float) -> None:
+def test_guidance_is_that_of_the_stock_pipeline(
+    tiny_text: Path, scheduler: type, guidance_scale: float
+) -> None:
     """From equal noise, with its own scheduler; the stock pipeline sets a caption against the tokens of ""."""
-    own = scheduler(**SCHEDULE, **({"skip_prk_steps": True} if scheduler is diffusers.PNDMScheduler else {}))
+    own = scheduler(
+        **SCHEDULE, **({"skip_prk_steps": True} if scheduler is diffusers.PNDMScheduler else {})
+    )
     model = replace(Diffusion.load(tiny_text), scheduler=own)
     captions = ["a cat", "two dogs"]
     stock = diffusers.StableDiffusionPipeline(
-        model.vae, model.text.model, model.text.tokenizer, model.denoiser, own, None, None, requires_safety_checker=False
+        model.vae,
+        model.text.model,
+        model.text.tokenizer,
+        model.denoiser,
+        own,
+        None,
+        None,
+        requires_safety_checker=False,
     )
     stock.set_progress_bar_config(disable=True)
     noise = normal(model.sample_shape, 3, "image", samples=range(2))
-    expected = stock(captions, num_inference_steps=5, guidance_scale=guidance_scale, latents=noise, output_type="pt").images
-    images = sample(model, 2, seed=3, steps=5, sampler="base", captions=captions, guidance_scale=guidance_scale)
+    expected = stock(
+        captions,
+        num_inference_steps=5,
+        guidance_scale=guidance_scale,
+        latents=noise,
+        output_type="pt",
+    ).images
+    images = sample(
+        model, 2, seed=3, steps=5, sampler="base", captions=captions, guidance_scale=guidance_scale
+    )
     assert int((images.int() - (expected * 255).round().int()).abs().max()) <= 1
 
 
@@ -314,7 +397,8 @@ def test_guidance_1_is_no_guidance_and_more_is_another_image(tiny_text: Path) ->
     assert torch.equal(sample(model, 2, **options, guidance_scale=1.0), plain)
     assert not torch.equal(sample(model, 2, **options, guidance_scale=20.0), plain)
     assert torch.equal(
-        sample(model, 2, seed=0, steps=3, captions=[""]), sample(model, 2, seed=0, steps=3, captions=[""], guidance_scale=5)
+        sample(model, 2, seed=0, steps=3, captions=[""]),
+        sample(model, 2, seed=0, steps=3, captions=[""], guidance_scale=5),
     )
 
 
@@ -328,19 +412,27 @@ def test_guidance_of_a_dit_is_against_no_class(tiny_dit: Path) -> None:
     x = normal(model.sample_shape, 1, "image", samples=range(2))
     with torch.no_grad():
         for t in scheduler.timesteps:
-            null, given = (model.predict(x, t, torch.tensor(labels)) for labels in ([10, 10], [3, 7]))
+            null, given = (
+                model.predict(x, t, torch.tensor(labels)) for labels in ([10, 10], [3, 7])
+            )
             x = scheduler.step(null + 4 * (given - null), t, x).prev_sample
         expected = ((model.decode(x).clamp(-1, 1) + 1) * 127.5).round().int()
     images = sample(model, 2, seed=1, steps=2, labels=[3, 7], guidance_scale=4)
     assert int((images.int() - expected).abs().max()) <= 1
     assert torch.equal(
-        sample(model, 1, seed=1, steps=2, labels=[10]), sample(model, 1, seed=1, steps=2, labels=[10], guidance_scale=4)
+        sample(model, 1, seed=1, steps=2, labels=[10]),
+        sample(model, 1, seed=1, steps=2, labels=[10], guidance_scale=4),
     )
 
 
 @pytest.mark.parametrize(
     ("scale", "message"),
-    [(0.5, "guidance_scale is 0.5"), (math.inf, "is inf"), (math.nan, "is nan"), (2, "takes no condition")],
+    [
+        (0.5, "guidance_scale is 0.5"),
+        (math.inf, "is inf"),
+        (math.nan, "is nan"),
+        (2, "takes no condition"),
+    ],
 )
 def test_guidance_that_cannot_be_is_refused(model: Diffusion, scale: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -383,7 +475,9 @@ def test_an_interrupted_folder_keeps_its_images_and_ends_in_the_same_bytes(
     assert sample_to(tmp_path / "cut", model, 7, **OPTIONS) == 0
 
 
-def test_images_of_other_options_or_of_another_model_are_refused(model: Diffusion, tmp_path: Path) -> None:
+def test_images_of_other_options_or_of_another_model_are_refused(
+    model: Diffusion, tmp_path: Path
+) -> None:
     folder = tmp_path / "images"
     sample_to(folder, model, 2, **OPTIONS)
     before = contents(folder)

@@ -31,7 +31,9 @@ def test_operations_are_those_of_the_layers(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_text", "tiny_dit"])
-def test_little_work_gets_one_thread(kind: str, request: pytest.FixtureRequest, two_threads: None) -> None:
+def test_little_work_gets_one_thread(
+    kind: str, request: pytest.FixtureRequest, two_threads: None
+) -> None:
     model = Diffusion.load(request.getfixturevalue(kind))
     with fitting_threads(model, 4):
         assert torch.get_num_threads() == 1
@@ -40,14 +42,21 @@ def test_little_work_gets_one_thread(kind: str, request: pytest.FixtureRequest, 
         assert torch.get_num_threads() == 2
 
 
-def test_a_number_of_the_user_is_left_alone(tiny: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_the_user_is_left_alone(
+    tiny: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with fitting_threads(Diffusion.load(tiny), 1):
         assert torch.get_num_threads() == 2
 
 
-def test_finetune_uses_it_and_gives_the_threads_back(tiny: Path, tmp_path: Path, two_threads: None) -> None:
+def test_finetune_uses_it_and_gives_the_threads_back(
+    tiny: Path, tmp_path: Path, two_threads: None
+) -> None:
     options = FinetuneOptions(max_train_steps=2, train_batch_size=2)
     data = load_images("digits", split="train", limit=8)
-    seen = [torch.get_num_threads() for _ in finetune(Diffusion.load(tiny), data, [TimestepRange(0, 500)], options, tmp_path)]
+    seen = [
+        torch.get_num_threads()
+        for _ in finetune(Diffusion.load(tiny), data, [TimestepRange(0, 500)], options, tmp_path)
+    ]
     assert (seen, torch.get_num_threads()) == ([1, 1], 2)

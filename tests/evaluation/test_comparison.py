@@ -31,7 +31,9 @@ def test_models_in_memory_are_compared(make_tiny: Callable[..., Path]) -> None:
     assert "<table>" in report.html
 
 
-def test_the_same_call_goes_on_where_it_stopped(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_same_call_goes_on_where_it_stopped(
+    make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     models = {"base": make_tiny(seed=0), "mine": make_tiny(seed=1)}
     first = compare(models, "digits", seeds=[0], out=tmp_path, **QUICK)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
@@ -41,7 +43,9 @@ def test_the_same_call_goes_on_where_it_stopped(make_tiny: Callable[..., Path], 
     assert [floor.model for floor in first.ranked.floors] == ["digits train"]
 
 
-def test_models_of_unlike_shape_and_plots_are_refused_at_once(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_models_of_unlike_shape_and_plots_are_refused_at_once(
+    make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "index.html").write_text(whole("What the merge did", "", [], ""))
     with pytest.raises(UsageError, match="plots that demerge wrote"):

@@ -23,7 +23,9 @@ from demerge.reporting.theme import LIGHT, render
 def pipeline(folder: Path, **records: object) -> str:
     (folder / "scheduler").mkdir(parents=True)
     (folder / "model_index.json").write_text("{}")
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 1000}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"num_train_timesteps": 1000})
+    )
     for name, record in records.items():
         (folder / f"{name}.json").write_text(json.dumps(record))
     return str(folder)
@@ -59,14 +61,23 @@ def test_kinds_by_their_records(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_joint_control_is_the_control(tmp_path: Path) -> None:
     """`finetune --ranges joint -o run/joint` prints run/joint; routed by timestep, it would be called an ensemble."""
-    base, control = pipeline(tmp_path / "mine"), pipeline(tmp_path / "joint" / "0000-1000", expert={"range": [0, 1000]})
+    base, control = (
+        pipeline(tmp_path / "mine"),
+        pipeline(tmp_path / "joint" / "0000-1000", expert={"range": [0, 1000]}),
+    )
     found = entrants([base, str(tmp_path / "joint"), f"half={tmp_path / 'joint'}"])
-    assert [(e.name, e.kind, e.source) for e in found[1:]] == [("joint", "joint", control), ("half", "joint", control)]
+    assert [(e.name, e.kind, e.source) for e in found[1:]] == [
+        ("joint", "joint", control),
+        ("half", "joint", control),
+    ]
 
 
 def test_names_and_the_base_can_be_given(tmp_path: Path) -> None:
     a, b = pipeline(tmp_path / "x" / "unet"), pipeline(tmp_path / "y" / "unet")
-    assert [(e.name, e.kind) for e in entrants([a, f"best={b}"], base=b)] == [("unet", "model"), ("best", "base")]
+    assert [(e.name, e.kind) for e in entrants([a, f"best={b}"], base=b)] == [
+        ("unet", "model"),
+        ("best", "base"),
+    ]
     assert [e.name for e in entrants([a, b])] == ["x/unet", "y/unet"]
     with pytest.raises(UsageError, match="named"):
         entrants([a, a])
@@ -89,7 +100,11 @@ def test_scores_and_strips_round_trip(
 ) -> None:
     images = noise(20, 3, 8)
     for score in make_scores("ties", "merge", [7.0, 7.1]):
-        save_scores(tmp_path / f"ties.seed{score.seed}.json", score, images if score.seed == 0 else noise(20, 3, 8, seed=1))
+        save_scores(
+            tmp_path / f"ties.seed{score.seed}.json",
+            score,
+            images if score.seed == 0 else noise(20, 3, 8, seed=1),
+        )
     scores, contact = load_scores(tmp_path)
     assert [s.seed for s in scores] == [0, 1]
     assert torch.equal(contact["ties"], images[:SHOWN])
@@ -119,7 +134,13 @@ def test_plots_of_ours_are_no_model(
     save_scores(tmp_path / "run" / "scores" / "ties.seed0.json", scores[0], noise(20))
     plots = png(tmp_path / "plots" / "heat.png").parent
     (plots / "heat.svg").write_bytes(render(lambda theme: Figure(), LIGHT, "svg"))
-    reports = [old, tmp_path / "run" / "report", tmp_path / "run" / "scores", tmp_path / "run", plots]
+    reports = [
+        old,
+        tmp_path / "run" / "report",
+        tmp_path / "run" / "scores",
+        tmp_path / "run",
+        plots,
+    ]
     assert [is_report(folder) for folder in reports] == [True] * 5
 
     emoji = png(tmp_path / "emoji" / "u1.png").parent
@@ -128,7 +149,9 @@ def test_plots_of_ours_are_no_model(
     (emoji / "gallery.html").write_text("<!doctype html><title>my samples</title>")
     model = pipeline(tmp_path / "merged" / "ties", demerge={"experts": [{"range": [0, 500]}]})
     (tmp_path / "merged" / "ties" / "report").mkdir()
-    (tmp_path / "merged" / "ties" / "report" / "index.html").write_text(whole("What the merge did", "", [], ""))
+    (tmp_path / "merged" / "ties" / "report" / "index.html").write_text(
+        whole("What the merge did", "", [], "")
+    )
     assert not is_report(emoji)
     assert not is_report(Path(model)), "a merge with its report inside is a merge"
 
@@ -142,7 +165,10 @@ def test_plots_of_ours_are_no_model(
 def test_models_of_a_table_have_their_names_and_kinds(tmp_path: Path) -> None:
     a, b = pipeline(tmp_path / "a"), pipeline(tmp_path / "b")
     found = entrants({"start": a, "mine": Path(b)}, kinds={"mine": "merge"})
-    assert [(e.name, e.kind, e.source) for e in found] == [("start", "base", a), ("mine", "merge", b)]
+    assert [(e.name, e.kind, e.source) for e in found] == [
+        ("start", "base", a),
+        ("mine", "merge", b),
+    ]
     assert [e.kind for e in entrants({"start": a, "mine": b}, base="mine")] == ["model", "base"]
 
 

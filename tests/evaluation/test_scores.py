@@ -34,7 +34,9 @@ def test_json_round_trip(make_scores: Make, tmp_path: Path) -> None:
         lambda d: d.update(losses={"ranges": ["a"], "blocks": []}),
     ],
 )
-def test_damaged_scores_are_refused(make_scores: Make, tmp_path: Path, damage: Callable[[dict[str, object]], object]) -> None:
+def test_damaged_scores_are_refused(
+    make_scores: Make, tmp_path: Path, damage: Callable[[dict[str, object]], object]
+) -> None:
     document = json.loads(json.dumps(make_scores("ties", "merge", [7.1])[0].document()))
     damage(document)
     (tmp_path / "bad.json").write_text(json.dumps(document))
@@ -91,7 +93,10 @@ def test_ranking_and_rows(make_scores: Make) -> None:
 
 
 def test_the_largest_group_is_ranked_and_floors_follow_their_reference(make_scores: Make) -> None:
-    floors = [*make_scores("real", "real", [2.0], steps=0), *make_scores("other", "real", [1.0], reference_sha256="00")]
+    floors = [
+        *make_scores("real", "real", [2.0], steps=0),
+        *make_scores("other", "real", [1.0], reference_sha256="00"),
+    ]
     models = [
         *make_scores("lone", "model", [5.0], num_images=9),
         *make_scores("a", "base", [8.0]),
@@ -107,7 +112,10 @@ def test_the_largest_group_is_ranked_and_floors_follow_their_reference(make_scor
 
 def test_reprs_are_short(make_scores: Make) -> None:
     score = make_scores("ties", "merge", [7.0])[0]
-    assert repr(score) == "Scores(ties, merge, seed 0: fd 7, kid 0.7, precision 0.9, recall 0.8, density 1, coverage 0.7)"
+    assert (
+        repr(score)
+        == "Scores(ties, merge, seed 0: fd 7, kid 0.7, precision 0.9, recall 0.8, density 1, coverage 0.7)"
+    )
     assert repr(rows_of([score])[0]) == "Row(ties, merge, 1 seeds: fd 7)"
     assert len(repr(score.protocol)) < 200
     assert "ab" * 32 not in repr(score.protocol)
@@ -125,9 +133,27 @@ def test_a_distance_on_random_features_is_called_that(make_scores: Make) -> None
 @pytest.mark.parametrize(
     ("merge", "base", "joint", "expected", "words"),
     [
-        (6.0, 8.0, 7.0, "better", ["beats the base", "beats the joint control", "better than both controls"]),
-        (7.5, 8.0, 7.0, "worse", ["beats the base", "is worse than the joint control", "a control does better"]),
-        (7.0, 8.0, 7.0, "inconclusive", ["beats the base", "cannot be told apart from the joint", "not shown"]),
+        (
+            6.0,
+            8.0,
+            7.0,
+            "better",
+            ["beats the base", "beats the joint control", "better than both controls"],
+        ),
+        (
+            7.5,
+            8.0,
+            7.0,
+            "worse",
+            ["beats the base", "is worse than the joint control", "a control does better"],
+        ),
+        (
+            7.0,
+            8.0,
+            7.0,
+            "inconclusive",
+            ["beats the base", "cannot be told apart from the joint", "not shown"],
+        ),
         (9.0, 8.0, 7.0, "worse", ["is worse than the base", "a control does better"]),
     ],
 )
@@ -148,7 +174,9 @@ def test_the_verdict_is_honest(
 
 
 def test_missing_controls_leave_no_conclusion(make_scores: Make) -> None:
-    rows = rows_of(make_scores("ties", "merge", [6.0, 6.1, 6.2]) + make_scores("base", "base", [8.0, 8.1, 8.2]))
+    rows = rows_of(
+        make_scores("ties", "merge", [6.0, 6.1, 6.2]) + make_scores("base", "base", [8.0, 8.1, 8.2])
+    )
     assert outcome(rows) == "none"
     assert "no conclusion" in verdict(rows)
     assert "Nothing can be said against the joint control" in verdict(rows)
@@ -156,9 +184,13 @@ def test_missing_controls_leave_no_conclusion(make_scores: Make) -> None:
 
 
 def test_training_seeds_are_the_checkpoints_under_a_name(make_scores: Make) -> None:
-    rows = rows_of(make_scores("ties", "merge", [6.0, 6.1, 6.2]) + make_scores("base", "base", [8.0, 8.1, 8.2]))
+    rows = rows_of(
+        make_scores("ties", "merge", [6.0, 6.1, 6.2]) + make_scores("base", "base", [8.0, 8.1, 8.2])
+    )
     assert "Training seeds: 1." in " ".join(warnings(rows, []))
-    trained = replace(rows[0], scores=tuple(replace(s, model_sha256=f"{s.seed}") for s in rows[0].scores))
+    trained = replace(
+        rows[0], scores=tuple(replace(s, model_sha256=f"{s.seed}") for s in rows[0].scores)
+    )
     text = " ".join(warnings([trained, rows[1]], []))
     assert "Training seeds: 3 checkpoints stand under each name" in text
     assert "5.8 %" not in text
@@ -167,7 +199,15 @@ def test_training_seeds_are_the_checkpoints_under_a_name(make_scores: Make) -> N
 def test_warnings(make_scores: Make) -> None:
     few = rows_of(make_scores("ties", "merge", [6.0], num_images=60))
     text = " ".join(warnings(few, []))
-    for word in ("Rank-deficient", "not FID", "sampling seed", "No noise floor", "No base model", "No joint control", "5.8 %"):
+    for word in (
+        "Rank-deficient",
+        "not FID",
+        "sampling seed",
+        "No noise floor",
+        "No base model",
+        "No joint control",
+        "5.8 %",
+    ):
         assert word in text
     rows = rows_of(make_scores("base", "base", [1.0, 1.1, 1.2]))
     floors = rows_of(make_scores("digits train", "real", [2.0]))

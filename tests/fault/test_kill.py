@@ -17,7 +17,9 @@ from demerge.finetuning import FinetuneOptions, finetune
 from demerge.timesteps import TimestepRange
 
 SPAN = TimestepRange(0, 1000)
-OPTIONS = FinetuneOptions(max_train_steps=40, train_batch_size=2, checkpointing_steps=1, logging_steps=3)
+OPTIONS = FinetuneOptions(
+    max_train_steps=40, train_batch_size=2, checkpointing_steps=1, logging_steps=3
+)
 
 
 def train(base: Diffusion, data: ImageData, out: Path) -> str:

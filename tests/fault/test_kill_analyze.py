@@ -16,7 +16,14 @@ from demerge.storage.atomic import sha256
 
 
 def plan(tiny: Path, out: Path) -> Plan:
-    settings: dict[str, Any] = {"bins": 4, "groups": 5, "batch_size": 2, "ranges": 2, "engine": "sketch", "metric": "adam"}
+    settings: dict[str, Any] = {
+        "bins": 4,
+        "groups": 5,
+        "batch_size": 2,
+        "ranges": 2,
+        "engine": "sketch",
+        "metric": "adam",
+    }
     return prepare(str(tiny), "digits", out, **settings)
 
 

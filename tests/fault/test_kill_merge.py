@@ -23,7 +23,9 @@ from demerge.storage.atomic import sha256
 def test_a_killed_merge_leaves_all_or_nothing(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     for name in ("base", "expert"):
-        save_file({str(i): torch.randn(300_000) for i in range(8)}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {str(i): torch.randn(300_000) for i in range(8)}, tmp_path / f"{name}.safetensors"
+        )
     base, expert = tmp_path / "base.safetensors", tmp_path / "expert.safetensors"
     whole = sha256(merge(base, [expert], tmp_path / "whole.safetensors", method="ties").path)
     random, out, killed = np.random.default_rng(0), tmp_path / "out.safetensors", 0
@@ -70,7 +72,11 @@ def killed_at(step: int, work: Callable[[], object]) -> int:
 
 def content(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file below a folder, those of temporary names, too."""
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -85,7 +91,9 @@ def test_a_merge_killed_between_its_parts_comes_with_its_report_or_not_at_all(
 
     def work(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        prepare(Recipe.of(tiny, [tiny, tiny], method="ties"), threads=1).run(folder / name, report=True)
+        prepare(Recipe.of(tiny, [tiny, tiny], method="ties"), threads=1).run(
+            folder / name, report=True
+        )
 
     n = killed_at(0, lambda: work(tmp_path / "whole"))
     whole = content(tmp_path / "whole")
@@ -100,7 +108,9 @@ def test_a_merge_killed_between_its_parts_comes_with_its_report_or_not_at_all(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_statistics_killed_between_two_files_are_recorded_as_they_are(tiny: Path, tmp_path: Path) -> None:
+def test_statistics_killed_between_two_files_are_recorded_as_they_are(
+    tiny: Path, tmp_path: Path
+) -> None:
     from demerge.statistics import prepare as prepared
 
     torch.set_num_threads(1)
@@ -116,6 +126,8 @@ def test_statistics_killed_between_two_files_are_recorded_as_they_are(tiny: Path
         assert killed_at(step, lambda place=place: work(place)) == -9
         for record in place.glob("*/stats.json"):
             named = [key for key in json.loads(record.read_text()) if key != "format"]
-            assert named == ["fisher", "gram"] and all((record.parent / f"{key}.safetensors").is_file() for key in named)
+            assert named == ["fisher", "gram"] and all(
+                (record.parent / f"{key}.safetensors").is_file() for key in named
+            )
         work(place)
         assert content(place) == whole

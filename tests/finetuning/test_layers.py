@@ -23,7 +23,9 @@ from demerge.finetuning.trainer import Run
 from demerge.storage.checkpoint import Checkpoint
 from demerge.timesteps import TimestepRange
 
-FAST = FinetuneOptions(max_train_steps=4, train_batch_size=4, checkpointing_steps=2, learning_rate=1e-2, use_ema=False)
+FAST = FinetuneOptions(
+    max_train_steps=4, train_batch_size=4, checkpointing_steps=2, learning_rate=1e-2, use_ema=False
+)
 SPAN = TimestepRange(0, 500)
 RESNET = "down_blocks.1.resnets.0"
 SOME = ("mid_block.attentions.0.to_out.0", f"{RESNET}.conv2", f"{RESNET}.norm1", "conv_out")
@@ -63,42 +65,66 @@ def changed(base: Path, expert: Path) -> set[str]:
 
 @pytest.mark.parametrize("projection", ["foldable", "none"])
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_only_the_chosen_layers_change(tiny: Path, data: ImageData, tmp_path: Path, projection: str, use_ema: bool) -> None:
+def test_only_the_chosen_layers_change(
+    tiny: Path, data: ImageData, tmp_path: Path, projection: str, use_ema: bool
+) -> None:
     expert = train(Diffusion.load(tiny), data, tmp_path, projection=projection, use_ema=use_ema)
     assert changed(tiny, expert) == set(SOME)
     assert type(diffusers.DiffusionPipeline.from_pretrained(expert)) is diffusers.DDPMPipeline
     record = json.loads((expert / "expert.json").read_text())
-    assert record["train_layers"] == list(SOME) and record["inputs"]["layers_sha256"] == digest(reversed(SOME))
+    assert record["train_layers"] == list(SOME) and record["inputs"]["layers_sha256"] == digest(
+        reversed(SOME)
+    )
 
 
-@pytest.mark.parametrize("layer", ["mid_block.resnets.0.norm1", "up_blocks.0.resnets.0.norm2", "conv_out"])
+@pytest.mark.parametrize(
+    "layer", ["mid_block.resnets.0.norm1", "up_blocks.0.resnets.0.norm2", "conv_out"]
+)
 def test_a_layer_trains_alone(tiny: Path, data: ImageData, tmp_path: Path, layer: str) -> None:
     """torch 2.13 crashes on some group norms whose input asks for no gradient; an end of the process would be seen here."""
     base = Diffusion.load(tiny)
     run = Run.begin(base, data, SPAN, FAST, tmp_path, {}, [layer])
     assert run._step() < 100
-    moved = {name for name, p in run.expert().named_parameters() if not torch.equal(p, base.denoiser.get_parameter(name))}
+    moved = {
+        name
+        for name, p in run.expert().named_parameters()
+        if not torch.equal(p, base.denoiser.get_parameter(name))
+    }
     assert set(layers_of(dict.fromkeys(moved, 1))) == {layer}
 
 
-def test_optimizer_average_and_checkpoint_hold_what_trains(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_optimizer_average_and_checkpoint_hold_what_trains(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
     run = Run.begin(base, data, SPAN, replace(FAST, projection="none"), tmp_path, {}, SOME)
     run._step()
     run._save()
-    chosen = {name for name, _ in base.denoiser.named_parameters() if name.rpartition(".")[0] in SOME}
+    chosen = {
+        name for name, _ in base.denoiser.named_parameters() if name.rpartition(".")[0] in SOME
+    }
     held = [p for group in run.optimizer.param_groups for p in group["params"]]
-    assert sum(p.numel() for p in held) == trained_parameters(base.denoiser, SOME) < base.parameters / 5
+    assert (
+        sum(p.numel() for p in held)
+        == trained_parameters(base.denoiser, SOME)
+        < base.parameters / 5
+    )
     assert {id(p) for p in run.optimizer.state} == {id(p) for p in held}
     assert set(run.ema) == set(run.parameters) == chosen
     state = newest_state(tmp_path)
     assert state is not None
-    kept = {key.split(".", 1 if key[0] != "o" else 2)[-1] for key in state.tensors() if not key.startswith("window")}
+    kept = {
+        key.split(".", 1 if key[0] != "o" else 2)[-1]
+        for key in state.tensors()
+        if not key.startswith("window")
+    }
     assert kept == chosen
     assert all(p.grad is None for p in run.student.denoiser.parameters())
 
 
-def test_w_is_put_behind_sites_that_train_as_a_whole(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_w_is_put_behind_sites_that_train_as_a_whole(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
 
     def mixes(*layers: str) -> int:
@@ -113,12 +139,17 @@ def test_w_is_put_behind_sites_that_train_as_a_whole(tiny: Path, data: ImageData
 def test_all_layers_by_name_equal_no_choice(tiny: Path, data: ImageData, tmp_path: Path) -> None:
     base = Diffusion.load(tiny)
     everything = list(layers_of({name: 1 for name, _ in base.denoiser.named_parameters()}))
-    named, plain = train(base, data, tmp_path / "named", everything), train(base, data, tmp_path / "plain", None)
+    named, plain = (
+        train(base, data, tmp_path / "named", everything),
+        train(base, data, tmp_path / "plain", None),
+    )
     assert Diffusion.load(named).sha256 == Diffusion.load(plain).sha256
     assert json.loads((plain / "expert.json").read_text())["train_layers"] is None
 
 
-def test_resumed_run_equals_the_uninterrupted_one(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
     whole = train(base, data, tmp_path / "whole", use_ema=True)
     with pytest.raises(Preempted):
@@ -139,7 +170,12 @@ def test_unknown_layers_are_named(tiny: Path, data: ImageData, tmp_path: Path) -
 
 
 def written(path: Path, base: Diffusion, **changes: Any) -> Path:
-    document = {"format": "demerge.layers/1", "model": base.sha256, "ranges": [[0, 500], [500, 1000]], "train": ["conv_out"]}
+    document = {
+        "format": "demerge.layers/1",
+        "model": base.sha256,
+        "ranges": [[0, 500], [500, 1000]],
+        "train": ["conv_out"],
+    }
     path.write_text(json.dumps({**document, **changes}))
     return path
 
@@ -166,7 +202,9 @@ def test_a_choice_is_read(tiny: Path, tmp_path: Path) -> None:
         ({"ranges": [[0]]}, r"missing in ranges\[0\]"),
     ],
 )
-def test_other_files_are_refused(tiny: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_other_files_are_refused(
+    tiny: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     base = Diffusion.load(tiny)
     with pytest.raises(InputError, match=message) as refused:
         load_layers(written(tmp_path / "l.json", base, **changes), base)

@@ -13,7 +13,12 @@ import torch
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.finetuning import FinetuneOptions
-from demerge.finetuning.objective import consistency_weight, draw_timesteps, learning_rate, loss_weights
+from demerge.finetuning.objective import (
+    consistency_weight,
+    draw_timesteps,
+    learning_rate,
+    loss_weights,
+)
 from demerge.timesteps import TimestepRange
 
 SPAN = TimestepRange(250, 500)
@@ -49,7 +54,10 @@ def test_paper_sampling_tosses_once_and_mirrors() -> None:
     assert torch.all((sums - (250 + 499)).abs() <= 1)
     inside = [
         bool(
-            ((d := draw_timesteps(SPAN, 1000, FinetuneOptions(sampling="paper"), s, range(64))) >= 250).all()
+            (
+                (d := draw_timesteps(SPAN, 1000, FinetuneOptions(sampling="paper"), s, range(64)))
+                >= 250
+            ).all()
             and (d < 500).all()
         )
         for s in range(200)
@@ -86,24 +94,36 @@ LIMITS = {
 
 @pytest.mark.parametrize("prediction_type", OF_X0)
 @pytest.mark.parametrize("name", ON_X0)
-def test_a_weight_is_one_weighting_of_the_x0_error(make_tiny, prediction_type: str, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_weight_is_one_weighting_of_the_x0_error(
+    make_tiny, prediction_type: str, name: str
+) -> None:  # type: ignore[no-untyped-def]
     model = Diffusion.load(make_tiny(prediction_type=prediction_type))
     snr = model.snr()
     assert snr.dtype == torch.float64
     weights = loss_weights(model, FinetuneOptions(loss_weight=name))
-    torch.testing.assert_close(weights, ON_X0[name](snr) / OF_X0[prediction_type](snr), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        weights, ON_X0[name](snr) / OF_X0[prediction_type](snr), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize(("name", "prediction_type"), LIMITS)
 @pytest.mark.parametrize("end", [0, 1])
 def test_weights_have_their_limits(tiny: Path, name: str, prediction_type: str, end: int) -> None:
     betas = [0.0, 0.1, 0.3] if end else [0.1, 0.3, 1.0]  # abar = 1 at the first, 0 at the last
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=3, trained_betas=betas, prediction_type=prediction_type)
-    model, limit = replace(Diffusion.load(tiny), scheduler=scheduler), LIMITS[name, prediction_type][end]
+    scheduler = diffusers.DDPMScheduler(
+        num_train_timesteps=3, trained_betas=betas, prediction_type=prediction_type
+    )
+    model, limit = (
+        replace(Diffusion.load(tiny), scheduler=scheduler),
+        LIMITS[name, prediction_type][end],
+    )
     assert float(model.alphas_cumprod[0 if end else -1]) == end
     options = FinetuneOptions(loss_weight=name)
     if limit is None:
-        with pytest.raises(UsageError, match=rf"{re.escape(name)} is inf at t = {0 if end else 2}, where abar is {end}"):
+        with pytest.raises(
+            UsageError,
+            match=rf"{re.escape(name)} is inf at t = {0 if end else 2}, where abar is {end}",
+        ):
             loss_weights(model, options)
         return
     weights = loss_weights(model, options)
@@ -115,7 +135,9 @@ SCHEDULE = {"num_train_timesteps": 10, "trained_betas": [0.3] * 10}
 
 
 def test_a_stand_in_for_zero_terminal_snr_is_refused_as_well(tiny: Path) -> None:
-    scheduler = diffusers.EulerDiscreteScheduler(**SCHEDULE, rescale_betas_zero_snr=True)  # abar = 2^-24 at the last t
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **SCHEDULE, rescale_betas_zero_snr=True
+    )  # abar = 2^-24 at the last t
     model = replace(Diffusion.load(tiny), scheduler=scheduler)
     assert float(loss_weights(model, FinetuneOptions(loss_weight="min-snr"))[-1]) == 1
     with pytest.raises(UsageError, match=r"truncated-snr is 1\.68e\+07 at t = 9"):
@@ -127,19 +149,33 @@ def test_unit_weight_is_one(tiny: Path) -> None:
 
 
 def test_schedules_begin_and_end_where_they_say() -> None:
-    options = FinetuneOptions(max_train_steps=10, consistency=2.0, consistency_schedule="linear", lr_scheduler="cosine")
+    options = FinetuneOptions(
+        max_train_steps=10, consistency=2.0, consistency_schedule="linear", lr_scheduler="cosine"
+    )
     assert consistency_weight(options, 0) == 2.0
     assert consistency_weight(options, 5) == 1.0
     assert consistency_weight(options, 10) == 0.0
     assert learning_rate(options, 0) == options.learning_rate
     assert learning_rate(options, 10) == pytest.approx(0)
     warm = FinetuneOptions(lr_warmup_steps=4)
-    assert [learning_rate(warm, s) / warm.learning_rate for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [learning_rate(warm, s) / warm.learning_rate for s in range(5)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("p", 1.5), ("learning_rate", 0.0), ("max_train_steps", 0), ("loss_weight", "x"), ("ema_decay", 1.0)],
+    [
+        ("p", 1.5),
+        ("learning_rate", 0.0),
+        ("max_train_steps", 0),
+        ("loss_weight", "x"),
+        ("ema_decay", 1.0),
+    ],
 )
 def test_bad_option_is_named_with_its_value(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"{name} is {value!r}"):

@@ -21,7 +21,13 @@ from demerge.finetuning import FinetuneOptions, finetune, parse_ranges
 from demerge.finetuning.trainer import Run
 from demerge.timesteps import Partition, TimestepRange
 
-FAST = FinetuneOptions(max_train_steps=6, train_batch_size=4, checkpointing_steps=2, logging_steps=4, learning_rate=1e-3)
+FAST = FinetuneOptions(
+    max_train_steps=6,
+    train_batch_size=4,
+    checkpointing_steps=2,
+    logging_steps=4,
+    learning_rate=1e-3,
+)
 SPAN = TimestepRange(0, 500)
 
 
@@ -30,7 +36,13 @@ def data() -> ImageData:
     return load_images("digits", split="train", limit=32)
 
 
-def train(base: Diffusion, data: ImageData, out: Path, options: FinetuneOptions = FAST, stop_at: int | None = None) -> str:
+def train(
+    base: Diffusion,
+    data: ImageData,
+    out: Path,
+    options: FinetuneOptions = FAST,
+    stop_at: int | None = None,
+) -> str:
     seen = 0
 
     def stop() -> bool:
@@ -44,7 +56,9 @@ def train(base: Diffusion, data: ImageData, out: Path, options: FinetuneOptions 
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
-def test_resumed_run_equals_the_uninterrupted_one(tiny: Path, data: ImageData, tmp_path: Path, stop_at: int) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(
+    tiny: Path, data: ImageData, tmp_path: Path, stop_at: int
+) -> None:
     base = Diffusion.load(tiny)
     whole = train(base, data, tmp_path / "whole")
     with pytest.raises(Preempted):
@@ -55,7 +69,9 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny: Path, data: ImageData, t
     assert logs[0] == logs[1]
 
 
-def test_dropout_too_survives_a_resume(make_tiny: Callable[..., Path], data: ImageData, tmp_path: Path) -> None:
+def test_dropout_too_survives_a_resume(
+    make_tiny: Callable[..., Path], data: ImageData, tmp_path: Path
+) -> None:
     folder = make_tiny(dropout=0.3)
     torch.manual_seed(1)
     whole = train(Diffusion.load(folder), data, tmp_path / "whole")
@@ -65,7 +81,9 @@ def test_dropout_too_survives_a_resume(make_tiny: Callable[..., Path], data: Ima
     assert train(Diffusion.load(folder), data, tmp_path / "cut") == whole
 
 
-def test_a_share_of_the_captions_is_left_empty(tiny_text: Path, image_folder: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_share_of_the_captions_is_left_empty(
+    tiny_text: Path, image_folder: Path, tmp_path: Path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
     """By a stream of (seed, step, sample): the share is that of the option, and a resumed run leaves out the same ones."""
     base = Diffusion.load(tiny_text)
     data = load_images(image_folder, split="all", resolution=16)
@@ -87,7 +105,9 @@ def test_a_share_of_the_captions_is_left_empty(tiny_text: Path, image_folder: Pa
         return list(seen)
 
     whole = captions(0.1, "some")
-    assert sum(text == "" for batch in whole for text in batch) / 400 == pytest.approx(0.1, abs=0.045)
+    assert sum(text == "" for batch in whole for text in batch) / 400 == pytest.approx(
+        0.1, abs=0.045
+    )
     assert captions(0.1, "some", range(5, 8)) == whole[5:]
     assert all(text for batch in captions(0.0, "none") for text in batch)
     assert not any(text for batch in captions(1.0, "all") for text in batch)
@@ -95,7 +115,9 @@ def test_a_share_of_the_captions_is_left_empty(tiny_text: Path, image_folder: Pa
         FinetuneOptions(caption_dropout=1.5)
 
 
-def test_ranges_of_one_folder_do_not_overlap_and_keep_their_states(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_ranges_of_one_folder_do_not_overlap_and_keep_their_states(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
     with pytest.raises(Preempted):
         train(base, data, tmp_path, stop_at=3)
@@ -108,14 +130,18 @@ def test_ranges_of_one_folder_do_not_overlap_and_keep_their_states(tiny: Path, d
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000-0500", "0500-1000"]
 
 
-def test_a_foreign_folder_is_refused_before_training(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_a_foreign_folder_is_refused_before_training(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     (tmp_path / str(SPAN)).mkdir()
     (tmp_path / str(SPAN) / "mine.txt").write_text("x")
     with pytest.raises(UsageError, match="exists already"):
         next(finetune(Diffusion.load(tiny), data, [SPAN], FAST, tmp_path))
 
 
-def test_torn_newest_checkpoint_falls_back_to_the_one_before(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_torn_newest_checkpoint_falls_back_to_the_one_before(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
     whole = train(base, data, tmp_path / "whole")
     with pytest.raises(Preempted):
@@ -126,7 +152,9 @@ def test_torn_newest_checkpoint_falls_back_to_the_one_before(tiny: Path, data: I
     assert train(base, data, tmp_path / "cut") == whole
 
 
-def test_teacher_and_base_are_unchanged_to_the_bit(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_teacher_and_base_are_unchanged_to_the_bit(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
     before = base.sha256
     assert train(base, data, tmp_path) != before
@@ -134,13 +162,23 @@ def test_teacher_and_base_are_unchanged_to_the_bit(tiny: Path, data: ImageData, 
     assert all(p.grad is None for p in base.denoiser.parameters())
 
 
-def test_consistency_pulls_the_expert_to_the_base(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_consistency_pulls_the_expert_to_the_base(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
 
     def distance(name: str, consistency: float) -> float:
-        train(base, data, tmp_path / name, replace(FAST, consistency=consistency, max_train_steps=20, use_ema=False))
+        train(
+            base,
+            data,
+            tmp_path / name,
+            replace(FAST, consistency=consistency, max_train_steps=20, use_ema=False),
+        )
         expert = Diffusion.load(tmp_path / name / str(SPAN)).denoiser
-        x, t = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(0, 480, 30)
+        x, t = (
+            torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+            torch.arange(0, 480, 30),
+        )
         with torch.no_grad():
             return float((expert(x, t).sample - base.denoiser(x, t).sample).square().mean())
 
@@ -158,7 +196,9 @@ def test_mixed_target_has_the_same_gradient(tiny: Path, data: ImageData) -> None
     assert base.prediction_type == "epsilon"
 
 
-def test_finished_expert_is_left_alone_and_other_options_are_refused(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_finished_expert_is_left_alone_and_other_options_are_refused(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
     train(base, data, tmp_path)
     record = tmp_path / str(SPAN) / "expert.json"
@@ -169,7 +209,9 @@ def test_finished_expert_is_left_alone_and_other_options_are_refused(tiny: Path,
         train(base, data, tmp_path, replace(FAST, learning_rate=0.5))
 
 
-def test_expert_is_a_stock_pipeline_with_its_record(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_expert_is_a_stock_pipeline_with_its_record(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny)
     train(base, data, tmp_path)
     folder = tmp_path / "0000-0500"
@@ -187,25 +229,35 @@ def test_five_bad_steps_in_a_row_end_the_run(
     monkeypatch.setattr(Run, "_loss", lambda self, micro: loss(self, micro) * math.nan)
     steps = 0
     with pytest.raises(NumericalError, match="5 steps in a row"):
-        for _ in finetune(Diffusion.load(tiny), data, [SPAN], replace(FAST, max_train_steps=50), tmp_path):
+        for _ in finetune(
+            Diffusion.load(tiny), data, [SPAN], replace(FAST, max_train_steps=50), tmp_path
+        ):
             steps += 1
     assert steps == 4
 
 
 @pytest.mark.parametrize("of", ["parameters", "ema"])
-def test_a_checkpoint_with_nan_is_never_committed(tiny: Path, data: ImageData, tmp_path: Path, of: str) -> None:
+def test_a_checkpoint_with_nan_is_never_committed(
+    tiny: Path, data: ImageData, tmp_path: Path, of: str
+) -> None:
     run = Run.begin(Diffusion.load(tiny), data, SPAN, FAST, tmp_path / "state", {})
     getattr(run, of)["conv_in.weight"].data[0] = math.inf
-    with pytest.raises(NumericalError, match=r"hold NaN or Inf at step 0, first in conv_in\.weight"):
+    with pytest.raises(
+        NumericalError, match=r"hold NaN or Inf at step 0, first in conv_in\.weight"
+    ):
         run._save()
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_an_expert_that_its_dtype_cannot_hold_is_not_committed(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_an_expert_that_its_dtype_cannot_hold_is_not_committed(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     options = replace(FAST, save_dtype="float16")
     run = Run.begin(Diffusion.load(tiny), data, SPAN, options, tmp_path / "state", {})
     run.ema["conv_in.weight"][0] = 1e6
-    with pytest.raises(NumericalError, match=r"as float16 the expert holds NaN or Inf in conv_in\.weight"):
+    with pytest.raises(
+        NumericalError, match=r"as float16 the expert holds NaN or Inf in conv_in\.weight"
+    ):
         run.finish(tmp_path / "expert")
     assert not (tmp_path / "expert").exists()
 
@@ -220,7 +272,10 @@ def test_a_base_with_nan_is_refused_by_name(make_tiny: Callable[..., Path]) -> N
         Diffusion.load(folder)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "consistency", "snr_gamma"])
+@pytest.mark.parametrize(
+    "name",
+    ["learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "consistency", "snr_gamma"],
+)
 @pytest.mark.parametrize("value", [1e38, math.inf, math.nan, -1.0])
 def test_rates_outside_their_range_are_usage_errors(name: str, value: float) -> None:
     if (name, value) not in {("consistency", 1e38), ("snr_gamma", 1e38)}:
@@ -233,8 +288,16 @@ def edit(file: Path, **changes: object) -> None:
 
 
 CHANGES = {
-    "schedule": ("scheduler/scheduler_config.json", {"beta_end": 0.012}, r"scheduler\.beta_end: recorded 0\.02, now 0\.012"),
-    "prediction": ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, r"scheduler\.prediction_type"),
+    "schedule": (
+        "scheduler/scheduler_config.json",
+        {"beta_end": 0.012},
+        r"scheduler\.beta_end: recorded 0\.02, now 0\.012",
+    ),
+    "prediction": (
+        "scheduler/scheduler_config.json",
+        {"prediction_type": "v_prediction"},
+        r"scheduler\.prediction_type",
+    ),
     "dropout": ("unet/config.json", {"dropout": 0.1}, r"config\.dropout: recorded 0\.0, now 0\.1"),
     "norm_eps": ("unet/config.json", {"norm_eps": 1e-3}, r"config\.norm_eps"),
 }
@@ -243,7 +306,11 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("stop_at", [3, None], ids=["unfinished", "finished"])
 def test_resume_sees_a_changed_base(
-    make_tiny: Callable[..., Path], data: ImageData, tmp_path: Path, change: str, stop_at: int | None
+    make_tiny: Callable[..., Path],
+    data: ImageData,
+    tmp_path: Path,
+    change: str,
+    stop_at: int | None,
 ) -> None:
     folder = make_tiny()
     with contextlib.suppress(Preempted):
@@ -255,30 +322,48 @@ def test_resume_sees_a_changed_base(
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
-def test_resume_sees_another_component(tiny_text: Path, image_folder: Path, tmp_path: Path, part: str) -> None:
+def test_resume_sees_another_component(
+    tiny_text: Path, image_folder: Path, tmp_path: Path, part: str
+) -> None:
     base = Diffusion.load(shutil.copytree(tiny_text, tmp_path / "base"))
     captioned = load_images(image_folder, resolution=16, channels=3)
     options = replace(FAST, max_train_steps=2)
     for _ in finetune(base, captioned, [SPAN], options, tmp_path / "run"):
         pass
-    file = next(p for p in sorted((tmp_path / "base" / part).iterdir()) if p.suffix in (".safetensors", ".json"))
+    file = next(
+        p
+        for p in sorted((tmp_path / "base" / part).iterdir())
+        if p.suffix in (".safetensors", ".json")
+    )
     file.write_bytes(file.read_bytes() + b" ")
     with pytest.raises(UsageError, match=rf"components\.{part}/{file.name}: recorded"):
         next(finetune(base, captioned, [SPAN], options, tmp_path / "run"))
 
 
-def test_resume_with_more_steps_equals_the_longer_run(tiny: Path, data: ImageData, tmp_path: Path) -> None:
-    base, longer = Diffusion.load(tiny), replace(FAST, max_train_steps=9, checkpointing_steps=5, logging_steps=3)
+def test_resume_with_more_steps_equals_the_longer_run(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
+    base, longer = (
+        Diffusion.load(tiny),
+        replace(FAST, max_train_steps=9, checkpointing_steps=5, logging_steps=3),
+    )
     whole = train(base, data, tmp_path / "whole", longer)
     with pytest.raises(Preempted):
         train(base, data, tmp_path / "cut", stop_at=4)
     assert train(base, data, tmp_path / "cut", longer) == whole
-    assert train(base, data, tmp_path / "cut", replace(longer, logging_steps=1, checkpointing_steps=1)) == whole
-    with pytest.raises(UsageError, match="max_train_steps: recorded 9, now 12"):  # its state is gone
+    assert (
+        train(base, data, tmp_path / "cut", replace(longer, logging_steps=1, checkpointing_steps=1))
+        == whole
+    )
+    with pytest.raises(
+        UsageError, match="max_train_steps: recorded 9, now 12"
+    ):  # its state is gone
         train(base, data, tmp_path / "cut", replace(longer, max_train_steps=12))
 
 
-def test_resume_with_more_steps_is_refused_if_the_steps_taken_would_differ(tiny: Path, data: ImageData, tmp_path: Path) -> None:
+def test_resume_with_more_steps_is_refused_if_the_steps_taken_would_differ(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
     base, decaying = Diffusion.load(tiny), replace(FAST, lr_scheduler="cosine")
     with pytest.raises(Preempted):
         train(base, data, tmp_path, decaying, stop_at=4)
@@ -291,24 +376,36 @@ def test_resume_with_more_steps_is_refused_if_the_steps_taken_would_differ(tiny:
 def test_accumulated_batches_equal_one_batch(tiny: Path, data: ImageData, tmp_path: Path) -> None:
     base = Diffusion.load(tiny)
     big = Run.begin(base, data, SPAN, replace(FAST, train_batch_size=8), tmp_path / "a", {})
-    small = Run.begin(base, data, SPAN, replace(FAST, gradient_accumulation_steps=2), tmp_path / "b", {})
+    small = Run.begin(
+        base, data, SPAN, replace(FAST, gradient_accumulation_steps=2), tmp_path / "b", {}
+    )
     for run in (big, small):
         run._step()
     for name, p in big.parameters.items():
         torch.testing.assert_close(p, small.parameters[name], rtol=1e-3, atol=1e-5)
 
 
-def test_text_to_image_expert(tiny_text: Path, data: ImageData, image_folder: Path, tmp_path: Path) -> None:
+def test_text_to_image_expert(
+    tiny_text: Path, data: ImageData, image_folder: Path, tmp_path: Path
+) -> None:
     base = Diffusion.load(tiny_text)
     captioned = load_images(image_folder, resolution=16, channels=3)
     options = replace(FAST, max_train_steps=2)
     assert [p.step for p in finetune(base, captioned, [SPAN], options, tmp_path)] == [1, 2]
-    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "0000-0500")) is diffusers.StableDiffusionPipeline
+    assert (
+        type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "0000-0500"))
+        is diffusers.StableDiffusionPipeline
+    )
 
 
 def test_ranges_from_text(tmp_path: Path) -> None:
     Partition.from_cuts(1000, [100]).save(tmp_path / "p.json")
-    assert [str(r) for r in parse_ranges("uniform:4", 1000)[0]] == ["0000-0250", "0250-0500", "0500-0750", "0750-1000"]
+    assert [str(r) for r in parse_ranges("uniform:4", 1000)[0]] == [
+        "0000-0250",
+        "0250-0500",
+        "0500-0750",
+        "0750-1000",
+    ]
     assert parse_ranges("joint:4", 1000) == (Partition.uniform(1000, 1), 4)
     assert parse_ranges(str(tmp_path / "p.json"), 1000)[0].cuts == [100]
     with pytest.raises(UsageError, match="neither"):

@@ -27,7 +27,11 @@ from demerge.storage.safetensors_header import MAX_HEADER
 
 SECONDS = 5.0
 STEM = "diffusion_pytorch_model"
-TENSORS = {"x.weight": torch.arange(12.0).view(4, 3) / 10, "x.bias": torch.ones(4), "steps": torch.tensor([7])}
+TENSORS = {
+    "x.weight": torch.arange(12.0).view(4, 3) / 10,
+    "x.bias": torch.ones(4),
+    "steps": torch.tensor([7]),
+}
 Write = Callable[[Path], Path]
 
 
@@ -39,7 +43,9 @@ def model(folder: Path, tensors: dict[str, Tensor] = TENSORS, **config: Any) -> 
     (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}))
     (folder / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"prediction_type": "epsilon"})
+    )
     return folder
 
 
@@ -99,7 +105,9 @@ def with_index(weight_map: Any) -> Write:
         model(folder)
         shutil.copy(folder / "unet" / f"{STEM}.safetensors", folder.parent / "secret.safetensors")
         (folder / "unet" / f"{STEM}.safetensors").rename(folder / "unet" / "1.safetensors")
-        (folder / "unet" / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "unet" / f"{STEM}.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
         return folder
 
     return write
@@ -278,7 +286,22 @@ def test_changed_bytes_are_merged_or_refused(base: Path, tensors: dict[str, Tens
     assert attempt(base, [file], "average") is None
 
 
-SETTINGS: list[Any] = [None, 1, -1, 1e400, "x", [], {}, True, {"x": "y"}, {"(a+)+$": 1}, {"x": None}, "\x00", 2**80, [[[]]]]
+SETTINGS: list[Any] = [
+    None,
+    1,
+    -1,
+    1e400,
+    "x",
+    [],
+    {},
+    True,
+    {"x": "y"},
+    {"(a+)+$": 1},
+    {"x": None},
+    "\x00",
+    2**80,
+    [[[]]],
+]
 
 
 def test_any_configuration_of_an_adapter_is_read_or_refused(base: Path) -> None:

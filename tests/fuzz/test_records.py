@@ -57,13 +57,54 @@ from demerge.timesteps import Partition, TimestepRange
 
 SECONDS = 5
 MEMORY = 1 << 30  # bytes that all cases together may add
-ADDRESSES = 8 << 30  # of address space beyond what is in use: a bomb ends here, not with the machine
+ADDRESSES = (
+    8 << 30
+)  # of address space beyond what is in use: a bomb ends here, not with the machine
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, -8, 3, 1.5, 0.0, 1e308, -1e-300, 1 << 31, 1 << 40, 1 << 62, 1 << 63, 1 << 200),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        -8,
+        3,
+        1.5,
+        0.0,
+        1e308,
+        -1e-300,
+        1 << 31,
+        1 << 40,
+        1 << 62,
+        1 << 63,
+        1 << 200,
+    ),
     *("", "x", "8", "\x00", "\ud800", "../../x", "/etc/passwd", "\x1b[31m", "{}", "x" * 100_000),
-    *([], [1], [None], [0, 1], [1 << 40, 1 << 40], ["x"] * 3, [[[]]], [0.5] * 10_000, {}, {"x": 1}, {"": None}),
+    *(
+        [],
+        [1],
+        [None],
+        [0, 1],
+        [1 << 40, 1 << 40],
+        ["x"] * 3,
+        [[[]]],
+        [0.5] * 10_000,
+        {},
+        {"x": 1},
+        {"": None},
+    ),
 )
-TOKENS = (b"NaN", b"-Infinity", b"1e400", b"9" * 400, b"[" * 5000, b'{"a":' * 40 + b"1" + b"}" * 40, b'"\\ud800"', b"\xff")
+TOKENS = (
+    b"NaN",
+    b"-Infinity",
+    b"1e400",
+    b"9" * 400,
+    b"[" * 5000,
+    b'{"a":' * 40 + b"1" + b"}" * 40,
+    b'"\\ud800"',
+    b"\xff",
+)
 Read = Callable[[], object]
 
 
@@ -74,7 +115,13 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the path of each value in a document."""
     if path:
         yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, child in list(children)[:50]:
         yield from places(child, (*path, key))
 
@@ -95,7 +142,9 @@ def changed(document: Any, chance: random.Random) -> Any:
         other = chance.choice(list(places(document)))
         holder[key] = other[-1]
     elif isinstance(holder, dict):
-        holder[chance.choice(["x", "format", "ranges", f"{key}x", "\x1b"])] = holder[key] if how < 0.92 else holder.pop(key)
+        holder[chance.choice(["x", "format", "ranges", f"{key}x", "\x1b"])] = (
+            holder[key] if how < 0.92 else holder.pop(key)
+        )
     else:
         holder.extend([holder[key]] * chance.choice([1, 2, 100]))
     return document
@@ -140,10 +189,14 @@ def mutated_metadata(key: str) -> Callable[[bytes, random.Random], bytes]:
 
     def mutate(content: bytes, chance: random.Random) -> bytes:
         if chance.random() < 0.2:
-            return damaged(content[: 8 + struct.unpack("<Q", content[:8])[0]], chance) + content[-8:]
+            return (
+                damaged(content[: 8 + struct.unpack("<Q", content[:8])[0]], chance) + content[-8:]
+            )
         length = struct.unpack("<Q", content[:8])[0]
         header = json.loads(content[8 : 8 + length])
-        header["__metadata__"][key] = mutated(header["__metadata__"][key].encode(), chance).decode(errors="replace")
+        header["__metadata__"][key] = mutated(header["__metadata__"][key].encode(), chance).decode(
+            errors="replace"
+        )
         text = json.dumps(header).encode()
         return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
@@ -169,9 +222,17 @@ def config(folder: Path, *names: str) -> Path:
 
 def expert(base: Path, folder: Path, start: int, stop: int) -> Path:
     shutil.copytree(base, folder)
-    record = {"format": "demerge.expert/1", "range": [start, stop], "base_sha256": Diffusion.load(base).sha256, "steps": 2}
+    record = {
+        "format": "demerge.expert/1",
+        "range": [start, stop],
+        "base_sha256": Diffusion.load(base).sha256,
+        "steps": 2,
+    }
     record |= {"skipped_steps": 0, "train_layers": None, "options": FinetuneOptions().document()}
-    commit_json(folder / "expert.json", {**record, "inputs": {"data": "digits", "data_fingerprint": "0" * 64}})
+    commit_json(
+        folder / "expert.json",
+        {**record, "inputs": {"data": "digits", "data_fingerprint": "0" * 64}},
+    )
     return folder
 
 
@@ -182,7 +243,9 @@ def a_map(model: str, schedule: Array) -> ConflictMap:
     wide = chance.standard_normal((N, M, LAYER_K + 30)).astype(np.float32)
     origin = Origin(model, "d", sum(sizes.values()), "exact", "shared", False, "euclid", 4, 0)
     gram = np.einsum("imd,jnd->imjn", steady, steady)
-    return ConflictMap(Partition.uniform(len(schedule), N), gram, schedule, origin, sizes, None, wide)
+    return ConflictMap(
+        Partition.uniform(len(schedule), N), gram, schedule, origin, sizes, None, wide
+    )
 
 
 def some_scores(folder: Path) -> Path:
@@ -190,17 +253,27 @@ def some_scores(folder: Path) -> Path:
     images = torch.zeros(16, 1, 8, 8, dtype=torch.uint8)
     for model, kind in (("base", "base"), ("joint", "joint"), ("ties", "merge")):
         for seed in range(3):
-            value = Scores(model, {"fd": 5.0 + seed + len(model), "kid": 0.1}, protocol, "0" * 64, seed, kind)  # type: ignore[arg-type]
+            value = Scores(
+                model, {"fd": 5.0 + seed + len(model), "kid": 0.1}, protocol, "0" * 64, seed, kind
+            )  # type: ignore[arg-type]
             save_scores(folder / f"{model}.seed{seed}.json", value, images)
     return folder / "ties.seed1.json"
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_text: Path, tiny_dit: Path) -> list[Target]:
+def targets(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_text: Path, tiny_dit: Path
+) -> list[Target]:
     root = tmp_path_factory.mktemp("records")
-    base, text, dit = (Path(shutil.copytree(m, root / n)) for m, n in ((tiny, "base"), (tiny_text, "text"), (tiny_dit, "dit")))
+    base, text, dit = (
+        Path(shutil.copytree(m, root / n))
+        for m, n in ((tiny, "base"), (tiny_text, "text"), (tiny_dit, "dit"))
+    )
     model = Diffusion.load(base)
-    first, second = expert(base, root / "run" / "0000-0500", 0, 500), expert(base, root / "run" / "0500-1000", 500, 1000)
+    first, second = (
+        expert(base, root / "run" / "0000-0500", 0, 500),
+        expert(base, root / "run" / "0500-1000", 500, 1000),
+    )
 
     pictures = root / "pictures"
     pictures.mkdir()
@@ -220,14 +293,22 @@ def targets(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_text: Pat
         def read() -> object:
             loaded = Diffusion.load(folder)
             repr(loaded.image_shape)
-            return [sample(loaded, 1, seed=0, steps=2, sampler=name, **asked) for name in ("ddim", "base")]
+            return [
+                sample(loaded, 1, seed=0, steps=2, sampler=name, **asked)
+                for name in ("ddim", "base")
+            ]
 
         return read
 
     # a partition, a map, a choice of layers, weights, scores, commands
     Partition.uniform(1000, 4).save(root / "partition.json")
     a_map(model.sha256, log_snr(model)).save(root / "conflict.safetensors")
-    choice = {"format": "demerge.layers/1", "model": model.sha256, "ranges": [[0, 500], [500, 1000]], "train": ["conv_out"]}
+    choice = {
+        "format": "demerge.layers/1",
+        "model": model.sha256,
+        "ranges": [[0, 500], [500, 1000]],
+        "train": ["conv_out"],
+    }
     commit_json(root / "layers.json", choice)
     weights = {
         "format": "demerge.coefficients/1",
@@ -235,7 +316,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_text: Pat
         "blocks": {"down.0": [0.3, 0.7], "up": ["0.2..0.4", 1]},
     }
     commit_json(
-        root / "weights.json", {**weights, "tensors": {"conv_in.weight": [0, 1]}, "record": {"inputs": {"experts": []}}}
+        root / "weights.json",
+        {**weights, "tensors": {"conv_in.weight": [0, 1]}, "record": {"inputs": {"experts": []}}},
     )
     score = some_scores(root / "scored" / "scores")
     commit_json(root / "scored" / "commands.json", {"commands": ["demerge demo"]})
@@ -243,9 +325,20 @@ def targets(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_text: Pat
     # a finished merge, a statistic, a checkpoint of training, a part of a measurement
     out = root / "merged"
     prepare(Recipe.of(base, [first, second], method="average"), threads=1).run(out)
-    inputs = {"model_sha256": model.sha256, "data": "digits", "data_fingerprint": "0" * 64, "range": [0, 500]}
-    commit_json(first / "stats.json", {"format": "demerge.stats/1", "fisher": {"inputs": inputs, "options": {"samples": 2}}})
-    for folder, metadata in ((first, None), (second, {MEASURED: json.dumps({**inputs, "range": [500, 1000]})})):
+    inputs = {
+        "model_sha256": model.sha256,
+        "data": "digits",
+        "data_fingerprint": "0" * 64,
+        "range": [0, 500],
+    }
+    commit_json(
+        first / "stats.json",
+        {"format": "demerge.stats/1", "fisher": {"inputs": inputs, "options": {"samples": 2}}},
+    )
+    for folder, metadata in (
+        (first, None),
+        (second, {MEASURED: json.dumps({**inputs, "range": [500, 1000]})}),
+    ):
         file = folder / "unet" / "diffusion_pytorch_model.safetensors"
         save_file(load_file(file), folder / "fisher.safetensors", metadata)
     images = load_images("digits", split="test", resolution=8, channels=1)
@@ -268,19 +361,38 @@ def targets(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_text: Pat
     tensors = load_file(sharded / f"{stem}.safetensors")
     (sharded / f"{stem}.safetensors").rename(sharded / f"{stem}-00001-of-00001.safetensors")
     shards = dict.fromkeys(tensors, f"{stem}-00001-of-00001.safetensors")
-    commit_json(sharded / f"{stem}.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": shards})
+    commit_json(
+        sharded / f"{stem}.safetensors.index.json",
+        {"metadata": {"total_size": 1}, "weight_map": shards},
+    )
     adapter = root / "adapter"
     adapter.mkdir()
     factors = {"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(4, 2)}
-    save_file({f"base_model.model.{name}": tensor for name, tensor in factors.items()}, adapter / "adapter_model.safetensors")
-    commit_json(adapter / "adapter_config.json", {"r": 2, "lora_alpha": 2, "peft_type": "LORA", "rank_pattern": {}})
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in factors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    commit_json(
+        adapter / "adapter_config.json",
+        {"r": 2, "lora_alpha": 2, "peft_type": "LORA", "rank_pattern": {}},
+    )
     for i in range(2):
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(pictures / f"{i}.png")
-    (pictures / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png", "text": "x"}) for i in range(2)))
-    made = {"unet": json.loads((base / "unet" / "config.json").read_text()), "scheduler": {"num_train_timesteps": 100}}
+    (pictures / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{i}.png", "text": "x"}) for i in range(2))
+    )
+    made = {
+        "unet": json.loads((base / "unet" / "config.json").read_text()),
+        "scheduler": {"num_train_timesteps": 100},
+    }
     commit_json(root / "made.json", made)
     file_of_map = root / "conflict.safetensors"
-    merged = [lambda: Recipe.read(out), lambda: kind_of(out), lambda: facts_of(out), lambda: entrants([f"x={out}"])]
+    merged = [
+        lambda: Recipe.read(out),
+        lambda: kind_of(out),
+        lambda: facts_of(out),
+        lambda: entrants([f"x={out}"]),
+    ]
     whole = [
         lambda: facts_of(base),
         recipe(),
@@ -288,20 +400,40 @@ def targets(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_text: Pat
         lambda: refuse_other_schedule(a_map("m", log_snr(model)), root, str(base)),
     ]
     scored = [lambda: gather([root / "scored"]), lambda: lines(tables_of(gather([score]).scores))]
-    tables = [*scored, lambda: [markdown(t, title="t") for t in tables_of(gather([root / "scored"]).scores)]]
+    tables = [
+        *scored,
+        lambda: [markdown(t, title="t") for t in tables_of(gather([root / "scored"]).scores)],
+    ]
     measured = [
         lambda: measured_on(Checkpoint.open(first / "fisher.safetensors")),
         lambda: is_there(first, "fisher", inputs, {}),
     ]
     fishers = ",".join(str(folder / "fisher.safetensors") for folder in (first, second))
     by_fisher = recipe("fisher", options={"fisher": fishers})
-    experts = [lambda: experts_in(root / "run"), lambda: kind_of(first), lambda: facts_of(first), recipe()]
-    ranged = [lambda: ranges_stage.lines(ranges_stage.ranges(ranges_stage.load_map(file_of_map, str(base)), 2))]
-    layered = [lambda: layers_stage.lines(layers_stage.layers(ConflictMap.load(file_of_map), Partition.uniform(1000, 2)))]
+    experts = [
+        lambda: experts_in(root / "run"),
+        lambda: kind_of(first),
+        lambda: facts_of(first),
+        recipe(),
+    ]
+    ranged = [
+        lambda: ranges_stage.lines(
+            ranges_stage.ranges(ranges_stage.load_map(file_of_map, str(base)), 2)
+        )
+    ]
+    layered = [
+        lambda: layers_stage.lines(
+            layers_stage.layers(ConflictMap.load(file_of_map), Partition.uniform(1000, 2))
+        )
+    ]
     caption = {"captions": ["a cat"]}
     return [
         Target(first / "expert.json", experts, 2),
-        Target(root / "partition.json", [lambda: Partition.parse(str(root / "partition.json"), 1000)], 4),
+        Target(
+            root / "partition.json",
+            [lambda: Partition.parse(str(root / "partition.json"), 1000)],
+            4,
+        ),
         Target(file_of_map, [*ranged, *layered], 2, mutated_metadata("demerge")),
         Target(root / "layers.json", [lambda: load_layers(root / "layers.json", model)], 4),
         Target(root / "weights.json", [weighed], 3),
@@ -322,7 +454,11 @@ def targets(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_text: Pat
         Target(text / "tokenizer" / "tokenizer_config.json", [drawn(text, **caption)], 0.3),
         Target(dit / "transformer" / "config.json", [drawn(dit)], 0.5),
         Target(sharded / f"{stem}.safetensors.index.json", [lambda: facts_of(sharded)], 1),
-        Target(adapter / "adapter_config.json", [lambda: open_expert(adapter, {"x.weight": torch.ones(4, 3)})["x.weight"]], 2),
+        Target(
+            adapter / "adapter_config.json",
+            [lambda: open_expert(adapter, {"x.weight": torch.ones(4, 3)})["x.weight"]],
+            2,
+        ),
         Target(
             pictures / "metadata.jsonl",
             [lambda: load_images(str(pictures), split="all", resolution=8, channels=3)],
@@ -370,7 +506,9 @@ def soon() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def attempt(target: Target, content: bytes, whole: bytes, readers: Sequence[int]) -> tuple[int, list[str]]:
+def attempt(
+    target: Target, content: bytes, whole: bytes, readers: Sequence[int]
+) -> tuple[int, list[str]]:
     """Read a changed record by some of what reads it; return how many refused it, and what else was raised."""
     refused, faults = 0, []
     target.file.write_bytes(content)
@@ -404,7 +542,11 @@ def fuzz(targets: Sequence[Target], cases: int, seed: int) -> None:
                 content = target.mutate(whole, chance)
                 some, faults = attempt(target, content, whole, [case % len(target.readers)])
                 refused += some
-                found |= {f"{target.file.name} {fault}": content[:2000] for fault in faults if fault not in found}
+                found |= {
+                    f"{target.file.name} {fault}": content[:2000]
+                    for fault in faults
+                    if fault not in found
+                }
             assert refused > n / 8, f"{target.file} was hardly ever refused"
     assert not found, "\n".join(f"{fault}\n    {content!r}" for fault, content in found.items())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MEMORY

@@ -63,7 +63,9 @@ def factors(weight: Tensor, seed: int = 0, r: int = R) -> tuple[Tensor, Tensor]:
     """A [r in *] and B [out r *] for a weight."""
     g = torch.Generator().manual_seed(seed)
     ones = (1,) * (weight.ndim - 2)
-    return torch.randn(r, *weight.shape[1:], generator=g), torch.randn(weight.shape[0], r, *ones, generator=g)
+    return torch.randn(r, *weight.shape[1:], generator=g), torch.randn(
+        weight.shape[0], r, *ones, generator=g
+    )
 
 
 def product(A: Tensor, B: Tensor, shape: torch.Size) -> Tensor:
@@ -91,16 +93,26 @@ FORMS = {
     "diffusers": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
     "bare": ("{}.lora_A.weight", "{}.lora_B.weight"),
     "peft": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
-    "peft, adapter's name": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight"),
+    "peft, adapter's name": (
+        "base_model.model.{}.lora_A.default.weight",
+        "base_model.model.{}.lora_B.default.weight",
+    ),
     "diffusers 0.2x": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight"),
-    "linear layer": ("unet.{}.lora_linear_layer.down.weight", "unet.{}.lora_linear_layer.up.weight"),
+    "linear layer": (
+        "unet.{}.lora_linear_layer.down.weight",
+        "unet.{}.lora_linear_layer.up.weight",
+    ),
     "dotted kohya": ("{}.lora_down.weight", "{}.lora_up.weight"),
 }
 
 
-@pytest.mark.parametrize("module", [TO_Q, TO_OUT, CONV, SHORTCUT, "conv_in", "time_embedding.linear_1"])
+@pytest.mark.parametrize(
+    "module", [TO_Q, TO_OUT, CONV, SHORTCUT, "conv_in", "time_embedding.linear_1"]
+)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_reads_the_names_of_diffusers_and_peft(form: tuple[str, str], module: str, base: Tensors, save: Save) -> None:
+def test_reads_the_names_of_diffusers_and_peft(
+    form: tuple[str, str], module: str, base: Tensors, save: Save
+) -> None:
     weight = base[f"{module}.weight"]
     A, B = factors(weight)
     path = save({form[0].format(module): A, form[1].format(module): B})
@@ -108,11 +120,17 @@ def test_reads_the_names_of_diffusers_and_peft(form: tuple[str, str], module: st
 
 
 @pytest.mark.parametrize(("module", "key"), [(TO_Q, "to_q_lora"), (TO_OUT, "to_out_lora")])
-def test_reads_the_names_of_attention_processors(module: str, key: str, base: Tensors, save: Save) -> None:
+def test_reads_the_names_of_attention_processors(
+    module: str, key: str, base: Tensors, save: Save
+) -> None:
     stem = module.removesuffix(".0").rpartition(".")[0]
     A, B = factors(base[f"{module}.weight"])
-    path = save({f"unet.{stem}.processor.{key}.down.weight": A, f"unet.{stem}.processor.{key}.up.weight": B})
-    assert torch.equal(only(path, base, module), product(A, B, base[f"{module}.weight"].shape).float())
+    path = save(
+        {f"unet.{stem}.processor.{key}.down.weight": A, f"unet.{stem}.processor.{key}.up.weight": B}
+    )
+    assert torch.equal(
+        only(path, base, module), product(A, B, base[f"{module}.weight"].shape).float()
+    )
 
 
 KOHYA = {
@@ -145,7 +163,13 @@ def test_reads_the_names_of_kohya(name: str, module: str, base: Tensors, save: S
     weight = base[f"{module}.weight"]
     A, B = factors(weight)
     stem = f"lora_unet_{name}"
-    path = save({f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(1.5)})
+    path = save(
+        {
+            f"{stem}.lora_down.weight": A,
+            f"{stem}.lora_up.weight": B,
+            f"{stem}.alpha": torch.tensor(1.5),
+        }
+    )
     assert torch.equal(only(path, base, module), (product(A, B, weight.shape) * (1.5 / R)).float())
 
 
@@ -166,7 +190,10 @@ def original(base: Tensors) -> dict[str, str]:
 def test_lora_of_kohya_and_diffusers_find_the_names_of_a_single_file(
     original: dict[str, str], base: Tensors, save: Save
 ) -> None:
-    single = {f"model.diffusion_model.{name}.weight": base[f"{module}.weight"] for name, module in original.items()}
+    single = {
+        f"model.diffusion_model.{name}.weight": base[f"{module}.weight"]
+        for name, module in original.items()
+    }
     single["first_stage_model.encoder.conv_in.weight"] = torch.zeros(4, 3, 3, 3)
     single["model_ema.diffusion_modelinput_blocks41proj_inweight"] = torch.zeros(4, 4)
     assert len(single) == len(original) + 2 > 15
@@ -176,7 +203,13 @@ def test_lora_of_kohya_and_diffusers_find_the_names_of_a_single_file(
         stems = [f"lora_unet_{name.replace('.', '_')}", f"lora_unet_{module.replace('.', '_')}", f"unet.{module}",
                  f"diffusion_model.{name}", f"base_model.model.{module}"]  # fmt: skip
         for stem in stems:
-            path = save({f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(1.5)})
+            path = save(
+                {
+                    f"{stem}.lora_down.weight": A,
+                    f"{stem}.lora_up.weight": B,
+                    f"{stem}.alpha": torch.tensor(1.5),
+                }
+            )
             adapter = opened(path, single)
             assert list(adapter) == [f"model.diffusion_model.{name}.weight"], stem
             expected = (product(A, B, weight.shape) * (1.5 / R)).float()
@@ -184,28 +217,47 @@ def test_lora_of_kohya_and_diffusers_find_the_names_of_a_single_file(
 
 
 def test_modules_that_are_not_in_the_base_are_counted(base: Tensors, save: Save) -> None:
-    others = {f"lora_unet_x_{i}.lora_{side}.weight": torch.ones(2, 2) for i in range(3) for side in ("down", "up")}
+    others = {
+        f"lora_unet_x_{i}.lora_{side}.weight": torch.ones(2, 2)
+        for i in range(3)
+        for side in ("down", "up")
+    }
     with pytest.raises(InputError, match="3 of 4 modules are not in the base"):
         open_expert(save(PAIR | others), base)
 
 
-def test_linear_factors_fit_a_convolution_of_one_pixel_and_the_other_way(base: Tensors, save: Save) -> None:
+def test_linear_factors_fit_a_convolution_of_one_pixel_and_the_other_way(
+    base: Tensors, save: Save
+) -> None:
     A, B = factors(base[f"{SHORTCUT}.weight"])
-    path = save({f"{SHORTCUT}.lora_A.weight": A.flatten(1), f"{SHORTCUT}.lora_B.weight": B.flatten(1)})
-    assert torch.equal(only(path, base, SHORTCUT), product(A, B, base[f"{SHORTCUT}.weight"].shape).float())
+    path = save(
+        {f"{SHORTCUT}.lora_A.weight": A.flatten(1), f"{SHORTCUT}.lora_B.weight": B.flatten(1)}
+    )
+    assert torch.equal(
+        only(path, base, SHORTCUT), product(A, B, base[f"{SHORTCUT}.weight"].shape).float()
+    )
     A, B = factors(base[f"{TO_Q}.weight"])
-    path = save({f"{TO_Q}.lora_A.weight": A[..., None, None], f"{TO_Q}.lora_B.weight": B[..., None, None]})
+    path = save(
+        {f"{TO_Q}.lora_A.weight": A[..., None, None], f"{TO_Q}.lora_B.weight": B[..., None, None]}
+    )
     assert torch.equal(only(path, base, TO_Q), product(A, B, base[f"{TO_Q}.weight"].shape).float())
 
 
 def test_old_names_of_attention_in_the_base_are_found(save: Save) -> None:
-    base = {"mid.attentions.0.query.weight": torch.zeros(4, 4), "mid.attentions.0.proj_attn.weight": torch.zeros(4, 4)}
+    base = {
+        "mid.attentions.0.query.weight": torch.zeros(4, 4),
+        "mid.attentions.0.proj_attn.weight": torch.zeros(4, 4),
+    }
     A, B = factors(torch.zeros(4, 4))
     names = {"mid.attentions.0.to_q": 1, "mid.attentions.0.to_out.0": 2}
-    tensors = {f"{n}.lora_A.weight": A * i for n, i in names.items()} | {f"{n}.lora_B.weight": B for n in names}
+    tensors = {f"{n}.lora_A.weight": A * i for n, i in names.items()} | {
+        f"{n}.lora_B.weight": B for n in names
+    }
     adapter = opened(save(tensors), base)
     assert list(adapter) == list(base)
-    assert torch.equal(adapter["mid.attentions.0.proj_attn.weight"], product(2 * A, B, torch.Size([4, 4])).float())
+    assert torch.equal(
+        adapter["mid.attentions.0.proj_attn.weight"], product(2 * A, B, torch.Size([4, 4])).float()
+    )
 
 
 # -- scale ------------------------------------------------------------------------------------------------------------
@@ -218,7 +270,15 @@ def test_old_names_of_attention_in_the_base_are_found(save: Save) -> None:
         ({"lora_alpha": 6}, 6 / R),
         ({"r": R, "lora_alpha": 6, "use_rslora": True}, 6 / math.sqrt(R)),
         ({"use_rslora": True}, R / math.sqrt(R)),
-        ({"r": 8, "lora_alpha": 8, "rank_pattern": {"to_q": R}, "alpha_pattern": {"attn1.to_q": 5}}, 5 / R),
+        (
+            {
+                "r": 8,
+                "lora_alpha": 8,
+                "rank_pattern": {"to_q": R},
+                "alpha_pattern": {"attn1.to_q": 5},
+            },
+            5 / R,
+        ),
         ({"lora_alpha": 8, "alpha_pattern": {f"^{TO_Q}": 5, "to_q": 9}}, 5 / R),
         ({"lora_alpha": 8, "alpha_pattern": {"^to_q": 5, "o_q": 7}}, 8 / R),
         ({"peft_type": "LORA", "r": R, "lora_alpha": 0}, 0.0),
@@ -236,15 +296,21 @@ def test_alpha_comes_from_the_configuration(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     adapter = opened(tmp_path / "adapter_model.safetensors", base)
     assert torch.equal(adapter[f"{TO_Q}.weight"], expected)
-    assert [f.name for f in adapter.place.files] == ["adapter_model.safetensors", "adapter_config.json"]
+    assert [f.name for f in adapter.place.files] == [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    ]
 
 
 def test_a_folder_that_peft_wrote_is_an_expert(base: Tensors, save: Save, tmp_path: Path) -> None:
     A, B = factors(base[f"{TO_Q}.weight"])
     save(
-        {f"base_model.model.{TO_Q}.lora_A.weight": A, f"base_model.model.{TO_Q}.lora_B.weight": B}, "adapter_model.safetensors"
+        {f"base_model.model.{TO_Q}.lora_A.weight": A, f"base_model.model.{TO_Q}.lora_B.weight": B},
+        "adapter_model.safetensors",
     )
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": R, "lora_alpha": 6}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": R, "lora_alpha": 6})
+    )
     assert opened(tmp_path, base).ranks == {f"{TO_Q}.weight": R}
 
 
@@ -253,7 +319,10 @@ def test_the_configuration_in_the_folder_is_that_of_a_renamed_file(
     name: str, base: Tensors, save: Save, tmp_path: Path
 ) -> None:
     A, B = factors(base[f"{TO_Q}.weight"])
-    path = save({f"base_model.model.{TO_Q}.lora_A.weight": A, f"base_model.model.{TO_Q}.lora_B.weight": B}, name)
+    path = save(
+        {f"base_model.model.{TO_Q}.lora_A.weight": A, f"base_model.model.{TO_Q}.lora_B.weight": B},
+        name,
+    )
     config = {
         "peft_type": "LORA",
         "r": R,
@@ -281,10 +350,14 @@ def test_the_configuration_in_the_folder_is_that_of_a_renamed_file(
         ({"alpha_pattern": '{"to_q": 9}', "lora_alpha": "1"}, 9 / R),
     ],
 )
-def test_alpha_comes_from_the_metadata_of_the_file(metadata: dict[str, str], scale: float, base: Tensors, save: Save) -> None:
+def test_alpha_comes_from_the_metadata_of_the_file(
+    metadata: dict[str, str], scale: float, base: Tensors, save: Save
+) -> None:
     A, B = factors(base[f"{TO_Q}.weight"])
     path = save({f"{TO_Q}.lora_A.weight": A, f"{TO_Q}.lora_B.weight": B}, **metadata)
-    assert torch.equal(only(path, base, TO_Q), (product(A, B, base[f"{TO_Q}.weight"].shape) * scale).float())
+    assert torch.equal(
+        only(path, base, TO_Q), (product(A, B, base[f"{TO_Q}.weight"].shape) * scale).float()
+    )
     assert not opened(path, base).notes
 
 
@@ -293,20 +366,33 @@ def test_an_alpha_that_nothing_gives_is_told(base: Tensors, save: Save, tmp_path
     assert "lora.safetensors" in note and "alpha not given: taken as r, so the scale is 1" in note
     (note,) = opened(save(PAIR, use_rslora="true"), base).notes
     assert "sqrt(r)" in note
-    assert MergeSession(base, [opened(save(PAIR), base)]).notes == list(opened(save(PAIR), base).notes)
-    more = {f"{TO_OUT}.lora_A.weight": torch.ones(R, 8), f"{TO_OUT}.lora_B.weight": torch.ones(8, R)}
+    assert MergeSession(base, [opened(save(PAIR), base)]).notes == list(
+        opened(save(PAIR), base).notes
+    )
+    more = {
+        f"{TO_OUT}.lora_A.weight": torch.ones(R, 8),
+        f"{TO_OUT}.lora_B.weight": torch.ones(8, R),
+    }
     (note,) = opened(save(PAIR | more | {f"{TO_OUT}.alpha": torch.tensor(2.0)}), base).notes
     assert "alpha not given for 1 of 2 modules" in note
     assert not opened(save(PAIR | {f"{TO_Q}.alpha": torch.tensor(2.0)}), base).notes
-    kohya = {n.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for n, t in PAIR.items()}
-    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')  # of another file: these are not peft's names
+    kohya = {
+        n.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for n, t in PAIR.items()
+    }
+    (tmp_path / "adapter_config.json").write_text(
+        '{"lora_alpha": 16}'
+    )  # of another file: these are not peft's names
     assert "alpha not given" in opened(save(kohya), base).notes[0]
 
 
-def test_two_configurations_that_differ_are_refused(base: Tensors, save: Save, tmp_path: Path) -> None:
+def test_two_configurations_that_differ_are_refused(
+    base: Tensors, save: Save, tmp_path: Path
+) -> None:
     path = save(PAIR, lora_alpha="8")
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16, "r": 3}')
-    with pytest.raises(InputError, match=r"lora_alpha is 16 in .*adapter_config\.json, 8 in its metadata"):
+    with pytest.raises(
+        InputError, match=r"lora_alpha is 16 in .*adapter_config\.json, 8 in its metadata"
+    ):
         open_expert(path, base)
 
 
@@ -323,7 +409,10 @@ def test_a_convolution_is_two_convolutions_in_a_row(base: Tensors, save: Save) -
     delta = only(save({f"{CONV}.lora_A.weight": A, f"{CONV}.lora_B.weight": B}), base, CONV)
     x = torch.randn(2, weight.shape[1], 5, 5, dtype=torch.float64)
     torch.testing.assert_close(
-        F.conv2d(x, delta.double(), padding=1), F.conv2d(F.conv2d(x, A, padding=1), B), rtol=1e-4, atol=1e-5
+        F.conv2d(x, delta.double(), padding=1),
+        F.conv2d(F.conv2d(x, A, padding=1), B),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -333,15 +422,23 @@ def test_a_middle_factor_is_a_convolution_in_between(base: Tensors, save: Save) 
     M = torch.randn(R, 2, 3, 3, generator=g)
     B = torch.randn(weight.shape[0], R, 1, 1, generator=g)
     stem = "lora_unet_" + CONV.replace(".", "_")
-    path = save({f"{stem}.lora_down.weight": A, f"{stem}.lora_mid.weight": M, f"{stem}.lora_up.weight": B})
+    path = save(
+        {f"{stem}.lora_down.weight": A, f"{stem}.lora_mid.weight": M, f"{stem}.lora_up.weight": B}
+    )
     x = torch.randn(2, weight.shape[1], 5, 5)
     three = F.conv2d(F.conv2d(F.conv2d(x, A), M, padding=1), B)
-    torch.testing.assert_close(F.conv2d(x, only(path, base, CONV), padding=1), three, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        F.conv2d(x, only(path, base, CONV), padding=1), three, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("module", [TO_Q, CONV])
-@pytest.mark.parametrize("key", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale"])
-def test_dora_sets_the_length_of_each_output(module: str, key: str, base: Tensors, save: Save) -> None:
+@pytest.mark.parametrize(
+    "key", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale"]
+)
+def test_dora_sets_the_length_of_each_output(
+    module: str, key: str, base: Tensors, save: Save
+) -> None:
     weight = base[f"{module}.weight"]
     A, B = factors(weight)
     m = torch.rand(weight.shape[0]) + 0.5
@@ -358,11 +455,17 @@ def test_a_dora_scale_of_a_row_is_for_the_inputs(base: Tensors, save: Save) -> N
     m = torch.rand(1, weight.shape[1], 1, 1) + 0.5
     path = save({f"{CONV}.lora_A.weight": A, f"{CONV}.lora_B.weight": B, f"{CONV}.dora_scale": m})
     merged = weight + only(path, base, CONV)
-    torch.testing.assert_close(merged.transpose(0, 1).flatten(1).norm(dim=1), m.view(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        merged.transpose(0, 1).flatten(1).norm(dim=1), m.view(-1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_dora_row_of_zeros_stays_zero(save: Save) -> None:
-    tensors = {"x.lora_A.weight": torch.zeros(1, 2), "x.lora_B.weight": torch.zeros(2, 1), "x.dora_scale": torch.ones(2)}
+    tensors = {
+        "x.lora_A.weight": torch.zeros(1, 2),
+        "x.lora_B.weight": torch.zeros(2, 1),
+        "x.dora_scale": torch.ones(2),
+    }
     delta = opened(save(tensors), {"x.weight": torch.tensor([[0.0, 0.0], [0.0, 2.0]])})["x.weight"]
     assert delta.tolist() == [[0, 0], [0, -1]]
 
@@ -378,14 +481,23 @@ BAD: dict[str, tuple[Tensors, str]] = {
     "bias": (PAIR | {f"{TO_Q}.lora_B.bias": torch.ones(4)}, "trained biases"),
     "full difference": (PAIR | {"conv_in.diff": torch.ones(4)}, "full difference"),
     "other keys": (PAIR | {"base_model.model.conv_norm_out.weight": torch.ones(4)}, "no factors"),
-    "text encoder": (PAIR | {"lora_te_text_model_q.lora_down.weight": torch.ones(2, 2)}, "text encoder"),
+    "text encoder": (
+        PAIR | {"lora_te_text_model_q.lora_down.weight": torch.ones(2, 2)},
+        "text encoder",
+    ),
     "text encoder alone": ({"text_encoder.q.lora_A.weight": torch.ones(2, 2)}, "text encoder"),
-    "unknown module": ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)}, "double_blocks_0"),
+    "unknown module": (
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)},
+        "double_blocks_0",
+    ),
     "no up": ({f"{TO_Q}.lora_A.weight": torch.ones(R, 4)}, "without up"),
     "only alpha of a module": (PAIR | {f"{TO_OUT}.alpha": torch.ones(())}, "without down and up"),
     "rank differs": (PAIR | {f"{TO_Q}.lora_B.weight": torch.ones(4, 2)}, "times"),
     "other width": (PAIR | {f"{TO_Q}.lora_A.weight": torch.ones(R, 5)}, "of the base is"),
-    "rank 0": ({f"{TO_Q}.lora_A.weight": torch.ones(0, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 0)}, "times"),
+    "rank 0": (
+        {f"{TO_Q}.lora_A.weight": torch.ones(0, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 0)},
+        "times",
+    ),
     "scalar factor": (PAIR | {f"{TO_Q}.lora_A.weight": torch.ones(())}, "times"),
     "integers": (PAIR | {f"{TO_Q}.lora_A.weight": torch.ones(R, 4, dtype=torch.int64)}, "I64"),
     "two alphas": (PAIR | {f"{TO_Q}.alpha": torch.ones(2)}, "not one number"),
@@ -399,7 +511,9 @@ BAD: dict[str, tuple[Tensors, str]] = {
 def test_refuses_by_name(tensors: Tensors, words: str, base: Tensors, save: Save) -> None:
     with pytest.raises(InputError) as caught:
         open_expert(save(tensors), base)
-    assert words in caught.value.what and "lora.safetensors" in caught.value.what and caught.value.fix
+    assert (
+        words in caught.value.what and "lora.safetensors" in caught.value.what and caught.value.fix
+    )
 
 
 @pytest.mark.parametrize(
@@ -422,7 +536,9 @@ def test_refuses_by_name(tensors: Tensors, words: str, base: Tensors, save: Save
         ({"alpha_pattern": [1]}, "alpha_pattern"),
     ],
 )
-def test_refuses_configurations_by_name(config: dict[str, Any], words: str, base: Tensors, save: Save, tmp_path: Path) -> None:
+def test_refuses_configurations_by_name(
+    config: dict[str, Any], words: str, base: Tensors, save: Save, tmp_path: Path
+) -> None:
     path = save(PAIR, "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="adapter_") as caught:
@@ -465,23 +581,42 @@ def test_merges_like_the_model_that_it_makes_of_the_base(base: Tensors, save: Sa
 
 
 def test_a_model_is_opened_as_a_model_under_the_names_of_the_base(save: Save) -> None:
-    old = {"mid.attentions.0.query.weight": torch.ones(2, 2), "mid.attentions.0.proj_attn.bias": torch.ones(2)}
-    new = {"mid.attentions.0.to_q.weight": torch.ones(2, 2), "mid.attentions.0.to_out.0.bias": torch.ones(2)}
+    old = {
+        "mid.attentions.0.query.weight": torch.ones(2, 2),
+        "mid.attentions.0.proj_attn.bias": torch.ones(2),
+    }
+    new = {
+        "mid.attentions.0.to_q.weight": torch.ones(2, 2),
+        "mid.attentions.0.to_out.0.bias": torch.ones(2),
+    }
     for base, other in ((old, new), (new, old), (new, new)):
         expert = open_expert(save(other), base)
         assert isinstance(expert, Checkpoint) and set(expert) == set(base)
-        assert expert["mid.attentions.0.query.weight" if base is old else "mid.attentions.0.to_q.weight"].sum() == 4
+        assert (
+            expert[
+                "mid.attentions.0.query.weight" if base is old else "mid.attentions.0.to_q.weight"
+            ].sum()
+            == 4
+        )
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"conv1": 3}}]
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"conv1": 3}},
+    ],
 )
 def test_agrees_with_peft(options: dict[str, Any], model: torch.nn.Module, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     import copy
 
-    config = peft.LoraConfig(r=R, lora_alpha=6, target_modules=["to_q", "to_out.0", "conv1", "conv_shortcut"], **options)
+    config = peft.LoraConfig(
+        r=R, lora_alpha=6, target_modules=["to_q", "to_out.0", "conv1", "conv_shortcut"], **options
+    )
     before = {n: t.clone() for n, t in model.state_dict().items()}
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
     g = torch.Generator().manual_seed(0)

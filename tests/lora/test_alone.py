@@ -15,15 +15,25 @@ from demerge.lora import Adapter, NoBase, open_expert
 from demerge.merging import MergeSession, Recipe, merge, merge_tensors, prepare, verify
 from demerge.storage.checkpoint import Checkpoint
 
-SHAPES = {"down_blocks.0.attentions.0.to_q": (8, 6), "down_blocks.1.resnets.0.conv1": (5, 4, 3, 3), "conv_in": (6, 3, 3, 3)}
+SHAPES = {
+    "down_blocks.0.attentions.0.to_q": (8, 6),
+    "down_blocks.1.resnets.0.conv1": (5, 4, 3, 3),
+    "conv_in": (6, 3, 3, 3),
+}
 Tensors = dict[str, Tensor]
 
 
-def factors(rank: int, seed: int, modules: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, tuple[Tensor, Tensor, float]]:
+def factors(
+    rank: int, seed: int, modules: dict[str, tuple[int, ...]] = SHAPES
+) -> dict[str, tuple[Tensor, Tensor, float]]:
     """A, B and alpha of each module."""
     g = torch.Generator().manual_seed(seed)
     return {
-        m: (torch.randn(rank, *s[1:], generator=g), torch.randn(s[0], rank, *(1,) * (len(s) - 2), generator=g), 1.0 + seed)
+        m: (
+            torch.randn(rank, *s[1:], generator=g),
+            torch.randn(s[0], rank, *(1,) * (len(s) - 2), generator=g),
+            1.0 + seed,
+        )
         for m, s in modules.items()
     }
 
@@ -31,18 +41,31 @@ def factors(rank: int, seed: int, modules: dict[str, tuple[int, ...]] = SHAPES) 
 def deltas(found: dict[str, tuple[Tensor, Tensor, float]]) -> Tensors:
     """s B A in float64, by the names of weights."""
     return {
-        f"{m}.weight": ((B.double().flatten(1) @ A.double().flatten(1)) * (alpha / len(A))).view(B.shape[0], *A.shape[1:])
+        f"{m}.weight": ((B.double().flatten(1) @ A.double().flatten(1)) * (alpha / len(A))).view(
+            B.shape[0], *A.shape[1:]
+        )
         for m, (A, B, alpha) in found.items()
     }
 
 
-def save(path: Path, found: dict[str, tuple[Tensor, Tensor, float]], form: str = "diffusers") -> Path:
-    stems = {"diffusers": "unet.{}", "kohya": "lora_unet_{}", "peft": "base_model.model.{}", "bare": "{}"}
+def save(
+    path: Path, found: dict[str, tuple[Tensor, Tensor, float]], form: str = "diffusers"
+) -> Path:
+    stems = {
+        "diffusers": "unet.{}",
+        "kohya": "lora_unet_{}",
+        "peft": "base_model.model.{}",
+        "bare": "{}",
+    }
     down, up = ("lora_down", "lora_up") if form == "kohya" else ("lora_A", "lora_B")
     held: Tensors = {}
     for module, (A, B, alpha) in found.items():
         stem = stems[form].format(module.replace(".", "_") if form == "kohya" else module)
-        held |= {f"{stem}.{down}.weight": A, f"{stem}.{up}.weight": B, f"{stem}.alpha": torch.tensor(alpha)}
+        held |= {
+            f"{stem}.{down}.weight": A,
+            f"{stem}.{up}.weight": B,
+            f"{stem}.alpha": torch.tensor(alpha),
+        }
     save_file(held, path)
     return path
 
@@ -82,7 +105,9 @@ def test_factors_averaged_apart_would_be_another_model(tmp_path: Path) -> None:
     paths = [save(tmp_path / "a.safetensors", one), save(tmp_path / "b.safetensors", other)]
     merge(paths[0], [paths[1]], tmp_path / "o.safetensors", method="average")
     mean = {n: (deltas(one)[n] + deltas(other)[n]) / 2 for n in deltas(one)}
-    apart = deltas({m: tuple((x + y) / 2 for x, y in zip(one[m], other[m], strict=True)) for m in one})  # type: ignore[misc]
+    apart = deltas(
+        {m: tuple((x + y) / 2 for x, y in zip(one[m], other[m], strict=True)) for m in one}
+    )  # type: ignore[misc]
     assert all(float((apart[n] - mean[n]).norm() / mean[n].norm()) > 0.3 for n in mean)
     close(read(tmp_path / "o.safetensors"), mean)
 
@@ -90,9 +115,17 @@ def test_factors_averaged_apart_would_be_another_model(tmp_path: Path) -> None:
 def test_the_rank_is_the_sum_of_the_ranks_unless_it_is_asked_for(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{i}.safetensors", factors(2 + i, i)) for i in range(3)]
     plan = prepare(Recipe.of(paths[0], paths[1:]))
-    assert plan.recipe.out_rank == 2 + 3 + 4 and [e.path for e in plan.recipe.experts] == list(map(str, paths))
-    assert any("no base: the deltas of 3 LoRA files are merged, into a LoRA of rank 9" in n for n in plan.notes)
-    assert plan.recipe.no_base and prepare(Recipe.of(paths[0], paths[1:], no_base=True)).recipe == plan.recipe
+    assert plan.recipe.out_rank == 2 + 3 + 4 and [e.path for e in plan.recipe.experts] == list(
+        map(str, paths)
+    )
+    assert any(
+        "no base: the deltas of 3 LoRA files are merged, into a LoRA of rank 9" in n
+        for n in plan.notes
+    )
+    assert (
+        plan.recipe.no_base
+        and prepare(Recipe.of(paths[0], paths[1:], no_base=True)).recipe == plan.recipe
+    )
     result = prepare(Recipe.of(paths[0], paths[1:], out_rank=2)).run(tmp_path / "small.safetensors")
     assert result.adapter is not None and result.adapter.rank == 2 and 0 < result.adapter.share < 1
 
@@ -108,9 +141,15 @@ def test_files_of_kohya_give_a_file_of_kohya(tmp_path: Path) -> None:
     one, other = factors(2, 0), factors(2, 1)
     paths = [save(tmp_path / f"{i}.safetensors", f, "kohya") for i, f in enumerate((one, other))]
     merge(paths[0], [paths[1]], tmp_path / "o.safetensors", weights=[0.7, 0.2])
-    close(read(tmp_path / "o.safetensors"), {n: 0.7 * deltas(one)[n] + 0.2 * deltas(other)[n] for n in deltas(one)})
+    close(
+        read(tmp_path / "o.safetensors"),
+        {n: 0.7 * deltas(one)[n] + 0.2 * deltas(other)[n] for n in deltas(one)},
+    )
     held = load_file(tmp_path / "o.safetensors")
-    assert all(name.startswith("lora_unet_") and "." not in name.split(".lora_")[0].removesuffix(".alpha") for name in held)
+    assert all(
+        name.startswith("lora_unet_") and "." not in name.split(".lora_")[0].removesuffix(".alpha")
+        for name in held
+    )
     assert {float(t) for n, t in held.items() if n.endswith(".alpha")} == {4.0}
 
 
@@ -120,7 +159,10 @@ def test_a_module_that_one_file_lacks_has_no_delta_there(tmp_path: Path) -> None
     paths = [save(tmp_path / "b.safetensors", other), save(tmp_path / "a.safetensors", one)]
     merge(paths[0], [paths[1]], tmp_path / "o.safetensors")
     second = deltas(other)
-    close(read(tmp_path / "o.safetensors"), {n: (t + second.get(n, 0)) / 2 for n, t in deltas(one).items()})
+    close(
+        read(tmp_path / "o.safetensors"),
+        {n: (t + second.get(n, 0)) / 2 for n, t in deltas(one).items()},
+    )
 
 
 def test_the_recipe_makes_the_same_bytes_again(tmp_path: Path) -> None:
@@ -137,7 +179,9 @@ def test_experts_of_unlike_bases_are_refused(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / str(i)).mkdir()
         save(tmp_path / str(i) / "pytorch_lora_weights.safetensors", factors(2, i))
-        text = '{"format": "demerge.expert/1", "range": [0, 500], "base_sha256": "%s"}' % (str(i) * 64)
+        text = '{"format": "demerge.expert/1", "range": [0, 500], "base_sha256": "%s"}' % (
+            str(i) * 64
+        )
         (tmp_path / str(i) / "expert.json").write_text(text)
     with pytest.raises(InputError, match="was finetuned from a base"):
         merge(tmp_path / "0", [tmp_path / "1"], tmp_path / "o.safetensors")
@@ -150,17 +194,25 @@ def test_what_needs_a_base_is_refused_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="depends on its base") as caught:
         merge(one, [tmp_path / "dora.safetensors"], tmp_path / "o.safetensors")
     assert "demerge merge BASE" in caught.value.fix
-    save_file({f"{m}.weight": torch.zeros(s) for m, s in SHAPES.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {f"{m}.weight": torch.zeros(s) for m, s in SHAPES.items()}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(UsageError, match="is a LoRA in the base's place") as usage:
         merge(one, [tmp_path / "model.safetensors"], tmp_path / "o.safetensors")
     assert f"demerge merge {tmp_path / 'model.safetensors'} {one}" in usage.value.fix
     with pytest.raises(InputError, match="cannot stand in the base's place"):
         MergeSession(one, [one])
-    half = {"unet.conv_in.lora_A.weight": torch.ones(1, 3, 3, 3), "unet.conv_out.lora_B.weight": torch.ones(1, 1, 1, 1)}
+    half = {
+        "unet.conv_in.lora_A.weight": torch.ones(1, 3, 3, 3),
+        "unet.conv_out.lora_B.weight": torch.ones(1, 1, 1, 1),
+    }
     save_file(half, tmp_path / "half.safetensors")
     with pytest.raises(InputError, match="lacks one of its factors"):
         merge(one, [tmp_path / "half.safetensors"], tmp_path / "o.safetensors")
-    odd = {"unet.conv_in.lora_A.weight": torch.ones(1, 3), "unet.conv_in.lora_B.weight": torch.ones(4, 2)}
+    odd = {
+        "unet.conv_in.lora_A.weight": torch.ones(1, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(4, 2),
+    }
     save_file(odd, tmp_path / "odd.safetensors")
     with pytest.raises(InputError, match=r"\[4, 2\] times \[1, 3\]"):
         merge(one, [tmp_path / "odd.safetensors"], tmp_path / "o.safetensors")
@@ -172,4 +224,7 @@ def test_what_needs_a_base_is_refused_with_the_command(tmp_path: Path) -> None:
 
 def test_zeros_take_no_memory_and_few_words(tmp_path: Path) -> None:
     base = NoBase([Checkpoint.open(save(tmp_path / "a.safetensors", factors(2, 0)))])
-    assert all(t.untyped_storage().nbytes() == 4 for t in base.values()) and repr(base) == "NoBase(3 weights, rank 2)"
+    assert (
+        all(t.untyped_storage().nbytes() == 4 for t in base.values())
+        and repr(base) == "NoBase(3 weights, rank 2)"
+    )

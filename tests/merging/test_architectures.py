@@ -19,27 +19,74 @@ from demerge.storage.checkpoint import Checkpoint, content_sha256
 from demerge.timesteps import TimestepRange
 
 UNET = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (4, 8), "norm_num_groups": 2}
-CROSS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
-ATTN = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 8}
+CROSS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 32,
+}
+ATTN = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 8,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "UNet2D": ("UNet2DModel", {**UNET, **ATTN, "attention_head_dim": 4}),
-    "SD 1.x": ("UNet2DConditionModel", {**UNET, **CROSS, "attention_head_dim": 2, "cross_attention_dim": 6}),
+    "SD 1.x": (
+        "UNet2DConditionModel",
+        {**UNET, **CROSS, "attention_head_dim": 2, "cross_attention_dim": 6},
+    ),
     "SDXL": (
         "UNet2DConditionModel",
-        {**UNET, **CROSS, **SDXL, "attention_head_dim": (1, 2), "cross_attention_dim": 6, "use_linear_projection": True},
+        {
+            **UNET,
+            **CROSS,
+            **SDXL,
+            "attention_head_dim": (1, 2),
+            "cross_attention_dim": 6,
+            "use_linear_projection": True,
+        },
     ),
-    "DiT": ("DiTTransformer2DModel", {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 8}),
+    "DiT": (
+        "DiTTransformer2DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 8},
+    ),
     "SD3": (
         "SD3Transformer2DModel",
-        {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 1, "attention_head_dim": 4}
-        | {"num_attention_heads": 2, "joint_attention_dim": 8, "caption_projection_dim": 8, "pooled_projection_dim": 8}
+        {
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 1,
+            "attention_head_dim": 4,
+        }
+        | {
+            "num_attention_heads": 2,
+            "joint_attention_dim": 8,
+            "caption_projection_dim": 8,
+            "pooled_projection_dim": 8,
+        }
         | {"out_channels": 4, "pos_embed_max_size": 8},
     ),
     "Flux": (
         "FluxTransformer2DModel",
-        {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+        {
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+        }
         | {"joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (2, 2, 4)},
     ),
     "Wan": ("WanTransformer3DModel", {**WAN, "ffn_dim": 16, "num_layers": 1}),
@@ -58,7 +105,8 @@ def moved(model: Any, seed: int) -> Any:
     """A copy of a model with other weights, like an expert."""
     other, g = type(model).from_config(model.config), torch.Generator().manual_seed(seed)
     tensors = {
-        n: t + 0.01 * torch.randn(t.shape, generator=g) if t.is_floating_point() else t for n, t in model.state_dict().items()
+        n: t + 0.01 * torch.randn(t.shape, generator=g) if t.is_floating_point() else t
+        for n, t in model.state_dict().items()
     }
     other.load_state_dict(tensors)
     return other
@@ -92,7 +140,10 @@ def test_components_of_every_architecture(name: str, tmp_path: Path) -> None:
     origin, *experts = states(models, stored)
     for method in ("average", "ties"):
         merge(paths[0], paths[1:], tmp_path / method, method=method)
-        assert_same(read(base, tmp_path / method), dict(base.state_dict()) | merge_tensors(origin, experts, method))
+        assert_same(
+            read(base, tmp_path / method),
+            dict(base.state_dict()) | merge_tensors(origin, experts, method),
+        )
 
 
 def test_variants_are_read_by_name(tmp_path: Path) -> None:
@@ -101,7 +152,14 @@ def test_variants_are_read_by_name(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base", variant="fp16", max_shard_size="10KB")
     expert.save_pretrained(tmp_path / "expert", variant="fp16")
     save_file({"x": torch.ones(1)}, tmp_path / "expert" / "diffusion_pytorch_model.safetensors")
-    merge(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", method="average", weights=[1], variant="fp16")
+    merge(
+        tmp_path / "base",
+        [tmp_path / "expert"],
+        tmp_path / "out",
+        method="average",
+        weights=[1],
+        variant="fp16",
+    )
     assert_same(read(base, tmp_path / "out", torch_dtype=torch.float16), dict(expert.state_dict()))
 
 
@@ -130,7 +188,13 @@ def test_old_and_new_names_of_attention_are_the_same_tensors(old: str, tmp_path:
     (tmp_path / "expert" / "expert.json").write_text(json.dumps(record))
     names = set(Checkpoint.open(age(tmp_path / old)))
     assert any(".proj_attn." in name for name in names)
-    merge(tmp_path / "base", [tmp_path / "expert"], tmp_path / "out", method="task_arithmetic", weights=[0.5])
+    merge(
+        tmp_path / "base",
+        [tmp_path / "expert"],
+        tmp_path / "out",
+        method="task_arithmetic",
+        weights=[0.5],
+    )
     assert set(Checkpoint.open(tmp_path / "out")) == set(Checkpoint.open(tmp_path / "base"))
     expected = merge_tensors(dict(base.state_dict()), [dict(expert.state_dict())], weights=[0.5])
     assert_same(read(base, tmp_path / "out"), expected)
@@ -160,9 +224,13 @@ def wan(tmp_path: Path) -> Pipeline:
 
     def save(name: str, models: list[Any], boundary: float | None = None) -> Path:
         parts = dict(zip(("transformer", "transformer_2"), models, strict=False))
-        nothing = dict.fromkeys(("text_encoder", "tokenizer", "vae", "transformer", "transformer_2"))
+        nothing = dict.fromkeys(
+            ("text_encoder", "tokenizer", "vae", "transformer", "transformer_2")
+        )
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        pipeline = diffusers.WanPipeline(**{**nothing, **parts}, scheduler=scheduler, boundary_ratio=boundary)
+        pipeline = diffusers.WanPipeline(
+            **{**nothing, **parts}, scheduler=scheduler, boundary_ratio=boundary
+        )
         pipeline.save_pretrained(tmp_path / name)
         return tmp_path / name
 
@@ -171,7 +239,9 @@ def wan(tmp_path: Path) -> Pipeline:
 
 def pair(folder: Path) -> list[Tensors]:
     """What stock diffusers reads of the two denoisers of a pipeline."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None, vae=None)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        folder, text_encoder=None, tokenizer=None, vae=None
+    )
     assert type(pipeline) is diffusers.WanPipeline
     return [dict(model.state_dict()) for model in (pipeline.transformer, pipeline.transformer_2)]
 
@@ -186,8 +256,15 @@ def test_two_denoisers_are_merged_with_their_counterparts(wan: Pipeline, tmp_pat
     for side, origin in enumerate((high, low)):
         given = [dict(models[side].state_dict()) for models in experts]
         assert_same(merged[side], merge_tensors(dict(origin.state_dict()), given, "ties"))
-    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["boundary_ratio"] == 0.875
-    merge(base / "transformer_2", [p / "transformer_2" for p in paths], tmp_path / "low", method="ties")
+    assert (
+        json.loads((tmp_path / "out" / "model_index.json").read_text())["boundary_ratio"] == 0.875
+    )
+    merge(
+        base / "transformer_2",
+        [p / "transformer_2" for p in paths],
+        tmp_path / "low",
+        method="ties",
+    )
     assert_same(read(low, tmp_path / "low"), merged[1])
 
 
@@ -195,7 +272,12 @@ def test_an_expert_of_one_side_leaves_the_other(wan: Pipeline, tmp_path: Path) -
     high, low = tiny("Wan", 0), tiny("Wan", 1)
     expert = moved(low, 2)
     other = wan("other", [moved(high, 3), expert], 0.875)
-    merge(wan("base", [high, low], 0.875), [other / "transformer_2"], tmp_path / "out", method="average")
+    merge(
+        wan("base", [high, low], 0.875),
+        [other / "transformer_2"],
+        tmp_path / "out",
+        method="average",
+    )
     merged = pair(tmp_path / "out")
     assert_same(merged[0], dict(high.state_dict()))
     assert_same(merged[1], dict(expert.state_dict()))
@@ -205,7 +287,9 @@ def test_two_denoisers_are_two_experts_of_a_base_of_one(wan: Pipeline, tmp_path:
     base = tiny("Wan")
     models = [moved(base, 1), moved(base, 2)]
     merge(wan("base", [base]), [wan("two", models, 0.875)], tmp_path / "out", method="average")
-    expected = merge_tensors(dict(base.state_dict()), [dict(m.state_dict()) for m in models], "average")
+    expected = merge_tensors(
+        dict(base.state_dict()), [dict(m.state_dict()) for m in models], "average"
+    )
     assert_same(read(base, tmp_path / "out" / "transformer"), expected)
 
 
@@ -222,7 +306,9 @@ def test_a_boundary_makes_a_pipeline_of_two(wan: Pipeline, tmp_path: Path) -> No
     origin, *given = [dict(m.state_dict()) for m in (base, *models)]
     assert_same(high, given[2])
     assert_same(low, merge_tensors(origin, given[:2], "average"))
-    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["boundary_ratio"] == 0.875
+    assert (
+        json.loads((tmp_path / "out" / "model_index.json").read_text())["boundary_ratio"] == 0.875
+    )
     again = tmp_path / "again"
     merge(tmp_path / "out", [tmp_path / "out"], again, method="average", weights=[1])
     assert [content_sha256(t) for t in pair(again)] == [content_sha256(t) for t in (high, low)]
@@ -239,15 +325,25 @@ def test_an_adapter_in_and_an_adapter_out(name: str, tmp_path: Path) -> None:
     prefix = "unet" if name == "SDXL" else "transformer"
     g = torch.Generator().manual_seed(0)
     factors = {}
-    for weight in [n for n, t in tensors.items() if n.endswith(".weight") and t.ndim == 2 and min(t.shape) >= 4][:6]:
+    for weight in [
+        n for n, t in tensors.items() if n.endswith(".weight") and t.ndim == 2 and min(t.shape) >= 4
+    ][:6]:
         stem = f"{prefix}.{weight.removesuffix('.weight')}"
         factors[f"{stem}.lora_A.weight"] = torch.randn(2, tensors[weight].shape[1], generator=g)
         factors[f"{stem}.lora_B.weight"] = torch.randn(tensors[weight].shape[0], 2, generator=g)
     save_file(factors, tmp_path / "lora.safetensors")
     adapter = open_expert(tmp_path / "lora.safetensors", tensors)
     assert isinstance(adapter, Adapter) and len(adapter) == 6
-    merge(tmp_path / "base", [tmp_path / "lora.safetensors"], tmp_path / "out", method="task_arithmetic", weights=[0.5])
-    assert_same(read(base, tmp_path / "out"), tensors | merge_tensors(tensors, [adapter], weights=[0.5]))
+    merge(
+        tmp_path / "base",
+        [tmp_path / "lora.safetensors"],
+        tmp_path / "out",
+        method="task_arithmetic",
+        weights=[0.5],
+    )
+    assert_same(
+        read(base, tmp_path / "out"), tensors | merge_tensors(tensors, [adapter], weights=[0.5])
+    )
     merge(
         tmp_path / "base",
         [tmp_path / "lora.safetensors"],
@@ -272,7 +368,9 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     for i, file in enumerate(sorted((tmp_path / "plain").iterdir())):
         shutil.copy(file, blobs / str(i))
         (snapshot / "transformer" / file.name).symlink_to(f"../../../blobs/{i}")
-    (snapshot / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "DiTTransformer2DModel"]}))
+    (snapshot / "model_index.json").write_text(
+        json.dumps({"transformer": ["diffusers", "DiTTransformer2DModel"]})
+    )
     merge(snapshot, [tmp_path / "plain"], tmp_path / "out", method="average", weights=[1])
     assert_same(read(base, tmp_path / "out" / "transformer"), dict(base.state_dict()))
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))

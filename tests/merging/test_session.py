@@ -21,19 +21,34 @@ from demerge.merging.recipe.blocks import block_of
 from demerge.timesteps import TimestepRange
 
 RANGES = [TimestepRange(0, 250), TimestepRange(250, 500), TimestepRange(500, 1000)]
-SHAPES = {"down.conv": (3, 2, 3, 3), "down.linear": (5, 7), "up.bias": (5,), "up.scalar": (), "up.empty": (0, 4)}
+SHAPES = {
+    "down.conv": (3, 2, 3, 3),
+    "down.linear": (5, 7),
+    "up.bias": (5,),
+    "up.scalar": (),
+    "up.empty": (0, 4),
+}
 W = [0.5, 0.2, 0.4]
 
 State = dict[str, Tensor]
 
 
-def models(dtype: torch.dtype = torch.float32, K: int = 3, scale: float = 0.05) -> tuple[State, list[State], dict[str, Any]]:
+def models(
+    dtype: torch.dtype = torch.float32, K: int = 3, scale: float = 0.05
+) -> tuple[State, list[State], dict[str, Any]]:
     """A base, K experts, and the inputs that methods need."""
     g = torch.Generator().manual_seed(3)
     base = {n: torch.randn(s, generator=g).to(dtype) for n, s in SHAPES.items()}
-    experts = [{n: t + (scale * torch.randn(t.shape, generator=g)).to(dtype) for n, t in base.items()} for _ in range(K)]
-    fishers = [{n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()} for _ in range(K)]
-    grams = [{n: t.flatten(1).T @ t.flatten(1) for n, t in f.items() if t.ndim > 1} for f in fishers]
+    experts = [
+        {n: t + (scale * torch.randn(t.shape, generator=g)).to(dtype) for n, t in base.items()}
+        for _ in range(K)
+    ]
+    fishers = [
+        {n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()} for _ in range(K)
+    ]
+    grams = [
+        {n: t.flatten(1).T @ t.flatten(1) for n, t in f.items() if t.ndim > 1} for f in fishers
+    ]
     return base, experts, {"fisher": fishers, "gram": grams}
 
 
@@ -46,7 +61,9 @@ def session_of(name: str, stored: torch.dtype = torch.float32, **more: Any) -> M
 def engine(name: str, w: Any, dtype: torch.dtype = torch.float32, **options: Any) -> State:
     base, experts, inputs = models(dtype)
     given = {n: inputs[n] for n in all_methods()[name].inputs}
-    return merge_tensors(base, experts, name, weights=list(w), options=options, inputs=given, ranges=RANGES)
+    return merge_tensors(
+        base, experts, name, weights=list(w), options=options, inputs=given, ranges=RANGES
+    )
 
 
 def close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], rtol: float, atol: float) -> None:
@@ -79,28 +96,43 @@ def test_theta_is_what_the_engine_gives(name: str, options: dict[str, Any]) -> N
 def test_every_dtype_comes_out_as_it_went_in(dtype: torch.dtype, kept: Any) -> None:
     session = session_of("task_arithmetic", dtype, dtype=kept)
     digits = torch.finfo(dtype).eps
-    close(session.theta(W), engine("task_arithmetic", W, dtype), max(4 * digits, 1e-6), max(digits, 1e-7))
+    close(
+        session.theta(W),
+        engine("task_arithmetic", W, dtype),
+        max(4 * digits, 1e-6),
+        max(digits, 1e-7),
+    )
 
 
 def test_masks_are_those_of_the_seed() -> None:
     base, experts, _ = models()
     session = MergeSession(base, experts, method="dare", seed=5)
     close(session.theta(W), merge_tensors(base, experts, "dare", weights=W, seed=5), 1e-4, 1e-5)
-    assert not torch.equal(session.theta(W)["down.linear"], session_of("dare").theta(W)["down.linear"])
+    assert not torch.equal(
+        session.theta(W)["down.linear"], session_of("dare").theta(W)["down.linear"]
+    )
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 
-def test_statistics_that_do_not_depend_on_the_weights_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_that_do_not_depend_on_the_weights_are_computed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     passes: list[str] = []
     compute = module.Resident._computed
     monkeypatch.setattr(
-        module.Resident, "_computed", lambda self, s, *rest: (passes.append(s.name), compute(self, s, *rest))[1]
+        module.Resident,
+        "_computed",
+        lambda self, s, *rest: (passes.append(s.name), compute(self, s, *rest))[1],
     )
     session = session_of("ties", options={"density": 0.5})
     session.theta(W)
-    assert passes == ["threshold", "majority", "majority"]  # the second look at the votes is the one that reads w
+    assert passes == [
+        "threshold",
+        "majority",
+        "majority",
+    ]  # the second look at the votes is the one that reads w
     session.theta([0.1, 0.2, 0.3])
     assert passes[3:] == ["majority"]
 
@@ -111,10 +143,17 @@ def test_a_statistic_may_count_the_weights_without_depending_on_them() -> None:
     assert session._resident._moving == set()
 
 
-@pytest.mark.parametrize("read", [torch.sum, Tensor.tolist, lambda w: w[0], lambda w: w * 2, lambda w: w != 0, float])
+@pytest.mark.parametrize(
+    "read", [torch.sum, Tensor.tolist, lambda w: w[0], lambda w: w * 2, lambda w: w != 0, float]
+)
 def test_sealed_weights_refuse_to_be_read(read: Callable[[Tensor], Any]) -> None:
     sealed = torch.ones(1).as_subclass(module.Sealed)
-    assert (len(sealed), sealed.dtype, sealed.device.type, sealed.shape) == (1, torch.float32, "cpu", (1,))
+    assert (len(sealed), sealed.dtype, sealed.device.type, sealed.shape) == (
+        1,
+        torch.float32,
+        "cpu",
+        (1,),
+    )
     with pytest.raises(module.WeightsWereRead):
         read(sealed)
 
@@ -124,7 +163,9 @@ def test_sealed_weights_refuse_to_be_read(read: Callable[[Tensor], Any]) -> None
 
 @pytest.mark.parametrize("name", ["task_arithmetic", "average", "ties", "fisher"])
 def test_gradients_are_finite_differences(name: str) -> None:
-    session = session_of(name, torch.float64, options={"density": 0.6} if name == "ties" else {}, dtype=torch.float64)
+    session = session_of(
+        name, torch.float64, options={"density": 0.6} if name == "ties" else {}, dtype=torch.float64
+    )
     g = torch.Generator().manual_seed(0)
     direction = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in SHAPES.items()}
 
@@ -172,7 +213,10 @@ def nets(K: int) -> tuple[Net, list[Net]]:
         base, experts = Net(), [Net() for _ in range(K)]
         for expert in experts:
             expert.load_state_dict(
-                {n: t + (0.3 * torch.randn(t.shape) if n != "steps" else 0) for n, t in base.state_dict().items()}
+                {
+                    n: t + (0.3 * torch.randn(t.shape) if n != "steps" else 0)
+                    for n, t in base.state_dict().items()
+                }
             )
     return base, experts
 
@@ -211,7 +255,11 @@ def test_apply_writes_in_place_and_zero_is_the_base() -> None:
     session.apply(0, base)
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
     for method in ("average", "fisher"):
-        inputs = {"fisher": [{n: t.float().abs() for n, t in s.items()} for s in states]} if method == "fisher" else None
+        inputs = (
+            {"fisher": [{n: t.float().abs() for n, t in s.items()} for s in states]}
+            if method == "fisher"
+            else None
+        )
         MergeSession(before, experts, method=method, inputs=inputs).apply([0, 0, 0], base)
         assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
 
@@ -249,8 +297,16 @@ def test_theta_is_a_copy_even_where_nothing_changes() -> None:
     ("broken", "message"),
     [
         (nn.Sequential(nn.Linear(4, 5)), "4 missing: inner.weight"),
-        (nn.ModuleDict({"inner": nn.Linear(4, 5), "outer": nn.Linear(5, 3)}), r"2 of another shape: outer.weight \[3, 5\]"),
-        (nn.ModuleDict({"inner": nn.Linear(4, 5), "outer": nn.Linear(5, 2), "a": nn.Linear(1, 1)}), "2 unknown to the base"),
+        (
+            nn.ModuleDict({"inner": nn.Linear(4, 5), "outer": nn.Linear(5, 3)}),
+            r"2 of another shape: outer.weight \[3, 5\]",
+        ),
+        (
+            nn.ModuleDict(
+                {"inner": nn.Linear(4, 5), "outer": nn.Linear(5, 2), "a": nn.Linear(1, 1)}
+            ),
+            "2 unknown to the base",
+        ),
     ],
 )
 def test_modules_that_do_not_fit_are_refused(broken: nn.Module, message: str) -> None:
@@ -274,7 +330,9 @@ def test_each_group_has_weights_of_its_own(groups: Any) -> None:
             if groups == "blocks"
             else int(name != "down.linear" if "**" in groups else "up" in name)
         )
-        torch.testing.assert_close(theta[name], engine("task_arithmetic", w[row].tolist())[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            theta[name], engine("task_arithmetic", w[row].tolist())[name], rtol=1e-5, atol=1e-6
+        )
     theta["down.linear"].sum().backward()
     assert w.grad is not None
     assert int(w.grad.abs().sum(1).count_nonzero()) == 1, "other groups have no part in it"
@@ -308,7 +366,9 @@ def test_weights_that_do_not_fit_are_refused(w: Any) -> None:
         session_of("average").theta(w)
 
 
-def test_memory_is_known_first_and_refused_where_it_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_known_first_and_refused_where_it_does_not_suffice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     base, experts, _ = models()
     numel = sum(t.numel() for t in base.values())
     assert MergeSession(base, experts).bytes == 4 * numel * (1 + 3)
@@ -334,24 +394,38 @@ def test_experts_that_do_not_fit_are_refused() -> None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_paths_bring_their_inputs_and_ranges(tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]) -> None:
-    experts = [add_expert(tmp_path / name, *span) for name, span in (("a", (0, 500)), ("b", (500, 1000)))]
+def test_paths_bring_their_inputs_and_ranges(
+    tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]
+) -> None:
+    experts = [
+        add_expert(tmp_path / name, *span) for name, span in (("a", (0, 500)), ("b", (500, 1000)))
+    ]
     weights = load_file(tiny / "unet" / "diffusion_pytorch_model.safetensors")
     g = torch.Generator().manual_seed(0)
     for expert in experts:
         changed = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in weights.items()}
         save_file(changed, expert / "unet" / "diffusion_pytorch_model.safetensors")
-        save_file({n: torch.rand(t.shape, generator=g) for n, t in weights.items()}, expert / "fisher.safetensors")
+        save_file(
+            {n: torch.rand(t.shape, generator=g) for n, t in weights.items()},
+            expert / "fisher.safetensors",
+        )
     session = MergeSession(tiny, [str(e) for e in experts], method="fisher")
-    assert session._resident.constants["ranges"] == [TimestepRange(0, 500), TimestepRange(500, 1000)]
+    assert session._resident.constants["ranges"] == [
+        TimestepRange(0, 500),
+        TimestepRange(500, 1000),
+    ]
     assert session._resident.constants["snr"].shape == (1000,)
     unet = diffusers.UNet2DModel.from_pretrained(tiny / "unet")
     session.apply([0.5, 0.5], unet)
     states = [load_file(e / "unet" / "diffusion_pytorch_model.safetensors") for e in experts]
     fishers = [load_file(e / "fisher.safetensors") for e in experts]
-    merged = merge_tensors(weights, states, "fisher", weights=[0.5, 0.5], inputs={"fisher": fishers})
+    merged = merge_tensors(
+        weights, states, "fisher", weights=[0.5, 0.5], inputs={"fisher": fishers}
+    )
     for name, tensor in unet.state_dict().items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-4, atol=1e-5)
-    (experts[0] / "expert.json").write_text(json.dumps({"range": [0, 500], "base_sha256": "0" * 64}))
+    (experts[0] / "expert.json").write_text(
+        json.dumps({"range": [0, 500], "base_sha256": "0" * 64})
+    )
     with pytest.raises(InputError, match="was finetuned from a base of sha256"):
         MergeSession(tiny, experts)

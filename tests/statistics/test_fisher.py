@@ -62,7 +62,10 @@ def test_is_the_mean_of_squared_gradients_of_single_examples(
 
 
 def test_both_engines_agree_on_a_model_that_takes_text(tiny_text: Path, image_folder: Path) -> None:
-    model, captioned = Diffusion.load(tiny_text), load_images(image_folder, resolution=16, channels=3)
+    model, captioned = (
+        Diffusion.load(tiny_text),
+        load_images(image_folder, resolution=16, channels=3),
+    )
     _, examples = next(Sampler(model, captioned, SPAN, 3).batches(3))
     slow, fast = module.one_by_one(model)(examples), module.side_by_side(model)(examples)
     assert all(t.shape[0] == 3 for t in fast.values())
@@ -97,7 +100,9 @@ class Chance(nn.Module):
 
 
 @pytest.mark.parametrize("part", [Gate, Chance])
-def test_falls_back_by_name_where_vmap_cannot(tiny: Path, data: ImageData, part: type[nn.Module]) -> None:
+def test_falls_back_by_name_where_vmap_cannot(
+    tiny: Path, data: ImageData, part: type[nn.Module]
+) -> None:
     model = Diffusion.load(tiny)
     model.denoiser.conv_in = nn.Sequential(model.denoiser.conv_in, part())
     found = range_fisher(model, data, SPAN, samples=2)
@@ -105,11 +110,15 @@ def test_falls_back_by_name_where_vmap_cannot(tiny: Path, data: ImageData, part:
     assert found.facts["batch"] == 1
 
 
-def test_gradients_that_disagree_are_not_used(tiny: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_disagree_are_not_used(
+    tiny: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Diffusion.load(tiny)
     good = range_fisher(model, data, SPAN, samples=2).tensors
     wrong = module.side_by_side(model)
-    monkeypatch.setattr(module, "side_by_side", lambda _: lambda e: {n: 1.001 * g for n, g in wrong(e).items()})
+    monkeypatch.setattr(
+        module, "side_by_side", lambda _: lambda e: {n: 1.001 * g for n, g in wrong(e).items()}
+    )
     found = range_fisher(model, data, SPAN, samples=2)
     assert found.facts["gradients"] == "one by one: vmap gives other gradients"
     for n, tensor in good.items():
@@ -136,12 +145,16 @@ def test_a_gradient_that_is_not_finite_names_its_sample(tiny: Path, data: ImageD
     order = permutation(len(data), 0, "stats image")
     stock = Diffusion.load(tiny)
     model = Broken(stock.denoiser, stock.scheduler)
-    with pytest.raises(NumericalError, match=rf"sample 3 \(image {order[3]} of digits\) of range 0200-0300"):
+    with pytest.raises(
+        NumericalError, match=rf"sample 3 \(image {order[3]} of digits\) of range 0200-0300"
+    ):
         range_fisher(model, data, SPAN, samples=8)
 
 
 @pytest.mark.parametrize(("span", "samples"), [(TimestepRange(0, 1001), 1), (SPAN, 0)])
-def test_refuses_what_cannot_be_drawn(tiny: Path, data: ImageData, span: TimestepRange, samples: int) -> None:
+def test_refuses_what_cannot_be_drawn(
+    tiny: Path, data: ImageData, span: TimestepRange, samples: int
+) -> None:
     with pytest.raises(UsageError, match="cannot be drawn"):
         range_fisher(Diffusion.load(tiny), data, span, samples=samples)
 

@@ -41,20 +41,31 @@ def test_is_the_mean_of_outer_products_one_position_at_a_time(tiny: Path, data: 
     for x in inputs:
         total += torch.outer(x, x)
     assert found.facts["inputs"][name] == len(inputs) == 10 * 16
-    torch.testing.assert_close(found.tensors[name].double(), total / len(inputs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.tensors[name].double(), total / len(inputs), rtol=1e-5, atol=1e-6
+    )
 
 
-def test_every_matrix_is_symmetric_positive_and_named_like_its_weight(tiny_text: Path, image_folder: Path) -> None:
-    model, captioned = Diffusion.load(tiny_text), load_images(image_folder, resolution=16, channels=3)
+def test_every_matrix_is_symmetric_positive_and_named_like_its_weight(
+    tiny_text: Path, image_folder: Path
+) -> None:
+    model, captioned = (
+        Diffusion.load(tiny_text),
+        load_images(image_folder, resolution=16, channels=3),
+    )
     found, weights = range_gram(model, captioned, SPAN, samples=2), Checkpoint.open(tiny_text)
     names = set(found.tensors)
-    assert any("attn2.to_k" in name for name in names), "layers that the attention's processor calls"
+    assert any("attn2.to_k" in name for name in names), (
+        "layers that the attention's processor calls"
+    )
     assert any("proj_in" in name for name in names), "1 x 1 convolutions"
     assert not any("resnets.0.conv1" in name for name in names)
     for name, gram in found.tensors.items():
         assert gram.dtype == torch.float32 and torch.equal(gram, gram.T)
         assert gram.shape == (weights[name].shape[1],) * 2
-        assert float(torch.linalg.eigvalsh(gram.double())[0]) >= -1e-5 * float(gram.diagonal().max())
+        assert float(torch.linalg.eigvalsh(gram.double())[0]) >= -1e-5 * float(
+            gram.diagonal().max()
+        )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +100,9 @@ def test_only_layers_that_are_one_matrix_have_a_gram() -> None:
     assert list(layers_of(nn.Linear(2, 2))) == ["weight"]
 
 
-def test_a_layer_called_twice_sums_both_and_one_never_called_is_left_out(tiny: Path, data: ImageData) -> None:
+def test_a_layer_called_twice_sums_both_and_one_never_called_is_left_out(
+    tiny: Path, data: ImageData
+) -> None:
     class Twice(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -120,7 +133,9 @@ def test_hooks_are_gone_and_the_model_is_as_it_was(tiny: Path, data: ImageData) 
     assert not any(part._forward_pre_hooks for part in model.denoiser.modules())
 
 
-def test_a_model_without_such_layers_is_refused(tiny: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_such_layers_is_refused(
+    tiny: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("demerge.statistics.gram.layers_of", lambda _: {})
     with pytest.raises(UsageError, match="no linear layer"):
         range_gram(Diffusion.load(tiny), data, SPAN, samples=1)

@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from demerge.errors import ResourceError, UsageError
-from demerge.storage.atomic import append_line, commit_dir, commit_file, commit_json, commit_text, sha256, truncate
+from demerge.storage.atomic import (
+    append_line,
+    commit_dir,
+    commit_file,
+    commit_json,
+    commit_text,
+    sha256,
+    truncate,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -50,7 +58,11 @@ def calls(monkeypatch) -> list[tuple[str, str]]:
 
 def test_a_file_is_synced_before_the_rename_and_its_folder_after(tmp_path, calls):
     commit_text(tmp_path / "a.txt", "new")
-    assert calls == [("sync", f".a.txt.{os.getpid()}.tmp"), ("rename", "a.txt"), ("sync", tmp_path.name)]
+    assert calls == [
+        ("sync", f".a.txt.{os.getpid()}.tmp"),
+        ("rename", "a.txt"),
+        ("sync", tmp_path.name),
+    ]
 
 
 def test_all_in_a_folder_is_synced_before_the_rename_and_its_parent_after(tmp_path, calls):
@@ -67,7 +79,10 @@ def test_what_was_written_is_what_is_read(tmp_path):
     path = commit_json(tmp_path / "deep" / "a.json", {"b": 1, "a": "ü"})
     assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "ü"\n}\n'
-    assert sha256(tmp_path / "deep" / "a.json") == hashlib.sha256((tmp_path / "deep" / "a.json").read_bytes()).hexdigest()
+    assert (
+        sha256(tmp_path / "deep" / "a.json")
+        == hashlib.sha256((tmp_path / "deep" / "a.json").read_bytes()).hexdigest()
+    )
     assert names(tmp_path / "deep") == ["a.json"]
     with pytest.raises(ValueError, match="not JSON compliant"):
         commit_json(tmp_path / "nan.json", float("nan"))

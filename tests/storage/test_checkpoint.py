@@ -65,7 +65,9 @@ def test_reads_tensors_that_are_not_aligned(tmp_path: Path) -> None:
     assert checkpoint["b"].tolist() == [1.5, -2]
 
 
-def test_commit_tensors_is_read_by_safetensors(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_commit_tensors_is_read_by_safetensors(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
     path = commit_tensors(tmp_path / "a.safetensors", tensors, {"key": "value"})
     assert set(load_file(path)) == set(tensors)
     assert read_header(path).metadata == {"key": "value"}
@@ -170,7 +172,9 @@ def test_takes_the_variant_asked_for_or_the_only_kind(
         assert Checkpoint.open(path, asked)["a"].tolist() == [value]
 
 
-@pytest.mark.parametrize(("variants", "asked"), [({"fp16": 2, "bf16": 3}, None), ({"": 1, "fp16": 2}, "bf16")])
+@pytest.mark.parametrize(
+    ("variants", "asked"), [({"fp16": 2, "bf16": 3}, None), ({"": 1, "fp16": 2}, "bf16")]
+)
 def test_asks_which_variant(tmp_path: Path, variants: dict[str, float], asked: str | None) -> None:
     with pytest.raises(InputError, match="fp16") as caught:
         Checkpoint.open(save_variants(tmp_path, variants), asked)
@@ -182,7 +186,11 @@ def test_finds_the_shards_of_a_variant(tmp_path: Path, index: str) -> None:
     shards = {f"{STEM}.fp16-0000{i}-of-00002.safetensors": {str(i): torch.ones(1)} for i in (1, 2)}
     plain = save_shards(tmp_path, shards)
     plain.rename(tmp_path / f"{STEM}.{index}")
-    for path, variant in ((tmp_path, None), (tmp_path, "fp16"), (tmp_path / f"{STEM}.{index}", None)):
+    for path, variant in (
+        (tmp_path, None),
+        (tmp_path, "fp16"),
+        (tmp_path / f"{STEM}.{index}", None),
+    ):
         assert set(Checkpoint.open(path, variant)) == {"1", "2"}
     save_file({"1": torch.zeros(1)}, tmp_path / f"{STEM}.safetensors")
     assert set(Checkpoint.open(tmp_path)) == {"1"}
@@ -206,12 +214,23 @@ def test_a_component_that_is_a_link_out_of_its_pipeline_is_refused(tmp_path: Pat
 
 # -- old names of attention -------------------------------------------------------------------------------------------
 
-OLD = {"mid.attentions.0.query.weight": 0, "mid.attentions.0.value.bias": 1, "mid.attentions.0.proj_attn.weight": 2}
-NEW = {"mid.attentions.0.to_q.weight": 0, "mid.attentions.0.to_v.bias": 1, "mid.attentions.0.to_out.0.weight": 2}
+OLD = {
+    "mid.attentions.0.query.weight": 0,
+    "mid.attentions.0.value.bias": 1,
+    "mid.attentions.0.proj_attn.weight": 2,
+}
+NEW = {
+    "mid.attentions.0.to_q.weight": 0,
+    "mid.attentions.0.to_v.bias": 1,
+    "mid.attentions.0.to_out.0.weight": 2,
+}
 
 
 def test_both_manners_of_naming_attention_are_one_model(tmp_path: Path) -> None:
-    models = [{n: torch.full((2,), float(i)) for n, i in names.items()} | {"key": torch.ones(1)} for names in (OLD, NEW)]
+    models = [
+        {n: torch.full((2,), float(i)) for n, i in names.items()} | {"key": torch.ones(1)}
+        for names in (OLD, NEW)
+    ]
     for base in models:
         for other in models:
             save_file(other, tmp_path / "a.safetensors")
@@ -221,7 +240,10 @@ def test_both_manners_of_naming_attention_are_one_model(tmp_path: Path) -> None:
 
 
 def test_names_that_fit_in_no_manner_stay(tmp_path: Path) -> None:
-    save_file({"x.to_q.weight": torch.ones(1), "x.query.weight": torch.ones(1)}, tmp_path / "a.safetensors")
+    save_file(
+        {"x.to_q.weight": torch.ones(1), "x.query.weight": torch.ones(1)},
+        tmp_path / "a.safetensors",
+    )
     checkpoint = Checkpoint.open(tmp_path / "a.safetensors")
     assert checkpoint.named_like({"x.query.weight": 1}) is checkpoint
     assert checkpoint.named_like({"other": 1}) is checkpoint
@@ -237,7 +259,10 @@ def test_refuses_a_folder_without_weights_and_one_with_pickles(tmp_path: Path) -
         locate(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors", "..\\b.safetensors", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors", "..\\b.safetensors", ""],
+)
 def test_refuses_a_weight_map_that_leads_out(tmp_path: Path, name: str) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
     folder = tmp_path / "model"

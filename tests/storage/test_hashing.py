@@ -29,7 +29,11 @@ def age(path: Path, seconds: float) -> None:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are read from now on."""
     seen: list[Path] = []
-    monkeypatch.setattr(hashes, "sha256", lambda path: seen.append(path) or hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        hashes,
+        "sha256",
+        lambda path: seen.append(path) or hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
     return seen
 
 
@@ -43,7 +47,9 @@ def test_a_hash_is_right_and_remembered(file: Path, monkeypatch: pytest.MonkeyPa
     assert seen == [file]
 
 
-def test_another_content_of_the_same_size_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_content_of_the_same_size_is_read_again(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Hashing([file]).result()
     file.write_bytes(b"two")
     age(file, 5)
@@ -64,6 +70,8 @@ def test_a_damaged_memory_is_forgotten(file: Path, damage: str) -> None:
     assert Hashing([file]).result() == {file: hashlib.sha256(b"one").hexdigest()}
 
 
-def test_a_memory_that_cannot_be_written_is_done_without(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_that_cannot_be_written_is_done_without(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     assert Hashing([file]).result() == {file: hashlib.sha256(b"one").hexdigest()}

@@ -17,7 +17,11 @@ from demerge.errors import InputError, UsageError
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.pickles import convert
 
-WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3).half(), "a.steps": torch.tensor(3), "b": torch.empty(0, 2)}
+WEIGHTS = {
+    "a.weight": torch.arange(6.0).view(2, 3).half(),
+    "a.steps": torch.tensor(3),
+    "b": torch.empty(0, 2),
+}
 
 
 class Canary:
@@ -36,11 +40,17 @@ def source(tmp_path: Path) -> Path:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return set(one) == set(other) and all(one[n].dtype == other[n].dtype and torch.equal(one[n], other[n]) for n in one)
+    return set(one) == set(other) and all(
+        one[n].dtype == other[n].dtype and torch.equal(one[n], other[n]) for n in one
+    )
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t, "epoch": 3, "loss": [0.5]}], ids=["plain", "nested"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda t: t, lambda t: {"state_dict": t, "epoch": 3, "loss": [0.5]}],
+    ids=["plain", "nested"],
+)
 def test_writes_the_tensors(source: Path, zipped: bool, wrap: Any) -> None:
     torch.save(wrap(WEIGHTS), source, _use_new_zipfile_serialization=zipped)
     out = source.with_suffix(".safetensors")
@@ -68,7 +78,10 @@ def test_asks_before_it_opens_a_pickle(source: Path) -> None:
 def test_several_tables_want_a_key(source: Path) -> None:
     torch.save({"model": WEIGHTS, "ema": {"a": torch.ones(2)}}, source)
     out = source.with_suffix(".safetensors")
-    for key, words in ((None, "several tables of tensors in it: model, ema"), ("best", "no table of tensors 'best'")):
+    for key, words in (
+        (None, "several tables of tensors in it: model, ema"),
+        ("best", "no table of tensors 'best'"),
+    ):
         with pytest.raises(InputError, match=words):
             convert(source, out, allow_pickle=True, key=key)
     convert(source, out, allow_pickle=True, key="ema")
@@ -103,7 +116,16 @@ def stretched() -> Tensor:
         torch.ones(2),
         {},
     ],
-    ids=["complex", "sparse", "number for a name", "stretched", "no tensor", "list", "tensor", "empty"],
+    ids=[
+        "complex",
+        "sparse",
+        "number for a name",
+        "stretched",
+        "no tensor",
+        "list",
+        "tensor",
+        "empty",
+    ],
 )
 def test_refuses_what_safetensors_does_not_hold(source: Path, content: Any) -> None:
     torch.save(content, source)
@@ -127,7 +149,9 @@ def test_refuses_damaged_files(source: Path) -> None:
         with pytest.raises(InputError, match=r"model\.bin"):
             convert(source, source.with_suffix(".safetensors"), allow_pickle=True)
     with pytest.raises(InputError, match="no such file"):
-        convert(source.parent / "nothing.bin", source.with_suffix(".safetensors"), allow_pickle=True)
+        convert(
+            source.parent / "nothing.bin", source.with_suffix(".safetensors"), allow_pickle=True
+        )
 
 
 def test_refuses_an_archive_that_unpacks_to_more(source: Path) -> None:

@@ -73,7 +73,9 @@ def test_keys_are_named() -> None:
 
 
 def test_whole_numbers_are_numbers_and_a_dataclass_is_a_format() -> None:
-    assert checked({"kind": "a", "share": 1, "either": [1, 2]}, Note, "", fix="") == Note(kind="a", share=1.0, either=(1, 2))
+    assert checked({"kind": "a", "share": 1, "either": [1, 2]}, Note, "", fix="") == Note(
+        kind="a", share=1.0, either=(1, 2)
+    )
     assert checked({"name": "x"}, Value, "", fix="") == Value("x")
     assert sentence({"name": ""}, Value) == "FILE: a name is empty"
     assert "unknown key" in sentence({"name": "x", "more": 1}, Value)
@@ -81,7 +83,10 @@ def test_whole_numbers_are_numbers_and_a_dataclass_is_a_format() -> None:
 
 def test_foreign_records_may_hold_more() -> None:
     assert checked({"sample_size": 8, "_class_name": []}, Config, "", fix="").sample_size == 8
-    assert sentence({"sample_size": None}, Config) == "FILE: sample_size: must be a valid integer, found null"
+    assert (
+        sentence({"sample_size": None}, Config)
+        == "FILE: sample_size: must be a valid integer, found null"
+    )
 
 
 TEXTS = {
@@ -122,7 +127,9 @@ def test_size_and_depth_are_capped(tmp_path: Path) -> None:
     path.write_bytes(b"{" + b" " * MAX_HEADER + b"}")
     with pytest.raises(InputError, match="larger than 16 MB"):
         read_json(path)
-    path.write_text('{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + ', "b": "' + "[" * 100 + '"}')
+    path.write_text(
+        '{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + ', "b": "' + "[" * 100 + '"}'
+    )
     assert read_json(path)["b"] == "[" * 100
 
 
@@ -138,7 +145,10 @@ def test_experts_of_a_folder_lie_in_it(tmp_path: Path) -> None:
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "expert.json").write_text(json.dumps({"range": span}))
     found = experts_in(tmp_path / "run")
-    assert [(span, path.name) for span, path in found.items()] == [(TimestepRange(0, 5), "b"), (TimestepRange(5, 9), "a")]
+    assert [(span, path.name) for span, path in found.items()] == [
+        (TimestepRange(0, 5), "b"),
+        (TimestepRange(5, 9), "a"),
+    ]
     assert read_expert(tmp_path / "run" / "a" / "expert.json").span == TimestepRange(5, 9)
     (tmp_path / "run" / "c").mkdir()
     (tmp_path / "elsewhere.json").write_text('{"range": [0, 9]}')
@@ -149,4 +159,9 @@ def test_experts_of_a_folder_lie_in_it(tmp_path: Path) -> None:
 
 def test_help_does_not_import_pydantic() -> None:
     code = "import sys, demerge, demerge.cli.main; print([m for m in ('pydantic', 'torch') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -46,7 +46,9 @@ def file(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same(one: Path, other: Path) -> bool:
     a, b = load_file(one), load_file(other)
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
 
 
 def test_there_and_back_is_the_same_to_the_bit(deep: Path, file: Path, tmp_path: Path) -> None:
@@ -62,7 +64,11 @@ def test_there_and_back_is_the_same_to_the_bit(deep: Path, file: Path, tmp_path:
 
 def test_the_names_are_those_of_the_original_code(file: Path) -> None:
     held = load_file(file)
-    unet, vae, text = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+    unet, vae, text = (
+        "model.diffusion_model.",
+        "first_stage_model.",
+        "cond_stage_model.transformer.text_model.",
+    )
     for name in (
         "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight", "input_blocks.3.0.op.weight",
         "input_blocks.4.0.skip_connection.weight", "middle_block.1.proj_in.weight", "middle_block.2.out_layers.3.weight",
@@ -81,20 +87,31 @@ def test_the_names_are_those_of_the_original_code(file: Path) -> None:
 def test_stock_diffusers_reads_the_file_as_it_reads_the_folder(deep: Path, file: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    one = StableDiffusionPipeline.from_single_file(str(file), config=str(deep), local_files_only=True)
+    one = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(deep), local_files_only=True
+    )
     other = StableDiffusionPipeline.from_pretrained(deep)
     for part in ("unet", "vae", "text_encoder"):
         a, b = getattr(one, part).state_dict(), getattr(other, part).state_dict()
-        assert a.keys() == b.keys() and all(torch.equal(a[n].float(), b[n].float()) for n in a), part
+        assert a.keys() == b.keys() and all(torch.equal(a[n].float(), b[n].float()) for n in a), (
+            part
+        )
 
 
 def test_what_the_file_lacks_is_the_configs_and_what_it_has_too_much_is_left_out(
     deep: Path, file: Path, tmp_path: Path
 ) -> None:
     held = load_file(file)
-    unet = {n.removeprefix("model.diffusion_model."): t for n, t in held.items() if n.startswith("model.")}
+    unet = {
+        n.removeprefix("model.diffusion_model."): t
+        for n, t in held.items()
+        if n.startswith("model.")
+    }
     ema = {"model_ema.decay": torch.ones(1), "betas": torch.ones(3)}
-    save_file({f"_orig_mod.model.diffusion_model.{n}": t for n, t in unet.items()} | ema, tmp_path / "compiled.safetensors")
+    save_file(
+        {f"_orig_mod.model.diffusion_model.{n}": t for n, t in unet.items()} | ema,
+        tmp_path / "compiled.safetensors",
+    )
     save_file(unet, tmp_path / "bare.safetensors")
     for name in ("compiled", "bare"):
         counts = to_folder(tmp_path / f"{name}.safetensors", tmp_path / name, deep)
@@ -103,7 +120,9 @@ def test_what_the_file_lacks_is_the_configs_and_what_it_has_too_much_is_left_out
 
 
 @pytest.mark.parametrize("change", ["less", "more", "shape", "v_pred", "no unet"])
-def test_a_file_that_does_not_fit_the_config_leaves_nothing(deep: Path, file: Path, tmp_path: Path, change: str) -> None:
+def test_a_file_that_does_not_fit_the_config_leaves_nothing(
+    deep: Path, file: Path, tmp_path: Path, change: str
+) -> None:
     held, name = load_file(file), "model.diffusion_model.middle_block.1.proj_in.weight"
     changed = {
         "less": {n: t for n, t in held.items() if n != name},
@@ -113,7 +132,9 @@ def test_a_file_that_does_not_fit_the_config_leaves_nothing(deep: Path, file: Pa
         "no unet": {n: t for n, t in held.items() if not n.startswith("model.")},
     }
     save_file(changed[change], tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match=r"does not fit --config|is marked v_pred|no tensor of a UNet"):
+    with pytest.raises(
+        InputError, match=r"does not fit --config|is marked v_pred|no tensor of a UNet"
+    ):
         to_folder(tmp_path / "x.safetensors", tmp_path / "out", deep)
     assert not (tmp_path / "out").exists()
 
@@ -140,7 +161,9 @@ def test_a_config_that_the_converters_cannot_use_is_named(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
-def test_other_pipelines_are_refused_by_name(deep: Path, tiny: Path, file: Path, tmp_path: Path) -> None:
+def test_other_pipelines_are_refused_by_name(
+    deep: Path, tiny: Path, file: Path, tmp_path: Path
+) -> None:
     for source, message in ((tiny, "unet UNet2DModel"), (tmp_path, "no pipeline folder")):
         with pytest.raises(InputError, match=message):
             to_file(source, tmp_path / "out.safetensors")

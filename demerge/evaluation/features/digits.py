@@ -35,8 +35,19 @@ class DigitsCNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, DIM, 3, padding=1), nn.ReLU(), nn.Conv2d(DIM, DIM, 3, padding=1), nn.ReLU()),
+            *(
+                nn.Conv2d(1, 32, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(32, 32, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ),
+            *(
+                nn.Conv2d(32, DIM, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(DIM, DIM, 3, padding=1),
+                nn.ReLU(),
+            ),
         )
         self.head = nn.Linear(DIM, CLASSES)
 
@@ -58,12 +69,21 @@ def prepare(images: Tensor) -> Tensor:
         UsageError: where the images are no uint8 [B C H W].
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise UsageError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B C H W]", fix="convert them")
+        raise UsageError(
+            f"images are {images.dtype} {list(images.shape)}, expected uint8 [B C H W]",
+            fix="convert them",
+        )
     grey = images.float().mean(1, keepdim=True) / 127.5 - 1
-    return grey if grey.shape[2:] == (8, 8) else F.interpolate(grey, (8, 8), mode="bilinear", antialias=True)
+    return (
+        grey
+        if grey.shape[2:] == (8, 8)
+        else F.interpolate(grey, (8, 8), mode="bilinear", antialias=True)
+    )
 
 
-def train(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 80, batch: int = 64) -> DigitsCNN:
+def train(
+    images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 80, batch: int = 64
+) -> DigitsCNN:
     """Train on images uint8 [n 1 8 8] with labels [n]: AdamW, cosine learning rate from 2e-3, shifts by one pixel."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,7 +94,9 @@ def train(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 80, ba
     for epoch in range(epochs):
         for rows in torch.tensor(permutation(len(x), seed, "digits-order", epoch)).split(batch):
             dy, dx = generator(seed, "digits-shift", epoch, int(rows[0])).integers(-1, 2, 2)
-            shifted = F.pad(x[rows], (1, 1, 1, 1), value=-1.0)[:, :, 1 + dy : 9 + dy, 1 + dx : 9 + dx]
+            shifted = F.pad(x[rows], (1, 1, 1, 1), value=-1.0)[
+                :, :, 1 + dy : 9 + dy, 1 + dx : 9 + dx
+            ]
             optimizer.zero_grad()
             F.cross_entropy(net(shifted), labels[rows], label_smoothing=0.05).backward()
             optimizer.step()
@@ -119,7 +141,12 @@ def make(path: Path, *, seed: int = 0) -> float:
         "train_fingerprint": splits["train"].fingerprint,
         "test_accuracy": round(reached, 4),
     }
-    commit_file(path, lambda stream: stream.write(save(net.state_dict(), metadata={"demerge": json.dumps(facts)})))
+    commit_file(
+        path,
+        lambda stream: stream.write(
+            save(net.state_dict(), metadata={"demerge": json.dumps(facts)})
+        ),
+    )
     return reached
 
 

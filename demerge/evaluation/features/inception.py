@@ -37,8 +37,12 @@ DIM = 2048
 SIZE = 299
 BATCH_NORM_EPS = 1e-3
 PICKLES = (".pth", ".pt")
-PTH_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # pytorch-fid's file
-SAFETENSORS_SHA256 = "aa5258d3cf03ee0a86d89c7ea3e991b547f1609a914383b7c33c7227f93155ba"  # the same net without fc
+PTH_SHA256 = (
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # pytorch-fid's file
+)
+SAFETENSORS_SHA256 = (
+    "aa5258d3cf03ee0a86d89c7ea3e991b547f1609a914383b7c33c7227f93155ba"  # the same net without fc
+)
 SOURCES = (
     "download pt_inception-2015-12-05-6726825d.pth from the release fid_weights of mseitzer/pytorch-fid on GitHub "
     f"(95,628,359 bytes, sha256 {PTH_SHA256}) and give --features inception:FILE; "
@@ -74,7 +78,9 @@ class Conv(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, *, stride: int = 1, same: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+        self.weight = nn.Parameter(
+            weight.contiguous(memory_format=torch.channels_last), requires_grad=False
+        )
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.stride = stride
         self.padding = (weight.shape[2] // 2, weight.shape[3] // 2) if same else (0, 0)
@@ -132,7 +138,10 @@ class Inception(nn.Module):
         super().__init__()
         self.stem = _chain(weights, STEM, "")
         self.blocks = nn.Sequential(
-            *(Block(_chain(weights, b, f"{name}.") for b in text.split(", ")) for name, text in BLOCKS.items())
+            *(
+                Block(_chain(weights, b, f"{name}.") for b in text.split(", "))
+                for name, text in BLOCKS.items()
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,14 +159,18 @@ def _step(weights: Mapping[str, Tensor], text: str, prefix: str) -> nn.Module:
     stride = 2 if mode == "2" else 1
     if names in ("avg", "max"):
         return Pool(names, stride)
-    convolutions = [Conv(*_folded(weights, prefix + name), stride=stride, same=not mode) for name in names.split("|")]
+    convolutions = [
+        Conv(*_folded(weights, prefix + name), stride=stride, same=not mode)
+        for name in names.split("|")
+    ]
     return convolutions[0] if len(convolutions) == 1 else Fork(*convolutions)
 
 
 def _folded(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     weight = weights[f"{name}.conv.weight"].double()
     gain, shift, mean, variance = (
-        weights[f"{name}.bn.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")
+        weights[f"{name}.bn.{part}"].double()
+        for part in ("weight", "bias", "running_mean", "running_var")
     )
     scale = gain / (variance + BATCH_NORM_EPS).sqrt()
     return (weight * scale[:, None, None, None]).float(), (shift - mean * scale).float()
@@ -186,7 +199,9 @@ def load_inception(path: Path) -> Inception:
     except KeyError as error:
         raise InputError(f"{path}: tensor {error} is missing", fix=SOURCES) from error
     except (RuntimeError, IndexError) as error:
-        raise InputError(f"{path}: tensors do not fit Inception-v3: {error}", fix=SOURCES) from error
+        raise InputError(
+            f"{path}: tensors do not fit Inception-v3: {error}", fix=SOURCES
+        ) from error
     if dim != DIM:
         raise InputError(f"{path}: {dim} features instead of {DIM}", fix=SOURCES)
     return network
@@ -209,14 +224,18 @@ def prepare(images: Tensor, mode: Preprocess = "clean") -> Tensor:
         )
     x = images.expand(-1, 3, -1, -1).float()
     if mode == "clean":
-        resized = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
+        resized = F.interpolate(
+            x, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False
+        )
         return (resized.clamp(0, 255) - 128) / 128
     if mode == "pytorch-fid":
         return F.interpolate(x / 255, (SIZE, SIZE), mode="bilinear", align_corners=False) * 2 - 1
     if mode == "torch-fidelity":
         rows, columns = (_bilinear_tf1(n, x.device) for n in x.shape[2:])
         return (rows @ x @ columns.T - 128) / 128
-    raise UsageError(f"preprocess mode '{mode}' is unknown", fix=f"use one of {', '.join(PREPROCESS)}")
+    raise UsageError(
+        f"preprocess mode '{mode}' is unknown", fix=f"use one of {', '.join(PREPROCESS)}"
+    )
 
 
 def _bilinear_tf1(n: int, device: torch.device) -> Tensor:

@@ -53,7 +53,11 @@ class FeatureNet:
     @property
     def protocol(self) -> dict[str, str]:
         """The fields that name this net in a protocol."""
-        return {"features": self.name, "features_sha256": self.sha256, "preprocess": self.preprocess}
+        return {
+            "features": self.name,
+            "features_sha256": self.sha256,
+            "preprocess": self.preprocess,
+        }
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, *, progress: Progress | None = None) -> Tensor:
@@ -68,17 +72,25 @@ class FeatureNet:
         rows = torch.empty(len(images), self.dim)
         for start in range(0, len(images), self.batch_size):
             batch = self.prepare(images[start : start + self.batch_size].to(self.device))
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # or GPUs would score unlike CPUs
+            with torch.backends.cudnn.flags(
+                enabled=True, allow_tf32=False
+            ):  # or GPUs would score unlike CPUs
                 rows[start : start + len(batch)] = self.network(batch).float().cpu()
             if progress is not None:
                 progress(start + len(batch), len(images), self.name)
         if not bool(rows.isfinite().all()):
-            raise NumericalError(f"{self.name}: a feature is not finite", fix="check the images and the weights")
+            raise NumericalError(
+                f"{self.name}: a feature is not finite", fix="check the images and the weights"
+            )
         return rows
 
 
 def feature_net(
-    spec: str, *, preprocess: inception.Preprocess = "clean", precision: str = "no", device: str = "cpu"
+    spec: str,
+    *,
+    preprocess: inception.Preprocess = "clean",
+    precision: str = "no",
+    device: str = "cpu",
 ) -> FeatureNet:
     """Return the net that `digits-cnn`, `random` or `inception:PATH` names; `preprocess` and `precision` are Inception's.
 
@@ -99,29 +111,45 @@ def feature_net(
         return _inception(Path(path).expanduser(), preprocess, precision, torch.device(device))
     if name == "inception":
         raise UsageError("the feature net 'inception' needs its weights", fix=inception.SOURCES)
-    raise UsageError(f"feature net '{spec}' is unknown", fix="use digits-cnn, random or inception:PATH")
+    raise UsageError(
+        f"feature net '{spec}' is unknown", fix="use digits-cnn, random or inception:PATH"
+    )
 
 
 def _digits(device: torch.device) -> FeatureNet:
     net, digest = digits.load_digits_cnn().to(device), sha256(digits.ASSET)
-    return FeatureNet("digits-cnn", digest, digits.DIM, "grey 8x8", net.features, digits.prepare, device, 256)
+    return FeatureNet(
+        "digits-cnn", digest, digits.DIM, "grey 8x8", net.features, digits.prepare, device, 256
+    )
 
 
 def _random(device: torch.device) -> FeatureNet:
     net = RandomNet().to(device)
-    return FeatureNet("random", net.sha256, randomnet.DIM, "bilinear 32x32", net, randomnet.prepare, device, 128)
+    return FeatureNet(
+        "random", net.sha256, randomnet.DIM, "bilinear 32x32", net, randomnet.prepare, device, 128
+    )
 
 
-def _inception(path: Path, preprocess: inception.Preprocess, precision: str, device: torch.device) -> FeatureNet:
+def _inception(
+    path: Path, preprocess: inception.Preprocess, precision: str, device: torch.device
+) -> FeatureNet:
     if preprocess not in inception.PREPROCESS:
-        raise UsageError(f"preprocess '{preprocess}' is unknown", fix=f"use one of {', '.join(inception.PREPROCESS)}")
+        raise UsageError(
+            f"preprocess '{preprocess}' is unknown",
+            fix=f"use one of {', '.join(inception.PREPROCESS)}",
+        )
     if precision not in ("no", "bf16"):
         raise UsageError(f"precision '{precision}' is unknown", fix="use no (float32) or bf16")
-    net, prepare = inception.load_inception(path).to(device), partial(inception.prepare, mode=preprocess)
+    net, prepare = (
+        inception.load_inception(path).to(device),
+        partial(inception.prepare, mode=preprocess),
+    )
     run = net if precision == "no" else partial(_in_bfloat16, net, device.type)
     described = preprocess if precision == "no" else f"{preprocess}, bf16"
     batch = 16 if device.type == "cpu" else 128
-    return FeatureNet("inception", sha256(path), inception.DIM, described, run, prepare, device, batch)
+    return FeatureNet(
+        "inception", sha256(path), inception.DIM, described, run, prepare, device, batch
+    )
 
 
 def _in_bfloat16(net: nn.Module, device_type: str, x: Tensor) -> Tensor:

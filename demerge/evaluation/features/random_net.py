@@ -30,7 +30,11 @@ class RandomNet(nn.Module):
         super().__init__()
         stages = pairwise(WIDTHS)
         self.filters = nn.ParameterList(
-            nn.Parameter(normal((width, fan, 3, 3), 0, "random-net", samples=[i])[0] * (2 / (9 * fan)) ** 0.5, False)
+            nn.Parameter(
+                normal((width, fan, 3, 3), 0, "random-net", samples=[i])[0]
+                * (2 / (9 * fan)) ** 0.5,
+                False,
+            )
             for i, (fan, width) in enumerate(stages)
         )
 
@@ -59,6 +63,9 @@ def prepare(images: Tensor) -> Tensor:
         UsageError: where the images have another type.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise UsageError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]", fix="convert them")
+        raise UsageError(
+            f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]",
+            fix="convert them",
+        )
     x = images.expand(-1, 3, -1, -1).float() / 127.5 - 1
     return F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)

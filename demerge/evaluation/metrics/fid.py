@@ -57,9 +57,13 @@ class Moments:
                 fix="give mu [D] and sigma [D D] of the same features",
             )
         if self.n < 2:
-            raise UsageError(f"a covariance of {self.n} samples is not defined", fix="use at least 2 images")
+            raise UsageError(
+                f"a covariance of {self.n} samples is not defined", fix="use at least 2 images"
+            )
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
-            raise NumericalError("the moments hold NaN or Inf", fix="check the images and the feature net")
+            raise NumericalError(
+                "the moments hold NaN or Inf", fix="check the images and the feature net"
+            )
 
     def __repr__(self) -> str:
         """Say how many features of how many images."""
@@ -113,18 +117,27 @@ def frechet_distance(a: Moments, b: Moments, *, root: Tensor | None = None) -> f
         UsageError: where the features differ in number.
     """
     if a.dim != b.dim:
-        raise UsageError(f"features of {a.dim} and {b.dim} dimensions do not compare", fix="use one feature net for both")
+        raise UsageError(
+            f"features of {a.dim} and {b.dim} dimensions do not compare",
+            fix="use one feature net for both",
+        )
     if torch.equal(a.mean, b.mean) and torch.equal(a.covariance, b.covariance):
         return 0.0
     root = square_root(a.covariance) if root is None else root
     overlap = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
+    distance = (
+        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
+    )
     return max(0.0, float(distance))
 
 
 def save_moments(path: Path, value: Moments) -> Path:
     """Write `mu`, `sigma`, `n` and the protocol's fields into an npz that pytorch-fid and edm read."""
-    arrays: dict[str, Any] = {"mu": value.mean.numpy(), "sigma": value.covariance.numpy(), "n": np.asarray(value.n)}
+    arrays: dict[str, Any] = {
+        "mu": value.mean.numpy(),
+        "sigma": value.covariance.numpy(),
+        "n": np.asarray(value.n),
+    }
     arrays |= {f"{PREFIX}{key}": np.asarray(text) for key, text in value.protocol.items()}
     return commit_file(path, lambda stream: np.savez(stream, **arrays))
 
@@ -141,20 +154,34 @@ def load_moments(path: Path, *, n: int | None = None) -> Moments:
     arrays = _arrays(path)
     try:
         count = int(arrays["n"]) if "n" in arrays else n
-        mean, covariance = (torch.from_numpy(np.array(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
+        mean, covariance = (
+            torch.from_numpy(np.array(arrays[key], dtype=np.float64)) for key in ("mu", "sigma")
+        )
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: mu, sigma or n is not made of numbers: {error}", fix=NPZ) from error
+        raise InputError(
+            f"{path}: mu, sigma or n is not made of numbers: {error}", fix=NPZ
+        ) from error
     if count is None:
         fix = "say it: --reference-images N, for example 50000 for the train split of CIFAR-10"
         raise InputError(f"{path}: the file does not say how many images it stands for", fix=fix)
     try:
-        protocol = {key.removeprefix(PREFIX): str(text) for key, text in arrays.items() if key.startswith(PREFIX)}
+        protocol = {
+            key.removeprefix(PREFIX): str(text)
+            for key, text in arrays.items()
+            if key.startswith(PREFIX)
+        }
         value = Moments(mean, covariance, count, protocol)
     except (UsageError, NumericalError) as error:
         raise InputError(f"{path}: {error.what}", fix=error.fix) from error
     scale = float(covariance.abs().max())
-    if bool((covariance.diagonal() < 0).any()) or float((covariance - covariance.T).abs().max()) > ASYMMETRY * scale:
-        raise InputError(f"{path}: sigma is not symmetric with a diagonal >= 0, so it is not a covariance", fix=NPZ)
+    if (
+        bool((covariance.diagonal() < 0).any())
+        or float((covariance - covariance.T).abs().max()) > ASYMMETRY * scale
+    ):
+        raise InputError(
+            f"{path}: sigma is not symmetric with a diagonal >= 0, so it is not a covariance",
+            fix=NPZ,
+        )
     return value
 
 
@@ -162,7 +189,9 @@ def _arrays(path: Path) -> dict[str, Any]:
     """Read the arrays of an npz that are statistics; others, such as the images of ADM's files, are left alone."""
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()}
+            sizes = {
+                entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()
+            }
         if not {"mu", "sigma"} <= sizes.keys():
             raise ValueError(f"its arrays are {list(sizes)[:8]}")
         wanted = [key for key in sizes if key in ("mu", "sigma", "n") or key.startswith(PREFIX)]
@@ -171,5 +200,14 @@ def _arrays(path: Path) -> dict[str, Any]:
             raise ValueError(f"{large[0]} takes {sizes[large[0]]:,} bytes")
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in wanted}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(f"{path}: not an npz with mu and sigma: {error}", fix=NPZ) from error

@@ -40,10 +40,13 @@ def mmd2(x: Tensor, y: Tensor) -> float:
     """
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise UsageError(
-            f"features {list(x.shape)} and {list(y.shape)} do not compare", fix="give [n D] and [m D] with n, m >= 2"
+            f"features {list(x.shape)} and {list(y.shape)} do not compare",
+            fix="give [n D] and [m D] with n, m >= 2",
         )
     x, y = x.double(), y.double()
-    within = sum((_kernel(z, z).sum() - _kernel_diagonal(z).sum()) / (len(z) * (len(z) - 1)) for z in (x, y))
+    within = sum(
+        (_kernel(z, z).sum() - _kernel_diagonal(z).sum()) / (len(z) * (len(z) - 1)) for z in (x, y)
+    )
     return float(within - 2 * _kernel(x, y).mean())
 
 
@@ -57,7 +60,8 @@ def kid(x: Tensor, y: Tensor, *, block: int = BLOCK, seed: int = 0) -> Kid:
     count = min(len(x), len(y)) // max(1, size)
     pieces = [z[permutation(len(z), seed, "kid", side)] for side, z in enumerate((x, y))]
     values = torch.tensor(
-        [mmd2(*(z[i * size : (i + 1) * size] for z in pieces)) for i in range(max(1, count))], dtype=torch.float64
+        [mmd2(*(z[i * size : (i + 1) * size] for z in pieces)) for i in range(max(1, count))],
+        dtype=torch.float64,
     )
     error = float(values.std() / count**0.5) if count > 1 else float("nan")
     return Kid(float(values.mean()), error, count)

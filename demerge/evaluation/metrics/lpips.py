@@ -50,9 +50,13 @@ class LPIPS(nn.Module):
     def __init__(self, weights: Mapping[str, Tensor], *, sha256: str = "") -> None:
         super().__init__()
         self.sha256 = sha256
-        self.filters = nn.ParameterList(_constant(weights[f"features.{i}.weight"]) for i, *_ in LAYERS)
+        self.filters = nn.ParameterList(
+            _constant(weights[f"features.{i}.weight"]) for i, *_ in LAYERS
+        )
         self.biases = nn.ParameterList(_constant(weights[f"features.{i}.bias"]) for i, *_ in LAYERS)
-        self.heads = nn.ParameterList(_constant(weights[f"lin{i}.model.1.weight"]) for i in range(len(LAYERS)))
+        self.heads = nn.ParameterList(
+            _constant(weights[f"lin{i}.model.1.weight"]) for i in range(len(LAYERS))
+        )
         if any(bool((head < 0).any()) for head in self.heads):
             raise InputError("an LPIPS head is negative", fix="use the v0.1 heads")
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
@@ -66,7 +70,9 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed images [B 3 H W] in [-1, 1] as [B E]."""
         x, parts = (x - self.shift) / self.scale, []
-        for (_, stride, padding, pool), weight, bias, head in zip(LAYERS, self.filters, self.biases, self.heads, strict=True):
+        for (_, stride, padding, pool), weight, bias, head in zip(
+            LAYERS, self.filters, self.biases, self.heads, strict=True
+        ):
             x = F.conv2d(F.max_pool2d(x, 3, 2) if pool else x, weight, bias, stride, padding).relu()
             unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
             parts.append(rearrange(unit * (head / x[0, 0].numel()).sqrt(), "b c h w -> b (c h w)"))
@@ -80,7 +86,10 @@ class LPIPS(nn.Module):
             UsageError: where the images have another type.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise UsageError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]", fix="convert them")
+            raise UsageError(
+                f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]",
+                fix="convert them",
+            )
         x = images.to(self.shift.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
         factor = SHORTEST / min(x.shape[2:])
         if factor > 1:
@@ -103,7 +112,9 @@ def load_lpips(path: Path = ASSET, *, device: str = "cpu") -> LPIPS:
     try:
         return LPIPS(load_file(path), sha256=sha256(path)).eval().to(device)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: not the LPIPS weights: {error}", fix="install demerge again") from error
+        raise InputError(
+            f"{path}: not the LPIPS weights: {error}", fix="install demerge again"
+        ) from error
 
 
 def embeddings(lpips: LPIPS, images: Tensor) -> Tensor:
@@ -118,7 +129,10 @@ def distance(lpips: LPIPS, a: Tensor, b: Tensor) -> Tensor:
         UsageError: where the shapes differ.
     """
     if a.shape != b.shape:
-        raise UsageError(f"images of shapes {list(a.shape)} and {list(b.shape)} do not pair", fix="give pairs of one size")
+        raise UsageError(
+            f"images of shapes {list(a.shape)} and {list(b.shape)} do not pair",
+            fix="give pairs of one size",
+        )
     return (embeddings(lpips, a) - embeddings(lpips, b)).square().sum(1)
 
 
@@ -137,9 +151,17 @@ def diversity(embedded: Tensor) -> float:
 
 def make(source: Path, target: Path) -> Path:
     """Join trunk and heads in the folder `source`, cast to float16, into one file."""
-    parts = (load_file(source / name) for name in ("alexnet_features.safetensors", "alex_heads_v0.1.safetensors"))
-    tensors = {key: value.half().contiguous() for key, value in chain.from_iterable(part.items() for part in parts)}
-    facts = {"made_by": "python -m demerge.evaluation.metrics.lpips; licence BSD-2-Clause (heads), BSD-3-Clause (trunk)"}
+    parts = (
+        load_file(source / name)
+        for name in ("alexnet_features.safetensors", "alex_heads_v0.1.safetensors")
+    )
+    tensors = {
+        key: value.half().contiguous()
+        for key, value in chain.from_iterable(part.items() for part in parts)
+    }
+    facts = {
+        "made_by": "python -m demerge.evaluation.metrics.lpips; licence BSD-2-Clause (heads), BSD-3-Clause (trunk)"
+    }
     return commit_file(target, lambda stream: stream.write(save(tensors, metadata=facts)))
 
 

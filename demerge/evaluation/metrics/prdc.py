@@ -42,7 +42,10 @@ def prdc(real: Tensor, generated: Tensor, *, k: int = NEAREST, reach: Tensor | N
         UsageError: where a set has not more than k rows.
     """
     if min(len(real), len(generated)) <= k:
-        raise UsageError(f"{len(real)} and {len(generated)} images are too few for k = {k}", fix=f"give more than {k} of each")
+        raise UsageError(
+            f"{len(real)} and {len(generated)} images are too few for k = {k}",
+            fix=f"give more than {k} of each",
+        )
     x, y = real.double(), generated.double()
     reach_x, reach_y = radii(x, k) if reach is None else reach, radii(y, k)
     near_real, in_balls = [], torch.zeros(len(y), dtype=torch.long)

@@ -51,12 +51,16 @@ class RangeLosses:
 
     def __repr__(self) -> str:
         """Say the loss of each range."""
-        return f"RangeLosses({', '.join(f'{name}: {loss:.4g}' for name, loss in self.means.items())})"
+        return (
+            f"RangeLosses({', '.join(f'{name}: {loss:.4g}' for name, loss in self.means.items())})"
+        )
 
     @property
     def means(self) -> dict[str, float]:
         """The loss of each range."""
-        return {name: sum(row) / len(row) for name, row in zip(self.ranges, self.blocks, strict=True)}
+        return {
+            name: sum(row) / len(row) for name, row in zip(self.ranges, self.blocks, strict=True)
+        }
 
     def change(self, base: RangeLosses) -> dict[str, tuple[float, float]]:
         """Return L / L_base - 1 for each range with its standard error, from paired blocks.
@@ -65,12 +69,18 @@ class RangeLosses:
             UsageError: where the two were measured on other ranges or blocks.
         """
         if self.ranges != base.ranges or len(self.blocks[0]) != len(base.blocks[0]):
-            raise UsageError("losses of unlike ranges do not compare", fix="measure both models on one partition")
+            raise UsageError(
+                "losses of unlike ranges do not compare", fix="measure both models on one partition"
+            )
         result = {}
         for name, own, other in zip(self.ranges, self.blocks, base.blocks, strict=True):
             a, b = (torch.tensor(row, dtype=torch.float64) for row in (own, other))
             ratio = a.mean() / b.mean()
-            spread = (a - ratio * b).std() if len(a) > 1 else torch.tensor(float("nan"), dtype=torch.float64)
+            spread = (
+                (a - ratio * b).std()
+                if len(a) > 1
+                else torch.tensor(float("nan"), dtype=torch.float64)
+            )
             result[name] = (float(ratio - 1), float(spread / len(a) ** 0.5 / b.mean()))
         return result
 
@@ -93,23 +103,32 @@ def range_losses(
         NumericalError: where a loss is not finite.
     """
     if partition.total != model.T:
-        raise UsageError(f"the partition covers {partition.total} timesteps, the model has {model.T}", fix="use its own T")
+        raise UsageError(
+            f"the partition covers {partition.total} timesteps, the model has {model.T}",
+            fix="use its own T",
+        )
     if samples < BLOCKS:
-        raise UsageError(f"{samples} samples do not fill {BLOCKS} blocks", fix=f"give at least {BLOCKS}")
+        raise UsageError(
+            f"{samples} samples do not fill {BLOCKS} blocks", fix=f"give at least {BLOCKS}"
+        )
     rows = []
     for r, span in enumerate(partition):
         draws = torch.arange(samples).split(batch_size)
         with fitting_threads(model, batch_size):
             losses = torch.cat([_losses(model, data, span, r, j.tolist(), seed) for j in draws])
         if not bool(losses.isfinite().all()):
-            raise NumericalError(f"the loss in {span} is not finite", fix="check the model's weights")
+            raise NumericalError(
+                f"the loss in {span} is not finite", fix="check the model's weights"
+            )
         rows.append(tuple(float(block.mean()) for block in losses.double().tensor_split(BLOCKS)))
         if progress is not None:
             progress(r + 1, len(partition), str(span))
     return RangeLosses(tuple(map(str, partition)), tuple(rows))
 
 
-def _losses(model: Diffusion, data: ImageData, span: TimestepRange, r: int, draws: list[int], seed: int) -> Tensor:
+def _losses(
+    model: Diffusion, data: ImageData, span: TimestepRange, r: int, draws: list[int], seed: int
+) -> Tensor:
     """Return the losses [B] of some draws j of range r; draw j takes image order[j mod N]."""
     order = permutation(len(data), seed, "validation-images", r)
     chosen = [order[j % len(data)] for j in draws]

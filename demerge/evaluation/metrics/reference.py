@@ -19,7 +19,13 @@ from torch import Tensor
 from demerge.data import load_images
 from demerge.errors import ComparisonError, InputError
 from demerge.evaluation.features.nets import FeatureNet, Progress
-from demerge.evaluation.metrics.fid import Moments, frechet_distance, load_moments, moments, square_root
+from demerge.evaluation.metrics.fid import (
+    Moments,
+    frechet_distance,
+    load_moments,
+    moments,
+    square_root,
+)
 from demerge.evaluation.metrics.kid import kid
 from demerge.evaluation.metrics.prdc import NEAREST, prdc, radii
 from demerge.reporting.html import printable
@@ -43,20 +49,35 @@ class Reference:
 
     @classmethod
     def from_images(
-        cls, net: FeatureNet, images: Tensor, *, name: str = "images", progress: Progress | None = None
+        cls,
+        net: FeatureNet,
+        images: Tensor,
+        *,
+        name: str = "images",
+        progress: Progress | None = None,
     ) -> Reference:
         """Take the features of real images, uint8 [n C H W]; `name` says which data set and split they are."""
-        return cls._of_features(net(images, progress=progress), net.protocol, name, images_sha256(images))
+        return cls._of_features(
+            net(images, progress=progress), net.protocol, name, images_sha256(images)
+        )
 
     @classmethod
-    def _of_features(cls, features: Tensor, protocol: Mapping[str, str], name: str, fingerprint: str) -> Reference:
+    def _of_features(
+        cls, features: Tensor, protocol: Mapping[str, str], name: str, fingerprint: str
+    ) -> Reference:
         value = moments([features], protocol)
         reach = radii(features, NEAREST) if len(features) > NEAREST else None
         return cls(value, name, fingerprint, square_root(value.covariance), features, reach)
 
     @classmethod
     def remembered(
-        cls, path: Path, net: FeatureNet, images: Tensor, *, name: str, progress: Progress | None = None
+        cls,
+        path: Path,
+        net: FeatureNet,
+        images: Tensor,
+        *,
+        name: str,
+        progress: Progress | None = None,
     ) -> Reference:
         """Do as `from_images`, but keep the features in a safetensors file and take them from there the next time."""
         wanted = {**net.protocol, "images": images_sha256(images)}
@@ -65,11 +86,15 @@ class Reference:
             if facts == wanted and len(kept) == len(images):
                 return cls._of_features(kept, net.protocol, name, wanted["images"])
         features = net(images, progress=progress)
-        commit_file(path, lambda stream: stream.write(save({"features": features}, metadata=wanted)))
+        commit_file(
+            path, lambda stream: stream.write(save({"features": features}, metadata=wanted))
+        )
         return cls._of_features(features, net.protocol, name, wanted["images"])
 
     @classmethod
-    def from_npz(cls, path: Path, net: FeatureNet, *, n: int | None = None, progress: Progress | None = None) -> Reference:
+    def from_npz(
+        cls, path: Path, net: FeatureNet, *, n: int | None = None, progress: Progress | None = None
+    ) -> Reference:
         """Read moments `mu` and `sigma` that demerge, pytorch-fid, EDM or ADM wrote, or images `arr_0` as ADM writes them.
 
         Args:
@@ -83,12 +108,16 @@ class Reference:
         keys = _keys(path)
         if "mu" not in keys and {"arr_0", "images"} & set(keys):
             images = load_images(path, limit=n)
-            return cls.from_images(net, images.images(range(len(images))), name=printable(path.name), progress=progress)
+            return cls.from_images(
+                net, images.images(range(len(images))), name=printable(path.name), progress=progress
+            )
         value = load_moments(path, n=n)
         _refuse_other_net(value.protocol, net)
         if value.dim != net.dim:
             what = f"{path}: moments of {value.dim} features, and {net.name} has {net.dim}"
-            raise InputError(what, fix="give --features inception:FILE for statistics of 2048 features")
+            raise InputError(
+                what, fix="give --features inception:FILE for statistics of 2048 features"
+            )
         digest = hashlib.sha256(value.mean.numpy().tobytes() + value.covariance.numpy().tobytes())
         name = (
             printable(path.name)
@@ -144,7 +173,9 @@ def _read_features(path: Path) -> tuple[Tensor, dict[str, str]]:
         with safe_open(path, "pt") as file:
             return file.get_tensor("features"), file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors: {error}", fix="remove it; it is made again") from error
+        raise InputError(
+            f"{path}: cannot be read as safetensors: {error}", fix="remove it; it is made again"
+        ) from error
 
 
 def images_sha256(images: Tensor) -> str:

@@ -40,12 +40,24 @@ def page(
     sections = [
         _verdict(rows),
         _tiles(rows, floors),
-        section("Ranking", RANKING, _ranking(rows, floors) + caveats + _gallery(plots, ("ranking", "tradeoff"))),
+        section(
+            "Ranking",
+            RANKING,
+            _ranking(rows, floors) + caveats + _gallery(plots, ("ranking", "tradeoff")),
+        ),
         _contact(contact, rows),
         section("Conflict and ranges", CONFLICT, _figures(figures)) if figures else "",
-        section("Validation loss by range", LOSSES, _gallery(plots, ("losses",))) if "losses" in plots else "",
-        section("Protocol", "All numbers above share it, field by field.", _protocol(table.protocol, rows)),
-        section("Commands", "What made this report, to be run again.", _code(commands)) if commands else "",
+        section("Validation loss by range", LOSSES, _gallery(plots, ("losses",)))
+        if "losses" in plots
+        else "",
+        section(
+            "Protocol",
+            "All numbers above share it, field by field.",
+            _protocol(table.protocol, rows),
+        ),
+        section("Commands", "What made this report, to be run again.", _code(commands))
+        if commands
+        else "",
     ]
     footer = "Made by demerge. The same numbers lie beside this page in scores.csv and scores.md."
     return whole(title, table.protocol, sections, footer)
@@ -71,11 +83,20 @@ def _verdict(rows: Sequence[Row]) -> str:
 
 def _tiles(rows: Sequence[Row], floors: Sequence[Row]) -> str:
     chosen = [(name, best(rows, kind)) for kind, name in TILES.items()]  # type: ignore[arg-type]
-    tiles = [_tile(name, row) for name, row in [*chosen, *(("noise floor", floor) for floor in floors[:1])] if row is not None]
+    tiles = [
+        _tile(name, row)
+        for name, row in [*chosen, *(("noise floor", floor) for floor in floors[:1])]
+        if row is not None
+    ]
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-TILES = {"base": "base", "joint": "joint control", "ensemble": "routed ensemble", "merge": "best merge"}
+TILES = {
+    "base": "base",
+    "joint": "joint control",
+    "ensemble": "routed ensemble",
+    "merge": "best merge",
+}
 
 
 def _tile(name: str, row: Row) -> str:
@@ -101,17 +122,29 @@ def _contact(contact: Mapping[str, Tensor], rows: Sequence[Row]) -> str:
 
 def _strip(images: Tensor) -> bytes:
     scale = max(1, 32 // images.shape[-1])
-    return png(grid(images.cpu(), len(images), gap=max(1, images.shape[-1] // 16), background=GREY), scale=scale)
+    return png(
+        grid(images.cpu(), len(images), gap=max(1, images.shape[-1] // 16), background=GREY),
+        scale=scale,
+    )
 
 
 def _ranking(rows: Sequence[Row], floors: Sequence[Row]) -> str:
     metrics = measured(rows)
-    first, *others = (f'<th class="num">{text(label(m, rows))} {"↑" if m in HIGHER_IS_BETTER else "↓"}</th>' for m in metrics)
+    first, *others = (
+        f'<th class="num">{text(label(m, rows))} {"↑" if m in HIGHER_IS_BETTER else "↓"}</th>'
+        for m in metrics
+    )
     heads = f"<th></th><th>model</th>{first}<th>against base</th><th>against joint</th>{''.join(others)}"
     tops = {metric: _top(rows, metric) for metric in metrics}
     numbered = enumerate(zip(rows, against(rows), strict=True), 1)
-    lines = [f'<tr><td class="num">{place}</td>{_line(row, found, tops)}</tr>' for place, (row, found) in numbered]
-    lines += [f'<tr class="floor"><td></td>{_line(floor, {}, dict.fromkeys(metrics))}</tr>' for floor in floors]
+    lines = [
+        f'<tr><td class="num">{place}</td>{_line(row, found, tops)}</tr>'
+        for place, (row, found) in numbered
+    ]
+    lines += [
+        f'<tr class="floor"><td></td>{_line(floor, {}, dict.fromkeys(metrics))}</tr>'
+        for floor in floors
+    ]
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
@@ -133,7 +166,9 @@ def _change(result: Comparison | None) -> str:
 def _cell(row: Row, metric: str, top: bool) -> str:
     mean, _, spread = number(row, metric).partition(" ± ")
     emphasis = f'<span class="best">{mean}</span>' if top else mean
-    return f'<td class="num">{emphasis}' + (f"<small>± {spread}</small></td>" if spread else "</td>")
+    return f'<td class="num">{emphasis}' + (
+        f"<small>± {spread}</small></td>" if spread else "</td>"
+    )
 
 
 def _top(rows: Sequence[Row], metric: str) -> Row | None:
@@ -154,9 +189,21 @@ def _figures(figures: Sequence[Exhibit]) -> str:
 
 def _protocol(protocol: Protocol, rows: Sequence[Row]) -> str:
     facts = {f.name.replace("_", " "): getattr(protocol, f.name) for f in fields(protocol)}
-    facts |= {"sampling seeds": ", ".join(sorted({str(seed) for row in rows for seed in row.seeds}, key=int))}
-    facts |= {f"sha256 of {row.model}": row.scores[0].model_sha256 for row in rows if row.scores[0].model_sha256}
-    return "<dl>" + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items()) + "</dl>"
+    facts |= {
+        "sampling seeds": ", ".join(
+            sorted({str(seed) for row in rows for seed in row.seeds}, key=int)
+        )
+    }
+    facts |= {
+        f"sha256 of {row.model}": row.scores[0].model_sha256
+        for row in rows
+        if row.scores[0].model_sha256
+    }
+    return (
+        "<dl>"
+        + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items())
+        + "</dl>"
+    )
 
 
 def _list(items: Sequence[str], kind: str) -> str:

@@ -44,7 +44,17 @@ def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
         axes.plot(values, places, color=theme.faint, lw=0.6, alpha=0.5, marker="o", ms=3, zorder=1)
     for y, row in enumerate(rows):
         spread = 0.0 if math.isnan(row.sd("fd")) else row.sd("fd")
-        axes.errorbar(row.mean("fd"), y, xerr=spread, fmt="o", ms=8, capsize=3, color=KINDS[row.kind], mec=theme.ink, mew=0.6)
+        axes.errorbar(
+            row.mean("fd"),
+            y,
+            xerr=spread,
+            fmt="o",
+            ms=8,
+            capsize=3,
+            color=KINDS[row.kind],
+            mec=theme.ink,
+            mew=0.6,
+        )
         if row.kind == "base":
             axes.axvline(row.mean("fd"), color=KINDS["base"], lw=1, ls="--", zorder=0)
     for floor in floors:
@@ -63,7 +73,9 @@ def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
 
 def _on_seed(rows: Sequence[Row], seed: int) -> list[tuple[int, float]]:
     """Return place and distance of the models that were scored on a seed."""
-    return [(i, s.metrics["fd"]) for i, row in enumerate(rows) for s in row.scores if s.seed == seed]
+    return [
+        (i, s.metrics["fd"]) for i, row in enumerate(rows) for s in row.scores if s.seed == seed
+    ]
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
@@ -79,26 +91,51 @@ def tradeoff(rows: Sequence[Row], theme: Theme) -> Figure:
     """Draw precision against recall, one dot for each model with its place in the ranking."""
     figure, axes = _axes(6.2, 4.4)
     frame = pd.DataFrame(
-        [(row.kind, row.mean("recall"), row.mean("precision")) for row in rows], columns=["kind", "recall", "precision"]
+        [(row.kind, row.mean("recall"), row.mean("precision")) for row in rows],
+        columns=["kind", "recall", "precision"],
     )
-    sns.scatterplot(frame, x="recall", y="precision", hue="kind", palette=dict(KINDS), s=70, ec=theme.ink, lw=0.5, ax=axes)
+    sns.scatterplot(
+        frame,
+        x="recall",
+        y="precision",
+        hue="kind",
+        palette=dict(KINDS),
+        s=70,
+        ec=theme.ink,
+        lw=0.5,
+        ax=axes,
+    )
     places: dict[tuple[float, float], list[str]] = {}
     for place, row in enumerate(rows, 1):
         places.setdefault((row.mean("recall"), row.mean("precision")), []).append(str(place))
     for position, names in places.items():
-        axes.annotate(", ".join(names), position, xytext=(6, 4), textcoords="offset points", fontsize=8, color=theme.ink)
+        axes.annotate(
+            ", ".join(names),
+            position,
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color=theme.ink,
+        )
     axes.legend(title=None, frameon=False, fontsize=8, labelcolor=theme.ink)
     axes.margins(0.12)
     axes.grid(color=theme.line, lw=0.6, alpha=0.7)
-    axes.set(xlabel="recall: share of real images covered", ylabel="precision: share of images that look real")
+    axes.set(
+        xlabel="recall: share of real images covered",
+        ylabel="precision: share of images that look real",
+    )
     return figure
 
 
 def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme) -> Figure:
     """Draw each range's change of loss against the base's, in percent; faint numbers are within 2 s.e. of zero."""
     changes = {plain(row.model): row.losses.change(base) for row in rows if row.losses is not None}
-    frame = pd.DataFrame({name: {span: 100 * value for span, (value, _) in c.items()} for name, c in changes.items()}).T
-    sure = pd.DataFrame({name: {span: abs(v) > 2 * e for span, (v, e) in c.items()} for name, c in changes.items()}).T
+    frame = pd.DataFrame(
+        {name: {span: 100 * value for span, (value, _) in c.items()} for name, c in changes.items()}
+    ).T
+    sure = pd.DataFrame(
+        {name: {span: abs(v) > 2 * e for span, (v, e) in c.items()} for name, c in changes.items()}
+    ).T
     figure, axes = _axes(2.6 + 1.1 * frame.shape[1], 1.0 + 0.36 * len(frame))
     limit = max(0.5, float(np.nanpercentile(np.abs(frame.to_numpy()), 85)))
     sns.heatmap(
@@ -127,7 +164,10 @@ def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme) -> Figure:
 
 def contact_sheet(images: Mapping[str, Tensor], kinds: Mapping[str, str], theme: Theme) -> Figure:
     """Draw rows of images, uint8 [n C H W] for each model; one column is one noise. Names are coloured by `kinds`."""
-    columns, room = max(len(row) for row in images.values()), 0.15 + 0.08 * max(len(plain(name)) for name in images)
+    columns, room = (
+        max(len(row) for row in images.values()),
+        0.15 + 0.08 * max(len(plain(name)) for name in images),
+    )
     width, height = room + CELL * columns, CELL * len(images)
     figure = Figure(figsize=(width, height))
     for i, (name, row) in enumerate(images.items()):
@@ -138,6 +178,12 @@ def contact_sheet(images: Mapping[str, Tensor], kinds: Mapping[str, str], theme:
             axes.set_axis_off()
         ink = KINDS.get(kinds.get(name, ""), theme.ink)
         figure.text(
-            (room - 0.08) / width, 1 - (i + 0.5) / len(images), plain(name), ha="right", va="center", color=ink, fontsize=9
+            (room - 0.08) / width,
+            1 - (i + 0.5) / len(images),
+            plain(name),
+            ha="right",
+            va="center",
+            color=ink,
+            fontsize=9,
         )
     return figure

@@ -111,7 +111,9 @@ class Report:
     def summary(self) -> pd.DataFrame:
         """The table without the protocol, indexed by the model."""
         same = [f.name for f in fields(Protocol)]
-        return self.table.set_index("model").drop(columns=[*same, "rank", "rank_deficient", "model_sha256"])
+        return self.table.set_index("model").drop(
+            columns=[*same, "rank", "rank_deficient", "model_sha256"]
+        )
 
     @property
     def outcome(self) -> Verdict:
@@ -140,7 +142,10 @@ class Report:
             UsageError: if there is no such plot of these scores.
         """
         if name not in self._drawn:
-            raise UsageError(f"there is no plot '{name}' of these scores", fix=f"use one of {', '.join(self._drawn)}")
+            raise UsageError(
+                f"there is no plot '{name}' of these scores",
+                fix=f"use one of {', '.join(self._drawn)}",
+            )
         return draw_on_white(self._drawn[name])
 
     def contact_sheet(self) -> Figure:
@@ -150,14 +155,19 @@ class Report:
             UsageError: if the images were not kept.
         """
         if not self._contact:
-            raise UsageError("there are no images to show", fix="evaluate again: it keeps the first 16 of each model")
+            raise UsageError(
+                "there are no images to show",
+                fix="evaluate again: it keeps the first 16 of each model",
+            )
         return draw_on_white(self._sheet)
 
     @property
     def html(self) -> str:
         """The whole page, which loads nothing."""
         exhibits = {
-            name: Exhibit(CAPTIONS[name], render(draw, LIGHT, "svg"), dark=render(draw, DARK, "svg"))
+            name: Exhibit(
+                CAPTIONS[name], render(draw, LIGHT, "svg"), dark=render(draw, DARK, "svg")
+            )
             for name, draw in self._drawn.items()
         }
         return page(
@@ -193,7 +203,9 @@ class Report:
 
     @property
     def _sheet(self) -> Draw:
-        return partial(plots.contact_sheet, self._contact, {row.model: row.kind for row in self.ranked.rows})
+        return partial(
+            plots.contact_sheet, self._contact, {row.model: row.kind for row in self.ranked.rows}
+        )
 
     @property
     def _contact(self) -> dict[str, Tensor]:
@@ -212,10 +224,19 @@ def _unranked(table: Table, ranked: Table) -> str:
 def _drawn(rows: Sequence[Row], floors: Sequence[Row]) -> Iterator[tuple[str, Draw]]:
     if len(rows) + len(floors) > 1:
         yield "ranking", partial(plots.ranking, rows, floors)
-    if len({(row.mean("recall"), row.mean("precision")) for row in rows if row.values("precision")}) > 1:
+    if (
+        len(
+            {(row.mean("recall"), row.mean("precision")) for row in rows if row.values("precision")}
+        )
+        > 1
+    ):
         yield "tradeoff", partial(plots.tradeoff, rows)
     base = best(rows, "base")
-    if base is not None and base.losses is not None and any(row.losses for row in rows if row is not base):
+    if (
+        base is not None
+        and base.losses is not None
+        and any(row.losses for row in rows if row is not base)
+    ):
         yield "losses", partial(plots.losses, [row for row in rows if row is not base], base.losses)
 
 

@@ -111,7 +111,9 @@ def _belongs(a: Row, b: Row) -> bool:
 
 def _paired(a: Row, b: Row, metric: str) -> NDArray[np.float64]:
     """Return the values [2 S] of two rows on their common seeds."""
-    own, other = ({s.seed: s.metrics[metric] for s in row.scores if metric in s.metrics} for row in (a, b))
+    own, other = (
+        {s.seed: s.metrics[metric] for s in row.scores if metric in s.metrics} for row in (a, b)
+    )
     return np.array([[values[seed] for seed in own if seed in other] for values in (own, other)])
 
 
@@ -126,7 +128,12 @@ def _reason(row: Row, values: NDArray[np.float64]) -> str:
 
 
 def _comparison(
-    own: NDArray[np.float64], other: NDArray[np.float64], metric: str, p: float, family: int, why: str
+    own: NDArray[np.float64],
+    other: NDArray[np.float64],
+    metric: str,
+    p: float,
+    family: int,
+    why: str,
 ) -> Comparison:
     difference = float((own - other).mean()) if own.size else math.nan
     level = abs(float(other.mean())) if own.size else math.nan

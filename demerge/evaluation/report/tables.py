@@ -34,7 +34,11 @@ def against(rows: Sequence[Row]) -> list[dict[str, Comparison]]:
     """Compare each row with the best base and the best joint control, if these are other rows."""
     found, controls = compare(rows), {"base": best(rows, "base"), "joint": best(rows, "joint")}
     return [
-        {name: found[row.key, other.key] for name, other in controls.items() if other is not None and other is not row}
+        {
+            name: found[row.key, other.key]
+            for name, other in controls.items()
+            if other is not None and other is not row
+        }
         for row in rows
     ]
 
@@ -43,7 +47,9 @@ def frame_of(table: Table) -> pd.DataFrame:
     """Return one line for each model, best first, then the noise floor: means, deviations, verdicts and the protocol."""
     results = [*against(table.rows), *({} for _ in table.floors)]
     places = [*range(1, len(table.rows) + 1), *(None for _ in table.floors)]
-    lines = [_line(*parts) for parts in zip(places, [*table.rows, *table.floors], results, strict=True)]
+    lines = [
+        _line(*parts) for parts in zip(places, [*table.rows, *table.floors], results, strict=True)
+    ]
     return pd.DataFrame(lines).astype({"rank": "Int64"})
 
 
@@ -55,8 +61,14 @@ def _line(place: int | None, row: Row, results: Mapping[str, Comparison]) -> dic
     if row.losses is not None:
         line |= {f"loss {name}": loss for name, loss in row.losses.means.items()}
     for name, result in results.items():
-        line |= {f"vs_{name}": result.difference, f"vs_{name}_p": result.p, f"vs_{name}_verdict": result.word}
-    line |= asdict(row.scores[0].protocol) | {"rank_deficient": row.scores[0].protocol.rank_deficient}
+        line |= {
+            f"vs_{name}": result.difference,
+            f"vs_{name}_p": result.p,
+            f"vs_{name}_verdict": result.word,
+        }
+    line |= asdict(row.scores[0].protocol) | {
+        "rank_deficient": row.scores[0].protocol.rank_deficient
+    }
     return line | {"model_sha256": row.scores[0].model_sha256}
 
 
@@ -84,7 +96,16 @@ def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
         numbers = [number(row, metric) for metric in metrics]
         changes = [change(found[name]) if name in found else "" for name in ("base", "joint")]
         kind = "noise floor" if row.kind == "real" else row.kind
-        body.append([str(place + 1) if place < len(rows) else "", row.model, kind, numbers[0], *changes, *numbers[1:]])
+        body.append(
+            [
+                str(place + 1) if place < len(rows) else "",
+                row.model,
+                kind,
+                numbers[0],
+                *changes,
+                *numbers[1:],
+            ]
+        )
     return ["", "model", "kind", first, "against base", "against joint", *others], body
 
 
@@ -103,7 +124,13 @@ def markdown(table: Table, *, title: str, notes: Sequence[str] = ()) -> str:
     printed = [_line_of(heads), _line_of(rule), *(_line_of(map(escaped, cells)) for cells in body)]
     wary = [f"- {escaped(text)}" for text in [*warnings(table.rows, table.floors), *notes]]
     protocol = escaped(str(table.protocol))
-    parts = [f"# {escaped(title)}", escaped(verdict(table.rows)), "\n".join(printed), "\n".join(wary), f"Protocol: {protocol}."]
+    parts = [
+        f"# {escaped(title)}",
+        escaped(verdict(table.rows)),
+        "\n".join(printed),
+        "\n".join(wary),
+        f"Protocol: {protocol}.",
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -112,7 +139,11 @@ def number(row: Row, metric: str) -> str:
     mean, spread = row.mean(metric), row.sd(metric)
     if math.isnan(mean):
         return ""
-    digits = 3 if metric not in ("fd", "kid") else min(6, max(0, 2 - math.floor(math.log10(abs(mean) or 1))))
+    digits = (
+        3
+        if metric not in ("fd", "kid")
+        else min(6, max(0, 2 - math.floor(math.log10(abs(mean) or 1))))
+    )
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
 
 
@@ -124,7 +155,13 @@ def change(result: Comparison) -> str:
 
 def escaped(text: str) -> str:
     """Return text without Markdown's or HTML's own signs in force, on one line."""
-    signs: dict[str, str | int | None] = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+    signs: dict[str, str | int | None] = {
+        "<": "&lt;",
+        ">": "&gt;",
+        "&": "&amp;",
+        "\n": " ",
+        "\r": " ",
+    }
     signs.update((c, f"\\{c}") for c in "\\`*_[]|#")
     return text.translate(str.maketrans(signs))
 

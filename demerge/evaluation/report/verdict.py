@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from demerge.evaluation.report.significance import LEAST_SEEDS, Comparison, Verdict, compare, detectable
+from demerge.evaluation.report.significance import (
+    LEAST_SEEDS,
+    Comparison,
+    Verdict,
+    compare,
+    detectable,
+)
 from demerge.evaluation.scores import Kind, Protocol, Row, ensure_alike, rank
 
 ENOUGH = 10_000
 FEW_SEEDS = 5
-MISSING: dict[Kind, str] = {"base": "base model", "joint": "joint control (same total steps, one range)"}
+MISSING: dict[Kind, str] = {
+    "base": "base model",
+    "joint": "joint control (same total steps, one range)",
+}
 CHECKPOINTS = (
     "so a verdict is about these checkpoints, not about the method: on the digits, six joint controls that differ in their "
     "training seed alone spread by 5.8 %."
@@ -35,7 +44,9 @@ def outcome(rows: Sequence[Row]) -> Verdict:
     if merge is None or None in controls:
         return "none"
     found = compare(rows)
-    verdicts = {found[merge.key, control.key].verdict for control in controls if control is not None}
+    verdicts = {
+        found[merge.key, control.key].verdict for control in controls if control is not None
+    }
     for decisive in ("worse", "none", "inconclusive"):
         if decisive in verdicts:
             return decisive
@@ -46,11 +57,17 @@ def verdict(rows: Sequence[Row]) -> str:
     """Say in one paragraph whether the best merge beat the base, the joint control and the routed ensemble."""
     merge = best(rows, "merge")
     if merge is None:
-        return "There is no merged model among these scores, so there is nothing to say about merging."
+        return (
+            "There is no merged model among these scores, so there is nothing to say about merging."
+        )
     found = compare(rows)
     name = merge.scores[0].protocol.title
     sentences = [f"The best merge, {merge.model}, has {name} {amount(merge)}."]
-    for kind, title in (("base", "the base"), ("joint", "the joint control"), ("ensemble", "the routed ensemble")):
+    for kind, title in (
+        ("base", "the base"),
+        ("joint", "the joint control"),
+        ("ensemble", "the routed ensemble"),
+    ):
         control = best(rows, kind)  # type: ignore[arg-type]
         if control is not None:
             sentences.append(_against(found[merge.key, control.key], control, title))
@@ -58,7 +75,9 @@ def verdict(rows: Sequence[Row]) -> str:
             sentences.append(f"Nothing can be said against {title}, which was not evaluated.")
     merges = sum(row.kind == "merge" for row in rows)
     if merges > 1:
-        sentences.append(f"It was chosen among {merges} merges by the very numbers shown, which flatters it.")
+        sentences.append(
+            f"It was chosen among {merges} merges by the very numbers shown, which flatters it."
+        )
     sentences.append(_conclusion(outcome(rows), rows))
     return " ".join(sentences)
 
@@ -96,12 +115,16 @@ def warnings(rows: Sequence[Row], floors: Sequence[Row]) -> list[str]:
     kinds, seeds = {row.kind for row in rows}, min(len(row.seeds) for row in rows)
     found = [_training_seeds(rows), _few_images(protocol), _unusual_distance(protocol)]
     if seeds < LEAST_SEEDS:
-        found.append(f"A model has only {seeds} sampling seed(s): a verdict needs {LEAST_SEEDS}, its power rises with more.")
+        found.append(
+            f"A model has only {seeds} sampling seed(s): a verdict needs {LEAST_SEEDS}, its power rises with more."
+        )
     elif seeds < FEW_SEEDS:
         found.append(_power(rows, seeds))
     found += [f"No {name} was evaluated." for kind, name in MISSING.items() if kind not in kinds]
     if not floors:
-        found.append("No noise floor was measured, so it is not known what a perfect model would score.")
+        found.append(
+            "No noise floor was measured, so it is not known what a perfect model would score."
+        )
     for floor in floors:
         found += _about_floor(rows, floor, protocol)
     return [text for text in found if text]
@@ -119,7 +142,10 @@ def _power(rows: Sequence[Row], seeds: int) -> str:
     family = max((result.family for result in compare(rows).values()), default=0)
     if not family:
         return ""
-    least, more = detectable(seeds, family), (f"{detectable(n, family):.1f} with {n}" for n in (FEW_SEEDS, 2 * FEW_SEEDS))
+    least, more = (
+        detectable(seeds, family),
+        (f"{detectable(n, family):.1f} with {n}" for n in (FEW_SEEDS, 2 * FEW_SEEDS)),
+    )
     return (
         f"{seeds} sampling seeds and {family} comparisons: the surest difference counts from {least:.1f} standard deviations "
         f"of its paired values on ({', '.join(more)} seeds)."
@@ -127,7 +153,11 @@ def _power(rows: Sequence[Row], seeds: int) -> str:
 
 
 def _few_images(protocol: Protocol) -> str:
-    count, dim, name = min(protocol.num_images, protocol.reference_n), protocol.dim, _opening(protocol)
+    count, dim, name = (
+        min(protocol.num_images, protocol.reference_n),
+        protocol.dim,
+        _opening(protocol),
+    )
     if protocol.rank_deficient:
         return (
             f"Rank-deficient: {count:,} images do not span {dim:,} features, so there is no verdict. {name} is far too large "

@@ -11,7 +11,13 @@ from torch import Tensor
 from demerge.merging.contract import Method
 from demerge.merging.engine.job import Merge
 from demerge.merging.engine.reader import CHUNK
-from demerge.merging.engine.validation import Tensors, refuse_missing_inputs, refuse_unlike, rounded, settle_weights
+from demerge.merging.engine.validation import (
+    Tensors,
+    refuse_missing_inputs,
+    refuse_unlike,
+    rounded,
+    settle_weights,
+)
 from demerge.merging.registry import find, of
 from demerge.timesteps import TimestepRange
 
@@ -43,8 +49,18 @@ def merge_tensors(
         UsageError: where method, options or weights are wrong.
         InputError: where the experts do not fit the base.
     """
-    chosen = find(method) if isinstance(method, str) else method if isinstance(method, Method) else of(method)
-    settled, given, asked = settle_weights(weights, len(experts)), inputs or {}, chosen.settle(options or {})
+    chosen = (
+        find(method)
+        if isinstance(method, str)
+        else method
+        if isinstance(method, Method)
+        else of(method)
+    )
+    settled, given, asked = (
+        settle_weights(weights, len(experts)),
+        inputs or {},
+        chosen.settle(options or {}),
+    )
     chosen = chosen.under(asked)
     refuse_unlike(base, experts, ["the base", *(f"expert {i}" for i in range(len(experts)))])
     refuse_missing_inputs(chosen, base, given, len(experts))
@@ -68,7 +84,9 @@ def merge_tensors(
 def assemble(job: Merge) -> dict[str, Tensor]:
     """Return all tensors of a merge, in the base's dtypes."""
     merged = {name: tensor.clone() for name, tensor in job.base.items()}
-    chunks = job.stream(job.floating, lambda name, done: rounded(done.merged, job.base[name].dtype, name))
+    chunks = job.stream(
+        job.floating, lambda name, done: rounded(done.merged, job.base[name].dtype, name)
+    )
     for name in job.floating:
         start, flat = 0, torch.empty_like(merged[name]).reshape(-1)
         while start < len(flat):

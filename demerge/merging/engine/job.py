@@ -86,12 +86,18 @@ class Merge:
     @cached_property
     def floating(self) -> list[str]:
         """The names of the tensors that are merged; the others are copied from the base."""
-        return [n for n, t in self.base.items() if t.is_floating_point() and (self.only is None or n in self.only)]
+        return [
+            n
+            for n, t in self.base.items()
+            if t.is_floating_point() and (self.only is None or n in self.only)
+        ]
 
     @cached_property
     def reader(self) -> Reader:
         """What reads the blocks."""
-        return Reader(self.method, self.base, self.experts, self.inputs, self.seed, self.names, self.device)
+        return Reader(
+            self.method, self.base, self.experts, self.inputs, self.seed, self.names, self.device
+        )
 
     def tensor(self, name: str) -> Iterator[Done]:
         """Yield the result for one tensor, chunk by chunk."""
@@ -106,7 +112,9 @@ class Merge:
         """
         with chunked_work():
             held = [name for name in names if self.base[name].numel()]
-            yield from run(partial(self._program, held, finish), min(self._workers, len(self._items(held))))
+            yield from run(
+                partial(self._program, held, finish), min(self._workers, len(self._items(held)))
+            )
 
     def setting(self, name: str | None) -> Setting:
         """Return the weights and options of a tensor; of the model for None."""
@@ -114,7 +122,9 @@ class Merge:
 
     # -- the order of the work ---------------------------------------------------------------------------------------
 
-    def _program(self, names: Sequence[str], finish: Callable[[str, Done], Value], crew: Crew) -> Iterator[Value]:
+    def _program(
+        self, names: Sequence[str], finish: Callable[[str, Done], Value], crew: Crew
+    ) -> Iterator[Value]:
         """Do the work of `stream`, as one of a crew."""
         if not self._of_model and any(self.base[n].numel() for n in self.floating):
             self._of_model.update(self._statistics("model", self.floating, crew, {}))
@@ -131,7 +141,9 @@ class Merge:
         A lone process takes them one by one: what is known of many tensors would lie in between the chunks' memory.
         """
         first = any(
-            s.scope(self.setting(n).options) == "tensor" for s in self.method.statistics for n in (None, *self.settings)
+            s.scope(self.setting(n).options) == "tensor"
+            for s in self.method.statistics
+            for n in (None, *self.settings)
         )
         batch, size = [], 0
         for name in names:
@@ -151,16 +163,25 @@ class Merge:
         if self.threads == 1:
             return 1
         tuned = [expert for expert in self.experts if not holds_deltas(expert)]
-        held = [self.base, *tuned, *(tensors for given in self.inputs.values() for tensors in given)]
+        held = [
+            self.base,
+            *tuned,
+            *(tensors for given in self.inputs.values() for tensors in given),
+        ]
         on_cpu = all(t.device.type == "cpu" for tensors in held for t in tensors.values())
         return self.threads if self.device == "cpu" and on_cpu else 1
 
     def _finished(
-        self, supplied: Mapping[str, Mapping[str, Any]], finish: Callable[[str, Done], Value], item: tuple[str, slice]
+        self,
+        supplied: Mapping[str, Mapping[str, Any]],
+        finish: Callable[[str, Done], Value],
+        item: tuple[str, slice],
     ) -> Value:
         name, span = item
         block = self._block(name, span)
-        return finish(name, Done(self._merged(name, span, block, supplied[name]), block, span.start))
+        return finish(
+            name, Done(self._merged(name, span, block, supplied[name]), block, span.start)
+        )
 
     def _merged(self, name: str, span: slice, block: Block, supplied: Mapping[str, Any]) -> Tensor:
         given = {**supplied, **block.inputs, "start": block.start}
@@ -183,7 +204,9 @@ class Merge:
         weighted = [i for i, w in enumerate(self.setting(name).weights) if w != 0]
         if len(weighted) != 1:
             return merged
-        stored = self.reader.stored(weighted[0], name, span, block.base.reshape(-1)).view(merged.shape)
+        stored = self.reader.stored(weighted[0], name, span, block.base.reshape(-1)).view(
+            merged.shape
+        )
         return torch.where(merged == block.base + block.deltas[weighted[0]], stored, merged)
 
     # -- what the method is given ------------------------------------------------------------------------------------
@@ -197,23 +220,35 @@ class Merge:
         """Return what the method is given for each tensor; the largest first, so that no worker is left with it."""
         falling = sorted(names, key=lambda name: -self.base[name].numel())
         found = crew.agreed(self._of_tensor, falling, list)
-        return {name: self._supplied(name, statistics) for name, statistics in zip(falling, found, strict=True)}
+        return {
+            name: self._supplied(name, statistics)
+            for name, statistics in zip(falling, found, strict=True)
+        }
 
     def _of_tensor(self, name: str) -> dict[str, Any]:
         return self._statistics("tensor", [name], ALONE, self._of_model)
 
-    def _statistics(self, scope: str, names: Sequence[str], crew: Crew, known: Mapping[str, Any]) -> dict[str, Any]:
+    def _statistics(
+        self, scope: str, names: Sequence[str], crew: Crew, known: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Return what is known and the statistics of the scope, over all the named tensors."""
         found, name = dict(known), None if scope == "model" else names[0]
         for statistic in self.method.statistics:
             if statistic.scope(self.setting(name).options) == scope:
                 over = _Blocks(self, names, crew, statistic.name if scope == "model" else None)
                 with blamed(self.method, name):
-                    found[statistic.name] = called(statistic.compute, over, supplied=self._supplied(name, found))
+                    found[statistic.name] = called(
+                        statistic.compute, over, supplied=self._supplied(name, found)
+                    )
         return found
 
     def _supplied(self, name: str | None, found: Mapping[str, Any]) -> dict[str, Any]:
-        constants = {"weights": self._weights(name), "ranges": self.ranges, "snr": self.snr, **self.setting(name).options}
+        constants = {
+            "weights": self._weights(name),
+            "ranges": self.ranges,
+            "snr": self.snr,
+            **self.setting(name).options,
+        }
         return constants | {s.name: found.get(s.name) for s in self.method.statistics}
 
     def _weights(self, name: str | None) -> Tensor:
@@ -249,15 +284,23 @@ class _Blocks(Blocks):
 
     def map(self, function: Callable[[Block], Value], /) -> Iterator[Value]:
         made = self._of_block(function)
-        if self._crew.size == 1:  # one by one: values of all blocks would lie in between the chunks' memory
+        if (
+            self._crew.size == 1
+        ):  # one by one: values of all blocks would lie in between the chunks' memory
             return self._told(map(made, self._items), len(self._items))
         return iter(self._crew.agreed(made, self._items, self._listed))
 
     def total(self, count: Callable[[Block], Tensor], /) -> Tensor:
         """Return the sum, each process adding up runs of blocks by itself."""
-        n, parts, made = len(self._items), min(len(self._items), PARTS * self._crew.size), self._of_block(count)
+        n, parts, made = (
+            len(self._items),
+            min(len(self._items), PARTS * self._crew.size),
+            self._of_block(count),
+        )
         runs = [self._items[n * i // parts : n * (i + 1) // parts] for i in range(parts)]
-        return self._crew.agreed(lambda run: _sum(map(made, run)), runs, lambda sums: _sum(self._told(sums, parts)))
+        return self._crew.agreed(
+            lambda run: _sum(map(made, run)), runs, lambda sums: _sum(self._told(sums, parts))
+        )
 
     def _of_block(self, function: Callable[[Block], Value]) -> Callable[[tuple[str, slice]], Value]:
         return lambda item: function(self._merge._block(*item))

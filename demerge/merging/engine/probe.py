@@ -38,8 +38,13 @@ class Case:
         """Draw a base, experts at a distance of `scale` times a normal number, and positive inputs."""
         g = torch.Generator().manual_seed(seed)
         base = {n: torch.randn(s, generator=g) * max(scale, 1.0) for n, s in SHAPES.items()}
-        experts = [{n: t + scale * torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(K)]
-        inputs = [{n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()} for _ in range(K)]
+        experts = [
+            {n: t + scale * torch.randn(t.shape, generator=g) for n, t in base.items()}
+            for _ in range(K)
+        ]
+        inputs = [
+            {n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()} for _ in range(K)
+        ]
         given = {
             "ranges": [TimestepRange(0, 250)] * K,
             "snr": torch.linspace(100, 0.01, 250, dtype=torch.float64),
@@ -83,8 +88,12 @@ def copied(job: Merge, no_base: bool = False) -> set[int]:
     """
     if not job.experts:
         return {0}
-    equal = [_equal(_case(job, setting, no_base), job.method, setting) for setting in _settings(job)]
-    known = {0, *(i for i, expert in enumerate(job.experts, 1) if not holds_deltas(expert))} - ({0} if no_base else set())
+    equal = [
+        _equal(_case(job, setting, no_base), job.method, setting) for setting in _settings(job)
+    ]
+    known = {0, *(i for i, expert in enumerate(job.experts, 1) if not holds_deltas(expert))} - (
+        {0} if no_base else set()
+    )
     return known.intersection(*equal)
 
 
@@ -95,7 +104,10 @@ def refuse_uneven(job: Merge) -> None:
         UsageError: naming the method.
     """
     if len(job.experts) < 2:
-        raise UsageError("--no-base merges models with each other, and there is one", fix="name two models or more")
+        raise UsageError(
+            "--no-base merges models with each other, and there is one",
+            fix="name two models or more",
+        )
     for setting in _settings(job):
         case = _case(job, setting, no_base=True)
         turned = case.picked([*range(1, len(case.experts)), 0])
@@ -120,7 +132,10 @@ def _case(job: Merge, setting: Setting, no_base: bool) -> Case:
     case = Case.random(0, len(job.experts))
     base = case.experts[0] if no_base else case.base
     return replace(
-        case, base=base, weights=setting.weights, given={"ranges": list(job.ranges), "snr": job.snr, "seed": job.seed}
+        case,
+        base=base,
+        weights=setting.weights,
+        given={"ranges": list(job.ranges), "snr": job.snr, "seed": job.seed},
     )
 
 
@@ -130,4 +145,8 @@ def _equal(case: Case, method: Method, setting: Setting) -> set[int]:
     except DemergeError:  # the merge itself says it better
         return set()
     models = enumerate([case.base, *case.experts])
-    return {i for i, model in models if all(torch.equal(merged[name], tensor) for name, tensor in model.items())}
+    return {
+        i
+        for i, model in models
+        if all(torch.equal(merged[name], tensor) for name, tensor in model.items())
+    }

@@ -50,7 +50,12 @@ class Reader:
         if self.method.precise:
             return torch.float64
         held = [self.base, *(e for e in self.experts if not holds_deltas(e))]
-        wide = any(t.dtype.itemsize > 2 for tensors in held for t in tensors.values() if t.is_floating_point())
+        wide = any(
+            t.dtype.itemsize > 2
+            for tensors in held
+            for t in tensors.values()
+            if t.is_floating_point()
+        )
         return torch.float64 if wide else torch.float32
 
     def spans(self, name: str, step: int) -> list[slice]:
@@ -75,15 +80,24 @@ class Reader:
             inputs["uniform"] = uniform(keys, span).to(self.device)
         if not self.method.whole:
             return Block(base, deltas, inputs, weights, offset + span.start)
-        shaped = {n: t if t is None or n in self.method.partial else t.view(-1, *source.shape) for n, t in inputs.items()}
-        return Block(base.view(source.shape), deltas.view(-1, *source.shape), shaped, weights, offset)
+        shaped = {
+            n: t if t is None or n in self.method.partial else t.view(-1, *source.shape)
+            for n, t in inputs.items()
+        }
+        return Block(
+            base.view(source.shape), deltas.view(-1, *source.shape), shaped, weights, offset
+        )
 
     def stored(self, expert: int, name: str, span: slice, base: Tensor) -> Tensor:
         """Return the weights of an expert [n], as they are stored where they are."""
         held = self.experts[expert]
         if name not in held:
             return base
-        return base + self._read(held[name], span) if holds_deltas(held) else self._read(held[name], span)
+        return (
+            base + self._read(held[name], span)
+            if holds_deltas(held)
+            else self._read(held[name], span)
+        )
 
     def _read(self, tensor: Tensor, span: slice) -> Tensor:
         return tensor.detach().reshape(-1)[span].to(self.device, self.dtype)
@@ -95,7 +109,11 @@ class Reader:
                 delta.copy_(expert[name].detach().reshape(-1)[span])
             else:
                 delta.zero_()
-        tuned = [i for i, expert in enumerate(self.experts) if name in expert and not holds_deltas(expert)]
+        tuned = [
+            i
+            for i, expert in enumerate(self.experts)
+            if name in expert and not holds_deltas(expert)
+        ]
         if len(tuned) == len(deltas):
             return deltas.sub_(base)
         for i in tuned:
@@ -107,13 +125,16 @@ class Reader:
         if what not in self.method.partial:
             found = torch.stack([self._read(tensors[name], span) for tensors in sources])
         elif all(name in tensors for tensors in sources):
-            found = torch.stack([tensors[name].detach().to(self.device, self.dtype) for tensors in sources])
+            found = torch.stack(
+                [tensors[name].detach().to(self.device, self.dtype) for tensors in sources]
+            )
         else:
             return None
         if not finite(found):
             culprit = next(i for i, tensors in enumerate(sources) if not finite(tensors[name]))
             raise InputError(
-                f"{what} of expert {culprit}: tensor {name} holds NaN or Inf", fix=f"make {what}.safetensors again"
+                f"{what} of expert {culprit}: tensor {name} holds NaN or Inf",
+                fix=f"make {what}.safetensors again",
             )
         return found
 
@@ -121,8 +142,13 @@ class Reader:
         names = self.names or ["the base", *(f"expert {i}" for i in range(len(self.experts)))]
         for source, label in zip([self.base, *self.experts], names, strict=True):
             if name in source and not finite(source[name].reshape(-1)):
-                raise InputError(f"{label}: tensor {name} holds NaN or Inf", fix="use another checkpoint of this model")
-        raise NumericalError(f"tensor {name}: a difference to the base exceeds {self.dtype}", fix="check the experts")
+                raise InputError(
+                    f"{label}: tensor {name} holds NaN or Inf",
+                    fix="use another checkpoint of this model",
+                )
+        raise NumericalError(
+            f"tensor {name}: a difference to the base exceeds {self.dtype}", fix="check the experts"
+        )
 
 
 def spans(numel: int, step: int, whole: bool) -> list[slice]:
@@ -141,8 +167,18 @@ def uniform(keys: Sequence[int], span: slice) -> Tensor:
     skipped = span.start - first * PHILOX_VALUES
     values = torch.empty(len(keys), span.stop - span.start)
     for row, key in zip(values, keys, strict=True):
-        bits = np.random.Philox(key=key).advance(first).random_raw(steps * 4).astype("<u8", copy=False).view("<u4")
-        row.copy_(torch.from_numpy(np.right_shift(bits, 8, out=bits).view("<i4"))[skipped : skipped + len(row)])
+        bits = (
+            np.random.Philox(key=key)
+            .advance(first)
+            .random_raw(steps * 4)
+            .astype("<u8", copy=False)
+            .view("<u4")
+        )
+        row.copy_(
+            torch.from_numpy(np.right_shift(bits, 8, out=bits).view("<i4"))[
+                skipped : skipped + len(row)
+            ]
+        )
     return values.mul_(2.0**-24)
 
 

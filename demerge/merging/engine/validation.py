@@ -14,7 +14,10 @@ from demerge.merging.contract import Method
 from demerge.storage.checkpoint import finite
 
 Tensors = Mapping[str, Tensor]
-SATURATING = (torch.float8_e4m3fn, torch.float8_e5m2)  # torch may round what is too large to the largest number
+SATURATING = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)  # torch may round what is too large to the largest number
 STATS = "make what is missing beside the experts: demerge stats EXPERT... --data D --what"
 MAKE: Mapping[str, str] = {  # how the tensors are made that methods of our own need
     "fisher": f"{STATS} fisher; or take those of the ranges at the base: demerge analyze BASE --data D --fisher RANGES -o MAP, "
@@ -33,7 +36,10 @@ def settle_weights(weights: Sequence[float] | None, K: int) -> list[float]:
         raise UsageError("there is no expert to merge", fix="name at least one")
     settled = [1 / K] * K if weights is None else [float(w) for w in weights]
     if len(settled) != K or not all(map(math.isfinite, settled)):
-        raise UsageError(f"weights {settled} are not {K} finite numbers", fix="give one per expert, in their order")
+        raise UsageError(
+            f"weights {settled} are not {K} finite numbers",
+            fix="give one per expert, in their order",
+        )
     return settled
 
 
@@ -54,28 +60,52 @@ def refuse_unlike(base: Tensors, experts: Sequence[Tensors], names: Sequence[str
         found = {
             "missing": [n for n in base if n not in expert],
             "extra": [n for n in expert if n not in base],
-            **{what: list(told.values()) for what, told in unlike(base, expert, [n for n in base if n in expert]).items()},
+            **{
+                what: list(told.values())
+                for what, told in unlike(base, expert, [n for n in base if n in expert]).items()
+            },
         }
-        lines = "; ".join(f"{len(told)} {what}: {listed(told)}" for what, told in found.items() if told)
+        lines = "; ".join(
+            f"{len(told)} {what}: {listed(told)}" for what, told in found.items() if told
+        )
         if lines:
-            raise InputError(f"{label} does not fit {names[0]}: {lines}", fix="merge models finetuned from this base")
+            raise InputError(
+                f"{label} does not fit {names[0]}: {lines}",
+                fix="merge models finetuned from this base",
+            )
 
 
 def unlike(base: Tensors, expert: Tensors, names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return which tensors of two models do not fit each other: kind of difference -> name -> what to say of it."""
     pairs = {n: (base[n], expert[n]) for n in names}
-    shapes = {n: f"{n} {list(its.shape)} for {list(mine.shape)}" for n, (mine, its) in pairs.items() if mine.shape != its.shape}
+    shapes = {
+        n: f"{n} {list(its.shape)} for {list(mine.shape)}"
+        for n, (mine, its) in pairs.items()
+        if mine.shape != its.shape
+    }
     kinds = {
         n: f"{n} {its.dtype} for {mine.dtype}"
         for n, (mine, its) in pairs.items()
         if mine.is_floating_point() != its.is_floating_point()
     }
-    fixed = {n: pair for n, pair in pairs.items() if n not in shapes and n not in kinds and not pair[0].is_floating_point()}
-    unequal = {n: n for n, (mine, its) in fixed.items() if not torch.equal(mine, its.to(mine.dtype))}
-    return {"of another shape": shapes, "of another kind of dtype": kinds, "of unequal integers": unequal}
+    fixed = {
+        n: pair
+        for n, pair in pairs.items()
+        if n not in shapes and n not in kinds and not pair[0].is_floating_point()
+    }
+    unequal = {
+        n: n for n, (mine, its) in fixed.items() if not torch.equal(mine, its.to(mine.dtype))
+    }
+    return {
+        "of another shape": shapes,
+        "of another kind of dtype": kinds,
+        "of unequal integers": unequal,
+    }
 
 
-def refuse_missing_inputs(method: Method, base: Tensors, inputs: Mapping[str, Sequence[Tensors]], K: int) -> None:
+def refuse_missing_inputs(
+    method: Method, base: Tensors, inputs: Mapping[str, Sequence[Tensors]], K: int
+) -> None:
     """Refuse a merge whose method needs tensors that are not there.
 
     Raises:
@@ -126,7 +156,9 @@ def blamed(method: Method, name: str | None) -> Iterator[None]:
         if method.function.__module__.startswith("demerge."):
             raise
         what = f"method {method.name} fails{f' at tensor {name}' if name else ''}: {type(error).__name__}: {error}"
-        raise UsageError(what, fix="mend it; demerge.testing.check_method finds such faults") from error
+        raise UsageError(
+            what, fix="mend it; demerge.testing.check_method finds such faults"
+        ) from error
 
 
 def refuse_other_size(method: Method, name: str, base: Tensor, merged: object) -> None:
@@ -152,7 +184,11 @@ def rounded(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     stored = chunk.to("cpu", dtype)
     if stored.dtype == chunk.dtype:
         return stored
-    saturated = dtype in SATURATING and len(chunk) and float(chunk.abs().max()) > torch.finfo(dtype).max * (1 + 2.0**-6)
+    saturated = (
+        dtype in SATURATING
+        and len(chunk)
+        and float(chunk.abs().max()) > torch.finfo(dtype).max * (1 + 2.0**-6)
+    )
     if saturated or not finite(stored):
         wider = dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
         fix = "use --save-dtype bfloat16 or float32" if wider else "use smaller weights"

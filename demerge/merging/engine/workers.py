@@ -39,7 +39,9 @@ from demerge.errors import ResourceError
 AHEAD = 4  # items that a worker is given before it has answered
 SLOT = 1 << 21  # bytes of shared memory for the tensors of one answer
 ALIGNMENT = 64
-CAN_FORK = sys.platform == "linux"  # elsewhere a fork of a process that has used its system's libraries may crash
+CAN_FORK = (
+    sys.platform == "linux"
+)  # elsewhere a fork of a process that has used its system's libraries may crash
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -60,7 +62,10 @@ class Crew:
         yield from map(function, items)
 
     def agreed(
-        self, function: Callable[[Item], Value], items: Sequence[Item], combine: Callable[[Iterator[Value]], Result]
+        self,
+        function: Callable[[Item], Value],
+        items: Sequence[Item],
+        combine: Callable[[Iterator[Value]], Result],
     ) -> Result:
         """Return combine(the values function(item) in the order of the items), which one process makes and all know.
 
@@ -97,7 +102,10 @@ class _Parent(Crew):
         self._tell(None)
 
     def agreed(
-        self, function: Callable[[Item], Value], items: Sequence[Item], combine: Callable[[Iterator[Value]], Result]
+        self,
+        function: Callable[[Item], Value],
+        items: Sequence[Item],
+        combine: Callable[[Iterator[Value]], Result],
     ) -> Result:
         result = combine(self._in_order(len(items), len(items)))
         self._tell(result)
@@ -146,7 +154,9 @@ class _Worker:
     def forked(cls, program: Callable[[Crew], Iterable[Any]], size: int) -> _Worker:
         ours, theirs = Pipe()
         shared = mmap.mmap(-1, AHEAD * SLOT)
-        with warnings.catch_warnings():  # Python 3.12 warns where there are threads: a worker takes none of their locks
+        with (
+            warnings.catch_warnings()
+        ):  # Python 3.12 warns where there are threads: a worker takes none of their locks
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
@@ -171,7 +181,8 @@ class _Worker:
         except (EOFError, ConnectionResetError) as error:
             self.status = os.waitpid(self.pid, 0)[1]
             raise ResourceError(
-                f"a worker process ended with {_ending(self.status)}", fix="use --threads 1, which needs the least memory"
+                f"a worker process ended with {_ending(self.status)}",
+                fix="use --threads 1, which needs the least memory",
             ) from error
         index, value, failure = _Loads(message, _slot(self.shared, self.received)).load()
         self.waiting, self.received = self.waiting - 1, self.received + 1
@@ -207,7 +218,10 @@ class _Hand(Crew):
         yield from ()
 
     def agreed(
-        self, function: Callable[[Item], Value], items: Sequence[Item], combine: Callable[[Iterator[Value]], Result]
+        self,
+        function: Callable[[Item], Value],
+        items: Sequence[Item],
+        combine: Callable[[Iterator[Value]], Result],
     ) -> Result:
         result: Result = self._told(function, items)
         return result
@@ -215,7 +229,9 @@ class _Hand(Crew):
     def _told(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Any:
         """Make what is handed out, and return the result that ends it."""
         while (message := self.pipe.recv_bytes()).isdigit():
-            self.pipe.send_bytes(_answer(function, items, int(message), _slot(self.shared, self.answered)))
+            self.pipe.send_bytes(
+                _answer(function, items, int(message), _slot(self.shared, self.answered))
+            )
             self.answered += 1
         return _Loads(message, memoryview(b"")).load()
 
@@ -231,7 +247,9 @@ def _serve(crew: _Hand, program: Callable[[Crew], Iterable[Any]]) -> NoReturn:
         os._exit(0)
 
 
-def _answer(function: Callable[[Item], Value], items: Sequence[Item], index: int, slot: memoryview) -> bytes:
+def _answer(
+    function: Callable[[Item], Value], items: Sequence[Item], index: int, slot: memoryview
+) -> bytes:
     try:
         return _dumped((index, function(items[index]), None), slot)
     except BaseException as error:
@@ -288,5 +306,7 @@ class _Loads(pickle.Unpickler):
         dtype, shape, held = place
         found = torch.empty(shape, dtype=dtype)
         into = found.reshape(-1).view(torch.uint8).numpy().data
-        into[:] = memoryview(held) if isinstance(held, bytes) else self._slot[held : held + len(into)]
+        into[:] = (
+            memoryview(held) if isinstance(held, bytes) else self._slot[held : held + len(into)]
+        )
         return found

@@ -35,7 +35,15 @@ BUFFER = re.compile(
     r"|betas|logvar|scale_factor|edm_\w+(?:\.sigma_(?:max|min))?|(?:sqrt_|log_)?(?:one_minus_)?alphas_cumprod(?:_prev)?"
     r"|sqrt_recip(?:m1)?_alphas_cumprod|posterior_\w+|lvlb_weights"
 )
-MEANINGFUL = ("betas", "alphas_cumprod", "scale_factor", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+MEANINGFUL = (
+    "betas",
+    "alphas_cumprod",
+    "scale_factor",
+    "edm_mean",
+    "edm_std",
+    "edm_vpred.sigma_max",
+    "edm_vpred.sigma_min",
+)
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 ROUNDING = 1e-2  # relative: of values that were stored in bfloat16
 ZERO_SNR = 1e-4  # alphas_cumprod at T - 1; Stable Diffusion's is 0.0047
@@ -43,7 +51,9 @@ PARTS = {
     "VAE": ("first_stage_model.", "vae."),
     "text encoder": ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder."),
 }
-FIRST_CONVOLUTION = re.compile(r"(?:conv_in|input_blocks\.0\.0|x_embedder\.proj|pos_embed\.proj)\.weight")
+FIRST_CONVOLUTION = re.compile(
+    r"(?:conv_in|input_blocks\.0\.0|x_embedder\.proj|pos_embed\.proj)\.weight"
+)
 LAYOUTS = {"LDM": "input_blocks.", "diffusers": "down_blocks."}
 
 
@@ -65,9 +75,14 @@ class Rules:
     only: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name, value, known in (("missing", self.missing, MISSING), ("extra", self.extra, EXTRA)):
+        for name, value, known in (
+            ("missing", self.missing, MISSING),
+            ("extra", self.extra, EXTRA),
+        ):
             if value not in known:
-                raise UsageError(f"--{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
+                raise UsageError(
+                    f"--{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}"
+                )
 
     def merges(self, name: str) -> bool:
         """Whether a tensor of this name would be merged."""
@@ -84,10 +99,14 @@ def without_ema(base: Base, label: str) -> tuple[Base, list[str]]:
     average = [name for name in base if name.startswith(EMA)]
     if not average or isinstance(base, NoBase):
         return base, []
-    return base.only([name for name in base if not name.startswith(EMA)]), [_ema_note(label, len(average))]
+    return base.only([name for name in base if not name.startswith(EMA)]), [
+        _ema_note(label, len(average))
+    ]
 
 
-def fitted(base: Tensors, expert: Tensors, names: tuple[str, str], rules: Rules) -> tuple[Tensors, list[str]]:
+def fitted(
+    base: Tensors, expert: Tensors, names: tuple[str, str], rules: Rules
+) -> tuple[Tensors, list[str]]:
     """Return those tensors of an expert that are merged or compared with the base's, and notes of what was left out.
 
     Args:
@@ -103,7 +122,9 @@ def fitted(base: Tensors, expert: Tensors, names: tuple[str, str], rules: Rules)
     kept = [name for name in expert if name in base]
     if len(kept) == len(expert):
         return expert, found.notes
-    return expert.only(kept) if isinstance(expert, Checkpoint) else {name: expert[name] for name in kept}, found.notes
+    return expert.only(kept) if isinstance(expert, Checkpoint) else {
+        name: expert[name] for name in kept
+    }, found.notes
 
 
 @dataclass
@@ -131,11 +152,27 @@ class _Differences:
             self.notes.append(_ema_note(label, len(average)))
         self._markers()
         self._schedule()
-        self._missing([n for n in self.base if n not in self.expert and self.rules.merges(n) and n not in MARKERS])
-        self._extra([n for n in self.expert if n not in self.base and not n.startswith(EMA) and n not in MARKERS])
-        self._unlike([n for n in self.base if n in self.expert and self.rules.merges(n) and not is_buffer(n)])
+        self._missing(
+            [
+                n
+                for n in self.base
+                if n not in self.expert and self.rules.merges(n) and n not in MARKERS
+            ]
+        )
+        self._extra(
+            [
+                n
+                for n in self.expert
+                if n not in self.base and not n.startswith(EMA) and n not in MARKERS
+            ]
+        )
+        self._unlike(
+            [n for n in self.base if n in self.expert and self.rules.merges(n) and not is_buffer(n)]
+        )
         if self.faults:
-            whats, fixes = ("; ".join(dict.fromkeys(texts)) for texts in zip(*self.faults, strict=True))
+            whats, fixes = (
+                "; ".join(dict.fromkeys(texts)) for texts in zip(*self.faults, strict=True)
+            )
             raise InputError(f"{label} does not fit {base}: {whats}", fix=fixes)
 
     def _other_layout(self) -> bool:
@@ -157,10 +194,14 @@ class _Differences:
         ):
             marks = ", ".join(sorted(which))
             if which and allowed:
-                self.notes.append(f"only {of} is marked {marks}: taken to predict the same, as {option} says")
+                self.notes.append(
+                    f"only {of} is marked {marks}: taken to predict the same, as {option} says"
+                )
             elif which:
                 fix = f"name the base that {label} was finetuned from; if both predict the same all the same, give {option}"
-                self.faults.append((f"only {of} is marked {marks}, so the two predict something else", fix))
+                self.faults.append(
+                    (f"only {of} is marked {marks}, so the two predict something else", fix)
+                )
 
     def _schedule(self) -> None:
         label = self.names[1]
@@ -171,7 +212,9 @@ class _Differences:
             what = f"another noise schedule: {', '.join(wrong)} differ"
             self.faults.append((what, f"name the base that {label} was finetuned from"))
         if set(other) - set(wrong):
-            self.notes.append(f"{label}: the base's buffers are kept: {listed([n for n in other if n not in wrong])}")
+            self.notes.append(
+                f"{label}: the base's buffers are kept: {listed([n for n in other if n not in wrong])}"
+            )
 
     def _missing(self, names: Sequence[str]) -> None:
         label = self.names[1]
@@ -184,7 +227,9 @@ class _Differences:
         if buffers:
             self.notes.append(f"{label}: the base's buffers are kept: {listed(buffers)}")
         if left and self.rules.missing == "base":
-            self.notes.append(f"{label} lacks {len(left)} tensors, the base's are kept: {listed(left)}")
+            self.notes.append(
+                f"{label} lacks {len(left)} tensors, the base's are kept: {listed(left)}"
+            )
         elif left:
             fix = f"name the base that {label} was finetuned from, or give --missing base to keep the base's"
             self.faults.append((f"{len(left)} missing: {listed(left)}", fix))
@@ -197,7 +242,9 @@ class _Differences:
         if buffers:
             self.notes.append(f"{label}: buffers are left out: {listed(buffers)}")
         if outside:
-            self.notes.append(f"{label}: {len(outside)} tensors outside of --only are left out: {listed(outside)}")
+            self.notes.append(
+                f"{label}: {len(outside)} tensors outside of --only are left out: {listed(outside)}"
+            )
         parts = [part for part in PARTS if _has(part, left) and not _has(part, self.base)]
         told = f" (the base has no {' and no '.join(parts)})" if parts else ""
         if left and self.rules.extra == "drop":
@@ -211,26 +258,52 @@ class _Differences:
         found = unlike(self.base, self.expert, names)
         fix = f"name the base that {label} was finetuned from{self._rest({n for told in found.values() for n in told})}"
         shapes = found["of another shape"]
-        for n in [n for n in shapes if FIRST_CONVOLUTION.search(n) and _channels(self.base[n], self.expert[n])]:
+        for n in [
+            n
+            for n in shapes
+            if FIRST_CONVOLUTION.search(n) and _channels(self.base[n], self.expert[n])
+        ]:
             its, mine = self.expert[n].shape[1], self.base[n].shape[1]
-            kind = {4: "a text-to-image model", 9: "an inpainting model", 8: "an image editing model", 5: "a depth model"}
+            kind = {
+                4: "a text-to-image model",
+                9: "an inpainting model",
+                8: "an image editing model",
+                5: "a depth model",
+            }
             what = f"it takes {its} input channels ({kind.get(its, 'another kind of model')}), the base takes {mine}"
             self.faults.append((f"{what}: {shapes.pop(n)}", fix))
-        self.faults += [(f"{len(told)} {what}: {listed(list(told.values()))}", fix) for what, told in found.items() if told]
+        self.faults += [
+            (f"{len(told)} {what}: {listed(list(told.values()))}", fix)
+            for what, told in found.items()
+            if told
+        ]
 
     def _rest(self, wrong: set[str]) -> str:
         """Return the option that merges the blocks that fit, empty if none does."""
-        merged = [n for n, t in self.base.items() if t.is_floating_point() and self.rules.merges(n) and not is_buffer(n)]
+        merged = [
+            n
+            for n, t in self.base.items()
+            if t.is_floating_point() and self.rules.merges(n) and not is_buffer(n)
+        ]
         whole = {block for block, names in grouped(merged).items() if not wrong & set(names)}
         words: dict[str, list[str]] = {}
         for block in by_depth(merged):
             words.setdefault(block.partition(".")[0], []).append(block)
         chosen = [
-            x for word, blocks in words.items() for x in ([word] if whole >= set(blocks) else blocks) if x == word or x in whole
+            x
+            for word, blocks in words.items()
+            for x in ([word] if whole >= set(blocks) else blocks)
+            if x == word or x in whole
         ]
-        words_alone = [pattern for pattern in chosen if re.fullmatch(r"[\w.-]+", pattern)]  # others cannot be typed
+        words_alone = [
+            pattern for pattern in chosen if re.fullmatch(r"[\w.-]+", pattern)
+        ]  # others cannot be typed
         usable = [pattern for pattern in words_alone if any(matcher(pattern)(n) for n in merged)]
-        return f", or merge only what fits: {' '.join(f'--only {pattern}' for pattern in usable)}" if usable else ""
+        return (
+            f", or merge only what fits: {' '.join(f'--only {pattern}' for pattern in usable)}"
+            if usable
+            else ""
+        )
 
 
 def _ema_note(label: str, n: int) -> str:
@@ -239,7 +312,9 @@ def _ema_note(label: str, n: int) -> str:
 
 def _markers_of(tensors: Tensors) -> set[str]:
     found = {name for name in MARKERS if name in tensors}
-    last = tensors["alphas_cumprod"].reshape(-1)[-1:].tolist() if "alphas_cumprod" in tensors else []
+    last = (
+        tensors["alphas_cumprod"].reshape(-1)[-1:].tolist() if "alphas_cumprod" in tensors else []
+    )
     return found | {"ztsnr" for value in last if value < ZERO_SNR}
 
 
@@ -251,7 +326,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _channels(one: Tensor, other: Tensor) -> bool:
     """Whether two weights of a convolution differ in the number of input channels alone."""
-    return one.ndim == other.ndim > 1 and (one.shape[0], *one.shape[2:]) == (other.shape[0], *other.shape[2:])
+    return one.ndim == other.ndim > 1 and (one.shape[0], *one.shape[2:]) == (
+        other.shape[0],
+        *other.shape[2:],
+    )
 
 
 def _part(name: str) -> str | None:

@@ -26,7 +26,17 @@ DENOISER, ALL = "denoiser", "all"
 NOT_MERGED = frozenset({*COMPONENTS, SECOND, "safety_checker", "feature_extractor", "scheduler"})
 WEIGHTS = (".safetensors", ".bin")
 TORCH_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
-SILENT = frozenset({"architectures", "dtype", "torch_dtype", "sample_size", "force_upcast", "use_cache", "initializer_range"})
+SILENT = frozenset(
+    {
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "sample_size",
+        "force_upcast",
+        "use_cache",
+        "initializer_range",
+    }
+)
 
 
 def component_tasks(
@@ -48,7 +58,9 @@ def component_tasks(
     """
     if base.component is None and asked is not None:
         what = f"{base.path} is one file, whose tensors are all merged; --components is for pipeline folders"
-        raise UsageError(what, fix="to merge the denoiser alone, give --only 'model.diffusion_model.**'")
+        raise UsageError(
+            what, fix="to merge the denoiser alone, give --only 'model.diffusion_model.**'"
+        )
     names = parts_of(base)
     wanted = _wanted(asked, names)
     found = [_differing(base, place, variant) for place in experts]
@@ -58,11 +70,17 @@ def component_tasks(
         if left and asked in (None, ALL):
             _refuse(base, place, left, variant)
         if left:
-            notes.append(f"{place.path}: not used, as --components says: its {_and(left)}, other than the base's")
+            notes.append(
+                f"{place.path}: not used, as --components says: its {_and(left)}, other than the base's"
+            )
     for name in wanted:
         if any(name in unlike for unlike in found):
             tasks.append(_task(name, base, experts, ranges, variant))
-            lacking = [str(place.path) for place in experts if place.pipeline and name not in parts_of(place)]
+            lacking = [
+                str(place.path)
+                for place in experts
+                if place.pipeline and name not in parts_of(place)
+            ]
             notes += [f"{path} has no {name}: the base's is taken" for path in lacking]
     return tasks, notes
 
@@ -74,7 +92,9 @@ def notes_about(base: object, experts: Sequence[object]) -> list[str]:
         if isinstance(base, Checkpoint) and isinstance(expert, Checkpoint):
             unlike = _differing(base.place, expert.place, None)
             if unlike:
-                notes.append(f"{expert.place.path}: not looked at: its {_and(unlike)}, other than the base's")
+                notes.append(
+                    f"{expert.place.path}: not looked at: its {_and(unlike)}, other than the base's"
+                )
     return notes
 
 
@@ -82,8 +102,14 @@ def parts_of(place: Place) -> list[str]:
     """Return the names of a pipeline's parts with weights that are no denoiser."""
     folder = place.pipeline
     index = read_index(folder) if folder and (folder / "model_index.json").is_file() else {}
-    held = [n for n, entry in index.items() if isinstance(entry, list) and entry[-1:] != [None] and n not in NOT_MERGED]
-    return [name for name in held if folder and PART_NAME.fullmatch(name) and _weights(folder / name)]
+    held = [
+        n
+        for n, entry in index.items()
+        if isinstance(entry, list) and entry[-1:] != [None] and n not in NOT_MERGED
+    ]
+    return [
+        name for name in held if folder and PART_NAME.fullmatch(name) and _weights(folder / name)
+    ]
 
 
 def _wanted(asked: str | None, names: Sequence[str]) -> list[str]:
@@ -98,24 +124,39 @@ def _wanted(asked: str | None, names: Sequence[str]) -> list[str]:
         fix = f"use {DENOISER}, {ALL}, or a list of {', '.join([DENOISER, *names])}"
         raise UsageError(f"--components: the base has no '{unknown[0]}'", fix=fix)
     if not denoisers & set(given):
-        raise UsageError("--components leaves the denoiser out", fix=f"give {','.join([DENOISER, *given])}")
+        raise UsageError(
+            "--components leaves the denoiser out", fix=f"give {','.join([DENOISER, *given])}"
+        )
     return [name for name in names if name in given]
 
 
 def _refuse(base: Place, expert: Place, names: Sequence[str], variant: str | None) -> None:
     mine = parts_of(base)
-    unlike = {n: _config_differences(*_pair(base, expert, n, variant)) if n in mine else "the base has none" for n in names}
+    unlike = {
+        n: _config_differences(*_pair(base, expert, n, variant))
+        if n in mine
+        else "the base has none"
+        for n in names
+    }
     reasons = "; ".join(f"{name}: {why}" for name, why in unlike.items() if why)
     what = f"{expert.path} has another {_and(names)} than {base.path}{f' ({reasons})' if reasons else ''}"
-    fix = "give --components denoiser to keep the base's" + ("" if reasons else ", or --components all to merge them too")
+    fix = "give --components denoiser to keep the base's" + (
+        "" if reasons else ", or --components all to merge them too"
+    )
     raise InputError(what, fix=fix)
 
 
 def _task(
-    name: str, base: Place, experts: Sequence[Place], ranges: Sequence[TimestepRange | None], variant: str | None
+    name: str,
+    base: Place,
+    experts: Sequence[Place],
+    ranges: Sequence[TimestepRange | None],
+    variant: str | None,
 ) -> Task:
     mine = _component(base, name, variant)
-    held = [(i, place) for i, place in enumerate(experts) if place.pipeline and name in parts_of(place)]
+    held = [
+        (i, place) for i, place in enumerate(experts) if place.pipeline and name in parts_of(place)
+    ]
     places = [(i, _component(place, name, variant)) for i, place in held]
     for _, place in places:
         differences = _config_differences(mine, place)
@@ -139,19 +180,31 @@ def _pair(base: Place, expert: Place, name: str, variant: str | None) -> tuple[P
 
 def _differing(base: Place, expert: Place, variant: str | None) -> list[str]:
     """Return the names of an expert's parts that are not the base's."""
-    if base.pipeline is None or expert.pipeline is None or base.pipeline.resolve() == expert.pipeline.resolve():
+    if (
+        base.pipeline is None
+        or expert.pipeline is None
+        or base.pipeline.resolve() == expert.pipeline.resolve()
+    ):
         return []
     mine = parts_of(base)
-    return [name for name in parts_of(expert) if name not in mine or not _equal(base, expert, name, variant)]
+    return [
+        name
+        for name in parts_of(expert)
+        if name not in mine or not _equal(base, expert, name, variant)
+    ]
 
 
 def _equal(base: Place, expert: Place, name: str, variant: str | None) -> bool:
     folders = [place.pipeline / name for place in (base, expert) if place.pipeline]
     files = [{file.name: file for file in _weights(folder)} for folder in folders]
-    if files[0].keys() == files[1].keys() and all(_same_bytes(files[0][n], files[1][n]) for n in files[0]):
+    if files[0].keys() == files[1].keys() and all(
+        _same_bytes(files[0][n], files[1][n]) for n in files[0]
+    ):
         return not _differences(*(_config(folder) for folder in folders))
     one, other = _pair(base, expert, name, variant)
-    return not _config_differences(one, other) and _equal_tensors(Checkpoint(one), Checkpoint(other))
+    return not _config_differences(one, other) and _equal_tensors(
+        Checkpoint(one), Checkpoint(other)
+    )
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
@@ -184,12 +237,22 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _differences(base: Mapping[str, Any], expert: Mapping[str, Any]) -> str:
     """Say in which keys that both have two configs differ; what only one states may be the other's default."""
-    keys = [key for key in base if key in expert and key not in SILENT and not key.startswith(("_", "transformers_version"))]
-    return ", ".join(f"{key} {expert[key]!r} for {base[key]!r}"[:80] for key in keys if base[key] != expert[key])
+    keys = [
+        key
+        for key in base
+        if key in expert and key not in SILENT and not key.startswith(("_", "transformers_version"))
+    ]
+    return ", ".join(
+        f"{key} {expert[key]!r} for {base[key]!r}"[:80] for key in keys if base[key] != expert[key]
+    )
 
 
 def _weights(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.glob("*")) if file.suffix in WEIGHTS] if folder.is_dir() else []
+    return (
+        [file for file in sorted(folder.glob("*")) if file.suffix in WEIGHTS]
+        if folder.is_dir()
+        else []
+    )
 
 
 def _and(names: Sequence[str]) -> str:

@@ -22,7 +22,11 @@ from demerge.storage.layout import SECOND, Place, locate, read_index
 from demerge.timesteps import TimestepRange
 
 FIRST = "transformer"
-TWO = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")  # the pipelines of diffusers that take a second one
+TWO = (
+    "WanPipeline",
+    "WanImageToVideoPipeline",
+    "WanVACEPipeline",
+)  # the pipelines of diffusers that take a second one
 STEPS = 1000  # num_train_timesteps where the scheduler does not say it, as in diffusers
 
 
@@ -70,12 +74,22 @@ def denoisers(place: Place, variant: str | None = None) -> list[Denoiser]:
         InputError: where the pipeline's boundary is missing or no number between 0 and 1, or its second denoiser is damaged.
     """
     name = "" if place.component is None else place.component.resolve().name
-    folder = place.pipeline or (place.component.resolve().parent if place.component and name in (FIRST, SECOND) else None)
-    spans = None if folder is None or name not in (FIRST, SECOND) else _spans(replace(place, pipeline=folder))
+    folder = place.pipeline or (
+        place.component.resolve().parent if place.component and name in (FIRST, SECOND) else None
+    )
+    spans = (
+        None
+        if folder is None or name not in (FIRST, SECOND)
+        else _spans(replace(place, pipeline=folder))
+    )
     if folder is None or spans is None:
         return [Denoiser(name, place)]
     first = Denoiser(name, place, spans[name])
-    return [first] if place.pipeline is None else [first, Denoiser(SECOND, locate(folder, variant, SECOND), spans[SECOND])]
+    return (
+        [first]
+        if place.pipeline is None
+        else [first, Denoiser(SECOND, locate(folder, variant, SECOND), spans[SECOND])]
+    )
 
 
 def tasks(
@@ -95,13 +109,25 @@ def tasks(
     Raises:
         UsageError: where it is not known, or not possible, which denoiser an expert belongs to.
     """
-    known = [[replace(d, range=d.range or span) for d in found] for found, span in zip(experts, ranges, strict=True)]
+    known = [
+        [replace(d, range=d.range or span) for d in found]
+        for found, span in zip(experts, ranges, strict=True)
+    ]
     if len(base) == 1 and boundary is None:
         only = base[0]
-        return [Task(_folder(only), only, _counterparts(only, known), only.range if only.place.pipeline else None)]
+        return [
+            Task(
+                _folder(only),
+                only,
+                _counterparts(only, known),
+                only.range if only.place.pipeline else None,
+            )
+        ]
     if len(base) == 2:
         if boundary is not None:
-            raise UsageError(f"{base[0].place.path} has two denoisers already", fix="leave --boundary out")
+            raise UsageError(
+                f"{base[0].place.path} has two denoisers already", fix="leave --boundary out"
+            )
         sides = [(_folder(side), side, side.range) for side in base]
     else:
         cut = split(boundary or 0.0, _steps(base[0].place))
@@ -110,7 +136,10 @@ def tasks(
     found = [Task(folder, side, _reaching(span, known), span) for folder, side, span in sides]
     bare = next((task for task in found if not task.experts), None)
     if boundary is not None and bare is not None:
-        raise UsageError(f"no expert reaches into {bare.range}, and {bare.folder} would be the base", fix="name one")
+        raise UsageError(
+            f"no expert reaches into {bare.range}, and {bare.folder} would be the base",
+            fix="name one",
+        )
     return found
 
 
@@ -122,7 +151,10 @@ def split(boundary: float, T: int) -> dict[str, TimestepRange]:
     """
     cut = math.ceil(boundary * T)
     if not 0 < cut < T:
-        raise UsageError(f"boundary {boundary} leaves a denoiser without timesteps", fix="give a number between 0 and 1")
+        raise UsageError(
+            f"boundary {boundary} leaves a denoiser without timesteps",
+            fix="give a number between 0 and 1",
+        )
     return {FIRST: TimestepRange(cut, T), SECOND: TimestepRange(0, cut)}
 
 
@@ -145,7 +177,11 @@ def index_of_two(base: Place, boundary: float) -> dict[str, Any]:
 def _spans(place: Place) -> Mapping[str, TimestepRange] | None:
     """Return the ranges of a pipeline's two denoisers, None where it has one."""
     folder = place.pipeline
-    if folder is None or not (folder / "model_index.json").is_file() or not (folder / SECOND).is_dir():
+    if (
+        folder is None
+        or not (folder / "model_index.json").is_file()
+        or not (folder / SECOND).is_dir()
+    ):
         return None
     index = read_index(folder)
     if not isinstance(index.get(SECOND), list) or None in index[SECOND]:
@@ -153,31 +189,52 @@ def _spans(place: Place) -> Mapping[str, TimestepRange] | None:
     ratio = index.get("boundary_ratio")
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
         what = f"{folder}/model_index.json: two denoisers and the boundary_ratio {ratio!r}"
-        raise InputError(what, fix="write the number between 0 and 1 that the pipeline was made with")
+        raise InputError(
+            what, fix="write the number between 0 and 1 that the pipeline was made with"
+        )
     return split(ratio, _steps(place))
 
 
 def _steps(place: Place) -> int:
     T = scheduler_config(place).get("num_train_timesteps", STEPS)
     if not isinstance(T, int) or not 1 < T < 1 << 20:
-        raise InputError(f"{place.path}: num_train_timesteps is {T!r}", fix="use the scheduler_config.json of this model")
+        raise InputError(
+            f"{place.path}: num_train_timesteps is {T!r}",
+            fix="use the scheduler_config.json of this model",
+        )
     return T
 
 
 def _folder(denoiser: Denoiser) -> Path:
     place = denoiser.place
-    return place.component.relative_to(place.pipeline) if place.pipeline and place.component else Path()
+    return (
+        place.component.relative_to(place.pipeline)
+        if place.pipeline and place.component
+        else Path()
+    )
 
 
-def _counterparts(base: Denoiser, experts: Sequence[Sequence[Denoiser]]) -> list[tuple[int, Denoiser]]:
+def _counterparts(
+    base: Denoiser, experts: Sequence[Sequence[Denoiser]]
+) -> list[tuple[int, Denoiser]]:
     """Return all experts; of a pipeline of two only its counterpart, where the base is one of two itself."""
     return [
-        (i, d) for i, found in enumerate(experts) for d in found if len(found) == 1 or base.range is None or d.name == base.name
+        (i, d)
+        for i, found in enumerate(experts)
+        for d in found
+        if len(found) == 1 or base.range is None or d.name == base.name
     ]
 
 
-def _reaching(span: TimestepRange | None, experts: Sequence[Sequence[Denoiser]]) -> list[tuple[int, Denoiser]]:
-    return [(i, d) for i, found in enumerate(experts) for d in found if span and d.range and _overlap(d.range, span)]
+def _reaching(
+    span: TimestepRange | None, experts: Sequence[Sequence[Denoiser]]
+) -> list[tuple[int, Denoiser]]:
+    return [
+        (i, d)
+        for i, found in enumerate(experts)
+        for d in found
+        if span and d.range and _overlap(d.range, span)
+    ]
 
 
 def _overlap(one: TimestepRange, other: TimestepRange) -> bool:
@@ -188,7 +245,10 @@ def _refuse_unplaced(experts: Sequence[Sequence[Denoiser]], sides: Sequence[Time
     for expert in experts:
         path = expert[0].place.path
         if any(d.range is None for d in expert):
-            raise UsageError(f"{path}: of two denoisers, which one it is for is not known", fix="give its --range START:STOP")
+            raise UsageError(
+                f"{path}: of two denoisers, which one it is for is not known",
+                fix="give its --range START:STOP",
+            )
         if len(expert) == 2 and [d.range for d in expert] != list(sides):
             raise UsageError(
                 f"{path} changes its denoiser at {expert[0].range}, the output at {sides[0]}",

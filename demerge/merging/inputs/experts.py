@@ -55,7 +55,12 @@ def refuse_changed(asked: Source, found: Source) -> None:
     """
     paths = [(f"{found.path}: {name}", h, found.files.get(name)) for name, h in asked.files.items()]
     held = {path: h for files in found.inputs.values() for path, h in files.items()}
-    paths += [(path, h, held.get(path)) for files in asked.inputs.values() for path, h in files.items() if h]
+    paths += [
+        (path, h, held.get(path))
+        for files in asked.inputs.values()
+        for path, h in files.items()
+        if h
+    ]
     for what, wanted, there in paths:
         if wanted != there:
             now = f"now {there[:16]}..." if there else "and it is not among the files used"
@@ -74,10 +79,16 @@ def refuse_foreign(base: Base, experts: Sequence[Expert], no_base: bool = False)
     Raises:
         InputError: naming both.
     """
-    alone = no_base and not isinstance(base, NoBase)  # the deltas of LoRA files are those of their base
-    asked = [(e, record.base_sha256) for e in experts if not alone and (record := expert_of(e.place))]
+    alone = no_base and not isinstance(
+        base, NoBase
+    )  # the deltas of LoRA files are those of their base
+    asked = [
+        (e, record.base_sha256) for e in experts if not alone and (record := expert_of(e.place))
+    ]
     if any(hash_ is not None for _, hash_ in asked):
-        found = next(h for _, h in asked if h) if isinstance(base, NoBase) else remembered_content(base)
+        found = (
+            next(h for _, h in asked if h) if isinstance(base, NoBase) else remembered_content(base)
+        )
         for expert, hash_ in asked:
             if hash_ is not None and hash_ != found:
                 raise InputError(
@@ -100,38 +111,62 @@ def refuse_foreign(base: Base, experts: Sequence[Expert], no_base: bool = False)
                 )
 
 
-def _differences(base: Mapping[str, Any], expert: Mapping[str, Any], keys: Mapping[str, Any]) -> str:
+def _differences(
+    base: Mapping[str, Any], expert: Mapping[str, Any], keys: Mapping[str, Any]
+) -> str:
     """Say in which keys two configs differ; a key that only one states has its default in the other, if that is known."""
     if not base or not expert:
         return ""
-    pairs = {key: (base.get(key, default), expert.get(key, default)) for key, default in keys.items()}
-    unlike = {key: pair for key, pair in pairs.items() if UNKNOWN not in pair and _plain(pair[0]) != _plain(pair[1])}
+    pairs = {
+        key: (base.get(key, default), expert.get(key, default)) for key, default in keys.items()
+    }
+    unlike = {
+        key: pair
+        for key, pair in pairs.items()
+        if UNKNOWN not in pair and _plain(pair[0]) != _plain(pair[1])
+    }
     return ", ".join(
-        f"the {key.strip('_').replace('_', ' ')} {str(b)[:80]}, not {str(a)[:80]}" for key, (a, b) in unlike.items()
+        f"the {key.strip('_').replace('_', ' ')} {str(b)[:80]}, not {str(a)[:80]}"
+        for key, (a, b) in unlike.items()
     )
 
 
 def _plain(value: Any) -> Any:
     """Return a number for a list of equal ones."""
-    return value[0] if isinstance(value, list) and value and all(v == value[0] for v in value) else value
+    return (
+        value[0]
+        if isinstance(value, list) and value and all(v == value[0] for v in value)
+        else value
+    )
 
 
 def scheduler_config(place: Place) -> dict[str, Any]:
     """Return the scheduler's config, or nothing where there is none."""
     folder = place.pipeline
     places = [folder / "scheduler", folder] if folder else []
-    path = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()), None)
+    path = next(
+        (p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()),
+        None,
+    )
     return read_scheduler(path) if path is not None else {}
 
 
-def source(asked: Source, opened: Sequence[Expert | NoBase], hashes: Hashes, inputs: Mapping[str, Checkpoint]) -> Source:
+def source(
+    asked: Source,
+    opened: Sequence[Expert | NoBase],
+    hashes: Hashes,
+    inputs: Mapping[str, Checkpoint],
+) -> Source:
     """Return the recipe's record of an input: what was asked for, with the hashes of what was found."""
     several = len({checkpoint.place.component for checkpoint in opened}) > 1
     files: dict[str, str] = {}
     for place in (checkpoint.place for checkpoint in opened):
         root = (place.pipeline if several else None) or place.component or place.path.parent
         files |= {file.relative_to(root).as_posix(): hashes[file] for file in place.files}
-    tensors = {name: {str(file): hashes[file] for file in given.place.files} for name, given in inputs.items()}
+    tensors = {
+        name: {str(file): hashes[file] for file in given.place.files}
+        for name, given in inputs.items()
+    }
     return Source(asked.path, asked.range, files, tensors)
 
 
@@ -139,6 +174,10 @@ def base_model(place: Place) -> str:
     """Return the base's Hub id where its files name one, else the name of its folder or file."""
     index = place.pipeline / "model_index.json" if place.pipeline else None
     recorded = read_json(index).get("_name_or_path") if index else None
-    if isinstance(recorded, str) and recorded.count("/") == 1 and not recorded.startswith((".", "/")):
+    if (
+        isinstance(recorded, str)
+        and recorded.count("/") == 1
+        and not recorded.startswith((".", "/"))
+    ):
         return recorded
     return place.path.resolve().name

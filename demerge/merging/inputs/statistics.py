@@ -23,7 +23,10 @@ SHOWN = 5
 
 
 def input_paths(
-    method: Method, given: Mapping[str, str | Sequence[str]], asked: Sequence[Source], experts: Sequence[Denoiser]
+    method: Method,
+    given: Mapping[str, str | Sequence[str]],
+    asked: Sequence[Source],
+    experts: Sequence[Denoiser],
 ) -> dict[str, list[Path]]:
     """Return the files of tensors that a method needs: those given, else those the recipe names, else those beside experts.
 
@@ -39,11 +42,17 @@ def input_paths(
         if name in given:
             paths = given[name]
             texts = paths.split(",") if isinstance(paths, str) else paths
-            found[name] = _named(f"{name}.safetensors", [Path(text) for text in texts], [expert.range for expert in experts])
+            found[name] = _named(
+                f"{name}.safetensors",
+                [Path(text) for text in texts],
+                [expert.range for expert in experts],
+            )
         elif all(name in source.inputs for source in asked):
             found[name] = [Path(path) for source in asked for path in source.inputs[name]]
         else:
-            found[name] = [p for expert in experts if (p := expert.place.beside(f"{name}.safetensors"))]
+            found[name] = [
+                p for expert in experts if (p := expert.place.beside(f"{name}.safetensors"))
+            ]
     return found
 
 
@@ -58,7 +67,11 @@ def _inside(folder: Path, file: str) -> Path:
     if (folder / file).is_file():
         return folder / file
     below = [str(path) for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/{file}"))]
-    which = f"name one for each expert, in their order: {','.join(below[:SHOWN])}" if below else "name the files themselves"
+    which = (
+        f"name one for each expert, in their order: {','.join(below[:SHOWN])}"
+        if below
+        else "name the files themselves"
+    )
     raise InputError(f"{folder} is a folder and has no {file}", fix=which)
 
 
@@ -89,7 +102,10 @@ def refuse_of_others(
         for i, (record, (expert, span)) in enumerate(zip(records, owners, strict=True)):
             what = _contradiction(record, base, expert, span, models)
             if what:
-                found = [[_contradiction(each, base, *owner, models) for each in records] for owner in owners]
+                found = [
+                    [_contradiction(each, base, *owner, models) for each in records]
+                    for owner in owners
+                ]
                 raise InputError(
                     f"{name} {_called(files[i], i)} was measured {what}, and is given for {_called(expert, i)}",
                     fix=_order(name, files, found) or _another(name, files[i], expert, i),
@@ -97,7 +113,11 @@ def refuse_of_others(
 
 
 def _contradiction(
-    record: Measured | None, base: Mapping[str, Any], expert: Mapping[str, Any], span: TimestepRange | None, models: bool
+    record: Measured | None,
+    base: Mapping[str, Any],
+    expert: Mapping[str, Any],
+    span: TimestepRange | None,
+    models: bool,
 ) -> str:
     """Return how a record contradicts an expert, empty where it does not."""
     if record is None:
@@ -106,7 +126,9 @@ def _contradiction(
         return f"on {record.span}, not on {span}"
     if not (models and isinstance(base, Checkpoint) and isinstance(expert, Checkpoint)):
         return ""
-    if record.model_sha256 == remembered_content(base) or record.model_sha256 == remembered_content(expert):
+    if record.model_sha256 == remembered_content(base) or record.model_sha256 == remembered_content(
+        expert
+    ):
         return ""
     return f"at a model of sha256 {record.model_sha256[:16]}..., which is neither this expert's nor the base's"
 
@@ -120,11 +142,18 @@ def _order(name: str, files: Sequence[Mapping[str, Any]], found: Sequence[Sequen
     """Return the option that names the files in the order of the experts, where there is one; found: [expert file]."""
     order = [row.index("") for row in found if "" in row]
     paths = [_called(files[j], j) for j in order]
-    return f"name them in the experts' order: --option {name}={','.join(paths)}" if len(set(order)) == len(files) else ""
+    return (
+        f"name them in the experts' order: --option {name}={','.join(paths)}"
+        if len(set(order)) == len(files)
+        else ""
+    )
 
 
 def _another(name: str, file: Mapping[str, Any], expert: Mapping[str, Any], i: int) -> str:
-    place, make = getattr(expert, "place", None), f"demerge stats {_called(expert, i)} --data D --what {name}"
+    place, make = (
+        getattr(expert, "place", None),
+        f"demerge stats {_called(expert, i)} --data D --what {name}",
+    )
     if place is not None and place.beside(f"{name}.safetensors") == Path(_called(file, i)):
         return f"remove it and make it again: {make}"
     return f"name that of this expert, which is made by {make}"

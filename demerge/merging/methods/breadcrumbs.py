@@ -48,8 +48,12 @@ class Trail:
 
     def between(self, deltas: Tensor, start: int) -> list[Tensor]:
         """Return the entries of the deltas between the cuts, K of [*], the others set to 0."""
-        pairs = zip(self.wide.largest(deltas, start), self.narrow.largest(deltas, start), strict=True)
-        return [kept - outlier for kept, outlier in pairs]  # an outlier is among the kept: x - x = 0
+        pairs = zip(
+            self.wide.largest(deltas, start), self.narrow.largest(deltas, start), strict=True
+        )
+        return [
+            kept - outlier for kept, outlier in pairs
+        ]  # an outlier is among the kept: x - x = 0
 
 
 def cut(blocks: Blocks, rank: Callable[[int], int]) -> Cut:
@@ -60,7 +64,10 @@ def cut(blocks: Blocks, rank: Callable[[int], int]) -> Cut:
 
 def trail(blocks: Blocks, *, density: float, gamma: float) -> Trail:
     """Return the two cuts, after t + k and after t entries."""
-    return Trail(cut(blocks, lambda n: sum(counts(n, density, gamma))), cut(blocks, lambda n: counts(n, density, gamma)[1]))
+    return Trail(
+        cut(blocks, lambda n: sum(counts(n, density, gamma))),
+        cut(blocks, lambda n: counts(n, density, gamma)[1]),
+    )
 
 
 def counts(n: int, density: float, gamma: float) -> tuple[int, int]:
@@ -71,7 +78,9 @@ def counts(n: int, density: float, gamma: float) -> tuple[int, int]:
 
 def factors(blocks: Blocks, *, weights: Tensor, trail: Trail) -> Tensor:
     """Return |tau_i|_1 / |tau_i'|_1 for each expert [K]."""
-    return l1_factors(blocks, lambda block: trail.between(block.deltas, block.start), weights=weights)
+    return l1_factors(
+        blocks, lambda block: trail.between(block.deltas, block.start), weights=weights
+    )
 
 
 def majority(blocks: Blocks, *, trail: Trail, factor: Tensor | None) -> Tensor:
@@ -82,7 +91,11 @@ def majority(blocks: Blocks, *, trail: Trail, factor: Tensor | None) -> Tensor:
 def thinned(deltas: Tensor, start: int, trail: Trail, factor: Tensor | None) -> list[Tensor]:
     """Return tau', K of [*], times factor [K] where there is one."""
     kept = trail.between(deltas, start)
-    return kept if factor is None else [entries * float(f) for entries, f in zip(kept, factor, strict=True)]
+    return (
+        kept
+        if factor is None
+        else [entries * float(f) for entries, f in zip(kept, factor, strict=True)]
+    )
 
 
 def _scope(options: Mapping[str, Any]) -> Scope:
@@ -125,4 +138,6 @@ def breadcrumbs(
 
     `gamma` is the share of outliers. `undecided` and `mean` are those of ties and matter where `then` is ties.
     """
-    return aggregate(base, thinned(deltas, start, trail, factor), weights, then, majority, mean, scale)
+    return aggregate(
+        base, thinned(deltas, start, trail, factor), weights, then, majority, mean, scale
+    )

@@ -36,7 +36,9 @@ from demerge.merging.registry import Blocks, Scope, Statistic, method
 
 def trimmed_majority(blocks: Blocks, *, trimming: Tensor) -> Tensor:
     """Return the sign [] of the sum of all signs elected after trimming."""
-    return majority_sign(blocks, lambda block: elect(trim(block.deltas, trimming), block.weights, "mass"))
+    return majority_sign(
+        blocks, lambda block: elect(trim(block.deltas, trimming), block.weights, "mass")
+    )
 
 
 def needed(deltas: Tensor, merged: Tensor, weights: Tensor, threshold: float) -> Tensor:
@@ -56,7 +58,10 @@ def _ties_scope(options: Mapping[str, Any]) -> Scope | None:
 @method(
     "consensus",
     paper="arXiv 2405.07813",
-    statistics=(Statistic("trimming", kth_magnitudes, _ties_scope), Statistic("majority", trimmed_majority, _ties_scope)),
+    statistics=(
+        Statistic("trimming", kth_magnitudes, _ties_scope),
+        Statistic("majority", trimmed_majority, _ties_scope),
+    ),
     presets={"paper": {"others": "sum"}},
     off={"k": 0},
     precise=True,
@@ -85,7 +90,10 @@ def consensus(
     if trimming is None or majority is None:
         merged, length = weighted_sum(deltas, r), scale * weights.abs().amax()
     else:
-        merged, length = disjoint_merge(trim(deltas, trimming), weights, "mass", majority), torch.full_like(weights[0], scale)
+        merged, length = (
+            disjoint_merge(trim(deltas, trimming), weights, "mass", majority),
+            torch.full_like(weights[0], scale),
+        )
     n = max(K - 1, 1) if of == "linear" and others == "mean" else 1
     enough = needed(deltas, merged, weights, threshold / n) >= min(k, K)
     return base + length * torch.where(enough, merged, 0)

@@ -34,15 +34,22 @@ def kept(uniform: Tensor, density: float | Tensor) -> Tensor:
 
 def rescales(blocks: Blocks, *, weights: Tensor, density: float) -> Tensor:
     """Return |tau_i|_1 / |m_i tau_i|_1 for each expert [K]; 1 where nothing but zeros was kept."""
-    return l1_factors(blocks, lambda block: drop(block.deltas, _uniform(block), density), weights=weights)
+    return l1_factors(
+        blocks, lambda block: drop(block.deltas, _uniform(block), density), weights=weights
+    )
 
 
 def drop(deltas: Tensor, uniform: Tensor, density: float) -> list[Tensor]:
     """Return m_i tau_i, K of [*]."""
-    return [delta * mask for delta, mask in zip(deltas, kept(uniform, density).to(deltas.dtype), strict=True)]
+    return [
+        delta * mask
+        for delta, mask in zip(deltas, kept(uniform, density).to(deltas.dtype), strict=True)
+    ]
 
 
-def thinned(deltas: Tensor, uniform: Tensor, density: float, factor: Tensor | None, rescale: str) -> list[Tensor]:
+def thinned(
+    deltas: Tensor, uniform: Tensor, density: float, factor: Tensor | None, rescale: str
+) -> list[Tensor]:
     """Return tau_i', K of [*]."""
     dropped = drop(deltas, uniform, density)
     if factor is not None:
@@ -50,9 +57,13 @@ def thinned(deltas: Tensor, uniform: Tensor, density: float, factor: Tensor | No
     return dropped if rescale == "none" else [delta.mul_(1 / density) for delta in dropped]
 
 
-def dropped_majority(blocks: Blocks, *, density: float, factor: Tensor | None, rescale: str) -> Tensor:
+def dropped_majority(
+    blocks: Blocks, *, density: float, factor: Tensor | None, rescale: str
+) -> Tensor:
     """Return the sign [] of the sum of all signs elected after dropping."""
-    return majority_of(blocks, lambda block: thinned(block.deltas, _uniform(block), density, factor, rescale))
+    return majority_of(
+        blocks, lambda block: thinned(block.deltas, _uniform(block), density, factor, rescale)
+    )
 
 
 def _uniform(block: Block) -> Tensor:
@@ -68,7 +79,10 @@ def _l1_scope(options: Mapping[str, Any]) -> Scope | None:
 @method(
     "dare",
     paper="arXiv 2311.03099",
-    statistics=(Statistic("factor", rescales, _l1_scope), Statistic("majority", dropped_majority, majority_scope)),
+    statistics=(
+        Statistic("factor", rescales, _l1_scope),
+        Statistic("majority", dropped_majority, majority_scope),
+    ),
     presets={
         "authors": {},
         "mergekit": {"rescale": "l1", "undecided": "plus", "mean": "none"},
@@ -95,4 +109,12 @@ def dare(
 
     `undecided` and `mean` are those of ties and matter where `then` is ties.
     """
-    return aggregate(base, thinned(deltas, uniform, density, factor, rescale), weights, then, majority, mean, scale)
+    return aggregate(
+        base,
+        thinned(deltas, uniform, density, factor, rescale),
+        weights,
+        then,
+        majority,
+        mean,
+        scale,
+    )

@@ -34,16 +34,26 @@ def probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
     if n == 1:
         return torch.full_like(delta, density)
     p = torch.empty_like(delta)
-    step = torch.linspace(density - epsilon, density + epsilon, n, dtype=delta.dtype, device=delta.device)
+    step = torch.linspace(
+        density - epsilon, density + epsilon, n, dtype=delta.dtype, device=delta.device
+    )
     for part, result in zip(*(t.split(max(1, PIECE // n)) for t in (delta, p)), strict=True):
         result.scatter_(1, part.abs().argsort(dim=1, stable=True), step.expand(len(part), n))
     return p
 
 
-def pruned(delta: Tensor, uniform: Tensor, density: float, epsilon: float, ranks: str, rescale: str) -> Tensor:
+def pruned(
+    delta: Tensor, uniform: Tensor, density: float, epsilon: float, ranks: str, rescale: str
+) -> Tensor:
     """Return tau' [*] of one expert."""
     lines = delta.movedim(1, -1) if ranks == "axis" and delta.ndim > 2 else delta
-    rows = lines.shape[:-1].numel() if ranks == "axis" else delta.shape[0] if ranks == "row" and delta.ndim > 1 else 1
+    rows = (
+        lines.shape[:-1].numel()
+        if ranks == "axis"
+        else delta.shape[0]
+        if ranks == "row" and delta.ndim > 1
+        else 1
+    )
     p = probabilities(lines.reshape(rows, -1), density, epsilon).view(lines.shape)
     p = p.movedim(-1, 1) if lines is not delta else p
     remaining = delta * kept(uniform, p)
@@ -88,7 +98,9 @@ def della(
             f"options density={density:g} and epsilon={epsilon:g} give probabilities outside (0, 1]",
             fix="choose epsilon < density and density + epsilon <= 1, for example density=0.5 epsilon=0.15",
         )
-    thinned = [pruned(d, u, density, epsilon, ranks, rescale) for d, u in zip(deltas, uniform, strict=True)]
+    thinned = [
+        pruned(d, u, density, epsilon, ranks, rescale) for d, u in zip(deltas, uniform, strict=True)
+    ]
     wanted = then == "ties" and undecided == "majority"
     majority = balance(elect(thinned, weights, "mass")).sign() if wanted else None
     return aggregate(base, thinned, weights, then, majority, mean, scale)

@@ -22,7 +22,9 @@ from demerge.merging.registry import Block, Blocks, Scope, Statistic, method
 
 def fisher_norms(blocks: Blocks) -> Tensor:
     """Return |F_i|_2 for each expert [K]; 1 where F_i is 0."""
-    squares = torch.stack(list(blocks.map(lambda block: _fisher(block).double().square().sum(1)))).sum(0)
+    squares = torch.stack(
+        list(blocks.map(lambda block: _fisher(block).double().square().sum(1)))
+    ).sum(0)
     return torch.where(squares > 0, squares.sqrt(), 1.0)
 
 
@@ -37,7 +39,12 @@ def _scope(options: Mapping[str, Any]) -> Scope | None:
     return scopes[options["normalise"]]
 
 
-@method("fisher", paper="arXiv 2111.09832", statistics=(Statistic("norm", fisher_norms, _scope),), off={})
+@method(
+    "fisher",
+    paper="arXiv 2111.09832",
+    statistics=(Statistic("norm", fisher_norms, _scope),),
+    off={},
+)
 def fisher(
     base: Tensor,
     deltas: Tensor,
@@ -64,7 +71,9 @@ def fisher(
     merged = weighted_sum(share * deltas, relative) / nonzero(total)
     if bool(total.abs().min() > 0):
         return base + merged
-    return base + torch.where(total == 0, weighted_sum(deltas, weights / nonzero_sum(weights)), merged)
+    return base + torch.where(
+        total == 0, weighted_sum(deltas, weights / nonzero_sum(weights)), merged
+    )
 
 
 def refuse_negative_weights(weights: Tensor, what: str) -> None:
@@ -76,7 +85,9 @@ def refuse_negative_weights(weights: Tensor, what: str) -> None:
     if bool((weights < 0).any()):
         least = float(weights.min())
         fix = "give weights of 0 or more, or use task_arithmetic, which takes any sign"
-        raise UsageError(f"{what} divides by a weighted sum, and the weight {least:g} is negative", fix=fix)
+        raise UsageError(
+            f"{what} divides by a weighted sum, and the weight {least:g} is negative", fix=fix
+        )
 
 
 def refuse_negative(fisher: Tensor) -> None:
@@ -86,7 +97,10 @@ def refuse_negative(fisher: Tensor) -> None:
         InputError: where an entry is negative.
     """
     if fisher.numel() and bool(fisher.min() < 0):
-        raise InputError("a Fisher has negative entries, and is a mean of squares", fix="make fisher.safetensors again")
+        raise InputError(
+            "a Fisher has negative entries, and is a mean of squares",
+            fix="make fisher.safetensors again",
+        )
 
 
 def nonzero(values: Tensor) -> Tensor:

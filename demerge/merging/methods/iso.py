@@ -33,18 +33,27 @@ def iso_c(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) 
 
     Weights are relative: c_i = w_i / max_j abs(w_j).
     """
-    return merge_matrices(base, deltas, weights, scale, lambda matrices, c: _flattened(total(matrices, c)))
+    return merge_matrices(
+        base, deltas, weights, scale, lambda matrices, c: _flattened(total(matrices, c))
+    )
 
 
 @method("iso_cts", paper="arXiv 2502.04959", whole=True)
 def iso_cts(
-    base: Tensor, deltas: Tensor, *, weights: Tensor, common: Annotated[float, Between(0, 1)] = 0.8, scale: float = 1.0
+    base: Tensor,
+    deltas: Tensor,
+    *,
+    weights: Tensor,
+    common: Annotated[float, Between(0, 1)] = 0.8,
+    scale: float = 1.0,
 ) -> Tensor:
     """Return the base plus `scale` (lambda) times common and task-specific directions with a flat spectrum [*].
 
     Weights are relative: c_i = w_i / max_j abs(w_j). `common` is the fraction of the dimensions that is shared.
     """
-    return merge_matrices(base, deltas, weights, scale, lambda matrices, c: _common_and_specific(matrices, c, common))
+    return merge_matrices(
+        base, deltas, weights, scale, lambda matrices, c: _common_and_specific(matrices, c, common)
+    )
 
 
 def _flattened(matrix: Tensor) -> Tensor:
@@ -57,7 +66,10 @@ def _common_and_specific(matrices: list[Tensor], c: Tensor, common: float) -> Te
     s = min(round((dimensions - int(dimensions * common)) / K), dimensions // K)
     shared = thin_svd(total(matrices, c), dimensions - K * s)
     own = (matrix.double() * c_i for matrix, c_i in zip(matrices, c, strict=True))
-    parts = [*(thin_svd(tau - shared.U @ (shared.U.mT @ tau), s, zero=_rounding(tau)) for tau in own), shared]
+    parts = [
+        *(thin_svd(tau - shared.U @ (shared.U.mT @ tau), s, zero=_rounding(tau)) for tau in own),
+        shared,
+    ]
     U, Vh = torch.cat([p.U for p in parts], 1), torch.cat([p.Vh for p in parts])
     S = torch.cat([p.S for p in parts])
     return S.sum() / max(1, len(S)) * (polar(U) @ polar(Vh))

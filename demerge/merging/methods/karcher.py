@@ -40,7 +40,9 @@ def direction(c: Tensor, w: Tensor, iterations: int, tolerance: float) -> Tensor
         angle = cosine.arccos()
         sine = angle.sin()
         apart = (sine > OPPOSITE) & (w > 0)
-        pull = torch.where(apart, w * angle / torch.where(apart, sine, 1.0), torch.where(cosine > 0, w, 0.0))
+        pull = torch.where(
+            apart, w * angle / torch.where(apart, sine, 1.0), torch.where(cosine > 0, w, 0.0)
+        )
         tangent = pull - (pull * cosine).sum() * a
         length = _length(tangent, c)
         if length <= tolerance:
@@ -58,7 +60,9 @@ def _unit(a: Tensor, c: Tensor) -> Tensor:
     return a / length if length > OPPOSITE else torch.zeros_like(a)
 
 
-def coefficients(blocks: Blocks, *, weights: Tensor, gram: Tensor, norm: str, iterations: int, tolerance: float) -> Tensor:
+def coefficients(
+    blocks: Blocks, *, weights: Tensor, gram: Tensor, norm: str, iterations: int, tolerance: float
+) -> Tensor:
     """Return the coefficients [K] of the task vectors in the merged one, from their Gram matrix alone."""
     sign, w = weights.double().sign(), weights.double().abs()
     w = w / torch.where(w.sum() > 0, w.sum(), 1.0)
@@ -86,7 +90,10 @@ def _tensor_scope(options: Mapping[str, Any]) -> Scope:
     "slerp",
     paper="Karcher 1977; Shoemake 1985",
     aliases=("karcher",),
-    statistics=(Statistic("gram", gram, _gram_scope), Statistic("coefficient", coefficients, _tensor_scope)),
+    statistics=(
+        Statistic("gram", gram, _gram_scope),
+        Statistic("coefficient", coefficients, _tensor_scope),
+    ),
 )
 def karcher(
     base: Tensor,

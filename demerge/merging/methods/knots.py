@@ -48,7 +48,9 @@ def knots(
     deltas, uniform, weights = (with_a_say(given, weights) for given in (deltas, uniform, weights))
     U, aligned = _aligned([as_matrix(delta) for delta in deltas])
     if then == "ties":
-        merged = disjoint_merge(trim(aligned, _thresholds(aligned, density)), weights.double(), "mass", 0.0)
+        merged = disjoint_merge(
+            trim(aligned, _thresholds(aligned, density)), weights.double(), "mass", 0.0
+        )
     else:
         chance = torch.stack([as_matrix(u)[: U.shape[1]] for u in uniform])
         merged = weighted_sum(drop(aligned, chance, density), weights.double() / density)

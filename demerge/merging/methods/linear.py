@@ -50,5 +50,8 @@ def nonzero_sum(weights: Tensor) -> Tensor:
     """
     total = weights.sum()
     if total == 0:
-        raise UsageError("the weights of a mean sum to 0", fix="give weights with another sum, or use task_arithmetic")
+        raise UsageError(
+            "the weights of a mean sum to 0",
+            fix="give weights with another sum, or use task_arithmetic",
+        )
     return total

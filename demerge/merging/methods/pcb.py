@@ -44,14 +44,25 @@ def scores(deltas: Tensor, weights: Tensor, bounds: Tensor, balance: str) -> Ten
     for delta, weight, low, high in zip(deltas, r, *bounds.tolist(), strict=True):
         p = torch.ones_like(delta)
         if balance in ("both", "intra") and high > low:
-            p = delta.abs().clamp_(low, high).sub_(low).div_(high - low).square_().sub_(1).mul_(K).exp_()
+            p = (
+                delta.abs()
+                .clamp_(low, high)
+                .sub_(low)
+                .div_(high - low)
+                .square_()
+                .sub_(1)
+                .mul_(K)
+                .exp_()
+            )
         if balance in ("both", "inter"):
             p = p * torch.tanh(K * (weight * delta * mean))
         rows.append(p)
     return torch.stack(rows)
 
 
-def score_bounds(blocks: Blocks, *, weights: Tensor, bounds: Tensor, balance: str, density: float) -> Tensor:
+def score_bounds(
+    blocks: Blocks, *, weights: Tensor, bounds: Tensor, balance: str, density: float
+) -> Tensor:
     """Return q and the largest p of each expert [2 K].
 
     The k-th largest number is the k-th largest positive part, less the (n - k + 1)-th largest negative part.
@@ -63,9 +74,15 @@ def score_bounds(blocks: Blocks, *, weights: Tensor, bounds: Tensor, balance: st
     largest = list(blocks.map(lambda block: p(block).reshape(len(weights), -1).amax(1)))
     if not largest:
         return torch.zeros(2, len(weights))
-    q = kth(blocks, lambda block: p(block).clamp_min(0), lambda n: n - math.floor(n * (1 - density)))
+    q = kth(
+        blocks, lambda block: p(block).clamp_min(0), lambda n: n - math.floor(n * (1 - density))
+    )
     if not q.all():
-        q = q - kth(blocks, lambda block: (-p(block)).clamp_min(0), lambda n: 1 + math.floor(n * (1 - density)))
+        q = q - kth(
+            blocks,
+            lambda block: (-p(block)).clamp_min(0),
+            lambda n: 1 + math.floor(n * (1 - density)),
+        )
     return torch.stack([q.to(largest[0]), torch.stack(largest).amax(0)])
 
 
@@ -77,7 +94,10 @@ def _scope(options: Mapping[str, Any]) -> Scope:
 @method(
     "pcb",
     paper="arXiv 2410.02396",
-    statistics=(Statistic("bounds", clip_bounds, _scope), Statistic("margin", score_bounds, _scope)),
+    statistics=(
+        Statistic("bounds", clip_bounds, _scope),
+        Statistic("margin", score_bounds, _scope),
+    ),
     off={"density": 1.0, "clip": 0.0, "balance": "none"},
 )
 def pcb(

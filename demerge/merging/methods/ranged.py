@@ -41,7 +41,11 @@ def traces(blocks: Blocks, *, weights: Tensor) -> Tensor:
         InputError: where it has negative entries.
     """
     zero = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
-    return summed(blocks, lambda block: _fisher(block).reshape(len(weights), -1).sum(1, dtype=torch.float64), zero)
+    return summed(
+        blocks,
+        lambda block: _fisher(block).reshape(len(weights), -1).sum(1, dtype=torch.float64),
+        zero,
+    )
 
 
 def _fisher(block: Block) -> Tensor:
@@ -74,7 +78,9 @@ def shares(
     """
     known = known_ranges(ranges, len(weights))
     if by in ("snr", "min_snr"):
-        return torch.tensor(masses(known, snr, by, gamma), dtype=torch.float64, device=weights.device)
+        return torch.tensor(
+            masses(known, snr, by, gamma), dtype=torch.float64, device=weights.device
+        )
     mass = torch.tensor([len(r) for r in known], dtype=torch.float64, device=weights.device)
     factor = trace if gram is None else agreement(gram, weights)
     if factor is None:
@@ -99,7 +105,9 @@ def known_ranges(ranges: Sequence[TimestepRange | None], K: int) -> list[Timeste
     return known
 
 
-def masses(ranges: Sequence[TimestepRange], snr: Tensor | None, by: By, gamma: float) -> list[float]:
+def masses(
+    ranges: Sequence[TimestepRange], snr: Tensor | None, by: By, gamma: float
+) -> list[float]:
     """Return m_i for `snr` and `min_snr`.
 
     Raises:
@@ -112,12 +120,17 @@ def masses(ranges: Sequence[TimestepRange], snr: Tensor | None, by: By, gamma: f
         )
     if max(r.stop for r in ranges) > len(snr):
         longest = max(ranges, key=lambda r: r.stop)
-        raise UsageError(f"range {longest} exceeds the base's {len(snr)} timesteps", fix="give ranges of this base")
+        raise UsageError(
+            f"range {longest} exceeds the base's {len(snr)} timesteps",
+            fix="give ranges of this base",
+        )
     if by == "min_snr":
         loss = torch.where(snr > 0, snr.clamp(max=gamma) / torch.where(snr > 0, snr, 1.0), 1.0)
         return [float(loss[r.start : r.stop].sum()) for r in ranges]
     log = snr.clamp_min(float(snr[snr > 0].min()) if bool((snr > 0).any()) else 1.0).log()
-    edges = torch.cat([log[:1], (log[1:] + log[:-1]) / 2, log[-1:]])  # a timestep reaches halfway to its neighbours
+    edges = torch.cat(
+        [log[:1], (log[1:] + log[:-1]) / 2, log[-1:]]
+    )  # a timestep reaches halfway to its neighbours
     return [abs(float(edges[r.stop] - edges[r.start])) for r in ranges]
 
 

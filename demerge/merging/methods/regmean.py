@@ -59,9 +59,13 @@ def regmean(
 def _refuse_unfit(gram: Tensor, base: Tensor) -> None:
     n = as_matrix(base).shape[1]
     if gram.shape[1:] != (n, n):
-        found = f"the Gram matrices do not fit: {list(gram.shape[1:])} for a weight {list(base.shape)}"
+        found = (
+            f"the Gram matrices do not fit: {list(gram.shape[1:])} for a weight {list(base.shape)}"
+        )
         raise InputError(found, fix="make gram.safetensors with these experts")
-    if n and not (finite(gram) and _is_symmetric(gram) and bool((gram.diagonal(dim1=1, dim2=2) >= 0).all())):
+    if n and not (
+        finite(gram) and _is_symmetric(gram) and bool((gram.diagonal(dim1=1, dim2=2) >= 0).all())
+    ):
         what = f"a Gram matrix for a weight {list(base.shape)} holds NaN or Inf, is not symmetric, or has a negative diagonal"
         raise InputError(what, fix="make gram.safetensors again")
 
@@ -79,5 +83,7 @@ def _damped(gram: Tensor, alpha: float) -> Tensor:
 
 def _correction(deltas: Tensor, mean: Tensor, gram: Tensor, w: Tensor) -> Tensor:
     """Return (sum_i w_i (tau_i - m) G_i) (sum_i w_i G_i)^+ [out in]."""
-    right = total([as_matrix(delta - mean).double() @ G for delta, G in zip(deltas, gram, strict=True)], w)
+    right = total(
+        [as_matrix(delta - mean).double() @ G for delta, G in zip(deltas, gram, strict=True)], w
+    )
     return solve(right, total(list(gram), w), rtol=ROUNDING)

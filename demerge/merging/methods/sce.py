@@ -59,16 +59,25 @@ def selected(deltas: Tensor, weights: Tensor, threshold: Tensor | None) -> Tenso
     """Return the deltas [K *], entries of a spread below the threshold [] set to 0."""
     if threshold is None:
         return deltas
-    return torch.where(spread(with_a_say(deltas, weights)) >= threshold.to(deltas.device), deltas, 0)
+    return torch.where(
+        spread(with_a_say(deltas, weights)) >= threshold.to(deltas.device), deltas, 0
+    )
 
 
 def energies(blocks: Blocks, *, weights: Tensor, threshold: Tensor | None) -> Tensor:
     """Return |tau_i|^2 over the entries kept, relative to the largest [K]; 1 each where all are 0."""
 
     def squares(block: Block) -> Tensor:
-        return torch.stack([delta.double().square().sum() for delta in selected(block.deltas, block.weights, threshold)])
+        return torch.stack(
+            [
+                delta.double().square().sum()
+                for delta in selected(block.deltas, block.weights, threshold)
+            ]
+        )
 
-    found = summed(blocks, squares, torch.zeros(len(weights), dtype=torch.float64, device=weights.device))
+    found = summed(
+        blocks, squares, torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+    )
     return found / found.amax() if found.amax() > 0 else torch.ones_like(found)
 
 
@@ -83,7 +92,10 @@ def _energy_scope(options: Mapping[str, Any]) -> Scope | None:
 @method(
     "sce",
     paper="arXiv 2408.07990",
-    statistics=(Statistic("threshold", thresholds, _threshold_scope), Statistic("energy", energies, _energy_scope)),
+    statistics=(
+        Statistic("threshold", thresholds, _threshold_scope),
+        Statistic("energy", energies, _energy_scope),
+    ),
     off={"density": 1.0, "coefficients": "none"},
 )
 def sce(

@@ -95,11 +95,15 @@ def _digits(bits: Callable[[Block], Tensor], buckets: list[_Bucket], block: Bloc
     return torch.stack([torch.bincount(row, minlength=BUCKETS) for row in rows])
 
 
-def _collected(blocks: Blocks, bits: Callable[[Block], Tensor], buckets: list[_Bucket]) -> list[int]:
+def _collected(
+    blocks: Blocks, bits: Callable[[Block], Tensor], buckets: list[_Bucket]
+) -> list[int]:
     """Return the value each row looks for, out of all that are in its bucket."""
     values = [np.empty(bucket.count, dtype=np.int64) for bucket in buckets]
     filled = [0] * len(buckets)
-    for parts in blocks.map(lambda block: [b.inside(row).numpy() for b, row in zip(buckets, bits(block), strict=True)]):
+    for parts in blocks.map(
+        lambda block: [b.inside(row).numpy() for b, row in zip(buckets, bits(block), strict=True)]
+    ):
         for row, part in enumerate(parts):
             values[row][filled[row] :][: len(part)] = part
             filled[row] += len(part)
@@ -127,7 +131,13 @@ def magnitudes_at(blocks: Blocks, threshold: Tensor, rank: Callable[[int], int])
 
 
 def _above_and_at(block: Block, threshold: Tensor) -> tuple[int, list[int], list[Tensor]]:
-    rows = [(delta.reshape(-1).abs(), bound) for delta, bound in zip(block.deltas, threshold, strict=True)]
+    rows = [
+        (delta.reshape(-1).abs(), bound)
+        for delta, bound in zip(block.deltas, threshold, strict=True)
+    ]
     above = [int((row > bound).count_nonzero()) for row, bound in rows]
-    at = [(row == bound if bound else row < 0).nonzero().view(-1).cpu() + block.start for row, bound in rows]
+    at = [
+        (row == bound if bound else row < 0).nonzero().view(-1).cpu() + block.start
+        for row, bound in rows
+    ]
     return block.base.numel(), above, at

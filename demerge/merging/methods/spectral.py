@@ -110,7 +110,11 @@ class _Polar(torch.autograd.Function):
         U, S, Vh = context.saved_tensors
         X = U.mT @ G @ Vh.mT
         left, right = G @ Vh.mT - U @ X, U.mT @ G - X @ Vh
-        gradient: Tensor = U @ ((X - X.mT) / (S.unsqueeze(1) + S)) @ Vh + left / S @ Vh + U @ (right / S.unsqueeze(1))
+        gradient: Tensor = (
+            U @ ((X - X.mT) / (S.unsqueeze(1) + S)) @ Vh
+            + left / S @ Vh
+            + U @ (right / S.unsqueeze(1))
+        )
         return gradient
 
 
@@ -139,7 +143,11 @@ def total(matrices: Sequence[Tensor], c: Tensor) -> Tensor:
 
 
 def merge_matrices(
-    base: Tensor, deltas: Tensor, weights: Tensor, scale: float, merge: Callable[[list[Tensor], Tensor], Tensor]
+    base: Tensor,
+    deltas: Tensor,
+    weights: Tensor,
+    scale: float,
+    merge: Callable[[list[Tensor], Tensor], Tensor],
 ) -> Tensor:
     """Return theta_0 + scale merge(matrices, K of [m n], and c [K]) [*], the frame of the methods that sum matrices.
 

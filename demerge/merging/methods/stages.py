@@ -19,12 +19,20 @@ Then = Literal["linear", "ties"]
 
 
 def aggregate(
-    base: Tensor, thinned: list[Tensor], weights: Tensor, then: str, majority: Tensor | None, mean: Mean, scale: float
+    base: Tensor,
+    thinned: list[Tensor],
+    weights: Tensor,
+    then: str,
+    majority: Tensor | None,
+    mean: Mean,
+    scale: float,
 ) -> Tensor:
     """Return the merged tensor [*] of a base and K thinned task vectors [*]; without a majority, even votes are positive."""
     if then == "linear":
         return base + weighted_sum(thinned, scale * weights)
-    return base + scale * disjoint_merge(thinned, weights, "mass", 1 if majority is None else majority, mean=mean)
+    return base + scale * disjoint_merge(
+        thinned, weights, "mass", 1 if majority is None else majority, mean=mean
+    )
 
 
 def majority_of(blocks: Blocks, thinned: Callable[[Block], list[Tensor]]) -> Tensor:

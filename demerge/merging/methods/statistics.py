@@ -21,7 +21,9 @@ PIECE = 1 << 18  # entries of a whole tensor that are held in float64 at once
 def gram(blocks: Blocks, *, weights: Tensor) -> Tensor:
     """Return G [K K] in float64; `weights` [K] only tell how many experts there are."""
     zero = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
-    return summed(blocks, lambda block: row_grams(block.deltas.reshape(len(weights), 1, -1))[0], zero)
+    return summed(
+        blocks, lambda block: row_grams(block.deltas.reshape(len(weights), 1, -1))[0], zero
+    )
 
 
 def row_grams(deltas: Tensor) -> Tensor:
@@ -48,10 +50,14 @@ def cosines(gram: Tensor) -> Tensor:
     return (gram / torch.where(product > 0, product, 1.0)).clamp(-1, 1)
 
 
-def l1_factors(blocks: Blocks, thinned: Callable[[Block], list[Tensor]], *, weights: Tensor) -> Tensor:
+def l1_factors(
+    blocks: Blocks, thinned: Callable[[Block], list[Tensor]], *, weights: Tensor
+) -> Tensor:
     """Return |tau_i|_1 / |tau_i'|_1 for each expert [K], tau' being the thinned task vectors; 1 where tau_i' is 0."""
     zero = torch.zeros(2, len(weights), dtype=torch.float64, device=weights.device)
-    before, after = summed(blocks, lambda block: torch.stack([l1_norms(block.deltas), l1_norms(thinned(block))]), zero)
+    before, after = summed(
+        blocks, lambda block: torch.stack([l1_norms(block.deltas), l1_norms(thinned(block))]), zero
+    )
     return torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
 
 

@@ -43,7 +43,9 @@ def trim(deltas: Tensor, threshold: Tensor) -> list[Tensor]:
 def trim_exactly(deltas: Tensor, threshold: Tensor, last: Tensor, start: int) -> list[Tensor]:
     """Return `trim(deltas, threshold)` without the entries at the threshold that come after index `last` [K]."""
     below = torch.nextafter(threshold, torch.zeros_like(threshold)).tolist()
-    room = (last + 1 - start).clamp(0, deltas[0].numel()).tolist()  # so many entries may be at the threshold
+    room = (
+        (last + 1 - start).clamp(0, deltas[0].numel()).tolist()
+    )  # so many entries may be at the threshold
     bounds = zip(deltas, below, threshold.tolist(), room, strict=True)
     return [_shrunk_in_two(delta, at, above, n) for delta, at, above, n in bounds]
 
@@ -89,11 +91,19 @@ def disjoint_merge(
         flips = votes == "weighted" and bool(weight < 0)
         agreeing = (delta * (-sign if flips else sign)).clamp_min_(0)
         total.addcmul_(agreeing, weight.abs() if votes == "weighted" else weight)
-        mass.addcmul_(agreeing.sign(), weight.abs() if mean == "weights" else (weight != 0).to(weight))
+        mass.addcmul_(
+            agreeing.sign(), weight.abs() if mean == "weights" else (weight != 0).to(weight)
+        )
     if mean == "none":
         return sign * total
-    least = weights.detach().abs()[weights != 0].min() if mean == "weights" and bool(weights.any()) else one
-    return total.div_(mass.clamp_min_(float(least) / 2)).mul_(sign)  # the mass is 0 or at least `least`
+    least = (
+        weights.detach().abs()[weights != 0].min()
+        if mean == "weights" and bool(weights.any())
+        else one
+    )
+    return total.div_(mass.clamp_min_(float(least) / 2)).mul_(
+        sign
+    )  # the mass is 0 or at least `least`
 
 
 def majority_sign(blocks: Blocks, elected: Callable[[Block], Tensor]) -> Tensor:
@@ -117,9 +127,13 @@ def last_kept(blocks: Blocks, *, density: float, threshold: Tensor) -> Tensor:
     return magnitudes_at(blocks, threshold, lambda n: share_of(density, n))
 
 
-def trimmed_majority(blocks: Blocks, *, threshold: Tensor, last: Tensor | None, elect: str, votes: Votes) -> Tensor:
+def trimmed_majority(
+    blocks: Blocks, *, threshold: Tensor, last: Tensor | None, elect: str, votes: Votes
+) -> Tensor:
     """Return the sign [] of the sum of all signs elected after trimming."""
-    return majority_sign(blocks, lambda b: _elected(_trimmed(b.deltas, threshold, last, b.start), b, elect, votes))
+    return majority_sign(
+        blocks, lambda b: _elected(_trimmed(b.deltas, threshold, last, b.start), b, elect, votes)
+    )
 
 
 def _elected(trimmed: list[Tensor], block: Block, how: str, votes: Votes) -> Tensor:
@@ -154,7 +168,13 @@ def _majority_scope(options: Mapping[str, Any]) -> Scope | None:
     presets={
         "authors": {"keep": "authors", "votes": "plain"},
         "mergekit": {"scope": "tensor", "keep": "exact", "undecided": "plus"},
-        "peft": {"scope": "tensor", "keep": "exact", "undecided": "plus", "votes": "plain", "mean": "count"},
+        "peft": {
+            "scope": "tensor",
+            "keep": "exact",
+            "undecided": "plus",
+            "votes": "plain",
+            "mean": "count",
+        },
     },
     off={"density": 1.0},
 )
@@ -181,5 +201,7 @@ def ties(
     Weights are relative where the mean is over them: then only `scale` changes the length of the merged task vector.
     """
     trimmed = _trimmed(deltas, threshold, last, start)
-    tau = disjoint_merge(trimmed, weights, elect, 1 if majority is None else majority, votes=votes, mean=mean)
+    tau = disjoint_merge(
+        trimmed, weights, elect, 1 if majority is None else majority, votes=votes, mean=mean
+    )
     return base + scale * tau

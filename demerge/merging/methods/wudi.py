@@ -31,20 +31,32 @@ RTOL = 1e-12
 
 @method("wudi", paper="arXiv 2503.08099", whole=True)
 def wudi(
-    base: Tensor, deltas: Tensor, *, weights: Tensor, ridge: Annotated[float, Between(0, 1e6)] = 0.0, scale: float = 1.0
+    base: Tensor,
+    deltas: Tensor,
+    *,
+    weights: Tensor,
+    ridge: Annotated[float, Between(0, 1e6)] = 0.0,
+    scale: float = 1.0,
 ) -> Tensor:
     """Return the base plus `scale` (lambda) times the task matrix of least interference [*].
 
     Weights are relative: c_i = w_i / max_j abs(w_j). `ridge` is in units of the mean eigenvalue of sum_i C_i.
     """
-    return merge_matrices(base, deltas, weights, scale, lambda matrices, c: _least_interference(matrices, c, ridge))
+    return merge_matrices(
+        base, deltas, weights, scale, lambda matrices, c: _least_interference(matrices, c, ridge)
+    )
 
 
 def _least_interference(matrices: list[Tensor], c: Tensor, ridge: float) -> Tensor:
     K, (m, n) = len(matrices), matrices[0].shape
     rho = ridge * c.square().sum() / min(K * m, n)
     lengths = torch.stack([norm(matrix) for matrix in matrices])
-    A = torch.stack([matrix.double() / length * c_i for matrix, length, c_i in zip(matrices, lengths, c, strict=True)])
+    A = torch.stack(
+        [
+            matrix.double() / length * c_i
+            for matrix, length, c_i in zip(matrices, lengths, c, strict=True)
+        ]
+    )
     correction = _by_rows(A, lengths, rho) if K * m < n else _by_columns(A, lengths, rho)
     return total(matrices, c) + correction
 
@@ -60,12 +72,18 @@ def _by_rows(A: Tensor, lengths: Tensor, rho: Tensor) -> Tensor:
     blocks = gram.view(K, m, K, m)
     lines = [[-lengths[j] * blocks[j, :, i] for j in range(K) if j != i] for i in range(K)]
     right = torch.cat([torch.stack(line).sum(0) for line in lines], 1)
-    return solve(right, gram + rho * torch.eye(K * m, dtype=gram.dtype, device=gram.device), RTOL) @ T
+    return (
+        solve(right, gram + rho * torch.eye(K * m, dtype=gram.dtype, device=gram.device), RTOL) @ T
+    )
 
 
 def _by_columns(A: Tensor, lengths: Tensor, rho: Tensor) -> Tensor:
     """Return the correction for K m >= n, out of sum_i A_i^T A_i [n n]."""
     s, T = total(list(A), lengths), A.flatten(0, 1)
     errors = [A_i * length - s for A_i, length in zip(A, lengths, strict=True)]
-    right = torch.stack([torch.linalg.multi_dot([e, A_i.mT, A_i]) for e, A_i in zip(errors, A, strict=True)]).sum(0)
-    return solve(right, T.mT @ T + rho * torch.eye(T.shape[1], dtype=T.dtype, device=T.device), RTOL)
+    right = torch.stack(
+        [torch.linalg.multi_dot([e, A_i.mT, A_i]) for e, A_i in zip(errors, A, strict=True)]
+    ).sum(0)
+    return solve(
+        right, T.mT @ T + rho * torch.eye(T.shape[1], dtype=T.dtype, device=T.device), RTOL
+    )

@@ -17,7 +17,16 @@ from demerge.lora import NoBase
 from demerge.merging.engine.job import Done, Merge
 from demerge.merging.output.lora import AdapterSummary, prefix_of, write_adapter
 from demerge.merging.output.storage import Storage
-from demerge.merging.output.writer import WEIGHTS_FILE, Entry, Observe, Sink, Tally, header, pieces, write
+from demerge.merging.output.writer import (
+    WEIGHTS_FILE,
+    Entry,
+    Observe,
+    Sink,
+    Tally,
+    header,
+    pieces,
+    write,
+)
 from demerge.merging.recipe.fields import Source
 from demerge.merging.recipe.rules import Matched
 from demerge.storage.atomic import commit_file, sha256
@@ -139,7 +148,13 @@ class Part:
         return tally
 
     def commit(
-        self, path: Path, metadata: Metadata, *, diagnosed: bool = False, hashed: bool = True, first: First | None = None
+        self,
+        path: Path,
+        metadata: Metadata,
+        *,
+        diagnosed: bool = False,
+        hashed: bool = True,
+        first: First | None = None,
     ) -> Written:
         """Write the file, whole or not at all; with `diagnosed`, look at every chunk.
 
@@ -151,7 +166,9 @@ class Part:
         written: list[Written] = []
 
         def put(stream: BinaryIO) -> None:
-            written.append(self._streamed(stream, metadata.now, diagnosed, hashed and metadata.later is None))
+            written.append(
+                self._streamed(stream, metadata.now, diagnosed, hashed and metadata.later is None)
+            )
             if metadata.later:
                 stream.seek(0)
                 stream.write(header(self.entries, {**self.storage.metadata, **metadata.later()}))
@@ -168,20 +185,40 @@ class Part:
         with TemporaryDirectory() as folder:
             return self._factored(Path(folder) / ADAPTER_FILE, self.lora, metadata, False).sha256
 
-    def _streamed(self, stream: Sink, metadata: Mapping[str, str], diagnosed: bool = False, hashed: bool = False) -> Written:
+    def _streamed(
+        self,
+        stream: Sink,
+        metadata: Mapping[str, str],
+        diagnosed: bool = False,
+        hashed: bool = False,
+    ) -> Written:
         sink = Hashed(stream) if hashed else stream
         observe = self._observer() if diagnosed else None
-        tally, seen = write(sink, self.job, self.entries, self.storage, {**self.storage.metadata, **metadata}, observe)
+        tally, seen = write(
+            sink,
+            self.job,
+            self.entries,
+            self.storage,
+            {**self.storage.metadata, **metadata},
+            observe,
+        )
         return Written(tally, seen, sink.sha256 if isinstance(sink, Hashed) else "")
 
     def _factored(
-        self, path: Path, lora: Lora, metadata: Mapping[str, str], diagnosed: bool, first: First | None = None
+        self,
+        path: Path,
+        lora: Lora,
+        metadata: Mapping[str, str],
+        diagnosed: bool,
+        first: First | None = None,
     ) -> Written:
         """Write the best factors of every tensor's merged delta."""
         tally, seen, observe = Tally(), [], self._observer() if diagnosed else None
 
         def deltas() -> Iterator[tuple[str, Tensor]]:
-            steps = self.job.stream(self.job.floating, lambda n, done: (_step(done), observe and observe(n, done)))
+            steps = self.job.stream(
+                self.job.floating, lambda n, done: (_step(done), observe and observe(n, done))
+            )
             for name in self.job.floating:
                 delta = torch.empty(self.job.base[name].numel(), dtype=self.job.reader.dtype)
                 start = 0

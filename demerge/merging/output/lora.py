@@ -26,7 +26,9 @@ from demerge.storage.checkpoint import commit_tensors, modern
 from demerge.storage.layout import Place
 
 BLOCK = 1 << 12  # columns taken to float64 at once
-EMBEDDING = re.compile(r"(?:^|\.)(?:class_embedding|embedding_table|token_embedding|embed_tokens|pos_embed)\.weight\Z")
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:class_embedding|embedding_table|token_embedding|embed_tokens|pos_embed)\.weight\Z"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,9 @@ class AdapterSummary:
             "path": str(self.path),
             "rank": self.rank,
             "share": self.share,
-            "tensors": {name: {"energy": t.energy, "share": t.share} for name, t in self.tensors.items()},
+            "tensors": {
+                name: {"energy": t.energy, "share": t.share} for name, t in self.tensors.items()
+            },
             "lost": dict(self.lost),
         }
 
@@ -94,7 +98,10 @@ def write_adapter(
     for name, delta in deltas:
         energy = float(delta.double().square().sum())
         if not energy < float("inf"):
-            raise NumericalError(f"the merged delta of {name} is not finite", fix="use smaller weights or another method")
+            raise NumericalError(
+                f"the merged delta of {name} is not finite",
+                fix="use smaller weights or another method",
+            )
         if energy == 0:
             continue
         if not _is_matrix(name, delta):
@@ -104,13 +111,20 @@ def write_adapter(
         ones = (1,) * (delta.ndim - 2)
         module, kohya = modern(name.removesuffix(".weight")), prefix.endswith("_")
         stem = f"{prefix}{flat(module)}" if kohya else f"{prefix}.{module}"
-        factors[f"{stem}.{'lora_down' if kohya else 'lora_A'}.weight"] = A.view(rank, *delta.shape[1:]).to(dtype)
-        factors[f"{stem}.{'lora_up' if kohya else 'lora_B'}.weight"] = B.view(-1, rank, *ones).to(dtype)
+        factors[f"{stem}.{'lora_down' if kohya else 'lora_A'}.weight"] = A.view(
+            rank, *delta.shape[1:]
+        ).to(dtype)
+        factors[f"{stem}.{'lora_up' if kohya else 'lora_B'}.weight"] = B.view(-1, rank, *ones).to(
+            dtype
+        )
         if kohya:
             factors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=dtype)
         tensors[name] = Truncated(energy, min(1.0, held / energy))
     if not factors:
-        raise UsageError("no linear layer or convolution changes, so there is no LoRA to write", fix="leave --out-rank out")
+        raise UsageError(
+            "no linear layer or convolution changes, so there is no LoRA to write",
+            fix="leave --out-rank out",
+        )
     commit_tensors(path, factors, {"format": "pt", "lora_alpha": str(rank), **(metadata or {})})
     return AdapterSummary(path, rank, tensors, lost)
 
@@ -139,7 +153,11 @@ def prefix_of(place: Place, names: Iterable[str]) -> str:
     folder = place.component.name if place.component else ""
     if folder.startswith(("unet", "transformer")):
         return "unet" if folder.startswith("unet") else "transformer"
-    return "unet" if any(name.startswith(("down_blocks.", "up_blocks.")) for name in names) else "transformer"
+    return (
+        "unet"
+        if any(name.startswith(("down_blocks.", "up_blocks.")) for name in names)
+        else "transformer"
+    )
 
 
 def _is_matrix(name: str, delta: Tensor) -> bool:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from demerge.merging.recipe.recipe import Recipe
 
 
-def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "", notes: Sequence[str] = ()) -> str:
+def card(
+    recipe: Recipe, base_model: str, survived: float, rounding: str = "", notes: Sequence[str] = ()
+) -> str:
     """Return the card of a finished merge.
 
     Args:
@@ -24,13 +26,21 @@ def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "", n
         "tags": ["demerge", "diffusion", "merge", *(["lora"] if recipe.out_rank else [])],
     }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
-    weights = ["equal"] * len(recipe.experts) if recipe.weights is None else [f"{w:g}" for w in recipe.weights]
+    weights = (
+        ["equal"] * len(recipe.experts)
+        if recipe.weights is None
+        else [f"{w:g}" for w in recipe.weights]
+    )
     experts = [
         [escaped(e.name), e.range or "-", w, f"`{next(iter(e.files.values()))[:12]}`"]
         for e, w in zip(recipe.experts, weights, strict=True)
     ]
     kind = f"an adapter of rank {recipe.out_rank}" if recipe.out_rank else "one diffusion model"
-    fits = "It fits the base" if recipe.out_rank else "It has the base's architecture and loads with stock diffusers"
+    fits = (
+        "It fits the base"
+        if recipe.out_rank
+        else "It has the base's architecture and loads with stock diffusers"
+    )
     told = "".join([*(f"- {escaped(note)}\n" for note in notes), "\n" if notes else ""])
     models = f"a base and {len(recipe.experts)} models finetuned from it"
     models = f"{len(recipe.experts)} models, without a base" if recipe.no_base else models
@@ -53,8 +63,12 @@ def card(recipe: Recipe, base_model: str, survived: float, rounding: str = "", n
 def _facts(recipe: Recipe, survived: float) -> list[list[object]]:
     options = ", ".join(f"{name}={value}" for name, value in recipe.options.items()) or "none"
     rules: list[list[object]] = [["rule", escaped(str(rule))] for rule in recipe.rules[:20]]
-    more: list[list[object]] = [["more rules", len(recipe.rules) - 20]] if len(recipe.rules) > 20 else []
-    only: list[list[object]] = [["merged, the rest is the base's", escaped(", ".join(recipe.only))]] if recipe.only else []
+    more: list[list[object]] = (
+        [["more rules", len(recipe.rules) - 20]] if len(recipe.rules) > 20 else []
+    )
+    only: list[list[object]] = (
+        [["merged, the rest is the base's", escaped(", ".join(recipe.only))]] if recipe.only else []
+    )
     return [
         ["method", escaped(recipe.method)],
         ["options", escaped(options)],
@@ -69,7 +83,9 @@ def _facts(recipe: Recipe, survived: float) -> list[list[object]]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("|" + "|".join(f" {cell} " if cell != "" else " " for cell in line) + "|" for line in lines)
+    return "\n".join(
+        "|" + "|".join(f" {cell} " if cell != "" else " " for cell in line) + "|" for line in lines
+    )
 
 
 def escaped(text: str) -> str:

@@ -42,10 +42,17 @@ class Storage:
     @classmethod
     def of(cls, job: Merge, dtypes: Mapping[str, torch.dtype]) -> Storage:
         """Return how a merge is stored; where scaled fp8 is kept, the merge is made once to see how large its values are."""
-        weights = {n: t for n, t in job.base.items() if isinstance(t, Scaled) and dtypes.get(n) == t.codes.dtype}
+        weights = {
+            n: t
+            for n, t in job.base.items()
+            if isinstance(t, Scaled) and dtypes.get(n) == t.codes.dtype
+        }
         if not weights or not isinstance(job.base, Checkpoint):
             return cls(dtypes)
-        grown = {name: tensor.grown(k) for (name, tensor), k in zip(weights.items(), _exponents(job, weights), strict=True)}
+        grown = {
+            name: tensor.grown(k)
+            for (name, tensor), k in zip(weights.items(), _exponents(job, weights), strict=True)
+        }
         beside = job.base.storage({name: tensor.scale for name, tensor in grown.items()})
         metadata = {key: text for key, text in job.base.metadata.items() if key == METADATA}
         return cls(dtypes, grown, beside, metadata)
@@ -72,7 +79,9 @@ class Storage:
             return 0.0, 0.0, 0.0
         merged, base = done.merged.cpu().double(), done.block.base.reshape(-1).cpu().double()
         values = self.scaled[name].times(decoded(stored).double(), done.start)
-        merged_, moved, error = (float(t.square().sum()) for t in (merged, merged - base, values - merged))
+        merged_, moved, error = (
+            float(t.square().sum()) for t in (merged, merged - base, values - merged)
+        )
         return merged_, moved, error
 
 

@@ -74,7 +74,10 @@ class Tally:
         if not merged:
             return ""
         of_delta = f" and {math.sqrt(error / moved):.1%} of the merged change" if moved else ""
-        return f"in the base's scaled fp8: rounding errs by {math.sqrt(error / merged):.2%} of the weights{of_delta}; " + WIDER
+        return (
+            f"in the base's scaled fp8: rounding errs by {math.sqrt(error / merged):.2%} of the weights{of_delta}; "
+            + WIDER
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +117,33 @@ def layout(base: Mapping[str, Tensor], save_dtype: str) -> list[Entry]:
     Raises:
         UsageError: where `save_dtype` is none of keep, float32, float16, bfloat16.
     """
-    dtypes = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    dtypes = {
+        "keep": None,
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }
     if save_dtype not in dtypes:
-        raise UsageError(f"save dtype '{save_dtype}' is unknown", fix=f"use one of {', '.join(dtypes)}")
+        raise UsageError(
+            f"save dtype '{save_dtype}' is unknown", fix=f"use one of {', '.join(dtypes)}"
+        )
     asked = dtypes[save_dtype]
     kept = {n: t.codes.dtype if isinstance(t, Scaled) else t.dtype for n, t in base.items()}
-    entries = [Entry(n, (asked or kept[n]) if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in base.items()]
+    entries = [
+        Entry(n, (asked or kept[n]) if t.is_floating_point() else t.dtype, tuple(t.shape))
+        for n, t in base.items()
+    ]
     beside = base.storage() if asked is None and isinstance(base, Checkpoint) else {}
     entries += [Entry(n, t.dtype, tuple(t.shape)) for n, t in beside.items()]
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
 def pieces(
-    job: Merge, entries: Sequence[Entry], storage: Storage, observe: Observe | None = None, put: Put | None = None
+    job: Merge,
+    entries: Sequence[Entry],
+    storage: Storage,
+    observe: Observe | None = None,
+    put: Put | None = None,
 ) -> Iterator[Piece]:
     """Yield the output, chunk by chunk, in the order of the entries.
 
@@ -153,7 +170,10 @@ def pieces(
     merged = job.stream([entry.name for entry in entries if entry.name in wanted], finish)
     for done, entry in enumerate(entries):
         job.progress(done, len(entries), "merge")
-        source, left = storage.beside[entry.name] if entry.name in storage.beside else job.base[entry.name], entry.numel
+        source, left = (
+            storage.beside[entry.name] if entry.name in storage.beside else job.base[entry.name],
+            entry.numel,
+        )
         while left and entry.name in wanted:
             piece = next(merged)
             left -= piece.n
@@ -189,7 +209,11 @@ def write(
     """
     head = header(entries, metadata)
     stream.write(head)
-    put = _putter(stream, entries, len(head)) if isinstance(stream, BufferedWriter) and job.threads > 1 else None
+    put = (
+        _putter(stream, entries, len(head))
+        if isinstance(stream, BufferedWriter) and job.threads > 1
+        else None
+    )
     tally, seen = Tally(), []
     for piece in pieces(job, entries, storage, observe, put):
         stream.write(_bytes(piece.stored))
@@ -203,7 +227,10 @@ def _putter(stream: BufferedWriter, entries: Sequence[Entry], start: int) -> Put
     """Return what writes a chunk to its place in a file whose tensors begin at `start`."""
     stream.flush()
     file = stream.fileno()
-    places = {e.name: (start + place, e.dtype.itemsize) for e, place in zip(entries, starts(entries), strict=True)}
+    places = {
+        e.name: (start + place, e.dtype.itemsize)
+        for e, place in zip(entries, starts(entries), strict=True)
+    }
 
     def put(name: str, index: int, stored: Tensor) -> None:
         place, itemsize = places[name]
@@ -230,7 +257,11 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     for entry, start in zip(entries, starts(entries), strict=True):
         offsets = [start, start + entry.bytes]
-        table[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        table[entry.name] = {
+            "dtype": CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": offsets,
+        }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
@@ -247,17 +278,30 @@ def kept_files(base: Place, variant: str | None = None) -> list[tuple[Path, Path
         UsageError: where the base is a file without a config.
     """
     if base.component is None:
-        raise UsageError(f"{base.path} is a file without a config", fix="give -o a name that ends in .safetensors")
+        raise UsageError(
+            f"{base.path} is a file without a config",
+            fix="give -o a name that ends in .safetensors",
+        )
     root = base.pipeline or base.component
     files = [base.component / "config.json"]
     if base.pipeline is not None:
         index = read_index(base.pipeline)
-        parts = [p for p in sorted(base.pipeline.iterdir()) if p.is_dir() and p.name in index and p != base.component]
+        parts = [
+            p
+            for p in sorted(base.pipeline.iterdir())
+            if p.is_dir() and p.name in index and p != base.component
+        ]
         if base.pipeline == base.component:
             files += [f for f in [root / "scheduler_config.json"] if f.is_file()]
-        files += [base.pipeline / "model_index.json", *(file for part in parts for file in sorted(part.rglob("*")))]
+        files += [
+            base.pipeline / "model_index.json",
+            *(file for part in parts for file in sorted(part.rglob("*"))),
+        ]
     kept = [(inside(root, f), f.relative_to(root)) for f in files if f.is_file()]
-    names = {folder: plain_names(folder, variant) for folder in dict.fromkeys(file.parent for file, _ in kept)}
+    names = {
+        folder: plain_names(folder, variant)
+        for folder in dict.fromkeys(file.parent for file, _ in kept)
+    }
     named = [(file, path, names[file.parent].get(file.name, file.name)) for file, path in kept]
     return [(file, path.with_name(name)) for file, path, name in named if name is not None]
 
@@ -281,4 +325,7 @@ def refuse_pickle(out: Path) -> None:
         UsageError: naming it.
     """
     if out.suffix in PICKLES:
-        raise UsageError(f"{out} has the name of a pickle", fix="give a name that ends in .safetensors, or that of a folder")
+        raise UsageError(
+            f"{out} has the name of a pickle",
+            fix="give a name that ends in .safetensors, or that of a folder",
+        )

@@ -56,9 +56,13 @@ KINDS = {
     "norm": r"(?:\w+_)?norm\w*",
     "resnet": r"resnets",
 }
-_BLOCK = re.compile(f"(?:{'|'.join(f'(?P<_{word}>{pattern})' for word, pattern in BLOCKS)})(?=\\.|$)")
+_BLOCK = re.compile(
+    f"(?:{'|'.join(f'(?P<_{word}>{pattern})' for word, pattern in BLOCKS)})(?=\\.|$)"
+)
 _SINGLE = re.compile(r"(in|out)put_blocks\.(\d+)(?=\.|$)")
-_LAYER = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(?=\.|$)")
+_LAYER = re.compile(
+    r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(?=\.|$)"
+)
 _KIND = {kind: re.compile(rf"(?:^|\.)(?:{pattern})(?=\.|$)") for kind, pattern in KINDS.items()}
 
 
@@ -141,4 +145,6 @@ def _split(name: str) -> tuple[str, str]:
 def _depth(block: str) -> tuple[int, list[tuple[bool, int, str]]]:
     word = block.partition(".")[0]
     stage = ORDER.index(word) if word in ORDER else len(ORDER)
-    return stage, [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in block.split(".")]
+    return stage, [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in block.split(".")
+    ]

@@ -40,11 +40,14 @@ def read_coefficients(path: Path) -> tuple[list[float] | None, list[Rule]]:
         InputError: where the file is missing or holds something else.
     """
     try:
-        return _of_rows(read_rows(path)) if path.suffix == ".csv" else _of_table(read_document(path))
+        return (
+            _of_rows(read_rows(path)) if path.suffix == ".csv" else _of_table(read_document(path))
+        )
     except (ValueError, TypeError, UsageError) as error:
         what = error.what if isinstance(error, DemergeError) else error
         raise InputError(
-            f"{path}: no file of weights: {what}", fix='for example {"weights": [0.5, 0.5], "blocks": {"mid": [0.3, 0.7]}}'
+            f"{path}: no file of weights: {what}",
+            fix='for example {"weights": [0.5, 0.5], "blocks": {"mid": [0.3, 0.7]}}',
         ) from error
 
 
@@ -61,7 +64,10 @@ def refuse_other_order(path: Path, experts: Sequence[str]) -> None:
         return
     there, given = ([Path(name).resolve() for name in names] for names in (named, experts))
     if there != given and sorted(there) == sorted(given):
-        raise UsageError(f"{path} has weights for the experts in another order", fix=f"give them as {' '.join(named)}")
+        raise UsageError(
+            f"{path} has weights for the experts in another order",
+            fix=f"give them as {' '.join(named)}",
+        )
 
 
 def _of_rows(rows: list[list[str]]) -> tuple[list[float] | None, list[Rule]]:

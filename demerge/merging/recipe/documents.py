@@ -57,7 +57,9 @@ def typed(table: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], wh
         UsageError: where the value is of another kind.
     """
     value = table.get(key)
-    if value is None or (isinstance(value, kinds) and (not isinstance(value, bool) or kinds is bool)):
+    if value is None or (
+        isinstance(value, kinds) and (not isinstance(value, bool) or kinds is bool)
+    ):
         return value
     wanted = " or ".join(NAMES[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
     raise UsageError(f"{where}: {key} is {str(value)[:80]!r}", fix=f"write {wanted}")
@@ -73,7 +75,9 @@ def _text(path: Path) -> str:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", fix="check the path") from error
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}", fix="check the path"
+        ) from error
     if len(data) > MAX_BYTES:
         raise _damaged(path, f"larger than {MAX_BYTES >> 20} MB")
     try:
@@ -86,7 +90,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     text = _text(path)
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster, where it was built
+    loader: Any = getattr(
+        yaml, "CSafeLoader", yaml.SafeLoader
+    )  # the C one is ten times faster, where it was built
     try:
         _refuse_bombs(path, yaml.parse(text, loader), yaml)
         _refuse_twins(path, yaml.compose(text, loader), yaml)
@@ -105,7 +111,9 @@ def _refuse_bombs(path: Path, events: Any, yaml: Any) -> None:
             raise _damaged(path, "anchors and aliases are not allowed")
         if getattr(event, "tag", None):
             raise _damaged(path, f"the tag {event.tag[:40]} is not allowed")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
         if depth > MAX_DEPTH:
             raise _damaged(path, f"more than {MAX_DEPTH} levels deep")
 
@@ -115,7 +123,9 @@ def _refuse_twins(path: Path, node: Any, yaml: Any) -> None:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) != len(node.value) or len(set(keys)) != len(keys):
             raise _damaged(path, "a key occurs twice, or is not plain text")
-    children: Sequence[Any] = [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
+    children: Sequence[Any] = (
+        [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
+    )
     for child in children:
         for part in child if isinstance(child, tuple) else (child,):
             _refuse_twins(path, part, yaml)

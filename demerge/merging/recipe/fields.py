@@ -73,7 +73,8 @@ class Source:
     def __post_init__(self) -> None:
         if not self.path.isprintable():
             raise UsageError(
-                f"{self.path}: its name holds control characters or is not UTF-8, and a recipe names it", fix="rename it"
+                f"{self.path}: its name holds control characters or is not UTF-8, and a recipe names it",
+                fix="rename it",
             )
 
     @property
@@ -85,12 +86,24 @@ class Source:
     def document(self) -> dict[str, Any]:
         """Return the source as JSON values."""
         span = {"range": [self.range.start, self.range.stop]} if self.range else {}
-        inputs = {"inputs": {name: dict(files) for name, files in self.inputs.items()}} if self.inputs else {}
-        return {"path": self.path, **({"files": dict(self.files)} if self.files else {}), **span, **inputs}
+        inputs = (
+            {"inputs": {name: dict(files) for name, files in self.inputs.items()}}
+            if self.inputs
+            else {}
+        )
+        return {
+            "path": self.path,
+            **({"files": dict(self.files)} if self.files else {}),
+            **span,
+            **inputs,
+        }
 
     def stored(self, folder: Path) -> Source:
         """Return the source as a recipe in `folder` writes it."""
-        inputs = {name: {stored(p, folder): h for p, h in files.items()} for name, files in self.inputs.items()}
+        inputs = {
+            name: {stored(p, folder): h for p, h in files.items()}
+            for name, files in self.inputs.items()
+        }
         return replace(self, path=stored(self.path, folder), inputs=inputs)
 
 
@@ -101,7 +114,9 @@ def expanded(path: str) -> list[str]:
         return [path]
     if any((folder / name).is_file() for name in ("model_index.json", "config.json", EXPERT)):
         return [path]
-    inside = sorted((read_expert(record).range, str(record.parent)) for record in folder.glob(f"*/{EXPERT}"))
+    inside = sorted(
+        (read_expert(record).range, str(record.parent)) for record in folder.glob(f"*/{EXPERT}")
+    )
     return [place for _, place in inside] or [path]
 
 
@@ -117,7 +132,10 @@ def read_source(entry: Any, folder: Path, where: str, known: Sequence[str]) -> S
     refuse_unknown(table, known, where)
     files = texts(typed(table, "files", dict, where) or {})
     inputs = {
-        str(name): {found(str(p), folder): str(h) for p, h in (given if isinstance(given, dict) else {given: ""}).items()}
+        str(name): {
+            found(str(p), folder): str(h)
+            for p, h in (given if isinstance(given, dict) else {given: ""}).items()
+        }
         for name, given in (typed(table, "inputs", dict, where) or {}).items()
     }
     return Source(found(table["path"], folder), _range(table.get("range"), where), files, inputs)
@@ -128,7 +146,9 @@ def _range(value: Any, where: str) -> TimestepRange | None:
         return None if value is None else TimestepRange.parse(value)
     if isinstance(value, list) and [type(v) for v in value] == [int, int]:
         return TimestepRange(*value)
-    raise UsageError(f"{where}: range is {value!r}", fix="write [start, stop], for example [0, 250]")
+    raise UsageError(
+        f"{where}: range is {value!r}", fix="write [start, stop], for example [0, 250]"
+    )
 
 
 def texts(table: Mapping[Any, Any]) -> dict[str, str]:
@@ -145,9 +165,13 @@ def read_rule(entry: Any, where: str) -> Rule:
     if isinstance(entry, str):
         return Rule.parse(entry)
     if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
-        raise UsageError(f"{where}: a rule names no pattern", fix="write {match: mid, weights: [0.2, 0.8]}")
+        raise UsageError(
+            f"{where}: a rule names no pattern", fix="write {match: mid, weights: [0.2, 0.8]}"
+        )
     refuse_unknown(entry, ("match", "weights", "options"), f"{where}: rule '{entry['match']}'")
-    weights, options = (typed(entry, key, kind, where) for key, kind in (("weights", list), ("options", dict)))
+    weights, options = (
+        typed(entry, key, kind, where) for key, kind in (("weights", list), ("options", dict))
+    )
     return Rule.of(entry["match"], weights, options or {})
 
 
@@ -162,10 +186,15 @@ def read_weights(
     whole = typed(document, "weights", (list, str), where)
     each = [entry["weight"] for entry in experts if isinstance(entry, dict) and "weight" in entry]
     if each and (whole is not None or len(each) != len(experts)):
-        raise UsageError(f"{where}: weights are given twice or in part", fix="give each expert a weight, or one list weights")
+        raise UsageError(
+            f"{where}: weights are given twice or in part",
+            fix="give each expert a weight, or one list weights",
+        )
     if isinstance(whole, str):
         return read_coefficients(folder / whole)
     try:
         return ([number(weight) for weight in whole or each] if whole or each else None), []
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{where}: weights are not numbers", fix="for example weights: [0.5, 0.5]") from error
+        raise UsageError(
+            f"{where}: weights are not numbers", fix="for example weights: [0.5, 0.5]"
+        ) from error

@@ -42,7 +42,13 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 PLAIN = ("linear", "task_arithmetic", "slerp", "model_stock")
 NORMALIZED = ("linear", "ties", "della")  # by default
-SHARED = {"density": "density", "select_topk": "density", "gamma": "gamma", "epsilon": "epsilon", "lambda": "scale"}
+SHARED = {
+    "density": "density",
+    "select_topk": "density",
+    "gamma": "gamma",
+    "epsilon": "epsilon",
+    "lambda": "scale",
+}
 OTHERS = ("weight", "normalize", "rescale", "t", "filter_wise", "int8_mask")
 
 
@@ -54,15 +60,21 @@ def from_mergekit(document: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     for key in ("slices", "modules"):
         if key in document:
-            fix = (
-                "write models: [...], and what differs between layers as rules, for example rules: ['up weights=0.2..0.8,0.5']"
+            fix = "write models: [...], and what differs between layers as rules, for example rules: ['up weights=0.2..0.8,0.5']"
+            raise UsageError(
+                f"{where}: {key} of mergekit join layers, which denoisers cannot", fix=fix
             )
-            raise UsageError(f"{where}: {key} of mergekit join layers, which denoisers cannot", fix=fix)
     refuse_unknown(document, KEYS, f"{where} (mergekit's)")
     name = str(document[MARK])[:80]
     if name not in METHODS:
-        raise UsageError(f"{where}: mergekit's method '{name}' is not here", fix=f"use one of {', '.join(METHODS)}")
-    base, listed = typed(document, "base_model", str, where), typed(document, "models", list, where) or []
+        raise UsageError(
+            f"{where}: mergekit's method '{name}' is not here",
+            fix=f"use one of {', '.join(METHODS)}",
+        )
+    base, listed = (
+        typed(document, "base_model", str, where),
+        typed(document, "models", list, where) or [],
+    )
     models = [_model(entry, where) for entry in listed]
     shared = _plain(typed(document, "parameters", dict, where) or {}, where)
     alone = name in ("linear", "slerp")
@@ -92,7 +104,9 @@ def from_mergekit(document: Mapping[str, Any], where: str) -> dict[str, Any]:
         options["by"] = "row"
     dtype = document.get("out_dtype") or document.get("dtype")
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"{where}: dtype {dtype!r} cannot be stored", fix=f"write one of {', '.join(DTYPES)}")
+        raise UsageError(
+            f"{where}: dtype {dtype!r} cannot be stored", fix=f"write one of {', '.join(DTYPES)}"
+        )
     return {
         **({"no_base": True} if alone else {"base": base}),
         "experts": [path for path, _ in models],
@@ -105,7 +119,9 @@ def from_mergekit(document: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _model(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
-        raise UsageError(f"{where}: a model names no path", fix="write {model: PATH, parameters: {weight: 0.5}}")
+        raise UsageError(
+            f"{where}: a model names no path", fix="write {model: PATH, parameters: {weight: 0.5}}"
+        )
     refuse_unknown(entry, ("model", "parameters"), f"{where}: model {entry['model']}")
     return entry["model"], _plain(typed(entry, "parameters", dict, where) or {}, where)
 
@@ -115,45 +131,60 @@ def _plain(parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
     refuse_unknown(parameters, (*SHARED, *OTHERS), f"{where}: parameters")
     for key, value in parameters.items():
         if not isinstance(value, int | float):
-            fix = (
-                "give one number, and write the rest as rules, for example rules: ['up.attn weights=0.2..0.8,0.5 density=0.3']"
+            fix = "give one number, and write the rest as rules, for example rules: ['up.attn weights=0.2..0.8,0.5 density=0.3']"
+            raise UsageError(
+                f"{where}: {key} is {str(value)[:60]}, which differs from layer to layer", fix=fix
             )
-            raise UsageError(f"{where}: {key} is {str(value)[:60]}, which differs from layer to layer", fix=fix)
     return dict(parameters)
 
 
 def _ends(
-    models: Sequence[tuple[str, dict[str, Any]]], base: str | None, shared: Mapping[str, Any], where: str
+    models: Sequence[tuple[str, dict[str, Any]]],
+    base: str | None,
+    shared: Mapping[str, Any],
+    where: str,
 ) -> list[tuple[str, dict[str, Any]]]:
     """Return the two models of a slerp, that of t = 0 first."""
     paths = [base] if base else []
     paths += [path for path, _ in models if path != base]
     if len(paths) != 2 or "t" not in shared:
         raise UsageError(
-            f"{where}: slerp is of two models, at a t", fix="write base_model, one more model and parameters: {t: 0.5}"
+            f"{where}: slerp is of two models, at a t",
+            fix="write base_model, one more model and parameters: {t: 0.5}",
         )
     return [(paths[0], {"weight": 1 - shared["t"]}), (paths[1], {"weight": shared["t"]})]
 
 
-def _options(models: Sequence[tuple[str, Mapping[str, Any]]], shared: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _options(
+    models: Sequence[tuple[str, Mapping[str, Any]]], shared: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """Return the options that all models share."""
     options = {SHARED[key]: value for key, value in shared.items() if key in SHARED}
     for key, option in SHARED.items():
         values = {given.get(key, shared.get(key)) for _, given in models}
         if len(values) > 1:
             told = ", ".join(str(value) for value in values)
-            raise UsageError(f"{where}: {key} is another for each model ({told})", fix=f"give all models one {key}")
+            raise UsageError(
+                f"{where}: {key} is another for each model ({told})",
+                fix=f"give all models one {key}",
+            )
         if values and (value := values.pop()) is not None:
             options[option] = value
     return options
 
 
 def _weights(
-    name: str, models: Sequence[tuple[str, Mapping[str, Any]]], shared: Mapping[str, Any], where: str
+    name: str,
+    models: Sequence[tuple[str, Mapping[str, Any]]],
+    shared: Mapping[str, Any],
+    where: str,
 ) -> list[float] | None:
     if name in ("model_stock", "sce"):
         return None
     lacking = [path for path, given in models if "weight" not in given and "weight" not in shared]
     if lacking:
-        raise UsageError(f"{where}: {lacking[0]} has no weight", fix="write parameters: {weight: 0.5} for each model")
+        raise UsageError(
+            f"{where}: {lacking[0]} has no weight",
+            fix="write parameters: {weight: 0.5} for each model",
+        )
     return [float(given.get("weight", shared.get("weight"))) for _, given in models]

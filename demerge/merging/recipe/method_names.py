@@ -17,7 +17,9 @@ from demerge.errors import UsageError
 from demerge.merging.recipe.recipe import Recipe
 from demerge.merging.registry import folded
 
-DIFFERENCES: Mapping[str, tuple[float, tuple[float, ...], str]] = {  # the default of m, what it multiplies, the models
+DIFFERENCES: Mapping[
+    str, tuple[float, tuple[float, ...], str]
+] = {  # the default of m, what it multiplies, the models
     "weighted_sum": (0.5, (1.0,), "A B"),
     "add_difference": (1.0, (1.0, -1.0), "A B C"),
 }
@@ -45,18 +47,26 @@ def translated(recipe: Recipe) -> Recipe:
     default, signs, models = DIFFERENCES[name]
     if len(recipe.experts) != len(signs) or recipe.no_base:
         raise UsageError(
-            f"{name} takes the models {models}", fix=f"demerge merge {models} --method {name} --option multiplier=0.5"
+            f"{name} takes the models {models}",
+            fix=f"demerge merge {models} --method {name} --option multiplier=0.5",
         )
     unknown = [option for option in recipe.options if option not in MULTIPLIERS]
     if unknown:
-        raise UsageError(f"method {name} has no option '{unknown[0]}'", fix=f"its option: multiplier={default}")
+        raise UsageError(
+            f"method {name} has no option '{unknown[0]}'", fix=f"its option: multiplier={default}"
+        )
     m = next(iter(recipe.options.values()), default)
     if recipe.weights is not None:
         if len(recipe.weights) != 1:
-            raise UsageError(f"{name} takes one weight, the multiplier", fix="for example --option multiplier=0.5")
+            raise UsageError(
+                f"{name} takes one weight, the multiplier",
+                fix="for example --option multiplier=0.5",
+            )
         m = recipe.weights[0]
     try:
         weights = [sign * float(m) for sign in signs]
     except (TypeError, ValueError) as error:
-        raise UsageError(f"multiplier={m} is not a number", fix="for example --option multiplier=0.5") from error
+        raise UsageError(
+            f"multiplier={m} is not a number", fix="for example --option multiplier=0.5"
+        ) from error
     return replace(recipe, method="task_arithmetic", options={}, weights=weights)

@@ -23,7 +23,11 @@ def stored(path: str, folder: Path) -> str:
     there, here, home = Path(os.path.abspath(path)), Path(os.path.abspath(folder)), Path.home()
     common = Path(os.path.commonpath((there, here)))
     if common == Path(common.anchor) or common in home.parents:
-        return f"~/{there.relative_to(home).as_posix()}" if there.is_relative_to(home) else there.as_posix()
+        return (
+            f"~/{there.relative_to(home).as_posix()}"
+            if there.is_relative_to(home)
+            else there.as_posix()
+        )
     relative = Path(os.path.relpath(there, here)).as_posix()
     return relative if relative.startswith(".") else f"./{relative}"
 
@@ -31,10 +35,16 @@ def stored(path: str, folder: Path) -> str:
 def found(text: str, folder: Path) -> str:
     """Return the path that a recipe in `folder` writes as `text`."""
     path = Path(text).expanduser() if text.startswith("~") else folder / text
-    return text if not text.startswith((".", "~", "/")) and is_remote(text, folder) else os.path.normpath(path)
+    return (
+        text
+        if not text.startswith((".", "~", "/")) and is_remote(text, folder)
+        else os.path.normpath(path)
+    )
 
 
 def is_remote(text: str, folder: Path = Path()) -> bool:
     """Whether a text is the name of an embedded model or a Hub id, and no path in `folder`."""
     path = folder / text
-    return text in EMBEDDED or (bool(HUB_ID.fullmatch(text)) and not path.exists() and not path.parent.exists())
+    return text in EMBEDDED or (
+        bool(HUB_ID.fullmatch(text)) and not path.exists() and not path.parent.exists()
+    )

@@ -28,7 +28,15 @@ from typing import Any, Unpack
 
 from demerge.errors import InputError, UsageError
 from demerge.merging.recipe.documents import read_document, refuse_unknown, typed
-from demerge.merging.recipe.fields import Asked, Source, expanded, read_rule, read_source, read_weights, texts
+from demerge.merging.recipe.fields import (
+    Asked,
+    Source,
+    expanded,
+    read_rule,
+    read_source,
+    read_weights,
+    texts,
+)
 from demerge.merging.recipe.mergekit import MARK, from_mergekit
 from demerge.merging.recipe.paths import found
 from demerge.merging.recipe.rules import Rule
@@ -42,7 +50,13 @@ KINDS: Mapping[str, Any] = {
     "only": list, "seed": int, "save_dtype": str, "variant": str, "out_rank": int, "boundary": (int, float), "versions": dict,
     "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str, "components": str, "no_base": bool,
 }  # fmt: skip
-READ = ("format", "base", "experts", "weights", "rules")  # by functions of their own; the others are taken as they are
+READ = (
+    "format",
+    "base",
+    "experts",
+    "weights",
+    "rules",
+)  # by functions of their own; the others are taken as they are
 EXPERT = ("path", "weight", "range", "files", "inputs")
 
 
@@ -79,7 +93,10 @@ class Recipe:
         return f"Recipe({self.method}: {self.base.path!r}, experts {[expert.path for expert in self.experts]})"
 
     def __post_init__(self) -> None:
-        for name, value, least in (("seed", self.seed, 0), ("out_rank", 1 if self.out_rank is None else self.out_rank, 1)):
+        for name, value, least in (
+            ("seed", self.seed, 0),
+            ("out_rank", 1 if self.out_rank is None else self.out_rank, 1),
+        ):
             if value < least:
                 raise UsageError(f"{name} is {value}", fix=f"give {least} or more")
 
@@ -90,7 +107,9 @@ class Recipe:
         Raises:
             UsageError: where a rule cannot be read, or the ranges are not one for each expert.
         """
-        empty = cls(Source(str(base)), [Source(path) for given in experts for path in expanded(str(given))])
+        empty = cls(
+            Source(str(base)), [Source(path) for given in experts for path in expanded(str(given))]
+        )
         return empty.changed(**asked)
 
     def changed(self, **asked: Unpack[Asked]) -> Recipe:
@@ -106,10 +125,17 @@ class Recipe:
             experts = [self.base, *experts]
         if ranges is not None:
             if len(ranges) != len(experts):
-                raise UsageError(f"{len(ranges)} ranges for {len(experts)} experts", fix="give --range once for each expert")
-            experts = [replace(expert, range=span) for expert, span in zip(experts, ranges, strict=True)]
+                raise UsageError(
+                    f"{len(ranges)} ranges for {len(experts)} experts",
+                    fix="give --range once for each expert",
+                )
+            experts = [
+                replace(expert, range=span) for expert, span in zip(experts, ranges, strict=True)
+            ]
         if "rules" in values:
-            values["rules"] = [rule if isinstance(rule, Rule) else Rule.parse(rule) for rule in values["rules"]]
+            values["rules"] = [
+                rule if isinstance(rule, Rule) else Rule.parse(rule) for rule in values["rules"]
+            ]
         values["options"] = {**self.options, **(values.get("options") or {})}
         return replace(self, experts=experts, **values)
 
@@ -131,7 +157,9 @@ class Recipe:
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: its recipe is damaged: {str(error)[:80]}", fix="use demerge.json") from error
+            raise InputError(
+                f"{path}: its recipe is damaged: {str(error)[:80]}", fix="use demerge.json"
+            ) from error
         return cls.parse(document, home_of(path), str(path))
 
     @classmethod
@@ -144,26 +172,47 @@ class Recipe:
         if isinstance(document, dict) and MARK in document:
             document = from_mergekit(document, where)
         if not isinstance(document, dict) or not document.get("experts"):
-            raise UsageError(f"{where} names no base and experts", fix="write base: PATH and experts: [PATH, ...]")
+            raise UsageError(
+                f"{where} names no base and experts",
+                fix="write base: PATH and experts: [PATH, ...]",
+            )
         if not document.get("base") and document.get("no_base") is not True:
-            raise UsageError(f"{where} names no base", fix="write base: PATH, or no_base: true to merge the experts alone")
+            raise UsageError(
+                f"{where} names no base",
+                fix="write base: PATH, or no_base: true to merge the experts alone",
+            )
         refuse_unknown(document, KINDS, where)
         if str(document.get("format", FORMAT)) != FORMAT:
-            raise UsageError(f"{where} has the format {document['format']}", fix=f"this version reads {FORMAT}")
-        values = {key: typed(document, key, KINDS[key], where) for key in document if key not in READ}
-        if ".py:" in (values.get("method") or ""):  # a recipe may come from anywhere, and must not name what to run
-            raise UsageError(f"{where} names the file of a method", fix=f"give it yourself: --method {values['method']}")
+            raise UsageError(
+                f"{where} has the format {document['format']}", fix=f"this version reads {FORMAT}"
+            )
+        values = {
+            key: typed(document, key, KINDS[key], where) for key in document if key not in READ
+        }
+        if ".py:" in (
+            values.get("method") or ""
+        ):  # a recipe may come from anywhere, and must not name what to run
+            raise UsageError(
+                f"{where} names the file of a method",
+                fix=f"give it yourself: --method {values['method']}",
+            )
         values |= {key: texts(values[key]) for key in ("versions", "output") if values.get(key)}
         values["only"] = [str(pattern) for pattern in values.get("only") or ()]
         options = values.get("options") or {}
-        values["options"] = {k: [found(str(p), folder) for p in v] if isinstance(v, list) else v for k, v in options.items()}
+        values["options"] = {
+            k: [found(str(p), folder) for p in v] if isinstance(v, list) else v
+            for k, v in options.items()
+        }
         listed: list[Any] = []
         for entry in typed(document, "experts", list, where):
             path = found(entry, folder) if isinstance(entry, str) else ""
             inside = expanded(path) if path else []
             listed += [entry] if inside in ([], [path]) else map(os.path.abspath, inside)
         whole, rules = read_weights(document, listed, folder, where)
-        experts = [read_source(entry, folder, f"{where}: expert {i}", EXPERT) for i, entry in enumerate(listed)]
+        experts = [
+            read_source(entry, folder, f"{where}: expert {i}", EXPERT)
+            for i, entry in enumerate(listed)
+        ]
         base = Source(experts[0].path)
         if document.get("base"):
             base = read_source(document["base"], folder, f"{where}: base", ("path", "files"))
@@ -173,19 +222,29 @@ class Recipe:
             base=base,
             experts=experts,
             weights=whole,
-            rules=[*(read_rule(entry, where) for entry in typed(document, "rules", list, where) or ()), *rules],
+            rules=[
+                *(read_rule(entry, where) for entry in typed(document, "rules", list, where) or ()),
+                *rules,
+            ],
             **{key: value for key, value in values.items() if value is not None},
         )
 
     def stored(self, folder: Path) -> Recipe:
         """Return the recipe as it is written in `folder`, paths relative to it."""
-        return replace(self, base=self.base.stored(folder), experts=[expert.stored(folder) for expert in self.experts])
+        return replace(
+            self,
+            base=self.base.stored(folder),
+            experts=[expert.stored(folder) for expert in self.experts],
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the recipe as JSON values; what is not asked for is left out."""
         more = {
             "rules": [rule.document() for rule in self.rules],
-            **{name: getattr(self, name) for name in ("only", "variant", "out_rank", "boundary", "skip_text_encoder")},
+            **{
+                name: getattr(self, name)
+                for name in ("only", "variant", "out_rank", "boundary", "skip_text_encoder")
+            },
             **{name: getattr(self, name) for name in ("missing", "extra", "components", "no_base")},
             **{name: dict(getattr(self, name)) for name in ("versions", "output")},
         }
@@ -198,20 +257,36 @@ class Recipe:
             "save_dtype": self.save_dtype,
             "base": self.base.document(),
             "experts": [expert.document() for expert in self.experts],
-            **{name: value for name, value in more.items() if value not in (None, (), [], {}, False, "error")},
+            **{
+                name: value
+                for name, value in more.items()
+                if value not in (None, (), [], {}, False, "error")
+            },
         }
 
     def canonical(self) -> str:
         """Return the document as canonical JSON: sorted keys, no white space, no NaN."""
-        return json.dumps(self.document(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return json.dumps(
+            self.document(),
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+            allow_nan=False,
+        )
 
     def metadata(self) -> dict[str, str]:
         """Return what the safetensors file says about itself."""
         spans = [str(e.range) for e in self.experts if e.range]
-        ranges = {"modelspec.timestep_range": f"{min(spans)[:4]}-{max(s[5:] for s in spans)}"} if spans else {}
+        ranges = (
+            {"modelspec.timestep_range": f"{min(spans)[:4]}-{max(s[5:] for s in spans)}"}
+            if spans
+            else {}
+        )
         return {
             "format": "pt",
-            "modelspec.merged_from": ", ".join(s.name for s in (*([] if self.no_base else [self.base]), *self.experts)),
+            "modelspec.merged_from": ", ".join(
+                s.name for s in (*([] if self.no_base else [self.base]), *self.experts)
+            ),
             **ranges,
             METADATA: replace(self, output={}).canonical(),
         }
@@ -219,4 +294,7 @@ class Recipe:
 
 def home_of(weights: Path) -> Path:
     """Return the folder that the recipe in a file of weights is relative to: the whole output's."""
-    return next((p for p in (weights.parent, weights.parent.parent) if (p / DOCUMENT).is_file()), weights.parent)
+    return next(
+        (p for p in (weights.parent, weights.parent.parent) if (p / DOCUMENT).is_file()),
+        weights.parent,
+    )

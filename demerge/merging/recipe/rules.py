@@ -29,7 +29,16 @@ from demerge.errors import UsageError
 from demerge.merging.contract import Method
 from demerge.merging.engine.job import Setting
 from demerge.merging.engine.validation import settle_weights
-from demerge.merging.recipe.blocks import KINDS, ORDER, alias, block_of, by_depth, classic, is_kind, spelt
+from demerge.merging.recipe.blocks import (
+    KINDS,
+    ORDER,
+    alias,
+    block_of,
+    by_depth,
+    classic,
+    is_kind,
+    spelt,
+)
 
 SYNTAX = "write PATTERN NAME=VALUE ..., for example 'up.attn weights=0.2..0.8,0.5 scale=0.7'"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -85,8 +94,14 @@ class Rule:
         try:
             numbers = None if weights is None else tuple(_number(weight) for weight in weights)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"the weights of rule '{pattern}' are not numbers", fix=SYNTAX) from error
-        return cls(pattern, numbers, {name.replace("-", "_"): _ramp(value) or value for name, value in options.items()})
+            raise UsageError(
+                f"the weights of rule '{pattern}' are not numbers", fix=SYNTAX
+            ) from error
+        return cls(
+            pattern,
+            numbers,
+            {name.replace("-", "_"): _ramp(value) or value for name, value in options.items()},
+        )
 
     def parsed(self, method: Method) -> Rule:
         """Return the rule with the values of its options in place of their text.
@@ -95,7 +110,10 @@ class Rule:
             UsageError: where the method has no such option, or a value breaks its rule.
         """
         method.settle(self.plain)
-        options = {n: v if isinstance(v, Ramp) else method.options[n].parse(n, v) for n, v in self.options.items()}
+        options = {
+            n: v if isinstance(v, Ramp) else method.options[n].parse(n, v)
+            for n, v in self.options.items()
+        }
         return replace(self, options=options)
 
     @property
@@ -105,13 +123,29 @@ class Rule:
 
     def document(self) -> dict[str, Any]:
         """Return the rule as JSON values, ramps as text."""
-        weights = {} if self.weights is None else {"weights": [_plain(weight) for weight in self.weights]}
-        options = {"options": {name: _plain(value) for name, value in self.options.items()}} if self.options else {}
+        weights = (
+            {} if self.weights is None else {"weights": [_plain(weight) for weight in self.weights]}
+        )
+        options = (
+            {"options": {name: _plain(value) for name, value in self.options.items()}}
+            if self.options
+            else {}
+        )
         return {"match": self.pattern, **weights, **options}
 
     def __str__(self) -> str:
-        weights = [] if self.weights is None else [f"weights={','.join(str(_plain(w)) for w in self.weights)}"]
-        return " ".join([self.pattern, *weights, *(f"{name}={_plain(value)}" for name, value in self.options.items())])
+        weights = (
+            []
+            if self.weights is None
+            else [f"weights={','.join(str(_plain(w)) for w in self.weights)}"]
+        )
+        return " ".join(
+            [
+                self.pattern,
+                *weights,
+                *(f"{name}={_plain(value)}" for name, value in self.options.items()),
+            ]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +157,11 @@ class Matched:
 
 
 def settle(
-    rules: Sequence[Rule], names: Sequence[str], method: Method, options: Mapping[str, Any], weights: Sequence[float]
+    rules: Sequence[Rule],
+    names: Sequence[str],
+    method: Method,
+    options: Mapping[str, Any],
+    weights: Sequence[float],
 ) -> tuple[dict[str, Setting], list[Matched]]:
     """Return the setting of each tensor that a rule takes, and what each rule took.
 
@@ -147,7 +185,10 @@ def settle(
                 fix="put it before them, since the first rule that matches wins",
             )
         blocks = by_depth(found)
-        per_block = {block: _setting(rule, place, len(blocks), method, options, weights) for place, block in enumerate(blocks)}
+        per_block = {
+            block: _setting(rule, place, len(blocks), method, options, weights)
+            for place, block in enumerate(blocks)
+        }
         settings |= {name: per_block[block_of(name)] for name in mine}
         taken.append(Matched(rule, mine))
     _refuse_parts_of_a_whole(taken, settings, method, Setting(weights, method.settle(options)))
@@ -168,7 +209,11 @@ def select(pattern: str, names: Sequence[str], what: str) -> list[str]:
     found = [name for name in names if holds(name)]
     if not found:
         near = _near(pattern, names)
-        fix = f"did you mean {', '.join(near)}?" if near else f"the blocks are {', '.join(by_depth(names)[:12])}"
+        fix = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else f"the blocks are {', '.join(by_depth(names)[:12])}"
+        )
         raise UsageError(f"{what} matches no tensor that is merged", fix=fix)
     return found
 
@@ -195,7 +240,10 @@ def matcher(pattern: str) -> Callable[[str], bool]:
         UsageError: where the pattern has empty parts or characters that no name has.
     """
     if not is_pattern(pattern):
-        raise UsageError(f"'{pattern}' is not a pattern", fix="join parts by dots, for example down_blocks.*.attentions.**")
+        raise UsageError(
+            f"'{pattern}' is not a pattern",
+            fix="join parts by dots, for example down_blocks.*.attentions.**",
+        )
     parts = (pattern := spelt(pattern)).split(".")
     counted = COUNTED.fullmatch(parts[0]) is not None
     short, named = counted or parts[0] in ORDER, classic if counted else alias
@@ -203,12 +251,17 @@ def matcher(pattern: str) -> Callable[[str], bool]:
         kind, where = parts[-1], _glob(".".join(parts[:-1]) or "**")
         return lambda name: is_kind(kind, name) and where.match(named(name)) is not None
     glob = _glob(pattern)
-    return lambda name: glob.match(name) is not None or (short and glob.match(named(name)) is not None)
+    return lambda name: (
+        glob.match(name) is not None or (short and glob.match(named(name)) is not None)
+    )
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
     """Return the regular expression of a glob; it matches the beginning of a name up to a dot or the end."""
-    parts = [re.escape(part).replace(r"\*", "[^.]*") if part != "**" else None for part in pattern.split(".")]
+    parts = [
+        re.escape(part).replace(r"\*", "[^.]*") if part != "**" else None
+        for part in pattern.split(".")
+    ]
     text = "".join(r"(?:[^.]+\.)*" if part is None else rf"{part}\." for part in parts[:-1])
     return re.compile(text + ("." if parts[-1] is None else rf"{parts[-1]}(?:\.|$)"))
 
@@ -217,37 +270,73 @@ def _near(pattern: str, names: Sequence[str]) -> list[str]:
     """Return up to three modules, blocks or kinds that are spelt much like the pattern."""
     wanted = spelt(pattern).removesuffix(".**")
     depths = {len(wanted.split(".")) + more for more in (-1, 0, 1)}
-    known = {".".join(text.split(".")[:d]) for name in names for text in (name, alias(name)) for d in depths if d > 0}
+    known = {
+        ".".join(text.split(".")[:d])
+        for name in names
+        for text in (name, alias(name))
+        for d in depths
+        if d > 0
+    }
     return get_close_matches(wanted, sorted(known | set(KINDS)), 3, 0.6)
 
 
 def _setting(
-    rule: Rule, place: int, places: int, method: Method, options: Mapping[str, Any], weights: Sequence[float]
+    rule: Rule,
+    place: int,
+    places: int,
+    method: Method,
+    options: Mapping[str, Any],
+    weights: Sequence[float],
 ) -> Setting:
     for name, value in rule.options.items():
-        if isinstance(value, Ramp) and name in method.options and method.options[name].kind is not float:
-            raise UsageError(f"rule '{rule}': {name} takes no ramp", fix=f"give {method.options[name].rule}")
-    here = {name: value.at(place, places) if isinstance(value, Ramp) else value for name, value in rule.options.items()}
+        if (
+            isinstance(value, Ramp)
+            and name in method.options
+            and method.options[name].kind is not float
+        ):
+            raise UsageError(
+                f"rule '{rule}': {name} takes no ramp", fix=f"give {method.options[name].rule}"
+            )
+    here = {
+        name: value.at(place, places) if isinstance(value, Ramp) else value
+        for name, value in rule.options.items()
+    }
     mine = weights
     if rule.weights is not None:
-        mine = [weight.at(place, places) if isinstance(weight, Ramp) else weight for weight in rule.weights]
+        mine = [
+            weight.at(place, places) if isinstance(weight, Ramp) else weight
+            for weight in rule.weights
+        ]
         if len(mine) != len(weights):
-            raise UsageError(f"rule '{rule}' has {len(mine)} weights for {len(weights)} experts", fix="give one per expert")
+            raise UsageError(
+                f"rule '{rule}' has {len(mine)} weights for {len(weights)} experts",
+                fix="give one per expert",
+            )
     return Setting(settle_weights(mine, len(weights)), method.settle({**options, **here}))
 
 
-def _refuse_parts_of_a_whole(taken: Sequence[Matched], settings: Mapping[str, Setting], method: Method, whole: Setting) -> None:
+def _refuse_parts_of_a_whole(
+    taken: Sequence[Matched], settings: Mapping[str, Setting], method: Method, whole: Setting
+) -> None:
     """Refuse a rule that sets for some tensors what a statistic over the whole model has one value of."""
     for matched in taken:
         mine = settings[matched.names[0]].options
         for statistic in method.statistics:
-            used = [n for n in inspect.signature(statistic.compute).parameters if n in matched.rule.options]
-            if statistic.scope(mine) == "model" and (used or statistic.scope(whole.options) != "model"):
+            used = [
+                n
+                for n in inspect.signature(statistic.compute).parameters
+                if n in matched.rule.options
+            ]
+            if statistic.scope(mine) == "model" and (
+                used or statistic.scope(whole.options) != "model"
+            ):
                 names = ", ".join(used or matched.rule.options)
                 scoped = "tensor" in getattr(method.options.get("scope"), "choices", ())
                 raise UsageError(
                     f"rule '{matched.rule}' sets {names} for some tensors, but {method.name} uses it over the whole model",
-                    fix="use scope=tensor in the rule or for the merge" if scoped else "set it for the whole merge by --option",
+                    fix="use scope=tensor in the rule or for the merge"
+                    if scoped
+                    else "set it for the whole merge by --option",
                 )
 
 

@@ -58,7 +58,9 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         counts = ("entries", "gram", "moved", "opposed", "changed", "survived", "squares")
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in counts})
+        return replace(
+            self, **{name: getattr(self, name) + getattr(other, name) for name in counts}
+        )
 
     @property
     def norms(self) -> list[float]:
@@ -144,7 +146,10 @@ class Diagnosis:
         for chunk in chunks:
             by_tensor.setdefault(chunk.name, []).append(chunk)
         tensors = {name: _total(parts, name) for name, parts in by_tensor.items()}
-        blocks = [_total([tensors[n] for n in names], block) for block, names in grouped(list(tensors)).items()]
+        blocks = [
+            _total([tensors[n] for n in names], block)
+            for block, names in grouped(list(tensors)).items()
+        ]
         return cls(experts, _total(list(tensors.values()), "model"), blocks, list(tensors.values()))
 
     def document(self) -> dict[str, Any]:
@@ -152,7 +157,13 @@ class Diagnosis:
         tensors = [{"block": block_of(sums.name), **sums.document()} for sums in self.tensors]
         blocks = [sums.document() for sums in self.blocks]
         whole = self.model.document()
-        return {"format": FORMAT, "experts": list(self.experts), "model": whole, "blocks": blocks, "tensors": tensors}
+        return {
+            "format": FORMAT,
+            "experts": list(self.experts),
+            "model": whole,
+            "blocks": blocks,
+            "tensors": tensors,
+        }
 
 
 def table(rows: Sequence[Sums], harmless: Callable[[str], str]) -> str:
@@ -165,8 +176,21 @@ def table(rows: Sequence[Sums], harmless: Callable[[str], str]) -> str:
     writer.writerow(["name", "block", "entries", *heads, "distance", "effective_rank"])
     for row in rows:
         cosine = row.cosines
-        numbers = [*row.norms, *(cosine[i][j] for i, j in pairs), *row.shares.values(), row.squares**0.5, row.effective_rank]
-        writer.writerow([harmless(row.name), harmless(block_of(row.name)), row.entries, *(f"{n:.9g}" for n in numbers)])
+        numbers = [
+            *row.norms,
+            *(cosine[i][j] for i, j in pairs),
+            *row.shares.values(),
+            row.squares**0.5,
+            row.effective_rank,
+        ]
+        writer.writerow(
+            [
+                harmless(row.name),
+                harmless(block_of(row.name)),
+                row.entries,
+                *(f"{n:.9g}" for n in numbers),
+            ]
+        )
     return stream.getvalue()
 
 

@@ -49,7 +49,10 @@ def report_files(diagnosis: Diagnosis, recipe: Recipe, of: str = "") -> dict[str
     }
     document = {**({"of": of} if of else {}), **diagnosis.document()}
     light = {name: render(draw, LIGHT, "svg") for name, draw in drawn.items()}
-    exhibits = [Exhibit(CAPTIONS[name], light[name], dark=render(draw, DARK, "svg")) for name, draw in drawn.items()]
+    exhibits = [
+        Exhibit(CAPTIONS[name], light[name], dark=render(draw, DARK, "svg"))
+        for name, draw in drawn.items()
+    ]
     files = {
         DIAGNOSIS: json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "blocks.csv": table(diagnosis.blocks, harmless),
@@ -64,20 +67,43 @@ def report_files(diagnosis: Diagnosis, recipe: Recipe, of: str = "") -> dict[str
 def _page(diagnosis: Diagnosis, recipe: Recipe, exhibits: Sequence[Exhibit]) -> str:
     subtitle = f"{recipe.method} of {len(recipe.experts)} experts into {recipe.base.name}, seed {recipe.seed}"
     spans = [expert.range or "-" for expert in recipe.experts]
-    experts = zip(diagnosis.experts, spans, recipe.weights or (), diagnosis.model.norms, strict=True)
-    rows = [[i, name, span, f"{weight:g}", f"{norm:.4g}"] for i, (name, span, weight, norm) in enumerate(experts)]
+    experts = zip(
+        diagnosis.experts, spans, recipe.weights or (), diagnosis.model.norms, strict=True
+    )
+    rows = [
+        [i, name, span, f"{weight:g}", f"{norm:.4g}"]
+        for i, (name, span, weight, norm) in enumerate(experts)
+    ]
     rules = [[str(rule)] for rule in recipe.rules[:100]]
     sections = [
-        section("Experts", "", html_table(["", "expert", "timesteps", "weight", "|tau|"], rows, texts=3)),
+        section(
+            "Experts", "", html_table(["", "expert", "timesteps", "weight", "|tau|"], rows, texts=3)
+        ),
         section("Plots", "", "".join(map(figure, exhibits))),
-        section("Blocks", LEAD, html_table(HEADS, [_line(s) for s in [diagnosis.model, *diagnosis.blocks]])),
-        section("Rules", "The first that matches a tensor wins.", html_table(["rule"], rules)) if rules else "",
+        section(
+            "Blocks",
+            LEAD,
+            html_table(HEADS, [_line(s) for s in [diagnosis.model, *diagnosis.blocks]]),
+        ),
+        section("Rules", "The first that matches a tensor wins.", html_table(["rule"], rules))
+        if rules
+        else "",
     ]
     footer = "Made by demerge. The same numbers, and those of every tensor, lie beside this page as CSV and JSON."
     return whole("What the merge did", subtitle, sections, footer)
 
 
-HEADS = ("block", "entries", "|tau|", "cosine", "sign conflict", "kept", "survived", "|merged - base|", "effective rank")
+HEADS = (
+    "block",
+    "entries",
+    "|tau|",
+    "cosine",
+    "sign conflict",
+    "kept",
+    "survived",
+    "|merged - base|",
+    "effective rank",
+)
 
 
 def _line(sums: Sums) -> list[object]:
@@ -99,10 +125,17 @@ def lengths(diagnosis: Diagnosis, theme: Theme) -> Figure:
     figure, (axes,) = _axes(1, len(diagnosis.blocks))
     labels = [f"{i}  {plain(name)}" for i, name in enumerate(diagnosis.experts)]
     values = {
-        block.name: [norm / block.entries**0.5 for norm in [*block.norms, block.squares**0.5]] for block in diagnosis.blocks
+        block.name: [norm / block.entries**0.5 for norm in [*block.norms, block.squares**0.5]]
+        for block in diagnosis.blocks
     }
     frame = pd.DataFrame(values, index=[*labels, "merged"]).T
-    sns.lineplot(frame[labels], ax=axes, palette=sns.color_palette("colorblind", len(labels)), markers=True, dashes=False)
+    sns.lineplot(
+        frame[labels],
+        ax=axes,
+        palette=sns.color_palette("colorblind", len(labels)),
+        markers=True,
+        dashes=False,
+    )
     axes.plot(frame["merged"], color=KINDS["merge"], ls="--", lw=2, label="merged")
     _legend(axes, theme)
     _blocks(axes, diagnosis, theme)
@@ -128,7 +161,13 @@ def agreement(diagnosis: Diagnosis, theme: Theme) -> Figure:
     left.set(xlabel="expert", ylabel="expert")
     colors = sns.color_palette("colorblind", 2)
     names = [block.name for block in diagnosis.blocks]
-    right.plot(names, [_mean_cosine(block) for block in diagnosis.blocks], "o-", color=colors[0], label="mean cosine")
+    right.plot(
+        names,
+        [_mean_cosine(block) for block in diagnosis.blocks],
+        "o-",
+        color=colors[0],
+        label="mean cosine",
+    )
     conflict = [block.shares["sign_conflict"] for block in diagnosis.blocks]
     right.plot(names, conflict, "s--", color=colors[1], label="sign conflict")
     right.axhline(0, color=theme.line, lw=1, zorder=0)
@@ -140,10 +179,18 @@ def agreement(diagnosis: Diagnosis, theme: Theme) -> Figure:
 def kept(diagnosis: Diagnosis, theme: Theme) -> Figure:
     """Draw the share of entries that the merge changes, and of those the share that survives the rounding, by block."""
     figure, (axes,) = _axes(1, len(diagnosis.blocks))
-    wide = pd.DataFrame({block.name: [block.shares["kept"], block.shares["survived"]] for block in diagnosis.blocks}).T
+    wide = pd.DataFrame(
+        {block.name: [block.shares["kept"], block.shares["survived"]] for block in diagnosis.blocks}
+    ).T
     wide.columns = pd.Index(["kept", "survived"])
-    long = wide.rename_axis("block").melt(ignore_index=False, var_name="share", value_name="value").reset_index()
-    sns.barplot(long, x="block", y="value", hue="share", palette=sns.color_palette("colorblind", 2), ax=axes)
+    long = (
+        wide.rename_axis("block")
+        .melt(ignore_index=False, var_name="share", value_name="value")
+        .reset_index()
+    )
+    sns.barplot(
+        long, x="block", y="value", hue="share", palette=sns.color_palette("colorblind", 2), ax=axes
+    )
     for bars in axes.containers[1:]:
         for bar in bars:
             bar.set_hatch("//")  # told apart in grey, too
@@ -180,7 +227,11 @@ def _blocks(axes: Axes, diagnosis: Diagnosis, theme: Theme) -> None:
     """Name at most 40 blocks on the axis, from input to output."""
     count = len(diagnosis.blocks)
     shown = range(0, count, -(-count // 40))
-    axes.set_xticks(list(shown), [plain(diagnosis.blocks[i].name) for i in shown], rotation=60 if count > 8 else 0)
+    axes.set_xticks(
+        list(shown),
+        [plain(diagnosis.blocks[i].name) for i in shown],
+        rotation=60 if count > 8 else 0,
+    )
     axes.set_xlabel("block, from input to output")
     axes.grid(axis="y", color=theme.line, lw=0.6, alpha=0.7)
 

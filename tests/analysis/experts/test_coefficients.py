@@ -30,13 +30,19 @@ class Parts(nn.Module):
 
     def __init__(self, side: int) -> None:
         super().__init__()
-        self.mid_block = nn.ParameterDict({"a": torch.linspace(0.2, 0.9, side * side).reshape(1, side, side)})
-        self.conv_out = nn.ParameterDict({"b": torch.full((1, side, side), 0.1), "c": torch.zeros(1, side, side)})
+        self.mid_block = nn.ParameterDict(
+            {"a": torch.linspace(0.2, 0.9, side * side).reshape(1, side, side)}
+        )
+        self.conv_out = nn.ParameterDict(
+            {"b": torch.full((1, side, side), 0.1), "c": torch.zeros(1, side, side)}
+        )
         self.config = FrozenDict(sample_size=side, in_channels=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Any:
         out = self.conv_out
-        return SimpleNamespace(sample=(self.mid_block["a"] + out["b"]) * x + out["c"] * t.view(-1, 1, 1, 1) / 30)
+        return SimpleNamespace(
+            sample=(self.mid_block["a"] + out["b"]) * x + out["c"] * t.view(-1, 1, 1, 1) / 30
+        )
 
 
 @pytest.fixture
@@ -53,7 +59,9 @@ def model() -> Diffusion:
     """A Diffusion around `Parts`, T = 30."""
     import diffusers
 
-    return Diffusion(Parts(3), diffusers.DDPMScheduler(num_train_timesteps=30, beta_start=0.01, beta_end=0.3))
+    return Diffusion(
+        Parts(3), diffusers.DDPMScheduler(num_train_timesteps=30, beta_start=0.01, beta_end=0.3)
+    )
 
 
 @pytest.fixture
@@ -64,7 +72,10 @@ def draws(model: Diffusion, images: ImageData) -> Draws:
 def moved(base: nn.Module, K: int, scale: float = 0.3) -> list[State]:
     """K experts, each with a random task vector."""
     g = torch.Generator().manual_seed(5)
-    return [{n: p + scale * torch.randn(p.shape, generator=g) for n, p in base.state_dict().items()} for _ in range(K)]
+    return [
+        {n: p + scale * torch.randn(p.shape, generator=g) for n, p in base.state_dict().items()}
+        for _ in range(K)
+    ]
 
 
 def session(model: Diffusion, experts: list[State], **more: Any) -> MergeSession:
@@ -93,20 +104,27 @@ def at(draws: Draws, source: MergeSession, w: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("per", ["model", "block", "layer"])
-def test_predicted_change_is_the_measured_one_where_the_model_is_linear(draws: Draws, per: str) -> None:
+def test_predicted_change_is_the_measured_one_where_the_model_is_linear(
+    draws: Draws, per: str
+) -> None:
     groups: Any = {"model": None, "block": "blocks", "layer": layers(draws.model.denoiser)}[per]
     source = session(draws.model, moved(draws.model.denoiser, 3), groups=groups)
     found = responses(draws, source)
     base = loss_of(draws, draws.model.denoiser)
     np.testing.assert_allclose(found.loss, base, rtol=1e-5)
-    assert found.blocks == {"model": (), "block": ("mid", "out"), "layer": ("mid_block", "conv_out")}[per]
+    assert (
+        found.blocks
+        == {"model": (), "block": ("mid", "out"), "layer": ("mid_block", "conv_out")}[per]
+    )
     for seed in range(3):
         w = np.random.default_rng(seed).normal(size=source.shape)
         measured = loss_of(draws, at(draws, source, w)) - base
         np.testing.assert_allclose(found.change(w.ravel()), measured, rtol=1e-4, atol=1e-5)
 
 
-def test_the_chord_has_the_length_asked_for_and_a_linear_model_does_not_notice(draws: Draws) -> None:
+def test_the_chord_has_the_length_asked_for_and_a_linear_model_does_not_notice(
+    draws: Draws,
+) -> None:
     source = session(draws.model, moved(draws.model.denoiser, 2))
     one, short = responses(draws, source), responses(draws, source, step=0.25)
     np.testing.assert_allclose(short.products, one.products, rtol=1e-4, atol=1e-5)
@@ -117,14 +135,18 @@ def test_the_bend_is_what_the_quadratic_form_does_not_see(draws: Draws) -> None:
     found = responses(draws, source)
     assert abs(bend(draws, source, found, w)).max() < 1e-5  # the model is linear
     half = Responses(found.ranges, (), 2, found.loss, found.slope / 2, found.products)
-    np.testing.assert_allclose(bend(draws, source, half, w), found.slope @ w / 2, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        bend(draws, source, half, w), found.slope @ w / 2, rtol=1e-4, atol=1e-5
+    )
     mended = coefficients(half, ridge=0, bend=lambda w: bend(draws, source, half, w))
     measured = loss_of(draws, at(draws, source, mended.w)) - found.loss
     change = (half.shares @ measured).sum() / (half.shares @ half.loss).sum()
     assert mended.fitted + mended.bend.value == pytest.approx(change, rel=1e-4)
 
 
-def test_equal_for_any_memory_and_batch_and_the_model_stays(draws: Draws, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_for_any_memory_and_batch_and_the_model_stays(
+    draws: Draws, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = copy.deepcopy(draws.model.denoiser.state_dict())
     source = session(draws.model, moved(draws.model.denoiser, 2))
     whole, seen = responses(draws, source), []
@@ -133,7 +155,9 @@ def test_equal_for_any_memory_and_batch_and_the_model_stays(draws: Draws, monkey
     for name in ("loss", "slope", "products"):
         assert np.array_equal(getattr(whole, name), getattr(small, name))
     assert seen[-1] == (2 * 8 * 25 * 3, passes(draws, 2))
-    assert bytes_held(draws, 2) == 25 * 4 * 7 * 9 + 8 * 2 * 8 * 9  # one batch's outputs, and the products
+    assert (
+        bytes_held(draws, 2) == 25 * 4 * 7 * 9 + 8 * 2 * 8 * 9
+    )  # one batch's outputs, and the products
     monkeypatch.setattr(module, "BATCH", 3)
     np.testing.assert_allclose(responses(draws, source).products, whole.products, rtol=1e-5)
     assert all(torch.equal(before[n], t) for n, t in draws.model.denoiser.state_dict().items())
@@ -184,12 +208,16 @@ def test_the_optimum_of_a_linear_model_is_reached_by_gradient_descent_too(draws:
 
 def test_ranges_count_by_their_share_or_relative_to_their_loss() -> None:
     far, near = planted([1.0], R=1), planted([0.0], R=1)
-    pair = [np.concatenate([getattr(far, n), getattr(near, n)]) for n in ("loss", "slope", "products")]
+    pair = [
+        np.concatenate([getattr(far, n), getattr(near, n)]) for n in ("loss", "slope", "products")
+    ]
     pair[0] = np.ones_like(pair[0]) * np.array([[1.0], [3.0]])
     pair[2] = np.ones_like(pair[2])
     pair[1] = np.broadcast_to(np.array([-2.0, 0.0])[:, None, None], pair[1].shape)
     found = Responses(Partition.from_cuts(100, [20]), (), 1, *pair)
-    assert coefficients(found, ridge=0).w == pytest.approx([0.2])  # the minimum of .2 (w - 1)^2 + .8 w^2
+    assert coefficients(found, ridge=0).w == pytest.approx(
+        [0.2]
+    )  # the minimum of .2 (w - 1)^2 + .8 w^2
     assert coefficients(found, ridge=0, relative=True).w == pytest.approx([0.2 / (0.2 + 0.8 / 3)])
 
 
@@ -204,7 +232,14 @@ def test_equal_experts_share_and_idle_ones_get_nothing() -> None:
 
 def test_scaling_a_task_vector_scales_its_weight_alone() -> None:
     found, scale = planted([0.3, -0.2], noise=0.2), np.array([1.0, 10.0])
-    longer = Responses(found.ranges, (), 2, found.loss, found.slope * scale, found.products * np.outer(scale, scale))
+    longer = Responses(
+        found.ranges,
+        (),
+        2,
+        found.loss,
+        found.slope * scale,
+        found.products * np.outer(scale, scale),
+    )
     for ridge in (None, 0.1):
         one, other = coefficients(found, ridge=ridge), coefficients(longer, ridge=ridge)
         assert one.ridge == other.ridge
@@ -224,7 +259,10 @@ def test_noise_is_shrunk_and_promises_nothing() -> None:
 
 def test_weights_far_from_base_and_expert_are_pointed_out() -> None:
     made = coefficients(planted([5.0, 0.3, -1.5]), ridge=0)
-    assert [(block, k, round(w, 6)) for block, k, w in made.outside] == [("", 0, 5.0), ("", 2, -1.5)]
+    assert [(block, k, round(w, 6)) for block, k, w in made.outside] == [
+        ("", 0, 5.0),
+        ("", 2, -1.5),
+    ]
     told = [line for line in lines(made) if line.startswith("outside")]
     assert told == [
         "outside    2 of 3 weights lie outside [-1, 2], over a task vector from base and expert, the farthest 5 of expert 0; "
@@ -233,17 +271,26 @@ def test_weights_far_from_base_and_expert_are_pointed_out() -> None:
     assert not coefficients(planted([5.0, 0.3, -1.5]), ridge=made.calm).outside
     said = document(made, {})["record"]["outside"]
     assert (said["interval"], said["ridge"]) == ([-1, 2], made.calm)
-    assert [(entry["block"], entry["expert"]) for entry in said["weights"]] == [(None, 0), (None, 2)]
+    assert [(entry["block"], entry["expert"]) for entry in said["weights"]] == [
+        (None, 0),
+        (None, 2),
+    ]
     inside = coefficients(planted([1.9, -0.9]), ridge=0)
     assert not any(line.startswith("outside") for line in lines(inside))
-    assert document(inside, {})["record"]["outside"] == {"interval": [-1, 2], "weights": [], "ridge": None}
+    assert document(inside, {})["record"]["outside"] == {
+        "interval": [-1, 2],
+        "weights": [],
+        "ridge": None,
+    }
     far = coefficients(planted([1e6]), ridge=200.0)
     assert far.calm is None and "a --ridge above 200 shrinks them" in "\n".join(lines(far))
 
 
 def test_the_farthest_weight_is_named_by_its_layer() -> None:
     flat = planted([5.0, 0.3, 0.1, -4.5])
-    made = coefficients(Responses(flat.ranges, ("mid", "out"), 2, flat.loss, flat.slope, flat.products), ridge=0)
+    made = coefficients(
+        Responses(flat.ranges, ("mid", "out"), 2, flat.loss, flat.slope, flat.products), ridge=0
+    )
     assert [(block, k) for block, k, _ in made.outside] == [("out", 1), ("mid", 0)]
     assert any("the farthest -4.5 of expert 1 at out; " in line for line in lines(made))
 
@@ -253,9 +300,18 @@ def test_weights_that_harm_are_said_to_harm() -> None:
     harm = predict(found, np.array([-2.0, -2.0])).total
     assert harm.sure and harm.value > 0
     good = coefficients(found, ridge=0)
-    assert verdict(Coefficients(found, good.w, 0, predict(found, np.array([-2.0, -2.0])), 0, good.bend, good.average, harm))[
-        :2
-    ] == [
+    assert verdict(
+        Coefficients(
+            found,
+            good.w,
+            0,
+            predict(found, np.array([-2.0, -2.0])),
+            0,
+            good.bend,
+            good.average,
+            harm,
+        )
+    )[:2] == [
         f"worse: the loss over all ranges changes by {harm.value - harm.half:+.2%} to {harm.value + harm.half:+.2%} (95 %); "
         "keep the base",
         f"worse than 1/K each by {harm}",
@@ -274,9 +330,16 @@ def test_change_by_hand() -> None:
 def test_intervals_cover_the_truth(mean: tuple[float, float]) -> None:
     """Cross-fitted changes and their intervals against the change on all samples there could be."""
     rng, runs, hits, lies = np.random.default_rng(7), 100, 0, 0
-    ranges, loss, products = Partition.uniform(10, 1), np.ones((1, 10)), np.tile(np.eye(2), (1, 10, 1, 1))
+    ranges, loss, products = (
+        Partition.uniform(10, 1),
+        np.ones((1, 10)),
+        np.tile(np.eye(2), (1, 10, 1, 1)),
+    )
     for _ in range(runs):
-        made = coefficients(Responses(ranges, (), 2, loss, rng.normal(mean, 0.5, size=(1, 10, 2)), products), ridge=0)
+        made = coefficients(
+            Responses(ranges, (), 2, loss, rng.normal(mean, 0.5, size=(1, 10, 2)), products),
+            ridge=0,
+        )
         truth, found = made.w @ mean + made.w @ made.w, made.predicted.total
         hits += abs(found.value - truth) <= found.half
         lies += found.sure and found.value < 0 <= truth
@@ -290,7 +353,9 @@ def test_document_is_what_merge_reads(tmp_path: Any) -> None:
 
     found = planted([0.1, 0.2, 0.3, 0.4])
     blocked = Responses(found.ranges, ("mid", "out"), 2, found.loss, found.slope, found.products)
-    whole, rules = read_coefficients(commit_json(tmp_path / "w.json", document(coefficients(blocked, ridge=0), {"seed": 0})))
+    whole, rules = read_coefficients(
+        commit_json(tmp_path / "w.json", document(coefficients(blocked, ridge=0), {"seed": 0}))
+    )
     assert whole == pytest.approx([0.2, 0.3])
     assert [rule.pattern for rule in rules] == ["mid", "out"]
     np.testing.assert_allclose([rule.weights for rule in rules], [[0.1, 0.2], [0.3, 0.4]])
@@ -326,7 +391,14 @@ def test_more_weights_than_samples_tell_apart_keep_the_prediction_honest() -> No
     """60 weights and 16 groups of noise: what is fitted looks good, what is predicted does not."""
     rng = np.random.default_rng(2)
     products = np.tile(np.eye(60), (1, 16, 1, 1))
-    noise = Responses(Partition.uniform(10, 1), (), 60, np.ones((1, 16)), 0.3 * rng.normal(size=(1, 16, 60)), products)
+    noise = Responses(
+        Partition.uniform(10, 1),
+        (),
+        60,
+        np.ones((1, 16)),
+        0.3 * rng.normal(size=(1, 16, 60)),
+        products,
+    )
     free, made = coefficients(noise, ridge=0), coefficients(noise)
     assert free.fitted < -0.05 and free.predicted.total.value > 0
     assert made.ridge >= 10
@@ -335,10 +407,21 @@ def test_more_weights_than_samples_tell_apart_keep_the_prediction_honest() -> No
 
 def test_many_weights_are_told_by_their_spread() -> None:
     found = planted(np.linspace(-1, 1, 40), noise=0.01)
-    layered = Responses(found.ranges, tuple(f"layer.{i}" for i in range(20)), 2, found.loss, found.slope, found.products)
+    layered = Responses(
+        found.ranges,
+        tuple(f"layer.{i}" for i in range(20)),
+        2,
+        found.loss,
+        found.slope,
+        found.products,
+    )
     told = lines(coefficients(layered, ridge=0))
     assert "of 20 layers:" in told
-    assert [line.split()[0] for line in told if line.startswith(("least", "median", "most"))] == ["least", "median", "most"]
+    assert [line.split()[0] for line in told if line.startswith(("least", "median", "most"))] == [
+        "least",
+        "median",
+        "most",
+    ]
     assert not any(line.startswith("layer.") for line in told)
 
 

@@ -29,7 +29,9 @@ EXPERTS, WEIGHTS, SAMPLES = 4, 16, 256
 def test_predicted_changes_rank_merges_as_other_samples_do(tmp_path: Path, per: str) -> None:
     """Ranks of the change of loss per range, over random weights: predicted on some draws, measured on others."""
     base, ranges = Diffusion.load("digits-base"), Partition.uniform(1000, EXPERTS)
-    options = FinetuneOptions(max_train_steps=150, train_batch_size=32, learning_rate=2e-4, ema_decay=0.99)
+    options = FinetuneOptions(
+        max_train_steps=150, train_batch_size=32, learning_rate=2e-4, ema_decay=0.99
+    )
     for _ in finetune(base, load_images("digits", split="train"), ranges, options, tmp_path):
         pass
     groups: Any = {"model": None, "block": "blocks", "layer": layers(base.denoiser)}[per]
@@ -38,13 +40,19 @@ def test_predicted_changes_rank_merges_as_other_samples_do(tmp_path: Path, per: 
     found = responses(Draws(base, test, ranges, SAMPLES), session)
     model = base.with_denoiser(copy.deepcopy(base.denoiser))
     origin = range_losses(base, test, ranges, samples=SAMPLES, seed=1)
-    chosen = [coefficients(found).w, *np.random.default_rng(0).uniform(-0.5, 1, size=(WEIGHTS, *session.shape))]
+    chosen = [
+        coefficients(found).w,
+        *np.random.default_rng(0).uniform(-0.5, 1, size=(WEIGHTS, *session.shape)),
+    ]
     predicted, measured = [], []
     for w in chosen:
         session.apply(torch.from_numpy(w), model.denoiser)
         changes = range_losses(model, test, ranges, samples=SAMPLES, seed=1).change(origin)
         measured.append([changes[str(span)][0] for span in ranges])
         predicted.append([predict(found, w.ravel()).ranges[str(span)].value for span in ranges])
-    rank = [float(spearmanr(np.array(predicted)[:, r], np.array(measured)[:, r]).statistic) for r in range(EXPERTS)]
+    rank = [
+        float(spearmanr(np.array(predicted)[:, r], np.array(measured)[:, r]).statistic)
+        for r in range(EXPERTS)
+    ]
     print(f"per {per}: rank correlation of predicted and measured change per range:", rank)
     assert min(rank) > 0

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from demerge.analysis.experts.landscape import Landscape, loss_path, loss_plane
-from demerge.analysis.experts.plots import loss_along_path, loss_on_plane, norms_by_block, norms_by_layer
+from demerge.analysis.experts.plots import (
+    loss_along_path,
+    loss_on_plane,
+    norms_by_block,
+    norms_by_layer,
+)
 from demerge.analysis.experts.task_vectors import task_vectors
 from demerge.analysis.report.plots import render
 from demerge.errors import InputError, UsageError
@@ -56,11 +61,16 @@ def test_the_ends_of_a_path_are_the_two_models(linear: Any, images: Any) -> None
     assert path == loss_path(linear, other, images, TWO, scales=[1.0, 0.0], **SIZE)
 
 
-def test_a_plane_holds_base_and_experts_at_their_places(linear: Any, images: Any, plane: Landscape) -> None:
+def test_a_plane_holds_base_and_experts_at_their_places(
+    linear: Any, images: Any, plane: Landscape
+) -> None:
     assert len(plane.points) == 16 and plane.axes == ("w_i", "w_j")
     at = dict(zip(plane.points, plane.losses, strict=True))
     assert at[0.0, 0.0] == plane.base
-    for place, expert in (((1.0, 0.0), moved(linear, 0.1, slice(0, 4))), ((0.0, 1.0), moved(linear, -0.2, slice(4, 9)))):
+    for place, expert in (
+        ((1.0, 0.0), moved(linear, 0.1, slice(0, 4))),
+        ((0.0, 1.0), moved(linear, -0.2, slice(4, 9))),
+    ):
         path = loss_path(linear, expert, images, TWO, scales=[1.0], **SIZE)
         assert at[place].means == pytest.approx(path.losses[0].means)
     x, y, change = plane.grid("change", plane.ranges[1])
@@ -75,10 +85,14 @@ def test_disjoint_task_vectors_add_up_on_their_plane(plane: Landscape) -> None:
         assert loss - loss[1] - loss[:, 1:2] + loss[1, 1] == pytest.approx(0, abs=1e-6 * loss.max())
 
 
-def test_the_model_stays_as_it_is(linear: Any, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_stays_as_it_is(
+    linear: Any, images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, module = linear.denoiser.theta.detach().clone(), linear.denoiser.train()
     loss_path(linear, moved(linear, 1.0, slice(0, 9)), images, TWO, **SIZE)
-    assert torch.equal(linear.denoiser.theta, before) and linear.denoiser is module and module.training
+    assert (
+        torch.equal(linear.denoiser.theta, before) and linear.denoiser is module and module.training
+    )
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError
@@ -93,7 +107,9 @@ def test_equal_arguments_give_equal_numbers_and_progress_is_told(linear: Any, im
     seen: list[tuple[int, int, str]] = []
     expert = moved(linear, 0.2, slice(0, 5))
     arguments = (linear, expert, images, TWO)
-    first = loss_path(*arguments, scales=[0.5, 1.0], **SIZE, progress=lambda *step: seen.append(step))
+    first = loss_path(
+        *arguments, scales=[0.5, 1.0], **SIZE, progress=lambda *step: seen.append(step)
+    )
     assert seen == [(1, 3, "s = 0"), (2, 3, "s = 0.5"), (3, 3, "s = 1")]
     assert first == loss_path(*arguments, scales=[0.5, 1.0], **SIZE)
     assert first != loss_path(*arguments, scales=[0.5, 1.0], samples=32, seed=6)
@@ -101,7 +117,13 @@ def test_equal_arguments_give_equal_numbers_and_progress_is_told(linear: Any, im
 
 def test_what_does_not_fit_is_refused(linear: Any, images: Any, plane: Landscape) -> None:
     expert = moved(linear, 0.2, slice(0, 5))
-    for wrong in ({"scales": []}, {"scales": [1.0, 1.0]}, {"scales": [np.inf]}, {"batch_size": 0}, {"samples": 3}):
+    for wrong in (
+        {"scales": []},
+        {"scales": [1.0, 1.0]},
+        {"scales": [np.inf]},
+        {"batch_size": 0},
+        {"samples": 3},
+    ):
         with pytest.raises(UsageError):
             loss_path(linear, expert, images, TWO, **wrong)
     with pytest.raises(InputError, match="theta"):
@@ -116,36 +138,63 @@ def test_what_does_not_fit_is_refused(linear: Any, images: Any, plane: Landscape
 # -- plots ---------------------------------------------------------------------------------------------------------------
 
 
-def test_figures_render_without_warnings_and_repeat(linear: Any, images: Any, plane: Landscape) -> None:
+def test_figures_render_without_warnings_and_repeat(
+    linear: Any, images: Any, plane: Landscape
+) -> None:
     path = loss_path(linear, moved(linear, 0.3, slice(0, 9)), images, TWO, **SIZE)
-    flat = loss_plane(linear, *[moved(linear, 0.0, slice(0, 1))] * 2, images, TWO, steps=[0.0], **SIZE)
+    flat = loss_plane(
+        linear, *[moved(linear, 0.0, slice(0, 1))] * 2, images, TWO, steps=[0.0], **SIZE
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for draw in (lambda: loss_along_path(path, "ties"), lambda: loss_on_plane(plane), lambda: loss_on_plane(flat, "xy")):
+        for draw in (
+            lambda: loss_along_path(path, "ties"),
+            lambda: loss_on_plane(plane),
+            lambda: loss_on_plane(flat, "xy"),
+        ):
             assert render(draw()) == render(draw()) and len(render(draw(), "png")) > 5000
     assert len(loss_on_plane(plane).axes) == len(plane.ranges) + 1
 
 
-def test_the_wrong_landscape_or_labels_are_refused(linear: Any, images: Any, plane: Landscape) -> None:
+def test_the_wrong_landscape_or_labels_are_refused(
+    linear: Any, images: Any, plane: Landscape
+) -> None:
     path = loss_path(linear, moved(linear, 0.3, slice(0, 9)), images, TWO, **SIZE)
-    for wrong in (lambda: loss_along_path(plane), lambda: loss_on_plane(path), lambda: loss_on_plane(plane, ["one"])):
+    for wrong in (
+        lambda: loss_along_path(plane),
+        lambda: loss_on_plane(path),
+        lambda: loss_on_plane(plane, ["one"]),
+    ):
         with pytest.raises(UsageError):
             wrong()
 
 
 def test_norms_by_block_are_drawn() -> None:
-    base = {"conv_in.weight": torch.zeros(4), "mid_block.a": torch.zeros(3), "mid_block.b": torch.zeros(2)}
+    base = {
+        "conv_in.weight": torch.zeros(4),
+        "mid_block.a": torch.zeros(3),
+        "mid_block.b": torch.zeros(2),
+    }
     vectors = task_vectors(base, [{n: t + k for n, t in base.items()} for k in (0.0, 1.0, -2.0)])
     figure = norms_by_block(vectors, "xyz")
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["in", "mid"] and len(render(figure, "png")) > 5000
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["in", "mid"] and len(
+        render(figure, "png")
+    ) > 5000
 
 
 def test_norms_by_layer_are_drawn_by_block() -> None:
-    base = {"conv_in.weight": torch.zeros(4), "mid_block.a.weight": torch.zeros(3), "mid_block.b.weight": torch.zeros(2)}
+    base = {
+        "conv_in.weight": torch.zeros(4),
+        "mid_block.a.weight": torch.zeros(3),
+        "mid_block.b.weight": torch.zeros(2),
+    }
     for steps in ((0.0, 1.0, -2.0), (0.0, 0.0, 0.0)):
         vectors = task_vectors(base, [{n: t + k for n, t in base.items()} for k in steps])
         figure = norms_by_layer(vectors, "xyz")
         assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["in", "mid"]
-        assert figure.axes[0].get_ylabel() == "3 layers, by block" and len(render(figure, "png")) > 5000
+        assert (
+            figure.axes[0].get_ylabel() == "3 layers, by block"
+            and len(render(figure, "png")) > 5000
+        )
     with pytest.raises(UsageError, match="1 labels for 3"):
         norms_by_layer(vectors, ["x"])

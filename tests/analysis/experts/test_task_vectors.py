@@ -20,13 +20,19 @@ def test_norms_cosines_and_sign_conflict_by_hand() -> None:
     found = task_vectors(BASE, [expert([3, 4], [0, 0]), expert([3, -4], [0, 2])])
     assert found.names == ("a", "b")
     assert found.norms.tolist() == [[5, 5], [0, 2]]
-    assert found.cosine == pytest.approx(np.array([[1, -7 / (5 * 29**0.5)], [-7 / (5 * 29**0.5), 1]]))
+    assert found.cosine == pytest.approx(
+        np.array([[1, -7 / (5 * 29**0.5)], [-7 / (5 * 29**0.5), 1]])
+    )
     assert found.sign_conflict == pytest.approx(np.array([[0, 16 / 25], [16 / 25, 0]]))
 
 
 def test_an_unchanged_expert_has_no_direction() -> None:
     found = task_vectors(BASE, [expert([0, 0], [0, 0]), expert([1, 0], [0, 0])])
-    assert np.isnan(found.cosine[0]).all() and found.cosine[1, 1] == 1 and np.isnan(found.sign_conflict[0, 1])
+    assert (
+        np.isnan(found.cosine[0]).all()
+        and found.cosine[1, 1] == 1
+        and np.isnan(found.sign_conflict[0, 1])
+    )
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -39,14 +45,20 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 def test_blocks_add_up_their_tensors() -> None:
-    base = {"up_blocks.0.a": torch.zeros(2), "conv_in.weight": torch.zeros(3), "up_blocks.0.b": torch.zeros(2, 2)}
+    base = {
+        "up_blocks.0.a": torch.zeros(2),
+        "conv_in.weight": torch.zeros(3),
+        "up_blocks.0.b": torch.zeros(2, 2),
+    }
     g = torch.Generator().manual_seed(0)
     experts = [{n: torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(3)]
     whole = task_vectors(base, experts)
     blocks = whole.by_block()
     assert blocks.names == ("in", "up.0")
     assert blocks.norms[1] == pytest.approx(np.sqrt(whole.norms[0] ** 2 + whole.norms[2] ** 2))
-    assert blocks.cosine == pytest.approx(whole.cosine) and blocks.sign_conflict == pytest.approx(whole.sign_conflict)
+    assert blocks.cosine == pytest.approx(whole.cosine) and blocks.sign_conflict == pytest.approx(
+        whole.sign_conflict
+    )
     assert blocks.effective_rank == pytest.approx(whole.effective_rank)
 
 
@@ -60,17 +72,32 @@ def test_effective_rank_by_hand() -> None:
 
 
 def test_the_table_has_a_row_for_each_tensor() -> None:
-    table = task_vectors(BASE, [expert([3, 4], [0, 0]), expert([3, -4], [0, 2]), expert([0, 0], [0, 0])]).table("xyz")
-    assert table.columns.tolist() == ["norm x", "norm y", "norm z", "cosine", "sign_conflict", "effective_rank"]
+    table = task_vectors(
+        BASE, [expert([3, 4], [0, 0]), expert([3, -4], [0, 2]), expert([0, 0], [0, 0])]
+    ).table("xyz")
+    assert table.columns.tolist() == [
+        "norm x",
+        "norm y",
+        "norm z",
+        "cosine",
+        "sign_conflict",
+        "effective_rank",
+    ]
     assert table.loc["a", "norm x":"norm z"].tolist() == [5, 5, 0]
-    assert table.cosine["a"] == pytest.approx(-7 / 25) and table.sign_conflict["a"] == pytest.approx(16 / 25)
+    assert table.cosine["a"] == pytest.approx(-7 / 25) and table.sign_conflict[
+        "a"
+    ] == pytest.approx(16 / 25)
     assert np.isnan(table.cosine["b"]) and table.effective_rank["b"] == pytest.approx(1)
     with pytest.raises(UsageError, match="1 labels for 2"):
         task_vectors(BASE, [BASE, BASE]).table(["x"])
 
 
 def test_layers_are_modules_with_all_their_tensors() -> None:
-    base = {"up.0.conv.weight": torch.zeros(2, 2), "up.0.conv.bias": torch.zeros(2), "theta": torch.zeros(3)}
+    base = {
+        "up.0.conv.weight": torch.zeros(2, 2),
+        "up.0.conv.bias": torch.zeros(2),
+        "theta": torch.zeros(3),
+    }
     g = torch.Generator().manual_seed(0)
     experts = [{n: torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(2)]
     whole = task_vectors(base, experts)
@@ -78,7 +105,9 @@ def test_layers_are_modules_with_all_their_tensors() -> None:
     assert layers.names == ("up.0.conv", "theta")
     assert layers.norms[0] == pytest.approx(np.hypot(whole.norms[0], whole.norms[1]))
     assert layers.norms[1] == pytest.approx(whole.norms[2])
-    assert layers.cosine == pytest.approx(whole.cosine) and layers.effective_rank == pytest.approx(whole.effective_rank)
+    assert layers.cosine == pytest.approx(whole.cosine) and layers.effective_rank == pytest.approx(
+        whole.effective_rank
+    )
 
 
 def test_deltas_of_a_lora_are_task_vectors() -> None:

@@ -52,7 +52,9 @@ def test_products_are_those_of_the_gradients_where_all_is_kept(linear: Any, imag
     step = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     base, ranges = theta_moved(linear, torch.zeros(1)), Partition.from_cuts(30, [7, 15])
     found = transfer(map, base, [theta_moved(linear, row) for row in step], ranges)
-    weights = np.array([[5, 2, 0, 0, 0, 0], [0, 3, 5, 0, 0, 0], [0, 0, 0, 5, 5, 5], [5] * 6]) / np.array([[7], [8], [15], [30]])
+    weights = np.array(
+        [[5, 2, 0, 0, 0, 0], [0, 3, 5, 0, 0, 0], [0, 0, 0, 5, 5, 5], [5] * 6]
+    ) / np.array([[7], [8], [15], [30]])
     each = np.einsum("ri,imd,kd->mkr", weights, s, step.flatten(1).double().numpy())
     np.testing.assert_allclose(found.changes.value, each.mean(0)[:, :3], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(found.total.value, each.mean(0)[:, 3], rtol=1e-4, atol=1e-7)
@@ -68,9 +70,20 @@ def test_models_and_deltas_of_any_order_are_read_alike(linear: Any, images: Any)
     base, step = theta_moved(linear, torch.zeros(1)), torch.full((1, 3, 3), 0.1)
     full, lora = theta_moved(linear, step), Deltas(theta=step)
     seen: list[int] = []
-    found = transfer(map, base, [full, lora, Deltas()], ranges, names="abc", progress=lambda done, *_: seen.append(done))
+    found = transfer(
+        map,
+        base,
+        [full, lora, Deltas()],
+        ranges,
+        names="abc",
+        progress=lambda done, *_: seen.append(done),
+    )
     np.testing.assert_allclose(found.changes.value[0], found.changes.value[1], rtol=1e-5)
-    assert not found.changes.value[2].any() and not found.changes.resolved[2].any() and found.names == ("a", "b", "c")
+    assert (
+        not found.changes.value[2].any()
+        and not found.changes.resolved[2].any()
+        and found.names == ("a", "b", "c")
+    )
     assert seen == [1]
 
 
@@ -80,7 +93,9 @@ LAYOUT = {"a.weight": 70_000, "a.bias": 100, "b.weight": 300}
 NOISE = 0.02
 
 
-def drawn(seed: int, count: int) -> tuple[ConflictMap, dict[str, Tensor], list[dict[str, Tensor]], Array]:
+def drawn(
+    seed: int, count: int
+) -> tuple[ConflictMap, dict[str, Tensor], list[dict[str, Tensor]], Array]:
     """A map of known mean gradients, its base and some experts, and the truth <gbar_R, tau_n> of two ranges, [K 2]."""
     D, N, M = sum(LAYOUT.values()), 4, 8
     g = torch.Generator().manual_seed(seed)
@@ -95,7 +110,9 @@ def drawn(seed: int, count: int) -> tuple[ConflictMap, dict[str, Tensor], list[d
             row[:] = total.float().numpy()
     gram = np.einsum("imk,jnk->imjn", whole, whole, dtype=np.float64, optimize=True)
     origin = Origin("model", "data", D, f"sketch-{K}", "shared", False, "euclid", 4, seed)
-    map = ConflictMap(Partition.uniform(40, N), gram, np.linspace(9, -9, 40), origin, LAYOUT, whole, parts)
+    map = ConflictMap(
+        Partition.uniform(40, N), gram, np.linspace(9, -9, 40), origin, LAYOUT, whole, parts
+    )
     base = {name: torch.randn(numel, generator=g) for name, numel in reversed(LAYOUT.items())}
     taus = torch.randn(count, D, generator=g) / D**0.5
     split = [dict(zip(LAYOUT, tau.split(list(LAYOUT.values())), strict=True)) for tau in taus]
@@ -119,7 +136,11 @@ def test_layers_add_up_and_short_ones_are_exact() -> None:
     map, base, experts, _ = drawn(0, 3)
     found = transfer(map, base, experts, Partition.uniform(40, 2))
     assert found.layers == ("a", "b") and found.by_layer is not None
-    assert layers_of(LAYOUT)["b"] <= LAYER_K and not found.by_layer.sketch[:, 1].any() and found.by_layer.sketch[:, 0].all()
+    assert (
+        layers_of(LAYOUT)["b"] <= LAYER_K
+        and not found.by_layer.sketch[:, 1].any()
+        and found.by_layer.sketch[:, 0].all()
+    )
     gap = abs(found.by_layer.value.sum(1) - found.changes.value)
     assert (gap <= 4 * np.hypot(found.by_layer.sketch[:, 0], found.by_layer.se[:, 0])).all()
 
@@ -129,8 +150,13 @@ def test_what_the_map_does_not_have_is_counted_and_left_out() -> None:
     buffer = {"c.running": torch.zeros(4), "c.steps": torch.tensor(3)}
     moved = {**experts[0], "c.running": torch.full((4,), 10.0), "c.steps": torch.tensor(3)}
     plain, more = transfer(map, base, experts, TWO), transfer(map, {**buffer, **base}, [moved], TWO)
-    assert np.array_equal(plain.changes.value, more.changes.value) and np.array_equal(plain.norms, more.norms)
-    assert more.outside[0] == pytest.approx(400 / (400 + plain.norms[0] ** 2)) and not plain.outside.any()
+    assert np.array_equal(plain.changes.value, more.changes.value) and np.array_equal(
+        plain.norms, more.norms
+    )
+    assert (
+        more.outside[0] == pytest.approx(400 / (400 + plain.norms[0] ** 2))
+        and not plain.outside.any()
+    )
 
 
 TWO = Partition.uniform(40, 2)
@@ -139,13 +165,43 @@ TWO = Partition.uniform(40, 2)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda map, base, expert: (replace(map, sketches=None, layers=None, layout={}), base, expert), "holds no sketches"),
-        (lambda map, base, expert: (replace(map, origin=replace(map.origin, metric="adam")), base, expert), "adam metric"),
-        (lambda map, base, expert: (map, {"a.weight": base["a.weight"]}, expert), "2 parameters of the map are not in the"),
-        (lambda map, base, expert: (map, {**base, "a.bias": torch.zeros(7)}, expert), "100 coordinates in the map"),
+        (
+            lambda map, base, expert: (
+                replace(map, sketches=None, layers=None, layout={}),
+                base,
+                expert,
+            ),
+            "holds no sketches",
+        ),
+        (
+            lambda map, base, expert: (
+                replace(map, origin=replace(map.origin, metric="adam")),
+                base,
+                expert,
+            ),
+            "adam metric",
+        ),
+        (
+            lambda map, base, expert: (map, {"a.weight": base["a.weight"]}, expert),
+            "2 parameters of the map are not in the",
+        ),
+        (
+            lambda map, base, expert: (map, {**base, "a.bias": torch.zeros(7)}, expert),
+            "100 coordinates in the map",
+        ),
         (lambda map, base, expert: (map, base, {"a.weight": expert["a.weight"]}), "is missing"),
-        (lambda map, base, expert: (map, base, {**expert, "a.bias": torch.zeros(2, 50)}), "the base's [100]"),
-        (lambda map, base, expert: (map, base, {**expert, "a.bias": torch.full((100,), torch.nan)}), "NaN or Inf"),
+        (
+            lambda map, base, expert: (map, base, {**expert, "a.bias": torch.zeros(2, 50)}),
+            "the base's [100]",
+        ),
+        (
+            lambda map, base, expert: (
+                map,
+                base,
+                {**expert, "a.bias": torch.full((100,), torch.nan)},
+            ),
+            "NaN or Inf",
+        ),
     ],
     ids=["no sketches", "metric", "parameters", "sizes", "tensors", "shapes", "NaN"],
 )
@@ -159,7 +215,11 @@ def test_what_does_not_fit_is_refused(change: Callable[..., Any], message: str) 
 
 def test_experts_names_and_ranges_must_fit() -> None:
     map, base, experts, _ = drawn(0, 1)
-    for given, names, ranges in (([], [], TWO), (experts, ["a", "b"], TWO), (experts, ["a"], Partition.uniform(50, 2))):
+    for given, names, ranges in (
+        ([], [], TWO),
+        (experts, ["a", "b"], TWO),
+        (experts, ["a"], Partition.uniform(50, 2)),
+    ):
         with pytest.raises(UsageError):
             transfer(map, base, given, ranges, names=names)
 
@@ -192,13 +252,19 @@ def test_short_task_vectors_change_the_losses_of_digits_as_predicted(tmp_path: P
     for theta in model.denoiser.parameters():
         theta += 0.1 * theta.abs().mean() * torch.randn(theta.shape, generator=generator)
     train, test = (load_images("digits", split=split) for split in ("train", "test"))
-    options = FinetuneOptions(max_train_steps=6, train_batch_size=16, learning_rate=5e-4, use_ema=False)
+    options = FinetuneOptions(
+        max_train_steps=6, train_batch_size=16, learning_rate=5e-4, use_ema=False
+    )
     for _ in finetune(model, train, ranges, options, tmp_path):
         pass
     experts = [Checkpoint.open(tmp_path / str(span)) for span in ranges]
     map = measure(model, train, bins=4, groups=6, batch_size=16)
     found = transfer(map, model.denoiser.state_dict(), experts, ranges)
-    live, session, losses = model.with_denoiser(copy.deepcopy(model.denoiser)), MergeSession(model.denoiser, experts), []
+    live, session, losses = (
+        model.with_denoiser(copy.deepcopy(model.denoiser)),
+        MergeSession(model.denoiser, experts),
+        [],
+    )
     for w in (torch.zeros(4), *(0.1 * torch.eye(4))):
         session.apply(w, live.denoiser)
         losses.append(list(range_losses(live, test, ranges, samples=96, seed=1).means.values()))

@@ -31,13 +31,20 @@ def map_of(gradients: Array, sizes: Sequence[int] = SIZES) -> ConflictMap:
     layout = {f"block.{k}.weight": size for k, size in enumerate(sizes)}
     gram = np.einsum("imd,jnd->imjn", gradients, gradients)
     bins = Partition.uniform(1000, len(gradients))
-    return ConflictMap(bins, gram, np.linspace(9, -10, 1000), origin, layout, layers=gradients.astype(np.float32))
+    return ConflictMap(
+        bins, gram, np.linspace(9, -10, 1000), origin, layout, layers=gradients.astype(np.float32)
+    )
 
 
-def drawn(means: Array, noise: float, M: int = 8, seed: int = 0, sizes: Sequence[int] = SIZES) -> ConflictMap:
+def drawn(
+    means: Array, noise: float, M: int = 8, seed: int = 0, sizes: Sequence[int] = SIZES
+) -> ConflictMap:
     """Make a map of mean gradients [N D] and of noise that the bins of a group share in part."""
     rng = np.random.default_rng(seed)
-    shared, own = rng.standard_normal((1, M, means.shape[1])), rng.standard_normal((len(means), M, means.shape[1]))
+    shared, own = (
+        rng.standard_normal((1, M, means.shape[1])),
+        rng.standard_normal((len(means), M, means.shape[1])),
+    )
     return map_of(means[:, None] + noise * (0.7 * shared + 0.7 * own), sizes)
 
 
@@ -46,9 +53,15 @@ def planted(strengths: Sequence[float], N: int = 8, sizes: Sequence[int] = SIZES
     return np.where(np.arange(N) < N // 2, 1.0, -1.0)[:, None] * np.repeat(strengths, sizes)
 
 
-@pytest.mark.parametrize("partition", [HALVES, Partition.from_cuts(1000, [250, 500]), Partition.from_cuts(1000, [300, 700])])
+@pytest.mark.parametrize(
+    "partition",
+    [HALVES, Partition.from_cuts(1000, [250, 500]), Partition.from_cuts(1000, [300, 700])],
+)
 def test_gains_are_the_formula_and_add_up_to_that_of_the_map(partition: Partition) -> None:
-    map = map_of(np.random.default_rng(0).standard_normal((8, 5, sum(SIZES))) + planted((1, 0, 2, 0, 0))[:, None])
+    map = map_of(
+        np.random.default_rng(0).standard_normal((8, 5, sum(SIZES)))
+        + planted((1, 0, 2, 0, 0))[:, None]
+    )
     assert map.layers is not None
     found = LayerGains.of(map, partition)
     gains, c, w = found.gains(cross(5)), cover(map, partition), map.widths
@@ -57,7 +70,9 @@ def test_gains_are_the_formula_and_add_up_to_that_of_the_map(partition: Partitio
         s = map.layers[..., start : start + size].astype(np.float64)
         slow = []
         for m, n in permutations(range(5), 2):
-            means = [[(c[r] * w) @ s[:, g] / (c[r] @ w) for r in range(len(partition))] for g in (m, n)]
+            means = [
+                [(c[r] * w) @ s[:, g] / (c[r] @ w) for r in range(len(partition))] for g in (m, n)
+            ]
             apart = sum((c[r] @ w) * (means[0][r] @ means[1][r]) for r in range(len(partition)))
             slow.append(apart - (w @ s[:, m]) @ (w @ s[:, n]))
         assert gain == pytest.approx(np.mean(slow))
@@ -73,7 +88,9 @@ def test_gains_are_unbiased_and_their_errors_honest() -> None:
         said = layers(drawn(planted(strengths), 2.0, seed=seed), HALVES, share=1)
         rows = sorted(said["layers"], key=lambda row: row["name"])
         many.append([row["gain"] for row in rows])
-        covered.append([abs(row["gain"] - t) < 2.365 * row["se"] for row, t in zip(rows, truth, strict=True)])
+        covered.append(
+            [abs(row["gain"] - t) < 2.365 * row["se"] for row, t in zip(rows, truth, strict=True)]
+        )
     mean, se = np.mean(many, axis=0), np.std(many, axis=0) / 60**0.5
     assert (abs(mean - truth) < 3.3 * se).all()
     assert np.mean(covered) > 0.9
@@ -86,26 +103,41 @@ def test_planted_layers_are_found_and_supported() -> None:
     at = {row["share"]: row for row in said["curve"]}
     assert at[0.2]["ranked"]["value"] > 0.9 > at[0.2]["random"]["value"]
     assert at[1.0]["ranked"] == pytest.approx({"value": 1, "se": 0}, abs=1e-12)
-    assert said["model"] == "model" and said["ranges"] == [[0, 500], [500, 1000]] and said["format"] == "demerge.layers/1"
+    assert (
+        said["model"] == "model"
+        and said["ranges"] == [[0, 500], [500, 1000]]
+        and said["format"] == "demerge.layers/1"
+    )
     text = "\n".join(lines(said))
-    assert "block.0" in text and "2 of 5 layers, 20.0% of 60 parameters" in text and "--metric adam" in text
+    assert (
+        "block.0" in text
+        and "2 of 5 layers, 20.0% of 60 parameters" in text
+        and "--metric adam" in text
+    )
 
 
 def test_equal_layers_support_no_ranking() -> None:
     """All layers gain alike per parameter: a ranking follows noise, and is believed in a few maps of a hundred."""
     sizes, believed = (6,) * 20, []
     for seed in range(60):
-        said = layers(drawn(planted((0.3,) * 20, sizes=sizes), 1.0, seed=seed, sizes=sizes), HALVES, share=0.2)
+        said = layers(
+            drawn(planted((0.3,) * 20, sizes=sizes), 1.0, seed=seed, sizes=sizes), HALVES, share=0.2
+        )
         believed.append(said["supported"])
         assert said["supported"] or (len(said["train"]) == 20 and said["trained"] == 1)
     assert np.mean(believed) < 0.1
 
 
 def test_noise_supports_nothing() -> None:
-    believed = [layers(drawn(np.zeros((8, 60)), 1.0, seed=seed), HALVES, share=0.3)["supported"] for seed in range(40)]
+    believed = [
+        layers(drawn(np.zeros((8, 60)), 1.0, seed=seed), HALVES, share=0.3)["supported"]
+        for seed in range(40)
+    ]
     assert np.mean(believed) < 0.05
     said = layers(drawn(np.zeros((8, 60)), 1.0), HALVES, share=0.3)
-    assert said["curve"] == [] and "no ranking is supported: train all layers" in "\n".join(lines(said))
+    assert said["curve"] == [] and "no ranking is supported: train all layers" in "\n".join(
+        lines(said)
+    )
     assert set(said["train"]) == {row["name"] for row in said["layers"]}
 
 
@@ -145,7 +177,9 @@ def test_layers_are_taken_while_they_fit() -> None:
         (Partition.uniform(1000, 7), 0.1, UsageError, "holds no whole bin"),
     ],
 )
-def test_mistakes_are_named(partition: Partition, share: float, error: type[Exception], message: str) -> None:
+def test_mistakes_are_named(
+    partition: Partition, share: float, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message) as refused:
         layers(drawn(planted((1.0,) * 5), 0.1), partition, share=share)
     assert refused.value.fix  # type: ignore[attr-defined]
@@ -158,13 +192,22 @@ def test_a_map_without_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("noise", [0.5, 30.0], ids=["supported", "noise"])
 def test_gains_are_drawn(noise: float) -> None:
-    said: dict[str, Any] = layers(drawn(planted((2.0, 0.1, 1.0, 0.0, 0.0)), noise), HALVES, share=0.2)
+    said: dict[str, Any] = layers(
+        drawn(planted((2.0, 0.1, 1.0, 0.0, 0.0)), noise), HALVES, share=0.2
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first, second = (render(gain_by_layer(said)) for _ in range(2))
-        assert first == second and first.startswith(b"<?xml") and len(render(gain_by_layer(said, 3), "png")) > 5000
+        assert (
+            first == second
+            and first.startswith(b"<?xml")
+            and len(render(gain_by_layer(said, 3), "png")) > 5000
+        )
     bars, curve = gain_by_layer(said).axes
     assert [bar.get_width() for bar in bars.patches] == pytest.approx(
-        [row["gain"] * (100 / said["total"]["value"] if said["curve"] else 1) for row in said["layers"]]
+        [
+            row["gain"] * (100 / said["total"]["value"] if said["curve"] else 1)
+            for row in said["layers"]
+        ]
     )
     assert len(curve.lines) == (5 if said["curve"] else 0)

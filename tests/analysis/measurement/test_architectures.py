@@ -32,7 +32,13 @@ def data_for(model: Diffusion, captions: Path) -> ImageData:
     """Images in the model's shape: with captions for text, with labels for classes."""
     channels, height, _ = model.image_shape
     source = captions if model.requires_text else "digits"
-    return load_images(source, split="all", resolution=height, channels=channels, limit=None if model.requires_text else 20)
+    return load_images(
+        source,
+        split="all",
+        resolution=height,
+        channels=channels,
+        limit=None if model.requires_text else 20,
+    )
 
 
 @pytest.fixture(params=WIDER)
@@ -80,7 +86,12 @@ def plain_gradient(model: Diffusion, images: ImageData, drawn: Any, t: Tensor) -
     model.denoiser.requires_grad_(True)
     output = model.denoiser(x_t, t, **given).sample[:, : x_t.shape[1]]
     (output - drawn.noise).square().mean().backward()
-    return torch.cat([p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in model.denoiser.parameters()])
+    return torch.cat(
+        [
+            p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel())
+            for p in model.denoiser.parameters()
+        ]
+    )
 
 
 def test_a_cell_is_the_gradient_of_a_plain_loop(case: Case) -> None:
@@ -95,7 +106,9 @@ def test_a_cell_is_the_gradient_of_a_plain_loop(case: Case) -> None:
     total = sketch.zeros()
     sketch.add(total, 0, gradient)
     assert map.sketches is not None
-    assert np.allclose(map.sketches[i, m], total.numpy(), rtol=1e-3, atol=1e-5 * float(total.abs().max()))
+    assert np.allclose(
+        map.sketches[i, m], total.numpy(), rtol=1e-3, atol=1e-5 * float(total.abs().max())
+    )
 
 
 def test_hooks_give_the_map_of_the_flat_pass(case: Case) -> None:
@@ -106,7 +119,9 @@ def test_hooks_give_the_map_of_the_flat_pass(case: Case) -> None:
 def test_a_sketch_gives_the_map_of_the_exact_gradients(case: Case, name: str) -> None:
     model, data = case
     torch.manual_seed(0)
-    wide = model.with_denoiser(type(model.denoiser).from_config({**model.config, **WIDER[name]}).eval())
+    wide = model.with_denoiser(
+        type(model.denoiser).from_config({**model.config, **WIDER[name]}).eval()
+    )
     disturb(wide)
     assert wide.parameters > K
     exact, sketch = (measure(wide, data, **SMALL, engine=engine) for engine in ("exact", "sketch"))
@@ -120,7 +135,9 @@ def test_adapters_alone_are_measured(case: Case) -> None:
     peft = pytest.importorskip("peft")
     model, data = case
     before = model.parameters
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]), model.denoiser)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]), model.denoiser
+    )
     map = measure(model, data, **SMALL, params="lora")
     assert map.origin.parameters == model.parameters - before > 0
     assert all(".lora_A." in name or ".lora_B." in name for name in map.layout)
@@ -137,16 +154,24 @@ def dit(tiny_dit: Path) -> Diffusion:
     return model
 
 
-def test_labels_of_the_data_are_the_condition_and_no_class_where_there_are_none(dit: Diffusion, tmp_path: Path) -> None:
+def test_labels_of_the_data_are_the_condition_and_no_class_where_there_are_none(
+    dit: Diffusion, tmp_path: Path
+) -> None:
     data = load_images("digits", resolution=16, channels=3, limit=20)
     _, labels = dit.encode_from(data, [3, 0])
-    assert labels is not None and data.labels is not None and labels.tolist() == [data.labels[3], data.labels[0]]
+    assert (
+        labels is not None
+        and data.labels is not None
+        and labels.tolist() == [data.labels[3], data.labels[0]]
+    )
     assert dit.told(data) == "classes, 8 of the base's 10 classes"
     np.savez(tmp_path / "bare.npz", images=data.images(range(5)).numpy())
     bare = load_images(tmp_path / "bare.npz", split="all")
     assert dit.encode_from(bare, [1, 2])[1].tolist() == [10, 10]  # type: ignore[union-attr]
     assert dit.told(bare) == "classes, none in the data: every image is of no class (label 10)"
-    known, unknown = (measure(dit, images, **SMALL, engine="exact").origin.data for images in (data, bare))
+    known, unknown = (
+        measure(dit, images, **SMALL, engine="exact").origin.data for images in (data, bare)
+    )
     assert known != unknown
 
 
@@ -163,14 +188,20 @@ def test_labels_beyond_the_classes_are_refused(dit: Diffusion, tmp_path: Path) -
 def test_a_unet_of_classes_needs_labels(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
     model = Diffusion.load(make_tiny(num_class_embeds=10))
     map = measure(model, load_images("digits", limit=20), **SMALL)
-    assert (np.diagonal(map.gram.reshape(15, 15)) > 0).all() and "class_embedding.weight" in map.layout
+    assert (
+        np.diagonal(map.gram.reshape(15, 15)) > 0
+    ).all() and "class_embedding.weight" in map.layout
     np.savez(tmp_path / "bare.npz", images=np.zeros((5, 8, 8), dtype=np.uint8))
     with pytest.raises(UsageError, match="takes one of 10 classes and the data has no labels"):
         measure(model, load_images(tmp_path / "bare.npz", split="all"), **SMALL)
 
 
-@pytest.mark.parametrize("changes", [{"class_embed_type": "timestep"}, {"class_embed_type": "identity"}])
-def test_other_embeddings_of_classes_are_refused(make_tiny: Callable[..., Path], changes: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"class_embed_type": "timestep"}, {"class_embed_type": "identity"}]
+)
+def test_other_embeddings_of_classes_are_refused(
+    make_tiny: Callable[..., Path], changes: dict[str, str]
+) -> None:
     with pytest.raises(UsageError, match="conditions besides text or a class"):
         Diffusion.load(make_tiny(**changes))
 
@@ -187,9 +218,16 @@ def test_experts_of_a_dit_are_trained_weighed_and_judged(dit: Diffusion, tmp_pat
     from demerge.statistics.fisher import range_fisher
     from demerge.timesteps import Partition, TimestepRange
 
-    data, two = load_images("digits", resolution=16, channels=3, limit=20), Partition.uniform(1000, 2)
-    options = FinetuneOptions(max_train_steps=2, train_batch_size=2, learning_rate=1e-3, checkpointing_steps=2)
-    run = Run.begin(dit, data, TimestepRange(0, 500), options, tmp_path / "state", {"base_sha256": dit.sha256})
+    data, two = (
+        load_images("digits", resolution=16, channels=3, limit=20),
+        Partition.uniform(1000, 2),
+    )
+    options = FinetuneOptions(
+        max_train_steps=2, train_batch_size=2, learning_rate=1e-3, checkpointing_steps=2
+    )
+    run = Run.begin(
+        dit, data, TimestepRange(0, 500), options, tmp_path / "state", {"base_sha256": dit.sha256}
+    )
     assert [step.step for step in run.train(lambda: False)] == [1, 2]
     run.finish(tmp_path / "0000-0500")
     expert = Diffusion.load(tmp_path / "0000-0500")
@@ -197,16 +235,27 @@ def test_experts_of_a_dit_are_trained_weighed_and_judged(dit: Diffusion, tmp_pat
     assert found.slope.shape == (2, 5, 1) and (found.products > 0).all()
     assert all(value > 0 for value in range_losses(expert, data, two, samples=16).means.values())
     fisher = range_fisher(expert, data, two[0], samples=2).tensors
-    assert {name: f.shape for name, f in fisher.items()} == {name: p.shape for name, p in expert.denoiser.named_parameters()}
+    assert {name: f.shape for name, f in fisher.items()} == {
+        name: p.shape for name, p in expert.denoiser.named_parameters()
+    }
 
 
 def test_a_student_sees_the_classes_its_teacher_sees(dit: Diffusion) -> None:
     """In training mode too: what is dropped is drawn by demerge, once for the whole model, a tenth of the labels."""
-    x, t, labels = torch.randn(40, 4, 8, 8), torch.full((40,), 500), torch.zeros(40, dtype=torch.long)
+    x, t, labels = (
+        torch.randn(40, 4, 8, 8),
+        torch.full((40,), 500),
+        torch.zeros(40, dtype=torch.long),
+    )
     with torch.no_grad():
         still = dit.predict(x, t, labels)
         dit.denoiser.train()
         assert torch.equal(dit.predict(x, t, labels), still)
     classes = dit.classes
     assert classes is not None
-    assert classes.dropped(labels[:4], torch.tensor([0.05, 0.2, 0.099, 0.9])).tolist() == [10, 0, 10, 0]
+    assert classes.dropped(labels[:4], torch.tensor([0.05, 0.2, 0.099, 0.9])).tolist() == [
+        10,
+        0,
+        10,
+        0,
+    ]

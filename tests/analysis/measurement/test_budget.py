@@ -34,10 +34,19 @@ def test_other_texts_are_no_durations(text: str) -> None:
 
 
 def test_durations_are_said_for_a_person() -> None:
-    assert [duration(s) for s in (0.04, 3.21, 42, 119, 600, 9000)] == ["0.0 s", "3.2 s", "42 s", "119 s", "10 min", "2.5 h"]
+    assert [duration(s) for s in (0.04, 3.21, 42, 119, 600, 9000)] == [
+        "0.0 s",
+        "3.2 s",
+        "42 s",
+        "119 s",
+        "10 min",
+        "2.5 h",
+    ]
 
 
-def test_a_budget_holds_as_many_groups_as_fit(linear: Any, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_holds_as_many_groups_as_fit(
+    linear: Any, images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a clock that goes on by a second with each backward pass: 3 s a group, 8 of them in 25 s."""
     now = [0.0]
     kept = Cells._kept
@@ -49,14 +58,18 @@ def test_a_budget_holds_as_many_groups_as_fit(linear: Any, images: Any, monkeypa
     monkeypatch.setattr(Cells, "_kept", slow)
     for clock in ("perf_counter", "monotonic"):
         monkeypatch.setattr(cells_module.time, clock, lambda: now[0])
-    run = Measurement(linear, images, Settings(**SMALL, groups=64, budget=25.0)).begin(Partial(None, {}))
+    run = Measurement(linear, images, Settings(**SMALL, groups=64, budget=25.0)).begin(
+        Partial(None, {})
+    )
     assert (run.cost.passes, run.cost.seconds, run.seconds) == (24, 24.0, 1.0)
     assert "24 backward passes, about 24 s" in str(run.cost)
     map = run.map()
     assert map.M == 8
     assert np.array_equal(map.gram, measure(linear, images, **SMALL, groups=8).gram)
     assert measure(linear, images, **SMALL, budget=25.0, groups=6).M == 6
-    with pytest.raises(ResourceError, match="5 groups of 3 bins take about 15 s, and the budget is 11 s") as caught:
+    with pytest.raises(
+        ResourceError, match="5 groups of 3 bins take about 15 s, and the budget is 11 s"
+    ) as caught:
         measure(linear, images, **SMALL, budget=11.0)
     assert caught.value.fix == "give --budget 17s, or --bins 2, or --train-batch-size 2"
 
@@ -124,7 +137,9 @@ def test_open_groups_fit_the_memory(linear: Any, images: Any) -> None:
         most(groups=6000)
 
 
-@pytest.mark.parametrize("wrong", [{"budget": 0.0}, {"se": -1.0}, {"se": float("nan")}, {"se": 0.1, "bins": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"budget": 0.0}, {"se": -1.0}, {"se": float("nan")}, {"se": 0.1, "bins": 1}]
+)
 def test_wrong_targets_are_usage_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Settings(**{**SMALL, **wrong})

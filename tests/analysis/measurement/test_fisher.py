@@ -30,9 +30,13 @@ from demerge.timesteps import Partition
 NOWHERE = Partial(None, {})
 
 
-def found(model: Any, data: Any, out: Path, ranges: str = "uniform:2", mode: str = "auto", **settings: Any) -> list[Tensor]:
+def found(
+    model: Any, data: Any, out: Path, ranges: str = "uniform:2", mode: str = "auto", **settings: Any
+) -> list[Tensor]:
     """F [D] of each range of one measurement."""
-    measurement = Measurement(model, data, Settings(**{"bins": 6, "groups": 5, "batch_size": 4, **settings}), mode)
+    measurement = Measurement(
+        model, data, Settings(**{"bins": 6, "groups": 5, "batch_size": 4, **settings}), mode
+    )
     fisher = replace(fisher_files(measurement, ranges, out).fisher, partial=NOWHERE)
     measurement.run(NOWHERE, None, fisher)
     return flat(fisher, model)
@@ -40,7 +44,10 @@ def found(model: Any, data: Any, out: Path, ranges: str = "uniform:2", mode: str
 
 def flat(fisher: RangeFisher, model: Any) -> list[Tensor]:
     """F [D] of each range."""
-    return [torch.cat([t.flatten() for t in fisher.means(r, model.denoiser).values()]) for r in range(len(fisher.ranges))]
+    return [
+        torch.cat([t.flatten() for t in fisher.means(r, model.denoiser).values()])
+        for r in range(len(fisher.ranges))
+    ]
 
 
 def truth(model: Any, data: Any, edges: list[int], n: int = 100_000) -> list[Tensor]:
@@ -61,7 +68,13 @@ def truth(model: Any, data: Any, edges: list[int], n: int = 100_000) -> list[Ten
 
 @pytest.mark.parametrize(("parts", "draws", "seeds"), [(2, "shared", 30), (4, "independent", 20)])
 def test_it_is_unbiased_and_never_negative(
-    linear: Any, images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, draws: str, seeds: int
+    linear: Any,
+    images: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: int,
+    draws: str,
+    seeds: int,
 ) -> None:
     monkeypatch.setattr(module, "PARTS", parts)
     runs = [found(linear, images, tmp_path, draws=draws, seed=seed) for seed in range(seeds)]
@@ -74,7 +87,9 @@ def test_it_is_unbiased_and_never_negative(
 
 
 @pytest.mark.parametrize("batch_size", [4, 1])
-def test_microbatches_of_one_are_the_squares_of_examples(linear: Any, images: Any, tmp_path: Path, batch_size: int) -> None:
+def test_microbatches_of_one_are_the_squares_of_examples(
+    linear: Any, images: Any, tmp_path: Path, batch_size: int
+) -> None:
     of = found(linear, images, tmp_path, "joint", batch_size=batch_size)
     squares = []
     for m in range(5):
@@ -82,7 +97,9 @@ def test_microbatches_of_one_are_the_squares_of_examples(linear: Any, images: An
         for span in Partition.uniform(30, 6):
             for b in range(batch_size):
                 loss = samples.only(b).loss(linear, span)
-                squares.append(torch.autograd.grad(loss, linear.denoiser.theta)[0].flatten().square())
+                squares.append(
+                    torch.autograd.grad(loss, linear.denoiser.theta)[0].flatten().square()
+                )
     torch.testing.assert_close(of[0], torch.stack(squares).mean(0), rtol=1e-4, atol=1e-9)
 
 
@@ -96,15 +113,22 @@ def test_bins_count_by_their_width(linear: Any, images: Any, tmp_path: Path) -> 
     torch.testing.assert_close(one[0], (cut * two[0] + (30 - cut) * two[1]) / 30)
 
 
-def test_modes_and_metrics_give_one_fisher_and_it_leaves_the_map(linear: Any, images: Any, tmp_path: Path) -> None:
+def test_modes_and_metrics_give_one_fisher_and_it_leaves_the_map(
+    linear: Any, images: Any, tmp_path: Path
+) -> None:
     first = found(linear, images, tmp_path)
     for more in ({"mode": "hooks"}, {"metric": "adam"}, {"engine": "sketch"}):
         for one, other in zip(first, found(linear, images, tmp_path, **more), strict=True):
             torch.testing.assert_close(one, other)
     measurement = Measurement(linear, images, Settings(6, 5, 4))
     fisher = fisher_files(measurement, "uniform:2", tmp_path).fisher
-    with_it, without = measurement.run(NOWHERE, None, replace(fisher, partial=NOWHERE)), measurement.run(NOWHERE)
-    np.testing.assert_allclose(with_it.gram, without.gram, rtol=1e-3, atol=1e-7 * without.gram.max())
+    with_it, without = (
+        measurement.run(NOWHERE, None, replace(fisher, partial=NOWHERE)),
+        measurement.run(NOWHERE),
+    )
+    np.testing.assert_allclose(
+        with_it.gram, without.gram, rtol=1e-3, atol=1e-7 * without.gram.max()
+    )
 
 
 def test_every_takes_timesteps_from_all_of_a_bin(linear: Any, images: Any) -> None:
@@ -120,11 +144,22 @@ def test_it_resembles_what_stats_measures(tiny: Path, tmp_path: Path) -> None:
     from demerge.diffusion.model import Diffusion
 
     model, data = Diffusion.load(tiny), load_images("digits", split="train", limit=40)
-    of = found(model, data, tmp_path, "uniform:1", bins=2, groups=5, batch_size=8, draws="independent")[0]
+    of = found(
+        model, data, tmp_path, "uniform:1", bins=2, groups=5, batch_size=8, draws="independent"
+    )[0]
     per_example = range_fisher(model, data, Partition.uniform(1000, 1)[0], samples=64).tensors
-    other = torch.cat([per_example[name].flatten() for name in dict(model.denoiser.named_parameters())])
+    other = torch.cat(
+        [per_example[name].flatten() for name in dict(model.denoiser.named_parameters())]
+    )
     assert float(of.sum() / other.sum()) == pytest.approx(1, abs=0.5)
-    assert float(torch.corrcoef(torch.stack([of.clamp(min=1e-20).log(), other.clamp(min=1e-20).log()]))[0, 1]) > 0.9
+    assert (
+        float(
+            torch.corrcoef(torch.stack([of.clamp(min=1e-20).log(), other.clamp(min=1e-20).log()]))[
+                0, 1
+            ]
+        )
+        > 0.9
+    )
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------------
@@ -143,13 +178,19 @@ def killed_after(passes: int) -> Callable[[int, int, str], None]:
 
 
 @pytest.mark.parametrize("passes", [7, 12, 30])
-def test_a_killed_measurement_goes_on(linear: Any, images: Any, tmp_path: Path, passes: int) -> None:
+def test_a_killed_measurement_goes_on(
+    linear: Any, images: Any, tmp_path: Path, passes: int
+) -> None:
     measurement = Measurement(linear, images, Settings(6, 5, 4))
     partial = Partial(tmp_path / "conflict.partial", measurement.key())
     wanted = found(linear, images, tmp_path)
     with pytest.raises(Killed):
-        measurement.run(partial, killed_after(passes), fisher_files(measurement, "uniform:2", tmp_path).fisher)
-    there = sorted(path.name for path in (tmp_path / "conflict.partial" / "fisher").glob("*.safetensors"))
+        measurement.run(
+            partial, killed_after(passes), fisher_files(measurement, "uniform:2", tmp_path).fisher
+        )
+    there = sorted(
+        path.name for path in (tmp_path / "conflict.partial" / "fisher").glob("*.safetensors")
+    )
     assert there == [f"{(passes - 1) // 6 - 1:04d}.safetensors"]
     seen: list[int] = []
     again = fisher_files(measurement, "uniform:2", tmp_path).fisher
@@ -159,7 +200,9 @@ def test_a_killed_measurement_goes_on(linear: Any, images: Any, tmp_path: Path, 
         assert torch.equal(one, other)
 
 
-def test_rows_and_sums_of_different_age_are_mended(linear: Any, images: Any, tmp_path: Path) -> None:
+def test_rows_and_sums_of_different_age_are_mended(
+    linear: Any, images: Any, tmp_path: Path
+) -> None:
     """Rows of all groups without a Fisher, then a Fisher with one row damaged: each is made once, and none counts twice."""
     measurement = Measurement(linear, images, Settings(6, 5, 4))
     partial = Partial(tmp_path / "conflict.partial", measurement.key())
@@ -174,7 +217,9 @@ def test_rows_and_sums_of_different_age_are_mended(linear: Any, images: Any, tmp
             assert torch.equal(one, other)
 
 
-def test_the_stage_writes_what_merge_takes(tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]) -> None:
+def test_the_stage_writes_what_merge_takes(
+    tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]
+) -> None:
     from demerge.merging import merge
 
     small: dict[str, Any] = {"bins": 4, "groups": 5, "batch_size": 2, "ranges": 2}
@@ -193,20 +238,39 @@ def test_the_stage_writes_what_merge_takes(tiny: Path, tmp_path: Path, add_exper
     weights = load_file(tiny / "unet" / "diffusion_pytorch_model.safetensors")
     for path in paths:
         tensors = load_file(path)
-        assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {n: (t.shape, t.dtype) for n, t in weights.items()}
-    experts = [add_expert(tmp_path / "experts" / path.parent.name, *map(int, path.parent.name.split("-"))) for path in paths]
-    merge(tiny, experts, tmp_path / "merged", method="fisher", options={"fisher": ",".join(map(str, paths))})
+        assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
+            n: (t.shape, t.dtype) for n, t in weights.items()
+        }
+    experts = [
+        add_expert(tmp_path / "experts" / path.parent.name, *map(int, path.parent.name.split("-")))
+        for path in paths
+    ]
+    merge(
+        tiny,
+        experts,
+        tmp_path / "merged",
+        method="fisher",
+        options={"fisher": ",".join(map(str, paths))},
+    )
     assert (tmp_path / "merged" / "demerge.json").is_file()
 
 
 def prepared(tiny: Path, out: Path, **settings: Any) -> Any:
     """Plan the Fisher of two ranges beside a map of four bins."""
-    return prepare(str(tiny), "digits", out, **{"bins": 4, "batch_size": 2, "ranges": 2, "fisher": "uniform:2", **settings})
+    return prepare(
+        str(tiny),
+        "digits",
+        out,
+        **{"bins": 4, "batch_size": 2, "ranges": 2, "fisher": "uniform:2", **settings},
+    )
 
 
 def told(out: Path) -> list[tuple[int, int]]:
     """Return groups and samples of the records."""
-    records = [json.loads(path.read_text())["fisher"]["options"] for path in sorted((out / "fisher").glob("*/stats.json"))]
+    records = [
+        json.loads(path.read_text())["fisher"]["options"]
+        for path in sorted((out / "fisher").glob("*/stats.json"))
+    ]
     return [(record["groups"], record["samples"]) for record in records]
 
 
@@ -216,7 +280,9 @@ def test_it_has_the_groups_of_the_map_that_is_there(tiny: Path, tmp_path: Path) 
     prepared(tiny, out, groups=9, fisher=None).map()
     plan = prepared(tiny, out)
     assert plan.cost.passes + plan.cost.more == 4 * 9 * 2
-    assert "72 backward passes, about" in str(plan) and "9 groups of the map are measured again" in str(plan)
+    assert "72 backward passes, about" in str(
+        plan
+    ) and "9 groups of the map are measured again" in str(plan)
     assert plan.map().M == 9 and told(out) == told(whole) == [(9, 36), (9, 36)]
     for path in (whole / "fisher").rglob("*.safetensors"):
         assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
@@ -227,7 +293,9 @@ def test_more_groups_make_map_and_fisher_of_all_of_them(tiny: Path, tmp_path: Pa
     prepared(tiny, whole, groups=10).map()
     prepared(tiny, out, groups=5).map()
     plan = prepared(tiny, out, groups=10)
-    assert "80 backward passes" in str(plan) and "5 groups of the map are measured again" in str(plan)
+    assert "80 backward passes" in str(plan) and "5 groups of the map are measured again" in str(
+        plan
+    )
     assert "in place of the one of 5 groups" in str(plan)
     assert plan.map().M == 10 and told(out) == [(10, 40), (10, 40)]
     for path in whole.rglob("*.*"):
@@ -251,7 +319,10 @@ def test_killed_while_the_files_are_written_no_record_stands_beside_another_fish
     monkeypatch.setattr(module, "commit_statistic", killed)
     with pytest.raises(Killed):
         prepared(tiny, tmp_path, groups=6).map()
-    assert [path.exists() for path in files] == [True, True] and told(tmp_path) == [(6, 24), (5, 20)]
+    assert [path.exists() for path in files] == [True, True] and told(tmp_path) == [
+        (6, 24),
+        (5, 20),
+    ]
     monkeypatch.undo()
     plan, seen = prepared(tiny, tmp_path), []
     assert "again" not in str(plan)
@@ -267,7 +338,9 @@ def test_a_fisher_of_fewer_groups_than_the_map_is_made_again(tiny: Path, tmp_pat
     assert told(tmp_path) == [(6, 24), (6, 24)]
 
 
-def test_sums_of_a_killed_run_serve_one_of_more_groups(linear: Any, images: Any, tmp_path: Path) -> None:
+def test_sums_of_a_killed_run_serve_one_of_more_groups(
+    linear: Any, images: Any, tmp_path: Path
+) -> None:
     few, many = (Measurement(linear, images, Settings(6, groups, 4)) for groups in (5, 8))
     partial = Partial(tmp_path / "conflict.partial", few.key())
     few.run(partial, None, fisher_files(few, "uniform:2", tmp_path).fisher)
@@ -275,7 +348,9 @@ def test_sums_of_a_killed_run_serve_one_of_more_groups(linear: Any, images: Any,
     assert again.committed == 5
     many.run(partial, lambda done, total, what: seen.append(done), again)
     assert len(seen) == 3 * 6
-    for one, other in zip(flat(again, linear), found(linear, images, tmp_path, groups=8), strict=True):
+    for one, other in zip(
+        flat(again, linear), found(linear, images, tmp_path, groups=8), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -285,7 +360,9 @@ def test_more_groups_with_a_fisher_do_not_lose_the_layers(tiny: Path, tmp_path: 
         prepared(tiny, tmp_path, groups=6)
 
 
-def test_the_cost_counts_microbatches_and_a_budget_too(linear: Any, images: Any, tmp_path: Path, clock: list[float]) -> None:
+def test_the_cost_counts_microbatches_and_a_budget_too(
+    linear: Any, images: Any, tmp_path: Path, clock: list[float]
+) -> None:
     """By a clock that goes on by a second with each backward pass: 6 bins of 4 samples, 24 s a group, 6 of them in 150 s."""
     measurement = Measurement(linear, images, Settings(6, 64, 4, budget=150.0))
     partial = Partial(tmp_path / "conflict.partial", measurement.key())
@@ -298,11 +375,16 @@ def test_the_cost_counts_microbatches_and_a_budget_too(linear: Any, images: Any,
         Measurement(linear, images, Settings(6, 64, 4, budget=100.0)).begin(NOWHERE, fisher=fisher)
 
 
-def test_a_budget_that_a_fisher_of_the_map_does_not_fit_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_a_budget_that_a_fisher_of_the_map_does_not_fit_is_refused(
+    tiny: Path, tmp_path: Path
+) -> None:
     prepared(tiny, tmp_path, groups=5, fisher=None).map()
     with pytest.raises(ResourceError, match="the Fisher of the map's 5 groups takes about"):
         prepared(tiny, tmp_path, budget=1e-4)
-    assert prepared(tiny, tmp_path, budget=600.0).map().M == 5 and told(tmp_path) == [(5, 20), (5, 20)]
+    assert prepared(tiny, tmp_path, budget=600.0).map().M == 5 and told(tmp_path) == [
+        (5, 20),
+        (5, 20),
+    ]
 
 
 @pytest.fixture

@@ -43,7 +43,9 @@ def truth(model: Any, data: Any, edges: list[int]) -> Array:
     [{}, {"draws": "independent"}, {"antithetic": True}, {"antithetic": "auto"}],
     ids=["shared", "independent", "antithetic", "pilot"],
 )
-def test_a_linear_problem_is_measured_without_bias(linear: Any, images: Any, options: dict[str, Any]) -> None:
+def test_a_linear_problem_is_measured_without_bias(
+    linear: Any, images: Any, options: dict[str, Any]
+) -> None:
     maps = [measure(linear, images, **SMALL, **options, seed=seed) for seed in range(60)]
     mu = truth(linear, images, maps[0].edges)
     values = np.array([kernel(map, cross(5)) for map in maps])
@@ -65,8 +67,13 @@ def test_antithetic_noise_takes_away_noise(linear: Any, images: Any) -> None:
 def test_the_pilot_takes_antithetic_noise_where_it_helps(linear: Any, images: Any) -> None:
     """Noise of the linear problem is odd in eps at small t, and even in eps where x_t is nearly eps."""
     settings: dict[str, Any] = {"bins": 30, "groups": 40, "batch_size": 2}
-    off, on, auto = (measure(linear, images, **settings, antithetic=kind) for kind in ("off", "on", "auto"))
-    assert isinstance(auto.origin.antithetic, tuple) and (off.origin.antithetic, on.origin.antithetic) == (False, True)
+    off, on, auto = (
+        measure(linear, images, **settings, antithetic=kind) for kind in ("off", "on", "auto")
+    )
+    assert isinstance(auto.origin.antithetic, tuple) and (
+        off.origin.antithetic,
+        on.origin.antithetic,
+    ) == (False, True)
     chosen = np.array(auto.origin.antithetic)
     plain, paired = (np.einsum("imim->i", map.gram) / map.M for map in (off, on))
     clear = abs(np.log(paired / plain)) > 0.25
@@ -87,7 +94,9 @@ def test_the_noise_of_each_bin_is_stored(linear: Any, images: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketch"])
-def test_low_precision_passes_are_summed_in_full(tiny: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_precision_passes_are_summed_in_full(
+    tiny: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model computes in bf16, and no sum does: a row is that of its gradients' float64 sum."""
     model, data = Diffusion.load(tiny), load_images("digits", split="train", limit=20)
     full = measure(model, data, **SMALL, engine=engine)
@@ -131,17 +140,27 @@ def test_the_gram_is_that_of_plain_backward_passes(tiny: Path) -> None:
             assert all(int(each) in span for each in t), i
             model.denoiser.zero_grad()
             model.loss(drawn.x0, drawn.noise, t, drawn.condition).mean().backward()
-            rows.append(torch.cat([p.grad.flatten() for p in model.denoiser.parameters()]).double().numpy())
+            rows.append(
+                torch.cat([p.grad.flatten() for p in model.denoiser.parameters()]).double().numpy()
+            )
     flat = np.array(rows)
-    assert np.allclose(map.gram.reshape(15, 15), flat @ flat.T, rtol=1e-4, atol=1e-6 * (flat**2).sum(1).max())
+    assert np.allclose(
+        map.gram.reshape(15, 15), flat @ flat.T, rtol=1e-4, atol=1e-6 * (flat**2).sum(1).max()
+    )
     assert map.origin.parameters == flat.shape[1]
 
 
 @pytest.mark.parametrize("metric", ["euclid", "adam"])
 def test_a_sketch_gives_the_map_of_the_exact_gradients(make_tiny: Any, metric: str) -> None:
-    model, data = Diffusion.load(make_tiny(block_out_channels=(16, 32))), load_images("digits", limit=20)
+    model, data = (
+        Diffusion.load(make_tiny(block_out_channels=(16, 32))),
+        load_images("digits", limit=20),
+    )
     assert model.parameters > 65_521
-    exact, sketch = (measure(model, data, **SMALL, metric=metric, engine=engine) for engine in ("exact", "sketch"))
+    exact, sketch = (
+        measure(model, data, **SMALL, metric=metric, engine=engine)
+        for engine in ("exact", "sketch")
+    )
     norms = np.sqrt(np.diagonal(exact.gram.reshape(15, 15)))
     error = (sketch.gram - exact.gram).reshape(15, 15) / np.outer(norms, norms)
     assert 0 < abs(error).max() < 4 / 65_521**0.5
@@ -150,8 +169,14 @@ def test_a_sketch_gives_the_map_of_the_exact_gradients(make_tiny: Any, metric: s
 
 def test_hooks_give_the_map_of_the_flat_pass(tiny: Path) -> None:
     model, data = Diffusion.load(tiny), load_images("digits", limit=20)
-    for options in ({"engine": "exact"}, {"engine": "sketch"}, {"engine": "sketch", "metric": "adam", "params": "attentions"}):
-        flat, hooks = (measure(model, data, **SMALL, **options, mode=mode).gram for mode in ("flat", "hooks"))
+    for options in (
+        {"engine": "exact"},
+        {"engine": "sketch"},
+        {"engine": "sketch", "metric": "adam", "params": "attentions"},
+    ):
+        flat, hooks = (
+            measure(model, data, **SMALL, **options, mode=mode).gram for mode in ("flat", "hooks")
+        )
         assert np.allclose(hooks, flat, rtol=1e-5, atol=1e-7 * abs(flat).max())
     with pytest.raises(UsageError, match="flat, hooks"):
         measure(model, data, **SMALL, mode="some")
@@ -165,7 +190,11 @@ def test_the_cost_is_said_first(tiny: Path) -> None:
         return Measurement(model, data, Settings(**{**SMALL, **settings})).cost()
 
     whole, sketched = cost(), cost(engine="sketch", metric="adam")
-    assert (whole.passes, whole.engine, whole.bytes) == (15, "exact", 4 * 15 * 2 * D)  # with the sketches
+    assert (whole.passes, whole.engine, whole.bytes) == (
+        15,
+        "exact",
+        4 * 15 * 2 * D,
+    )  # with the sketches
     assert (sketched.passes, sketched.engine, sketched.bytes) == (18, "sketch-65521", 4 * 15 * D)
     assert "15 backward passes" in str(whole) and "sketches of 65,521 numbers" in str(sketched)
     assert cost(memory=4 * 15 * 2 * D).engine == "exact"
@@ -176,10 +205,15 @@ def test_the_cost_is_said_first(tiny: Path) -> None:
 
 
 def test_sketches_are_taken_where_gradients_do_not_fit(make_tiny: Any) -> None:
-    model, data = Diffusion.load(make_tiny(block_out_channels=(16, 32))), load_images("digits", limit=5)
+    model, data = (
+        Diffusion.load(make_tiny(block_out_channels=(16, 32))),
+        load_images("digits", limit=5),
+    )
     assert model.parameters > 65_521
     memory = 4 * 15 * 65_521
-    assert Measurement(model, data, Settings(**SMALL, memory=memory)).cost().engine == "sketch-65521"
+    assert (
+        Measurement(model, data, Settings(**SMALL, memory=memory)).cost().engine == "sketch-65521"
+    )
     with pytest.raises(ResourceError, match="gradients") as caught:
         Measurement(model, data, Settings(**SMALL, memory=memory, engine="exact"))
     assert "--engine sketch" in caught.value.fix
@@ -187,14 +221,25 @@ def test_sketches_are_taken_where_gradients_do_not_fit(make_tiny: Any) -> None:
 
 def test_params_choose_what_counts(tiny: Path) -> None:
     model, data = Diffusion.load(tiny), load_images("digits", limit=20)
-    chosen = [p for name, p in model.denoiser.named_parameters() if "norm" in name and name.endswith("weight")]
+    chosen = [
+        p
+        for name, p in model.denoiser.named_parameters()
+        if "norm" in name and name.endswith("weight")
+    ]
     map = measure(model, data, **SMALL, params=r"norm.*weight$")
-    assert (map.origin.params, map.origin.parameters) == (r"norm.*weight$", sum(p.numel() for p in chosen))
+    assert (map.origin.params, map.origin.parameters) == (
+        r"norm.*weight$",
+        sum(p.numel() for p in chosen),
+    )
     model.denoiser.requires_grad_(True)
     drawn = draw(model, data, 0, 2, 0, False)
-    gradients = torch.autograd.grad(drawn.loss(model, map.bins.ranges[0]), list(model.denoiser.parameters()))
+    gradients = torch.autograd.grad(
+        drawn.loss(model, map.bins.ranges[0]), list(model.denoiser.parameters())
+    )
     of = dict(zip(model.denoiser.parameters(), gradients, strict=True))
-    assert map.gram[0, 0, 0, 0] == pytest.approx(sum(float(of[p].double().square().sum()) for p in chosen), rel=1e-4)
+    assert map.gram[0, 0, 0, 0] == pytest.approx(
+        sum(float(of[p].double().square().sum()) for p in chosen), rel=1e-4
+    )
     for wrong in ("lora", "nowhere", "("):
         with pytest.raises(UsageError, match="params"):
             measure(model, data, **SMALL, params=wrong)
@@ -209,7 +254,10 @@ def test_adapters_alone_can_count(linear: Any, images: Any) -> None:
         def forward(self, x: Any, t: Any) -> Any:
             return super().forward(x * self.lora_A.prod(), t)
 
-    assert measure(linear.with_denoiser(Adapted()), images, **SMALL, params="lora").origin.parameters == 2
+    assert (
+        measure(linear.with_denoiser(Adapted()), images, **SMALL, params="lora").origin.parameters
+        == 2
+    )
 
 
 def test_a_finished_group_is_not_measured_again(linear: Any, images: Any, tmp_path: Path) -> None:
@@ -226,8 +274,12 @@ def test_a_finished_group_is_not_measured_again(linear: Any, images: Any, tmp_pa
     (one.folder / "group-0004.safetensors").write_bytes(b"x")
     seen: list[tuple[int, int, str]] = []
     assert np.array_equal(measurement.run(one, lambda *step: seen.append(step)).gram, whole.gram)
-    assert [step[2] for step in seen] == [f"{what} {bin}" for what in ("pilot", "bin") for bin in whole.bins]
-    other_seed = Measurement(linear, images, Settings(**SMALL, metric="adam", engine="sketch", seed=1))
+    assert [step[2] for step in seen] == [
+        f"{what} {bin}" for what in ("pilot", "bin") for bin in whole.bins
+    ]
+    other_seed = Measurement(
+        linear, images, Settings(**SMALL, metric="adam", engine="sketch", seed=1)
+    )
     foreign = Partial(one.folder, other_seed.key())
     for refused in (foreign.check, lambda: other_seed.run(foreign)):
         with pytest.raises(UsageError, match="seed 0 there, 1 asked"):
@@ -243,7 +295,9 @@ def test_maps_repeat_and_differ_by_seed(linear: Any, images: Any) -> None:
     assert not np.array_equal(first.gram, measure(linear, images, **SMALL, seed=1).gram)
 
 
-def test_draws_are_shared_between_bins_only_when_asked(linear: Any, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_are_shared_between_bins_only_when_asked(
+    linear: Any, images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys: list[int] = []
 
     def spy(*arguments: Any) -> Any:
@@ -267,17 +321,23 @@ def test_dropout_is_off(tiny: Path, linear: Any, images: Any) -> None:
             return super().forward(torch.nn.functional.dropout(x, 0.5, self.training), t)
 
     dropping = linear.with_denoiser(Dropping(3).train())
-    assert np.array_equal(measure(dropping, images, **SMALL).gram, measure(linear, images, **SMALL).gram)
+    assert np.array_equal(
+        measure(dropping, images, **SMALL).gram, measure(linear, images, **SMALL).gram
+    )
     assert dropping.denoiser.training
 
 
 def test_products_of_long_rows() -> None:
     rows = torch.randn(5, 70_001, generator=torch.Generator().manual_seed(0))
-    assert np.allclose(products(rows), (rows.double() @ rows.double().T).numpy(), atol=1e-2, rtol=1e-6)
+    assert np.allclose(
+        products(rows), (rows.double() @ rows.double().T).numpy(), atol=1e-2, rtol=1e-6
+    )
 
 
 def test_the_adam_scale_by_hand() -> None:
-    assert adam_scale(torch.tensor([4.0, 0.0, 25.0])).tolist() == pytest.approx([2**-0.5, 1, 5**-0.5])
+    assert adam_scale(torch.tensor([4.0, 0.0, 25.0])).tolist() == pytest.approx(
+        [2**-0.5, 1, 5**-0.5]
+    )
 
 
 def test_adam_products_are_divided_by_the_root_of_v() -> None:
@@ -307,12 +367,15 @@ def test_wrong_arguments_are_usage_errors(linear: Any, images: Any, wrong: dict[
 
 
 @pytest.mark.parametrize("options", [{}, {"engine": "sketch", "mode": "hooks"}, {"metric": "adam"}])
-def test_a_gradient_that_is_not_finite_names_its_bin(linear: Any, images: Any, options: dict[str, Any]) -> None:
+def test_a_gradient_that_is_not_finite_names_its_bin(
+    linear: Any, images: Any, options: dict[str, Any]
+) -> None:
     with torch.no_grad():
         linear.denoiser.theta[0, 0, 0] = torch.nan
     where = "pilot" if "metric" in options else "group 0"
     with pytest.raises(
-        NumericalError, match=rf"bin 0000-0010, {where}, is not finite, at sample 0 \(image \d of toy, t = \d\)"
+        NumericalError,
+        match=rf"bin 0000-0010, {where}, is not finite, at sample 0 \(image \d of toy, t = \d\)",
     ):
         measure(linear, images, **SMALL, **options)
 
@@ -342,7 +405,25 @@ def test_a_text_model_is_measured_with_its_captions(tiny_text: Path, image_folde
     data = load_images(image_folder, resolution=16, channels=3)
     map = measure(model, data, bins=2, groups=5, batch_size=1)
     assert map.gram.shape == (2, 5, 2, 5) and similarity(map).reliability.shape == (2,)
-    attention = measure(model, data, bins=2, groups=5, batch_size=1, engine="sketch", params=r"attn2\.to_[kv]", mode="hooks")
-    assert 0 < attention.origin.parameters < map.origin.parameters and (np.diagonal(attention.gram.reshape(10, 10)) > 0).all()
+    attention = measure(
+        model,
+        data,
+        bins=2,
+        groups=5,
+        batch_size=1,
+        engine="sketch",
+        params=r"attn2\.to_[kv]",
+        mode="hooks",
+    )
+    assert (
+        0 < attention.origin.parameters < map.origin.parameters
+        and (np.diagonal(attention.gram.reshape(10, 10)) > 0).all()
+    )
     with pytest.raises(UsageError, match="captions"):
-        measure(model, load_images("digits", resolution=16, channels=3, limit=5), bins=2, groups=5, batch_size=1)
+        measure(
+            model,
+            load_images("digits", resolution=16, channels=3, limit=5),
+            bins=2,
+            groups=5,
+            batch_size=1,
+        )

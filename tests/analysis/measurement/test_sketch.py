@@ -34,7 +34,9 @@ def sign_by_hand(p: int, seed: int) -> int:
 def test_the_sketch_is_a_scattered_sum(D: int) -> None:
     sketch = CountSketch.of(D, seed=3, k=7)
     x = torch.randn(D, generator=torch.Generator().manual_seed(D))
-    assert torch.allclose(sketch(x).double(), reference(x, sketch.signs, sketch.k), atol=1e-6 * float(x.norm()))
+    assert torch.allclose(
+        sketch(x).double(), reference(x, sketch.signs, sketch.k), atol=1e-6 * float(x.norm())
+    )
     pieces = sketch.zeros()
     for start in range(0, D, 13):
         sketch.add(pieces, start, x[start : start + 13])
@@ -42,7 +44,10 @@ def test_the_sketch_is_a_scattered_sum(D: int) -> None:
 
 
 def test_a_long_gradient() -> None:
-    sketch, x = CountSketch.of(20 * K + 11, seed=0), torch.randn(20 * K + 11, generator=torch.Generator().manual_seed(0))
+    sketch, x = (
+        CountSketch.of(20 * K + 11, seed=0),
+        torch.randn(20 * K + 11, generator=torch.Generator().manual_seed(0)),
+    )
     assert torch.allclose(sketch(x).double(), reference(x, sketch.signs, K), atol=1e-5)
     assert torch.equal(sketch(x), sketch(x))
 
@@ -58,8 +63,12 @@ def test_signs_are_a_function_of_position_and_seed() -> None:
     assert signs(5, 9, 0).tolist() == [sign_by_hand(p, 0) for p in range(5, 9)]
     big = 3_000_000_000
     assert signs(big, big + 50, 7).tolist() == [sign_by_hand(p, 7) for p in range(big, big + 50)]
-    assert torch.equal(signs(0, 100, 0)[40:], signs(40, 100, 0)) and not torch.equal(signs(0, 100, 0), signs(0, 100, 1))
-    assert torch.equal(CountSketch.of((1 << 20) + 5, 0).signs[-5:], signs(1 << 20, (1 << 20) + 5, 0))
+    assert torch.equal(signs(0, 100, 0)[40:], signs(40, 100, 0)) and not torch.equal(
+        signs(0, 100, 0), signs(0, 100, 1)
+    )
+    assert torch.equal(
+        CountSketch.of((1 << 20) + 5, 0).signs[-5:], signs(1 << 20, (1 << 20) + 5, 0)
+    )
 
 
 @pytest.mark.parametrize("lag", [1, 2, 64, K, 9 * K])
@@ -103,14 +112,18 @@ def test_pieces_lie_where_the_logical_order_says(mode: str, which: str) -> None:
     model, x = Layers(), torch.randn(2, 3, 6, 6)
     model(x).backward()
     chosen = [p for name, p in model.named_parameters() if which == "all" or which in name]
-    truth = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in chosen])
+    truth = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in chosen]
+    )
     model.zero_grad()
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     backward = Backward(model, which, mode)
     found = torch.zeros(backward.D)
 
     def put(start: int, values: Tensor) -> None:
-        assert sum(p.grad is not None for p in model.parameters()) <= 1  # hooks free each as soon as it is used
+        assert (
+            sum(p.grad is not None for p in model.parameters()) <= 1
+        )  # hooks free each as soon as it is used
         found[start : start + len(values)] = values
 
     for _ in range(2):
@@ -125,7 +138,9 @@ def test_pieces_lie_where_the_logical_order_says(mode: str, which: str) -> None:
 def test_an_accelerator_makes_the_same_sketch() -> None:
     here, there = CountSketch.of(3 * K, 0), CountSketch.of(3 * K, 0, device="cuda")
     x = torch.randn(3 * K, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(here.signs, there.signs.cpu()) and torch.allclose(here(x), there(x.cuda()).cpu(), atol=1e-5)
+    assert torch.equal(here.signs, there.signs.cpu()) and torch.allclose(
+        here(x), there(x.cuda()).cpu(), atol=1e-5
+    )
 
 
 def test_k_is_prime() -> None:

@@ -21,12 +21,16 @@ from demerge.timesteps import Partition
 @pytest.mark.parametrize("method", FOUND)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("edges", [[0, 3, 8], [0, 2, 4, 6, 16], [0, 2, 7, 12]])
-def test_the_planted_number_of_ranges_is_found(planted: Any, method: str, score: str, edges: list[int]) -> None:
+def test_the_planted_number_of_ranges_is_found(
+    planted: Any, method: str, score: str, edges: list[int]
+) -> None:
     for seed in range(3):
         map = planted(edges, noise=0.2, seed=seed)
         found = count(map, method=method, score=score, minimum=1)
         assert found.chosen == len(edges) - 1, found.reason
-        assert cut(map, found.chosen, method, score=score, minimum=1).cuts == [map.edges[i] for i in edges[1:-1]]
+        assert cut(map, found.chosen, method, score=score, minimum=1).cuts == [
+            map.edges[i] for i in edges[1:-1]
+        ]
 
 
 @pytest.mark.parametrize("cuts", [[150], [100, 350], [50, 150, 400]])
@@ -47,15 +51,21 @@ def test_gradient_does_not_beat_uniform_by_the_grid_alone(map_of: Any, N: int, n
     mu = np.array([fine[span.start : span.stop].mean(0) for span in Partition.uniform(840, N)])
     beaten = 0
     for seed in range(25):
-        evidence = Evidence.of(map_of(mu[:, None] + 0.1 * np.random.default_rng(seed).standard_normal((N, 6, 12)), 840))
+        evidence = Evidence.of(
+            map_of(mu[:, None] + 0.1 * np.random.default_rng(seed).standard_normal((N, 6, 12)), 840)
+        )
         held_out = HeldOut.of(evidence)
-        beaten += held_out.share((held_out.gains([n]) - held_out.gains([n], "uniform"))[:, 0]).above(2)
+        beaten += held_out.share(
+            (held_out.gains([n]) - held_out.gains([n], "uniform"))[:, 0]
+        ).above(2)
     assert beaten <= 2
 
 
 def test_a_cut_that_is_the_nearest_to_uniform_gains_nothing_over_it(planted: Any) -> None:
     held_out = HeldOut.of(Evidence.of(planted([0, 7, 13, 20])))
-    assert not (held_out.gains([3]) - held_out.gains([3], "uniform")).any(), "round-off would make a verdict"
+    assert not (held_out.gains([3]) - held_out.gains([3], "uniform")).any(), (
+        "round-off would make a verdict"
+    )
 
 
 def test_noise_supports_one_range(map_of: Any) -> None:
@@ -68,7 +78,11 @@ def test_noise_supports_one_range(map_of: Any) -> None:
 def test_one_direction_supports_one_range(map_of: Any, score: str) -> None:
     for seed in range(5):
         found = count(
-            map_of(np.eye(1, 60)[:, None] + 0.1 * np.random.default_rng(seed).standard_normal((8, 6, 60))), score=score
+            map_of(
+                np.eye(1, 60)[:, None]
+                + 0.1 * np.random.default_rng(seed).standard_normal((8, 6, 60))
+            ),
+            score=score,
         )
         assert found.chosen == 1 and "no conflict" in found.reason
 
@@ -80,11 +94,16 @@ def test_cross_fit_does_not_believe_cuts_that_noise_made(map_of: Any, score: str
     held_out: list[Array] = []
     for seed in range(30):
         evidence = Evidence.of(
-            map_of(np.eye(1, 9)[:, None] + 0.3 * np.random.default_rng(seed).standard_normal((8, 6, 9))), score
+            map_of(
+                np.eye(1, 9)[:, None] + 0.3 * np.random.default_rng(seed).standard_normal((8, 6, 9))
+            ),
+            score,
         )
         cuts = evidence.edges(evidence.found.K, [2, 3, 4])
         table = evidence.objective.table(evidence.found.K)
-        own.append(np.array([sum(table[a, b] for a, b in pairwise(edges)) - table[0, 8] for edges in cuts]))
+        own.append(
+            np.array([sum(table[a, b] for a, b in pairwise(edges)) - table[0, 8] for edges in cuts])
+        )
         held_out.append(HeldOut.of(evidence).gains([2, 3, 4])[0])
     for gains, believed in ((own, True), (held_out, False)):
         t = np.mean(gains, axis=0) / (np.std(gains, axis=0) / 30**0.5)
@@ -102,7 +121,9 @@ def test_held_out_gains_are_the_mean_that_they_say(planted: Any, score: str) -> 
         slow, slow_given = [], []
         for A, B in zip(*halves(groups, 5, 0), strict=True):
             K_A, K_B = kernel(map, weighted(A)), kernel(map, weighted(B))
-            partition = Partition.from_cuts(1000, [map.edges[i] for i in evidence.edges(K_A, [3], minimum=1)[0][1:-1]])
+            partition = Partition.from_cuts(
+                1000, [map.edges[i] for i in evidence.edges(K_A, [3], minimum=1)[0][1:-1]]
+            )
             slow.append(evidence.objective.gain(K_B, cover(map, partition)))
             slow_given.append(evidence.objective.gain(K_B, cover(map, other)))
         assert gains[row] == pytest.approx([0, np.mean(slow)], abs=1e-12)
@@ -146,12 +167,23 @@ def test_blocks_limit_the_number(map_of: Any) -> None:
     s[3:7] = 3 * rng.standard_normal((4, 8, 12))
     assert len(count(map_of(s), score="cosine", minimum=1).shares["gradient"]) == 7
     assert len(count(map_of(s), score="cosine", minimum=3).shares["gradient"]) == 3
-    assert len(count(map_of(s), score="cosine", method="hierarchical", minimum=3).shares["hierarchical"]) <= 3
+    assert (
+        len(
+            count(map_of(s), score="cosine", method="hierarchical", minimum=3).shares[
+                "hierarchical"
+            ]
+        )
+        <= 3
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
-    [({"method": "best"}, UsageError), ({"score": "sum"}, UsageError), ({"minimum": 9}, NumericalError)],
+    [
+        ({"method": "best"}, UsageError),
+        ({"score": "sum"}, UsageError),
+        ({"minimum": 9}, NumericalError),
+    ],
 )
 def test_wrong_arguments(planted: Any, arguments: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
@@ -159,8 +191,20 @@ def test_wrong_arguments(planted: Any, arguments: dict[str, Any], error: type[Ex
 
 
 def test_one_se_takes_the_fewest_that_are_near_the_best() -> None:
-    shares = [Estimate(0, 0), Estimate(0.5, 0.1), Estimate(0.84, 0.1), Estimate(0.9, 0.07), Estimate(0.89, 0.01)]
+    shares = [
+        Estimate(0, 0),
+        Estimate(0.5, 0.1),
+        Estimate(0.84, 0.1),
+        Estimate(0.9, 0.07),
+        Estimate(0.89, 0.01),
+    ]
     assert one_se(shares)[0] == 3
-    assert one_se(shares[:2]) == (2, "by cross-fit the best (explains 0.500 ± 0.100 on held-out groups)")
+    assert one_se(shares[:2]) == (
+        2,
+        "by cross-fit the best (explains 0.500 ± 0.100 on held-out groups)",
+    )
     assert one_se([Estimate(0, 0), Estimate(0.1, 0.2)])[0] == 1
-    assert one_se([Estimate(0, 0), Estimate(-0.1, 0.2)]) == (1, "on held-out groups no cut explains anything")
+    assert one_se([Estimate(0, 0), Estimate(-0.1, 0.2)]) == (
+        1,
+        "on held-out groups no cut explains anything",
+    )

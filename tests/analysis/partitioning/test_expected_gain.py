@@ -28,16 +28,28 @@ def of(map: ConflictMap, partition: Partition, **options: Any) -> Benefit:
     return benefit(Evidence.of(map), partition, **options)
 
 
-def truth(mu: Array, widths: Array, edges: list[int]) -> tuple[list[float], list[float], float, float, float, float]:
+def truth(
+    mu: Array, widths: Array, edges: list[int]
+) -> tuple[list[float], list[float], float, float, float, float]:
     """Return 1 - cos and |gbar_R| of each range, J, its share, and those of plain steps, by their definitions."""
     rows = [slice(a, b) for a, b in pairwise(edges)]
     w = np.array([float(widths[row].sum()) for row in rows])
     bars = [widths[row] @ mu[row] / w_R for row, w_R in zip(rows, w, strict=True)]
     joint, lengths = widths @ mu, np.array([float(np.linalg.norm(bar)) for bar in bars])
-    missed = [1 - float(bar @ joint) / n / float(np.linalg.norm(joint)) for bar, n in zip(bars, lengths, strict=True)]
+    missed = [
+        1 - float(bar @ joint) / n / float(np.linalg.norm(joint))
+        for bar, n in zip(bars, lengths, strict=True)
+    ]
     J = float(w @ lengths - np.linalg.norm(joint))
     sgd = 1 - float(joint @ joint) / float(w @ lengths**2)
-    return missed, [*lengths], J, J / float(w @ lengths), sgd, 1 - float(w @ lengths) ** 2 / float(w @ lengths**2)
+    return (
+        missed,
+        [*lengths],
+        J,
+        J / float(w @ lengths),
+        sgd,
+        1 - float(w @ lengths) ** 2 / float(w @ lengths**2),
+    )
 
 
 def test_exact_gradients_give_the_definition(map_of: Any) -> None:
@@ -48,7 +60,9 @@ def test_exact_gradients_give_the_definition(map_of: Any) -> None:
     missed, lengths, J, share, sgd, by_length = truth(mu, map.widths, [0, 2, 4, 5])
     assert [row.missed.value for row in found.ranges] == pytest.approx(missed)
     w = np.array([len(row.span) / 1000 for row in found.ranges])
-    assert [row.length.value for row in found.ranges] == pytest.approx(np.array(lengths) / (w @ lengths))
+    assert [row.length.value for row in found.ranges] == pytest.approx(
+        np.array(lengths) / (w @ lengths)
+    )
     assert (found.gain.value, found.share.value) == pytest.approx((J, share))
     assert (found.sgd.value, found.sgd_length.value) == pytest.approx((sgd, by_length))
     assert found.gain.se == pytest.approx(0, abs=1e-9) and found.promised and not found.held_out
@@ -73,14 +87,23 @@ def test_a_doubt_forbids_a_promise(planted: Any) -> None:
 
 @pytest.mark.parametrize("draws", ["shared", "independent"])
 @pytest.mark.parametrize("noise", [0.5, 3.0])
-def test_parallel_gradients_of_unequal_length_promise_nothing(map_of: Any, draws: str, noise: float) -> None:
+def test_parallel_gradients_of_unequal_length_promise_nothing(
+    map_of: Any, draws: str, noise: float
+) -> None:
     """Plain steps would miss a lot of them, by length alone; 100 maps of little or much noise."""
-    rng, lengths, runs = np.random.default_rng(0), np.array([0.3, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 6.0]), 100
+    rng, lengths, runs = (
+        np.random.default_rng(0),
+        np.array([0.3, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 6.0]),
+        100,
+    )
     promises, length, direction = 0, [], []
     for _ in range(runs):
         z = rng.standard_normal((8, 8, 100)) / 10
         z = 0.6 * z + 0.8 * rng.standard_normal((1, 8, 100)) / 10 if draws == "shared" else z
-        found = of(map_of(lengths[:, None, None] * (np.eye(1, 100) + noise * z)), Partition.uniform(1000, 4))
+        found = of(
+            map_of(lengths[:, None, None] * (np.eye(1, 100) + noise * z)),
+            Partition.uniform(1000, 4),
+        )
         promises += found.promised
         length.append(found.sgd_length.value)
         direction.append(found.share.value)
@@ -100,7 +123,13 @@ def test_parallel_gradients_are_no_conflict_to_any_report(map_of: Any) -> None:
 
 def test_noise_of_a_batch_shortens_the_steps(map_of: Any) -> None:
     """share_B from means and noise that are known: own steps of unlike noise, and a joint one that mixes ranges."""
-    rng, mu, sd, M, B = np.random.default_rng(0), np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([0.25, 0.75]), 100, 4
+    rng, mu, sd, M, B = (
+        np.random.default_rng(0),
+        np.array([[1.0, 0.0], [0.0, 2.0]]),
+        np.array([0.25, 0.75]),
+        100,
+        4,
+    )
     mu, D = np.pad(mu, ((0, 0), (0, 798))), 800
     s = mu[:, None] + sd[:, None, None] * rng.standard_normal((2, M, D)) / B**0.5
     found = of(map_of(s), Partition.uniform(1000, 2))  # its batch size is 4
@@ -110,7 +139,8 @@ def test_noise_of_a_batch_shortens_the_steps(map_of: Any) -> None:
     expected = 1 - joint @ joint / np.sqrt(joint @ joint + all_noise / 64) / gains.mean()
     assert found.batch.value == pytest.approx(expected, abs=0.03)
     assert (
-        found.share.value == pytest.approx(1 - np.linalg.norm(joint) / 1.5, abs=0.03) and found.batch.value > found.share.value
+        found.share.value == pytest.approx(1 - np.linalg.norm(joint) / 1.5, abs=0.03)
+        and found.batch.value > found.share.value
     )
 
 
@@ -131,13 +161,19 @@ def test_steps_on_a_quadratic_gain_what_is_predicted(map_of: Any, steps: str) ->
     origin, joint = losses(np.zeros(30)), losses(after(lambda x: x - c.mean(0)))
     own = np.array([losses(after(lambda x, r=r: x - c[r]))[r] for r in range(4)])
     measured = (joint - own).sum() / (origin - own).sum()
-    predicted, other = (found.share, found.sgd) if steps == "fixed length" else (found.sgd, found.share)
-    assert measured == pytest.approx(predicted.value, abs=0.005) and abs(measured - other.value) > 0.1
+    predicted, other = (
+        (found.share, found.sgd) if steps == "fixed length" else (found.sgd, found.share)
+    )
+    assert (
+        measured == pytest.approx(predicted.value, abs=0.005) and abs(measured - other.value) > 0.1
+    )
 
 
 def test_one_direction_and_one_range_promise_nothing(planted: Any) -> None:
     alike = of(planted([0, 8]), Partition.uniform(1000, 4))
-    assert not alike.promised and alike.sentence.startswith("no promise") and alike.share.value < 0.05
+    assert (
+        not alike.promised and alike.sentence.startswith("no promise") and alike.share.value < 0.05
+    )
     single = of(planted([0, 4, 8]), Partition.uniform(1000, 1), method="gradient")
     assert not single.promised and "one range" in single.sentence and abs(single.gain.value) < 1e-12
 
@@ -173,12 +209,20 @@ def test_intervals_cover_what_is_known(draws: str) -> None:
     missed, _, J, share, sgd, _ = truth(known.means, maps[0].widths, [0, 2, 4, 6, 8])
     found = [of(map, partition) for map in maps]
     gains = np.array([each.gain.value for each in found])
-    assert abs(gains.mean() - J) < 0.05 * J + 3 * gains.std() / runs**0.5, "roots of unbiased squares are biased a little"
+    assert abs(gains.mean() - J) < 0.05 * J + 3 * gains.std() / runs**0.5, (
+        "roots of unbiased squares are biased a little"
+    )
     assert np.mean([each.gain.low <= J <= each.gain.high for each in found]) >= 0.9
     assert np.mean([each.share.low <= share <= each.share.high for each in found]) >= 0.88
     assert np.mean([each.sgd.low <= sgd <= each.sgd.high for each in found]) >= 0.88
     rows = np.array(
-        [[row.missed.low <= value <= row.missed.high for row, value in zip(each.ranges, missed, strict=True)] for each in found]
+        [
+            [
+                row.missed.low <= value <= row.missed.high
+                for row, value in zip(each.ranges, missed, strict=True)
+            ]
+            for each in found
+        ]
     )
     assert rows.mean(0).min() >= 0.88
 
@@ -187,7 +231,10 @@ def test_intervals_cover_what_is_known(draws: str) -> None:
 def test_predicted_benefit_is_what_first_adamw_steps_gain() -> None:
     """AdamW from an early base on digits: what experts gain over the joint model, predicted and measured; some minutes."""
     torch.manual_seed(0)
-    shipped, train, test = Diffusion.load("digits-base"), *(load_images("digits", split=split) for split in ("train", "test"))
+    shipped, train, test = (
+        Diffusion.load("digits-base"),
+        *(load_images("digits", split=split) for split in ("train", "test")),
+    )
     start = shipped.with_denoiser(type(shipped.denoiser).from_config(shipped.denoiser.config))  # type: ignore[attr-defined]
     whole, ranges = TimestepRange(0, 1000), Partition.from_cuts(1000, [100, 300, 900])
     base = trained(start, train, whole, torch.optim.AdamW, 1e-3, 400, decay=True)
@@ -195,22 +242,36 @@ def test_predicted_benefit_is_what_first_adamw_steps_gain() -> None:
     origin = np.array([*range_losses(base, test, ranges, samples=512).means.values()])
     w = np.array([len(span) / 1000 for span in ranges])
     models = [trained(base, train, span, torch.optim.AdamW, 5e-5, 40) for span in (whole, *ranges)]
-    joint, *experts = ([*range_losses(model, test, ranges, samples=512).means.values()] for model in models)
+    joint, *experts = (
+        [*range_losses(model, test, ranges, samples=512).means.values()] for model in models
+    )
     own = origin - np.array([losses[r] for r, losses in enumerate(experts)])
     share = float(1 - w @ (origin - joint) / (w @ own))
-    print(f"fixed length {found.share}, batches of 64 {found.batch}, plain {found.sgd}; {share:.0%} measured")
+    print(
+        f"fixed length {found.share}, batches of 64 {found.batch}, plain {found.sgd}; {share:.0%} measured"
+    )
     assert found.promised and abs(share - found.batch.value) < 0.12
 
 
 def trained(
-    start: Diffusion, data: ImageData, span: TimestepRange, method: Any, rate: float, steps: int, decay: bool = False
+    start: Diffusion,
+    data: ImageData,
+    span: TimestepRange,
+    method: Any,
+    rate: float,
+    steps: int,
+    decay: bool = False,
 ) -> Diffusion:
     model = start.with_denoiser(copy.deepcopy(start.denoiser))
     optimizer = method(model.denoiser.requires_grad_(True).parameters(), lr=rate)
     stream = torch.Generator().manual_seed(1)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * (0.5 + 0.5 * np.cos(np.pi * step / steps) if decay else 1)
-        x0, condition = model.encode_from(data, torch.randint(len(data), (64,), generator=stream).tolist())
+        optimizer.param_groups[0]["lr"] = rate * (
+            0.5 + 0.5 * np.cos(np.pi * step / steps) if decay else 1
+        )
+        x0, condition = model.encode_from(
+            data, torch.randint(len(data), (64,), generator=stream).tolist()
+        )
         t = span.start + (torch.rand(64, generator=stream) * len(span)).long()
         loss = model.loss(x0, torch.randn(x0.shape, generator=stream), t, condition).mean()
         optimizer.zero_grad()
@@ -232,7 +293,9 @@ def test_the_groups_that_are_named_would_do() -> None:
         needed = groups_needed(map, found)
         assert (needed == map.M) == bool(found.resolved.all())
         resolved.append(
-            similarity(known.measure(groups=needed, batch_size=1, draws="independent", seed=100 + seed)).resolved.mean()
+            similarity(
+                known.measure(groups=needed, batch_size=1, draws="independent", seed=100 + seed)
+            ).resolved.mean()
         )
     assert np.mean(resolved) > 0.85
 

@@ -27,10 +27,16 @@ from demerge.timesteps import Partition
 
 @pytest.mark.parametrize("method", FOUND)
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("edges", [[0, 3, 8], [0, 2, 7, 12], [0, 4, 8, 10, 16], [0, 1, 2, 3], [0, 5]])
-def test_planted_cuts_are_recovered(planted: Any, method: str, score: str, edges: list[int]) -> None:
+@pytest.mark.parametrize(
+    "edges", [[0, 3, 8], [0, 2, 7, 12], [0, 4, 8, 10, 16], [0, 1, 2, 3], [0, 5]]
+)
+def test_planted_cuts_are_recovered(
+    planted: Any, method: str, score: str, edges: list[int]
+) -> None:
     map = planted(edges)
-    assert cut(map, len(edges) - 1, method, score=score, minimum=1).cuts == [map.edges[i] for i in edges[1:-1]]
+    assert cut(map, len(edges) - 1, method, score=score, minimum=1).cuts == [
+        map.edges[i] for i in edges[1:-1]
+    ]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -81,7 +87,9 @@ def test_the_least_width_holds(planted: Any) -> None:
     map = planted([0, 1, 2, 16])
     assert cut(map, 3).cuts == cut(map, 3, minimum=1).cuts == [62, 125]
     for method in FOUND:
-        widths = np.diff([map.edges.index(e) for e in [0, *cut(map, 3, method, minimum=4).cuts, 1000]])
+        widths = np.diff(
+            [map.edges.index(e) for e in [0, *cut(map, 3, method, minimum=4).cuts, 1000]]
+        )
         assert widths.min() >= 4
         fine = planted([0, 1, 2, 42])
         widths = np.diff([fine.edges.index(e) for e in [0, *cut(fine, 3, method).cuts, 1000]])
@@ -90,7 +98,13 @@ def test_the_least_width_holds(planted: Any) -> None:
 
 def test_cuts_off_the_grid_are_moved_to_the_nearest_edges(map_of: Any) -> None:
     map = map_of(np.ones((10, 5, 2)))
-    places = {(249,): [0, 2, 10], (251,): [0, 3, 10], (250, 350): [0, 2, 4, 10], (20, 40, 980): [0, 10], (): [0, 10]}
+    places = {
+        (249,): [0, 2, 10],
+        (251,): [0, 3, 10],
+        (250, 350): [0, 2, 4, 10],
+        (20, 40, 980): [0, 10],
+        (): [0, 10],
+    }
     for cuts, edges in places.items():
         assert nearest_edges(map, Partition.from_cuts(1000, list(cuts))) == edges
     for N, n in ((20, 7), (10, 4), (10, 10), (7, 5)):
@@ -105,7 +119,9 @@ def test_no_cut_separates_two_unresolved_bins(map_of: Any) -> None:
     s[[0, 1, 2, 7, 8, 9]] = np.eye(6, 12)[:, None] + 0.05 * rng.standard_normal((6, 8, 12))
     s[3:7] = 3 * rng.standard_normal((4, 8, 12))
     map = map_of(s)
-    assert blocks(map).edges == (0, 1, 2, 3, 7, 8, 9, 10) and blocks(map).known == pytest.approx(0.6)
+    assert blocks(map).edges == (0, 1, 2, 3, 7, 8, 9, 10) and blocks(map).known == pytest.approx(
+        0.6
+    )
     assert set(cut(map, 4, minimum=1).cuts) <= {100, 200, 300, 700, 800, 900}
     with pytest.raises(NumericalError, match="7 blocks") as error:
         cut(map, 8, minimum=1)
@@ -156,7 +172,11 @@ def test_equal_log_snr_of_a_steep_schedule(planted: Any) -> None:
 
 def test_cover_splits_a_bin_by_the_share_of_its_timesteps(map_of: Any) -> None:
     map = map_of(np.ones((3, 5, 2)), edges=[0, 10, 20, 40])
-    assert cover(map, Partition.from_cuts(40, [5, 30])).tolist() == [[0.5, 0, 0], [0.5, 1, 0.5], [0, 0, 0.5]]
+    assert cover(map, Partition.from_cuts(40, [5, 30])).tolist() == [
+        [0.5, 0, 0],
+        [0.5, 1, 0.5],
+        [0, 0, 0.5],
+    ]
 
 
 @pytest.mark.parametrize("arguments", [{"n": 0}, {"n": 1001}, {"method": "best"}, {"score": "sum"}])

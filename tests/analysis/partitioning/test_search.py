@@ -31,7 +31,9 @@ def test_the_program_equals_brute_force(N: int, n: int, minimum: int, seed: int)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 10), st.integers(1, 6), st.integers(1, 3), st.integers(0, 10**6))
-def test_nested_is_the_greedy_refinement_and_never_better_than_the_program(N: int, n: int, minimum: int, seed: int) -> None:
+def test_nested_is_the_greedy_refinement_and_never_better_than_the_program(
+    N: int, n: int, minimum: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     table = rng.standard_normal((N + 1, N + 1))
     allowed = [0, *[i for i in range(1, N) if rng.random() < 0.8], N]
@@ -41,9 +43,16 @@ def test_nested_is_the_greedy_refinement_and_never_better_than_the_program(N: in
         (new,) = set(after) - set(before)
         ways = [sorted([*before, c]) for c in set(allowed) - set(before)]
         best = max(total(table, way) for way in ways if min(np.diff(way)) >= minimum)
-        assert set(before) < set(after) and new in allowed and total(table, after) == pytest.approx(best)
+        assert (
+            set(before) < set(after)
+            and new in allowed
+            and total(table, after) == pytest.approx(best)
+        )
     for edges in found[1:]:
-        assert total(table, edges) <= total(table, program(table, len(edges) - 1, allowed, minimum)) + 1e-12
+        assert (
+            total(table, edges)
+            <= total(table, program(table, len(edges) - 1, allowed, minimum)) + 1e-12
+        )
     if len(found) < n:
         ways = [sorted([*found[-1], c]) for c in set(allowed) - set(found[-1])]
         assert not any(min(np.diff(way)) >= minimum for way in ways)

@@ -42,7 +42,10 @@ class Reader(HTMLParser):
         if tag not in ("meta", "img", "source", "br"):
             self.open.append(tag)
         for name, value in attrs:
-            assert name not in ("src", "srcset", "href") or value.startswith("data:image/"), (name, value[:80])
+            assert name not in ("src", "srcset", "href") or value.startswith("data:image/"), (
+                name,
+                value[:80],
+            )
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -79,16 +82,27 @@ def test_noise_is_no_promise_and_more_groups_come_first(map_of: Any) -> None:
     map = map_of(np.random.default_rng(0).standard_normal((8, 6, 200)))
     said = summary(map, 4)
     text = read(map, said).text
-    assert "No promise" in text and "0 of 8" in text and "none is resolved" in text and "Separate" not in text
+    assert (
+        "No promise" in text
+        and "0 of 8" in text
+        and "none is resolved" in text
+        and "Separate" not in text
+    )
     why, commands = steps(map, taken(map, said), said, Names())[0]
-    assert "8 of 8 bins are unresolved" in why and f"--groups {said['groups_needed']}" in commands[0]
+    assert (
+        "8 of 8 bins are unresolved" in why and f"--groups {said['groups_needed']}" in commands[0]
+    )
 
 
 def test_one_range_gives_nothing_to_train(planted: Any) -> None:
     map = planted([0, 8])
     said = summary(map, 1)
     assert "stay in one range" in read(map, said).text
-    assert not any("finetune" in command for _, run in steps(map, taken(map, said), said, Names()) for command in run)
+    assert not any(
+        "finetune" in command
+        for _, run in steps(map, taken(map, said), said, Names())
+        for command in run
+    )
 
 
 def test_what_was_asked_for_against_the_advice_is_told(planted: Any) -> None:
@@ -104,7 +118,13 @@ def test_hostile_names_stay_text_and_one_word(planted: Any) -> None:
     assert HOSTILE in read(map, said, names).text
     (_, commands), *_ = steps(map, taken(map, said), said, names)
     assert shlex.split(commands[0])[:4] == ["demerge", "finetune", HOSTILE, "--data"]
-    assert shlex.split(commands[0])[4:9] == [HOSTILE, "--split", HOSTILE, "--ranges", str(Path(HOSTILE))]
+    assert shlex.split(commands[0])[4:9] == [
+        HOSTILE,
+        "--split",
+        HOSTILE,
+        "--ranges",
+        str(Path(HOSTILE)),
+    ]
 
 
 def commands(map: ConflictMap, said: dict[str, Any], names: Names) -> list[list[str]]:
@@ -123,23 +143,44 @@ def commands(map: ConflictMap, said: dict[str, Any], names: Names) -> list[list[
     return found
 
 
-@pytest.mark.parametrize("stored", [Path("run/conflict"), Path("run/conflict/conflict.safetensors")])
+@pytest.mark.parametrize(
+    "stored", [Path("run/conflict"), Path("run/conflict/conflict.safetensors")]
+)
 @pytest.mark.parametrize("model", ["models/my base", "../base", "owner/name"])
-def test_commands_parse_repeat_the_data_and_stay_in_the_run(planted: Any, stored: Path, model: str) -> None:
+def test_commands_parse_repeat_the_data_and_stay_in_the_run(
+    planted: Any, stored: Path, model: str
+) -> None:
     map = planted([0, 2, 4, 6, 16], noise=0.5)
-    sketched = ConflictMap(map.bins, map.gram, map.log_snr, map.origin, {"a": 10}, np.ones((16, 8, 10), dtype=np.float32))
+    sketched = ConflictMap(
+        map.bins,
+        map.gram,
+        map.log_snr,
+        map.origin,
+        {"a": 10},
+        np.ones((16, 8, 10), dtype=np.float32),
+    )
     said = summary(sketched, 4)
     assert 0 < len(said["unresolved"]) < 16
-    names = Names(model, "my data", ("--split", "test", "--skip-broken"), stored, Path("run/conflict/partition.json"))
+    names = Names(
+        model,
+        "my data",
+        ("--split", "test", "--skip-broken"),
+        stored,
+        Path("run/conflict/partition.json"),
+    )
     found = commands(sketched, said, names)
     assert {name for name, *_ in found} == {"analyze", "finetune", "layers", "transfer"}
     for name, *words in found:
         if name in ("analyze", "finetune"):
-            assert words[:6] == [model, "--data", "my data", "--split", "test", "--skip-broken"], words
+            assert words[:6] == [model, "--data", "my data", "--split", "test", "--skip-broken"], (
+                words
+            )
         if "-o" in words:
             assert words[words.index("-o") + 1].startswith("run/"), words
     (more,) = (words for name, *words in found if name == "analyze" and "--layers" not in words)
-    assert more[-2:] == ["-o", "run/conflict"] and f"{said['groups_needed']}" in more, "the map is extended"
+    assert more[-2:] == ["-o", "run/conflict"] and f"{said['groups_needed']}" in more, (
+        "the map is extended"
+    )
     (moved,) = (words for name, *words in found if name == "transfer")
     assert all(word.startswith("run/experts/") for word in moved[1:5])
 
@@ -148,7 +189,11 @@ def test_a_map_that_cannot_hold_as_many_groups_gets_larger_batches(map_of: Any) 
     map = map_of(np.random.default_rng(0).standard_normal((8, 6, 200)))
     said = {**summary(map, 4), "groups_needed": 60_000}
     (analyze, *words), *_ = commands(map, said, Names(map=Path("run/conflict")))
-    assert analyze == "analyze" and words[-2:] == ["-o", "run/conflict-more"] and "--train-batch-size" in words
+    assert (
+        analyze == "analyze"
+        and words[-2:] == ["-o", "run/conflict-more"]
+        and "--train-batch-size" in words
+    )
 
 
 def test_layers_are_kept_where_the_map_has_them(planted: Any) -> None:
@@ -171,19 +216,30 @@ def test_layers_are_kept_where_the_map_has_them(planted: Any) -> None:
         ([0, 4, 8], 30.0, "unresolved"),
     ],
 )
-def test_analyze_ranges_and_the_page_have_one_verdict(planted: Any, edges: list[int], noise: float, kind: str) -> None:
+def test_analyze_ranges_and_the_page_have_one_verdict(
+    planted: Any, edges: list[int], noise: float, kind: str
+) -> None:
     map = planted(edges, noise=noise)
     analysed, cut = summary(map, 4), ranges(map)
     verdict = analysed["verdict"]
-    assert verdict == cut["verdict"] and verdict["kind"] == kind and verdict["promised"] == (kind == "conflict")
+    assert (
+        verdict == cut["verdict"]
+        and verdict["kind"] == kind
+        and verdict["promised"] == (kind == "conflict")
+    )
     first = f"verdict       {verdict['found']} {verdict['do']}"
     assert lines(analysed)[0] == range_lines(cut)[0] == first
     for said in (analysed, cut, summary(map, 2, method="uniform")):
         text = read(map, said).text
         assert text.index(EYEBROWS[kind]) < text.index(verdict["found"]) < text.index("The map")
         promised = [line for line in lines(said) if "misses" in line and "no promise" not in line]
-        assert said["benefit"]["promised"] <= verdict["promised"] and bool(promised) == verdict["promised"]
-    assert cut["ranges"] == verdict["ranges"] and cut["cuts"][cut["taken"]]["cuts"] == verdict["cuts"]
+        assert (
+            said["benefit"]["promised"] <= verdict["promised"]
+            and bool(promised) == verdict["promised"]
+        )
+    assert (
+        cut["ranges"] == verdict["ranges"] and cut["cuts"][cut["taken"]]["cuts"] == verdict["cuts"]
+    )
 
 
 def test_equal_runs_make_equal_files(planted: Any, tmp_path: Path) -> None:
@@ -205,7 +261,12 @@ write(map, Path("out"), summary(map, 4))
         folder = tmp_path / seed
         folder.mkdir()
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", code, str(stored), memory], cwd=folder, env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, str(stored), memory],
+            cwd=folder,
+            env=environment,
+            check=True,
+        )
         written.append({path.name: path.read_bytes() for path in (folder / "out").iterdir()})
     assert written[0].keys() == written[1].keys() and "conflict.html" in written[0]
     assert [name for name in written[0] if written[0][name] != written[1][name]] == []
@@ -216,7 +277,9 @@ def test_the_page_is_written_whole_and_replaces_only_itself(planted: Any, tmp_pa
     said = summary(map, 2)
     html = write_page(map, taken(map, said), said, path, Names()).read_text(encoding="utf-8")
     assert not Reader(html).open
-    assert len(re.findall("<picture>", html)) == len(CAPTIONS) and "prefers-color-scheme: dark" in html
+    assert (
+        len(re.findall("<picture>", html)) == len(CAPTIONS) and "prefers-color-scheme: dark" in html
+    )
     refuse_to_replace(path)
     path.write_text("<html>mine</html>")
     for place in (path, tmp_path):

@@ -31,18 +31,27 @@ from demerge.timesteps import Partition
 
 
 @pytest.mark.parametrize(
-    ("noise", "theme"), [(0.1, LIGHT), (1.0, DARK), (30.0, LIGHT)], ids=["resolved", "in part, dark", "unresolved"]
+    ("noise", "theme"),
+    [(0.1, LIGHT), (1.0, DARK), (30.0, LIGHT)],
+    ids=["resolved", "in part, dark", "unresolved"],
 )
-def test_figures_of_any_map_render_without_warnings(planted: Any, noise: float, theme: Theme) -> None:
+def test_figures_of_any_map_render_without_warnings(
+    planted: Any, noise: float, theme: Theme
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         drawn = figures(planted([0, 2, 4, 6], noise=noise), Partition.uniform(1000, 3), theme=theme)
         some = {"curve", "support", "similarity"}
         assert {"heatmap", "strength"} <= set(drawn) <= {"heatmap", "strength", *some}
         assert len(some & set(drawn)) == {0.1: 3, 30.0: 0}.get(noise, len(some & set(drawn)))
-        said = [text.get_text() for figure in drawn.values() for ax in figure.axes for text in ax.texts]
+        said = [
+            text.get_text() for figure in drawn.values() for ax in figure.axes for text in ax.texts
+        ]
         assert not [text for text in said if "too little" in text or "no pair" in text]
-        assert all(isinstance(figure, Figure) and len(render(figure, "png")) > 5000 for figure in drawn.values())
+        assert all(
+            isinstance(figure, Figure) and len(render(figure, "png")) > 5000
+            for figure in drawn.values()
+        )
 
 
 def test_weak_bins_are_dotted_on_and_below_the_diagonal(map_of: Any) -> None:
@@ -50,10 +59,16 @@ def test_weak_bins_are_dotted_on_and_below_the_diagonal(map_of: Any) -> None:
     s = np.zeros((3, 8, 60))
     s[np.arange(3), :, np.arange(3)] = 5
     s[1, :, 1] = 1.1
-    found = similarity(map := map_of(s + 0.5 * np.random.default_rng(0).standard_normal((3, 8, 60))))
+    found = similarity(
+        map := map_of(s + 0.5 * np.random.default_rng(0).standard_normal((3, 8, 60)))
+    )
     assert found.resolved.all() and found.weak.tolist() == [False, True, False]
     ax = heat_map(map).axes[0]
-    assert [(p.get_x(), p.get_y()) for p in ax.patches if p.get_hatch() == "..."] == [(0, 333), (333, 333), (333, 667)]
+    assert [(p.get_x(), p.get_y()) for p in ax.patches if p.get_hatch() == "..."] == [
+        (0, 333),
+        (333, 333),
+        (333, 667),
+    ]
     assert ax.get_title(loc="left").endswith(", 1 weak (dotted)")
 
 
@@ -61,7 +76,9 @@ def test_unresolved_bins_are_hatched_and_cuts_drawn(planted: Any) -> None:
     cuts = Partition.uniform(1000, 4)
     clear, dark = heat_map(planted([0, 4, 8]), cuts), heat_map(planted([0, 4, 8], noise=30.0), cuts)
     assert [len(figure.axes[0].patches) for figure in (clear, dark)] == [0, 64]
-    assert [len(figure.axes) for figure in (clear, dark)] == [3, 2], "no scale of errors where there are none"
+    assert [len(figure.axes) for figure in (clear, dark)] == [3, 2], (
+        "no scale of errors where there are none"
+    )
     assert len(clear.axes[0].lines) == 6
     assert "8 unresolved" in dark.axes[0].get_title(loc="left")
 
@@ -70,16 +87,26 @@ def test_a_dark_style_leaves_dark_ink_on_white(planted: Any) -> None:
     with style.context("dark_background"):
         figure = similarity_by_distance(planted([0, 4, 8]))
         assert to_hex(figure.get_facecolor()) == to_hex(figure.axes[0].get_facecolor()) == "#ffffff"
-        texts = [*figure.axes[0].get_legend().get_texts(), figure.axes[0].title, figure.axes[0].xaxis.label]
+        texts = [
+            *figure.axes[0].get_legend().get_texts(),
+            figure.axes[0].title,
+            figure.axes[0].xaxis.label,
+        ]
         assert {to_hex(text.get_color()) for text in texts} == {"#262626"}
         render(figure, "png")
-        assert {to_hex(label.get_color()) for label in figure.axes[0].get_xticklabels()} == {"#262626"}
+        assert {to_hex(label.get_color()) for label in figure.axes[0].get_xticklabels()} == {
+            "#262626"
+        }
 
 
 def test_a_dark_theme_lets_the_page_show_through(planted: Any) -> None:
     figure = strength(planted([0, 4, 8]), Partition.uniform(1000, 2), theme=DARK)
     assert figure.get_facecolor()[3] == figure.axes[0].get_facecolor()[3] == 0
-    assert to_hex(figure.axes[0].xaxis.label.get_color()) == to_hex(figure.axes[0].lines[-1].get_color()) == DARK.ink
+    assert (
+        to_hex(figure.axes[0].xaxis.label.get_color())
+        == to_hex(figure.axes[0].lines[-1].get_color())
+        == DARK.ink
+    )
 
 
 def test_explained_share_is_that_of_held_out_groups(planted: Any) -> None:
@@ -88,19 +115,30 @@ def test_explained_share_is_that_of_held_out_groups(planted: Any) -> None:
     ax = explained_share(Evidence.of(map), counted, 4).axes[0]
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert sorted(labels) == sorted(
-        ["gradient, held out", "uniform in t", "uniform in log SNR", "gradient, on the groups it saw"]
+        [
+            "gradient, held out",
+            "uniform in t",
+            "uniform in log SNR",
+            "gradient, on the groups it saw",
+        ]
     )
     drawn = {container.get_label(): container.lines[0].get_ydata() for container in ax.containers}
-    assert list(drawn["gradient, held out"]) == [share.value for share in counted.shares["gradient"]]
+    assert list(drawn["gradient, held out"]) == [
+        share.value for share in counted.shares["gradient"]
+    ]
     seen = next(line for line in ax.lines if line.get_label() == "gradient, on the groups it saw")
-    assert seen.get_ydata()[2] > drawn["gradient, held out"][2], "the groups that chose a cut flatter it"
+    assert seen.get_ydata()[2] > drawn["gradient, held out"][2], (
+        "the groups that chose a cut flatter it"
+    )
 
 
 def test_support_stands_where_cuts_are_planted(planted: Any) -> None:
     map = planted([0, 2, 5, 8])
     ax = cut_support(Evidence.of(map), Partition.from_cuts(1000, [250, 625])).axes[0]
     heights = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in ax.patches}
-    assert {place for place, height in heights.items() if height > 0.9} == {250, 625} and len(heights) == 7
+    assert {place for place, height in heights.items() if height > 0.9} == {250, 625} and len(
+        heights
+    ) == 7
     assert [text.get_text() for text in ax.texts] == ["250", "625"]
 
 
@@ -108,7 +146,11 @@ def test_support_stands_where_cuts_are_planted(planted: Any) -> None:
 def test_support_of_nothing_says_so(planted: Any, n: int) -> None:
     map = planted([0, 4, 8], noise=0.1 if n == 1 else 30.0)
     ax = cut_support(Evidence.of(map), Partition.uniform(1000, n)).axes[0]
-    assert not ax.patches and "nothing" in ax.texts[0].get_text() if n == 1 else "too little" in ax.texts[0].get_text()
+    assert (
+        not ax.patches and "nothing" in ax.texts[0].get_text()
+        if n == 1
+        else "too little" in ax.texts[0].get_text()
+    )
 
 
 def test_equal_maps_give_equal_bytes(planted: Any) -> None:

@@ -34,21 +34,40 @@ def test_a_cut_of_ones_own_is_judged_and_taken(planted: Any) -> None:
     good, poor = (Partition.from_cuts(1000, cuts) for cuts in ([125, 250, 375], [30, 800, 900]))
     for given, advice in ((good, "given"), (poor, "uniform")):
         said = summary(map, 9, given=given, minimum=1)
-        assert (said["ranges"], said["judged"], said["taken"], said["advice"]) == (4, "given", "given", advice), said["reason"]
+        assert (said["ranges"], said["judged"], said["taken"], said["advice"]) == (
+            4,
+            "given",
+            "given",
+            advice,
+        ), said["reason"]
         assert said["cuts"]["given"]["cuts"] == given.cuts and taken(map, said) == given
         assert [row["support"] == 1 for row in said["support"]] == [advice == "given"] * 3
-        assert [(row["low"], row["high"]) for row in said["support"]] == [(None, None)] * 3  # they do not vary
-        assert sum("the gradient's own 4 ranges have a cut within a bin in" in line for line in lines(said)) == 3
+        assert [(row["low"], row["high"]) for row in said["support"]] == [
+            (None, None)
+        ] * 3  # they do not vary
+        assert (
+            sum(
+                "the gradient's own 4 ranges have a cut within a bin in" in line
+                for line in lines(said)
+            )
+            == 3
+        )
     assert said["held_out"]["uniform"]["value"] < 0
 
 
 def test_hierarchical_cuts_are_judged_where_they_are_asked_for(planted: Any) -> None:
     said = summary(planted([0, 2, 4, 6, 16]), 4, method="hierarchical")
-    assert (said["judged"], said["advice"], said["taken"]) == ("hierarchical", "hierarchical", "hierarchical")
+    assert (said["judged"], said["advice"], said["taken"]) == (
+        "hierarchical",
+        "hierarchical",
+        "hierarchical",
+    )
     assert said["cuts"]["hierarchical"]["cuts"] == [125, 250, 375] and len(said["support"]) == 3
 
 
-@pytest.mark.parametrize(("edges", "advice"), [([0, 2, 4, 6, 16], "gradient"), ([0, 4, 8, 12, 16], "uniform")])
+@pytest.mark.parametrize(
+    ("edges", "advice"), [([0, 2, 4, 6, 16], "gradient"), ([0, 4, 8, 12, 16], "uniform")]
+)
 def test_advised_takes_the_advice(planted: Any, edges: list[int], advice: str) -> None:
     said = summary(planted(edges, noise=0.15), 4, method="advised")
     assert said["judged"] == "gradient" and said["advice"] == said["taken"] == advice
@@ -68,7 +87,11 @@ def test_planted_uniform_cuts_are_advised_as_uniform(planted: Any) -> None:
 
 def test_a_cut_without_a_choice_is_not_advised(planted: Any) -> None:
     said = summary(planted([0, 1, 2, 3, 4]), 4)
-    assert said["cuts"]["gradient"]["share"] == 1 and said["advice"] == "uniform" and "nothing to choose" in said["reason"]
+    assert (
+        said["cuts"]["gradient"]["share"] == 1
+        and said["advice"] == "uniform"
+        and "nothing to choose" in said["reason"]
+    )
 
 
 def test_noise_is_called_noise(map_of: Any) -> None:
@@ -88,17 +111,29 @@ def test_bins_that_may_be_resolved_by_luck_are_named(map_of: Any) -> None:
 
 
 def test_a_summary_says_what_it_promises_and_how_many_groups_would_do(planted: Any) -> None:
-    clear, dim = summary(planted([0, 2, 4, 6, 16]), 4), summary(planted([0, 2, 4, 6, 16], noise=1.2), 4)
+    clear, dim = (
+        summary(planted([0, 2, 4, 6, 16]), 4),
+        summary(planted([0, 2, 4, 6, 16], noise=1.2), 4),
+    )
     assert clear["benefit"]["promised"] and clear["groups_needed"] == clear["groups"] == 8
-    assert [row["range"] for row in clear["benefit"]["ranges"]] == [[0, 125], [125, 250], [250, 375], [375, 1000]]
+    assert [row["range"] for row in clear["benefit"]["ranges"]] == [
+        [0, 125],
+        [125, 250],
+        [250, 375],
+        [375, 1000],
+    ]
     assert any(line.startswith("benefit       a joint AdamW step misses") for line in lines(clear))
     assert dim["unresolved"] and dim["groups_needed"] > 8
     assert any(f"({dim['groups_needed']} groups or more would do)" in line for line in lines(dim))
-    assert "taken         the gradient cut into 4 ranges" in lines(clear) and lines(clear)[0].startswith("verdict ")
+    assert "taken         the gradient cut into 4 ranges" in lines(clear) and lines(clear)[
+        0
+    ].startswith("verdict ")
 
 
 def test_one_direction_leaves_nothing_to_gain(map_of: Any) -> None:
-    s = np.eye(1, 20)[:, None] + 0.2 * np.random.default_rng(0).standard_normal((1, 8, 20)).repeat(8, 0)
+    s = np.eye(1, 20)[:, None] + 0.2 * np.random.default_rng(0).standard_normal((1, 8, 20)).repeat(
+        8, 0
+    )
     assert summary(map_of(s), 4)["advice"] == "uniform"
 
 
@@ -106,7 +141,10 @@ def test_row_sums_tell_a_converged_base(map_of: Any) -> None:
     rng = np.random.default_rng(0)
     mu = rng.standard_normal((8, 30))
     noise = 0.1 * rng.standard_normal((8, 6, 30))
-    converged, rising = row_sums(map_of((mu - mu.mean(0))[:, None] + noise)), row_sums(map_of(mu[:1, None] + noise))
+    converged, rising = (
+        row_sums(map_of((mu - mu.mean(0))[:, None] + noise)),
+        row_sums(map_of(mu[:1, None] + noise)),
+    )
     assert abs(converged["ratio"]) < 0.01 and converged["rows"] <= 2
     assert rising["ratio"] > 0.95 and rising["rows"] == 8
 
@@ -120,7 +158,9 @@ def test_support_counts_draws_near_a_cut(planted: Any) -> None:
 
 def test_support_of_a_cut_within_a_bin(planted: Any) -> None:
     map = planted([0, 3, 8])
-    assert support(map, Partition.from_cuts(1000, [300]), np.array([[250.0], [375.0], [500.0]])) == [(300, 2 / 3, 250, 500)]
+    assert support(
+        map, Partition.from_cuts(1000, [300]), np.array([[250.0], [375.0], [500.0]])
+    ) == [(300, 2 / 3, 250, 500)]
 
 
 def test_the_curve_reaches_one_where_all_blocks_are_apart(planted: Any) -> None:
@@ -141,22 +181,34 @@ def test_write_leaves_every_file_and_reads_back(planted: Any, tmp_path: Path, no
     assert (
         len(written) == 3 + 3 * (5 if noise < 1 else 2) + 1
     )  # each plot for light and for dark pages and as png, no empty one
-    assert np.array_equal(ConflictMap.load(tmp_path / "out" / "conflict.safetensors").gram, map.gram)
+    assert np.array_equal(
+        ConflictMap.load(tmp_path / "out" / "conflict.safetensors").gram, map.gram
+    )
     assert Partition.load(tmp_path / "out" / "partition.json").cuts == [250, 500, 750]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(said))
-    assert "demerge finetune &#x27;my base&#x27; --data digits" in written[-1].read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(
+        json.dumps(said)
+    )
+    assert "demerge finetune &#x27;my base&#x27; --data digits" in written[-1].read_text(
+        encoding="utf-8"
+    )
     for path in written[3:-1]:
         assert path.read_bytes()[:5] == (b"<?xml" if path.suffix == ".svg" else b"\x89PNG\r")
 
 
 def test_a_map_that_is_stored_is_left_alone(planted: Any, tmp_path: Path) -> None:
     map = planted([0, 1, 2, 3, 4])
-    kept = replace(map, origin=replace(map.origin, data="extended")).save(tmp_path / "conflict.safetensors").read_bytes()
+    kept = (
+        replace(map, origin=replace(map.origin, data="extended"))
+        .save(tmp_path / "conflict.safetensors")
+        .read_bytes()
+    )
     written = write(map, tmp_path, summary(map, 4), stored=True)
     assert written[0].read_bytes() == kept
     assert write(map, tmp_path, summary(map, 4))[0].read_bytes() != kept
 
 
 def test_one_is_said_in_the_singular(map_of: Any) -> None:
-    text = "\n".join(lines(summary(map_of(np.random.default_rng(0).standard_normal((8, 6, 200))), 1)))
+    text = "\n".join(
+        lines(summary(map_of(np.random.default_rng(0).standard_normal((8, 6, 200))), 1))
+    )
     assert "into 1 range\n" in text and "for 1 range:" in text and "8 bins unresolved" in text

@@ -27,7 +27,9 @@ MAP = "conflict.safetensors"
 
 
 def plan(model: Path, out: Path, **settings: Any) -> Plan:
-    return prepare(str(model), "digits", out, **{"bins": 3, "batch_size": 2, "ranges": 2, **settings})
+    return prepare(
+        str(model), "digits", out, **{"bins": 3, "batch_size": 2, "ranges": 2, **settings}
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,9 @@ def plan(model: Path, out: Path, **settings: Any) -> Plan:
     ],
     ids=["exact", "layers", "noise"],
 )
-def test_more_groups_extend_a_map_to_the_bytes_of_one_run(tiny: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_more_groups_extend_a_map_to_the_bytes_of_one_run(
+    tiny: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     plan(tiny, tmp_path / "whole", groups=6, **settings).map()
     out = tmp_path / "out"
     plan(tiny, out, groups=5, **settings).map()
@@ -63,7 +67,10 @@ def test_a_map_that_suffices_is_taken_as_it_is(tiny: Path, tmp_path: Path) -> No
         plan(tiny, tmp_path, groups=5)
     further = plan(tiny, tmp_path, se=1e-9, groups=7)
     assert "up to 21 backward passes, at most" in str(further)
-    assert further.lines(further.map())[0].startswith("se ") and ConflictMap.load(tmp_path / MAP).M == 7
+    assert (
+        further.lines(further.map())[0].startswith("se ")
+        and ConflictMap.load(tmp_path / MAP).M == 7
+    )
 
 
 def test_the_engine_left_open_is_that_of_the_map_that_is_there(tiny: Path, tmp_path: Path) -> None:
@@ -79,17 +86,23 @@ def test_more_groups_do_not_lose_the_layers(tiny: Path, tmp_path: Path) -> None:
         plan(tiny, tmp_path, groups=6, bins=2)
 
 
-def test_exact_gradients_that_a_map_does_not_hold_are_measured_again(make_tiny: Any, tmp_path: Path) -> None:
+def test_exact_gradients_that_a_map_does_not_hold_are_measured_again(
+    make_tiny: Any, tmp_path: Path
+) -> None:
     large = make_tiny(block_out_channels=(16, 32))
     five = plan(large, tmp_path / "out", groups=5, bins=2).map()
     extended = plan(large, tmp_path / "out", groups=6, bins=2)
-    assert "5 groups of the map are measured again, as their exact gradients are not kept" in str(extended)
+    assert "5 groups of the map are measured again, as their exact gradients are not kept" in str(
+        extended
+    )
     six = extended.map()
     assert np.allclose(six.gram[:, :5, :, :5], five.gram, rtol=1e-4)
     assert np.array_equal(six.gram, plan(large, tmp_path / "anew", groups=6, bins=2).map().gram)
 
 
-def test_a_map_that_will_say_little_is_told_of_early(tiny: Path, tmp_path: Path, map_of: Any) -> None:
+def test_a_map_that_will_say_little_is_told_of_early(
+    tiny: Path, tmp_path: Path, map_of: Any
+) -> None:
     of, told = plan(tiny, tmp_path, groups=6, bins=2), []
     hidden = map_of(np.random.default_rng(0).standard_normal((2, 5, 400)) + 0.02)
     (line,) = of.early(hidden)
@@ -107,14 +120,20 @@ def rescheduled(tiny: Path, tmp_path: Path) -> Path:
     """The tiny base with other betas: the same weights on another schedule."""
     folder = copytree(tiny, tmp_path / "rescheduled")
     config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "beta_schedule": "scaled_linear"}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "beta_schedule": "scaled_linear"})
+    )
     return folder
 
 
-def test_a_map_of_another_schedule_is_refused(tiny: Path, rescheduled: Path, tmp_path: Path) -> None:
+def test_a_map_of_another_schedule_is_refused(
+    tiny: Path, rescheduled: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     plan(tiny, out, groups=5).map()
-    with pytest.raises(UsageError, match=r"schedule of 1000 timesteps with log SNR 9.* there, of 1000 .* asked"):
+    with pytest.raises(
+        UsageError, match=r"schedule of 1000 timesteps with log SNR 9.* there, of 1000 .* asked"
+    ):
         plan(rescheduled, out, groups=5)
     assert load_map(out, str(tiny)).M == 5
     with pytest.raises(InputError, match="was measured on a schedule of 1000 timesteps"):
@@ -122,11 +141,15 @@ def test_a_map_of_another_schedule_is_refused(tiny: Path, rescheduled: Path, tmp
     assert load_map(out, str(rescheduled / "unet" / "diffusion_pytorch_model.safetensors")).M == 5
 
 
-def test_groups_of_another_schedule_are_refused(tiny: Path, rescheduled: Path, tmp_path: Path) -> None:
+def test_groups_of_another_schedule_are_refused(
+    tiny: Path, rescheduled: Path, tmp_path: Path
+) -> None:
     first = plan(tiny, tmp_path / "out", groups=5)
     assert first.run is not None
     first.run.map()
-    with pytest.raises(UsageError, match=r"parts of another measurement: schedule of 1000 timesteps"):
+    with pytest.raises(
+        UsageError, match=r"parts of another measurement: schedule of 1000 timesteps"
+    ):
         plan(rescheduled, tmp_path / "out", groups=5)
 
 
@@ -179,7 +202,11 @@ def test_two_processes_make_the_map_of_one(
     plan(tiny, tmp_path / "one", **{**common, **settings, "se": None}).map()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
     children = []
     for rank in range(2):
         children.append(os.fork())
@@ -192,8 +219,13 @@ def test_two_processes_make_the_map_of_one(
                 os._exit(code)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     assert capfd.readouterr().out == ""
-    one, two = ({p.relative_to(out): sha256(p) for p in out.rglob("*.*")} for out in (tmp_path / "one", tmp_path / "two"))
-    assert one == two and len(one) == {"uniform:2": 5, "joint": 3}.get(settings.get("fisher", ""), 1)
+    one, two = (
+        {p.relative_to(out): sha256(p) for p in out.rglob("*.*")}
+        for out in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two and len(one) == {"uniform:2": 5, "joint": 3}.get(
+        settings.get("fisher", ""), 1
+    )
 
 
 def _first(tiny: Path, out: Path, common: dict[str, Any], settings: dict[str, Any]) -> int:
@@ -203,7 +235,14 @@ def _first(tiny: Path, out: Path, common: dict[str, Any], settings: dict[str, An
 
 
 def _other(tiny: Path, out: Path, common: dict[str, Any], settings: dict[str, Any]) -> int:
-    given = {"data": "digits", "train-batch-size": 2, "ranges": 2, "device": "cpu", **common, **settings}
+    given = {
+        "data": "digits",
+        "train-batch-size": 2,
+        "ranges": 2,
+        "device": "cpu",
+        **common,
+        **settings,
+    }
     options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     sys.argv = ["demerge", "analyze", str(tiny), *options, "-o", str(out)]
     try:

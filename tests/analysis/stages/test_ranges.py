@@ -17,7 +17,10 @@ from demerge.timesteps import Partition
 def test_as_many_ranges_as_planted_where_they_are_planted(planted: Any) -> None:
     said = ranges(planted([0, 2, 4, 6, 16], noise=0.2))
     assert said["automatic"] and said["supported"]["ranges"] == said["ranges"] == 4
-    assert said["partition"] == [[0, 125], [125, 250], [250, 375], [375, 1000]] and said["taken"] == "gradient"
+    assert (
+        said["partition"] == [[0, 125], [125, 250], [250, 375], [375, 1000]]
+        and said["taken"] == "gradient"
+    )
     table = said["held_out_shares"]
     assert [row["ranges"] for row in table] == list(range(1, 11)) and set(table[0]) == {
         "ranges",
@@ -30,13 +33,19 @@ def test_as_many_ranges_as_planted_where_they_are_planted(planted: Any) -> None:
     text = lines(said)
     assert text[-1] == "ranges        [0, 125) [125, 250) [250, 375) [375, 1000), gradient"
     assert sum(line.endswith("   <") for line in text) == 1
-    assert said["benefit"]["promised"] and said["benefit"]["held_out"] and len(said["benefit"]["ranges"]) == 4
+    assert (
+        said["benefit"]["promised"]
+        and said["benefit"]["held_out"]
+        and len(said["benefit"]["ranges"]) == 4
+    )
 
 
 def test_uniform_is_used_where_it_is_not_beaten(planted: Any) -> None:
     said = ranges(planted([0, 4, 8, 12, 16], noise=0.15))
     assert (said["ranges"], said["advice"], said["taken"]) == (4, "uniform", "uniform")
-    assert said["benefit"]["promised"] and not said["benefit"]["held_out"], "a cut that was not found needs no cross-fit"
+    assert said["benefit"]["promised"] and not said["benefit"]["held_out"], (
+        "a cut that was not found needs no cross-fit"
+    )
     assert said["partition"] == [[0, 250], [250, 500], [500, 750], [750, 1000]]
 
 
@@ -45,12 +54,21 @@ def test_what_is_asked_for_is_taken(planted: Any) -> None:
     assert ranges(map, 2, method="uniform")["partition"] == [[0, 500], [500, 1000]]
     assert ranges(map, 3, method="hierarchical", minimum=2)["taken"] == "hierarchical"
     said = ranges(map, given=Partition.from_cuts(1000, [125, 500]))
-    assert said["partition"] == [[0, 125], [125, 500], [500, 1000]] and not said["automatic"] and said["ranges"] == 3
+    assert (
+        said["partition"] == [[0, 125], [125, 500], [500, 1000]]
+        and not said["automatic"]
+        and said["ranges"] == 3
+    )
 
 
 def test_noise_says_why_and_what_to_do(map_of: Any) -> None:
     said = ranges(map_of(np.random.default_rng(0).standard_normal((8, 6, 200))))
-    assert (said["ranges"], said["taken"], said["partition"], said["held_out_shares"]) == (1, "uniform", [[0, 1000]], [])
+    assert (said["ranges"], said["taken"], said["partition"], said["held_out_shares"]) == (
+        1,
+        "uniform",
+        [[0, 1000]],
+        [],
+    )
     assert "resolved on 0%" in said["reason"] and "Measure about" in lines(said)[0]
     json.dumps(said, allow_nan=False)
 
@@ -66,7 +84,9 @@ def test_noise_says_why_and_what_to_do(map_of: Any) -> None:
         ({"score": "sum"}, "step, energy, cosine"),
     ],
 )
-def test_wrong_arguments_are_usage_errors(planted: Any, arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_usage_errors(
+    planted: Any, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError) as error:
         ranges(planted([0, 8, 16]), **arguments)
     assert message in str(error.value) and error.value.fix
@@ -77,14 +97,18 @@ def test_lists_of_cuts() -> None:
     assert given_cuts("999", 1000).cuts == [999]
 
 
-@pytest.mark.parametrize("text", ["", "a", "125,", "1.5", "500,125", "0,5", "5,1000", "5,5", "-3", "٣"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "125,", "1.5", "500,125", "0,5", "5,1000", "5,5", "-3", "٣"]
+)
 def test_what_is_no_list_of_cuts(text: str) -> None:
     with pytest.raises(UsageError) as error:
         given_cuts(text, 1000)
     assert "--cuts 125,500" in error.value.fix
 
 
-def test_maps_are_found_in_their_folder_and_held_against_a_model(planted: Any, tiny: Path, tmp_path: Path) -> None:
+def test_maps_are_found_in_their_folder_and_held_against_a_model(
+    planted: Any, tiny: Path, tmp_path: Path
+) -> None:
     from dataclasses import replace
 
     from demerge.analysis.measurement.schedule import log_snr
@@ -98,7 +122,9 @@ def test_maps_are_found_in_their_folder_and_held_against_a_model(planted: Any, t
         load_map(tmp_path, str(tiny))
     own = replace(map, origin=replace(map.origin, model=content_sha256(Checkpoint.open(tiny))))
     own.save(tmp_path / "other")
-    with pytest.raises(InputError, match=r"measured on a schedule of 1000 timesteps with log SNR 9\.00"):
+    with pytest.raises(
+        InputError, match=r"measured on a schedule of 1000 timesteps with log SNR 9\.00"
+    ):
         load_map(tmp_path / "other", str(tiny))
     replace(own, log_snr=log_snr(Diffusion.load(str(tiny)))).save(tmp_path / "own")
     assert load_map(tmp_path / "own", str(tiny)).origin == own.origin

@@ -9,7 +9,14 @@ from matplotlib.figure import Figure
 from demerge.analysis.measurement.options import DRAWS
 from demerge.analysis.report.plots import render
 from demerge.analysis.similarity import halves, similarity
-from demerge.analysis.study.estimators import PLUG_IN, UNBIASED, by_samples, disagreement, errors, first_groups
+from demerge.analysis.study.estimators import (
+    PLUG_IN,
+    UNBIASED,
+    by_samples,
+    disagreement,
+    errors,
+    first_groups,
+)
 from demerge.analysis.study.known import Known
 from demerge.analysis.study.plots import neighbours_by_samples
 from demerge.errors import UsageError
@@ -34,7 +41,9 @@ def test_without_noise_all_agree() -> None:
 
 @pytest.mark.parametrize("draws", DRAWS)
 def test_the_plug_in_is_biased_as_predicted(draws: str) -> None:
-    naive = np.array([similarity(EVEN.measure(draws=draws, seed=seed)).naive for seed in range(300)])
+    naive = np.array(
+        [similarity(EVEN.measure(draws=draws, seed=seed)).naive for seed in range(300)]
+    )
     assert naive.mean(0) == pytest.approx(EVEN.predicted(64, draws), abs=0.015)
     beside = EVEN.predicted(64, draws)[0, 1]
     assert beside > 0.7 if draws == "shared" else beside < 0.4
@@ -52,9 +61,15 @@ def test_the_table_shows_who_lies() -> None:
 
 
 def test_weak_bins_are_said_to_be_unresolved() -> None:
-    table = errors(Known(strengths=(1.0, 1.0, 0.05, 0.05)), ["shared"], maps=20).set_index("estimator")
+    table = errors(Known(strengths=(1.0, 1.0, 0.05, 0.05)), ["shared"], maps=20).set_index(
+        "estimator"
+    )
     assert table.unresolved[PLUG_IN] == 0 and 0.4 < table.unresolved[UNBIASED] <= 0.6
-    none = errors(Known(strengths=(0.01, 0.01)), ["shared"], maps=3).set_index("estimator").loc[UNBIASED]
+    none = (
+        errors(Known(strengths=(0.01, 0.01)), ["shared"], maps=3)
+        .set_index("estimator")
+        .loc[UNBIASED]
+    )
     assert none.unresolved > 0.9
 
 
@@ -67,14 +82,18 @@ def test_samples_bring_the_plug_in_to_the_truth_and_figures_show_it() -> None:
         assert abs(at[kind, PLUG_IN, 640] - 0.56) < abs(at[kind, PLUG_IN, 80] - 0.56)
         assert at[kind, UNBIASED, 640] == pytest.approx(0.56, abs=0.06)
     figure = neighbours_by_samples(table, 0.56)
-    assert isinstance(figure, Figure) and len(figure.axes) == 2 and len(render(figure, "png")) > 5000
+    assert (
+        isinstance(figure, Figure) and len(figure.axes) == 2 and len(render(figure, "png")) > 5000
+    )
     assert render(neighbours_by_samples(table)) == render(neighbours_by_samples(table))
 
 
 def test_two_kinds_of_draws_agree_for_the_unbiased_estimator_alone() -> None:
     known = Known(strengths=(1.0, 1.0, 0.2, 0.1, 0.1), dimensions=400)
     tables = [
-        disagreement(*(known.measure(groups=12, draws=kind, seed=seed) for kind in DRAWS)).set_index("estimator")
+        disagreement(
+            *(known.measure(groups=12, draws=kind, seed=seed) for kind in DRAWS)
+        ).set_index("estimator")
         for seed in range(40)
     ]
     z = {name: np.array([table.z[name] for table in tables]) for name in (PLUG_IN, UNBIASED)}
@@ -101,7 +120,9 @@ def test_many_groups_are_halved_without_listing_all_ways() -> None:
     assert A.shape == B.shape == (20, 64) and (A + B == 1).all() and (A.sum(1) == 32).all()
 
 
-@pytest.mark.parametrize("wrong", [{"neighbours": 1.0}, {"noise": -1.0}, {"strengths": ()}, {"dimensions": 3}])
+@pytest.mark.parametrize(
+    "wrong", [{"neighbours": 1.0}, {"noise": -1.0}, {"strengths": ()}, {"dimensions": 3}]
+)
 def test_what_is_no_problem_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         Known(**wrong)

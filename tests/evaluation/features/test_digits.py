@@ -22,7 +22,9 @@ def test_the_shipped_classifier_knows_the_test_split_and_its_making() -> None:
     images, labels = everything(load_images("digits", split="test"))
     with safe_open(ASSET, "pt") as file:
         facts = json.loads(file.metadata()["demerge"])
-    assert accuracy(load_digits_cnn(), images, labels) == pytest.approx(facts["test_accuracy"], abs=5e-3)
+    assert accuracy(load_digits_cnn(), images, labels) == pytest.approx(
+        facts["test_accuracy"], abs=5e-3
+    )
     assert facts["test_accuracy"] > 0.97
     assert facts["train_fingerprint"] == load_images("digits", split="train").fingerprint
 

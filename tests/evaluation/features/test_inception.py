@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from demerge.errors import InputError, UsageError
-from demerge.evaluation.features.inception import BATCH_NORM_EPS, BLOCKS, PTH_SHA256, STEM, Conv, Pool, load_inception, prepare
+from demerge.evaluation.features.inception import (
+    BATCH_NORM_EPS,
+    BLOCKS,
+    PTH_SHA256,
+    STEM,
+    Conv,
+    Pool,
+    load_inception,
+    prepare,
+)
 from demerge.evaluation.features.inception import _folded as folded
 
 
@@ -40,7 +49,10 @@ def test_folding_equals_convolution_then_normalization() -> None:
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     norm.eval()
-    weights = {"a.conv.weight": conv.weight, **{f"a.bn.{key}": value for key, value in norm.state_dict().items()}}
+    weights = {
+        "a.conv.weight": conv.weight,
+        **{f"a.bn.{key}": value for key, value in norm.state_dict().items()},
+    }
     torch.testing.assert_close(Conv(*folded(weights, "a"))(x), norm(conv(x)).relu())
 
 
@@ -51,7 +63,11 @@ def test_the_average_pool_leaves_the_padding_out() -> None:
 def test_clean_is_the_bicubic_of_pillow() -> None:
     images = torch.randint(0, 256, (1, 3, 17, 20), dtype=torch.uint8)
     resized = [
-        np.asarray(Image.fromarray(channel.numpy().astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC))
+        np.asarray(
+            Image.fromarray(channel.numpy().astype(np.float32)).resize(
+                (299, 299), Image.Resampling.BICUBIC
+            )
+        )
         for channel in images[0]
     ]
     expected = (np.stack(resized).clip(0, 255) - 128) / 128
@@ -72,7 +88,9 @@ def test_pytorch_fid_ranges_over_minus_one_to_one() -> None:
     torch.testing.assert_close(white, torch.full_like(white, 1))
 
 
-@pytest.mark.parametrize("images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)]
+)
 def test_other_images_are_refused(images: torch.Tensor) -> None:
     with pytest.raises(UsageError, match="uint8"):
         prepare(images)
@@ -85,7 +103,9 @@ def test_an_unknown_mode_is_refused() -> None:
 
 def test_bad_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no tensors")
-    save_file({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "part.safetensors")
+    save_file(
+        {"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "part.safetensors"
+    )
     with pytest.raises(InputError, match=r"text\.safetensors"):
         load_inception(tmp_path / "text.safetensors")
     with pytest.raises(InputError, match=r"bn\.weight"):
@@ -97,7 +117,10 @@ def test_bad_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_the_pth_of_pytorch_fid_is_read_without_running_it(tmp_path: Path) -> None:
-    part = {"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3), "fc.weight": torch.zeros(1008, 2048)}
+    part = {
+        "Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3),
+        "fc.weight": torch.zeros(1008, 2048),
+    }
     torch.save(part, tmp_path / "part.pth")
     with pytest.raises(InputError, match=r"bn\.weight"):
         load_inception(tmp_path / "part.pth")
@@ -116,7 +139,9 @@ class Touch:
         return os.mkdir, (self.path,)
 
 
-def test_the_whole_net_as_pth_gives_the_same_features(asset: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_whole_net_as_pth_gives_the_same_features(
+    asset: Callable[[str], Path], tmp_path: Path
+) -> None:
     weights = asset("inception/pt_inception-2015-12-05.nofc.safetensors")
     batches = {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0)}
     extra = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008), **batches}

@@ -31,7 +31,9 @@ def test_a_net_says_what_it_is(digits_net: FeatureNet, noise: Callable[..., Tens
     assert digits_net(noise(5)).shape == (5, digits_net.dim)
 
 
-def test_features_do_not_depend_on_the_batch(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> None:
+def test_features_do_not_depend_on_the_batch(
+    digits_net: FeatureNet, noise: Callable[..., Tensor]
+) -> None:
     images, seen = noise(300), []
     rows = digits_net(images, progress=lambda done, total, text: seen.append((done, total, text)))
     torch.testing.assert_close(rows[290:], digits_net(images[290:]))
@@ -63,26 +65,37 @@ def test_unknown_nets_and_bad_images_are_refused(digits_net: FeatureNet) -> None
         hurt(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
 
 
-def test_distances_to_a_reference(digits_net: FeatureNet, noise: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_distances_to_a_reference(
+    digits_net: FeatureNet, noise: Callable[..., Tensor], tmp_path: Path
+) -> None:
     data = load_images("digits", split="test")
     real, other = data.images(range(250)), data.images(range(250, 500))
     reference = Reference.from_images(digits_net, real, name="digits test")
-    near, far = evaluate_images(other, reference, digits_net), evaluate_images(noise(250), reference, digits_net)
+    near, far = (
+        evaluate_images(other, reference, digits_net),
+        evaluate_images(noise(250), reference, digits_net),
+    )
     assert near["fd"] < far["fd"]
     assert near["kid"] < far["kid"]
     assert near["precision"] > 0.8 > far["precision"]
     save_moments(tmp_path / "real.npz", reference.moments)
-    alone = evaluate_images(other, Reference.from_npz(tmp_path / "real.npz", digits_net), digits_net)
+    alone = evaluate_images(
+        other, Reference.from_npz(tmp_path / "real.npz", digits_net), digits_net
+    )
     assert alone == {"fd": pytest.approx(near["fd"])}
     with pytest.raises(ComparisonError, match="features"):
         evaluate_images(other, reference, feature_net("random"))
 
 
-def test_features_of_a_reference_are_remembered(digits_net: FeatureNet, noise: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_features_of_a_reference_are_remembered(
+    digits_net: FeatureNet, noise: Callable[..., Tensor], tmp_path: Path
+) -> None:
     path, calls = tmp_path / "reference.safetensors", []
 
     def ask(images: Tensor) -> Reference:
-        return Reference.remembered(path, digits_net, images, name="x", progress=lambda *_: calls.append(1))
+        return Reference.remembered(
+            path, digits_net, images, name="x", progress=lambda *_: calls.append(1)
+        )
 
     first, second = ask(noise(40)), ask(noise(40))
     assert len(calls) == 1
@@ -98,7 +111,12 @@ def test_the_hash_of_images_sees_shape_and_bytes() -> None:
 
 
 def test_the_judge(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> None:
-    judge = Judge(digits_net, Reference.from_images(digits_net, noise(80)), perceptual=load_lpips(), perceptual_images=5)
+    judge = Judge(
+        digits_net,
+        Reference.from_images(digits_net, noise(80)),
+        perceptual=load_lpips(),
+        perceptual_images=5,
+    )
     images = noise(20, seed=1)
     scores = judge.score("ties", images, seed=3, kind="merge", base=images[:5])
     assert scores.metrics["drift"] == 0
@@ -113,28 +131,43 @@ def test_the_judge(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> None
 
 
 @pytest.mark.parity
-def test_numpy_agrees_with_streamed_moments(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> None:
+def test_numpy_agrees_with_streamed_moments(
+    digits_net: FeatureNet, noise: Callable[..., Tensor]
+) -> None:
     rows = digits_net(noise(100))
     value = moments(rows.split(30))
-    np.testing.assert_allclose(value.covariance.numpy(), np.cov(rows.double().numpy(), rowvar=False), atol=1e-12)
+    np.testing.assert_allclose(
+        value.covariance.numpy(), np.cov(rows.double().numpy(), rowvar=False), atol=1e-12
+    )
 
 
 def test_images_in_an_npz_are_a_reference(digits_net: FeatureNet, tmp_path: Path) -> None:
     """ADM's sample files hold `arr_0`, uint8 [n H W C]."""
     images = load_images("digits", split="test").images(range(200))
     np.savez(tmp_path / "samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    own, direct = Reference.from_npz(tmp_path / "samples.npz", digits_net), Reference.from_images(digits_net, images)
+    own, direct = (
+        Reference.from_npz(tmp_path / "samples.npz", digits_net),
+        Reference.from_images(digits_net, images),
+    )
     assert torch.equal(own.moments.covariance, direct.moments.covariance)
     assert own.features is not None
     assert own.n == 200
     assert repr(own) == "Reference(200 images of samples.npz)"
 
 
-def test_statistics_of_another_net_are_refused_before_any_image_is_made(digits_net: FeatureNet, tmp_path: Path) -> None:
+def test_statistics_of_another_net_are_refused_before_any_image_is_made(
+    digits_net: FeatureNet, tmp_path: Path
+) -> None:
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=50_000)
     with pytest.raises(InputError, match="moments of 2048 features, and digits-cnn has 64"):
         Reference.from_npz(tmp_path / "stats.npz", digits_net)
-    np.savez(tmp_path / "stated.npz", mu=np.zeros(64), sigma=np.eye(64), n=9, protocol_features="inception")
+    np.savez(
+        tmp_path / "stated.npz",
+        mu=np.zeros(64),
+        sigma=np.eye(64),
+        n=9,
+        protocol_features="inception",
+    )
     with pytest.raises(ComparisonError, match="inception"):
         Reference.from_npz(tmp_path / "stated.npz", digits_net)
     np.savez(tmp_path / "mute.npz", mu=np.zeros(64), sigma=np.eye(64))

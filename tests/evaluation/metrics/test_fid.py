@@ -13,13 +13,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from demerge.errors import InputError, NumericalError, UsageError
-from demerge.evaluation.metrics.fid import Moments, frechet_distance, load_moments, moments, save_moments, square_root
+from demerge.evaluation.metrics.fid import (
+    Moments,
+    frechet_distance,
+    load_moments,
+    moments,
+    save_moments,
+    square_root,
+)
 
 
 def features(n: int, d: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(d, d, generator=generator)
-    return (torch.randn(n, d, generator=generator) @ mixing + torch.randn(d, generator=generator)) * scale
+    return (
+        torch.randn(n, d, generator=generator) @ mixing + torch.randn(d, generator=generator)
+    ) * scale
 
 
 def oracle(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -30,8 +39,12 @@ def oracle(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def test_one_dimension_by_hand() -> None:
-    a = Moments(torch.tensor([1.0], dtype=torch.float64), torch.tensor([[4.0]], dtype=torch.float64), 10)
-    b = Moments(torch.tensor([4.0], dtype=torch.float64), torch.tensor([[9.0]], dtype=torch.float64), 10)
+    a = Moments(
+        torch.tensor([1.0], dtype=torch.float64), torch.tensor([[4.0]], dtype=torch.float64), 10
+    )
+    b = Moments(
+        torch.tensor([4.0], dtype=torch.float64), torch.tensor([[9.0]], dtype=torch.float64), 10
+    )
     assert frechet_distance(a, b) == pytest.approx((1 - 4) ** 2 + (2 - 3) ** 2)
 
 
@@ -122,7 +135,9 @@ def test_what_is_no_covariance_is_refused(tmp_path: Path) -> None:
 
 def test_the_images_of_a_file_of_statistics_are_not_read(tmp_path: Path) -> None:
     """ADM's reference files hold mu, sigma and 10,000 images, which may be pickled or damaged."""
-    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=np.array([{}], dtype=object))
+    np.savez(
+        tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=np.array([{}], dtype=object)
+    )
     assert load_moments(tmp_path / "adm.npz", n=50_000).n == 50_000
 
 
@@ -137,7 +152,9 @@ def test_an_array_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
         load_moments(tmp_path / "bomb.npz")
 
 
-def test_statistics_of_cifar10_as_pytorch_fid_writes_them(asset: Callable[[str], Path], tmp_path: Path) -> None:
+def test_statistics_of_cifar10_as_pytorch_fid_writes_them(
+    asset: Callable[[str], Path], tmp_path: Path
+) -> None:
     """An npz {mu, sigma} without n, of the train split of CIFAR-10 under Inception."""
     found = load_file(asset("cifar10-base/cifar10-train-inception.safetensors"))
     mu, upper = found["mu"].double().numpy(), found["sigma_upper"].double().numpy()

@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from demerge.errors import InputError, UsageError
-from demerge.evaluation.metrics.lpips import ASSET, distance, diversity, embeddings, load_lpips, make
+from demerge.evaluation.metrics.lpips import (
+    ASSET,
+    distance,
+    diversity,
+    embeddings,
+    load_lpips,
+    make,
+)
 
 
 def test_the_shipped_weights_are_float16_and_below_5_mb() -> None:
@@ -20,7 +27,9 @@ def test_the_shipped_weights_are_float16_and_below_5_mb() -> None:
     assert (ASSET.parent / "LICENSE.lpips").is_file()
 
 
-def test_zero_for_equal_images_symmetric_and_free_of_its_batch(noise: Callable[..., Tensor]) -> None:
+def test_zero_for_equal_images_symmetric_and_free_of_its_batch(
+    noise: Callable[..., Tensor],
+) -> None:
     lpips, a, b = load_lpips(), noise(3, 3, 32), noise(3, 3, 32, seed=1)
     assert distance(lpips, a, a).abs().max() == 0
     torch.testing.assert_close(distance(lpips, a, b), distance(lpips, b, a))
@@ -39,7 +48,9 @@ def test_small_and_grey_images_are_enlarged(noise: Callable[..., Tensor]) -> Non
 def test_diversity_is_the_mean_over_pairs(noise: Callable[..., Tensor]) -> None:
     lpips, images = load_lpips(), noise(5, 1, 16)
     pairs = [(i, j) for i in range(5) for j in range(i)]
-    by_pairs = torch.cat([distance(lpips, images[i : i + 1], images[j : j + 1]) for i, j in pairs]).mean()
+    by_pairs = torch.cat(
+        [distance(lpips, images[i : i + 1], images[j : j + 1]) for i, j in pairs]
+    ).mean()
     assert diversity(embeddings(lpips, images)) == pytest.approx(float(by_pairs), rel=1e-5)
     with pytest.raises(UsageError, match="at least 2"):
         diversity(embeddings(lpips, images[:1]))
@@ -55,7 +66,8 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 def test_golden_values(asset: Callable[[str], Path], tmp_path: Path) -> None:
     folder = asset("lpips")
     ref, p0, p1 = (
-        torch.from_numpy(np.array(Image.open(folder / f"ex_{name}.png"))).permute(2, 0, 1)[None] for name in ("ref", "p0", "p1")
+        torch.from_numpy(np.array(Image.open(folder / f"ex_{name}.png"))).permute(2, 0, 1)[None]
+        for name in ("ref", "p0", "p1")
     )
     lpips = load_lpips()
     assert float(distance(lpips, ref, p0)) == pytest.approx(0.7219, abs=1e-3)

@@ -40,7 +40,11 @@ class Nesting(HTMLParser):
         self.tags.add(tag)
         if tag not in VOID:
             self.open.append(tag)
-        self.loads += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "action", "data")]
+        self.loads += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "srcset", "href", "action", "data")
+        ]
         assert not [name for name, _ in attrs if name.startswith("on")]
 
     def handle_endtag(self, tag: str) -> None:
@@ -62,19 +66,35 @@ def scores(make_scores: Make) -> list[Scores]:
 
 
 @pytest.fixture(scope="module")
-def folder(scores: list[Scores], noise: Callable[..., Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    scores: list[Scores], noise: Callable[..., Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("run") / "report"
     contact = {HOSTILE: noise(4), "base": noise(4, seed=1)}
     figures = [Exhibit("heat <map>", b"<svg xmlns='http://www.w3.org/2000/svg'/>")]
-    report = Report.of(scores, title="A <b> title", contact=contact, figures=figures, commands=["demerge <x>"], notes=["a & b"])
+    report = Report.of(
+        scores,
+        title="A <b> title",
+        contact=contact,
+        figures=figures,
+        commands=["demerge <x>"],
+        notes=["a & b"],
+    )
     page = report.save(out)
     assert page == out / "index.html"
     return page.parent
 
 
 def test_everything_is_written(folder: Path) -> None:
-    plots = {f"{name}.{kind}" for name in ("ranking", "tradeoff", "losses") for kind in ("svg", "png")}
-    assert {path.name for path in folder.iterdir()} == plots | {"index.html", "scores.csv", "scores.md", "contact.png"}
+    plots = {
+        f"{name}.{kind}" for name in ("ranking", "tradeoff", "losses") for kind in ("svg", "png")
+    }
+    assert {path.name for path in folder.iterdir()} == plots | {
+        "index.html",
+        "scores.csv",
+        "scores.md",
+        "contact.png",
+    }
     for path in folder.glob("*.png"):
         assert np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("L")).std() > 0
 
@@ -89,13 +109,26 @@ def test_the_page_is_well_formed_escaped_and_loads_nothing(folder: Path) -> None
     assert not parser.tags & {"script", "iframe", "link", "object", "form"}
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
-    for word in ("A &lt;b&gt; title", "demerge &lt;x&gt;", "a &amp; b", "heat &lt;map&gt;", "&lt;script&gt;"):
+    for word in (
+        "A &lt;b&gt; title",
+        "demerge &lt;x&gt;",
+        "a &amp; b",
+        "heat &lt;map&gt;",
+        "&lt;script&gt;",
+    ):
         assert word in text
 
 
 def test_the_page_says_what_counts(folder: Path) -> None:
     text = (folder / "index.html").read_text()
-    for word in ("merging helped", "beats the base", "beats the joint control", "noise floor", "not FID", "against joint"):
+    for word in (
+        "merging helped",
+        "beats the base",
+        "beats the joint control",
+        "noise floor",
+        "not FID",
+        "against joint",
+    ):
         assert word in text
 
 
@@ -108,7 +141,9 @@ def test_the_table_is_ranked_and_holds_the_protocol(folder: Path) -> None:
     assert frame["vs_base_verdict"][1] == "better"
     assert frame["loss 0000-0500"][3] == pytest.approx(1.015)
     assert set(frame["distance"]) == {"FD[digits-cnn]"}
-    assert {"features_sha256", "sampler", "steps", "reference_n", "num_images", "seeds"} <= set(frame.columns)
+    assert {"features_sha256", "sampler", "steps", "reference_n", "num_images", "seeds"} <= set(
+        frame.columns
+    )
 
 
 def test_markdown_keeps_its_columns(folder: Path) -> None:
@@ -140,15 +175,30 @@ def test_unlike_protocols_and_no_models_are_refused(make_scores: Make) -> None:
 def test_lines_for_a_terminal_hold_the_caveats_and_the_verdict(scores: list[Scores]) -> None:
     text = "\n".join(lines(tables_of(scores)))
     assert text.count("FD[digits-cnn] of 2,000 images") == 1
-    assert text.index("experts") < text.index("  joint  ") < text.index("  base  ") < text.index("digits train")
-    assert text.index("digits train") < text.index("note: Training seeds: 1") < text.index("The best merge")
+    assert (
+        text.index("experts")
+        < text.index("  joint  ")
+        < text.index("  base  ")
+        < text.index("digits train")
+    )
+    assert (
+        text.index("digits train")
+        < text.index("note: Training seeds: 1")
+        < text.index("The best merge")
+    )
 
 
-def test_models_of_another_protocol_are_named_and_not_ranked(make_scores: Make, tmp_path: Path) -> None:
+def test_models_of_another_protocol_are_named_and_not_ranked(
+    make_scores: Make, tmp_path: Path
+) -> None:
     three = [
-        score for name, kind in (("base", "base"), ("ties", "merge")) for score in make_scores(name, kind, [8.0, 7.0, 7.5])
+        score
+        for name, kind in (("base", "base"), ("ties", "merge"))
+        for score in make_scores(name, kind, [8.0, 7.0, 7.5])
     ]
-    report = Report.of([*make_scores("pictures", "model", [1.0], sampler="unknown", steps=0), *three])
+    report = Report.of(
+        [*make_scores("pictures", "model", [1.0], sampler="unknown", steps=0), *three]
+    )
     assert sorted(row.model for row in report.ranked.rows) == ["base", "ties"]
     page = report.save(tmp_path).read_text()
     for shown in (page, (tmp_path / "scores.md").read_text(), str(report)):
@@ -163,7 +213,10 @@ def test_caveats_stand_beside_the_table(folder: Path) -> None:
 
 
 def test_a_table_without_a_test_says_why(make_scores: Make, tmp_path: Path) -> None:
-    for seeds, changes, why in ((2, {}, "2 common seeds of 3"), (3, {"num_images": 64}, "rank-deficient")):
+    for seeds, changes, why in (
+        (2, {}, "2 common seeds of 3"),
+        (3, {"num_images": 64}, "rank-deficient"),
+    ):
         scores = [
             s
             for name, kind in (("base", "base"), ("ties", "merge"))
@@ -194,16 +247,28 @@ def test_a_report_in_python(scores: list[Scores], noise: Callable[..., Tensor]) 
         report.plot("bars")
 
 
-def test_plots_are_transparent_on_dark_pages_and_plain_numbers_stand_on_a_log_axis(make_scores: Make) -> None:
-    scores = [*make_scores("real", "real", [0.5]), *make_scores("base", "base", [8.0]), *make_scores("ties", "merge", [7.0])]
+def test_plots_are_transparent_on_dark_pages_and_plain_numbers_stand_on_a_log_axis(
+    make_scores: Make,
+) -> None:
+    scores = [
+        *make_scores("real", "real", [0.5]),
+        *make_scores("base", "base", [8.0]),
+        *make_scores("ties", "merge", [7.0]),
+    ]
     report = Report.of(scores)
     axes = report.plot().axes[0]
     assert axes.get_xscale() == "log"
     low, high = axes.get_xlim()
-    shown = [axes.xaxis.get_major_formatter()(value) for value in axes.get_xticks() if low <= value <= high]
+    shown = [
+        axes.xaxis.get_major_formatter()(value)
+        for value in axes.get_xticks()
+        if low <= value <= high
+    ]
     assert shown == ["0.5", "1", "2", "5"]
     dark = render(report._drawn["ranking"], DARK, "svg")
-    assert not [fill for fill in re.findall(rb"fill: (#\w+)", dark) if fill in (b"#ffffff", b"#fff")]
+    assert not [
+        fill for fill in re.findall(rb"fill: (#\w+)", dark) if fill in (b"#ffffff", b"#fff")
+    ]
 
 
 def test_kinds_of_models_have_one_colour_in_plots_and_pages(scores: list[Scores]) -> None:
@@ -233,7 +298,9 @@ def test_markdown_signs_are_escaped() -> None:
 
 
 def test_a_figure_holds_all_that_is_drawn(scores: list[Scores]) -> None:
-    images = {name: torch.zeros(3, 1, 8, 8, dtype=torch.uint8) for name in ("base", "joint", "experts")}
+    images = {
+        name: torch.zeros(3, 1, 8, 8, dtype=torch.uint8) for name in ("base", "joint", "experts")
+    }
     report = Report.of(scores, contact=images)
     for figure in (*map(report.plot, report.plots), report.contact_sheet()):
         FigureCanvasAgg(figure).draw()

@@ -28,7 +28,9 @@ SEVEN: tuple[tuple[str, Kind], ...] = (
 
 def seven(make_scores: Make, values: np.ndarray) -> list[Row]:
     return rows_of(
-        score for (name, kind), own in zip(SEVEN, values, strict=True) for score in make_scores(name, kind, own.tolist())
+        score
+        for (name, kind), own in zip(SEVEN, values, strict=True)
+        for score in make_scores(name, kind, own.tolist())
     )
 
 
@@ -55,12 +57,20 @@ def test_holm_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_a_table_of_equal_models_rarely_holds_a_false_verdict(make_scores: Make, seeds: int) -> None:
+def test_a_table_of_equal_models_rarely_holds_a_false_verdict(
+    make_scores: Make, seeds: int
+) -> None:
     """Seven equal models on common noise: some verdict in at most 5 % of 20,000 tables."""
     random = np.random.default_rng(seeds)
-    tables = 8 + 0.5 * random.normal(size=(20_000, 1, seeds)) + 0.2 * random.normal(size=(20_000, 7, seeds))
+    tables = (
+        8
+        + 0.5 * random.normal(size=(20_000, 1, seeds))
+        + 0.2 * random.normal(size=(20_000, 7, seeds))
+    )
     pairs = pairs_of(seven(make_scores, tables[0]))
-    assert len(pairs) == 6 + 5 + 4 + 3, "base, two joint controls, three merges against the ensemble"
+    assert len(pairs) == 6 + 5 + 4 + 3, (
+        "base, two joint controls, three merges against the ensemble"
+    )
     false = float((adjusted(tables, pairs).min(-1) < LEVEL).mean())
     assert 0.01 < false <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 20_000)
 
@@ -108,7 +118,8 @@ def test_what_is_not_tested_says_why(make_scores: Make) -> None:
     few = rows_of(make_scores("a", "merge", [7.0, 7.1]) + make_scores("b", "base", [8.0, 8.1]))
     assert compare(few)[few[0].key, few[1].key].word == "2 common seeds of 3"
     flat = rows_of(
-        make_scores("a", "merge", [7.0, 7.1, 7.2], num_images=64) + make_scores("b", "base", [8.0] * 3, num_images=64)
+        make_scores("a", "merge", [7.0, 7.1, 7.2], num_images=64)
+        + make_scores("b", "base", [8.0] * 3, num_images=64)
     )
     found = compare(flat)[flat[0].key, flat[1].key]
     assert (found.word, found.verdict, math.isnan(found.p)) == ("rank-deficient", "none", True)
@@ -133,10 +144,21 @@ def test_more_comparisons_need_more_evidence(make_scores: Make) -> None:
 
 def test_unlike_protocols_are_not_compared(make_scores: Make) -> None:
     with pytest.raises(ComparisonError, match="steps"):
-        compare(rows_of(make_scores("a", "merge", [7.0] * 3, steps=9) + make_scores("b", "base", [8.0] * 3)))
+        compare(
+            rows_of(
+                make_scores("a", "merge", [7.0] * 3, steps=9) + make_scores("b", "base", [8.0] * 3)
+            )
+        )
 
 
 def test_higher_is_better_for_precision(make_scores: Make) -> None:
-    rows = rows_of(make_scores("a", "merge", [7.0, 7.1, 7.2]) + make_scores("b", "base", [8.0, 8.1, 8.2]))
+    rows = rows_of(
+        make_scores("a", "merge", [7.0, 7.1, 7.2]) + make_scores("b", "base", [8.0, 8.1, 8.2])
+    )
     low = [replace(s, metrics={"precision": 0.5 + s.seed / 1e3}) for s in rows[0].scores]
-    assert compare([replace(rows[0], scores=tuple(low)), rows[1]], "precision")[rows[0].key, rows[1].key].verdict == "worse"
+    assert (
+        compare([replace(rows[0], scores=tuple(low)), rows[1]], "precision")[
+            rows[0].key, rows[1].key
+        ].verdict
+        == "worse"
+    )

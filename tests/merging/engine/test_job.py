@@ -27,13 +27,18 @@ State = dict[str, Tensor]
 
 def states(K: int = 3, dtype: torch.dtype = torch.float32) -> tuple[State, list[State]]:
     g = torch.Generator().manual_seed(0)
-    base = {"a": torch.randn(40, 30, generator=g).to(dtype), "b": torch.randn(17, generator=g).to(dtype)}
+    base = {
+        "a": torch.randn(40, 30, generator=g).to(dtype),
+        "b": torch.randn(17, generator=g).to(dtype),
+    }
     base |= {"count": torch.arange(5)}
 
     def expert() -> State:
         # distances from far below to far above the base's own size: adding the difference back does not give the expert
         moved = {
-            n: (t + torch.randn(t.shape, generator=g) * 10 ** torch.randn(t.shape, generator=g)).to(dtype)
+            n: (t + torch.randn(t.shape, generator=g) * 10 ** torch.randn(t.shape, generator=g)).to(
+                dtype
+            )
             for n, t in base.items()
         }
         return moved | {"count": base["count"].clone()}
@@ -47,7 +52,9 @@ def test_one_hot_weights_give_that_expert_and_zeros_the_base(name: str, dtype: t
     base, experts = states(dtype=dtype)
     options = {} if name in ("average", "task_arithmetic") else {"density": 1.0}
     for i, expert in enumerate(experts):
-        merged = merge_tensors(base, experts, name, weights=[float(j == i) for j in range(3)], options=options)
+        merged = merge_tensors(
+            base, experts, name, weights=[float(j == i) for j in range(3)], options=options
+        )
         assert all(torch.equal(merged[n], expert[n]) for n in base)
     if name != "average":
         merged = merge_tensors(base, experts, name, weights=[0, 0, 0], options=options)
@@ -56,20 +63,38 @@ def test_one_hot_weights_give_that_expert_and_zeros_the_base(name: str, dtype: t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(all_methods()))
-def test_every_method_is_within_half_an_ulp_of_itself_in_float64(name: str, dtype: torch.dtype) -> None:
+def test_every_method_is_within_half_an_ulp_of_itself_in_float64(
+    name: str, dtype: torch.dtype
+) -> None:
     g = torch.Generator().manual_seed(3)
     shapes = {"conv": (12, 8, 3, 3), "linear": (40, 30), "bias": (40,)}
     base = {n: (0.05 * torch.randn(shape, generator=g)).to(dtype) for n, shape in shapes.items()}
-    experts = [{n: (t + 0.003 * torch.randn(t.shape, generator=g)).to(dtype) for n, t in base.items()} for _ in range(4)]
-    given: dict[str, Any] = {"weights": [0.5, 0.25, 0.25, 0.5], "ranges": [TimestepRange(i, i + 250) for i in range(4)]}
+    experts = [
+        {n: (t + 0.003 * torch.randn(t.shape, generator=g)).to(dtype) for n, t in base.items()}
+        for _ in range(4)
+    ]
+    given: dict[str, Any] = {
+        "weights": [0.5, 0.25, 0.25, 0.5],
+        "ranges": [TimestepRange(i, i + 250) for i in range(4)],
+    }
     fishers = [{n: torch.rand(t.shape, generator=g) for n, t in base.items()} for _ in experts]
-    grams = [{"linear": torch.eye(30) + torch.rand(30, 1, generator=g) * torch.ones(1, 30)} for _ in experts]
-    given["inputs"] = {"fisher": fishers, "gram": [{n: t + t.T for n, t in gram.items()} for gram in grams]}
+    grams = [
+        {"linear": torch.eye(30) + torch.rand(30, 1, generator=g) * torch.ones(1, 30)}
+        for _ in experts
+    ]
+    given["inputs"] = {
+        "fisher": fishers,
+        "gram": [{n: t + t.T for n, t in gram.items()} for gram in grams],
+    }
     merged = merge_tensors(base, experts, name, **given)
     reference = merge_tensors(double(base), [double(e) for e in experts], name, **given)
     for n, exact in reference.items():
-        ulp = torch.finfo(dtype).eps * exact.abs().log2().floor().exp2().clamp_min(torch.finfo(dtype).tiny)
-        slack = 0 if dtype == torch.float32 else 3e-3 * ulp  # float32 in between, which rounds first
+        ulp = torch.finfo(dtype).eps * exact.abs().log2().floor().exp2().clamp_min(
+            torch.finfo(dtype).tiny
+        )
+        slack = (
+            0 if dtype == torch.float32 else 3e-3 * ulp
+        )  # float32 in between, which rounds first
         assert bool(((merged[n].double() - exact).abs() <= 0.5 * ulp + slack).all())
 
 
@@ -94,7 +119,9 @@ def oracle_ties(base: State, experts: list[State], density: float, weights: list
         if agree:
             merged[j] += sum(float(votes[i, j]) for i in agree) / sum(weights[i] for i in agree)
     sizes = [base[n].numel() for n in names]
-    parts = {n: part.view(base[n].shape) for n, part in zip(names, merged.split(sizes), strict=True)}
+    parts = {
+        n: part.view(base[n].shape) for n, part in zip(names, merged.split(sizes), strict=True)
+    }
     return {n: parts.get(n, t) for n, t in base.items()}
 
 
@@ -102,7 +129,9 @@ def oracle_ties(base: State, experts: list[State], density: float, weights: list
 def test_streamed_ties_is_that_of_the_slow_oracle(density: float) -> None:
     base, experts = states()
     weights = [0.2, 0.5, 0.3]
-    merged = merge_tensors(base, experts, "ties", weights=weights, options={"density": density}, chunk=100)
+    merged = merge_tensors(
+        base, experts, "ties", weights=weights, options={"density": density}, chunk=100
+    )
     expected = oracle_ties(base, experts, density, weights)
     for name in base:
         torch.testing.assert_close(merged[name], expected[name], rtol=2e-6, atol=1e-6)
@@ -148,7 +177,10 @@ def test_whole_methods_see_tensors_in_their_shape() -> None:
     [
         (lambda e: e.pop("a"), "1 missing: a"),
         (lambda e: e.update(c=torch.ones(1)), "1 extra: c"),
-        (lambda e: e.update(a=torch.ones(30, 40)), r"1 of another shape: a \[30, 40\] for \[40, 30\]"),
+        (
+            lambda e: e.update(a=torch.ones(30, 40)),
+            r"1 of another shape: a \[30, 40\] for \[40, 30\]",
+        ),
         (lambda e: e.update(count=torch.arange(5) + 1), "1 of unequal integers: count"),
         (lambda e: e.update(count=torch.ones(5)), "1 of another kind of dtype: count"),
         (lambda e: (e.pop("a"), e.update(c=torch.ones(1))), "1 missing: a; 1 extra: c"),
@@ -183,7 +215,9 @@ def test_results_that_are_not_finite_are_refused() -> None:
         merge_tensors({"a": torch.zeros(2, dtype=torch.float16)}, [half], weights=[2.0])
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1, 2, 3, 4], [1, 1, float("nan")], [1, 1, float("inf")]])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1, 2, 3, 4], [1, 1, float("nan")], [1, 1, float("inf")]]
+)
 def test_weights_are_one_finite_number_per_expert(weights: list[float]) -> None:
     with pytest.raises(UsageError, match="are not 3 finite numbers"):
         merge_tensors(*states(), weights=weights)
@@ -209,7 +243,9 @@ def test_there_must_be_an_expert() -> None:
         ("nowhere.py:f", {}, r"nowhere.py: no such Python file"),
     ],
 )
-def test_wrong_methods_and_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+def test_wrong_methods_and_options_are_refused(
+    name: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises((UsageError, InputError), match=message):
         merge_tensors(*states(), name, options=options)
 
@@ -226,12 +262,20 @@ NAN, EYE = float("nan"), torch.eye(30)
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("fisher", {"a": torch.full((40, 30), NAN)}, "fisher of expert 1: tensor a holds NaN or Inf"),
+        (
+            "fisher",
+            {"a": torch.full((40, 30), NAN)},
+            "fisher of expert 1: tensor a holds NaN or Inf",
+        ),
         ("fisher", {"a": -torch.ones(40, 30)}, "a Fisher has negative entries"),
         ("regmean", {"a": NAN * EYE}, "gram of expert 1: tensor a holds NaN or Inf"),
         ("regmean", {"a": -EYE}, "has a negative diagonal"),
         ("regmean", {"a": EYE + EYE.roll(1, 0)}, "is not symmetric"),
-        ("regmean", {"other": EYE}, "gram of expert 1: 1 tensors that the base does not have: other"),
+        (
+            "regmean",
+            {"other": EYE},
+            "gram of expert 1: 1 tensors that the base does not have: other",
+        ),
     ],
 )
 def test_inputs_must_be_what_they_are_named(name: str, wrong: State, message: str) -> None:
@@ -267,30 +311,65 @@ def test_options_are_read_from_the_signature() -> None:
     method = describe(f, "f", paper="arXiv 1")
     assert method.summary == "Say what it does."
     assert method.inputs == ("activations",) and method.draws
-    assert method.settle({"a": "0.5", "b": "true", "c": "4", "d": "y"}) == {"a": 0.5, "b": True, "c": 4, "d": "y"}
+    assert method.settle({"a": "0.5", "b": "true", "c": "4", "d": "y"}) == {
+        "a": 0.5,
+        "b": True,
+        "c": 4,
+        "d": "y",
+    }
     assert method.settle({}) == {"a": 1.5, "b": False, "c": 3, "d": "x"}
     assert method.document()["options"]["a"] == {"default": 1.5, "rule": "float in [0, 2]"}
-    for wrong in ({"a": "3"}, {"a": True}, {"b": "maybe"}, {"c": "1.5"}, {"c": 1.5}, {"c": True}, {"d": "z"}):
+    for wrong in (
+        {"a": "3"},
+        {"a": True},
+        {"b": "maybe"},
+        {"c": "1.5"},
+        {"c": 1.5},
+        {"c": True},
+        {"d": "z"},
+    ):
         with pytest.raises(UsageError):
             method.settle(wrong)
 
 
 def test_a_method_can_be_a_function_in_a_file(tmp_path: Any) -> None:
     path = tmp_path / "mine.py"
-    path.write_text("def largest(base, deltas, *, weights, factor: float = 1.0):\n    return base + factor * deltas.amax(0)\n")
-    base, experts = {"w": torch.zeros(2)}, [{"w": torch.tensor([1.0, -1])}, {"w": torch.tensor([2.0, -3])}]
-    assert merge_tensors(base, experts, f"{path}:largest", options={"factor": "2"})["w"].tolist() == [4, -2]
+    path.write_text(
+        "def largest(base, deltas, *, weights, factor: float = 1.0):\n    return base + factor * deltas.amax(0)\n"
+    )
+    base, experts = (
+        {"w": torch.zeros(2)},
+        [{"w": torch.tensor([1.0, -1])}, {"w": torch.tensor([2.0, -3])}],
+    )
+    assert merge_tensors(base, experts, f"{path}:largest", options={"factor": "2"})[
+        "w"
+    ].tolist() == [4, -2]
     with pytest.raises(UsageError, match="no function 'smallest'"):
         merge_tensors(base, experts, f"{path}:smallest")
 
 
 FAULTS = {
-    "short": ("def short(base, deltas, *, weights): return base[:1]", r"short returns \[1\] for \[2\] of tensor w"),
+    "short": (
+        "def short(base, deltas, *, weights): return base[:1]",
+        r"short returns \[1\] for \[2\] of tensor w",
+    ),
     "nothing": ("def nothing(base, deltas, *, weights): return None", "nothing returns NoneType"),
-    "raises": ("def raises(base, deltas, *, weights): raise ValueError('boom')", "raises fails at tensor w: ValueError: boom"),
-    "third": ("def third(base, deltas, weights): return base", "third is not a merge method: missing a required argument"),
-    "odd": ("def odd(base, deltas, *, weights, a=None): return base", "option a=None of a merge method is of the type"),
-    "lost": ("def lost(base, deltas, *, weights: 'Gone'): return base", "lost is not a merge method: name 'Gone'"),
+    "raises": (
+        "def raises(base, deltas, *, weights): raise ValueError('boom')",
+        "raises fails at tensor w: ValueError: boom",
+    ),
+    "third": (
+        "def third(base, deltas, weights): return base",
+        "third is not a merge method: missing a required argument",
+    ),
+    "odd": (
+        "def odd(base, deltas, *, weights, a=None): return base",
+        "option a=None of a merge method is of the type",
+    ),
+    "lost": (
+        "def lost(base, deltas, *, weights: 'Gone'): return base",
+        "lost is not a merge method: name 'Gone'",
+    ),
 }
 
 
@@ -308,7 +387,10 @@ def test_options_without_a_type_have_that_of_their_default() -> None:
         return base
 
     method = describe(f, "f", paper="")
-    assert method.inputs == ("fisher",) and method.settle({"a": "2", "b": "false"}) == {"a": 2.0, "b": False}
+    assert method.inputs == ("fisher",) and method.settle({"a": "2", "b": "false"}) == {
+        "a": 2.0,
+        "b": False,
+    }
 
 
 PLUGIN = """
@@ -319,7 +401,9 @@ def named(base, deltas, *, weights):
 def plain(base, deltas, *, weights, scale: float = 1.0):
     return base + scale * deltas.sum(0)
 """
-LIST = "import demerge.merging as m; print({'plugin_module', 'plugin_plain'} <= set(m.all_methods()))"
+LIST = (
+    "import demerge.merging as m; print({'plugin_module', 'plugin_plain'} <= set(m.all_methods()))"
+)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +413,9 @@ LIST = "import demerge.merging as m; print({'plugin_module', 'plugin_plain'} <= 
         ("a = plugin:gone", "plugin has a merge method that cannot be imported"),
     ],
 )
-def test_other_packages_register_modules_and_functions(points: str, said: str, tmp_path: Any) -> None:
+def test_other_packages_register_modules_and_functions(
+    points: str, said: str, tmp_path: Any
+) -> None:
     (tmp_path / "plugin.py").write_text(PLUGIN)
     record = tmp_path / "plugin-1.0.dist-info"
     record.mkdir()
@@ -338,7 +424,12 @@ def test_other_packages_register_modules_and_functions(points: str, said: str, t
     places = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": places}
     ran = subprocess.run(
-        [sys.executable, "-c", LIST], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        [sys.executable, "-c", LIST],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
     )
     assert said in ran.stdout + ran.stderr
 
@@ -352,7 +443,8 @@ def saved(folder: Path) -> tuple[Path, list[Path]]:
     g = torch.Generator().manual_seed(1)
     large = [torch.randn(3 * CHUNK + 5, generator=g).half() for _ in range(3)]
     models = [
-        state | {"large": each, "flag": torch.tensor([True])} for state, each in zip([base, *experts], large, strict=True)
+        state | {"large": each, "flag": torch.tensor([True])}
+        for state, each in zip([base, *experts], large, strict=True)
     ]
     paths = [folder / f"{i}.safetensors" for i in range(3)]
     for model, path in zip(models, paths, strict=True):
@@ -361,17 +453,26 @@ def saved(folder: Path) -> tuple[Path, list[Path]]:
 
 
 @pytest.mark.parametrize("options", [{"scope": "model"}, {"scope": "tensor"}])
-def test_a_file_has_the_same_bytes_whoever_writes_them(tmp_path: Path, options: dict[str, str]) -> None:
+def test_a_file_has_the_same_bytes_whoever_writes_them(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
     base, experts = saved(tmp_path)
     places = [tmp_path / str(n) / "out.safetensors" for n in (1, 2, 3)]
-    made = [merge(base, experts, out, method="ties", options=options, threads=n).path for n, out in enumerate(places, 1)]
+    made = [
+        merge(base, experts, out, method="ties", options=options, threads=n).path
+        for n, out in enumerate(places, 1)
+    ]
     assert len({path.read_bytes() for path in made}) == 1
-    together = merge_tensors(load_file(base), [load_file(path) for path in experts], "ties", options=options)
+    together = merge_tensors(
+        load_file(base), [load_file(path) for path in experts], "ties", options=options
+    )
     for name, tensor in load_file(made[0]).items():
         assert torch.equal(tensor, together[name])
 
 
-def test_a_full_disk_that_a_worker_meets_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_that_a_worker_meets_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, experts = saved(tmp_path)
     there, room = set(tmp_path.iterdir()), 1 << 20
 
@@ -381,6 +482,8 @@ def test_a_full_disk_that_a_worker_meets_is_named_and_leaves_nothing(tmp_path: P
         return len(data)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(ResourceError, match=re.escape(f"{tmp_path / 'out.safetensors'}: the disk is full")):
+    with pytest.raises(
+        ResourceError, match=re.escape(f"{tmp_path / 'out.safetensors'}: the disk is full")
+    ):
         merge(base, experts, tmp_path / "out.safetensors", threads=2)
     assert set(tmp_path.iterdir()) == there

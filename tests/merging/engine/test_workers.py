@@ -18,7 +18,15 @@ from demerge.errors import InputError, ResourceError
 from demerge.merging.engine.workers import CAN_FORK, SLOT, Crew, run
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="workers are forked on Linux alone")
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def ordered(function: Callable[[int], Any], items: Sequence[int], workers: int) -> Iterator[Any]:
@@ -27,7 +35,11 @@ def ordered(function: Callable[[int], Any], items: Sequence[int], workers: int) 
 
 def value(i: int) -> dict[str, object]:
     time.sleep(0.003 * (i * 7 % 5))
-    return {"i": i, "pid": os.getpid(), "tensors": [torch.full((i, 2), i).to(dtype) for dtype in DTYPES]}
+    return {
+        "i": i,
+        "pid": os.getpid(),
+        "tensors": [torch.full((i, 2), i).to(dtype) for dtype in DTYPES],
+    }
 
 
 def test_values_come_in_order_from_several_processes() -> None:
@@ -46,7 +58,11 @@ def test_a_lone_process_does_it_all_and_no_items_are_none() -> None:
 
 def test_tensors_outlive_their_place_and_may_be_larger_than_it() -> None:
     def made(i: int) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.full((SLOT // 4 - i,), i), torch.arange(10).view(2, 5).T + i, torch.tensor(float(i))
+        return (
+            torch.full((SLOT // 4 - i,), i),
+            torch.arange(10).view(2, 5).T + i,
+            torch.tensor(float(i)),
+        )
 
     for i, found in enumerate(list(ordered(made, range(12), 2))):
         assert all(map(torch.equal, found, made(i)))
@@ -63,14 +79,21 @@ def test_all_go_on_from_what_one_process_made_of_all_values(workers: int) -> Non
 
         squares = crew.agreed(lambda i: torch.tensor(i * i), range(50), combine)
         nothing = crew.agreed(lambda i: i, [], list)
-        rest = crew.agreed(lambda i: i + int(squares.sum()), range(3), list)  # a worker has to know the squares
+        rest = crew.agreed(
+            lambda i: i + int(squares.sum()), range(3), list
+        )  # a worker has to know the squares
         return crew.ordered(lambda i: (os.getpid(), nothing + rest, squares + i), range(20))
 
     found = list(run(program, workers))
     squares = torch.arange(50) ** 2
     assert combined == [os.getpid()]
-    assert all(rest == [40425, 40426, 40427] and torch.equal(x, squares + i) for i, (_, rest, x) in enumerate(found))
-    assert len({pid for pid, *_ in found}) == workers and (workers == 1) == ({pid for pid, *_ in found} == {os.getpid()})
+    assert all(
+        rest == [40425, 40426, 40427] and torch.equal(x, squares + i)
+        for i, (_, rest, x) in enumerate(found)
+    )
+    assert len({pid for pid, *_ in found}) == workers and (workers == 1) == (
+        {pid for pid, *_ in found} == {os.getpid()}
+    )
 
 
 def test_an_error_of_the_program_itself_ends_all() -> None:
@@ -95,7 +118,11 @@ def test_an_error_keeps_its_class_its_fix_and_where_it_was_raised() -> None:
     with pytest.raises(InputError, match="tensor x holds NaN") as raised:
         for i in ordered(fails, range(10), 2):
             found.append(i)
-    assert found == [0, 1, 2] and raised.value.fix == "use another" and "in fails" in raised.value.__notes__[0]
+    assert (
+        found == [0, 1, 2]
+        and raised.value.fix == "use another"
+        and "in fails" in raised.value.__notes__[0]
+    )
 
 
 def test_an_error_that_cannot_travel_is_told() -> None:

@@ -33,7 +33,10 @@ def tune(tiny_text: Path, tmp_path: Path) -> Tune:
         for i, part in enumerate(parts):
             g = torch.Generator().manual_seed(i + len(name))
             held = load_file(folder / FILES[part])
-            moved = {n: t + 0.1 * torch.randn(t.shape, generator=g) if t.is_floating_point() else t for n, t in held.items()}
+            moved = {
+                n: t + 0.1 * torch.randn(t.shape, generator=g) if t.is_floating_point() else t
+                for n, t in held.items()
+            }
             save_file(moved, folder / FILES[part], {"format": "pt"})
         return folder
 
@@ -49,9 +52,13 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_other_parts_are_refused_kept_or_merged(tiny_text: Path, tune: Tune, tmp_path: Path) -> None:
+def test_other_parts_are_refused_kept_or_merged(
+    tiny_text: Path, tune: Tune, tmp_path: Path
+) -> None:
     expert = tune("expert", "unet", "vae", "text_encoder")
-    with pytest.raises(InputError, match=r"has another (?:vae|text_encoder) and (?:vae|text_encoder) than") as error:
+    with pytest.raises(
+        InputError, match=r"has another (?:vae|text_encoder) and (?:vae|text_encoder) than"
+    ) as error:
         merge(tiny_text, [expert], tmp_path / "out", weights=[1])
     assert "--components denoiser" in error.value.fix and "--components all" in error.value.fix
     expected = {
@@ -69,35 +76,49 @@ def test_other_parts_are_refused_kept_or_merged(tiny_text: Path, tune: Tune, tmp
         assert ("not used" in card) == (len(merged) < 3)
 
 
-def test_all_parts_merge_by_the_same_method_and_verify(tiny_text: Path, tune: Tune, tmp_path: Path) -> None:
+def test_all_parts_merge_by_the_same_method_and_verify(
+    tiny_text: Path, tune: Tune, tmp_path: Path
+) -> None:
     from diffusers import StableDiffusionPipeline
 
     one, other = tune("one", "unet", "text_encoder"), tune("other", "unet")
     merge(tiny_text, [one, other], tmp_path / "out", components="all")
     base, a, merged = (load_file(p / TEXT) for p in (tiny_text, one, tmp_path / "out"))
     for name, value in base.items():
-        torch.testing.assert_close(merged[name], (value + a[name]) / 2)  # the other expert has the base's text encoder
+        torch.testing.assert_close(
+            merged[name], (value + a[name]) / 2
+        )  # the other expert has the base's text encoder
     assert same(tmp_path / "out" / VAE, tiny_text / VAE)
     recipe = Recipe.read(tmp_path / "out")
-    assert set(verify(tmp_path / "out", recipe).files) == {UNET.as_posix(), TEXT.as_posix()} == set(recipe.output)
+    assert (
+        set(verify(tmp_path / "out", recipe).files)
+        == {UNET.as_posix(), TEXT.as_posix()}
+        == set(recipe.output)
+    )
     StableDiffusionPipeline.from_pretrained(tmp_path / "out")
 
 
-def test_what_reads_denoisers_alone_says_what_it_does_not_look_at(tiny_text: Path, tune: Tune) -> None:
+def test_what_reads_denoisers_alone_says_what_it_does_not_look_at(
+    tiny_text: Path, tune: Tune
+) -> None:
     alike, other = tune("alike", "unet"), tune("other", "unet", "vae", "text_encoder")
     assert MergeSession(str(tiny_text), [str(alike)]).notes == []
     (note,) = MergeSession(str(tiny_text), [str(alike), str(other)]).notes
     assert "vae" in note and "text_encoder" in note and str(other) in note
 
 
-def test_equal_parts_in_another_dtype_or_without_position_ids_are_equal(tiny_text: Path, tune: Tune, tmp_path: Path) -> None:
+def test_equal_parts_in_another_dtype_or_without_position_ids_are_equal(
+    tiny_text: Path, tune: Tune, tmp_path: Path
+) -> None:
     expert = tune("expert", "unet")
     save_file({n: t.half() for n, t in load_file(expert / VAE).items()}, expert / VAE)
     held = load_file(expert / TEXT)
     save_file(held | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, expert / TEXT)
     assert not prepare(Recipe.of(tiny_text, [expert], weights=[1])).notes
     edit(expert / "vae" / "config.json", scaling_factor=0.5)
-    with pytest.raises(InputError, match=r"another vae than .* \(vae: scaling_factor 0\.5 for") as error:
+    with pytest.raises(
+        InputError, match=r"another vae than .* \(vae: scaling_factor 0\.5 for"
+    ) as error:
         prepare(Recipe.of(tiny_text, [expert], weights=[1]))
     assert error.value.fix == "give --components denoiser to keep the base's"
     with pytest.raises(InputError, match=r"scaling_factor 0\.5 for"):
@@ -153,7 +174,12 @@ def test_another_schedule_is_refused(tiny: Path, tmp_path: Path, field: dict[str
 def test_another_sampler_is_no_other_schedule(tiny: Path, tmp_path: Path) -> None:
     expert = tmp_path / "expert"
     shutil.copytree(tiny, expert)
-    changed = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "clip_sample": False, "steps_offset": 1}
+    changed = {
+        "_class_name": "EulerDiscreteScheduler",
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "steps_offset": 1,
+    }
     edit(expert / "scheduler" / "scheduler_config.json", **changed)
     prepare(Recipe.of(tiny, [expert], weights=[1]))
 
@@ -162,7 +188,9 @@ def test_a_denoiser_of_another_function_is_refused(tiny: Path, tmp_path: Path) -
     expert = tmp_path / "expert"
     shutil.copytree(tiny, expert)
     edit(expert / "unet" / "config.json", norm_eps=1e-3)
-    with pytest.raises(InputError, match=r"another denoiser than .*: the norm eps 0\.001, not 1e-05"):
+    with pytest.raises(
+        InputError, match=r"another denoiser than .*: the norm eps 0\.001, not 1e-05"
+    ):
         prepare(Recipe.of(tiny, [expert], weights=[1]))
 
 
@@ -170,7 +198,9 @@ def test_a_denoiser_of_another_function_is_refused(tiny: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_pipeline_in_half_precision_alone_loads_in_stock_diffusers(tiny_text: Path, tmp_path: Path, shards: bool) -> None:
+def test_a_pipeline_in_half_precision_alone_loads_in_stock_diffusers(
+    tiny_text: Path, tmp_path: Path, shards: bool
+) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_text).to(dtype=torch.float16)
@@ -197,4 +227,9 @@ def test_one_variant_of_several_is_copied(tiny_text: Path, tmp_path: Path) -> No
         out = tmp_path / f"out-{variant}"
         merge(base, [base], out, variant=variant, weights=[1])
         assert not list(out.rglob("*fp16*"))
-        assert {t.dtype for f in FILES.values() for t in load_file(out / f).values() if t.is_floating_point()} == {dtype}
+        assert {
+            t.dtype
+            for f in FILES.values()
+            for t in load_file(out / f).values()
+            if t.is_floating_point()
+        } == {dtype}

@@ -25,14 +25,22 @@ Make = Callable[..., Path]
 def make(tmp_path: Path) -> Make:
     """make(name, folders, boundary) -> a pipeline folder with those denoisers."""
 
-    def pipeline(name: str, folders: tuple[str, ...] = ("transformer",), boundary: Any = None, T: Any = 1000) -> Path:
+    def pipeline(
+        name: str, folders: tuple[str, ...] = ("transformer",), boundary: Any = None, T: Any = 1000
+    ) -> Path:
         folder = tmp_path / name
         for part in folders:
             (folder / part).mkdir(parents=True)
             save_file({"a": torch.ones(1)}, folder / part / "diffusion_pytorch_model.safetensors")
         (folder / "scheduler").mkdir()
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"num_train_timesteps": T}))
-        index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "X"], "transformer_2": [None, None]}
+        (folder / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps({"num_train_timesteps": T})
+        )
+        index = {
+            "_class_name": "WanPipeline",
+            "transformer": ["diffusers", "X"],
+            "transformer_2": [None, None],
+        }
         index |= {part: ["diffusers", "X"] for part in folders} | {"boundary_ratio": boundary}
         (folder / "model_index.json").write_text(json.dumps(index))
         return folder
@@ -49,7 +57,12 @@ def of(path: Path) -> list[Denoiser]:
     return denoisers(locate(path))
 
 
-def taken(base: Path, experts: list[Path], ranges: list[TimestepRange | None], boundary: float | None = None) -> Any:
+def taken(
+    base: Path,
+    experts: list[Path],
+    ranges: list[TimestepRange | None],
+    boundary: float | None = None,
+) -> Any:
     """What each denoiser of the output is merged from: {folder: [(number, name), ...]}."""
     found = tasks(of(base), [of(e) for e in experts], ranges, boundary)
     return {task.folder.as_posix(): [(i, d.name) for i, d in task.experts] for task in found}
@@ -65,7 +78,10 @@ def test_a_pipeline_has_one_denoiser_or_two_with_their_ranges(make: Make, two: P
 
 
 def test_the_boundary_is_the_one_of_diffusers() -> None:
-    assert split(0.9, 1000) == {"transformer": TimestepRange(900, 1000), "transformer_2": TimestepRange(0, 900)}
+    assert split(0.9, 1000) == {
+        "transformer": TimestepRange(900, 1000),
+        "transformer_2": TimestepRange(0, 900),
+    }
     cut = split(0.1234, 1000)["transformer"].start
     assert cut == 124 and cut >= 0.1234 * 1000 > cut - 1
 
@@ -81,7 +97,10 @@ def test_two_are_two_experts_of_a_base_of_one(make: Make, two: Path) -> None:
 
 def test_two_and_two_are_merged_with_their_counterparts(make: Make, two: Path) -> None:
     other = make("other", ("transformer", "transformer_2"), 0.875)
-    assert taken(two, [other], [None]) == {"transformer": [(0, "transformer")], "transformer_2": [(0, "transformer_2")]}
+    assert taken(two, [other], [None]) == {
+        "transformer": [(0, "transformer")],
+        "transformer_2": [(0, "transformer_2")],
+    }
     assert taken(two / "transformer_2", [other], [None]) == {".": [(0, "transformer_2")]}
 
 
@@ -91,7 +110,10 @@ def test_an_expert_goes_to_the_sides_that_its_range_reaches(make: Make, two: Pat
         "transformer": [(0, "transformer"), (1, "transformer")],
         "transformer_2": [(1, "transformer")],
     }
-    assert taken(two, [two / "transformer_2"], [None]) == {"transformer": [], "transformer_2": [(0, "transformer_2")]}
+    assert taken(two, [two / "transformer_2"], [None]) == {
+        "transformer": [],
+        "transformer_2": [(0, "transformer_2")],
+    }
 
 
 def test_a_boundary_makes_two_of_one(make: Make, two: Path) -> None:
@@ -123,8 +145,13 @@ def test_refuses_what_has_no_side(make: Make, two: Path, tmp_path: Path) -> None
 
 
 def test_refuses_a_range_for_two(make: Make, two: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"two denoisers, whose timesteps its boundary_ratio tells; the range 0000-0500"):
-        merge(make("one"), [two], tmp_path / "out", method="average", ranges=[TimestepRange(0, 500)])
+    with pytest.raises(
+        UsageError,
+        match=r"two denoisers, whose timesteps its boundary_ratio tells; the range 0000-0500",
+    ):
+        merge(
+            make("one"), [two], tmp_path / "out", method="average", ranges=[TimestepRange(0, 500)]
+        )
 
 
 @pytest.mark.parametrize("boundary", [None, "0.5", 0, 1.5, True, float("nan"), [0.5]])

@@ -36,7 +36,13 @@ HALVES = [TimestepRange(0, 250), TimestepRange(250, 1000)]
 GOLDEN: list[tuple[str, dict[str, Any], list[list[float]], list[float], list[float]]] = [
     # method, options, deltas on a base of 1, weights, merged
     ("magmax", {}, [[2, -1, 3], [-4, 1, -3]], [1, 1], [-3, 2, 4]),
-    ("magmax", {"scale": 2}, [[2, -1, 3], [-8, 1, -3]], [3, 1.5], [-7, -1, 7]),  # relative: 1 and 0.5
+    (
+        "magmax",
+        {"scale": 2},
+        [[2, -1, 3], [-8, 1, -3]],
+        [3, 1.5],
+        [-7, -1, 7],
+    ),  # relative: 1 and 0.5
     # merged task vector [4 0 4]; needed by both, both (of nothing), the first alone
     ("consensus", {"threshold": 0.5}, [[2, 2, 4], [2, -2, 0]], [1, 1], [5, 1, 1]),
     ("consensus", {"threshold": 0.5, "k": 1}, [[2, 2, 4], [2, -2, 0]], [1, 1], [5, 1, 5]),
@@ -47,12 +53,42 @@ GOLDEN: list[tuple[str, dict[str, Any], list[list[float]], list[float], list[flo
     # disjoint means [2 2 4], the even column by the majority +
     ("consensus", {"of": "ties", "density": 1, "k": 2}, [[2, 2, 4], [2, -2, 0]], [1, 1], [3, 3, 1]),
     # n = 8, k = 4, t = 2: ranks 3 to 6 stay
-    ("breadcrumbs", {"density": 0.5, "gamma": 0.25}, [[8, -7, 6, -5, 4, 3, 2, 1]], [1], [1, 1, 7, -4, 5, 4, 1, 1]),
+    (
+        "breadcrumbs",
+        {"density": 0.5, "gamma": 0.25},
+        [[8, -7, 6, -5, 4, 3, 2, 1]],
+        [1],
+        [1, 1, 7, -4, 5, 4, 1, 1],
+    ),
     # of equal magnitudes the first ones rank first
-    ("breadcrumbs", {"density": 0.5, "gamma": 0.25}, [[3, 3, 3, 3, 1, 1, 1, 1]], [1], [1, 1, 4, 4, 2, 2, 1, 1]),
-    ("breadcrumbs", {"density": 0.01, "gamma": 0.01}, [[1, 2, 3]], [1], [1, 1, 4]),  # a small tensor keeps an entry
-    ("breadcrumbs", {"density": 0.5, "gamma": 0, "rescale": "l1"}, [[5, 0, 3, 2]], [1], [7.25, 1, 4.75, 1]),
-    ("breadcrumbs", {"density": 0.5, "gamma": 0, "then": "ties"}, [[4, 1], [-6, 2]], [1, 1], [-5, 1]),
+    (
+        "breadcrumbs",
+        {"density": 0.5, "gamma": 0.25},
+        [[3, 3, 3, 3, 1, 1, 1, 1]],
+        [1],
+        [1, 1, 4, 4, 2, 2, 1, 1],
+    ),
+    (
+        "breadcrumbs",
+        {"density": 0.01, "gamma": 0.01},
+        [[1, 2, 3]],
+        [1],
+        [1, 1, 4],
+    ),  # a small tensor keeps an entry
+    (
+        "breadcrumbs",
+        {"density": 0.5, "gamma": 0, "rescale": "l1"},
+        [[5, 0, 3, 2]],
+        [1],
+        [7.25, 1, 4.75, 1],
+    ),
+    (
+        "breadcrumbs",
+        {"density": 0.5, "gamma": 0, "then": "ties"},
+        [[4, 1], [-6, 2]],
+        [1, 1],
+        [-5, 1],
+    ),
     # energies 6 and 18; the sums of the other columns are 0, so positive
     ("sce", {"density": 1}, [[2, 1, 1], [4, -1, -1]], [1, 1], [4.5, 2, 2]),
     # deviations [2 0 2 0], k = 1 of 2: both equal ones are kept
@@ -61,16 +97,40 @@ GOLDEN: list[tuple[str, dict[str, Any], list[list[float]], list[float], list[flo
     ("pcb", {"density": 0.5, "clip": 0}, [[1, -2, 3, -4]], [1], [1, 1, 1, -3]),
     # the largest score of each: its second entry, its first
     ("pcb", {"density": 0.5, "clip": 0}, [[1, 2], [3, 1]], [1, 1], [4, 3]),
-    ("pcb", {"density": 1, "clip": 0.25, "balance": "none"}, [[1, 2, 3, 9]], [1], [3, 3, 4, 4]),  # clipped to [2, 3]
+    (
+        "pcb",
+        {"density": 1, "clip": 0.25, "balance": "none"},
+        [[1, 2, 3, 9]],
+        [1],
+        [3, 3, 4, 4],
+    ),  # clipped to [2, 3]
     # c = 0.6: t = 1.2 / 1.6 times the mean [0.8 0.4]
     ("model_stock", {}, [[1, 0], [0.6, 0.8]], [1, 1], [1.6, 1.3]),
     ("model_stock", {}, [[1, 0], [-1, 0]], [1, 1], [1, 1]),
-    ("model_stock", {}, [[1, 0], [1, 0], [0, 7]], [1, 1, 0], [2, 1]),  # weight 0: as if it were not there
+    (
+        "model_stock",
+        {},
+        [[1, 0], [1, 0], [0, 7]],
+        [1, 1, 0],
+        [2, 1],
+    ),  # weight 0: as if it were not there
     ("slerp", {}, [[2, 0], [0, 4]], [1, 1], [1 + 3 / math.sqrt(2)] * 2),
     ("slerp", {"norm": "geometric"}, [[2, 0], [0, 8]], [1, 1], [1 + 4 / math.sqrt(2)] * 2),
-    ("slerp", {"norm": "own"}, [[2, 0], [0, 4]], [1, 1], [1 + 2 / math.sqrt(2), 1 + 4 / math.sqrt(2)]),
+    (
+        "slerp",
+        {"norm": "own"},
+        [[2, 0], [0, 4]],
+        [1, 1],
+        [1 + 2 / math.sqrt(2), 1 + 4 / math.sqrt(2)],
+    ),
     ("slerp", {}, [[2, 0], [-4, 0]], [1, 1], [1, 1]),  # opposite: no mean
-    ("slerp", {}, [[2, 0], [-4, 0]], [3, 1], [3.5, 1]),  # the second does not move the direction, but the length
+    (
+        "slerp",
+        {},
+        [[2, 0], [-4, 0]],
+        [3, 1],
+        [3.5, 1],
+    ),  # the second does not move the direction, but the length
     ("slerp", {}, [[2, 0], [0, 0]], [1, 1], [2, 1]),  # a zero delta has no direction, but a length
     ("slerp", {}, [[2, 0], [0, -4]], [1, -1], [1 + 3 / math.sqrt(2)] * 2),  # turned round
     ("della", {"density": 1, "epsilon": 0, "then": "linear"}, [[2, 0], [4, -8]], [1, 3], [15, -23]),
@@ -87,7 +147,9 @@ def test_golden(name: str, options: Any, deltas: Any, weights: Any, expected: An
     experts = [{"w": 1 + torch.tensor(delta, dtype=torch.float32)} for delta in deltas]
     base = {"w": torch.ones(len(expected))}
     merged = merge_tensors(base, experts, name, weights=weights, options=options, ranges=HALVES)
-    torch.testing.assert_close(merged["w"], torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        merged["w"], torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6
+    )
 
 
 # -- oracles: tau [*] of the merged tensor, from its deltas [K n] in float64 ------------------------------------------------
@@ -102,7 +164,9 @@ def magmax(deltas: Rows, weights: Rows) -> Rows:
     return weighed[np.abs(weighed).argmax(0), np.arange(deltas.shape[1])]
 
 
-def consensus(deltas: Rows, weights: Rows, threshold: float = 0.4, k: int = 2, others: str = "mean") -> Rows:
+def consensus(
+    deltas: Rows, weights: Rows, threshold: float = 0.4, k: int = 2, others: str = "mean"
+) -> Rows:
     merged = relative(weights) @ deltas
     n = max(1, len(weights) - 1) if others == "mean" else 1
     masks = [np.abs(delta) > threshold * np.abs(merged - delta) / n for delta in deltas]
@@ -123,17 +187,23 @@ def breadcrumbs(deltas: Rows, weights: Rows, density: float = 0.15, gamma: float
 
 def sce(deltas: Rows, weights: Rows, density: float = 0.1) -> Rows:
     spread = np.zeros(deltas.shape[1])
-    for a, b in itertools.product(deltas, deltas):  # the variance is the mean of the squared differences, halved
+    for a, b in itertools.product(
+        deltas, deltas
+    ):  # the variance is the mean of the squared differences, halved
         spread += (a - b) ** 2
     varying = np.sort(spread[spread > 0])[::-1]
-    kept = deltas * (spread >= (varying[max(1, math.floor(density * len(varying))) - 1] if len(varying) else 0))
+    kept = deltas * (
+        spread >= (varying[max(1, math.floor(density * len(varying))) - 1] if len(varying) else 0)
+    )
     energy, sign = (kept**2).sum(1), np.where(weights @ kept >= 0, 1, -1)
     result = np.zeros(deltas.shape[1])
     for j in range(deltas.shape[1]):
         agreeing = [i for i in range(len(weights)) if weights[i] * kept[i, j] * sign[j] > 0]
         if agreeing:
             c = energy[agreeing]
-            result[j] = (c * weights[agreeing]) @ kept[agreeing, j] / (c * np.abs(weights[agreeing])).sum()
+            result[j] = (
+                (c * weights[agreeing]) @ kept[agreeing, j] / (c * np.abs(weights[agreeing])).sum()
+            )
     return result
 
 
@@ -155,7 +225,10 @@ def stock_ratio(deltas: Rows, weights: Rows) -> float:
     pairs = list(itertools.combinations(range(len(weights)), 2))
     if not pairs:
         return 1.0
-    angles = [deltas[i] @ deltas[j] / (np.linalg.norm(deltas[i]) * np.linalg.norm(deltas[j])) for i, j in pairs]
+    angles = [
+        deltas[i] @ deltas[j] / (np.linalg.norm(deltas[i]) * np.linalg.norm(deltas[j]))
+        for i, j in pairs
+    ]
     c = np.average(angles, weights=[abs(weights[i] * weights[j]) for i, j in pairs])
     N = weights.sum() ** 2 / (weights**2).sum()
     return float(N * c / (1 + (N - 1) * c))
@@ -171,7 +244,10 @@ def karcher(deltas: Rows, weights: Rows) -> Rows:
     u = w @ points / np.linalg.norm(w @ points)
     for _ in range(200):
         angles = np.arccos(np.clip(points @ u, -1, 1))
-        pulls = [a * x / np.sin(a) if a > 1e-9 else x for a, x in zip(angles, points - np.outer(points @ u, u), strict=True)]
+        pulls = [
+            a * x / np.sin(a) if a > 1e-9 else x
+            for a, x in zip(angles, points - np.outer(points @ u, u), strict=True)
+        ]
         step = w @ np.array(pulls)
         length = np.linalg.norm(step)
         u = np.cos(length) * u + (np.sin(length) * step / length if length > 0 else 0)
@@ -208,13 +284,18 @@ def ranges_of(K: int) -> list[TimestepRange]:
     return [TimestepRange(i * 200, i * 200 + 50 * (i + 1)) for i in range(K)]
 
 
-def drawn(seed: int, K: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[float]]:
+def drawn(
+    seed: int, K: int, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[float]]:
     """Return base, experts and weights; 16-bit ones have many equal deltas."""
     g = torch.Generator().manual_seed(seed)
     base = {n: (0.3 * torch.randn(s, generator=g)).to(dtype) for n, s in SHAPES.items()}
     common = {n: torch.randn(s, generator=g) for n, s in SHAPES.items()}
     experts = [
-        {n: (t.double() + 0.05 * (common[n] + torch.randn(t.shape, generator=g))).to(dtype) for n, t in base.items()}
+        {
+            n: (t.double() + 0.05 * (common[n] + torch.randn(t.shape, generator=g))).to(dtype)
+            for n, t in base.items()
+        }
         for _ in range(K)
     ]
     return base, experts, [0.2 + float(torch.rand((), generator=g)) for _ in range(K)]
@@ -230,9 +311,13 @@ def deltas_of(base: Tensor, experts: Sequence[Tensor]) -> Rows:
 def test_oracle(name: str, options: dict[str, Any], K: int, dtype: torch.dtype) -> None:
     base, experts, weights = drawn(K, K, dtype)
     asked = {**options, "scope": "tensor"} if name == "pcb" else options
-    merged = merge_tensors(base, experts, name, weights=weights, options=asked, ranges=ranges_of(K), chunk=11)
+    merged = merge_tensors(
+        base, experts, name, weights=weights, options=asked, ranges=ranges_of(K), chunk=11
+    )
     for tensor in (n for n in base if base[n].numel()):
-        tau = ORACLES[name](deltas_of(base[tensor], [e[tensor] for e in experts]), np.array(weights), **options)
+        tau = ORACLES[name](
+            deltas_of(base[tensor], [e[tensor] for e in experts]), np.array(weights), **options
+        )
         exact = base[tensor].double() + torch.from_numpy(tau).view(base[tensor].shape)
         ulp = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor().clamp_min(-14)
         assert ((merged[tensor].double() - exact).abs() <= 0.501 * ulp).all()
@@ -244,7 +329,9 @@ def test_oracle_of_pcb_over_the_model() -> None:
     tau = pcb(deltas_of(flat[0], flat[1:]), np.array(weights))
     merged = merge_tensors(base, experts, "pcb", weights=weights)
     exact = flat[0].double() + torch.from_numpy(tau)
-    torch.testing.assert_close(torch.cat([merged[n].flatten() for n in base]).double(), exact, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        torch.cat([merged[n].flatten() for n in base]).double(), exact, rtol=1e-7, atol=1e-7
+    )
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -275,7 +362,12 @@ def test_neither_chunks_nor_threads_change_a_bit(name: str, options: dict[str, A
     snr = torch.linspace(8, -8, 1000, dtype=torch.float64).exp()
     for K, dtype in ((2, torch.float32), (4, torch.bfloat16)):
         base, experts, weights = drawn(3, K, dtype)
-        given: dict[str, Any] = {"weights": weights, "options": options, "ranges": ranges_of(K), "snr": snr}
+        given: dict[str, Any] = {
+            "weights": weights,
+            "options": options,
+            "ranges": ranges_of(K),
+            "snr": snr,
+        }
         first = merge_tensors(base, experts, name, **given)
         second = merge_tensors(base, experts, name, **given, chunk=5, threads=2)
         for tensor in base:
@@ -289,7 +381,12 @@ def test_statistics_over_many_blocks_are_those_over_one(
 ) -> None:
     snr = torch.linspace(8, -8, 1000, dtype=torch.float64).exp()
     base, experts, weights = drawn(5, 3, torch.float16)
-    given: dict[str, Any] = {"weights": weights, "options": options, "ranges": ranges_of(3), "snr": snr}
+    given: dict[str, Any] = {
+        "weights": weights,
+        "options": options,
+        "ranges": ranges_of(3),
+        "snr": snr,
+    }
     first = merge_tensors(base, experts, name, **given)
     monkeypatch.setattr(apply, "CHUNK", 13)
     second = merge_tensors(base, experts, name, **given)
@@ -307,8 +404,13 @@ def test_equal_experts_one_expert_and_none(name: str, options: dict[str, Any]) -
     assert all(torch.equal(still[n], base[n]) for n in base)
     same = [experts[1]] * 3
     alone = merge_tensors(base, [experts[1]], name, weights=[1.0], ranges=ranges_of(1), **given)
-    among = merge_tensors(base, same, name, weights=[0.0, 1.0, 0.0], ranges=[ranges_of(1)[0]] * 3, **given)
-    if name not in ("della", "sce"):  # the masks of one expert differ from another's; sce then has nothing to select by
+    among = merge_tensors(
+        base, same, name, weights=[0.0, 1.0, 0.0], ranges=[ranges_of(1)[0]] * 3, **given
+    )
+    if name not in (
+        "della",
+        "sce",
+    ):  # the masks of one expert differ from another's; sce then has nothing to select by
         for tensor in base:
             torch.testing.assert_close(alone[tensor], among[tensor], rtol=1e-6, atol=1e-7)
 
@@ -322,11 +424,20 @@ VALUES = st.one_of(
 
 @pytest.mark.parametrize(("name", "options"), [*OPTIONS, *VARIANTS], ids=str)
 @settings(max_examples=10, deadline=None)
-@given(rows=st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4)))
-def test_any_finite_numbers_give_finite_ones_in_any_chunks(name: str, options: dict[str, Any], rows: list[list[float]]) -> None:
+@given(
+    rows=st.integers(1, 5).flatmap(
+        lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4)
+    )
+)
+def test_any_finite_numbers_give_finite_ones_in_any_chunks(
+    name: str, options: dict[str, Any], rows: list[list[float]]
+) -> None:
     snr = torch.linspace(8, -8, 1000, dtype=torch.float64).exp()
     for dtype in (torch.float32, torch.bfloat16):
-        base, *experts = ({"a": torch.tensor(row, dtype=dtype), "b": torch.tensor(row[:1], dtype=dtype)} for row in rows)
+        base, *experts = (
+            {"a": torch.tensor(row, dtype=dtype), "b": torch.tensor(row[:1], dtype=dtype)}
+            for row in rows
+        )
         asked: dict[str, Any] = {"options": options, "ranges": ranges_of(len(experts)), "snr": snr}
         merged = merge_tensors(base, experts, name, **asked)
         chunked = merge_tensors(base, experts, name, **asked, chunk=2)
@@ -341,7 +452,9 @@ def test_any_finite_numbers_give_finite_ones_in_any_chunks(name: str, options: d
 def test_gram_over_rows_and_pieces_is_the_product() -> None:
     deltas = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
     wide = deltas.double()
-    torch.testing.assert_close(row_grams(deltas), torch.stack([wide[:, r] @ wide[:, r].T for r in range(5)]))
+    torch.testing.assert_close(
+        row_grams(deltas), torch.stack([wide[:, r] @ wide[:, r].T for r in range(5)])
+    )
     blocks = HeldBlocks([Block(part[0], part) for part in deltas.view(3, -1).split(33, dim=1)])
     found = gram(blocks, weights=torch.ones(3))
     torch.testing.assert_close(found, wide.view(3, -1) @ wide.view(3, -1).T)
@@ -352,21 +465,32 @@ def test_breadcrumbs_keep_exactly_their_share_of_equal_magnitudes() -> None:
     delta = torch.ones(1000)
     for density, gamma in ((0.25, 0.1), (0.9, 0.5), (1.0, 0.01), (0.0004, 0.0)):
         merged = merge_tensors(
-            {"w": torch.zeros(1000)}, [{"w": delta}], "breadcrumbs", options={"density": density, "gamma": gamma}, chunk=64
+            {"w": torch.zeros(1000)},
+            [{"w": delta}],
+            "breadcrumbs",
+            options={"density": density, "gamma": gamma},
+            chunk=64,
         )["w"]
         assert int(merged.count_nonzero()) == max(1, math.floor(density * 1000))
 
 
 def test_della_ranks_by_row_and_drops_the_small_ones_more_often() -> None:
     expected = torch.tensor([[0.7, 0.3, 0.5], [0.3, 0.5, 0.7]])
-    torch.testing.assert_close(probabilities(torch.tensor([[3.0, -1, 2], [0, 0, 0]]), 0.5, 0.2), expected)
+    torch.testing.assert_close(
+        probabilities(torch.tensor([[3.0, -1, 2], [0, 0, 0]]), 0.5, 0.2), expected
+    )
     assert probabilities(torch.tensor([[3.0]]), 0.5, 0.2).tolist() == [[0.5]]
     delta = torch.arange(1.0, 20_001).view(2, 10_000)
     options = {"density": 0.5, "epsilon": 0.3, "then": "linear"}
-    merged = merge_tensors({"w": torch.zeros_like(delta)}, [{"w": delta}], "della", options=options, weights=[1.0])["w"]
+    merged = merge_tensors(
+        {"w": torch.zeros_like(delta)}, [{"w": delta}], "della", options=options, weights=[1.0]
+    )["w"]
     kept = (merged != 0).double()
     assert abs(float(kept.mean()) - 0.5) < 0.02
-    assert abs(float(kept[:, :1000].mean()) - 0.23) < 0.03 and abs(float(kept[:, -1000:].mean()) - 0.77) < 0.03
+    assert (
+        abs(float(kept[:, :1000].mean()) - 0.23) < 0.03
+        and abs(float(kept[:, -1000:].mean()) - 0.77) < 0.03
+    )
     assert abs(float(merged.double().sum() / delta.double().sum()) - 1) < 0.02  # p is divided out
 
 
@@ -374,9 +498,14 @@ def test_della_as_in_mergekit_ranks_a_kernel_along_its_second_axis() -> None:
     """Of entries that differ along the second axis alone the larger are kept more often, at each place of a kernel."""
     delta = torch.arange(1.0, 1001).view(1, 1000, 1, 1).expand(5, 1000, 3, 3).contiguous()
     options = {"preset": "mergekit", "density": 0.5, "epsilon": 0.3, "then": "linear"}
-    merged = merge_tensors({"w": torch.zeros_like(delta)}, [{"w": delta}], "della", options=options, weights=[1.0])["w"]
+    merged = merge_tensors(
+        {"w": torch.zeros_like(delta)}, [{"w": delta}], "della", options=options, weights=[1.0]
+    )["w"]
     share = (merged != 0).double().mean((0, 2, 3))
-    assert abs(float(share[:100].mean()) - 0.23) < 0.03 and abs(float(share[-100:].mean()) - 0.77) < 0.03
+    assert (
+        abs(float(share[:100].mean()) - 0.23) < 0.03
+        and abs(float(share[-100:].mean()) - 0.77) < 0.03
+    )
 
 
 def test_oracle_of_della() -> None:
@@ -388,12 +517,16 @@ def test_oracle_of_della() -> None:
         for i, expert in enumerate(experts):
             delta = expert[name].double() - base[name].double()
             rows = delta.reshape(4, -1) if name == "conv" else delta.reshape(1, -1)
-            order = [sorted(range(len(row)), key=lambda j: (abs(row[j]), j)) for row in rows.tolist()]
+            order = [
+                sorted(range(len(row)), key=lambda j: (abs(row[j]), j)) for row in rows.tolist()
+            ]
             ranks = torch.tensor([[o.index(j) for j in range(len(o))] for o in order])
             p = 0.35 + 0.5 * ranks / (rows.shape[1] - 1)
             u = uniform([key_of(4, "della", i, name)], slice(0, delta.numel())).view(rows.shape)
             tau += weights[i] * torch.where(u < p, rows / p, 0).view(delta.shape)
-        torch.testing.assert_close(merged[name].double(), base[name].double() + tau, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            merged[name].double(), base[name].double() + tau, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_della_refuses_probabilities_outside_their_interval() -> None:
@@ -404,7 +537,10 @@ def test_della_refuses_probabilities_outside_their_interval() -> None:
 
 def test_sce_sees_squares_that_half_precision_does_not() -> None:
     base = {"w": torch.zeros(4, dtype=torch.float16)}
-    experts = [{"w": torch.tensor([3e-4, 0, 1e-4, 0]).half()}, {"w": torch.tensor([0, 0, 2e-4, 0]).half()}]
+    experts = [
+        {"w": torch.tensor([3e-4, 0, 1e-4, 0]).half()},
+        {"w": torch.tensor([0, 0, 2e-4, 0]).half()},
+    ]
     merged = merge_tensors(base, experts, "sce", options={"density": 1.0})["w"]
     assert merged[0] == experts[0]["w"][0] and 1e-4 < merged[2] < 2e-4
 
@@ -424,7 +560,9 @@ def test_model_stock_keeps_a_negative_ratio_unless_asked_for_the_base() -> None:
     experts = [{"w": torch.tensor(d)} for d in ([1.0, 0], [-0.6, 0.8], [-1.0, 0])]
     two = merge_tensors(base, experts[:2], "model_stock")["w"]
     torch.testing.assert_close(two, -1.2 / 0.4 * torch.tensor([0.2, 0.4]))
-    assert merge_tensors(base, experts[:2], "model_stock", options={"negative": "base"})["w"].tolist() == [0, 0]
+    assert merge_tensors(base, experts[:2], "model_stock", options={"negative": "base"})[
+        "w"
+    ].tolist() == [0, 0]
     opposite = merge_tensors(base, experts[::2], "model_stock")["w"]
     assert opposite.tolist() == [0, 0]
     three = merge_tensors(base, experts, "model_stock", options={"pairs": "adjacent"})["w"]
@@ -439,14 +577,19 @@ def test_slerp_of_two_is_the_closed_form() -> None:
             a, b = (torch.from_numpy(d) for d in deltas_of(base[name], [e[name] for e in experts]))
             angle = (a @ b / (a.norm() * b.norm())).arccos()
             parts = ((1 - w) * angle).sin() * a / a.norm(), (w * angle).sin() * b / b.norm()
-            exact = base[name].flatten() + ((1 - w) * a.norm() + w * b.norm()) * (parts[0] + parts[1]) / angle.sin()
+            exact = (
+                base[name].flatten()
+                + ((1 - w) * a.norm() + w * b.norm()) * (parts[0] + parts[1]) / angle.sin()
+            )
             torch.testing.assert_close(merged[name].flatten(), exact, rtol=1e-12, atol=1e-12)
 
 
 def test_the_mean_direction_of_spread_points_is_a_unit_that_nothing_pulls() -> None:
     g = torch.Generator().manual_seed(3)
     for K in (2, 3, 5, 8):
-        points = torch.nn.functional.normalize(torch.randn(K, 6, generator=g, dtype=torch.float64), dim=1)
+        points = torch.nn.functional.normalize(
+            torch.randn(K, 6, generator=g, dtype=torch.float64), dim=1
+        )
         w = torch.rand(K, generator=g, dtype=torch.float64)
         a = direction(points @ points.T, w / w.sum(), 1000, 1e-13)
         u = a @ points
@@ -462,7 +605,14 @@ def test_slerp_is_differentiable_in_the_weights() -> None:
     products = deltas @ deltas.T
 
     def lengths(weights: Tensor) -> Tensor:
-        return coefficients(HeldBlocks([]), weights=weights, gram=products, norm="mean", iterations=60, tolerance=1e-13)
+        return coefficients(
+            HeldBlocks([]),
+            weights=weights,
+            gram=products,
+            norm="mean",
+            iterations=60,
+            tolerance=1e-13,
+        )
 
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lengths, (weights,), atol=1e-5)
@@ -476,7 +626,14 @@ def test_range_weighted_needs_ranges_and_schedule() -> None:
     with pytest.raises(UsageError, match="noise schedule"):
         merge_tensors(base, experts, "range_weighted", options={"by": "snr"}, ranges=HALVES)
     with pytest.raises(UsageError, match="exceeds"):
-        merge_tensors(base, experts, "range_weighted", options={"by": "snr"}, ranges=HALVES, snr=torch.ones(500))
+        merge_tensors(
+            base,
+            experts,
+            "range_weighted",
+            options={"by": "snr"},
+            ranges=HALVES,
+            snr=torch.ones(500),
+        )
     with pytest.raises(UsageError, match="needs fisher for each"):
         merge_tensors(base, experts, "range_weighted", options={"by": "fisher"}, ranges=HALVES)
     with pytest.raises(UsageError, match="sum to 0"):
@@ -484,12 +641,21 @@ def test_range_weighted_needs_ranges_and_schedule() -> None:
 
 
 def test_range_weighted_by_signal_to_noise() -> None:
-    base, experts = {"w": torch.zeros(2)}, [{"w": torch.tensor([1.0, 0])}, {"w": torch.tensor([0, 1.0])}]
+    base, experts = (
+        {"w": torch.zeros(2)},
+        [{"w": torch.tensor([1.0, 0])}, {"w": torch.tensor([0, 1.0])}],
+    )
     ranges = [TimestepRange(0, 1), TimestepRange(1, 4)]
-    snr = torch.tensor([100.0, 10, 1, 0], dtype=torch.float64)  # the last counts as 1: edges 100, sqrt 1000, sqrt 10, 1, 1
-    by_log = merge_tensors(base, experts, "range_weighted", options={"by": "snr"}, ranges=ranges, snr=snr)["w"]
+    snr = torch.tensor(
+        [100.0, 10, 1, 0], dtype=torch.float64
+    )  # the last counts as 1: edges 100, sqrt 1000, sqrt 10, 1, 1
+    by_log = merge_tensors(
+        base, experts, "range_weighted", options={"by": "snr"}, ranges=ranges, snr=snr
+    )["w"]
     torch.testing.assert_close(by_log, torch.tensor([0.25, 0.75]))
-    by_loss = merge_tensors(base, experts, "range_weighted", options={"by": "min_snr"}, ranges=ranges, snr=snr)["w"]
+    by_loss = merge_tensors(
+        base, experts, "range_weighted", options={"by": "min_snr"}, ranges=ranges, snr=snr
+    )["w"]
     torch.testing.assert_close(by_loss, torch.tensor([0.05, 2.5]) / 2.55)  # 5/100; 5/10 + 1 + 1
 
 
@@ -505,8 +671,22 @@ def test_range_weighted_by_fisher_trace_differs_by_tensor() -> None:
     def merged(**options: Any) -> dict[str, Tensor]:
         given = {"fisher": fishers}
         return assemble(
-            Merge(chosen, base, experts, [0.5, 0.5], chosen.settle({"by": "fisher", **options}), given, ranges=HALVES)
+            Merge(
+                chosen,
+                base,
+                experts,
+                [0.5, 0.5],
+                chosen.settle({"by": "fisher", **options}),
+                given,
+                ranges=HALVES,
+            )
         )
 
-    assert {n: float(t[0]) for n, t in merged().items()} == {"a": 2.0, "b": 1.5, "frozen": 2.5}  # 3:3, 9:3, 1:3
-    assert {float(t[0]) for t in merged(scope="model").values()} == {1.6666666269302368}  # 12:6 of all
+    assert {n: float(t[0]) for n, t in merged().items()} == {
+        "a": 2.0,
+        "b": 1.5,
+        "frozen": 2.5,
+    }  # 3:3, 9:3, 1:3
+    assert {float(t[0]) for t in merged(scope="model").values()} == {
+        1.6666666269302368
+    }  # 12:6 of all

@@ -33,15 +33,51 @@ GOLDEN: list[tuple[str, dict[str, Any], list[Matrix], list[float], Matrix]] = [
     ("tsv", {"scale": 2}, [diagonal(4, 1), diagonal(3, 2)], [2, 1], diagonal(5.5, 0)),
     # the sum is diag(5, -3), its mean singular value 4
     ("iso_c", {}, [diagonal(4, -1), diagonal(1, -2)], [1, 1], diagonal(4, -4)),
-    ("iso_c", {"scale": 0.5}, [diagonal(4, -1), diagonal(2, -4)], [1, 0.5], diagonal(2, -2)),  # diag(5, -3) again
+    (
+        "iso_c",
+        {"scale": 0.5},
+        [diagonal(4, -1), diagonal(2, -4)],
+        [1, 0.5],
+        diagonal(2, -2),
+    ),  # diag(5, -3) again
     # sum diag(12 8 4 1 3); 3 common dimensions; beyond them the experts lead with 2 at e4 and 3 at e5: 29 / 5
-    ("iso_cts", {"common": 0.6}, [diagonal(6, 4, 2, 2, 0), diagonal(6, 4, 2, -1, 3)], [1, 1], diagonal(*[5.8] * 5)),
-    ("iso_cts", {"common": 1}, [diagonal(6, 4, 2, 2, 0), diagonal(6, 4, 2, -1, 3)], [1, 1], diagonal(*[5.6] * 5)),
+    (
+        "iso_cts",
+        {"common": 0.6},
+        [diagonal(6, 4, 2, 2, 0), diagonal(6, 4, 2, -1, 3)],
+        [1, 1],
+        diagonal(*[5.8] * 5),
+    ),
+    (
+        "iso_cts",
+        {"common": 1},
+        [diagonal(6, 4, 2, 2, 0), diagonal(6, 4, 2, -1, 3)],
+        [1, 1],
+        diagonal(*[5.6] * 5),
+    ),
     # U = [[.6 -.8] [.8 .6]], S V_i' = diag(4, 1) and diag(2, -3): means 3 and -3, the mass of the latter being negative
-    ("knots", {"density": 1}, [[[2.4, -0.8], [3.2, 0.6]], [[1.2, 2.4], [1.6, -1.8]]], [1, 1], [[1.8, 2.4], [2.4, -1.8]]),
+    (
+        "knots",
+        {"density": 1},
+        [[[2.4, -0.8], [3.2, 0.6]], [[1.2, 2.4], [1.6, -1.8]]],
+        [1, 1],
+        [[1.8, 2.4], [2.4, -1.8]],
+    ),
     # k = 1 of 4: 4 and -3 alone are kept
-    ("knots", {"density": 0.25}, [[[2.4, -0.8], [3.2, 0.6]], [[1.2, 2.4], [1.6, -1.8]]], [1, 1], [[2.4, 2.4], [3.2, -1.8]]),
-    ("knots", {"then": "dare", "density": 1}, [diagonal(4, 1), diagonal(2, -3)], [1, 2], diagonal(8, -5)),
+    (
+        "knots",
+        {"density": 0.25},
+        [[[2.4, -0.8], [3.2, 0.6]], [[1.2, 2.4], [1.6, -1.8]]],
+        [1, 1],
+        [[2.4, 2.4], [3.2, -1.8]],
+    ),
+    (
+        "knots",
+        {"then": "dare", "density": 1},
+        [diagonal(4, 1), diagonal(2, -3)],
+        [1, 2],
+        diagonal(8, -5),
+    ),
     # nuclear norms 4 and 8, of which 3 and 6 are the least kept: times 4/3 each, then the mean
     ("star", {"eta": 0.5}, [diagonal(3, 1), diagonal(2, 6)], [0.5, 0.5], diagonal(2, 4)),
     ("star", {"eta": 0.8}, [diagonal(3, 1), diagonal(2, 6)], [1, 1], diagonal(5, 7)),
@@ -54,15 +90,22 @@ GOLDEN: list[tuple[str, dict[str, Any], list[Matrix], list[float], Matrix]] = [
 
 @pytest.mark.parametrize(("name", "options", "deltas", "weights", "expected"), GOLDEN, ids=str)
 def test_golden(name: str, options: Any, deltas: Any, weights: Any, expected: Any) -> None:
-    merged = merge_of([torch.tensor(d, dtype=torch.float32) for d in deltas], name, weights, **options)
-    torch.testing.assert_close(merged, torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6)
+    merged = merge_of(
+        [torch.tensor(d, dtype=torch.float32) for d in deltas], name, weights, **options
+    )
+    torch.testing.assert_close(
+        merged, torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_golden_regmean() -> None:
     deltas = [torch.tensor([[2.0, 2.0], [0.0, 0.0]]), torch.tensor([[4.0, 6.0], [8.0, 8.0]])]
     silent = [torch.tensor(diagonal(1, 0)), torch.tensor(diagonal(3, 0))]
     merged = merge_of(deltas, "regmean", [1, 1], gram=silent)
-    assert merged.tolist() == [[3.5, 4], [6, 4]]  # (2 + 12) / 4, 24 / 4; the second input was never seen: the mean
+    assert merged.tolist() == [
+        [3.5, 4],
+        [6, 4],
+    ]  # (2 + 12) / 4, 24 / 4; the second input was never seen: the mean
     full = [torch.tensor([[2.0, 2.0], [2.0, 4.0]]), torch.tensor([[1.0, -2.0], [-2.0, 5.0]])]
     # sum G = [[3 0] [0 9]]; (2 2) G_1 = (8 12), (4 6) G_2 = (-8 22); (8 8) G_2 = (-8 24)
     expected = torch.tensor([[0.0, 34 / 9], [-8 / 3, 24 / 9]])
@@ -73,12 +116,18 @@ def test_golden_regmean() -> None:
 
 
 def merge_of(
-    deltas: list[Tensor], name: str, weights: list[float] | None = None, gram: list[Tensor] | None = None, **options: Any
+    deltas: list[Tensor],
+    name: str,
+    weights: list[float] | None = None,
+    gram: list[Tensor] | None = None,
+    **options: Any,
 ) -> Tensor:
     base = torch.zeros_like(deltas[0])
     inputs = None if gram is None else {"gram": [{"w": g} for g in gram]}
     experts = [{"w": base + d} for d in deltas]
-    return merge_tensors({"w": base}, experts, name, weights=weights, options=options, inputs=inputs)["w"]
+    return merge_tensors(
+        {"w": base}, experts, name, weights=weights, options=options, inputs=inputs
+    )["w"]
 
 
 # -- the papers' algorithms, by LAPACK in float64 -------------------------------------------------------------------------
@@ -110,7 +159,10 @@ def iso_c(taus: list[Tensor]) -> Tensor:
 def iso_cts(taus: list[Tensor]) -> Tensor:
     K, size = len(taus), min(taus[0].shape)
     s = round((size - int(0.8 * size)) / K)
-    U, S, Vh = (part[..., : size - K * s] if i < 2 else part[: size - K * s] for i, part in enumerate(svd(sum_of(taus))))
+    U, S, Vh = (
+        part[..., : size - K * s] if i < 2 else part[: size - K * s]
+        for i, part in enumerate(svd(sum_of(taus)))
+    )
     own = [svd(tau - U @ U.T @ tau) for tau in taus]
     left = nearest_orthogonal(torch.cat([*(u[:, :s] for u, _, _ in own), U], 1))
     right = nearest_orthogonal(torch.cat([*(v[:s] for _, _, v in own), Vh]))
@@ -163,7 +215,10 @@ def test_the_paper_by_lapack(name: str, shape: tuple[int, ...], K: int) -> None:
 @pytest.mark.parametrize("name", ["tsv", "iso_c", "iso_cts", "wudi"])
 @pytest.mark.parametrize("weights", [[1.0], [3.0], [0.0, 0.5, 0.0]], ids=str)
 def test_an_expert_alone_is_the_result(name: str, weights: list[float]) -> None:
-    deltas = [torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(len(weights))]
+    deltas = [
+        torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(i))
+        for i in range(len(weights))
+    ]
     alone = deltas[max(range(len(weights)), key=lambda i: weights[i])]
     assert torch.equal(merge_of(deltas, name, weights), alone)
     still = [*deltas, torch.zeros_like(alone)]
@@ -180,7 +235,9 @@ def test_weights_are_relative_and_scale_is_the_length(name: str) -> None:
     vectors = [d[:, 0] for d in deltas]
     expected = (2 * vectors[0] + vectors[1] + 3 * vectors[2]) / 6
     torch.testing.assert_close(merge_of(vectors, name, [2.0, 1.0, 3.0]), expected)
-    torch.testing.assert_close(merge_of([v[:, None] for v in vectors], name, [2.0, 1.0, 3.0]), expected[:, None])
+    torch.testing.assert_close(
+        merge_of([v[:, None] for v in vectors], name, [2.0, 1.0, 3.0]), expected[:, None]
+    )
 
 
 @pytest.mark.parametrize("name", ["tsv", "iso_c", "iso_cts", "knots", "star", "wudi"])
@@ -195,10 +252,16 @@ def test_any_scale_is_the_same_merge(name: str, scale: float) -> None:
 ENTRIES = st.sampled_from([0.0, 0.0, 1.0, -1.0, 0.3, 1e-7, 1e-45, -1e-30, 1e10, -3e37])
 
 
-@pytest.mark.parametrize(("name", "options"), [*((n, {}) for n in [*ORACLES, "regmean"]), ("knots", {"then": "dare"})], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((n, {}) for n in [*ORACLES, "regmean"]), ("knots", {"then": "dare"})],
+    ids=str,
+)
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.data())
-def test_finite_matrices_give_finite_matrices(name: str, options: dict[str, Any], K: int, m: int, n: int, data: Any) -> None:
+def test_finite_matrices_give_finite_matrices(
+    name: str, options: dict[str, Any], K: int, m: int, n: int, data: Any
+) -> None:
     """Zeros, equal rows, rank 1, entries of all scales; the base where no expert moved."""
     rows = data.draw(st.lists(ENTRIES, min_size=K * m * n, max_size=K * m * n))
     deltas = torch.tensor(rows).view(K, m, n)
@@ -213,7 +276,9 @@ def test_experts_of_low_rank_stay_in_their_span(name: str) -> None:
     """What a singular value decomposition invents for singular values of 0 does not reach the result."""
     g = torch.Generator().manual_seed(5)
     left, right = torch.randn(9, 2, generator=g), torch.randn(2, 30, generator=g)
-    deltas = [left @ torch.diag(torch.tensor(d)) @ right for d in ([1.0, 3.0], [2.0, 0.0], [4.0, -1.0])]
+    deltas = [
+        left @ torch.diag(torch.tensor(d)) @ right for d in ([1.0, 3.0], [2.0, 0.0], [4.0, -1.0])
+    ]
     merged = merge_of(deltas, name).double()
     assert merged.abs().sum() > 1
     inside = nearest_orthogonal(left.double())
@@ -223,14 +288,18 @@ def test_experts_of_low_rank_stay_in_their_span(name: str) -> None:
 def test_equal_experts_give_tsv_one_of_them_cut_to_its_rank() -> None:
     delta = torch.randn(6, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     U, S, Vh = svd(delta)
-    torch.testing.assert_close(merge_of([delta, delta], "tsv"), U[:, :3] @ torch.diag(S[:3]) @ Vh[:3])
+    torch.testing.assert_close(
+        merge_of([delta, delta], "tsv"), U[:, :3] @ torch.diag(S[:3]) @ Vh[:3]
+    )
 
 
 def test_wudi_between_the_sum_and_the_solution() -> None:
     g = torch.Generator().manual_seed(7)
     for shape in ((3, 20), (20, 3)):
         deltas = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(3)]
-        torch.testing.assert_close(merge_of(deltas, "wudi", ridge=1e6), sum_of(deltas), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            merge_of(deltas, "wudi", ridge=1e6), sum_of(deltas), rtol=1e-4, atol=1e-4
+        )
         ridged = [merge_of(deltas, "wudi", ridge=r) - sum_of(deltas) for r in (0.0, 1.0, 10.0)]
         assert ridged[0].norm() > ridged[1].norm() > ridged[2].norm() > 0
 
@@ -238,7 +307,10 @@ def test_wudi_between_the_sum_and_the_solution() -> None:
 def test_wudi_of_experts_that_share_no_inputs_is_their_sum() -> None:
     g = torch.Generator().manual_seed(8)
     deltas = [torch.zeros(3, 20, dtype=torch.float64) for _ in range(2)]
-    deltas[0][:, :10], deltas[1][:, 10:] = torch.randn(3, 10, generator=g), torch.randn(3, 10, generator=g)
+    deltas[0][:, :10], deltas[1][:, 10:] = (
+        torch.randn(3, 10, generator=g),
+        torch.randn(3, 10, generator=g),
+    )
     torch.testing.assert_close(merge_of(deltas, "wudi"), sum_of(deltas))
 
 
@@ -277,12 +349,23 @@ def test_views_as_matrices() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(-6, 0), st.integers(-35, 35), st.integers(0, 99))
-def test_thin_svd_is_lapacks(m: int, n: int, rank: int, smallest: int, scale: int, seed: int) -> None:
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.integers(-6, 0),
+    st.integers(-35, 35),
+    st.integers(0, 99),
+)
+def test_thin_svd_is_lapacks(
+    m: int, n: int, rank: int, smallest: int, scale: int, seed: int
+) -> None:
     """For any shape, rank, spectrum down to 1e-6, and scale."""
     g = torch.Generator().manual_seed(seed)
     r = min(m, n, rank)
-    left, right = (nearest_orthogonal(torch.randn(k, r, generator=g, dtype=torch.float64)) for k in (m, n))
+    left, right = (
+        nearest_orthogonal(torch.randn(k, r, generator=g, dtype=torch.float64)) for k in (m, n)
+    )
     spectrum = 10.0**scale * torch.logspace(0, smallest, r, dtype=torch.float64)
     matrix = left @ torch.diag(spectrum) @ right.T
     U, S, Vh = thin_svd(matrix)
@@ -290,7 +373,9 @@ def test_thin_svd_is_lapacks(m: int, n: int, rank: int, smallest: int, scale: in
     torch.testing.assert_close(S, spectrum, rtol=1e-6, atol=0)
     torch.testing.assert_close(U @ torch.diag(S) @ Vh, matrix, rtol=0, atol=1e-12 * 10.0**scale)
     for frame in (U.T, Vh):
-        torch.testing.assert_close(frame @ frame.T, torch.eye(r, dtype=torch.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            frame @ frame.T, torch.eye(r, dtype=torch.float64), rtol=0, atol=1e-6
+        )
     if smallest:
         torch.testing.assert_close(polar(matrix), left @ right.T, rtol=0, atol=1e-6)
 
@@ -316,7 +401,10 @@ def test_merges_differentiate_in_their_weights() -> None:
     g = torch.Generator().manual_seed(9)
     from demerge.merging.methods import iso, knots, star, tsv, wudi
 
-    base, deltas = torch.zeros(4, 7, dtype=torch.float64), torch.randn(3, 4, 7, generator=g, dtype=torch.float64)
+    base, deltas = (
+        torch.zeros(4, 7, dtype=torch.float64),
+        torch.randn(3, 4, 7, generator=g, dtype=torch.float64),
+    )
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64, requires_grad=True)
     merges: list[Callable[[Tensor], Tensor]] = [
         lambda w: tsv.tsv(base, deltas, weights=w),

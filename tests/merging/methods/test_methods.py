@@ -70,15 +70,30 @@ def test_check_method_finds_methods_that_write_into_arguments_or_fail() -> None:
 VALUES = st.floats(-1e10, 1e10, width=32, allow_subnormal=True)
 
 
-@pytest.mark.parametrize(("name", "options"), [*((m.name, {}) for m in METHODS), *VARIANTS], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), [*((m.name, {}) for m in METHODS), *VARIANTS], ids=str
+)
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4)))
-def test_finite_input_gives_finite_output_in_any_chunks(name: str, options: dict[str, Any], rows: list[list[float]]) -> None:
-    base, *experts = ({"a": torch.tensor(row), "b": torch.tensor(row).half()} for row in _clipped(rows))
-    inputs = {"fisher": [{n: t.float().abs() for n, t in e.items()} for e in experts], "gram": [{} for _ in experts]}
+@given(
+    rows=st.integers(0, 5).flatmap(
+        lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4)
+    )
+)
+def test_finite_input_gives_finite_output_in_any_chunks(
+    name: str, options: dict[str, Any], rows: list[list[float]]
+) -> None:
+    base, *experts = (
+        {"a": torch.tensor(row), "b": torch.tensor(row).half()} for row in _clipped(rows)
+    )
+    inputs = {
+        "fisher": [{n: t.float().abs() for n, t in e.items()} for e in experts],
+        "gram": [{} for _ in experts],
+    }
     ranges = [TimestepRange(0, 250)] * len(experts)
     merged = merge_tensors(base, experts, name, options=options, inputs=inputs, ranges=ranges)
-    chunked = merge_tensors(base, experts, name, options=options, inputs=inputs, ranges=ranges, chunk=2)
+    chunked = merge_tensors(
+        base, experts, name, options=options, inputs=inputs, ranges=ranges, chunk=2
+    )
     for tensor, same in zip(merged.values(), chunked.values(), strict=True):
         assert torch.isfinite(tensor).all()
         assert torch.equal(tensor, same)
@@ -107,39 +122,64 @@ GOLDEN: list[tuple[str, dict[str, Any], list[list[float]], list[float], list[flo
 def test_golden(name: str, options: Any, deltas: Any, weights: Any, expected: Any) -> None:
     base = {"w": torch.ones(len(expected))}
     merged = merge_tensors(
-        base, [{"w": 1 + torch.tensor(d, dtype=torch.float32)} for d in deltas], name, weights=weights, options=options
+        base,
+        [{"w": 1 + torch.tensor(d, dtype=torch.float32)} for d in deltas],
+        name,
+        weights=weights,
+        options=options,
     )
     assert merged["w"].tolist() == expected
 
 
 def test_golden_fisher() -> None:
-    base, experts = {"w": torch.zeros(3)}, [{"w": torch.tensor([1.0, 2, 4])}, {"w": torch.tensor([3.0, 6, 8])}]
+    base, experts = (
+        {"w": torch.zeros(3)},
+        [{"w": torch.tensor([1.0, 2, 4])}, {"w": torch.tensor([3.0, 6, 8])}],
+    )
     fishers = [{"w": torch.tensor([1.0, 3, 0])}, {"w": torch.tensor([1.0, 1, 0])}]
     merged = merge_tensors(base, experts, "fisher", weights=[1, 3], inputs={"fisher": fishers})
     assert merged["w"].tolist() == [2.5, 4.0, 7.0]  # (1+9)/4, (6+18)/6, the mean (4+24)/4
 
 
-@pytest.mark.parametrize(("name", "options"), [("fisher", {}), ("regmean", {}), ("range_weighted", {"by": "fisher"})], ids=str)
-def test_a_negative_weight_under_a_divisor_that_may_vanish_is_refused(name: str, options: dict[str, Any]) -> None:
-    base, experts = {"w": torch.zeros(2, 2)}, [{"w": torch.ones(2, 2)}, {"w": torch.full((2, 2), 3.0)}]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("fisher", {}), ("regmean", {}), ("range_weighted", {"by": "fisher"})],
+    ids=str,
+)
+def test_a_negative_weight_under_a_divisor_that_may_vanish_is_refused(
+    name: str, options: dict[str, Any]
+) -> None:
+    base, experts = (
+        {"w": torch.zeros(2, 2)},
+        [{"w": torch.ones(2, 2)}, {"w": torch.full((2, 2), 3.0)}],
+    )
     inputs = {"fisher": [{"w": torch.ones(2, 2)}] * 2, "gram": [{"w": torch.eye(2)}] * 2}
     ranges = [TimestepRange(0, 250)] * 2
     with pytest.raises(UsageError, match=r"the weight -0\.9 is negative"):
-        merge_tensors(base, experts, name, weights=[1, -0.9], options=options, inputs=inputs, ranges=ranges)
+        merge_tensors(
+            base, experts, name, weights=[1, -0.9], options=options, inputs=inputs, ranges=ranges
+        )
 
 
 def test_fisher_normalised_by_the_model_forgets_the_scale_of_each_fisher() -> None:
-    base, experts = {"w": torch.zeros(2)}, [{"w": torch.tensor([1.0, 2])}, {"w": torch.tensor([3.0, 6])}]
+    base, experts = (
+        {"w": torch.zeros(2)},
+        [{"w": torch.tensor([1.0, 2])}, {"w": torch.tensor([3.0, 6])}],
+    )
     for normalise in ("l2", "layer"):
         fishers = [{"w": torch.tensor([1.0, 1])}, {"w": torch.tensor([100.0, 100])}]
-        merged = merge_tensors(base, experts, "fisher", options={"normalise": normalise}, inputs={"fisher": fishers})
+        merged = merge_tensors(
+            base, experts, "fisher", options={"normalise": normalise}, inputs={"fisher": fishers}
+        )
         torch.testing.assert_close(merged["w"], torch.tensor([2.0, 4.0]))
 
 
 def test_fisher_smaller_than_float32_still_weighs() -> None:
     experts = [{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}]
     fishers = [{"w": torch.tensor([1e-38])}, {"w": torch.tensor([3e-38])}]
-    merged = merge_tensors({"w": torch.zeros(1)}, experts, "fisher", weights=[1e-6, 1e-6], inputs={"fisher": fishers})
+    merged = merge_tensors(
+        {"w": torch.zeros(1)}, experts, "fisher", weights=[1e-6, 1e-6], inputs={"fisher": fishers}
+    )
     torch.testing.assert_close(merged["w"], torch.tensor([2.5]))
 
 
@@ -173,16 +213,25 @@ def test_dare_keeps_the_share_and_the_mean() -> None:
     merged = merge_tensors(base, [expert], "dare", options={"density": 0.25}, weights=[1.0])["w"]
     assert set(merged.unique().tolist()) == {0.0, 4.0}
     assert abs(float(merged.mean()) - 1) < 0.03
-    l1 = merge_tensors(base, [expert], "dare", options={"density": 0.25, "rescale": "l1"}, weights=[1.0])["w"]
+    l1 = merge_tensors(
+        base, [expert], "dare", options={"density": 0.25, "rescale": "l1"}, weights=[1.0]
+    )["w"]
     assert abs(float(l1.sum()) - 100_000) < 1
 
 
 def test_dare_masks_depend_on_seed_expert_and_name() -> None:
-    base, expert = {"a": torch.zeros(64), "b": torch.zeros(64)}, {"a": torch.ones(64), "b": torch.ones(64)}
+    base, expert = (
+        {"a": torch.zeros(64), "b": torch.zeros(64)},
+        {"a": torch.ones(64), "b": torch.ones(64)},
+    )
     one = merge_tensors(base, [expert, expert], "dare", weights=[1, 0])
     assert not torch.equal(one["a"], one["b"])
-    assert not torch.equal(one["a"], merge_tensors(base, [expert, expert], "dare", weights=[0, 1])["a"])
-    assert not torch.equal(one["a"], merge_tensors(base, [expert, expert], "dare", weights=[1, 0], seed=1)["a"])
+    assert not torch.equal(
+        one["a"], merge_tensors(base, [expert, expert], "dare", weights=[0, 1])["a"]
+    )
+    assert not torch.equal(
+        one["a"], merge_tensors(base, [expert, expert], "dare", weights=[1, 0], seed=1)["a"]
+    )
     renamed = merge_tensors({"b": base["b"]}, [{"b": expert["b"]}] * 2, "dare", weights=[1, 0])
     assert torch.equal(one["b"], renamed["b"])
 
@@ -211,7 +260,12 @@ def as_mergekit(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
 
 def as_peft(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
     """TIES of one tensor as in peft: votes without weights, the weighted sum over the count of those that agree."""
-    kept = torch.stack([torch.where(d.abs() >= d.abs().topk(int(density * d.numel())).values[-1], d, 0) for d in deltas])
+    kept = torch.stack(
+        [
+            torch.where(d.abs() >= d.abs().topk(int(density * d.numel())).values[-1], d, 0)
+            for d in deltas
+        ]
+    )
     agree = kept.sign() == torch.where(kept.sum(0) >= 0, 1, -1)
     return (kept * weights.unsqueeze(1) * agree).sum(0) / agree.sum(0).clamp_min(1)
 
@@ -219,7 +273,12 @@ def as_peft(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
 def as_authors(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
     """TIES of a model as by its authors: k + 1 entries, no weights, even votes as the majority, a mean over the count."""
     n = deltas.shape[1]
-    kept = torch.stack([torch.where(d.abs() >= d.abs().kthvalue(n - int(density * n)).values, d, 0) for d in deltas])
+    kept = torch.stack(
+        [
+            torch.where(d.abs() >= d.abs().kthvalue(n - int(density * n)).values, d, 0)
+            for d in deltas
+        ]
+    )
     sign = kept.sum(0).sign()
     sign = torch.where(sign == 0, sign.sum().sign(), sign)
     agree = kept * sign > 0
@@ -235,7 +294,9 @@ def as_authors(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
         ("authors", as_authors, [0.25, 0.25, 0.25, 0.25]),
     ],
 )
-def test_presets_of_ties_do_what_other_programs_do(preset: str, theirs: Any, weights: list[float]) -> None:
+def test_presets_of_ties_do_what_other_programs_do(
+    preset: str, theirs: Any, weights: list[float]
+) -> None:
     g = torch.Generator().manual_seed(5)
     deltas = torch.randn(4, 5000, generator=g, dtype=torch.float64)
     merged = merge_tensors(
@@ -250,11 +311,16 @@ def test_presets_of_ties_do_what_other_programs_do(preset: str, theirs: Any, wei
 
 
 def test_exactly_k_entries_are_kept_of_equal_ones_the_first() -> None:
-    base, expert = {"a": torch.zeros(4), "b": torch.zeros(4)}, {"a": torch.tensor([1.0, 2, 1, 1]), "b": torch.ones(4)}
+    base, expert = (
+        {"a": torch.zeros(4), "b": torch.zeros(4)},
+        {"a": torch.tensor([1.0, 2, 1, 1]), "b": torch.ones(4)},
+    )
     options = {"density": 0.5, "keep": "exact", "scope": "model"}
     merged = merge_tensors(base, [expert], "ties", options=options, chunk=3)
     assert (merged["a"].tolist(), merged["b"].tolist()) == ([1, 2, 1, 1], [0, 0, 0, 0])
-    with_tensor = merge_tensors(base, [expert], "ties", options=options | {"scope": "tensor"}, chunk=3)
+    with_tensor = merge_tensors(
+        base, [expert], "ties", options=options | {"scope": "tensor"}, chunk=3
+    )
     assert (with_tensor["a"].tolist(), with_tensor["b"].tolist()) == ([1, 2, 0, 0], [1, 1, 0, 0])
 
 
@@ -262,11 +328,24 @@ def test_exactly_k_entries_are_kept_of_equal_ones_the_first() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_every_method_does_the_same_on_a_gpu() -> None:
     g = torch.Generator().manual_seed(6)
-    base = {"conv": torch.randn(16, 8, 3, 3, generator=g).half(), "bias": torch.randn(16, generator=g).half()}
-    experts = [{n: (t + 0.01 * torch.randn(t.shape, generator=g)).half() for n, t in base.items()} for _ in range(3)]
-    inputs = {"fisher": [{n: t.float().square() for n, t in e.items()} for e in experts], "gram": [{}] * 3}
+    base = {
+        "conv": torch.randn(16, 8, 3, 3, generator=g).half(),
+        "bias": torch.randn(16, generator=g).half(),
+    }
+    experts = [
+        {n: (t + 0.01 * torch.randn(t.shape, generator=g)).half() for n, t in base.items()}
+        for _ in range(3)
+    ]
+    inputs = {
+        "fisher": [{n: t.float().square() for n, t in e.items()} for e in experts],
+        "gram": [{}] * 3,
+    }
     for name in all_methods():
         given: dict[str, Any] = {"inputs": inputs, "ranges": [TimestepRange(0, 250)] * 3}
-        here, there = (merge_tensors(base, experts, name, device=device, **given) for device in ("cpu", "cuda"))
+        here, there = (
+            merge_tensors(base, experts, name, device=device, **given) for device in ("cpu", "cuda")
+        )
         for tensor in base:
-            torch.testing.assert_close(here[tensor], there[tensor], rtol=1e-3, atol=1e-5, msg=f"{name} {tensor}")
+            torch.testing.assert_close(
+                here[tensor], there[tensor], rtol=1e-3, atol=1e-5, msg=f"{name} {tensor}"
+            )

@@ -42,8 +42,12 @@ def read(summary: AdapterSummary, base: dict[str, Tensor]) -> Adapter:
 
 @pytest.mark.parametrize("rank", [1, 3, 12])
 @pytest.mark.parametrize("prefix", ["unet", "transformer"])
-def test_reads_back_as_the_nearest_of_the_rank(deltas: dict[str, Tensor], rank: int, prefix: str, tmp_path: Path) -> None:
-    summary = write_adapter(tmp_path / "a.safetensors", deltas.items(), rank, prefix, {"made": "here"})
+def test_reads_back_as_the_nearest_of_the_rank(
+    deltas: dict[str, Tensor], rank: int, prefix: str, tmp_path: Path
+) -> None:
+    summary = write_adapter(
+        tmp_path / "a.safetensors", deltas.items(), rank, prefix, {"made": "here"}
+    )
     adapter = read(summary, {n: torch.zeros_like(t) for n, t in deltas.items()})
     assert set(adapter) == set(deltas) and set(adapter.ranks.values()) == {rank}
     left = 0.0
@@ -55,10 +59,14 @@ def test_reads_back_as_the_nearest_of_the_rank(deltas: dict[str, Tensor], rank: 
         left += float((delta - expected).square().sum())
     whole = float(sum(d.square().sum() for d in deltas.values()))
     assert summary.share == pytest.approx(1 - left / whole, abs=1e-6)
-    assert all(name.startswith(f"{prefix}.") and ".lora_" in name for name in load_file(summary.path))
+    assert all(
+        name.startswith(f"{prefix}.") and ".lora_" in name for name in load_file(summary.path)
+    )
 
 
-def test_counts_the_energy_that_has_no_place_in_a_lora(deltas: dict[str, Tensor], tmp_path: Path) -> None:
+def test_counts_the_energy_that_has_no_place_in_a_lora(
+    deltas: dict[str, Tensor], tmp_path: Path
+) -> None:
     others = {
         "conv_norm_out.weight": torch.ones(4),
         "conv_out.bias": torch.zeros(4),
@@ -66,15 +74,23 @@ def test_counts_the_energy_that_has_no_place_in_a_lora(deltas: dict[str, Tensor]
         "class_embedding.weight": torch.ones(3, 3),
     }
     summary = write_adapter(tmp_path / "a.safetensors", {**others, **deltas}.items(), 12, "unet")
-    assert summary.lost == {"conv_norm_out.weight": 4, "scale_shift_table": 16, "class_embedding.weight": 9}
+    assert summary.lost == {
+        "conv_norm_out.weight": 4,
+        "scale_shift_table": 16,
+        "class_embedding.weight": 9,
+    }
     held = float(sum(d.square().sum() for d in deltas.values()))
     assert summary.share == pytest.approx(held / (held + 29), abs=1e-6)
     assert summary.document()["lost"]["scale_shift_table"] == 16
 
 
 def test_old_names_of_attention_are_written_as_diffusers_loads_them(tmp_path: Path) -> None:
-    summary = write_adapter(tmp_path / "a.safetensors", [("mid.attentions.0.proj_attn.weight", torch.eye(2))], 1, "unet")
-    assert set(load_file(summary.path)) == {f"unet.mid.attentions.0.to_out.0.lora_{x}.weight" for x in "AB"}
+    summary = write_adapter(
+        tmp_path / "a.safetensors", [("mid.attentions.0.proj_attn.weight", torch.eye(2))], 1, "unet"
+    )
+    assert set(load_file(summary.path)) == {
+        f"unet.mid.attentions.0.to_out.0.lora_{x}.weight" for x in "AB"
+    }
 
 
 def test_refuses_ranks_and_deltas_that_make_no_lora(tmp_path: Path) -> None:
@@ -137,10 +153,16 @@ def test_diffusers_loads_it(tmp_path: Path) -> None:
     )
     base = {n: t.clone() for n, t in model.state_dict().items()}
     deltas = {n: 0.1 * torch.randn_like(t) for n, t in base.items() if t.ndim > 1}
-    summary = write_adapter(tmp_path / "pytorch_lora_weights.safetensors", deltas.items(), 5, "unet")
+    summary = write_adapter(
+        tmp_path / "pytorch_lora_weights.safetensors", deltas.items(), 5, "unet"
+    )
     adapter = read(summary, base)
     model.load_lora_adapter(tmp_path, prefix="unet", weight_name=summary.path.name)
     model.fuse_lora()
-    fused = {n.replace(".base_layer", ""): t for n, t in model.state_dict().items() if "lora_" not in n}
+    fused = {
+        n.replace(".base_layer", ""): t for n, t in model.state_dict().items() if "lora_" not in n
+    }
     for name, tensor in base.items():
-        torch.testing.assert_close(fused[name], tensor + adapter.get(name, torch.zeros(())), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            fused[name], tensor + adapter.get(name, torch.zeros(())), rtol=1e-4, atol=1e-4
+        )

@@ -82,11 +82,16 @@ def test_yaml_and_flags_give_one_recipe(models: Path) -> None:
         save_dtype="float16",
     )
     one, other = prepare(read).run(models / "a"), prepare(asked).run(models / "b")
-    assert (models / "a" / "demerge.json").read_bytes() == (models / "b" / "demerge.json").read_bytes()
+    assert (models / "a" / "demerge.json").read_bytes() == (
+        models / "b" / "demerge.json"
+    ).read_bytes()
     assert sha256(models / "a" / WEIGHTS) == sha256(models / "b" / WEIGHTS)
     assert one.recipe == other.recipe
     document = json.loads((models / "a" / "demerge.json").read_text())
-    assert document["rules"] == [{"match": "up", "weights": ["0.2..0.8", 0.5]}, {"match": "mid", "options": {"density": 1.0}}]
+    assert document["rules"] == [
+        {"match": "up", "weights": ["0.2..0.8", 0.5]},
+        {"match": "mid", "options": {"density": 1.0}},
+    ]
     assert document["only"] == ["mid", "up"] and document["experts"][1]["range"] == [500, 1000]
     card = (models / "a" / "README.md").read_text()
     assert "up weights=0.2..0.8,0.5" in card and "0500-1000" in card
@@ -95,26 +100,44 @@ def test_yaml_and_flags_give_one_recipe(models: Path) -> None:
 
 
 def test_every_form_of_a_finished_recipe_reads_alike(models: Path) -> None:
-    merge(models / "base", [models / "expert0"], models / "out", method="ties", rules=["mid scale=0..1"])
+    merge(
+        models / "base",
+        [models / "expert0"],
+        models / "out",
+        method="ties",
+        rules=["mid scale=0..1"],
+    )
     forms = [models / "out", models / "out" / "demerge.json", models / "out" / WEIGHTS]
     folder, document, metadata = (Recipe.read(form) for form in forms)
     assert folder == document and document.output and not metadata.output
-    assert folder.base == metadata.base and folder.rules == metadata.rules and folder.experts == metadata.experts
+    assert (
+        folder.base == metadata.base
+        and folder.rules == metadata.rules
+        and folder.experts == metadata.experts
+    )
     assert Path(folder.base.path) == models / "base"
     merge(models / "base", [models / "expert0"], models / "one.safetensors", method="ties")
     assert Path(Recipe.read(models / "one.safetensors").experts[0].path) == models / "expert0"
 
 
 def test_what_is_asked_beside_a_recipe_wins(models: Path) -> None:
-    recipe = Recipe.read(write(models, YAML)).changed(seed=7, options={"density": "0.1"}, weights=[1, 1])
-    assert (recipe.seed, recipe.weights, recipe.options) == (7, [1, 1], {"density": "0.1", "scope": "tensor"})
+    recipe = Recipe.read(write(models, YAML)).changed(
+        seed=7, options={"density": "0.1"}, weights=[1, 1]
+    )
+    assert (recipe.seed, recipe.weights, recipe.options) == (
+        7,
+        [1, 1],
+        {"density": "0.1", "scope": "tensor"},
+    )
     assert len(recipe.rules) == 2
 
 
 def test_weights_may_be_a_file(models: Path) -> None:
     write(models, "name,a,b\nmid,1,0\n*,0.5,0.25\n", "c.csv")
     recipe = Recipe.read(write(models, "base: base\nexperts: [expert0, expert1]\nweights: c.csv\n"))
-    assert recipe.weights == [0.5, 0.25] and [str(rule) for rule in recipe.rules] == ["mid weights=1.0,0.0"]
+    assert recipe.weights == [0.5, 0.25] and [str(rule) for rule in recipe.rules] == [
+        "mid weights=1.0,0.0"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -131,16 +154,32 @@ def test_weights_may_be_a_file(models: Path) -> None:
         ("base: b\nexperts: [e]\nseed: -1\n", "seed is -1", "0 or more"),
         ("base: b\nexperts: [e]\nout_rank: 0\n", "out_rank is 0", "1 or more"),
         ("base: b\nexperts: [e]\nonly: mid\n", "only is 'mid'", "a list"),
-        ("base: b\nexperts: [e]\nformat: demerge.recipe/9\n", "has the format demerge.recipe/9", "reads"),
-        ("base: b\nexperts: [{path: e, weight: 1}, f]\n", "weights are given twice or in part", "each expert"),
+        (
+            "base: b\nexperts: [e]\nformat: demerge.recipe/9\n",
+            "has the format demerge.recipe/9",
+            "reads",
+        ),
+        (
+            "base: b\nexperts: [{path: e, weight: 1}, f]\n",
+            "weights are given twice or in part",
+            "each expert",
+        ),
         ("base: b\nexperts: [{path: e, weight: 1}]\nweights: [1]\n", "twice or in part", ""),
         ("base: b\nexperts: [{path: e, weight: x}]\n", "weights are not numbers", ""),
         ("base: b\nexperts: [e]\nweights: [true]\n", "weights are not numbers", ""),
         ("base: b\nexperts: [{path: e, range: 10:50}]\n", "range is 650", "[start, stop]"),
         ("base: b\nexperts: [{path: e, range: [500, 0]}]\n", "is empty", ""),
         ("base: b\nexperts: [e]\nrules: [{weights: [1]}]\n", "a rule names no pattern", "match"),
-        ("base: b\nexperts: [e]\nrules: [{match: mid, wieghts: [1]}]\n", "unknown key 'wieghts'", "weights"),
-        ("base: b\nexperts: [e]\nmethod: evil.py:run\n", "names the file of a method", "--method evil.py:run"),
+        (
+            "base: b\nexperts: [e]\nrules: [{match: mid, wieghts: [1]}]\n",
+            "unknown key 'wieghts'",
+            "weights",
+        ),
+        (
+            "base: b\nexperts: [e]\nmethod: evil.py:run\n",
+            "names the file of a method",
+            "--method evil.py:run",
+        ),
     ],
 )
 def test_wrong_recipes_are_refused(text: str, message: str, fix: str, tmp_path: Path) -> None:
@@ -198,13 +237,17 @@ def test_paths_name_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert found(text, folder) == path
 
 
-def test_models_and_output_moved_together_give_the_same_bytes(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_models_and_output_moved_together_give_the_same_bytes(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     elsewhere = tmp_path_factory.mktemp("else") / "deeper"
     shutil.copytree(models, elsewhere)
     for folder in (models, elsewhere):
         merge(folder / "base", [folder / "expert0"], folder / "out", method="dare", seed=1)
     assert sha256(models / "out" / WEIGHTS) == sha256(elsewhere / "out" / WEIGHTS)
-    assert (models / "out" / "demerge.json").read_bytes() == (elsewhere / "out" / "demerge.json").read_bytes()
+    assert (models / "out" / "demerge.json").read_bytes() == (
+        elsewhere / "out" / "demerge.json"
+    ).read_bytes()
     assert str(models) not in (models / "out" / "demerge.json").read_text()
 
 
@@ -216,7 +259,9 @@ def test_ranges_of_experts(models: Path) -> None:
     assert list(plan.parts[0].job.ranges) == [TimestepRange(0, 500), TimestepRange(500, 1000)]
     snr = plan.parts[0].job.snr
     assert snr is not None and snr.shape == (1000,)
-    with pytest.raises(UsageError, match=r"was trained on 0000-0500 as its expert\.json says, not on 0000-0250"):
+    with pytest.raises(
+        UsageError, match=r"was trained on 0000-0500 as its expert\.json says, not on 0000-0250"
+    ):
         prepare(Recipe.of(models / "base", experts, ranges=[TimestepRange(0, 250), None]))
     with pytest.raises(UsageError, match="1 ranges for 2 experts"):
         Recipe.of(models / "base", experts, ranges=[None])
@@ -230,11 +275,18 @@ Remade = Callable[..., Any]
 @pytest.mark.parametrize("out", ["out", "out.safetensors"])
 def test_a_merge_can_be_made_again(models: Path, out: str) -> None:
     experts = [models / "expert0", models / "expert1"]
-    asked: dict[str, Any] = {"method": "dare", "rules": ["mid weights=0,1"], "only": ["mid", "up"], "seed": 4}
+    asked: dict[str, Any] = {
+        "method": "dare",
+        "rules": ["mid weights=0,1"],
+        "only": ["mid", "up"],
+        "seed": 4,
+    }
     result = merge(models / "base", experts, models / out, **asked)
     path = models / out / "demerge.json" if out == "out" else models / out
     verified = verify(path, Recipe.read(path))
-    assert list(verified.files.values()) == [sha256(models / out / WEIGHTS if out == "out" else models / out)]
+    assert list(verified.files.values()) == [
+        sha256(models / out / WEIGHTS if out == "out" else models / out)
+    ]
     assert not verified.versions and "equal" in verified.lines()[0]
     again = merge(models / "base", experts, models / f"again-{out}", **asked)
     assert result.recipe.canonical() == again.recipe.canonical()
@@ -250,25 +302,37 @@ def test_the_recipe_alone_is_enough_to_verify(models: Path) -> None:
 
 
 def test_a_changed_input_is_named(models: Path) -> None:
-    merge(models / "base", [models / "expert0", models / "expert1"], models / "out", method="average")
+    merge(
+        models / "base", [models / "expert0", models / "expert1"], models / "out", method="average"
+    )
     flip(models / "expert1" / WEIGHTS)
     recipe = Recipe.read(models / "out")
     for call in (lambda: verify(models / "out", recipe), lambda: prepare(recipe)):
-        with pytest.raises(InputError, match=r"expert1: diffusion_pytorch_model.safetensors is not what the recipe names"):
+        with pytest.raises(
+            InputError,
+            match=r"expert1: diffusion_pytorch_model.safetensors is not what the recipe names",
+        ):
             call()
 
 
 def test_the_tensors_a_method_needs_are_inputs_too(models: Path) -> None:
     base = load_file(models / "base" / WEIGHTS)
     for i in range(2):
-        save_file({n: torch.full_like(t, 1.0 + i) for n, t in base.items()}, models / f"fisher-{i}.safetensors")
+        save_file(
+            {n: torch.full_like(t, 1.0 + i) for n, t in base.items()},
+            models / f"fisher-{i}.safetensors",
+        )
     text = "base: base\nexperts: [expert0, expert1]\nmethod: fisher\n"
-    listed = write(models, text + "options: {fisher: [fisher-0.safetensors, fisher-1.safetensors]}\n")
+    listed = write(
+        models, text + "options: {fisher: [fisher-0.safetensors, fisher-1.safetensors]}\n"
+    )
     prepare(Recipe.read(listed)).run(models / "out")
     each = "[{path: expert0, inputs: {fisher: fisher-0.safetensors}}, {path: expert1, inputs: {fisher: fisher-1.safetensors}}]"
     named = write(models, text.replace("[expert0, expert1]", each), "named.yaml")
     prepare(Recipe.read(named)).run(models / "same")
-    assert (models / "out" / "demerge.json").read_bytes() == (models / "same" / "demerge.json").read_bytes()
+    assert (models / "out" / "demerge.json").read_bytes() == (
+        models / "same" / "demerge.json"
+    ).read_bytes()
     recipe = Recipe.read(models / "out")
     assert verify(models / "out", recipe).files
     flip(models / "fisher-1.safetensors")
@@ -299,7 +363,13 @@ def test_there_must_be_something_to_verify(models: Path) -> None:
     path = write(models, YAML)
     with pytest.raises(UsageError, match="names no SHA-256"):
         verify(path, Recipe.read(path))
-    merge(models / "base", [models / "expert0"], models / "one.safetensors", method="average", weights=[1])
+    merge(
+        models / "base",
+        [models / "expert0"],
+        models / "one.safetensors",
+        method="average",
+        weights=[1],
+    )
     document = json.loads(Recipe.read(models / "one.safetensors").stored(models).canonical())
     write(models, json.dumps(document), "bare.json")
     with pytest.raises(UsageError, match="no output beside"):
@@ -311,7 +381,12 @@ def test_there_must_be_something_to_verify(models: Path) -> None:
 def test_a_method_of_a_file_is_named_again(models: Path, tmp_path: Path) -> None:
     code = "def halve(base, deltas, *, scale: float = 0.5):\n    return base + scale * deltas.mean(0)\n"
     (tmp_path / "halve.py").write_text(code)
-    merge(models / "base", [models / "expert0"], models / "out", method=f"{tmp_path / 'halve.py'}:halve")
+    merge(
+        models / "base",
+        [models / "expert0"],
+        models / "out",
+        method=f"{tmp_path / 'halve.py'}:halve",
+    )
     recipe = Recipe.read(models / "out")
     with pytest.raises(UsageError, match="unknown merge method 'halve'"):
         verify(models / "out", recipe)
@@ -357,7 +432,10 @@ def test_the_snr_of_flow_matching_and_of_what_is_not_known() -> None:
         {"num_train_timesteps": "x"},
     ]
     assert all(snr_of(config) is None for config in unknown)
-    assert snr_of({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}) is None
+    assert (
+        snr_of({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True})
+        is None
+    )
 
 
 def test_errors_are_ours(models: Path) -> None:
@@ -411,7 +489,9 @@ def test_recipes_of_mergekit_without_a_base(tmp_path: Path) -> None:
     models = "models: [{model: a.safetensors, parameters: {weight: 1}}, {model: b.safetensors, parameters: {weight: 3}}]\n"
     for name, text in (("l", models + "merge_method: linear\n"), ("s", "base_model: a.safetensors\n" + models
                        + "merge_method: slerp\nparameters: {t: 0.75}\n")):  # fmt: skip
-        prepare(Recipe.read(write(tmp_path, text, f"{name}.yaml"))).run(tmp_path / f"{name}.safetensors")
+        prepare(Recipe.read(write(tmp_path, text, f"{name}.yaml"))).run(
+            tmp_path / f"{name}.safetensors"
+        )
         assert load_file(tmp_path / f"{name}.safetensors")["w"].tolist() == [3.5, 7.0]
 
 
@@ -437,7 +517,9 @@ def test_recipes_of_mergekit_without_a_base(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_mergekit_has_and_demerge_has_not_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_what_mergekit_has_and_demerge_has_not_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
     with pytest.raises(UsageError, match=message) as error:
         Recipe.read(write(tmp_path, text, "m.yaml"))
     assert error.value.fix
@@ -462,7 +544,11 @@ def test_names_of_methods_as_the_community_writes_them(tmp_path: Path) -> None:
             assert load_file(out)["w"].tolist() == expected
     with pytest.raises(UsageError, match="add_difference takes the models A B C"):
         merge(a, [b], tmp_path / "x.safetensors", method="add_difference")
-    for method, near in (("tise", "ties"), ("add_diference", "add_difference"), ("taskarithmetic", "task_arithmetic")):
+    for method, near in (
+        ("tise", "ties"),
+        ("add_diference", "add_difference"),
+        ("taskarithmetic", "task_arithmetic"),
+    ):
         with pytest.raises(UsageError) as error:
             merge(a, [b], tmp_path / "x.safetensors", method=method)
         assert f"did you mean {near}" in str(error.value.fix)
@@ -471,12 +557,16 @@ def test_names_of_methods_as_the_community_writes_them(tmp_path: Path) -> None:
     assert "did you mean density?" in str(error.value.fix)
 
 
-def test_a_folder_of_experts_stands_for_them(tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]) -> None:
+def test_a_folder_of_experts_stands_for_them(
+    tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]
+) -> None:
     for start, stop in ((500, 1000), (0, 500)):
         add_expert(tmp_path / "experts" / f"{start:04d}-{stop:04d}", start, stop)
     paths = [str(tmp_path / "experts" / name) for name in ("0000-0500", "0500-1000")]
     assert [expert.path for expert in Recipe.of(tiny, [tmp_path / "experts"]).experts] == paths
-    written = write(tmp_path, f"base: {tiny}\nexperts: [./experts]\nweights: [0.25, 0.75]\n", "r.yaml")
+    written = write(
+        tmp_path, f"base: {tiny}\nexperts: [./experts]\nweights: [0.25, 0.75]\n", "r.yaml"
+    )
     assert [expert.path for expert in Recipe.read(written).experts] == paths
     plan = prepare(Recipe.of(tiny, [tmp_path / "experts"], weights=[0.5, 0.5]))
     assert [str(expert.range) for expert in plan.recipe.experts] == ["0000-0500", "0500-1000"]

@@ -81,7 +81,16 @@ def test_each_tensor_has_a_block(name: str, block: str) -> None:
 
 
 def test_blocks_are_ordered_from_input_to_output() -> None:
-    assert by_depth(reversed(UNET)) == ["in", "time", "down.0", "down.1", "mid", "up.0", "up.1", "out"]
+    assert by_depth(reversed(UNET)) == [
+        "in",
+        "time",
+        "down.0",
+        "down.1",
+        "mid",
+        "up.0",
+        "up.1",
+        "out",
+    ]
     assert by_depth(reversed(WAN)) == ["in", "blocks.0", "blocks.9", "blocks.10", "out"]
     assert by_depth(["layers.10.w", "layers.9.w"]) == ["layers.9", "layers.10"]
 
@@ -134,7 +143,9 @@ def test_a_part_of_a_name_is_no_match() -> None:
 
 
 def setting(rules: list[str]) -> Found:
-    settings, _ = settle([Rule.parse(r) for r in rules], UNET, find("task_arithmetic"), {}, [0.5, 0.5])
+    settings, _ = settle(
+        [Rule.parse(r) for r in rules], UNET, find("task_arithmetic"), {}, [0.5, 0.5]
+    )
     return {name: (list(s.weights), s.options.get("scale")) for name, s in settings.items()}
 
 
@@ -149,17 +160,31 @@ def test_the_first_rule_that_matches_wins() -> None:
 
 def test_a_ramp_is_linear_over_the_blocks_it_matches() -> None:
     found = setting(["** scale=0..7 weights=1..0,-1e-1..6.9"])
-    assert [found[n][1] for n in ("conv_in.weight", "mid_block.resnets.1.conv2.bias", "conv_out.weight")] == [0, 4, 7]
+    assert [
+        found[n][1] for n in ("conv_in.weight", "mid_block.resnets.1.conv2.bias", "conv_out.weight")
+    ] == [0, 4, 7]
     assert found["conv_out.weight"][0] == [0, 6.9]
-    assert found["down_blocks.0.resnets.0.conv1.weight"] == found["down_blocks.0.resnets.0.norm1.weight"]
+    assert (
+        found["down_blocks.0.resnets.0.conv1.weight"]
+        == found["down_blocks.0.resnets.0.norm1.weight"]
+    )
     assert setting(["mid scale=0..1"])["mid_block.resnets.1.conv2.bias"][1] == 0.5
     later = setting(["mid scale=9", "** scale=0..7"])
     assert later["conv_out.weight"][1] == 7 and later["mid_block.resnets.1.conv2.bias"][1] == 9
 
 
 def test_what_each_rule_took_is_told() -> None:
-    _, taken = settle([Rule.parse("attn scale=2"), Rule.parse("down scale=3")], UNET, find("task_arithmetic"), {}, [1.0])
-    assert [(str(t.rule), len(t.names)) for t in taken] == [("attn scale=2", 3), ("down scale=3", 3)]
+    _, taken = settle(
+        [Rule.parse("attn scale=2"), Rule.parse("down scale=3")],
+        UNET,
+        find("task_arithmetic"),
+        {},
+        [1.0],
+    )
+    assert [(str(t.rule), len(t.names)) for t in taken] == [
+        ("attn scale=2", 3),
+        ("down scale=3", 3),
+    ]
 
 
 def test_a_rule_survives_its_text_and_its_document() -> None:
@@ -177,7 +202,9 @@ def test_rules_change_the_merge(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / f"{name}.safetensors")
     paths = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
     rules = ["mid weights=0,1", "in scale=0.5"]
-    prepare(Recipe.of(paths[0], paths[1:], rules=rules, only=["mid", "in"])).run(tmp_path / "out.safetensors")
+    prepare(Recipe.of(paths[0], paths[1:], rules=rules, only=["mid", "in"])).run(
+        tmp_path / "out.safetensors"
+    )
     merged = load_file(tmp_path / "out.safetensors")
     assert merged["mid_block.a.weight"].tolist() == [2.0] * 4
     assert merged["conv_in.weight"].tolist() == [0.75] * 4
@@ -198,11 +225,19 @@ def test_only_gives_the_union_of_its_patterns() -> None:
 @pytest.mark.parametrize(
     ("rules", "message", "fix"),
     [
-        (["down_blocks.7 scale=1"], "rule 'down_blocks.7 scale=1' matches no tensor", "down_blocks.0"),
+        (
+            ["down_blocks.7 scale=1"],
+            "rule 'down_blocks.7 scale=1' matches no tensor",
+            "down_blocks.0",
+        ),
         (["atn scale=1"], "matches no tensor", "did you mean attn"),
         (["upp.1 scale=1"], "matches no tensor", "up.1"),
         (["zzz scale=1"], "matches no tensor", "the blocks are in, time, down.0"),
-        (["down scale=1", "down.1.attn scale=2"], "rule 'down.1.attn scale=2' is hidden: all 2", "put it before"),
+        (
+            ["down scale=1", "down.1.attn scale=2"],
+            "rule 'down.1.attn scale=2' is hidden: all 2",
+            "put it before",
+        ),
         (["mid scale=1", "mid scale=1"], "belong to 'mid scale=1'", "put it before"),
         (["mid weights=1"], "has 1 weights for 2 experts", "one per expert"),
         (["mid weights=1,nan"], "are not 2 finite numbers", ""),
@@ -223,12 +258,18 @@ def test_wrong_rules_are_refused(rules: list[str], message: str, fix: str) -> No
 
 
 def test_an_option_of_the_whole_model_is_no_option_of_a_part() -> None:
-    with pytest.raises(UsageError, match="sets density for some tensors, but ties uses it over the whole model") as error:
+    with pytest.raises(
+        UsageError, match="sets density for some tensors, but ties uses it over the whole model"
+    ) as error:
         settle([Rule.parse("mid density=0.5")], UNET, find("ties"), {}, [0.5, 0.5])
     assert "scope=tensor" in error.value.fix
     with pytest.raises(UsageError, match="over the whole model"):
         settle([Rule.parse("mid scope=model")], UNET, find("ties"), {"scope": "tensor"}, [0.5, 0.5])
-    for rule, options in (("mid density=0.5", {"scope": "tensor"}), ("mid density=0.5 scope=tensor", {}), ("mid scale=2", {})):
+    for rule, options in (
+        ("mid density=0.5", {"scope": "tensor"}),
+        ("mid density=0.5 scope=tensor", {}),
+        ("mid scale=2", {}),
+    ):
         settings, _ = settle([Rule.parse(rule)], UNET, find("ties"), options, [0.5, 0.5])
         assert len(settings) == 2
 
@@ -252,7 +293,11 @@ def test_files_of_weights_are_rules(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(TABLE[name])
     whole, rules = read_coefficients(tmp_path / name)
     assert whole == [1, 0]
-    assert [str(rule) for rule in rules] == ["conv_in.weight weights=0.0,1.0", "in weights=0.5,0.5", "up weights=0.0..1.0,0.5"]
+    assert [str(rule) for rule in rules] == [
+        "conv_in.weight weights=0.0,1.0",
+        "in weights=0.5,0.5",
+        "up weights=0.0..1.0,0.5",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +313,9 @@ def test_files_of_weights_are_rules(name: str, tmp_path: Path) -> None:
         ("none.csv", None, "cannot be read"),
     ],
 )
-def test_damaged_files_of_weights_are_refused(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+def test_damaged_files_of_weights_are_refused(
+    name: str, text: str | None, message: str, tmp_path: Path
+) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
@@ -293,14 +340,22 @@ SD += [f"down_blocks.{b}.attentions.{i}.proj_in.weight" for b in range(3) for i 
 SD += [f"down_blocks.{b}.downsamplers.0.conv.weight" for b in range(3)]
 SD += [f"up_blocks.{b}.resnets.{i}.conv1.weight" for b in range(4) for i in range(3)]
 SD += [f"up_blocks.{b}.upsamplers.0.conv.weight" for b in range(3)]
-LDM = ["input_blocks.0.0.weight", "input_blocks.4.1.proj_in.weight", "middle_block.1.proj_in.weight", "output_blocks.11.0.x"]
+LDM = [
+    "input_blocks.0.0.weight",
+    "input_blocks.4.1.proj_in.weight",
+    "middle_block.1.proj_in.weight",
+    "output_blocks.11.0.x",
+]
 
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
         ("IN00", ["conv_in.weight"]),
-        ("in04", ["down_blocks.1.resnets.0.conv1.weight", "down_blocks.1.attentions.0.proj_in.weight"]),
+        (
+            "in04",
+            ["down_blocks.1.resnets.0.conv1.weight", "down_blocks.1.attentions.0.proj_in.weight"],
+        ),
         ("IN_04.attn", ["down_blocks.1.attentions.0.proj_in.weight"]),
         ("IN06", ["down_blocks.1.downsamplers.0.conv.weight"]),
         ("IN11", ["down_blocks.3.resnets.1.conv1.weight"]),
@@ -312,13 +367,19 @@ LDM = ["input_blocks.0.0.weight", "input_blocks.4.1.proj_in.weight", "middle_blo
 )
 def test_blocks_as_the_community_counts_them(pattern: str, expected: list[str]) -> None:
     assert select(pattern, SD, "rule") == expected
-    numbers = [select(f"IN{i:02d}", SD, "rule") for i in range(12)] + [select(f"OUT{i:02d}", SD, "rule") for i in range(12)]
-    assert sorted(name for found in numbers for name in found) == sorted(n for n in SD if not n.startswith("mid"))
+    numbers = [select(f"IN{i:02d}", SD, "rule") for i in range(12)] + [
+        select(f"OUT{i:02d}", SD, "rule") for i in range(12)
+    ]
+    assert sorted(name for found in numbers for name in found) == sorted(
+        n for n in SD if not n.startswith("mid")
+    )
 
 
 def test_blocks_of_single_files_are_counted_as_they_are_named() -> None:
     full = [f"model.diffusion_model.{name}" for name in LDM]
-    assert [select(pattern, full, "rule") for pattern in ("IN00", "in04", "MID", "OUT11")] == [[name] for name in full]
+    assert [select(pattern, full, "rule") for pattern in ("IN00", "in04", "MID", "OUT11")] == [
+        [name] for name in full
+    ]
     assert select("Mid", full, "rule") == [full[2]] and select("UP.11", full, "rule") == [full[3]]
 
 

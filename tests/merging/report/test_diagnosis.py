@@ -37,7 +37,9 @@ def files(tmp_path: Path) -> tuple[list[Path], list[Tensors]]:
     """A base and three experts, of which the third moves nothing in the middle, as files and in memory."""
     g = torch.Generator().manual_seed(0)
     base = {n: torch.randn(s, generator=g) for n, s in SHAPES.items()}
-    experts = [{n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(K)]
+    experts = [
+        {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(K)
+    ]
     experts[2]["mid_block.resnets.0.conv1.weight"] = base["mid_block.resnets.0.conv1.weight"]
     paths = []
     for i, tensors in enumerate([base, *experts]):
@@ -49,33 +51,52 @@ def files(tmp_path: Path) -> tuple[list[Path], list[Tensors]]:
 def run(paths: list[Path], out: Path, threads: int = 1, **asked: object) -> dict[str, object]:
     recipe = Recipe.of(paths[0], paths[1:], method="ties", options={"density": 0.3}, **asked)  # type: ignore[arg-type]
     prepare(recipe, threads=threads).run(out, out.with_suffix(".report"))
-    document: dict[str, object] = json.loads((out.with_suffix(".report") / "diagnosis.json").read_text())
+    document: dict[str, object] = json.loads(
+        (out.with_suffix(".report") / "diagnosis.json").read_text()
+    )
     return document
 
 
-def test_the_numbers_are_those_of_a_direct_computation(files: tuple[list[Path], list[Tensors]], tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_a_direct_computation(
+    files: tuple[list[Path], list[Tensors]], tmp_path: Path
+) -> None:
     paths, (base, *experts) = files
     document = run(paths, tmp_path / "out.safetensors", save_dtype="bfloat16")
     merged = load_file(tmp_path / "out.safetensors")
-    groups = {"in": ["conv_in.weight"], "down.0": [n for n in SHAPES if n.startswith("down")], "model": list(SHAPES)}
+    groups = {
+        "in": ["conv_in.weight"],
+        "down.0": [n for n in SHAPES if n.startswith("down")],
+        "model": list(SHAPES),
+    }
     rows = {row["name"]: row for row in [*document["blocks"], document["model"]]}  # type: ignore[misc, index]
     for block, names in groups.items():
-        tau = torch.stack([torch.cat([(e[n].double() - base[n].double()).flatten() for n in names]) for e in experts])
+        tau = torch.stack(
+            [
+                torch.cat([(e[n].double() - base[n].double()).flatten() for n in names])
+                for e in experts
+            ]
+        )
         row = rows[block]
         np.testing.assert_allclose(row["norms"], tau.norm(dim=1), rtol=1e-12)
         np.testing.assert_allclose(row["cosines"], cosines(tau), rtol=1e-9, atol=1e-12)
         moved = (tau != 0).any(0)
-        assert row["sign_conflict"] == int(((tau > 0).any(0) & (tau < 0).any(0)).sum()) / int(moved.sum())
+        assert row["sign_conflict"] == int(((tau > 0).any(0) & (tau < 0).any(0)).sum()) / int(
+            moved.sum()
+        )
         s = torch.linalg.svdvals(tau)
         p = s / s.sum()
-        assert row["effective_rank"] == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-9)
+        assert row["effective_rank"] == pytest.approx(
+            float(torch.exp(-(p * p.log()).sum())), rel=1e-9
+        )
         assert row["entries"] == tau.shape[1]
         stored = torch.cat([(merged[n] != base[n].bfloat16()).flatten() for n in names])
         assert row["kept"] * row["survived"] * row["entries"] == pytest.approx(int(stored.sum()))
         assert 0 < row["kept"] < 1 and 0 < row["survived"] <= 1
         exact = run(paths, tmp_path / f"{block}.safetensors")
         held = load_file(tmp_path / f"{block}.safetensors")
-        distance = math.sqrt(sum(float((held[n].double() - base[n].double()).square().sum()) for n in names))
+        distance = math.sqrt(
+            sum(float((held[n].double() - base[n].double()).square().sum()) for n in names)
+        )
         found = {r["name"]: r for r in [*exact["blocks"], exact["model"]]}[block]  # type: ignore[misc, index]
         assert found["distance"] == pytest.approx(distance, rel=1e-6)
 
@@ -85,16 +106,23 @@ def cosines(tau: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def test_a_task_vector_of_zero_has_no_direction(files: tuple[list[Path], list[Tensors]], tmp_path: Path) -> None:
+def test_a_task_vector_of_zero_has_no_direction(
+    files: tuple[list[Path], list[Tensors]], tmp_path: Path
+) -> None:
     document = run(files[0], tmp_path / "out.safetensors")
     middle = next(row for row in document["blocks"] if row["name"] == "mid")  # type: ignore[attr-defined]
     assert middle["norms"][2] == 0 and middle["cosines"][2] == [0, 0, 0]
     assert middle["effective_rank"] <= 2
     still = Sums("x", 4, torch.zeros(2, 2, dtype=torch.float64), 0, 0, 0, 0, 0.0)
-    assert (still.effective_rank, still.shares) == (0.0, {"sign_conflict": 0.0, "kept": 0.0, "survived": 1.0})
+    assert (still.effective_rank, still.shares) == (
+        0.0,
+        {"sign_conflict": 0.0, "kept": 0.0, "survived": 1.0},
+    )
 
 
-def test_the_report_does_not_depend_on_threads(files: tuple[list[Path], list[Tensors]], tmp_path: Path) -> None:
+def test_the_report_does_not_depend_on_threads(
+    files: tuple[list[Path], list[Tensors]], tmp_path: Path
+) -> None:
     folders = []
     for threads in (1, 3):
         (tmp_path / str(threads)).mkdir()
@@ -113,7 +141,9 @@ def test_the_report_does_not_depend_on_threads(files: tuple[list[Path], list[Ten
         "lengths.svg",
         "tensors.csv",
     ]
-    assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
+    assert all(
+        (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names
+    )
 
 
 def test_the_tables(files: tuple[list[Path], list[Tensors]], tmp_path: Path) -> None:
@@ -123,12 +153,16 @@ def test_the_tables(files: tuple[list[Path], list[Tensors]], tmp_path: Path) -> 
     assert [row["name"] for row in rows] == ["conv_in.weight", "mid_block.resnets.0.conv1.weight"]
     assert [row["block"] for row in rows] == ["in", "mid"]
     assert float(rows[0]["norm_1"]) == pytest.approx(document["tensors"][0]["norms"][1], rel=1e-8)  # type: ignore[index]
-    assert float(rows[0]["cos_0_2"]) == pytest.approx(document["tensors"][0]["cosines"][2][0], rel=1e-8)  # type: ignore[index]
+    assert float(rows[0]["cos_0_2"]) == pytest.approx(
+        document["tensors"][0]["cosines"][2][0], rel=1e-8
+    )  # type: ignore[index]
     hostile = Sums("=cmd()", 1, torch.ones(1, 1, dtype=torch.float64), 1, 0, 1, 1, 1.0)
     assert table([hostile], lambda text: f"'{text}").splitlines()[1].startswith("'=cmd()")
 
 
-def test_the_page_loads_and_runs_nothing(files: tuple[list[Path], list[Tensors]], tmp_path: Path) -> None:
+def test_the_page_loads_and_runs_nothing(
+    files: tuple[list[Path], list[Tensors]], tmp_path: Path
+) -> None:
     run(files[0], tmp_path / "<b>out.safetensors")
     page = (tmp_path / "<b>out.report" / "index.html").read_text()
     assert "default-src 'none'" in page and "<script" not in page and "<b>out" not in page
@@ -149,8 +183,19 @@ def test_a_pipeline_and_an_adapter_have_a_report_too(
     other = make_tiny(seed=1)
     prepare(Recipe.of(tiny, [other], weights=[1])).run(tmp_path / "out", tmp_path / "report")
     blocks = json.loads((tmp_path / "report" / "diagnosis.json").read_text())["blocks"]
-    assert [row["name"] for row in blocks] == ["in", "time", "down.0", "down.1", "mid", "up.0", "up.1", "out"]
-    result = prepare(Recipe.of(tiny, [other], out_rank=2)).run(tmp_path / "lora", tmp_path / "lora-report")
+    assert [row["name"] for row in blocks] == [
+        "in",
+        "time",
+        "down.0",
+        "down.1",
+        "mid",
+        "up.0",
+        "up.1",
+        "out",
+    ]
+    result = prepare(Recipe.of(tiny, [other], out_rank=2)).run(
+        tmp_path / "lora", tmp_path / "lora-report"
+    )
     assert result.adapter is not None and 0 < result.adapter.share < 1
     assert (tmp_path / "lora-report" / "index.html").is_file()
     with pytest.raises(UsageError, match="report exists already"):
