@@ -12,7 +12,6 @@ from demerge.cli.common import (
     Json,
     Seed,
     data_words,
-    device_of,
     emit,
     progress,
     ranges_of,
@@ -161,6 +160,7 @@ def analyze(
     from demerge.analysis.partitioning.cross_validation import count
     from demerge.analysis.report.text import lines, summary, write
     from demerge.analysis.stages.analyze import prepare
+    from demerge.device import resolve_device
 
     n = ranges_of(ranges)
     plan = prepare(
@@ -187,7 +187,7 @@ def analyze(
         method=method,
         score=score,
         fisher=fisher,
-        device=device_of(device),
+        device=resolve_device(device),
     )
     if not plan.world.main:
         plan.map()

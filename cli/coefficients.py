@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, say
+from demerge.cli.common import Device, Json, Seed, emit, progress, say
 
 SAMPLES, SOLUTION = "Samples", "Solution"
 
@@ -101,6 +101,7 @@ def coefficients(
     demerge merge base expert-0 expert-1 --weights weights.json -o merged
     """
     from demerge.analysis.stages.coefficients import document, lines, prepare
+    from demerge.device import resolve_device
     from demerge.storage.atomic import commit_json
 
     plan = prepare(
@@ -118,7 +119,7 @@ def coefficients(
         split=split,
         skip_broken=skip_broken,
         seed=seed,
-        device=device_of(device),
+        device=resolve_device(device),
     )
     for line in plan.lines():
         say(line)

@@ -17,6 +17,7 @@ import typer
 
 LINE_SECONDS = 3.0
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number.")]
 Device = Annotated[
@@ -76,29 +77,6 @@ def data_words(split: str, skip_broken: bool) -> list[str]:
         *(["--split", split] if split != "train" else []),
         *(["--skip-broken"] if skip_broken else []),
     ]
-
-
-def device_of(name: str) -> str:
-    """Return the device that `auto` stands for, or the name itself once torch knows it.
-
-    Raises:
-        UsageError: where this machine has no such device.
-    """
-    import torch
-
-    from demerge.errors import UsageError
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device '{name}' cannot be used: {error}", fix="give --device cpu or auto"
-        ) from error
-    return name
 
 
 @contextmanager

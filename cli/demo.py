@@ -114,7 +114,7 @@ def commands(
     """
     at = shlex.quote(str(out))
     train = (
-        f"--max-train-steps {steps} --train-batch-size 64 --learning-rate 5e-4 --p 0.5 --consistency 0"
+        f"--max-train-steps {steps} --train-batch-size 64 --learning-rate 5e-4 --global-prob 0.5 --consistency 0"
         f" --ema-decay 0.9 --seed {seed}"
     )
     cells = f"--bins 10 --groups 12 --train-batch-size {cell_size}"

@@ -155,7 +155,7 @@ def _disk() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from demerge.memory import free_bytes
+    from demerge.device import free_bytes
 
     free = free_bytes()
     if free is not None:

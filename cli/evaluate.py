@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from demerge.cli.common import Device, Json, device_of, emit, progress, say
+from demerge.cli.common import Device, Json, emit, progress, say
 
 METRICS, SAMPLING = "Metrics", "Sampling"
 
@@ -109,6 +109,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score models against real images; the same command again goes on where it stopped."""
+    from demerge.device import resolve_device
     from demerge.evaluation.planning import EvaluationOptions, parse_seeds, prepare
     from demerge.evaluation.report.tables import lines
     from demerge.evaluation.scores import tables_of
@@ -131,7 +132,7 @@ def evaluate(
         loss_samples=loss_samples,
         lpips=lpips,
         batch_size=eval_batch_size,
-        device=device_of(device),
+        device=resolve_device(device),
     )
     with progress(1, "evaluate") as bar:
         prepared = prepare(models, options, out, base=base, progress=bar)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, say
+from demerge.cli.common import Device, Json, Seed, emit, progress, say
 
 SAMPLES, POINTS = "Samples", "Points"
 
@@ -88,6 +88,7 @@ def landscape(
     demerge landscape base expert-0 expert-1 --data D --merged merged -o landscape
     """
     from demerge.analysis.stages.landscape import document, lines, prepare, write
+    from demerge.device import resolve_device
 
     plan = prepare(
         base,
@@ -102,7 +103,7 @@ def landscape(
         split=split,
         skip_broken=skip_broken,
         seed=seed,
-        device=device_of(device),
+        device=resolve_device(device),
     )
     for line in plan.lines():
         say(line)

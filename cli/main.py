@@ -125,7 +125,7 @@ def main() -> None:
     except typer.Abort:
         _fail("interrupted", 130, debug)
     except TyperException as error:
-        _refuse(error)
+        _refuse(error, debug)
     except KeyboardInterrupt:
         _fail("interrupted; nothing that was committed is lost", 130, debug)
     except MemoryError:
@@ -165,15 +165,16 @@ def _bug(error: Exception, debug: bool) -> None:
     )
 
 
-def _refuse(error: TyperException) -> None:
-    """Show what is wrong with the command line, with its usage where typer knows it."""
-    error.message = printable(error.message)
-    show = getattr(error, "show", None)
-    if show is None:
-        print(f"demerge: {printable(error.format_message())}", file=sys.stderr)
-    else:
-        show()
-    sys.exit(2)
+def _refuse(error: TyperException, debug: bool) -> None:
+    """Say what is wrong with the command line, and how to see its options."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "demerge"
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    _fail(
+        f"{message[:1].lower()}{message[1:]}\n  fix: run `{command} --help` for its options",
+        2,
+        debug,
+    )
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

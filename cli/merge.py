@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from demerge.cli.common import Device, Json, device_of, emit, progress, say
+from demerge.cli.common import Device, Json, emit, progress, say
 
 if TYPE_CHECKING:
     from demerge.merging import Recipe
@@ -215,6 +215,7 @@ def merge(
 
         demerge merge base expert-0 expert-1 -o merged --method ties --option density=0.2 --rule "mid density=0.5 scope=tensor"
     """
+    from demerge.device import resolve_device
     from demerge.errors import UsageError
     from demerge.merging import prepare
     from demerge.merging import verify as make_again
@@ -238,7 +239,7 @@ def merge(
         no_base=no_base or None,
     )
     what = _recipe(recipe, base, experts or [], weights, asked)
-    device = device_of(device)
+    device = resolve_device(device)
     if verify:
         if recipe is None or set(asked) - {"method"} or weights or report or report_dir or dry_run:
             raise UsageError(

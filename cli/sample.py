@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, say
+from demerge.cli.common import Device, Json, Seed, emit, progress, say
 
 
 def sample(
@@ -55,11 +55,12 @@ def sample(
     json: Json = False,
 ) -> None:
     """Draw images; image i depends on the seed and i alone. The same command again draws those that are missing."""
+    from demerge.device import resolve_device
     from demerge.diffusion.drawing import sample_to
     from demerge.diffusion.model import Diffusion
     from demerge.diffusion.sampling import captions_of, labels_of, load_routed
 
-    place = device_of(device)
+    place = resolve_device(device)
     base = (
         load_routed(model, experts, device=place)
         if experts

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from demerge.cli.common import Device, Json, Seed, device_of, emit, progress, say
+from demerge.cli.common import Device, Json, Seed, emit, progress, say
 
 
 def stats(
@@ -56,6 +56,7 @@ def stats(
 
     The same command again does nothing; one of other options is refused where its files are.
     """
+    from demerge.device import resolve_device
     from demerge.statistics import prepare
 
     plan = prepare(
@@ -68,7 +69,7 @@ def stats(
         seed=seed,
         split=split,
         skip_broken=skip_broken,
-        device=device_of(device),
+        device=resolve_device(device),
     )
     for line in plan.lines():
         say(line)

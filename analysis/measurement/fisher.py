@@ -41,8 +41,8 @@ from demerge.analysis.measurement.backward import Backward, Consume
 from demerge.analysis.measurement.checkpoint import Partial
 from demerge.analysis.measurement.draws import Draw
 from demerge.analysis.measurement.parallel import ALONE, World
+from demerge.device import free_bytes
 from demerge.errors import InputError, ResourceError, UsageError
-from demerge.memory import free_bytes
 from demerge.provenance import made_as
 from demerge.statistics import Collected, commit_statistic, inputs_of
 from demerge.statistics.fisher import by_state_name

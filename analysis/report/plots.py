@@ -27,7 +27,7 @@ from demerge.analysis.report.partition_plots import EMPTY, cut_support, explaine
 from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity
 from demerge.conflict import Array, ConflictMap
 from demerge.reporting.theme import BLUE, DARK, GREY, LIGHT, ORANGE, Theme, styled
-from demerge.storage.atomic import commit_file
+from demerge.storage.atomic import commit_bytes
 from demerge.timesteps import Partition
 
 MANY = 40
@@ -79,10 +79,7 @@ def render(figure: Figure, kind: str = "svg") -> bytes:
 def write(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure into a folder as NAME.svg and NAME.png; return both."""
     pictures = {folder / f"{name}.{kind}": render(figure, kind) for kind in ("svg", "png")}
-    return [
-        commit_file(path, lambda stream, picture=picture: stream.write(picture))
-        for path, picture in pictures.items()
-    ]  # type: ignore[misc]
+    return [commit_bytes(path, picture) for path, picture in pictures.items()]
 
 
 def _figure(

@@ -26,7 +26,7 @@ from demerge.analysis.report.verdict import advised, gains_over, verdict
 from demerge.analysis.similarity import error, without_pair
 from demerge.conflict import ConflictMap
 from demerge.errors import NumericalError
-from demerge.storage.atomic import commit_file, commit_json, commit_text, place_for
+from demerge.storage.atomic import commit_bytes, commit_json, commit_text, place_for
 from demerge.timesteps import Partition
 
 
@@ -277,10 +277,6 @@ def write(
             "png": render(figure, "png"),
         }
         for kind, picture in pictures_of.items():
-            written.append(
-                commit_file(
-                    out / f"{name}.{kind}", lambda stream, picture=picture: stream.write(picture)
-                )
-            )  # type: ignore[misc]
+            written.append(commit_bytes(out / f"{name}.{kind}", picture))
     names = Names(model, data, tuple(options), out, out / "partition.json")
     return [*written, commit_text(out / NAME, page(map, partition, said, shown, names))]

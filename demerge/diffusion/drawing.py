@@ -17,7 +17,7 @@ from demerge.diffusion.model import Diffusion
 from demerge.diffusion.sampling import batches
 from demerge.provenance import refuse_differences
 from demerge.reporting.images import png
-from demerge.storage.atomic import commit_file, commit_json, place_for, refuse_existing
+from demerge.storage.atomic import commit_bytes, commit_json, place_for, refuse_existing
 from demerge.storage.schema import Record, Table, read_record
 
 SAMPLE = "sample.json"
@@ -86,10 +86,7 @@ def sample_to(
         if wanted:
             for i, image in zip(indices, draw(), strict=True):
                 if i in wanted:
-                    content = png(image)
-                    commit_file(
-                        _place(folder, i), lambda stream, content=content: stream.write(content)
-                    )  # type: ignore[misc]
+                    commit_bytes(_place(folder, i), png(image))
         if progress is not None:
             progress(indices[-1] + 1, n)
     return len(missing)

@@ -17,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from demerge.device import free_bytes
 from demerge.diffusion.conditioning import keep_labels
 from demerge.diffusion.configs import (
     DenoiserConfig,
@@ -26,7 +27,6 @@ from demerge.diffusion.configs import (
     check_config,
 )
 from demerge.errors import InputError, ResourceError, UsageError
-from demerge.memory import free_bytes
 from demerge.storage.checkpoint import Checkpoint, modern
 from demerge.storage.hub import local
 from demerge.storage.layout import COMPONENTS, component_place, inside

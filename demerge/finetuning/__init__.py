@@ -1,12 +1,30 @@
 """Decoupled finetuning: one expert per range of timesteps, and the joint control, from one loop.
 
-`options` what is asked, `plan` what it takes, `loop` over ranges, `run` the training of one expert, `objective` its loss,
-`projection` the foldable W, `layers` a choice of what is trained, `state` its checkpoints.
+`options` what is asked, `planning` what it takes, `train` the loop over ranges, `trainer` the
+training of one expert, `objective` its loss, `projection` the foldable W, `layers` a choice of what
+is trained, `checkpoint` its state on disk.
 """
 
-from demerge.finetuning.options import FinetuneOptions
-from demerge.finetuning.planning import parse_ranges
-from demerge.finetuning.train import finetune
-from demerge.finetuning.trainer import Progress
+from __future__ import annotations
 
-__all__ = ["FinetuneOptions", "Progress", "finetune", "parse_ranges"]
+from typing import TYPE_CHECKING
+
+from demerge.lazy import lazily
+
+if TYPE_CHECKING:
+    from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
+    from demerge.finetuning.planning import parse_ranges, plan
+    from demerge.finetuning.train import finetune
+    from demerge.finetuning.trainer import Progress
+
+HOMES = {
+    "FinetuneInputs": "options",
+    "FinetuneOptions": "options",
+    "Progress": "trainer",
+    "finetune": "train",
+    "parse_ranges": "planning",
+    "plan": "planning",
+}
+
+__all__ = ["FinetuneInputs", "FinetuneOptions", "Progress", "finetune", "parse_ranges", "plan"]
+__getattr__, __dir__ = lazily(__name__, HOMES)

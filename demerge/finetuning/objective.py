@@ -57,7 +57,7 @@ def draw_timesteps(
     else:
         coin = uniform(options.seed, "range or all", samples=samples, step=step)
     inside = (span.start + u * len(span)).long()
-    return torch.where(coin < options.p, (u * T).long(), inside)
+    return torch.where(coin < options.global_prob, (u * T).long(), inside)
 
 
 def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:

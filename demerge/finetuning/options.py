@@ -1,100 +1,86 @@
-"""What a finetune is told: one frozen value, checked once, recorded in every checkpoint and expert."""
+"""The options of a finetune. The training options are recorded in every checkpoint and expert."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from demerge.errors import UsageError
-from demerge.reprs import stated
+from demerge.options import DataOptions, DeviceOptions, Options, option
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "sampling": ("mixture", "paper"),
-    "consistency_schedule": ("constant", "linear", "cosine"),
-    "loss_weight": ("one", "min-snr", "truncated-snr", "snr+1", "p2"),
-    "projection": ("foldable", "none"),
-    "lr_scheduler": ("constant", "linear", "cosine"),
-    "mixed_precision": ("no", "bf16"),
-    "save_dtype": ("float32", "float16", "bfloat16"),
-}
+TRAINING, OBJECTIVE, DATA = "Training", "Objective", "Data"
+Decay = Literal["constant", "linear", "cosine"]
 
 
-@dataclass(frozen=True, slots=True)
-class FinetuneOptions:
-    """Options of one finetune; the names are those of diffusers' training scripts where these have one.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FinetuneOptions(Options):
+    """How experts are trained; the names are those of diffusers' training scripts if these have one.
 
-    Objective (see `demerge.finetuning.objective`): `p` is the share of timesteps drawn from all of [0, T), `consistency`
-    the weight lambda of the frozen base's prediction, `consistency_schedule` how lambda decays over the run.
-    `caption_dropout` is the share of captions that become "", the text that guidance sets against a caption. With
-    `fisher_samples`, each expert gets a fisher.safetensors of its range, which merging by `fisher` takes.
+    The objective is that of `demerge.finetuning.objective`.
 
     Raises:
-        UsageError: where a value breaks its rule.
+        UsageError: if a value breaks its rule.
     """
 
-    max_train_steps: int = 1000
-    train_batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-5
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    adam_beta1: float = 0.95
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-6
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    p: float = 0.3
-    sampling: str = "mixture"
-    consistency: float = 1.0
-    consistency_schedule: str = "constant"
-    loss_weight: str = "one"
-    snr_gamma: float = 5.0
-    projection: str = "foldable"
-    use_ema: bool = True
-    ema_decay: float = 0.9999
-    random_flip: bool = False
-    caption_dropout: float = 0.1
-    mixed_precision: str = "no"
-    save_dtype: str = "float32"
-    fisher_samples: int = 0
-    checkpointing_steps: int = 500
-    logging_steps: int = 50
-    seed: int = 0
-
-    __repr__ = stated
-
-    def __post_init__(self) -> None:
-        for name in (
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("logging_steps", self.logging_steps >= 1, "at least 1")
-        self._require("fisher_samples", self.fisher_samples >= 0, "0 or more")
-        self._require("learning_rate", 0 < self.learning_rate <= 1, "above 0 and at most 1")
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("adam_weight_decay", "consistency"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "finite, 0 or more")
-        self._require("adam_epsilon", 0 < self.adam_epsilon <= 1, "above 0 and at most 1")
-        self._require("max_grad_norm", self.max_grad_norm > 0, "above 0")
-        self._require("p", 0 <= self.p <= 1, "in [0, 1]")
-        self._require("caption_dropout", 0 <= self.caption_dropout <= 1, "in [0, 1]")
-        self._require("snr_gamma", 0 < self.snr_gamma < math.inf, "finite and above 0")
-        self._require("lr_warmup_steps", self.lr_warmup_steps >= 0, "0 or more")
-        for name, choices in CHOICES.items():
-            self._require(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
-
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise UsageError(f"{name} is {getattr(self, name)!r}", fix=f"it must be {rule}")
-
-    def document(self) -> dict[str, Any]:
-        """Return the options as JSON values."""
-        return asdict(self)
+    max_train_steps: int = option(1000, "Optimizer steps per expert.", panel=TRAINING, ge=1)
+    train_batch_size: int = option(64, "Images per step.", panel=TRAINING, ge=1)
+    gradient_accumulation_steps: int = option(
+        1, "Batches per optimizer step.", panel=TRAINING, ge=1
+    )
+    learning_rate: float = option(5e-5, "Peak learning rate.", panel=TRAINING, gt=0, le=1)
+    lr_scheduler: Decay = option("constant", "Learning rate over the run.", panel=TRAINING)
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.", panel=TRAINING, ge=0)
+    adam_beta1: float = option(0.95, "AdamW beta 1.", panel=TRAINING, ge=0, lt=1)
+    adam_beta2: float = option(0.999, "AdamW beta 2.", panel=TRAINING, ge=0, lt=1)
+    adam_weight_decay: float = option(
+        1e-6, "AdamW weight decay.", panel=TRAINING, ge=0, lt=math.inf
+    )
+    adam_epsilon: float = option(1e-8, "AdamW epsilon.", panel=TRAINING, gt=0, le=1)
+    max_grad_norm: float = option(1.0, "Largest norm of the gradient.", panel=TRAINING, gt=0)
+    global_prob: float = option(
+        0.3,
+        "Probability that a timestep is drawn from all of [0, T).",
+        panel=OBJECTIVE,
+        ge=0,
+        le=1,
+    )
+    sampling: Literal["mixture", "paper"] = option(
+        "mixture",
+        "How timesteps are drawn; paper is its batch-wise antithetic draw.",
+        panel=OBJECTIVE,
+    )
+    consistency: float = option(
+        1.0,
+        "Weight lambda of the distance to the frozen base's prediction.",
+        panel=OBJECTIVE,
+        ge=0,
+        lt=math.inf,
+    )
+    consistency_schedule: Decay = option("constant", "Lambda over the run.", panel=OBJECTIVE)
+    loss_weight: Literal["one", "min-snr", "truncated-snr", "snr+1", "p2"] = option(
+        "one", "Weight of the loss by timestep.", panel=OBJECTIVE
+    )
+    snr_gamma: float = option(5.0, "Gamma of min-snr.", panel=OBJECTIVE, gt=0, lt=math.inf)
+    projection: Literal["foldable", "none"] = option(
+        "foldable", "Channel-wise projection, folded into the weights at the end.", panel=OBJECTIVE
+    )
+    use_ema: bool = option(True, "Keep a moving average of the weights.", panel=TRAINING)
+    ema_decay: float = option(0.9999, "Largest decay of the average.", panel=TRAINING, ge=0, lt=1)
+    random_flip: bool = option(False, "Mirror half of the images.", panel=DATA)
+    caption_dropout: float = option(
+        0.1, "Share of captions replaced by the empty text.", panel=DATA, ge=0, le=1
+    )
+    mixed_precision: Literal["no", "bf16"] = option("no", "Precision.", panel=TRAINING)
+    save_dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "dtype of the experts on disk.", panel=TRAINING
+    )
+    fisher_samples: int = option(
+        0, "Images for the Fisher that `merge --method fisher` takes.", panel=TRAINING, ge=0
+    )
+    checkpointing_steps: int = option(500, "Steps between checkpoints.", panel=TRAINING, ge=1)
+    logging_steps: int = option(50, "Steps between lines of log.jsonl.", panel=TRAINING, ge=1)
+    seed: int = option(0, "Seed of every random number.", ge=0)
 
     def binding(self, step: int | None = None) -> dict[str, Any]:
         """Return the options that must agree with the recorded ones for recorded work to be taken up.
@@ -108,4 +94,25 @@ class FinetuneOptions:
             constant = self.lr_scheduler == self.consistency_schedule == "constant"
             if constant and self.max_train_steps >= step:
                 free.add("max_train_steps")
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        return {name: value for name, value in self.document().items() if name not in free}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FinetuneInputs(DataOptions, DeviceOptions):
+    """What is finetuned, on what, and where the experts go."""
+
+    model: str = option(
+        help="Pipeline folder or Hub id; with --init random a model config (JSON).", argument=True
+    )
+    out: Path = option(help="Folder that gets one expert folder per range.", flags=("-o", "--out"))
+    ranges: str | None = option(
+        None,
+        "uniform:N, joint, joint:K (K times the steps), or a partition.json.",
+        shown_default="uniform:4",
+    )
+    init: Literal["pretrained", "random"] = option(
+        "pretrained", "Start from the model's weights, or train a base from random ones."
+    )
+    train_layers: Path | None = option(
+        None, "layers.json of `demerge layers`: only these are trained.", panel=TRAINING
+    )

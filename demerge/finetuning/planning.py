@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from demerge.data import ImageData
+from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.finetuning.checkpoint import disk_bytes
 from demerge.finetuning.layers import load_layers, trained_parameters
 from demerge.finetuning.objective import loss_weights
-from demerge.finetuning.options import FinetuneOptions
+from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
 from demerge.finetuning.trainer import record_name
 from demerge.storage.atomic import place_for
 from demerge.timesteps import Partition, TimestepRange
@@ -114,55 +115,35 @@ class Plan:
         return lines
 
 
-def prepare(
-    model: str,
-    data: str,
-    ranges: str | None,
-    options: FinetuneOptions,
-    out: Path | str,
-    *,
-    split: str = "train",
-    init: str = "pretrained",
-    device: str = "cpu",
-    skip_broken: bool = False,
-    train_layers: Path | str | None = None,
-) -> Plan:
+def plan(inputs: FinetuneInputs, options: FinetuneOptions) -> Plan:
     """Load what a finetune needs and settle its options.
 
-    Where no ranges are given they are `uniform:4`. With `init="random"` the model is a config, the objective has no teacher
-    and no projection, and the range is [0, T) unless one is given.
-
-    Args:
-        train_layers: a layers.json; without one all layers are trained.
+    With `init="random"` the model is a config, the objective has no teacher and no projection, and
+    the range is [0, T) unless one is given.
 
     Raises:
-        UsageError, InputError: where model, data, ranges, layers or init are wrong.
+        UsageError, InputError: if model, data, ranges or layers are wrong.
     """
-    out = place_for(out)
-    train_layers = None if train_layers is None else Path(train_layers)
-    if init == "random" and train_layers is not None:
-        raise UsageError(
-            "a random start trains all layers",
-            fix="leave out --train-layers, or give a pretrained base",
-        )
-    if init not in ("pretrained", "random"):
-        raise UsageError(f"init '{init}' is unknown", fix="use pretrained or random")
-    if init == "random":
-        base = Diffusion.random(Path(model), seed=options.seed).to(device)
+    out = place_for(inputs.out)
+    random, device = inputs.init == "random", resolve_device(inputs.device)
+    if random and inputs.train_layers is not None:
+        fix = "leave out --train-layers, or give a pretrained base"
+        raise UsageError("a random start trains all layers", fix=fix)
+    if random:
+        base = Diffusion.random(Path(inputs.model), seed=options.seed).to(device)
         options = replace(options, consistency=0.0, projection="none")
     else:
-        base = Diffusion.load(model, device=device)
-    partition, factor = parse_ranges(
-        ranges or ("joint" if init == "random" else "uniform:4"), base.T
-    )
+        base = Diffusion.load(inputs.model, device=device)
+    ranges = inputs.ranges or ("joint" if random else "uniform:4")
+    partition, factor = parse_ranges(ranges, base.T)
     options = replace(options, max_train_steps=options.max_train_steps * factor)
     loss_weights(base, options)
     _, height, width = base.image_shape
     if height != width:
-        raise UsageError(
-            f"the base makes {width} x {height} images", fix="use a base of square images"
-        )
-    images = base.load_images(data, split=split, skip_broken=skip_broken)
+        fix = "use a base of square images"
+        raise UsageError(f"the base makes {width} x {height} images", fix=fix)
+    images = base.load_images(inputs.data, split=inputs.split, skip_broken=inputs.skip_broken)
     base.told(images)
-    layers, ranked_for = (None, ()) if train_layers is None else load_layers(train_layers, base)
+    path = inputs.train_layers
+    layers, ranked_for = (None, ()) if path is None else load_layers(path, base)
     return Plan(base, images, partition.ranges, options, out, layers, ranked_for)

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from demerge.device import free_bytes
 from demerge.diffusion.schedule import snr_of
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.expert import expert_range
 from demerge.lora import Adapter, open_expert
-from demerge.memory import free_bytes
 from demerge.merging.contract import Method
 from demerge.merging.engine.reader import CHUNK, Reader
 from demerge.merging.engine.resident import Dtype, Weights, bytes_needed, load

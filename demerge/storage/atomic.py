@@ -45,6 +45,11 @@ def commit_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     return path
 
 
+def commit_bytes(path: Path, content: bytes) -> Path:
+    """Write bytes; see `commit_file`."""
+    return commit_file(path, lambda stream: stream.write(content))
+
+
 def commit_text(path: Path, text: str) -> Path:
     """Write UTF-8 text with `commit_file`; what is not text, as the bytes of an odd file name, becomes `?`."""
     return commit_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))

@@ -194,8 +194,9 @@ def sd_mecha(method: str, out: Path, fishers: list[Path], base: Path, experts: l
 
     with safe_open(base, "pt") as file:
         keys = {
-            n: {"shape": file.get_slice(n).get_shape(), "dtype": "float16"} for n in file.keys()
-        }  # noqa: SIM118
+            n: {"shape": file.get_slice(n).get_shape(), "dtype": "float16"}
+            for n in file.keys()  # noqa: SIM118
+        }
     register(
         config := from_yaml(json.dumps({"identifier": "the-unet", "components": {"unet": keys}}))
     )

@@ -15,7 +15,7 @@ def test_experts_land_where_scripts_expect_them(run, tiny: Path, tmp_path: Path)
     out = tmp_path / "e"
     done = run("finetune", tiny, "--ranges", "uniform:4", "-o", out, *FAST)
     assert (done.code, done.out.strip()) == (0, str(out))
-    names = ["0000-0250", "0250-0500", "0500-0750", "0750-1000"]
+    names = ["0000-0250", "0250-0500", "0500-0750", "0750-1000", "finetune.yaml"]
     assert sorted(p.name for p in out.iterdir()) == names
     again = run("finetune", tiny, "--ranges", "uniform:4", "-o", out, *FAST, "--json")
     assert json.loads(again.out)["finished_steps"] == 8
@@ -129,7 +129,7 @@ def test_dry_run_writes_nothing(run, tiny: Path, tmp_path: Path) -> None:  # typ
         (("--learning-rate", "-1"), 2, "learning_rate is -1.0"),
         (("--data", "/nowhere"), 3, "/nowhere"),
         (("--device", "quantum"), 2, "quantum"),
-        (("--init", "zero"), 2, "init 'zero'"),
+        (("--init", "zero"), 2, "'zero' is not one of"),
         (("--split", "dev"), 2, "dev"),
     ],
 )
@@ -145,9 +145,9 @@ def test_mistakes_are_named(
 
 def test_other_options_in_the_same_folder_are_refused(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST).code == 0
-    done = run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST, "--p", "0.5")
+    done = run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST, "--global-prob", "0.5")
     assert done.code == 2
-    assert "p: recorded 0.3, now 0.5" in done.err
+    assert "global_prob: recorded 0.3, now 0.5" in done.err
 
 
 def test_a_folder_that_is_no_model(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -25,7 +25,7 @@ SPAN = TimestepRange(250, 500)
 
 
 def test_timesteps_follow_the_mixture() -> None:
-    t = draw_timesteps(SPAN, 1000, FinetuneOptions(p=0.3), 0, range(20000))
+    t = draw_timesteps(SPAN, 1000, FinetuneOptions(global_prob=0.3), 0, range(20000))
     inside = ((t >= 250) & (t < 500)).double().mean()
     assert float(inside) == pytest.approx(0.7 + 0.3 * 0.25, abs=0.012)
     assert int(t.min()) >= 0
@@ -35,7 +35,7 @@ def test_timesteps_follow_the_mixture() -> None:
 
 @pytest.mark.parametrize(("p", "low", "high"), [(0.0, 250, 500), (1.0, 0, 1000)])
 def test_extremes_of_p(p: float, low: int, high: int) -> None:
-    t = draw_timesteps(SPAN, 1000, FinetuneOptions(p=p), 3, range(4000))
+    t = draw_timesteps(SPAN, 1000, FinetuneOptions(global_prob=p), 3, range(4000))
     assert low <= int(t.min()) < low + 20
     assert high - 20 <= int(t.max()) < high
 
@@ -48,7 +48,7 @@ def test_a_draw_depends_on_step_and_sample_alone() -> None:
 
 
 def test_paper_sampling_tosses_once_and_mirrors() -> None:
-    options = FinetuneOptions(sampling="paper", p=0.0)
+    options = FinetuneOptions(sampling="paper", global_prob=0.0)
     t = draw_timesteps(SPAN, 1000, options, 2, range(8))
     sums = t[:4] + t[4:]
     assert torch.all((sums - (250 + 499)).abs() <= 1)
@@ -170,7 +170,7 @@ def test_schedules_begin_and_end_where_they_say() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("p", 1.5),
+        ("global_prob", 1.5),
         ("learning_rate", 0.0),
         ("max_train_steps", 0),
         ("loss_weight", "x"),

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import DemergeError, InputError, UsageError
-from demerge.merging.recipe.documents import read_document, read_rows, refuse_unknown, typed
 from demerge.merging.recipe.rules import Rule, number
+from demerge.storage.documents import read_document, read_rows, refuse_unknown, typed
 
 KEYS = ("format", "weights", "tensors", "blocks", "record")
 ENDS = (".json", ".yaml", ".yml", ".csv")

@@ -12,9 +12,9 @@ from typing import Any, TypedDict
 from demerge.errors import UsageError
 from demerge.expert import EXPERT, read_expert
 from demerge.merging.recipe.coefficients import read_coefficients
-from demerge.merging.recipe.documents import refuse_unknown, typed
 from demerge.merging.recipe.paths import found, is_remote, stored
 from demerge.merging.recipe.rules import Rule, number
+from demerge.storage.documents import refuse_unknown, typed
 from demerge.timesteps import TimestepRange
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from demerge.errors import UsageError
-from demerge.merging.recipe.documents import refuse_unknown, typed
+from demerge.storage.documents import refuse_unknown, typed
 
 MARK = "merge_method"
 KEYS = (MARK, "models", "base_model", "parameters", "dtype", "out_dtype")

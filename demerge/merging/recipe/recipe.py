@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from demerge.errors import InputError, UsageError
-from demerge.merging.recipe.documents import read_document, refuse_unknown, typed
 from demerge.merging.recipe.fields import (
     Asked,
     Source,
@@ -40,6 +39,7 @@ from demerge.merging.recipe.fields import (
 from demerge.merging.recipe.mergekit import MARK, from_mergekit
 from demerge.merging.recipe.paths import found
 from demerge.merging.recipe.rules import Rule
+from demerge.storage.documents import read_document, refuse_unknown, typed
 from demerge.storage.safetensors_header import read_header
 
 FORMAT = "demerge.recipe/1"

@@ -1,8 +1,30 @@
-"""How much memory is left, on this machine or on an accelerator."""
+"""The machine: which device to compute on, and how much memory is left there."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from demerge.errors import UsageError
+
+
+def resolve_device(name: str) -> str:
+    """Return the fastest device for `auto`, else the name itself.
+
+    Raises:
+        UsageError: if this machine has no such device.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fix = "give --device cpu or auto"
+        raise UsageError(f"device '{name}' cannot be used: {error}", fix=fix) from error
+    return name
 
 
 def free_bytes(device: str = "cpu") -> int | None:

@@ -1,4 +1,4 @@
-"""Documents that people and tools write for a merge, YAML or JSON, read without trust.
+"""Documents that people write: recipes and config files in YAML, TOML or JSON, read without trust.
 
 A YAML file may hold plain values only: at most 1 MB, 16 levels deep, no anchors, aliases or tags, no key twice. What a table
 holds is checked key by key: an unknown one is refused with the nearest known one.
@@ -7,6 +7,7 @@ holds is checked key by key: an unknown one is refused with the nearest known on
 from __future__ import annotations
 
 import csv
+import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,12 +21,14 @@ MAX_DEPTH = 16
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON table.
+    """Read a table from a YAML, TOML (.toml) or JSON (.json) file.
 
     Raises:
-        InputError: where the file is missing, too large, too deep, or no table.
+        InputError: if the file is missing, too large, too deep, or not a table.
     """
-    return read_json(path) if path.suffix == ".json" else _read_yaml(path)
+    if path.suffix == ".json":
+        return read_json(path)
+    return _read_toml(path) if path.suffix == ".toml" else _read_yaml(path)
 
 
 def read_rows(path: Path) -> list[list[str]]:
@@ -84,6 +87,13 @@ def _text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _damaged(path, "not UTF-8 text") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise _damaged(path, f"not valid TOML ({str(error)[:120]})") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""Options dataclasses become the parameters of a command, and `--config FILE` gives them from a file.
+
+    @from_options
+    def finetune(inputs: FinetuneInputs, options: FinetuneOptions, *, json: Json = False) -> None: ...
+
+Each field of the dataclasses is one parameter, described by its `Spec` alone. A flag wins over the
+config file, and the file over the default. The values that a command ran with are written to
+OUT/COMMAND.yaml, which `--config` takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from demerge.options import Options, spec_of, types_of
+
+HOW_TO_RUN = {"config", "dry_run", "json"}  # not part of what a config file records
+
+
+def from_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with a parameter for each field of its options dataclasses, and `--config`."""
+    hints = get_type_hints(command, include_extras=True)
+    given = inspect.signature(command).parameters.values()
+    groups = {name: kind for name, kind in hints.items() if _is_options(kind)}
+    parameters = [
+        *(_parameter(kind, of) for kind in groups.values() for of in dataclasses.fields(kind)),
+        *(p.replace(annotation=hints[p.name]) for p in given if p.name not in groups),
+        _config_parameter(),
+    ]
+    keys = {
+        of.name: _key(_flags(of)) for kind in groups.values() for of in dataclasses.fields(kind)
+    }
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        record = {
+            keys.get(name, name): value
+            for name, value in values.items()
+            if name not in HOW_TO_RUN and value is not None
+        }
+        del values["config"]
+        made = {name: _made(kind, values) for name, kind in groups.items()}
+        command(**made, **values)
+        if not values.get("dry_run"):
+            _write_beside(command.__name__, record)
+
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+    )
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _is_options(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Options)
+
+
+def _made(kind: type[Options], values: dict[str, Any]) -> Options:
+    """Take the values of one dataclass out of all values; a text goes through the field's `parse`."""
+    taken = {of.name: values.pop(of.name) for of in dataclasses.fields(kind)}
+    for of in dataclasses.fields(kind):
+        parse = spec_of(of).parse
+        if parse is not None and isinstance(taken[of.name], str):
+            taken[of.name] = parse(taken[of.name])
+    return kind(**taken)
+
+
+def _parameter(kind: type[Options], of: dataclasses.Field[Any]) -> inspect.Parameter:
+    """Return the Typer parameter of one field."""
+    spec, type_ = spec_of(of), types_of(kind)[of.name]
+    default = inspect.Parameter.empty if of.default is dataclasses.MISSING else of.default
+    help = f"{spec.help.removesuffix('.')} ({spec.rule})." if spec.rule else spec.help
+    shown: dict[str, Any] = {"help": help, "metavar": spec.metavar}
+    if spec.shown_default is not None:
+        shown["show_default"] = spec.shown_default
+    elif default is None:
+        shown["show_default"] = False
+    if spec.panel is not None:
+        shown["rich_help_panel"] = spec.panel
+    if spec.parse is not None:
+        type_ = str if default is inspect.Parameter.empty else str | None
+        default = default if default is None or isinstance(default, str) else _text(default)
+    if spec.argument:
+        annotation: Any = Annotated[type_, typer.Argument(**shown)]
+    else:
+        annotation = Annotated[type_, typer.Option(*_flags(of), **shown)]
+    return inspect.Parameter(
+        of.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _flags(of: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """Return the names on the command line; a switch that is off has no `--no-` twin."""
+    name = "--" + of.name.replace("_", "-")
+    if spec_of(of).flags:
+        return spec_of(of).flags
+    return (f"{name}/--no-{name[2:]}",) if of.default is True else (name,)
+
+
+def _config_parameter() -> inspect.Parameter:
+    where = typer.Option(
+        "--config",
+        help="YAML or TOML file with the same names as the options. Flags win over it.",
+        metavar="FILE",
+        is_eager=True,
+        callback=_read_config,
+        show_default=False,
+    )
+    return inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Path | None, where],
+    )
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take defaults from a config file.
+
+    Raises:
+        InputError: if the file cannot be read.
+        UsageError: if it has an unknown key.
+    """
+    if path is None:
+        return None
+    from demerge.storage.documents import read_document, refuse_unknown
+
+    parameters = {_key(p.opts): p for p in context.command.params if p.name not in HOW_TO_RUN}
+    parameters.pop("help", None)
+    table = {str(name).replace("-", "_"): value for name, value in read_document(path).items()}
+    refuse_unknown(table, parameters, str(path))
+    context.default_map = {
+        parameters[key].name or key: value if parameters[key].multiple else _text(value)
+        for key, value in table.items()
+    }
+    return path
+
+
+def _key(names: Iterable[str]) -> str:
+    """Return what a config file calls an option: its longest name on the command line."""
+    return max(names, key=len).split("/")[0].lstrip("-").replace("-", "_")
+
+
+def _text(value: Any) -> Any:
+    """Return a list as the command line writes it: `0.3,0.7`."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _write_beside(command: str, values: dict[str, Any]) -> None:
+    """Write the values that a command ran with into its output folder, if it has one."""
+    out = values.get("out")
+    if not isinstance(out, Path) or not out.is_dir():
+        return
+    import yaml
+
+    from demerge.storage.atomic import commit_text
+
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+    commit_text(out / f"{command}.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,153 @@
+"""The options of a stage: a frozen dataclass is the only place that describes them.
+
+    @dataclass(frozen=True, kw_only=True, repr=False)
+    class FinetuneOptions(Options):
+        max_train_steps: int = option(1000, "Optimizer steps per expert.", ge=1, panel="Training")
+
+A field gives the name, the type, the default, the help text, the rule and the panel. The command
+line (`demerge.cli.options`), the Python API, `--config FILE` and the records all read it from there.
+A `Literal` type lists the choices.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from demerge.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a field says about its option next to its name, type and default.
+
+    Attributes:
+        help: a noun phrase; the choices and the default are printed by the command line itself.
+        panel: the heading of the help page that it stands under.
+        flags: names on the command line if not `--the-name`.
+        argument: whether it is positional on the command line.
+        metavar: what stands for the value in the help.
+        ge, gt, le, lt: the interval that a number must lie in.
+        parse: makes the value out of the text of the command line or of a config file.
+        shown_default: the words for the default where None stands for something else.
+    """
+
+    help: str
+    panel: str | None = None
+    flags: tuple[str, ...] = ()
+    argument: bool = False
+    metavar: str | None = None
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    parse: Callable[[Any], Any] | None = None
+    shown_default: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """The interval in words, empty if there is none: `above 0 and at most 1`."""
+        low = None if self.ge is None else f"at least {self.ge:g}"
+        low = low if self.gt is None else f"above {self.gt:g}"
+        high = None if self.le is None else f"at most {self.le:g}"
+        high = high if self.lt is None else f"below {self.lt:g}"
+        return " and ".join(bound for bound in (low, high) if bound)
+
+    def allows(self, value: float) -> bool:
+        """Whether a number lies in the interval; NaN never does."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+            and value == value
+        )
+
+
+def option(default: Any = MISSING, help: str = "", **rest: Any) -> Any:
+    """Return a dataclass field that is an option; `rest` are the attributes of `Spec`."""
+    return field(default=default, metadata={"option": Spec(help, **rest)})
+
+
+def again(kind: type[Options], name: str, **changes: Any) -> Any:
+    """Return the option `name` of another class once more; `default` or attributes of `Spec` may change."""
+    of = kind.__dataclass_fields__[name]
+    default = changes.pop("default", of.default)
+    return field(default=default, metadata={"option": replace(spec_of(of), **changes)})
+
+
+def spec_of(of: Any) -> Spec:
+    """Return the `Spec` of a dataclass field."""
+    spec: Spec = of.metadata["option"]
+    return spec
+
+
+def types_of(kind: type[Options]) -> dict[str, Any]:
+    """Return the type of each option by name."""
+    return get_type_hints(kind)
+
+
+def choices_of(type_: Any) -> tuple[Any, ...]:
+    """Return the choices of a `Literal`, also of one that may be None; empty for other types."""
+    if get_origin(type_) in (Union, types.UnionType):
+        return tuple(choice for part in get_args(type_) for choice in choices_of(part))
+    return get_args(type_) if get_origin(type_) is Literal else ()
+
+
+class Options:
+    """Base of all options: it checks choices and intervals, prints short and gives JSON values.
+
+    Raises:
+        UsageError: if a value is not one of the choices or outside its interval.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        types_ = types_of(type(self))
+        for of in fields(self):
+            value, choices, spec = getattr(self, of.name), choices_of(types_[of.name]), spec_of(of)
+            if choices:
+                allowed = value in choices or (value is None and of.default is None)
+                self.require(of.name, allowed, f"one of {', '.join(map(str, choices))}")
+            elif spec.rule and value is not None:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                self.require(of.name, is_number and spec.allows(value), spec.rule)
+
+    def require(self, name: str, holds: bool, rule: str) -> None:
+        """Raise `UsageError` with the rule if the option `name` breaks it."""
+        if not holds:
+            fix = f"it must be {rule}"
+            raise UsageError(f"{name} is {getattr(self, name)!r}", fix=fix)
+
+    def __repr__(self) -> str:
+        changed = (of for of in fields(self) if getattr(self, of.name) != of.default)
+        values = ", ".join(f"{of.name}={getattr(self, of.name)!r}" for of in changed)
+        return f"{type(self).__name__}({values})"
+
+    def document(self) -> dict[str, Any]:
+        """Return the options as JSON values."""
+        return asdict(self)
+
+
+Split = Literal["train", "test", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DataOptions(Options):
+    """Which images a stage reads."""
+
+    data: str = option(
+        help="Image folder, CIFAR-10 batches, idx files, npz, digits, or hf:NAME.", panel="Data"
+    )
+    split: Split = option("train", "Split of the images.", panel="Data")
+    skip_broken: bool = option(False, "Leave out images that cannot be read.", panel="Data")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DeviceOptions(Options):
+    """Where a stage computes."""
+
+    device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto takes the fastest one.")
