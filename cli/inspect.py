@@ -26,9 +26,9 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Say what a model is, or, for a base and others, whether they merge into it and why not (exit code 3)."""
-    from demerge.inspection import facts_of
+    from demerge.inspection import inspect_model
 
-    facts = facts_of(model)
+    facts = inspect_model(model)
     if not experts:
         emit(facts.document(), None, json)
         if not json:
@@ -59,10 +59,10 @@ def inspect(
 
 def _merges(base: Path, expert: Path) -> dict[str, Any]:
     from demerge.errors import DemergeError
-    from demerge.merging.planning import refuse_unmergeable
+    from demerge.merging.planning import check_mergeable
 
     found = {"path": str(expert), "merges": True, "why": "", "fix": "", "notes": []}
     try:
-        return found | {"notes": refuse_unmergeable(base, [expert])}
+        return found | {"notes": check_mergeable(base, [expert])}
     except DemergeError as error:
         return found | {"merges": False, "why": error.what, "fix": error.fix}

@@ -50,7 +50,7 @@ def layers(
     from demerge.storage.atomic import commit_json
     from demerge.timesteps import Partition
 
-    stage.refuse_to_replace(out, plot)
+    stage.check_replaceable(out, plot)
     found = load_map(map, model)
     said = stage.layers(found, Partition.parse(ranges, found.T), share=share)
     for line in stage.lines(said):

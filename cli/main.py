@@ -114,7 +114,7 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
-    _refuse_deleted_folder(debug)
+    _check_working_folder(debug)
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer catches Ctrl-C itself, and says nothing
@@ -149,7 +149,7 @@ def main() -> None:
         _bug(error, debug)
 
 
-def _refuse_deleted_folder(debug: bool) -> None:
+def _check_working_folder(debug: bool) -> None:
     """Refuse to work in a folder that was deleted: no path means anything there, and torch cannot be loaded."""
     try:
         os.getcwd()

@@ -219,7 +219,7 @@ def merge(
     from demerge.errors import UsageError
     from demerge.merging import prepare
     from demerge.merging import verify as make_again
-    from demerge.storage.atomic import refuse_existing
+    from demerge.storage.atomic import check_is_new
 
     asked = _given(
         method=method,
@@ -259,7 +259,7 @@ def merge(
             "--dry-run writes nothing, and --report writes", fix="leave one of them out"
         )
     if out is not None:
-        refuse_existing(out)
+        check_is_new(out)
     with progress(1, "merge") as bar:
         plan = prepare(what, device=device, threads=threads, progress=bar)
         result = None if dry_run or out is None else plan.run(out, report_dir or report)
@@ -289,9 +289,9 @@ def _recipe(
     from demerge.errors import UsageError
     from demerge.merging import Recipe
     from demerge.merging.recipe.coefficients import (
+        check_order,
         is_coefficients,
         read_coefficients,
-        refuse_other_order,
     )
 
     if (path is None) == (base is None):
@@ -300,7 +300,7 @@ def _recipe(
             fix="merge BASE EXPERT... -o OUT",
         )
     if weights is not None and is_coefficients(weights):
-        refuse_other_order(Path(weights), experts)
+        check_order(Path(weights), experts)
         whole, rules = read_coefficients(Path(weights))
         asked = {**asked, "weights": whole, "rules": [*asked.get("rules", ()), *rules]}
     elif weights is not None:

@@ -130,12 +130,12 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    from demerge.storage.documents import read_document, refuse_unknown
+    from demerge.storage.documents import check_known_keys, read_document
 
     parameters = {_key(p.opts): p for p in context.command.params if p.name not in HOW_TO_RUN}
     parameters.pop("help", None)
     table = {str(name).replace("-", "_"): value for name, value in read_document(path).items()}
-    refuse_unknown(table, parameters, str(path))
+    check_known_keys(table, parameters, str(path))
     context.default_map = {
         parameters[key].name or key: value if parameters[key].multiple else _text(value)
         for key, value in table.items()

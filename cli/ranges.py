@@ -77,7 +77,7 @@ def ranges(
             fix="leave out --method and -n",
         )
     if out is not None:
-        stage.refuse_to_replace(out)
+        stage.check_replaceable(out)
     page = None if out is None else stage.page_beside(out)
     said = stage.ranges(
         found, count, method=method or stage.ADVISED, score=score, minimum=minimum, given=given

@@ -55,10 +55,10 @@ def transfer(
 
     demerge transfer runs/conflict experts/0000-0250 experts/0250-1000 --base base -o runs/transfer
     """
-    from demerge.analysis.stages.transfer import document, lines, prepare, refuse_to_replace, write
+    from demerge.analysis.stages.transfer import check_replaceable, document, lines, prepare, write
 
     if out is not None:
-        refuse_to_replace(out)
+        check_replaceable(out)
     plan = prepare(map, base, experts, ranges=ranges, skip_text=skip_text_encoder)
     for line in plan.lines():
         say(line)

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from demerge.errors import InputError
-from demerge.storage.layout import Place, inside
+from demerge.storage.layout import CheckpointLocation, inside
 from demerge.storage.schema import Count, Record, Span, Table, read_record
 from demerge.timesteps import TimestepRange
 
@@ -54,7 +54,7 @@ def read_expert(path: Path) -> ExpertRecord:
     return read_record(path, ExpertRecord, fix="use the expert.json that `demerge finetune` wrote")
 
 
-def expert_of(place: Place) -> ExpertRecord | None:
+def expert_of(place: CheckpointLocation) -> ExpertRecord | None:
     """Return the record of the expert at a place, None where it has none.
 
     Raises:
@@ -64,7 +64,7 @@ def expert_of(place: Place) -> ExpertRecord | None:
     return None if path is None else read_expert(path)
 
 
-def expert_range(place: Place) -> TimestepRange | None:
+def expert_range(place: CheckpointLocation) -> TimestepRange | None:
     """Return the range that an expert's record names, None where it has no record.
 
     Raises:

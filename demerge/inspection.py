@@ -58,7 +58,7 @@ class Facts:
         return [(name.replace("_", " "), _text(value)) for name, value in known]
 
 
-def facts_of(path: Path) -> Facts:
+def inspect_model(path: Path) -> Facts:
     """Read what a model is.
 
     Raises:

@@ -34,7 +34,7 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: installed(package) for package in packages}
 
 
-def refuse_differences(
+def check_same_settings(
     where: Path, record: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> None:
     """Refuse to continue or reuse work that was begun with other options or inputs.

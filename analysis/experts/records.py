@@ -11,11 +11,11 @@ from demerge.expert import expert_of, expert_range
 from demerge.merging.inputs.experts import Expert
 from demerge.storage.checkpoint import Checkpoint, content_sha256, finite
 from demerge.storage.hashing import remembered_content
-from demerge.storage.layout import Place
+from demerge.storage.layout import CheckpointLocation
 from demerge.timesteps import Partition
 
 
-def own_ranges(places: Sequence[Place], T: int) -> Partition:
+def own_ranges(places: Sequence[CheckpointLocation], T: int) -> Partition:
     """Return the partition of [0, T) that the experts' ranges make.
 
     Raises:
@@ -55,11 +55,11 @@ def settled_ranges(
         InputError: where a model holds a number that is not finite.
     """
     given = None if text is None else Partition.parse(text, T)
-    refuse_infinite(paths, models)
+    check_finite(paths, models)
     return given or own_ranges([expert.place for expert in experts], T)
 
 
-def refuse_infinite(paths: Sequence[str], models: Sequence[Expert]) -> None:
+def check_finite(paths: Sequence[str], models: Sequence[Expert]) -> None:
     """Refuse models that hold a number that is not finite, before anything is made of their records.
 
     Raises:
@@ -102,7 +102,7 @@ def measured_on(
     }
 
 
-def _data_of(place: Place) -> Any:
+def _data_of(place: CheckpointLocation) -> Any:
     """Return the fingerprint of the data that an expert's record says it was trained on."""
     record = expert_of(place)
     return None if record is None else record.inputs.get("data_fingerprint")

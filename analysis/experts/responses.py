@@ -206,7 +206,7 @@ def responses(
                 outputs = torch.cat(
                     [model.predict(cell.x_t, cell.t, cell.condition).float() for _, cell in part]
                 )
-                _refuse_infinite(outputs, _label(session, p - 1), span)
+                _check_finite(outputs, _label(session, p - 1), span)
                 moved[p] = outputs.flatten(1).cpu().numpy()
                 done += len(outputs)
                 if progress is not None:
@@ -241,7 +241,7 @@ def bend(draws: Draws, session: MergeSession, found: Responses, w: Array) -> Arr
             each = torch.cat(
                 [squared_error(model.predict(c.x_t, c.t, c.condition), c.y) for c in cells]
             )
-            _refuse_infinite(each, "the merge", span)
+            _check_finite(each, "the merge", span)
             loss[r, m] = float(each.double().mean())
     bent: Array = loss - found.loss - found.change(w)
     return bent
@@ -299,7 +299,7 @@ def _label(session: MergeSession, p: int) -> str:
     )
 
 
-def _refuse_infinite(outputs: Tensor, who: str, span: TimestepRange) -> None:
+def _check_finite(outputs: Tensor, who: str, span: TimestepRange) -> None:
     if not bool(outputs.isfinite().all()):
         raise NumericalError(
             f"an output of {who} in range {span} is not finite",

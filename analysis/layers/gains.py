@@ -320,7 +320,7 @@ def _short(value: float) -> float:
 # -- files ---------------------------------------------------------------------------------------------------------------
 
 
-def refuse_to_replace(out: Path | None, plot: Path | None) -> None:
+def check_replaceable(out: Path | None, plot: Path | None) -> None:
     """Refuse places for a choice and its plot that hold something else, or cannot be drawn.
 
     Raises:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from demerge.diffusion.numerics import steady_norms
+from demerge.diffusion.numerics import contiguous_groupnorm_inputs
 from demerge.errors import UsageError
 
 Consume = Callable[[int, Tensor], None]
@@ -70,7 +70,7 @@ class Backward:
         for parameter in select(denoiser, which).values():
             self._starts[parameter.requires_grad_(True)] = self.D
             self.D += parameter.numel()
-        steady_norms(denoiser)
+        contiguous_groupnorm_inputs(denoiser)
         self._flat = mode == "flat" or (mode == "auto" and FLAT >= self.D)
 
     def __call__(self, loss: Tensor, consume: Consume) -> None:

@@ -28,7 +28,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorEr
 
 
 @dataclass(frozen=True, slots=True)
-class Partial:
+class MeasurementCheckpoint:
     """Parts of the measurement `key` in `folder`; nothing is kept where that is None."""
 
     folder: Path | None
@@ -45,7 +45,7 @@ class Partial:
                 contextlib.suppress(*UNREADABLE),
                 safetensors.safe_open(path, framework="pt") as file,
             ):
-                self._refuse_foreign(parse_json((file.metadata() or {})["demerge"]))
+                self._check_same_base(parse_json((file.metadata() or {})["demerge"]))
 
     def load(self, name: str, shape: Sequence[int]) -> Tensor | None:
         """Return a part [*shape], or None where it is not there or damaged, and is to be made again.
@@ -63,7 +63,7 @@ class Partial:
                 )
         except UNREADABLE:
             return None
-        self._refuse_foreign(there)
+        self._check_same_base(there)
         return values if list(values.shape) == list(shape) else None
 
     def save(self, name: str, values: Tensor) -> None:
@@ -88,7 +88,7 @@ class Partial:
         if self.folder is not None and self.folder.is_dir():
             shutil.rmtree(self.folder)
 
-    def _refuse_foreign(self, there: Any) -> None:
+    def _check_same_base(self, there: Any) -> None:
         if there != self.key:
             raise UsageError(
                 f"{self.folder} holds parts of another measurement{_differences(there, self.key)}",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from demerge.analysis.measurement.backward import Backward, Consume
-from demerge.analysis.measurement.checkpoint import Partial
+from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.draws import Draw, Draws
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.parallel import ALONE, World
@@ -37,7 +37,7 @@ TRIALS = 4  # of each kind of noise
 TIMED, TIMED_SECONDS = 6, 1.0
 
 
-class Keep(Protocol):
+class Reduction(Protocol):
     """What is kept of a gradient: a linear map to `width` numbers."""
 
     @property
@@ -49,7 +49,7 @@ class Keep(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Everything:
+class KeepAll:
     """Keeps the gradient itself, of `width` coordinates."""
 
     width: int
@@ -63,7 +63,7 @@ class Everything:
 class SideBySide:
     """Keeps several things of a gradient, one after the other."""
 
-    parts: Sequence[Keep]
+    parts: Sequence[Reduction]
 
     @property
     def width(self) -> int:
@@ -79,7 +79,7 @@ class SideBySide:
 
 
 @dataclass(slots=True)
-class Cells:
+class GradientCollector:
     """The cells of a measurement, run through once.
 
     Attributes:
@@ -94,8 +94,8 @@ class Cells:
 
     draws: Draws
     backward: Backward
-    keep: Keep
-    partial: Partial
+    keep: Reduction
+    partial: MeasurementCheckpoint
     total: int
     progress: Progress | None = None
     world: World = ALONE
@@ -217,7 +217,7 @@ class Cells:
 
         for span, draw in zip(self.draws.bins, self.draws.pilot(), strict=True):
             self.backward(self._loss(draw, span), add)
-            self._refuse_infinite(v, span, "pilot", draw)
+            self._check_finite(v, span, "pilot", draw)
             self._tick(f"pilot {span}")
         return v
 
@@ -228,7 +228,7 @@ class Cells:
             for j in range(TRIALS):
                 for kind, draw in enumerate(self.draws.trial(i, j)):
                     kept = self._kept(draw, span)
-                    self._refuse_infinite(kept, span, "pilot of the noise", draw)
+                    self._check_finite(kept, span, "pilot of the noise", draw)
                     squares[kind, i] += float(kept.square().sum())
                     self._tick(f"noise {span}")
         return squares
@@ -264,7 +264,7 @@ class Cells:
                 consume = self._weighed(partial(self.keep.add, total))
                 self.fisher.cell(m, i, draw, self._loss, self.backward, consume)
                 row.copy_(total)
-            self._refuse_infinite(row, span, f"group {m}", draw)
+            self._check_finite(row, span, f"group {m}", draw)
             self._tick(f"bin {span}", self.world.size)
 
     def _kept(self, draw: Draw, span: TimestepRange) -> Tensor:
@@ -291,7 +291,7 @@ class Cells:
         if self.progress is not None:
             self.progress(min(self.done, self.total), self.total, what)
 
-    def _refuse_infinite(self, values: Tensor, span: TimestepRange, where: str, draw: Draw) -> None:
+    def _check_finite(self, values: Tensor, span: TimestepRange, where: str, draw: Draw) -> None:
         """Refuse a cell by the first of its samples whose gradient is not finite; a sketch of it is not finite either."""
         if bool(values.isfinite().all()):
             return

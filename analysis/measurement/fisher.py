@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from demerge.analysis.measurement.backward import Backward, Consume
-from demerge.analysis.measurement.checkpoint import Partial
+from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.draws import Draw
 from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.device import free_bytes
@@ -47,7 +47,7 @@ from demerge.provenance import made_as
 from demerge.statistics import Collected, commit_statistic, inputs_of
 from demerge.statistics.fisher import by_state_name
 from demerge.statistics.record import is_there
-from demerge.storage.atomic import refuse_small_disk
+from demerge.storage.atomic import check_disk_space
 from demerge.timesteps import Partition, TimestepRange
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class RangeFisher:
     bins: Partition
     groups: int
     batch_size: int
-    partial: Partial
+    partial: MeasurementCheckpoint
     world: World = ALONE
     done: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
@@ -320,7 +320,7 @@ def fisher_files(
         )
     spans = Partition.parse(ranges, model.T)
     edges = [0, *spans.cuts, spans.total]
-    own = Partial(
+    own = MeasurementCheckpoint(
         out / "conflict.partial" / NAME, {**measurement.key(), NAME: edges, "parts": PARTS}
     )
     fisher = RangeFisher(
@@ -338,5 +338,5 @@ def fisher_files(
                 f"the sums of the Fisher take {made.bytes:,} bytes on {model.device}, {free:,} are free",
                 fix="take fewer ranges, or another device",
             )
-        refuse_small_disk(out / NAME, 3 * made.bytes)
+        check_disk_space(out / NAME, 3 * made.bytes)
     return made

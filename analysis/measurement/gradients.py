@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from demerge.analysis.measurement.backward import Backward, select
-from demerge.analysis.measurement.checkpoint import Partial
+from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.collector import (
     TRIALS,
-    Cells,
-    Everything,
-    Keep,
+    GradientCollector,
+    KeepAll,
     Progress,
+    Reduction,
     SideBySide,
 )
 from demerge.analysis.measurement.draws import Draws
@@ -195,7 +195,7 @@ class Measurement:
 
     def begin(
         self,
-        partial: Partial,
+        partial: MeasurementCheckpoint,
         *,
         world: World = ALONE,
         start: ConflictMap | None = None,
@@ -231,19 +231,22 @@ class Measurement:
         )
         sketch = CountSketch.of(backward.D, s.seed, device=self.model.device)
         short = SideBySide([sketch, *([sketch.layers(self.layout)] if s.layers else [])])
-        keep: Keep = Everything(backward.D) if self.exact else short
-        cells = Cells(
+        keep: Reduction = KeepAll(backward.D) if self.exact else short
+        cells = GradientCollector(
             draws, backward, keep, partial, 0, world=world, precision=s.precision, fisher=fisher
         )
         run = Run(self, cells, sketch, short, start)
         if timed or s.budget is not None:
             with fitting_threads(self.model, s.batch_size):
                 run = replace(run, seconds=cells.seconds())
-        run.refuse_small_budget()
+        run.check_budget()
         return run
 
     def run(
-        self, partial: Partial, progress: Progress | None = None, fisher: RangeFisher | None = None
+        self,
+        partial: MeasurementCheckpoint,
+        progress: Progress | None = None,
+        fisher: RangeFisher | None = None,
     ) -> ConflictMap:
         """Measure what `partial` does not hold yet, and return the map; see `Run.map`."""
         return self.begin(partial, fisher=fisher).map(progress)
@@ -309,4 +312,4 @@ def measure(
         se=se,
         precision=precision,
     )
-    return Measurement(model, data, settings, mode).run(Partial(None, {}), progress)
+    return Measurement(model, data, settings, mode).run(MeasurementCheckpoint(None, {}), progress)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from demerge.analysis.measurement.budget import Stop, by_cell
-from demerge.analysis.measurement.collector import Cells, Keep, Progress, products
+from demerge.analysis.measurement.collector import GradientCollector, Progress, Reduction, products
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.options import duration
 from demerge.analysis.measurement.sketch import CountSketch
@@ -21,7 +21,7 @@ from demerge.conflict import MIN_GROUPS, Array, ConflictMap, K, Origin
 from demerge.diffusion.numerics import accumulator
 from demerge.diffusion.threads import fitting_threads
 from demerge.errors import ResourceError, UsageError
-from demerge.storage.atomic import refuse_small_disk
+from demerge.storage.atomic import check_disk_space
 
 if TYPE_CHECKING:
     from demerge.analysis.measurement.gradients import Cost, Measurement
@@ -39,9 +39,9 @@ class Run:
     """
 
     measurement: Measurement
-    cells: Cells
+    cells: GradientCollector
     sketch: CountSketch
-    short: Keep
+    short: Reduction
     start: ConflictMap | None = None
     seconds: float | None = None
 
@@ -104,7 +104,7 @@ class Run:
         pilots = cost.passes - MIN_GROUPS * s.bins + cost.trials * 2 / s.batch_size
         return (self.seconds or 0.0) * (rounds * s.bins + pilots)
 
-    def refuse_small_budget(self) -> None:
+    def check_budget(self) -> None:
         """Refuse a budget that does not hold 5 groups.
 
         Raises:
@@ -143,7 +143,7 @@ class Run:
         of, cells, cost = self.measurement, self.cells, self.cost
         s = of.settings
         if cells.partial.folder is not None:
-            refuse_small_disk(cells.partial.folder, cost.bytes)
+            check_disk_space(cells.partial.folder, cost.bytes)
         with fitting_threads(of.model, s.batch_size):
             return self._measured(progress, early)
 
@@ -207,7 +207,7 @@ class Run:
         )
 
 
-def _shortened(rows: Tensor, keep: Keep) -> Tensor:
+def _shortened(rows: Tensor, keep: Reduction) -> Tensor:
     """Return what is kept [M N width] of gradients [M N D]."""
     flat = rows.flatten(0, 1)
     found = accumulator((len(flat), keep.width), rows.device)

@@ -29,7 +29,7 @@ def described(log_snr: Array) -> str:
     return f"of {len(log_snr)} timesteps with log SNR {ends}"
 
 
-def refuse_other_schedule(map: ConflictMap, path: Path, model: str) -> None:
+def check_same_schedule(map: ConflictMap, path: Path, model: str) -> None:
     """Refuse a map that was measured on another schedule than the model's, which is read without its weights.
 
     A model that is weights alone has no schedule, and nothing is refused.

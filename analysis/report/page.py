@@ -22,7 +22,7 @@ from demerge.analysis.report.verdict import listed
 from demerge.analysis.similarity import similarity
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
-from demerge.reporting.html import Exhibit, figure, section, table, text, whole
+from demerge.reporting.html import PageFigure, figure, section, table, text, whole
 from demerge.reporting.theme import DARK
 from demerge.storage.atomic import commit_text
 from demerge.timesteps import Partition
@@ -46,7 +46,7 @@ def page(
     map: ConflictMap,
     partition: Partition,
     said: Mapping[str, Any],
-    shown: Mapping[str, Exhibit],
+    shown: Mapping[str, PageFigure],
     names: Names,
 ) -> str:
     """Return the page of a map and its summary; `shown` are pictures by name, as in CAPTIONS."""
@@ -80,7 +80,7 @@ MEASURED = (
 )
 
 
-def _sure(said: Mapping[str, Any], shown: Mapping[str, Exhibit]) -> str:
+def _sure(said: Mapping[str, Any], shown: Mapping[str, PageFigure]) -> str:
     """Return what the cut explains and where it lands again; nothing where noise hides it."""
     if said["cuts"][said["taken"]]["share"] is None:
         return ""
@@ -90,7 +90,7 @@ def _sure(said: Mapping[str, Any], shown: Mapping[str, Exhibit]) -> str:
     )
 
 
-def _figures(shown: Mapping[str, Exhibit], *names: str) -> str:
+def _figures(shown: Mapping[str, PageFigure], *names: str) -> str:
     return "".join(figure(shown[name]) for name in names if name in shown)
 
 
@@ -278,7 +278,7 @@ def _origin(map: ConflictMap) -> str:
 
 def pictures(
     map: ConflictMap, partition: Partition, said: Mapping[str, Any], minimum: int | None = None
-) -> tuple[dict[str, Figure], dict[str, Exhibit]]:
+) -> tuple[dict[str, Figure], dict[str, PageFigure]]:
     """Draw the plots of a summary: figures on white, and the page's pictures for light and dark."""
     method, score = said["judged"] if said["judged"] in FOUND else "gradient", said["score"]
     counted = count(map, method=method, score=score, minimum=minimum)
@@ -290,7 +290,7 @@ def pictures(
     }
     light, dark = figures(map, partition, **given), figures(map, partition, **given, theme=DARK)
     shown = {
-        name: Exhibit(CAPTIONS[name], render(each), dark=render(dark[name]))
+        name: PageFigure(CAPTIONS[name], render(each), dark=render(dark[name]))
         for name, each in light.items()
     }
     return light, shown
@@ -309,13 +309,13 @@ def write_page(
     Raises:
         UsageError: where the place holds something else.
     """
-    refuse_to_replace(path)
+    check_replaceable(path)
     return commit_text(
         path, page(map, partition, said, pictures(map, partition, said, minimum)[1], names)
     )
 
 
-def refuse_to_replace(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
     """Refuse a place for the page that holds something else.
 
     Raises:

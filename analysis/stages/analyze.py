@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from demerge.analysis.measurement.budget import neighbour_se, said
-from demerge.analysis.measurement.checkpoint import Partial
+from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.collector import Progress
 from demerge.analysis.measurement.fisher import FisherFiles, fisher_files
 from demerge.analysis.measurement.gradients import Cost, Measurement
@@ -45,7 +45,7 @@ class Plan:
 
     measurement: Measurement
     out: Path
-    partial: Partial
+    partial: MeasurementCheckpoint
     found: ConflictMap | None
     run: Run | None
     fisher: FisherFiles | None = None
@@ -107,7 +107,7 @@ class Plan:
         """
         with alone_in(self.out / PARTIAL) if self.world.main else nullcontext():
             if self.world.main:
-                self._refuse_new_map()
+                self._check_no_new_map()
             early = None if tell is None else lambda map: [tell(line) for line in self.early(map)]
             measured = None if self.run is None else self.run.map(progress, early)  # type: ignore[arg-type]
             map = cast("ConflictMap", self.found or measured)
@@ -138,7 +138,7 @@ class Plan:
             f"early     {known}{why}. For half of it {would}. Ctrl-C keeps the groups that are measured."
         ]
 
-    def _refuse_new_map(self) -> None:
+    def _check_no_new_map(self) -> None:
         """Refuse to replace a map that another process finished since `prepare` looked."""
         started = self.run is not None and self.run.start is None and self.found is None
         if started and (self.out / MAP).exists():
@@ -234,7 +234,7 @@ def prepare(
     images = base.load_images(data, split=split, skip_broken=skip_broken)
     base.told(images)
     measurement = Measurement(base, images, settings)
-    partial = Partial(out / PARTIAL, measurement.key())
+    partial = MeasurementCheckpoint(out / PARTIAL, measurement.key())
     found = None if there is None else _earlier(there, out / MAP, partial.key)
     groups_there = 0 if found is None else found.M
     if world.agree(groups_there, device) != groups_there:
@@ -260,11 +260,11 @@ def prepare(
     of = None if squares is None else squares.fisher
     run = measurement.begin(partial, world=world, start=start, fisher=of, timed=True)
     if found is not None and budget is not None:
-        _refuse_late_fisher(found, run.cost, budget)
+        _check_fisher_budget(found, run.cost, budget)
     return Plan(measurement, out, partial, found, run, squares, world)
 
 
-def _refuse_late_fisher(found: ConflictMap, cost: Cost, budget: float) -> None:
+def _check_fisher_budget(found: ConflictMap, cost: Cost, budget: float) -> None:
     """Refuse a Fisher of all groups of a map that does not fit the budget."""
     if cost.seconds is not None and cost.seconds > budget:
         raise ResourceError(

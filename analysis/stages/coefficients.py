@@ -36,10 +36,10 @@ from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.lora import open_expert
 from demerge.merging import MergeSession
-from demerge.merging.inputs.experts import refuse_foreign
+from demerge.merging.inputs.experts import check_same_base
 from demerge.merging.recipe.blocks import KINDS
 from demerge.provenance import versions
-from demerge.storage.atomic import place_for, refuse_existing
+from demerge.storage.atomic import check_is_new, place_for
 from demerge.storage.checkpoint import Checkpoint
 
 PER = ("model", "block", "layer")
@@ -140,12 +140,12 @@ def prepare(
     out = place_for(out)
     if out.suffix != ".json":
         raise UsageError(f"{out} is not a name for a file of weights", fix="end it in .json")
-    refuse_existing(out)
+    check_is_new(out)
     if per not in PER:
         raise UsageError(f"per '{per}' is unknown", fix=f"use {', '.join(PER)}")
     origin = Checkpoint.open(base)
     tuned = [open_expert(path, origin) for path in experts]
-    refuse_foreign(origin, tuned)
+    check_same_base(origin, tuned)
     model = Diffusion.load(base, device=device)
     partition = settled_ranges(ranges, model.T, [base, *experts], [origin, *tuned], tuned)
     images = model.load_images(data, split=split, skip_broken=skip_broken)

@@ -31,13 +31,13 @@ from demerge.errors import UsageError
 from demerge.evaluation.metrics.range_losses import BLOCKS, range_losses
 from demerge.expert import expert_range
 from demerge.lora import open_expert
-from demerge.merging.engine.validation import refuse_unlike
+from demerge.merging.engine.validation import check_same_tensors
 from demerge.merging.inputs.components import notes_about
-from demerge.merging.inputs.experts import Expert, refuse_foreign
+from demerge.merging.inputs.experts import Expert, check_same_base
 from demerge.provenance import versions
-from demerge.storage.atomic import commit_dir, commit_json, commit_text, place_for, refuse_existing
+from demerge.storage.atomic import check_is_new, commit_dir, commit_json, commit_text, place_for
 from demerge.storage.checkpoint import Checkpoint
-from demerge.storage.layout import Place
+from demerge.storage.layout import CheckpointLocation
 from demerge.timesteps import Partition
 
 FORMAT = "demerge.landscape/1"
@@ -229,7 +229,7 @@ def prepare(
     """
     out = None if out is None else place_for(out)
     if out is not None:
-        refuse_existing(out)
+        check_is_new(out)
     if points < 1 or samples < BLOCKS:
         raise UsageError(
             f"{points} points and {samples} samples are too few",
@@ -239,8 +239,8 @@ def prepare(
     origin = Checkpoint.open(base)
     paths = [*experts, *([merged] if merged is not None else [])]
     opened = [open_expert(path, origin) for path in paths]
-    refuse_foreign(origin, opened)
-    refuse_unlike(origin, opened, [base, *paths])
+    check_same_base(origin, opened)
+    check_same_tensors(origin, opened, [base, *paths])
     tuned = opened[: len(experts)]
     model = Diffusion.load(base, device=device)
     partition = settled_ranges(ranges, model.T, [base, *paths], [origin, *opened], tuned)
@@ -280,7 +280,7 @@ def _pair(text: str, K: int) -> tuple[int, int] | str:
     return i, j
 
 
-def _labels(paths: Sequence[str], places: Sequence[Place]) -> tuple[str, ...]:
+def _labels(paths: Sequence[str], places: Sequence[CheckpointLocation]) -> tuple[str, ...]:
     """Return what experts are called: their ranges, the names of their folders where ranges are missing or not distinct."""
     spans = [expert_range(place) for place in places]
     names = [

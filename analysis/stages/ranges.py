@@ -126,7 +126,7 @@ def load_map(path: Path, model: str | None = None) -> ConflictMap:
     map = ConflictMap.load(path / "conflict.safetensors" if path.is_dir() else path)
     if model is None:
         return map
-    from demerge.analysis.measurement.schedule import refuse_other_schedule
+    from demerge.analysis.measurement.schedule import check_same_schedule
     from demerge.storage.checkpoint import Checkpoint
     from demerge.storage.hashing import remembered_content
 
@@ -136,11 +136,11 @@ def load_map(path: Path, model: str | None = None) -> ConflictMap:
             f"{path} was measured on a model of sha256 {map.origin.model[:16]}..., {model} has {sha256[:16]}...",
             fix="name the base that the map was measured on, or measure this one with `demerge analyze`",
         )
-    refuse_other_schedule(map, path, model)
+    check_same_schedule(map, path, model)
     return map
 
 
-def refuse_to_replace(out: Path) -> None:
+def check_replaceable(out: Path) -> None:
     """Refuse a place for a partition that holds something else.
 
     Raises:
@@ -163,9 +163,9 @@ def page_beside(out: Path) -> Path:
     Raises:
         UsageError: where something else is there.
     """
-    from demerge.analysis.report.page import NAME, refuse_to_replace
+    from demerge.analysis.report.page import NAME, check_replaceable
 
-    refuse_to_replace(out.parent / NAME)
+    check_replaceable(out.parent / NAME)
     return out.parent / NAME
 
 

@@ -21,9 +21,9 @@ from demerge.analysis.stages.ranges import load_map
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
 from demerge.lora import open_expert
-from demerge.merging.engine.validation import refuse_unlike
+from demerge.merging.engine.validation import check_same_tensors
 from demerge.merging.inputs.components import notes_about
-from demerge.merging.inputs.experts import Expert, refuse_foreign
+from demerge.merging.inputs.experts import Expert, check_same_base
 from demerge.provenance import versions
 from demerge.storage.atomic import commit_json
 from demerge.storage.checkpoint import Checkpoint
@@ -116,8 +116,8 @@ def prepare(
     found, origin = load_map(map, base), Checkpoint.open(base)
     sketches_of(found)
     tuned = [open_expert(path, origin, skip_text=skip_text) for path in experts]
-    refuse_foreign(origin, tuned)
-    refuse_unlike(origin, tuned, [base, *experts])
+    check_same_base(origin, tuned)
+    check_same_tensors(origin, tuned, [base, *experts])
     partition = settled_ranges(ranges, found.T, [base, *experts], [origin, *tuned], tuned)
     inputs = {
         "map": str(map),
@@ -137,7 +137,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return [name if count[name] == 1 else path for name, path in zip(names, paths, strict=True)]
 
 
-def refuse_to_replace(out: Path) -> None:
+def check_replaceable(out: Path) -> None:
     """Refuse an output folder that is none, or whose transfer.json is something else.
 
     Raises:

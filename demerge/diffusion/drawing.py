@@ -15,9 +15,9 @@ from pydantic import Field
 
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.sampling import batches
-from demerge.provenance import refuse_differences
+from demerge.provenance import check_same_settings
 from demerge.reporting.images import png
-from demerge.storage.atomic import commit_bytes, commit_json, place_for, refuse_existing
+from demerge.storage.atomic import check_is_new, commit_bytes, commit_json, place_for
 from demerge.storage.schema import Record, Table, read_record
 
 SAMPLE = "sample.json"
@@ -96,11 +96,11 @@ def _begin(folder: Path, options: dict[str, Any], inputs: dict[str, Any]) -> Non
     place = folder / SAMPLE
     if place.is_file():
         record = read_record(place, SampleRecord, fix=f"draw into another folder than {folder}")
-        refuse_differences(folder, record.model_dump(), options, inputs)
+        check_same_settings(folder, record.model_dump(), options, inputs)
         return
     stray = f".{SAMPLE}."
     if not folder.is_dir() or not all(entry.name.startswith(stray) for entry in folder.iterdir()):
-        refuse_existing(folder)
+        check_is_new(folder)
     commit_json(place, SampleRecord(inputs=inputs, options=options).model_dump())
 
 

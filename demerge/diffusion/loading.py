@@ -275,7 +275,7 @@ def _load(
     names = {_bare(name): name for name in weights}
     wanted = {_bare(name): name for name in model.state_dict()}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    refuse_other_keys(
+    check_keys(
         weights,
         {names.get(bare, name): shapes[name] for bare, name in wanted.items()},
         f"{where}: the weights do not fit the config",
@@ -291,9 +291,7 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
-def refuse_other_keys(
-    weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str
-) -> None:
+def check_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Refuse weights that are not of these names and shapes; a `position_ids` of older files is a constant and may be more.
 
     Raises:

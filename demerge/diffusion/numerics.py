@@ -15,7 +15,7 @@ def accumulator(shape: Sequence[int], device: torch.device) -> Tensor:
     )
 
 
-def steady_norms(denoiser: nn.Module) -> None:
+def contiguous_groupnorm_inputs(denoiser: nn.Module) -> None:
     """Give each group norm that trains a contiguous input where nothing before it trains, in place.
 
     torch 2.13 crashes on the CPU in the backward of a group norm whose input is channels-last and asks for no gradient.

@@ -177,7 +177,7 @@ def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
         )
     with running(f"the scheduler of {model.folder}"):
         scheduler.set_timesteps(steps)
-    _refuse_zero_snr(model, scheduler.timesteps, steps)
+    _check_terminal_snr(model, scheduler.timesteps, steps)
     return scheduler
 
 
@@ -210,7 +210,7 @@ def _own_config(model: Diffusion) -> dict[str, Any]:
     return config | ({"clip_sample": False, "steps_offset": 1} if model.requires_text else {})
 
 
-def _refuse_zero_snr(model: Diffusion, timesteps: Tensor, steps: int) -> None:
+def _check_terminal_snr(model: Diffusion, timesteps: Tensor, steps: int) -> None:
     empty = (model.alphas_cumprod == 0).nonzero().flatten().tolist()
     if model.prediction_type == "epsilon" and set(empty) & set(timesteps.long().tolist()):
         raise UsageError(

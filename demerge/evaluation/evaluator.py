@@ -1,6 +1,6 @@
 """The judge: everything about an evaluation that is the same for all its models.
 
-    judge = Judge(net, reference, sampler="ddim", steps=50, perceptual=load_lpips())
+    judge = Evaluator(net, reference, sampler="ddim", steps=50, perceptual=load_lpips())
     floor = judge.noise_floor(other_real_images, n=2000)
     scores = judge.score("ties", images, seed=0, kind="merge", base=base_images)
 
@@ -23,7 +23,7 @@ from demerge.evaluation.scores import Kind, Protocol, Scores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Judge:
+class Evaluator:
     """A feature net, a reference and, for LPIPS, AlexNet; with the sampler that makes the images."""
 
     net: FeatureNet = field(repr=False)
@@ -80,11 +80,11 @@ class Judge:
             model, metrics, self.protocol(len(images)), digest, seed, kind, model_sha256, losses
         )
 
-    def of_real(self) -> Judge:
+    def of_real(self) -> Evaluator:
         """The same judge, for real images."""
         return replace(self, sampler="none (real images)", steps=0, guidance_scale=1.0)
 
-    def of_folder(self) -> Judge:
+    def of_folder(self) -> Evaluator:
         """The same judge, for images that others made."""
         return replace(self, sampler="unknown (folder of images)", steps=0, guidance_scale=1.0)
 

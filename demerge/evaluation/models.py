@@ -33,7 +33,7 @@ SLUG = 180  # bytes, so that seed and ending still fit into a file name
 
 
 @dataclass(frozen=True, slots=True)
-class Entrant:
+class ModelSpec:
     """A model to be scored.
 
     Attributes:
@@ -57,7 +57,7 @@ class Entrant:
             and not _is_pipeline(folder)
         )
 
-    def load(self, base: Entrant | None = None, device: str = "cpu") -> Diffusion:
+    def load(self, base: ModelSpec | None = None, device: str = "cpu") -> Diffusion:
         """Load the model; a routed ensemble takes the schedule of `base`.
 
         Raises:
@@ -84,7 +84,7 @@ class Entrant:
 
 def entrants(
     models: Models, base: str | None = None, kinds: Mapping[str, Kind] | None = None
-) -> list[Entrant]:
+) -> list[ModelSpec]:
     """Tell what each model is; the base is `base`, or else the first pipeline that demerge did not make.
 
     Args:
@@ -171,9 +171,9 @@ def kind_of(folder: Path) -> Kind:
     return "ensemble" if not _is_pipeline(folder) and any(folder.glob(f"*/{EXPERT}")) else "model"
 
 
-def _entrant(name: str, source: str | Path | Diffusion, kind: Kind | None) -> Entrant:
+def _entrant(name: str, source: str | Path | Diffusion, kind: Kind | None) -> ModelSpec:
     if isinstance(source, Diffusion):
-        return Entrant(printable(name), kind or "model", name, source)
+        return ModelSpec(printable(name), kind or "model", name, source)
     folder = Path(source)
     if is_report(folder):
         what = f"{folder}: its pictures are plots that demerge wrote, not a model's images"
@@ -186,7 +186,7 @@ def _entrant(name: str, source: str | Path | Diffusion, kind: Kind | None) -> En
         if not (folder / "demerge.json").is_file()
         else None
     )
-    return Entrant(printable(name or plain or _short(str(source))), kind, str(source))
+    return ModelSpec(printable(name or plain or _short(str(source))), kind, str(source))
 
 
 def _only_joint(folder: Path) -> Path | None:

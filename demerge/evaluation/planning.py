@@ -11,13 +11,13 @@ from demerge.data import ImageData, load_images
 from demerge.data.values import Shape
 from demerge.diffusion.sampling import check_sampling, make_scheduler
 from demerge.errors import UsageError
-from demerge.evaluation.evaluator import Judge
+from demerge.evaluation.evaluator import Evaluator
 from demerge.evaluation.features.inception import Preprocess
 from demerge.evaluation.features.nets import FeatureNet, Progress, feature_net
 from demerge.evaluation.metrics.lpips import load_lpips
 from demerge.evaluation.metrics.reference import Reference
-from demerge.evaluation.models import Entrant, Models, entrants, without_reports
-from demerge.evaluation.runner import Contest, pictures
+from demerge.evaluation.models import Models, ModelSpec, entrants, without_reports
+from demerge.evaluation.runner import EvaluationRun, pictures
 from demerge.evaluation.scores import Kind, Scores
 from demerge.reporting.html import printable
 from demerge.reprs import stated
@@ -69,8 +69,8 @@ class Prepared:
         left_out: folders of demerge's own plots, which were named among the models.
     """
 
-    contest: Contest
-    entrants: list[Entrant]
+    contest: EvaluationRun
+    entrants: list[ModelSpec]
     others: ImageData | None
     left_out: list[str]
 
@@ -112,7 +112,7 @@ def prepare(
     found = entrants(models, base, kinds)
     control = next(
         (e for e in found if e.kind == "base"),
-        None if base is None else Entrant("base", "base", base),
+        None if base is None else ModelSpec("base", "base", base),
     )
     facts = _facts(found, control, options)
     partition = (
@@ -129,7 +129,7 @@ def prepare(
     for entrant in found:
         if entrant.is_images:
             pictures(entrant.source, data.shape, options.num_images)
-    contest = Contest(
+    contest = EvaluationRun(
         _judge(options, real, out, progress),
         data,
         out,
@@ -146,10 +146,10 @@ def prepare(
 
 
 def _facts(
-    found: Sequence[Entrant], base: Entrant | None, options: EvaluationOptions
+    found: Sequence[ModelSpec], base: ModelSpec | None, options: EvaluationOptions
 ) -> Facts | None:
     """Load every model, one after the other, and return what they share; None if there are image folders alone."""
-    known: list[tuple[Entrant, Facts]] = []
+    known: list[tuple[ModelSpec, Facts]] = []
     pipelines = [e for e in found if not e.is_images]
     for entrant in [*pipelines, *([base] if base is not None and base not in found else [])]:
         model = entrant.load(base)
@@ -191,7 +191,7 @@ def _data(
 
 def _judge(
     options: EvaluationOptions, real: ImageData, out: Path, progress: Progress | None
-) -> Judge:
+) -> Evaluator:
     spec = (
         options.features
         if options.features != "auto"
@@ -209,7 +209,7 @@ def _judge(
         "steps": options.steps,
         "guidance_scale": options.guidance_scale,
     }
-    return Judge(net, reference, perceptual=perceptual, **sampling)  # type: ignore[arg-type]
+    return Evaluator(net, reference, perceptual=perceptual, **sampling)  # type: ignore[arg-type]
 
 
 def _reference(

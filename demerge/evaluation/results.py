@@ -11,7 +11,7 @@ from torch import Tensor
 from demerge.errors import InputError, UsageError
 from demerge.evaluation.score_files import load_scores, read_scores
 from demerge.evaluation.scores import Scores
-from demerge.reporting.html import Exhibit
+from demerge.reporting.html import PageFigure
 from demerge.storage.layout import inside
 from demerge.storage.schema import Record, read_record
 
@@ -38,7 +38,7 @@ class Findings:
     folder: Path
     scores: list[Scores]
     contact: Mapping[str, Tensor]
-    figures: tuple[Exhibit, ...]
+    figures: tuple[PageFigure, ...]
     commands: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -82,11 +82,11 @@ def _gather_run(run: Path) -> Findings:
     return Findings(run, scores, contact, figures, commands, notes)
 
 
-def _exhibit(run: Path, plot: Path) -> Exhibit:
+def _exhibit(run: Path, plot: Path) -> PageFigure:
     """Read a plot, and next to it, as `demerge analyze` leaves it, the same for dark pages."""
     dark = plot.with_suffix(DARK)
     known = dark.is_file() and _lies_inside(run, dark)
-    return Exhibit(
+    return PageFigure(
         _caption(plot.stem), plot.read_bytes(), dark=dark.read_bytes() if known else None
     )
 

@@ -16,11 +16,11 @@ from demerge.data import ImageData, load_images
 from demerge.data.values import Shape
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.sampling import sample
-from demerge.evaluation.evaluator import Judge
+from demerge.evaluation.evaluator import Evaluator
 from demerge.evaluation.features.nets import Progress
 from demerge.evaluation.metrics.range_losses import RangeLosses, range_losses
 from demerge.evaluation.metrics.reference import images_sha256
-from demerge.evaluation.models import Entrant
+from demerge.evaluation.models import ModelSpec
 from demerge.evaluation.score_files import save_scores
 from demerge.evaluation.scores import Scores
 from demerge.reporting.html import printable
@@ -34,19 +34,19 @@ def pictures(folder: str, shape: Shape, n: int) -> ImageData:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Contest:
+class EvaluationRun:
     """What every entrant goes through.
 
     Losses are measured on `data` over the ranges of `partition`, if there is one. The images of the model `base` from the
     same noise are drawn for LPIPS drift, if there is a base. Scores go to OUT/scores.
     """
 
-    judge: Judge
+    judge: Evaluator
     data: ImageData = field(repr=False)
     out: Path
     num_images: int
     seeds: Sequence[int]
-    base: Entrant | None = None
+    base: ModelSpec | None = None
     partition: Partition | None = None
     loss_samples: int = 512
     batch_size: int = 64
@@ -54,7 +54,7 @@ class Contest:
     progress: Progress | None = None
     _base_images: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def run(self, entrants: Sequence[Entrant]) -> Iterator[Scores]:
+    def run(self, entrants: Sequence[ModelSpec]) -> Iterator[Scores]:
         """Score every entrant and yield the scores as they come.
 
         Raises:
@@ -83,7 +83,7 @@ class Contest:
         )
         return save_scores(place, scores, images)
 
-    def _score_model(self, entrant: Entrant) -> Iterator[Scores]:
+    def _score_model(self, entrant: ModelSpec) -> Iterator[Scores]:
         model = entrant.load(self.base, self.device)
         digest, losses = model.fingerprint, None
         for seed in self.seeds:
@@ -108,7 +108,7 @@ class Contest:
             )
             yield save_scores(place, scores, images)
 
-    def _score_folder(self, entrant: Entrant) -> Iterator[Scores]:
+    def _score_folder(self, entrant: ModelSpec) -> Iterator[Scores]:
         data = pictures(entrant.source, self.data.shape, self.num_images)
         images = data.images(range(len(data)))
         scores = self.judge.of_folder().score(entrant.name, images, seed=0, progress=self.progress)
@@ -153,7 +153,7 @@ class Contest:
             progress=self.progress,
         )
 
-    def _done(self, place: Path, entrant: Entrant, digest: str) -> Scores | None:
+    def _done(self, place: Path, entrant: ModelSpec, digest: str) -> Scores | None:
         if not place.is_file():
             return None
         scores = Scores.load(place)

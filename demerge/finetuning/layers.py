@@ -16,7 +16,7 @@ from torch import nn
 
 from demerge.conflict import layer_of, layers_of
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.numerics import steady_norms
+from demerge.diffusion.numerics import contiguous_groupnorm_inputs
 from demerge.errors import InputError
 from demerge.storage.schema import Count, Record, Span, read_record
 from demerge.timesteps import TimestepRange
@@ -55,11 +55,11 @@ def load_layers(path: Path, base: Diffusion) -> tuple[tuple[str, ...], tuple[Tim
             f"{path} is of a base of sha256 {chosen.model[:16]}..., this one has {base.sha256[:16]}...",
             fix="give the base that its map was measured on, or measure this one with `demerge analyze --layers`",
         )
-    refuse_unknown_layers(base.denoiser, chosen.train, str(path))
+    check_layers_exist(base.denoiser, chosen.train, str(path))
     return chosen.train, tuple(TimestepRange(*span) for span in chosen.ranges)
 
 
-def refuse_unknown_layers(denoiser: nn.Module, names: Iterable[str], where: str) -> None:
+def check_layers_exist(denoiser: nn.Module, names: Iterable[str], where: str) -> None:
     """Refuse names that are no layers of a denoiser.
 
     Raises:
@@ -108,5 +108,5 @@ def freeze_others(denoiser: nn.Module, names: Sequence[str] | None) -> set[nn.Mo
             parameter.requires_grad_(chosen is None or layer in chosen)
             if not parameter.requires_grad:
                 frozen.add(module)
-    steady_norms(denoiser)
+    contiguous_groupnorm_inputs(denoiser)
     return frozen

@@ -20,11 +20,11 @@ from demerge.diffusion.threads import fitting_threads
 from demerge.errors import UsageError
 from demerge.expert import read_expert
 from demerge.finetuning.checkpoint import disk_bytes, newest_state
-from demerge.finetuning.layers import digest, refuse_unknown_layers, trained_parameters
+from demerge.finetuning.layers import check_layers_exist, digest, trained_parameters
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.trainer import Progress, Run, record_name
-from demerge.provenance import refuse_differences
-from demerge.storage.atomic import place_for, refuse_existing, refuse_small_disk
+from demerge.provenance import check_same_settings
+from demerge.storage.atomic import check_disk_space, check_is_new, place_for
 from demerge.timesteps import TimestepRange
 
 
@@ -86,10 +86,10 @@ def check(
                 fix=f"stay in [0, {base.T})",
             )
         if not (out / str(span) / record_name(base)).is_file():
-            refuse_existing(out / str(span))
-    _refuse_other_ranges(out, ranges)
-    refuse_unknown_layers(base.denoiser, layers or (), "layers")
-    refuse_small_disk(
+            check_is_new(out / str(span))
+    _check_no_overlap(out, ranges)
+    check_layers_exist(base.denoiser, layers or (), "layers")
+    check_disk_space(
         out, disk_bytes(base.parameters, len(ranges), trained_parameters(base.denoiser, layers))
     )
     identity = base.identity
@@ -103,17 +103,17 @@ def check(
     for span in ranges:
         done, state = out / str(span), out / "state" / str(span)
         if (done / record_name(base)).is_file():
-            refuse_differences(
+            check_same_settings(
                 done, read_expert(done / record_name(base)).model_dump(), options.binding(), inputs
             )
         elif snapshot := newest_state(state):
-            refuse_differences(
+            check_same_settings(
                 state, snapshot.record.model_dump(), options.binding(snapshot.record.step), inputs
             )
     return inputs
 
 
-def _refuse_other_ranges(out: Path, ranges: Sequence[TimestepRange]) -> None:
+def _check_no_overlap(out: Path, ranges: Sequence[TimestepRange]) -> None:
     """Refuse a folder with work on ranges that overlap these: experts of one folder are routed together."""
     for folder in [*out.glob("*-*"), *(out / "state").glob("*-*")]:
         try:

@@ -25,7 +25,7 @@ from demerge.lora.names import Keys, Modules
 from demerge.lora.settings import Settings, config_beside
 from demerge.storage.checkpoint import Checkpoint, finite
 from demerge.storage.hub import local
-from demerge.storage.layout import Place, locate
+from demerge.storage.layout import CheckpointLocation, locate
 
 BLOCK = 1 << 20  # elements in float64 at once
 Shape = tuple[int, ...]
@@ -66,7 +66,7 @@ class Adapter(Mapping[str, Tensor]):
         )
         self._file, self._base = checkpoint, base
         keys = Keys.of(checkpoint)
-        self._refuse_others(keys, skip_text)
+        self._check_kind(keys, skip_text)
         self.skipped = tuple(keys.text)
         settings = Settings.of(checkpoint)
         self._factors = self._resolved(keys, settings)
@@ -107,7 +107,7 @@ class Adapter(Mapping[str, Tensor]):
 
     # -- what is checked on opening ----------------------------------------------------------------------------------
 
-    def _refuse_others(self, keys: Keys, skip_text: bool) -> None:
+    def _check_kind(self, keys: Keys, skip_text: bool) -> None:
         for kind, names in keys.foreign.items():
             self._refuse(
                 f"{kind}, which demerge does not expand: {listed(names)}",
@@ -165,7 +165,7 @@ class Adapter(Mapping[str, Tensor]):
                 "use factors in floating point",
             )
         down, up, mid = parts["down"], parts["up"], parts.get("mid")
-        self._refuse_shapes(tensor, down, mid, up)
+        self._check_shapes(tensor, down, mid, up)
         axis = 0 if magnitude is None else self._axis(tensor, magnitude)
         try:
             scale = settings.scale(
@@ -185,7 +185,7 @@ class Adapter(Mapping[str, Tensor]):
             raise ValueError(f"{key} is {value}")
         return value
 
-    def _refuse_shapes(self, tensor: str, down: str, mid: str | None, up: str) -> None:
+    def _check_shapes(self, tensor: str, down: str, mid: str | None, up: str) -> None:
         shapes = [self._file.specs[key].shape for key in (up, mid, down) if key is not None]
         base = tuple(self._base[tensor].shape)
         if _as_linear(product_shape(shapes)) != _as_linear(base):
@@ -238,7 +238,7 @@ class Adapter(Mapping[str, Tensor]):
 
 
 def open_expert(
-    path: str | Path | Place,
+    path: str | Path | CheckpointLocation,
     base: Mapping[str, Tensor],
     *,
     variant: str | None = None,
@@ -252,7 +252,7 @@ def open_expert(
     Raises:
         InputError: where it is damaged, or a LoRA that does not fit the base or is of another kind.
     """
-    place = path if isinstance(path, Place) else locate(local(path, variant), variant)
+    place = path if isinstance(path, CheckpointLocation) else locate(local(path, variant), variant)
     checkpoint = Checkpoint(place)
     adapter = Keys.of(checkpoint).is_adapter
     if Keys.of(base).is_adapter:

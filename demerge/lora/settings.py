@@ -17,7 +17,7 @@ from typing import Any
 from demerge.errors import InputError
 from demerge.lora.names import in_names_of_peft
 from demerge.storage.checkpoint import Checkpoint
-from demerge.storage.layout import Place
+from demerge.storage.layout import CheckpointLocation
 from demerge.storage.safetensors_header import parse_json, read_json
 
 CONFIG = "adapter_config.json"
@@ -99,7 +99,7 @@ class Settings:
                     f"{checkpoint.place.path}: {values}", fix="move the file to a folder of its own"
                 )
             found = beside | found
-        _refuse_others(found, where)
+        _check_kind(found, where)
         return cls(
             _number(found.get("r"), "r", where),
             _number(found.get("lora_alpha"), "lora_alpha", where),
@@ -138,7 +138,7 @@ class Settings:
 
 def config_beside(checkpoint: Checkpoint) -> Path | None:
     """Return the adapter_config.json in the folder of a file, if the file is one that peft wrote."""
-    place: Place = checkpoint.place
+    place: CheckpointLocation = checkpoint.place
     config = place.files[0].parent / CONFIG if place.files else None
     if config is None or not config.is_file():
         return None
@@ -183,7 +183,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _refuse_others(found: Mapping[str, Any], where: str) -> None:
+def _check_kind(found: Mapping[str, Any], where: str) -> None:
     kind = str(found.get("peft_type") or "LORA").upper()
     initial = str(found.get("init_lora_weights", "")).lower()
     bias = str(found.get("bias") or "none").lower()

@@ -11,7 +11,7 @@ beside     `diagnose` and `report` what a merge did; `session` and `resident` me
 
 from demerge.merging.contract import Block, Method, Statistic
 from demerge.merging.engine.in_memory import merge_tensors
-from demerge.merging.engine.job import Merge
+from demerge.merging.engine.job import MergeJob
 from demerge.merging.method_options import Between
 from demerge.merging.plan import MergeResult, Plan
 from demerge.merging.planning import merge, prepare
@@ -24,7 +24,7 @@ from demerge.merging.verification import verify
 __all__ = [
     "Between",
     "Block",
-    "Merge",
+    "MergeJob",
     "MergeResult",
     "MergeSession",
     "Method",

@@ -16,26 +16,26 @@ from typing import TYPE_CHECKING, Any
 from demerge.errors import UsageError
 from demerge.merging.inputs.denoisers import index_of_two
 from demerge.merging.inputs.experts import base_model
-from demerge.merging.output.denoiser import Metadata, Part, Written
+from demerge.merging.output.denoiser import Metadata, OutputDenoiser, Written
 from demerge.merging.output.lora import AdapterSummary
 from demerge.merging.output.model_card import card
 from demerge.merging.output.writer import (
     Entry,
     Tally,
+    check_not_pickled,
     copy_files,
     is_file,
     kept_files,
-    refuse_pickle,
 )
 from demerge.merging.recipe.recipe import DOCUMENT, Recipe
 from demerge.storage.atomic import (
+    check_disk_space,
+    check_is_new,
     commit_dir,
     commit_files,
     commit_json,
     commit_text,
     place_for,
-    refuse_existing,
-    refuse_small_disk,
 )
 from demerge.storage.hashing import Hashing
 from demerge.storage.safetensors_header import read_json
@@ -86,7 +86,7 @@ class Plan:
 
     resolve: Callable[[Mapping[Path, str]], Recipe]
     hashing: Hashing
-    parts: Sequence[Part]
+    parts: Sequence[OutputDenoiser]
     boundary: float | None = None
     variant: str | None = None
 
@@ -115,11 +115,11 @@ class Plan:
         """
         out = place_for(out)
         place = report_place(out, report)
-        refuse_existing(out)
+        check_is_new(out)
         if place is not None and not place.is_relative_to(out):
-            refuse_existing(place, replace=_left_by_a_kill(place, out))
-        refuse_pickle(out)
-        refuse_small_disk(out, self.disk_bytes(out))
+            check_is_new(place, replace=_left_by_a_kill(place, out))
+        check_not_pickled(out)
+        check_disk_space(out, self.disk_bytes(out))
         if is_file(out):
             first = None if place is None else partial(self._report_of_file, place, out)
             metadata = self._metadata(out.parent)
@@ -248,7 +248,7 @@ class Plan:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     @property
-    def _only_part(self) -> Part:
+    def _only_part(self) -> OutputDenoiser:
         if len(self.parts) > 1:
             raise UsageError(
                 f"the output has {len(self.parts)} parts with weights, not one file",

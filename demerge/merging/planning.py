@@ -15,12 +15,12 @@ from demerge.diffusion.schedule import snr_of
 from demerge.errors import UsageError
 from demerge.lora import NoBase, is_lora, open_expert
 from demerge.merging.contract import Method
-from demerge.merging.engine.job import Merge, Progress
-from demerge.merging.engine.probe import copied, refuse_uneven
+from demerge.merging.engine.job import MergeJob, Progress
+from demerge.merging.engine.probe import check_equal_shares, copied
 from demerge.merging.engine.validation import (
     Tensors,
+    check_inputs,
     holds_deltas,
-    refuse_missing_inputs,
     settle_weights,
 )
 from demerge.merging.inputs.compatibility import Rules, fitted, is_buffer, without_ema
@@ -29,27 +29,27 @@ from demerge.merging.inputs.denoisers import Task, denoisers, tasks
 from demerge.merging.inputs.experts import (
     Base,
     Expert,
+    check_same_base,
+    check_unchanged,
     range_of,
-    refuse_changed,
-    refuse_foreign,
     scheduler_config,
     source,
 )
-from demerge.merging.inputs.statistics import input_paths, refuse_of_others
-from demerge.merging.output.denoiser import Lora, Part
+from demerge.merging.inputs.statistics import check_measured_on, input_paths
+from demerge.merging.output.denoiser import Lora, OutputDenoiser
 from demerge.merging.output.writer import layout
 from demerge.merging.plan import MergeResult, Plan
-from demerge.merging.recipe.fields import Asked
+from demerge.merging.recipe.fields import MergeFields
 from demerge.merging.recipe.method_names import translated
 from demerge.merging.recipe.recipe import Recipe
 from demerge.merging.recipe.rules import Rule, matcher, only, settle
 from demerge.merging.registry import find
 from demerge.provenance import versions
-from demerge.storage.atomic import place_for, refuse_existing
+from demerge.storage.atomic import check_is_new, place_for
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hashing import Hashing
 from demerge.storage.hub import local
-from demerge.storage.layout import Place, locate
+from demerge.storage.layout import CheckpointLocation, locate
 from demerge.timesteps import TimestepRange
 
 MOST_THREADS = 4
@@ -65,7 +65,7 @@ def merge(
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
-    **asked: Unpack[Asked],
+    **asked: Unpack[MergeFields],
 ) -> MergeResult:
     """Merge experts into a base, files or folders, and write the result to `out`.
 
@@ -76,7 +76,7 @@ def merge(
         device: where the arithmetic runs.
         threads: processes that share the work; the available cores, up to 4, by default. The result does not depend on it.
         progress: called with (done, total, what).
-        asked: the method, its options and more, see `Asked`.
+        asked: the method, its options and more, see `MergeFields`.
 
     Raises:
         UsageError: where method, options, weights or rules are wrong, or `out` exists.
@@ -85,7 +85,7 @@ def merge(
         NumericalError: where the result is not finite.
     """
     out = place_for(out)
-    refuse_existing(out)
+    check_is_new(out)
     recipe = Recipe.of(base, experts, **asked)
     return prepare(recipe, device=device, threads=threads, progress=progress).run(out)
 
@@ -111,10 +111,10 @@ def prepare(
         for asked, there in zip(
             (recipe.base, *recipe.experts), (found.base, *found.experts), strict=True
         ):
-            refuse_changed(asked, there)
-    run = partial(Merge, device=device, threads=threads or _cores(), progress=progress or silent)
+            check_unchanged(asked, there)
+    run = partial(MergeJob, device=device, threads=threads or _cores(), progress=progress or silent)
     parts = [_part(recipe, side, run) for side in sides]
-    _refuse_copies(recipe, sides, parts)
+    _check_not_a_copy(recipe, sides, parts)
     parts[0] = replace(parts[0], notes=[*parts[0].notes, *notes])
     weights = (
         parts[0].job.weights
@@ -130,8 +130,8 @@ def prepare(
     )
 
 
-def refuse_unmergeable(
-    base: Path | str, experts: Sequence[Path | str], **asked: Unpack[Asked]
+def check_mergeable(
+    base: Path | str, experts: Sequence[Path | str], **asked: Unpack[MergeFields]
 ) -> list[str]:
     """Make the checks of a merge that need no hash; return the notes that its plan has.
 
@@ -140,7 +140,7 @@ def refuse_unmergeable(
     """
     recipe = _without_base(translated(Recipe.of(base, experts, **asked)))
     _, sides, notes = _opened(recipe, find(recipe.method))
-    parts = [_part(recipe, side, Merge) for side in sides]
+    parts = [_part(recipe, side, MergeJob) for side in sides]
     return [*(note for part in parts for note in part.notes), *notes]
 
 
@@ -184,7 +184,7 @@ def _opened(
 
 
 def _beside(
-    recipe: Recipe, places: Sequence[Place], ranges: Sequence[TimestepRange | None]
+    recipe: Recipe, places: Sequence[CheckpointLocation], ranges: Sequence[TimestepRange | None]
 ) -> tuple[list[Task], list[str]]:
     """Return what is merged next to the denoisers; with --only, which leaves the rest the base's, nothing."""
     if recipe.only and recipe.components is None:
@@ -274,7 +274,7 @@ def _without_base(recipe: Recipe) -> Recipe:
     return recipe if recipe.out_rank else replace(recipe, out_rank=NoBase(opened).rank)
 
 
-def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
+def _part(recipe: Recipe, side: _Side, run: Callable[..., MergeJob]) -> OutputDenoiser:
     method = side.method
     asked = [recipe.experts[i] for i, _ in side.task.experts]
     names = [source.path for source in (recipe.base, *asked)]
@@ -289,14 +289,14 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
         fit, more = fitted(base, expert, (names[0], name), rules)
         experts, notes = [*experts, fit], [*notes, *more]
     if side.task.is_denoiser:
-        refuse_foreign(side.base, side.experts, recipe.no_base)
-    refuse_missing_inputs(method, base, side.inputs, len(asked))
+        check_same_base(side.base, side.experts, recipe.no_base)
+    check_inputs(method, base, side.inputs, len(asked))
     ranges = [denoiser.range for _, denoiser in side.task.experts]
-    refuse_of_others(side.base, side.experts, ranges, side.inputs, models=recipe.variant is None)
+    check_measured_on(side.base, side.experts, ranges, side.inputs, models=recipe.variant is None)
     floating = [name for name, spec in base.specs.items() if spec.is_float and not is_buffer(name)]
     chosen = only(recipe.only, floating) if recipe.only else set(floating)
     part = partial(
-        Part,
+        OutputDenoiser,
         place=side.base.place,
         folder=side.task.folder,
         file=side.task.file,
@@ -336,7 +336,9 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., Merge]) -> Part:
     return part(job, taken=taken)
 
 
-def _refuse_copies(recipe: Recipe, sides: Sequence[_Side], parts: Sequence[Part]) -> None:
+def _check_not_a_copy(
+    recipe: Recipe, sides: Sequence[_Side], parts: Sequence[OutputDenoiser]
+) -> None:
     """Refuse a merge that gives one of its inputs back, unless weights say that this is meant; and one that lacks a base.
 
     Raises:
@@ -351,7 +353,7 @@ def _refuse_copies(recipe: Recipe, sides: Sequence[_Side], parts: Sequence[Part]
                     "a LoRA is not a model, and --no-base merges models alone",
                     fix="name the LoRA's base first",
                 )
-            refuse_uneven(part.job)
+            check_equal_shares(part.job)
     stated = recipe.weights is not None or any(rule.weights is not None for rule in recipe.rules)
     if stated or recipe.base.files or recipe.only or recipe.out_rank is not None:
         return

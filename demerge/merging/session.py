@@ -35,13 +35,13 @@ from demerge.merging.engine.reader import CHUNK, Reader
 from demerge.merging.engine.resident import Dtype, Weights, bytes_needed, load
 from demerge.merging.engine.validation import (
     Tensors,
-    refuse_missing_inputs,
-    refuse_unlike,
+    check_inputs,
+    check_same_tensors,
     settle_weights,
 )
 from demerge.merging.inputs.components import notes_about
-from demerge.merging.inputs.experts import refuse_foreign, scheduler_config
-from demerge.merging.inputs.statistics import refuse_of_others
+from demerge.merging.inputs.experts import check_same_base, scheduler_config
+from demerge.merging.inputs.statistics import check_measured_on
 from demerge.merging.recipe.blocks import block_of, by_depth
 from demerge.merging.recipe.rules import select
 from demerge.merging.registry import find
@@ -97,18 +97,18 @@ class MergeSession:
         tuned = [opened_expert(expert, origin) for expert in experts]
         self.notes = notes_about(origin, tuned)
         settle_weights(None, len(tuned))
-        refuse_unlike(origin, tuned, ["the base", *(f"expert {i}" for i in range(len(tuned)))])
+        check_same_tensors(origin, tuned, ["the base", *(f"expert {i}" for i in range(len(tuned)))])
         given = _inputs(chosen, tuned, inputs or {})
-        refuse_missing_inputs(chosen, origin, given, len(tuned))
+        check_inputs(chosen, origin, given, len(tuned))
         spans = list(ranges) if ranges is not None else [_range(expert) for expert in tuned]
         if len(spans) != len(tuned):
             raise UsageError(
                 f"{len(spans)} ranges for {len(tuned)} experts", fix="give one for each, or None"
             )
-        refuse_of_others(origin, tuned, spans, given)
+        check_measured_on(origin, tuned, spans, given)
         self.device = torch.device(device)
         self.bytes = bytes_needed(origin, len(tuned), given, draws=chosen.draws, dtype=dtype)
-        _refuse_small_memory(self.bytes, str(device))
+        _check_memory(self.bytes, str(device))
         constants = {
             **settled,
             "ranges": spans,
@@ -253,7 +253,7 @@ def opened_expert(model: Model, base: Tensors) -> Tensors:
         return opened(model)
     expert = open_expert(model, base)
     if isinstance(base, Checkpoint):
-        refuse_foreign(base, [expert])
+        check_same_base(base, [expert])
     return expert
 
 
@@ -278,7 +278,7 @@ def _range(expert: Tensors) -> TimestepRange | None:
     return expert_range(expert.place) if isinstance(expert, Checkpoint | Adapter) else None
 
 
-def _refuse_small_memory(needed: int, device: str) -> None:
+def _check_memory(needed: int, device: str) -> None:
     free = free_bytes(device)
     if free is not None and free < needed:
         raise ResourceError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from demerge.errors import InputError, NumericalError, UsageError
 from demerge.merging.engine.job import Progress
-from demerge.merging.output.denoiser import Part
+from demerge.merging.output.denoiser import OutputDenoiser
 from demerge.merging.output.writer import is_file, pieces
 from demerge.merging.planning import prepare
 from demerge.merging.recipe.recipe import DOCUMENT, Recipe, home_of
@@ -119,7 +119,7 @@ def _place(path: Path) -> tuple[Path, Path | None]:
 
 
 def _faults(
-    part: Part, files: Mapping[str, Path], found: Mapping[str, str], recipe: Recipe
+    part: OutputDenoiser, files: Mapping[str, Path], found: Mapping[str, str], recipe: Recipe
 ) -> Iterator[str]:
     name = part.path.as_posix()
     recorded, there = recipe.output.get(name), files[name]
@@ -129,7 +129,7 @@ def _faults(
         yield f"{there} {_difference(part, there)}"
 
 
-def _difference(part: Part, there: Path) -> str:
+def _difference(part: OutputDenoiser, there: Path) -> str:
     """Say what differs between a file of weights and the merge made again."""
     held = Checkpoint.open(there).stored()
     if part.lora or {e.name: e.shape for e in part.entries} != {
@@ -145,7 +145,7 @@ def _difference(part: Part, there: Path) -> str:
     )
 
 
-def _unequal(part: Part, held: Mapping[str, Tensor]) -> Iterator[str]:
+def _unequal(part: OutputDenoiser, held: Mapping[str, Tensor]) -> Iterator[str]:
     stream = pieces(part.job, part.entries, part.storage)
     for entry in part.entries:
         position, equal, there = 0, True, held[entry.name].reshape(-1)

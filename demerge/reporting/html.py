@@ -19,7 +19,7 @@ text: Callable[[object], str] = lambda value: html.escape(str(value), quote=True
 
 
 @dataclass(frozen=True, slots=True)
-class Exhibit:
+class PageFigure:
     """A picture with its caption; `dark`, where there is one, is shown on dark pages, else the picture lies on white."""
 
     caption: str
@@ -54,7 +54,7 @@ def section(title: str, lead: str, body: str) -> str:
     return f"<section>\n<h2>{text(title)}</h2>\n{introduction}{body}\n</section>"
 
 
-def figure(exhibit: Exhibit) -> str:
+def figure(exhibit: PageFigure) -> str:
     """Return a picture with its caption."""
     image = f'<img alt="{text(exhibit.caption)}" src="{uri(exhibit.data, exhibit.kind)}">'
     if exhibit.dark is None:

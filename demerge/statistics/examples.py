@@ -78,7 +78,7 @@ class Sampler:
             numbers = range(start, min(start + size, self.samples))
             yield numbers, self._draw(numbers, [order[j % len(order)] for j in numbers])
 
-    def refuse_infinite(self, numbers: range, values: Tensor, what: str) -> None:
+    def check_finite(self, numbers: range, values: Tensor, what: str) -> None:
         """Refuse a batch of which a value [B] is not finite, naming the first such example.
 
         Raises:

@@ -57,7 +57,7 @@ def range_fisher(
         }
         for numbers, examples in sampler.batches(size):
             norms = _add_squares(sums, gradients(examples))
-            sampler.refuse_infinite(numbers, norms, "the gradient")
+            sampler.check_finite(numbers, norms, "the gradient")
             progress(numbers.stop, samples)
     means = {name: (total / samples).float().cpu() for name, total in sums.items()}
     return Collected(by_state_name(model.denoiser, means), {"gradients": how, "batch": size})

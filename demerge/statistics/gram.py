@@ -76,7 +76,7 @@ def range_gram(
     with evaluated(model.denoiser), torch.no_grad(), _hooked(layers, sums):
         for numbers, examples in sampler.batches(BATCH):
             output = model.predict(examples.x_t, examples.t, examples.condition)
-            sampler.refuse_infinite(numbers, output.flatten(1).sum(1), "the prediction")
+            sampler.check_finite(numbers, output.flatten(1).sum(1), "the prediction")
             progress(numbers.stop, samples)
     called = {name: total for name, total in sums.items() if total.rows}
     facts = {

@@ -22,7 +22,7 @@ from demerge.statistics.examples import Collected
 from demerge.statistics.fisher import range_fisher
 from demerge.statistics.gram import layers_of, range_gram, width
 from demerge.statistics.record import commit_measured, commit_stats, inputs_of, is_there
-from demerge.storage.atomic import place_for, refuse_small_disk
+from demerge.storage.atomic import check_disk_space, place_for
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hashing import remembered_content
 from demerge.timesteps import Partition, TimestepRange
@@ -67,7 +67,7 @@ class Plan:
         """
         samples, name, model = self.options["samples"], None, self.first
         for job in self.jobs:
-            refuse_small_disk(job.path, self._bytes(job.what))
+            check_disk_space(job.path, self._bytes(job.what))
         for i, job in enumerate(self.jobs):
             if job.model != name:
                 name, model = job.model, Diffusion.load(job.model, device=self.first.device)

@@ -20,9 +20,9 @@ from demerge.provenance import (
     MEASURED,
     STATS,
     Made,
+    check_same_settings,
     made_as,
     read_stats,
-    refuse_differences,
     versions,
 )
 from demerge.statistics.examples import Collected
@@ -62,7 +62,7 @@ def is_there(
             f"{folder / name}.safetensors is not recorded in {RECORD}",
             fix="remove it, or choose another folder",
         )
-    refuse_differences(
+    check_same_settings(
         folder / f"{name}.safetensors", record.model_dump(mode="json"), options, inputs
     )
     return True

@@ -76,7 +76,7 @@ def commit_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
     with _explained(path):
         temporary = _temporary(path)
         aside = temporary.with_suffix(".old.tmp")
-        refuse_existing(path, replace)
+        check_is_new(path, replace)
         temporary.mkdir()
         try:
             yield temporary
@@ -105,7 +105,7 @@ def commit_files(path: Path, files: Iterable[tuple[str, bytes]], *, replace: boo
     return path
 
 
-def refuse_existing(path: Path, replace: bool = False) -> None:
+def check_is_new(path: Path, replace: bool = False) -> None:
     """Refuse to write over what is there, unless `replace`.
 
     Raises:
@@ -128,7 +128,7 @@ def place_for(out: Path | str) -> Path:
     return Path(out)
 
 
-def refuse_small_disk(out: Path, needed: int) -> None:
+def check_disk_space(out: Path, needed: int) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:

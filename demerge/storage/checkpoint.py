@@ -23,7 +23,7 @@ from pydantic import Field
 from demerge.errors import InputError
 from demerge.storage.atomic import commit_file
 from demerge.storage.hub import local
-from demerge.storage.layout import Place, locate
+from demerge.storage.layout import CheckpointLocation, locate
 from demerge.storage.quantised import numbers
 from demerge.storage.safetensors_header import Spec, read_header, read_json
 from demerge.storage.schema import Foreign, checked
@@ -90,7 +90,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         InputError: if a file is damaged or hostile, or holds codes that are not scaled fp8.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: CheckpointLocation) -> None:
         headers = {file: read_header(file) for file in place.files}
         self.place = place
         self.specs: dict[str, Spec] = {}
@@ -106,7 +106,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             self.specs |= header.tensors
             self.metadata |= header.metadata
         if place.index is not None:
-            self._refuse_other_index(place.index)
+            self._check_index(place.index)
         self.specs, self._markers = numbers(self.specs, self.metadata, self._bytes)
 
     def __repr__(self) -> str:
@@ -146,7 +146,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         other.specs, other._views = specs, {}
         return other
 
-    def _refuse_other_index(self, index: Mapping[str, str]) -> None:
+    def _check_index(self, index: Mapping[str, str]) -> None:
         held = {name: spec.file.name for name, spec in self.specs.items()}
         missing = [
             name for name, file in index.items() if held.get(name) != PurePosixPath(file).name

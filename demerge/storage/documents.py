@@ -40,7 +40,7 @@ def read_rows(path: Path) -> list[list[str]]:
     return [row for row in list(csv.reader(_text(path).splitlines()))[1:] if row]
 
 
-def refuse_unknown(table: Mapping[str, Any], known: Collection[str], where: str) -> None:
+def check_known_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> None:
     """Refuse keys that mean nothing.
 
     Raises:
@@ -104,8 +104,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         yaml, "CSafeLoader", yaml.SafeLoader
     )  # the C one is ten times faster, where it was built
     try:
-        _refuse_bombs(path, yaml.parse(text, loader), yaml)
-        _refuse_twins(path, yaml.compose(text, loader), yaml)
+        _check_depth(path, yaml.parse(text, loader), yaml)
+        _check_unique_keys(path, yaml.compose(text, loader), yaml)
         document = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _damaged(path, f"not valid YAML ({' '.join(str(error).split())[:120]})") from error
@@ -114,7 +114,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _refuse_bombs(path: Path, events: Any, yaml: Any) -> None:
+def _check_depth(path: Path, events: Any, yaml: Any) -> None:
     depth = 0
     for event in events:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -128,7 +128,7 @@ def _refuse_bombs(path: Path, events: Any, yaml: Any) -> None:
             raise _damaged(path, f"more than {MAX_DEPTH} levels deep")
 
 
-def _refuse_twins(path: Path, node: Any, yaml: Any) -> None:
+def _check_unique_keys(path: Path, node: Any, yaml: Any) -> None:
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) != len(node.value) or len(set(keys)) != len(keys):
@@ -138,7 +138,7 @@ def _refuse_twins(path: Path, node: Any, yaml: Any) -> None:
     )
     for child in children:
         for part in child if isinstance(child, tuple) else (child,):
-            _refuse_twins(path, part, yaml)
+            _check_unique_keys(path, part, yaml)
 
 
 def _damaged(path: Path, what: str) -> InputError:

@@ -29,7 +29,7 @@ BESIDE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CheckpointLocation:
     """Where a denoiser lies.
 
     Attributes:
@@ -72,7 +72,9 @@ def read_index(pipeline: Path) -> dict[str, Any]:
     return index
 
 
-def locate(path: Path, variant: str | None = None, component: str | None = None) -> Place:
+def locate(
+    path: Path, variant: str | None = None, component: str | None = None
+) -> CheckpointLocation:
     """Find the denoiser's weights: a .safetensors file, a component folder or a pipeline folder, sharded or not.
 
     Args:
@@ -87,7 +89,7 @@ def locate(path: Path, variant: str | None = None, component: str | None = None)
     if path.is_file():
         if path.name.endswith(".json"):
             return _sharded(path, None, path.parent, path)
-        return Place(path, None, None, (path,))
+        return CheckpointLocation(path, None, None, (path,))
     if not path.is_dir():
         raise InputError(
             f"{path}: no such file or folder",
@@ -109,19 +111,21 @@ def locate(path: Path, variant: str | None = None, component: str | None = None)
     )
 
 
-def component_place(folder: Path, variant: str | None = None) -> Place:
+def component_place(folder: Path, variant: str | None = None) -> CheckpointLocation:
     """Find the weights in a component's folder, as `locate` does."""
     return _component(folder, None, folder, variant)
 
 
-def _component(path: Path, pipeline: Path | None, folder: Path, variant: str | None) -> Place:
+def _component(
+    path: Path, pipeline: Path | None, folder: Path, variant: str | None
+) -> CheckpointLocation:
     present = [p for p in sorted(folder.glob("*.safetensors*")) if p.name not in BESIDE]
     chosen = _main(folder, present, variant) or _only(present)
     if chosen is None:
         raise _no_weights(folder, [p for p in present if p.suffix == ".safetensors"])
     if chosen.suffix == ".json":
         return _sharded(path, pipeline, folder, inside(folder, chosen))
-    return Place(path, pipeline, folder, (inside(folder, chosen),))
+    return CheckpointLocation(path, pipeline, folder, (inside(folder, chosen),))
 
 
 def _main(folder: Path, present: list[Path], variant: str | None) -> Path | None:
@@ -201,7 +205,7 @@ def _no_weights(folder: Path, files: list[Path]) -> InputError:
     )
 
 
-def _sharded(path: Path, pipeline: Path | None, folder: Path, index: Path) -> Place:
+def _sharded(path: Path, pipeline: Path | None, folder: Path, index: Path) -> CheckpointLocation:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise InputError(
@@ -221,7 +225,7 @@ def _sharded(path: Path, pipeline: Path | None, folder: Path, index: Path) -> Pl
                 f"{index}: weight_map leads out of its folder: {name[:200]!r}",
                 fix="do not use this checkpoint",
             )
-    return Place(
+    return CheckpointLocation(
         path, pipeline, folder, tuple(inside(folder, folder / name) for name in names), weight_map
     )
 

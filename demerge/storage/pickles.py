@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demerge.errors import InputError, UsageError
-from demerge.storage.atomic import place_for, refuse_existing, refuse_small_disk
+from demerge.storage.atomic import check_disk_space, check_is_new, place_for
 from demerge.storage.checkpoint import TORCH_NAMES, commit_tensors
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def convert(
         )
     if not source.is_file():
         raise InputError(f"{source}: no such file", fix="name a .bin, .ckpt or .pth file")
-    refuse_existing(out)
+    check_is_new(out)
     tensors = unpickled(source, key)
-    refuse_small_disk(out, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()))
+    check_disk_space(out, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()))
     commit_tensors(out, tensors, {"format": "pt"})
     return tensors
 
@@ -69,7 +69,7 @@ def unpickled(source: Path, key: str | None = None) -> dict[str, Tensor]:
 def _unpickled(source: Path) -> Any:
     import torch
 
-    _refuse_compressed(source)
+    _check_not_compressed(source)
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -86,7 +86,7 @@ def _unpickled(source: Path) -> Any:
         raise InputError(what, fix="fetch the file again") from error
 
 
-def _refuse_compressed(source: Path) -> None:
+def _check_not_compressed(source: Path) -> None:
     """Refuse an archive that would take more memory than its size: PyTorch stores tensors as they are."""
     if not zipfile.is_zipfile(source):
         return
@@ -138,14 +138,14 @@ def _checked(source: Path, table: Mapping[Any, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in table.items():
-        _refuse_tensor(source, name, tensor)
+        _check_tensor(source, name, tensor)
         memory = tensor.untyped_storage().data_ptr()
         found[name] = tensor.detach().clone() if memory in taken else tensor.detach()
         taken.add(memory)
     return found
 
 
-def _refuse_tensor(source: Path, name: Any, tensor: Tensor) -> None:
+def _check_tensor(source: Path, name: Any, tensor: Tensor) -> None:
     import torch
 
     kind = str(tensor.dtype).removeprefix("torch.")

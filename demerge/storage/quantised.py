@@ -55,14 +55,14 @@ def numbers(
     Raises:
         InputError: naming file, tensor and kind, if a tensor holds codes that are not scaled fp8.
     """
-    _refuse_kinds(specs)
+    _check_kinds(specs)
     markers = {name: spec for name, spec in specs.items() if name.rpartition(".")[2] == MARKER}
     beside: dict[str, Specs] = {}  # weight -> last part of the key -> what lies next to it
     for name, spec in specs.items():
         stem, _, last = name.rpartition(".")
         if last in SCALES or last in BESIDE:
             beside.setdefault(f"{stem}.weight" if stem else "weight", {})[last] = spec
-    _refuse_other_formats(metadata, next(iter(specs.values())).file if specs else Path())
+    _check_formats(metadata, next(iter(specs.values())).file if specs else Path())
     declared = (
         bool(markers)
         or METADATA in metadata
@@ -112,11 +112,11 @@ def _scale(
         raise _refused(spec, weight, kind)
     if "comfy_quant" in found:
         said = found["comfy_quant"]
-        _refuse_other_format(_parsed(read(said)) if said.numel < MOST else None, spec.file, weight)
+        _check_format(_parsed(read(said)) if said.numel < MOST else None, spec.file, weight)
     return Scale(names[0], scale, {name: found[name] for name in BESIDE if name in found})
 
 
-def _refuse_kinds(specs: Specs) -> None:
+def _check_kinds(specs: Specs) -> None:
     for kind, pattern in KINDS.items():
         names = [name for name in specs if pattern.search(name)]
         if names:
@@ -130,16 +130,16 @@ def _refuse_kinds(specs: Specs) -> None:
         raise _refused(specs[names[0]], names[0], f"weights in {specs[names[0]].dtype}", len(names))
 
 
-def _refuse_other_formats(metadata: Mapping[str, str], file: Path) -> None:
+def _check_formats(metadata: Mapping[str, str], file: Path) -> None:
     """Refuse a table of layers, in the metadata of a file, in which one has another format."""
     if METADATA in metadata:
         table = _parsed(metadata[METADATA])
         layers = table.get("layers") if isinstance(table, dict) else None
         for layer, entry in layers.items() if isinstance(layers, dict) else [("", None)]:
-            _refuse_other_format(entry, file, layer)
+            _check_format(entry, file, layer)
 
 
-def _refuse_other_format(entry: Any, file: Path, layer: str) -> None:
+def _check_format(entry: Any, file: Path, layer: str) -> None:
     if not isinstance(entry, dict) or entry.get("format") not in FORMATS or set(entry) - HARMLESS:
         what = f"{file}: {layer[:200] or METADATA} is stored as {json.dumps(entry)[:120]}, not as scaled fp8"
         raise InputError(what, fix=FIX)

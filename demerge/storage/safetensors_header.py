@@ -113,7 +113,7 @@ def read_header(path: Path) -> Header:
         raise _damaged(path, f"{len(document):,} tensors, more than {MAX_TENSORS:,}")
     specs = {name: _spec(path, name, entry, data_start) for name, entry in document.items()}
     ordered = dict(sorted(specs.items(), key=lambda item: (item[1].start, item[1].stop)))
-    _refuse_gaps(path, ordered, data_start, size)
+    _check_no_gaps(path, ordered, data_start, size)
     return Header(ordered, metadata)
 
 
@@ -168,7 +168,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int, int]:
         size = path.stat().st_size
         with path.open("rb") as stream:
             beginning = stream.read(64)
-            _refuse_disguise(path, beginning)
+            _check_real_name(path, beginning)
             if len(beginning) < 8:
                 raise _damaged(path, f"truncated: {size} bytes")
             length: int = struct.unpack("<Q", beginning[:8])[0]
@@ -188,7 +188,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int, int]:
         ) from error
 
 
-def _refuse_disguise(path: Path, beginning: bytes) -> None:
+def _check_real_name(path: Path, beginning: bytes) -> None:
     for magic, what in DISGUISES.items():
         if beginning.lstrip().lower().startswith(magic.lower()) and beginning[8:9] != b"{":
             found, _, fix = what.partition("; ")
@@ -295,7 +295,7 @@ def _spec(path: Path, name: str, entry: Any, data_start: int) -> Spec:
     return Spec(path, dtype, shape, data_start + start, data_start + stop)
 
 
-def _refuse_gaps(path: Path, specs: Mapping[str, Spec], data_start: int, size: int) -> None:
+def _check_no_gaps(path: Path, specs: Mapping[str, Spec], data_start: int, size: int) -> None:
     position = data_start
     for name, spec in specs.items():
         if spec.start != position:

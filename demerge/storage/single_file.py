@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demerge.errors import InputError, UsageError
-from demerge.storage.atomic import commit_dir, commit_json, refuse_existing, refuse_small_disk
+from demerge.storage.atomic import check_disk_space, check_is_new, commit_dir, commit_json
 from demerge.storage.checkpoint import PREFIXES, WRAPPER, Checkpoint, commit_tensors
 from demerge.storage.hub import local
 from demerge.storage.layout import PART_NAME, inside, locate, read_index
@@ -56,12 +56,12 @@ def to_folder(source: Path, out: Path, config: str | Path) -> dict[str, int]:
         InputError: if the file is damaged or of another kind than the config, or lacks or has tensors that it should not.
         ResourceError: if the disk does not suffice.
     """
-    refuse_existing(out)
+    check_is_new(out)
     home = local(config)
     index = _index(home)
     file = Checkpoint(locate(source))
-    _refuse_markers(source, file, home)
-    refuse_small_disk(out, sum(spec.stop - spec.start for spec in file.specs.values()))
+    _check_markers(source, file, home)
+    check_disk_space(out, sum(spec.stop - spec.start for spec in file.specs.values()))
     held = dict(_ldm_names(file))
     found = {part: _to_diffusers(part, held, home) for part in CLASSES if index.get(part)}
     if not found.get(UNET):
@@ -76,7 +76,7 @@ def to_folder(source: Path, out: Path, config: str | Path) -> dict[str, int]:
                 commit_tensors(
                     folder / part / f"{FILES[part]}.safetensors", tensors, {"format": "pt"}
                 )
-        _refuse_misfit(source, folder)
+        _check_fit(source, folder)
     return {part: len(tensors) for part, tensors in found.items()}
 
 
@@ -92,7 +92,7 @@ def to_file(source: Path, out: Path) -> int:
         raise UsageError(
             f"'{out}' does not end in .safetensors", fix=f"for example {out}.safetensors"
         )
-    refuse_existing(out)
+    check_is_new(out)
     index = _index(source)
     parts = {
         part: dict(Checkpoint(locate(source, None, part))) for part in CLASSES if index.get(part)
@@ -110,7 +110,7 @@ def to_file(source: Path, out: Path) -> int:
             raise InputError(
                 what, fix="keep the folder; single files are written of Stable Diffusion 1.x alone"
             )
-    refuse_small_disk(out, sum(tensor.nbytes for tensor in made.values()))
+    check_disk_space(out, sum(tensor.nbytes for tensor in made.values()))
     commit_tensors(out, made, {"format": "pt"})
     return len(made)
 
@@ -157,7 +157,7 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
     return read_json(folder / part / "config.json")
 
 
-def _refuse_markers(source: Path, file: Checkpoint, config: Path) -> None:
+def _check_markers(source: Path, file: Checkpoint, config: Path) -> None:
     """Refuse a file that says that it predicts v for a config that says something else."""
     scheduler = config / "scheduler" / "scheduler_config.json"
     predicts = (read_scheduler(scheduler) if scheduler.is_file() else {}).get(
@@ -209,7 +209,7 @@ def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[st
     commit_json(out / "model_index.json", {**kept, **empty})
 
 
-def _refuse_misfit(source: Path, folder: Path) -> None:
+def _check_fit(source: Path, folder: Path) -> None:
     """Load what was written, strictly."""
     from demerge.diffusion.loading import load_denoiser, load_text, load_vae
 

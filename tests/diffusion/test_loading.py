@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from demerge.diffusion.loading import load_denoiser, load_text, load_vae
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError, ResourceError
-from demerge.inspection import facts_of
+from demerge.inspection import inspect_model
 from demerge.merging.inputs.experts import scheduler_config
 from demerge.storage.layout import locate
 from demerge.storage.safetensors_header import read_json
@@ -291,7 +291,7 @@ def test_a_scheduler_as_diffusers_saves_it_is_read(copy: Path, name: str) -> Non
     (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
     model = Diffusion.load(copy)
     json.dumps(model.identity, allow_nan=False)
-    assert len(model.fingerprint) == 64 and facts_of(copy).scheduler == name
+    assert len(model.fingerprint) == 64 and inspect_model(copy).scheduler == name
     assert scheduler_config(locate(copy))["_class_name"] == name
 
 

@@ -26,8 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from demerge.analysis.layers import gains as layers_stage
-from demerge.analysis.measurement.checkpoint import Partial
-from demerge.analysis.measurement.schedule import log_snr, refuse_other_schedule
+from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
+from demerge.analysis.measurement.schedule import check_same_schedule, log_snr
 from demerge.analysis.stages import ranges as ranges_stage
 from demerge.conflict import LAYER_K, Array, ConflictMap, Origin
 from demerge.data import load_images
@@ -44,10 +44,10 @@ from demerge.finetuning.checkpoint import Manifest
 from demerge.finetuning.layers import load_layers
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.trainer import Run
-from demerge.inspection import facts_of
+from demerge.inspection import inspect_model
 from demerge.lora import open_expert
 from demerge.merging import Recipe, prepare
-from demerge.merging.recipe.coefficients import read_coefficients, refuse_other_order
+from demerge.merging.recipe.coefficients import check_order, read_coefficients
 from demerge.provenance import MEASURED, measured_on
 from demerge.statistics.record import is_there
 from demerge.storage.atomic import commit_json
@@ -286,7 +286,7 @@ def targets(
 
     def weighed() -> object:
         weights, rules = read_coefficients(root / "weights.json")
-        refuse_other_order(root / "weights.json", [str(first), str(second)])
+        check_order(root / "weights.json", [str(first), str(second)])
         return recipe("task_arithmetic", weights=weights, rules=rules)()
 
     def drawn(folder: Path, **asked: Any) -> Read:
@@ -352,7 +352,9 @@ def targets(
     run.step = 1
     run._save()
     (manifest,) = (root / "state").glob("step-*/manifest.json")
-    Partial(root / "parts", {"model": "m", "bins": [0, 1], "seed": 0}).save("pilot", torch.ones(2))
+    MeasurementCheckpoint(root / "parts", {"model": "m", "bins": [0, 1], "seed": 0}).save(
+        "pilot", torch.ones(2)
+    )
     part = root / "parts" / "pilot.safetensors"
 
     # configs of models, an adapter, an index of shards, captions
@@ -390,14 +392,14 @@ def targets(
     merged = [
         lambda: Recipe.read(out),
         lambda: kind_of(out),
-        lambda: facts_of(out),
+        lambda: inspect_model(out),
         lambda: entrants([f"x={out}"]),
     ]
     whole = [
-        lambda: facts_of(base),
+        lambda: inspect_model(base),
         recipe(),
         drawn(base),
-        lambda: refuse_other_schedule(a_map("m", log_snr(model)), root, str(base)),
+        lambda: check_same_schedule(a_map("m", log_snr(model)), root, str(base)),
     ]
     scored = [lambda: gather([root / "scored"]), lambda: lines(tables_of(gather([score]).scores))]
     tables = [
@@ -413,7 +415,7 @@ def targets(
     experts = [
         lambda: experts_in(root / "run"),
         lambda: kind_of(first),
-        lambda: facts_of(first),
+        lambda: inspect_model(first),
         recipe(),
     ]
     ranged = [
@@ -453,7 +455,7 @@ def targets(
         Target(text / "text_encoder" / "config.json", [drawn(text, **caption)], 0.5),
         Target(text / "tokenizer" / "tokenizer_config.json", [drawn(text, **caption)], 0.3),
         Target(dit / "transformer" / "config.json", [drawn(dit)], 0.5),
-        Target(sharded / f"{stem}.safetensors.index.json", [lambda: facts_of(sharded)], 1),
+        Target(sharded / f"{stem}.safetensors.index.json", [lambda: inspect_model(sharded)], 1),
         Target(
             adapter / "adapter_config.json",
             [lambda: open_expert(adapter, {"x.weight": torch.ones(4, 3)})["x.weight"]],
@@ -470,7 +472,7 @@ def targets(
 
 
 def parts(file: Path) -> object:
-    partial = Partial(file.parent, {"model": "m", "bins": [0, 1], "seed": 0})
+    partial = MeasurementCheckpoint(file.parent, {"model": "m", "bins": [0, 1], "seed": 0})
     partial.check()
     return partial.load("pilot", [2])
 

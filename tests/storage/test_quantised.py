@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from demerge.errors import DemergeError, InputError, NumericalError
-from demerge.inspection import facts_of
+from demerge.inspection import inspect_model
 from demerge.lora import open_expert
 from demerge.merging import MergeSession, Recipe, merge, merge_tensors, prepare, verify
 from demerge.merging.engine.reader import CHUNK
@@ -135,7 +135,9 @@ def test_scaled_fp8_is_read_as_the_numbers_that_it_stands_for(files: list[Path])
         and "scaled" in repr(checkpoint)
         and len(repr(checkpoint)) < 300
     )
-    assert facts_of(files[0]).tensors == 3 and facts_of(files[0]).dtypes[0].endswith(" scaled")
+    assert inspect_model(files[0]).tensors == 3 and inspect_model(files[0]).dtypes[0].endswith(
+        " scaled"
+    )
 
 
 @pytest.mark.parametrize("rows", [False, True])

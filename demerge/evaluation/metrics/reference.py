@@ -112,7 +112,7 @@ class Reference:
                 net, images.images(range(len(images))), name=printable(path.name), progress=progress
             )
         value = load_moments(path, n=n)
-        _refuse_other_net(value.protocol, net)
+        _check_same_net(value.protocol, net)
         if value.dim != net.dim:
             what = f"{path}: moments of {value.dim} features, and {net.name} has {net.dim}"
             raise InputError(
@@ -140,7 +140,7 @@ def evaluate_images(
     Raises:
         ComparisonError: where the reference was made with another feature net.
     """
-    _refuse_other_net(reference.moments.protocol, net)
+    _check_same_net(reference.moments.protocol, net)
     features = net(images, progress=progress)
     result = {"fd": frechet_distance(reference.moments, moments([features]), root=reference.root)}
     if reference.features is not None:
@@ -150,7 +150,7 @@ def evaluate_images(
     return result
 
 
-def _refuse_other_net(protocol: Mapping[str, str], net: FeatureNet) -> None:
+def _check_same_net(protocol: Mapping[str, str], net: FeatureNet) -> None:
     for key, value in protocol.items():
         if net.protocol.get(key, value) != value:
             raise ComparisonError(

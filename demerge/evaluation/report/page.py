@@ -12,7 +12,7 @@ from demerge.evaluation.report.significance import Comparison
 from demerge.evaluation.report.tables import against, label, measured, number
 from demerge.evaluation.report.verdict import best, outcome, verdict, warnings
 from demerge.evaluation.scores import HIGHER_IS_BETTER, Protocol, Row, Table
-from demerge.reporting.html import Exhibit, figure, section, text, uri, whole
+from demerge.reporting.html import PageFigure, figure, section, text, uri, whole
 from demerge.reporting.images import grid, png
 
 GREY = 128  # between the images, on light and on dark pages
@@ -28,9 +28,9 @@ def page(
     title: str,
     table: Table,
     *,
-    plots: Mapping[str, Exhibit],
+    plots: Mapping[str, PageFigure],
     contact: Mapping[str, Tensor],
-    figures: Sequence[Exhibit],
+    figures: Sequence[PageFigure],
     commands: Sequence[str],
     notes: Sequence[str],
 ) -> str:
@@ -179,11 +179,11 @@ def _top(rows: Sequence[Row], metric: str) -> Row | None:
     return min(known, key=lambda row: sign * row.mean(metric), default=None)
 
 
-def _gallery(plots: Mapping[str, Exhibit], names: Iterable[str]) -> str:
+def _gallery(plots: Mapping[str, PageFigure], names: Iterable[str]) -> str:
     return "".join(figure(plots[name]) for name in names if name in plots)
 
 
-def _figures(figures: Sequence[Exhibit]) -> str:
+def _figures(figures: Sequence[PageFigure]) -> str:
     return f'<div class="gallery">{"".join(map(figure, figures))}</div>'
 
 

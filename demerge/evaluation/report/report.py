@@ -30,7 +30,7 @@ from demerge.evaluation.report.significance import Verdict
 from demerge.evaluation.report.tables import csv, frame_of, lines, markdown
 from demerge.evaluation.report.verdict import best, outcome, verdict, warnings
 from demerge.evaluation.scores import Protocol, Row, Scores, Table, differences, tables_of
-from demerge.reporting.html import Exhibit, text
+from demerge.reporting.html import PageFigure, text
 from demerge.reporting.theme import DARK, LIGHT, Draw, draw_on_white, render
 from demerge.storage.atomic import commit_file, commit_text, place_for
 
@@ -59,7 +59,7 @@ class Report:
     unranked: tuple[Table, ...] = ()
     title: str = "demerge report"
     contact: Mapping[str, Tensor] = field(default_factory=dict)
-    figures: Sequence[Exhibit] = ()
+    figures: Sequence[PageFigure] = ()
     commands: Sequence[str] = ()
     notes: Sequence[str] = ()
 
@@ -70,7 +70,7 @@ class Report:
         *,
         title: str = "demerge report",
         contact: Mapping[str, Tensor] | None = None,
-        figures: Sequence[Exhibit] = (),
+        figures: Sequence[PageFigure] = (),
         commands: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> Report:
@@ -165,7 +165,7 @@ class Report:
     def html(self) -> str:
         """The whole page, which loads nothing."""
         exhibits = {
-            name: Exhibit(
+            name: PageFigure(
                 CAPTIONS[name], render(draw, LIGHT, "svg"), dark=render(draw, DARK, "svg")
             )
             for name, draw in self._drawn.items()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from demerge.merging.contract import Method
-from demerge.merging.engine.job import Merge
+from demerge.merging.engine.job import MergeJob
 from demerge.merging.engine.reader import CHUNK
 from demerge.merging.engine.validation import (
     Tensors,
-    refuse_missing_inputs,
-    refuse_unlike,
+    check_inputs,
+    check_same_tensors,
     rounded,
     settle_weights,
 )
@@ -62,9 +62,9 @@ def merge_tensors(
         chosen.settle(options or {}),
     )
     chosen = chosen.under(asked)
-    refuse_unlike(base, experts, ["the base", *(f"expert {i}" for i in range(len(experts)))])
-    refuse_missing_inputs(chosen, base, given, len(experts))
-    job = Merge(
+    check_same_tensors(base, experts, ["the base", *(f"expert {i}" for i in range(len(experts)))])
+    check_inputs(chosen, base, given, len(experts))
+    job = MergeJob(
         chosen,
         base,
         experts,
@@ -81,7 +81,7 @@ def merge_tensors(
     return assemble(job)
 
 
-def assemble(job: Merge) -> dict[str, Tensor]:
+def assemble(job: MergeJob) -> dict[str, Tensor]:
     """Return all tensors of a merge, in the base's dtypes."""
     merged = {name: tensor.clone() for name, tensor in job.base.items()}
     chunks = job.stream(

@@ -21,8 +21,8 @@ from torch import Tensor
 from demerge.errors import NumericalError
 from demerge.merging.contract import Block, Blocks, Method, called
 from demerge.merging.engine.reader import CHUNK, Reader, chunked_work
-from demerge.merging.engine.validation import Tensors, blamed, holds_deltas, refuse_other_size
-from demerge.merging.engine.workers import ALONE, Crew, run
+from demerge.merging.engine.validation import Tensors, blamed, check_same_size, holds_deltas
+from demerge.merging.engine.workers import ALONE, WorkerPool, run
 from demerge.storage.checkpoint import finite
 from demerge.timesteps import TimestepRange
 
@@ -41,7 +41,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class MergedChunk:
     """A merged chunk [n] in the arithmetic's dtype, the block [n] it was made of, and where in the tensor it starts."""
 
     merged: Tensor
@@ -50,7 +50,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeJob:
     """What is merged and how; `stream(names, finish)` gives the result.
 
     Attributes:
@@ -99,11 +99,13 @@ class Merge:
             self.method, self.base, self.experts, self.inputs, self.seed, self.names, self.device
         )
 
-    def tensor(self, name: str) -> Iterator[Done]:
+    def tensor(self, name: str) -> Iterator[MergedChunk]:
         """Yield the result for one tensor, chunk by chunk."""
         return self.stream([name], lambda name, done: done)
 
-    def stream(self, names: Sequence[str], finish: Callable[[str, Done], Value]) -> Iterator[Value]:
+    def stream(
+        self, names: Sequence[str], finish: Callable[[str, MergedChunk], Value]
+    ) -> Iterator[Value]:
         """Yield finish(name, chunk) for all chunks of the named tensors, in order; worker processes call `finish`.
 
         Raises:
@@ -123,7 +125,7 @@ class Merge:
     # -- the order of the work ---------------------------------------------------------------------------------------
 
     def _program(
-        self, names: Sequence[str], finish: Callable[[str, Done], Value], crew: Crew
+        self, names: Sequence[str], finish: Callable[[str, MergedChunk], Value], crew: WorkerPool
     ) -> Iterator[Value]:
         """Do the work of `stream`, as one of a crew."""
         if not self._of_model and any(self.base[n].numel() for n in self.floating):
@@ -135,7 +137,7 @@ class Merge:
     def _items(self, names: Sequence[str]) -> list[tuple[str, slice]]:
         return [(name, span) for name in names for span in self.reader.spans(name, self.chunk)]
 
-    def _batches(self, names: Sequence[str], crew: Crew) -> Iterator[list[str]]:
+    def _batches(self, names: Sequence[str], crew: WorkerPool) -> Iterator[list[str]]:
         """Cut the names so that a second pass over a batch finds it in memory, where there is a first pass.
 
         A lone process takes them one by one: what is known of many tensors would lie in between the chunks' memory.
@@ -174,20 +176,20 @@ class Merge:
     def _finished(
         self,
         supplied: Mapping[str, Mapping[str, Any]],
-        finish: Callable[[str, Done], Value],
+        finish: Callable[[str, MergedChunk], Value],
         item: tuple[str, slice],
     ) -> Value:
         name, span = item
         block = self._block(name, span)
         return finish(
-            name, Done(self._merged(name, span, block, supplied[name]), block, span.start)
+            name, MergedChunk(self._merged(name, span, block, supplied[name]), block, span.start)
         )
 
     def _merged(self, name: str, span: slice, block: Block, supplied: Mapping[str, Any]) -> Tensor:
         given = {**supplied, **block.inputs, "start": block.start}
         with blamed(self.method, name):
             merged = called(self.method.function, block.base, block.deltas, supplied=given)
-        refuse_other_size(self.method, name, block.base, merged)
+        check_same_size(self.method, name, block.base, merged)
         merged = self._at_corner(name, span, block, merged).reshape(-1)
         if not finite(merged):
             raise NumericalError(
@@ -216,7 +218,7 @@ class Merge:
         """The statistics of the model, once a program has measured them."""
         return {}
 
-    def _prepared(self, names: Sequence[str], crew: Crew) -> dict[str, dict[str, Any]]:
+    def _prepared(self, names: Sequence[str], crew: WorkerPool) -> dict[str, dict[str, Any]]:
         """Return what the method is given for each tensor; the largest first, so that no worker is left with it."""
         falling = sorted(names, key=lambda name: -self.base[name].numel())
         found = crew.agreed(self._of_tensor, falling, list)
@@ -229,7 +231,7 @@ class Merge:
         return self._statistics("tensor", [name], ALONE, self._of_model)
 
     def _statistics(
-        self, scope: str, names: Sequence[str], crew: Crew, known: Mapping[str, Any]
+        self, scope: str, names: Sequence[str], crew: WorkerPool, known: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return what is known and the statistics of the scope, over all the named tensors."""
         found, name = dict(known), None if scope == "model" else names[0]
@@ -275,7 +277,9 @@ class Merge:
 class _Blocks(Blocks):
     """The blocks of some tensors, of a fixed size."""
 
-    def __init__(self, merge: Merge, names: Sequence[str], crew: Crew, what: str | None) -> None:
+    def __init__(
+        self, merge: MergeJob, names: Sequence[str], crew: WorkerPool, what: str | None
+    ) -> None:
         self._merge, self._crew, self._what = merge, crew, what
         self._items = [(name, span) for name in names for span in merge.reader.spans(name, CHUNK)]
 

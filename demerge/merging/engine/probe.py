@@ -16,7 +16,7 @@ from torch import Tensor
 
 from demerge.errors import DemergeError, UsageError
 from demerge.merging.contract import Method
-from demerge.merging.engine.job import Merge, Setting
+from demerge.merging.engine.job import MergeJob, Setting
 from demerge.merging.engine.validation import Tensors, holds_deltas
 from demerge.timesteps import TimestepRange
 
@@ -67,7 +67,7 @@ class Case:
         method = method.under(asked)
         grams = [_grams(tensors) for tensors in self.inputs]
         inputs = {name: grams if name in method.partial else self.inputs for name in method.inputs}
-        job = Merge(method, self.base, self.experts, self.weights, asked, inputs, **self.given)
+        job = MergeJob(method, self.base, self.experts, self.weights, asked, inputs, **self.given)
         return {name: _join(job, name) for name in self.base}
 
 
@@ -76,12 +76,12 @@ def _grams(tensors: Tensors) -> dict[str, Tensor]:
     return {n: t.flatten(1).T @ t.flatten(1) for n, t in tensors.items() if t.ndim > 1}
 
 
-def _join(job: Merge, name: str) -> Tensor:
+def _join(job: MergeJob, name: str) -> Tensor:
     chunks = [done.merged.to(job.base[name].dtype) for done in job.tensor(name)]
     return torch.cat(chunks).view(job.base[name].shape) if chunks else job.base[name].clone()
 
 
-def copied(job: Merge, no_base: bool = False) -> set[int]:
+def copied(job: MergeJob, no_base: bool = False) -> set[int]:
     """Return the inputs that the merge gives back to the bit: 0 for the base, 1 for the first expert, and so on.
 
     A base that is the first expert, too, is not counted; nor is a LoRA, which is no model.
@@ -97,7 +97,7 @@ def copied(job: Merge, no_base: bool = False) -> set[int]:
     return known.intersection(*equal)
 
 
-def refuse_uneven(job: Merge) -> None:
+def check_equal_shares(job: MergeJob) -> None:
     """Refuse a merge without a base whose result depends on which model is named first.
 
     Raises:
@@ -122,13 +122,13 @@ def refuse_uneven(job: Merge) -> None:
             )
 
 
-def _settings(job: Merge) -> list[Setting]:
+def _settings(job: MergeJob) -> list[Setting]:
     """Return the different weights and options of the tensors."""
     found = {repr(setting): setting for setting in (job.setting(None), *job.settings.values())}
     return list(found.values())
 
 
-def _case(job: Merge, setting: Setting, no_base: bool) -> Case:
+def _case(job: MergeJob, setting: Setting, no_base: bool) -> Case:
     case = Case.random(0, len(job.experts))
     base = case.experts[0] if no_base else case.base
     return replace(

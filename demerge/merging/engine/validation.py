@@ -48,7 +48,7 @@ def holds_deltas(expert: Tensors) -> bool:
     return bool(getattr(expert, "holds_deltas", False))
 
 
-def refuse_unlike(base: Tensors, experts: Sequence[Tensors], names: Sequence[str]) -> None:
+def check_same_tensors(base: Tensors, experts: Sequence[Tensors], names: Sequence[str]) -> None:
     """Refuse experts whose tensors are missing, extra, of another shape, or unequal where they are not merged.
 
     Raises:
@@ -103,7 +103,7 @@ def unlike(base: Tensors, expert: Tensors, names: Iterable[str]) -> dict[str, di
     }
 
 
-def refuse_missing_inputs(
+def check_inputs(
     method: Method, base: Tensors, inputs: Mapping[str, Sequence[Tensors]], K: int
 ) -> None:
     """Refuse a merge whose method needs tensors that are not there.
@@ -121,7 +121,7 @@ def refuse_missing_inputs(
             )
         for i, tensors in enumerate(given):
             if name in method.partial:
-                _refuse_unknown(name, i, tensors, base)
+                _check_known_keys(name, i, tensors, base)
                 continue
             merged = [n for n, t in base.items() if t.is_floating_point()]
             wrong = [n for n in merged if n not in tensors or tensors[n].shape != base[n].shape]
@@ -132,7 +132,7 @@ def refuse_missing_inputs(
                 )
 
 
-def _refuse_unknown(name: str, i: int, tensors: Tensors, base: Tensors) -> None:
+def _check_known_keys(name: str, i: int, tensors: Tensors, base: Tensors) -> None:
     unknown = [n for n in tensors if n not in base]
     if unknown:
         raise InputError(
@@ -161,7 +161,7 @@ def blamed(method: Method, name: str | None) -> Iterator[None]:
         ) from error
 
 
-def refuse_other_size(method: Method, name: str, base: Tensor, merged: object) -> None:
+def check_same_size(method: Method, name: str, base: Tensor, merged: object) -> None:
     """Refuse a result that cannot take the base's place.
 
     Raises:

@@ -3,7 +3,7 @@
     parent    hands out the numbers of items, and takes what is made of them
     worker    makes of the items what it is asked to, and is told what came of all of them, where the program goes on from it
 
-Both come to the same calls of `Crew` in the same order. Processes, since threads that call many small operations wait for
+Both come to the same calls of `WorkerPool` in the same order. Processes, since threads that call many small operations wait for
 one another: two of them took 1.1 times to twice the CPU time of one. A worker is forked once, when the program begins: what
 it holds need not be pickled, and what it has mapped or allocated serves all of its work. (Forked anew for each pass over a
 model, two workers took 16 % more CPU time.) Tensors travel in shared memory where they fit. A worker ends when its parent
@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(eq=False, slots=True)
-class Crew:
+class WorkerPool:
     """The `size` processes that share the work of a program; a lone one does all of it itself."""
 
     size: int = 1
@@ -75,10 +75,10 @@ class Crew:
         return combine(map(function, items))
 
 
-ALONE = Crew()
+ALONE = WorkerPool()
 
 
-def run(program: Callable[[Crew], Iterable[Value]], workers: int) -> Iterator[Value]:
+def run(program: Callable[[WorkerPool], Iterable[Value]], workers: int) -> Iterator[Value]:
     """Yield what program(crew) yields, its work shared by forked workers where there are to be more than one."""
     if workers <= 1 or not CAN_FORK:
         yield from program(ALONE)
@@ -92,7 +92,7 @@ def run(program: Callable[[Crew], Iterable[Value]], workers: int) -> Iterator[Va
 
 
 @dataclass(eq=False, slots=True)
-class _Parent(Crew):
+class _Parent(WorkerPool):
     """The crew as the parent sees it."""
 
     workers: Sequence[_Worker] = ()
@@ -151,7 +151,7 @@ class _Worker:
     status: int | None = field(default=None)
 
     @classmethod
-    def forked(cls, program: Callable[[Crew], Iterable[Any]], size: int) -> _Worker:
+    def forked(cls, program: Callable[[WorkerPool], Iterable[Any]], size: int) -> _Worker:
         ours, theirs = Pipe()
         shared = mmap.mmap(-1, AHEAD * SLOT)
         with (
@@ -206,7 +206,7 @@ def _ending(status: int) -> str:
 
 
 @dataclass(eq=False, slots=True)
-class _Hand(Crew):
+class _Hand(WorkerPool):
     """The crew as a worker sees it."""
 
     pipe: Connection = field(kw_only=True)
@@ -236,7 +236,7 @@ class _Hand(Crew):
         return _Loads(message, memoryview(b"")).load()
 
 
-def _serve(crew: _Hand, program: Callable[[Crew], Iterable[Any]]) -> NoReturn:
+def _serve(crew: _Hand, program: Callable[[WorkerPool], Iterable[Any]]) -> NoReturn:
     """Run the program until its end, or until the parent is gone; nothing of the parent is cleaned up or flushed here."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this

@@ -18,7 +18,14 @@ from demerge.lora import notes_of
 from demerge.merging.inputs.compatibility import is_buffer
 from demerge.merging.inputs.denoisers import Denoiser, Task
 from demerge.storage.checkpoint import Checkpoint
-from demerge.storage.layout import COMPONENTS, PART_NAME, SECOND, Place, locate, read_index
+from demerge.storage.layout import (
+    COMPONENTS,
+    PART_NAME,
+    SECOND,
+    CheckpointLocation,
+    locate,
+    read_index,
+)
 from demerge.storage.safetensors_header import read_json
 from demerge.timesteps import TimestepRange
 
@@ -40,8 +47,8 @@ SILENT = frozenset(
 
 
 def component_tasks(
-    base: Place,
-    experts: Sequence[Place],
+    base: CheckpointLocation,
+    experts: Sequence[CheckpointLocation],
     ranges: Sequence[TimestepRange | None],
     asked: str | None,
     variant: str | None = None,
@@ -98,7 +105,7 @@ def notes_about(base: object, experts: Sequence[object]) -> list[str]:
     return notes
 
 
-def parts_of(place: Place) -> list[str]:
+def parts_of(place: CheckpointLocation) -> list[str]:
     """Return the names of a pipeline's parts with weights that are no denoiser."""
     folder = place.pipeline
     index = read_index(folder) if folder and (folder / "model_index.json").is_file() else {}
@@ -130,7 +137,9 @@ def _wanted(asked: str | None, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in given]
 
 
-def _refuse(base: Place, expert: Place, names: Sequence[str], variant: str | None) -> None:
+def _refuse(
+    base: CheckpointLocation, expert: CheckpointLocation, names: Sequence[str], variant: str | None
+) -> None:
     mine = parts_of(base)
     unlike = {
         n: _config_differences(*_pair(base, expert, n, variant))
@@ -148,8 +157,8 @@ def _refuse(base: Place, expert: Place, names: Sequence[str], variant: str | Non
 
 def _task(
     name: str,
-    base: Place,
-    experts: Sequence[Place],
+    base: CheckpointLocation,
+    experts: Sequence[CheckpointLocation],
     ranges: Sequence[TimestepRange | None],
     variant: str | None,
 ) -> Task:
@@ -168,17 +177,21 @@ def _task(
     return Task(Path(name), Denoiser(name, mine), its, file=file, is_denoiser=False)
 
 
-def _component(place: Place, name: str, variant: str | None) -> Place:
+def _component(place: CheckpointLocation, name: str, variant: str | None) -> CheckpointLocation:
     if place.pipeline is None:
         raise ValueError(f"{place.path} is not a pipeline")
     return locate(place.pipeline, variant, name)
 
 
-def _pair(base: Place, expert: Place, name: str, variant: str | None) -> tuple[Place, Place]:
+def _pair(
+    base: CheckpointLocation, expert: CheckpointLocation, name: str, variant: str | None
+) -> tuple[CheckpointLocation, CheckpointLocation]:
     return _component(base, name, variant), _component(expert, name, variant)
 
 
-def _differing(base: Place, expert: Place, variant: str | None) -> list[str]:
+def _differing(
+    base: CheckpointLocation, expert: CheckpointLocation, variant: str | None
+) -> list[str]:
     """Return the names of an expert's parts that are not the base's."""
     if (
         base.pipeline is None
@@ -194,7 +207,9 @@ def _differing(base: Place, expert: Place, variant: str | None) -> list[str]:
     ]
 
 
-def _equal(base: Place, expert: Place, name: str, variant: str | None) -> bool:
+def _equal(
+    base: CheckpointLocation, expert: CheckpointLocation, name: str, variant: str | None
+) -> bool:
     folders = [place.pipeline / name for place in (base, expert) if place.pipeline]
     files = [{file.name: file for file in _weights(folder)} for folder in folders]
     if files[0].keys() == files[1].keys() and all(
@@ -226,7 +241,7 @@ def _equal_tensors(base: Checkpoint, expert: Checkpoint) -> bool:
     return True
 
 
-def _config_differences(base: Place, expert: Place) -> str:
+def _config_differences(base: CheckpointLocation, expert: CheckpointLocation) -> str:
     folders = [place.component for place in (base, expert) if place.component]
     return _differences(*(_config(folder) for folder in folders))
 

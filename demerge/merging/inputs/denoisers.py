@@ -18,7 +18,7 @@ from typing import Any
 
 from demerge.errors import InputError, UsageError
 from demerge.merging.inputs.experts import scheduler_config
-from demerge.storage.layout import SECOND, Place, locate, read_index
+from demerge.storage.layout import SECOND, CheckpointLocation, locate, read_index
 from demerge.timesteps import TimestepRange
 
 FIRST = "transformer"
@@ -40,7 +40,7 @@ class Denoiser:
     """
 
     name: str
-    place: Place
+    place: CheckpointLocation
     range: TimestepRange | None = None
 
 
@@ -65,7 +65,7 @@ class Task:
     is_denoiser: bool = True
 
 
-def denoisers(place: Place, variant: str | None = None) -> list[Denoiser]:
+def denoisers(place: CheckpointLocation, variant: str | None = None) -> list[Denoiser]:
     """Return the denoisers of a model, high noise first: two for a pipeline with a boundary, else one.
 
     A component folder inside such a pipeline is one of them, with its range.
@@ -132,7 +132,7 @@ def tasks(
     else:
         cut = split(boundary or 0.0, _steps(base[0].place))
         sides = [(Path(name), base[0], cut[name]) for name in (FIRST, SECOND)]
-    _refuse_unplaced(known, [span for _, _, span in sides if span])
+    _check_all_placed(known, [span for _, _, span in sides if span])
     found = [Task(folder, side, _reaching(span, known), span) for folder, side, span in sides]
     bare = next((task for task in found if not task.experts), None)
     if boundary is not None and bare is not None:
@@ -158,7 +158,7 @@ def split(boundary: float, T: int) -> dict[str, TimestepRange]:
     return {FIRST: TimestepRange(cut, T), SECOND: TimestepRange(0, cut)}
 
 
-def index_of_two(base: Place, boundary: float) -> dict[str, Any]:
+def index_of_two(base: CheckpointLocation, boundary: float) -> dict[str, Any]:
     """Return the model_index.json of a pipeline of two denoisers that is made out of a base of one.
 
     Raises:
@@ -174,7 +174,7 @@ def index_of_two(base: Place, boundary: float) -> dict[str, Any]:
     return {**index, SECOND: index[FIRST], "boundary_ratio": boundary}
 
 
-def _spans(place: Place) -> Mapping[str, TimestepRange] | None:
+def _spans(place: CheckpointLocation) -> Mapping[str, TimestepRange] | None:
     """Return the ranges of a pipeline's two denoisers, None where it has one."""
     folder = place.pipeline
     if (
@@ -195,7 +195,7 @@ def _spans(place: Place) -> Mapping[str, TimestepRange] | None:
     return split(ratio, _steps(place))
 
 
-def _steps(place: Place) -> int:
+def _steps(place: CheckpointLocation) -> int:
     T = scheduler_config(place).get("num_train_timesteps", STEPS)
     if not isinstance(T, int) or not 1 < T < 1 << 20:
         raise InputError(
@@ -241,7 +241,9 @@ def _overlap(one: TimestepRange, other: TimestepRange) -> bool:
     return one.start < other.stop and other.start < one.stop
 
 
-def _refuse_unplaced(experts: Sequence[Sequence[Denoiser]], sides: Sequence[TimestepRange]) -> None:
+def _check_all_placed(
+    experts: Sequence[Sequence[Denoiser]], sides: Sequence[TimestepRange]
+) -> None:
     for expert in experts:
         path = expert[0].place.path
         if any(d.range is None for d in expert):

@@ -12,7 +12,7 @@ from demerge.lora import Adapter, NoBase
 from demerge.merging.recipe.fields import Source
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hashing import remembered_content
-from demerge.storage.layout import Place
+from demerge.storage.layout import CheckpointLocation
 from demerge.storage.safetensors_header import read_json, read_scheduler
 from demerge.timesteps import TimestepRange
 
@@ -32,7 +32,7 @@ MEANING: Mapping[str, Any] = dict.fromkeys((  # of a denoiser: what changes its 
 KINDS = {"config.json": "denoiser", "scheduler_config.json": "noise schedule"}
 
 
-def range_of(place: Place, asked: Source) -> TimestepRange | None:
+def range_of(place: CheckpointLocation, asked: Source) -> TimestepRange | None:
     """Return the timesteps an expert was trained on: what is asked for, or what its record says.
 
     Raises:
@@ -47,7 +47,7 @@ def range_of(place: Place, asked: Source) -> TimestepRange | None:
     return asked.range or recorded
 
 
-def refuse_changed(asked: Source, found: Source) -> None:
+def check_unchanged(asked: Source, found: Source) -> None:
     """Refuse an input that is not the one whose SHA-256 the recipe names.
 
     Raises:
@@ -70,7 +70,7 @@ def refuse_changed(asked: Source, found: Source) -> None:
             )
 
 
-def refuse_foreign(base: Base, experts: Sequence[Expert], no_base: bool = False) -> None:
+def check_same_base(base: Base, experts: Sequence[Expert], no_base: bool = False) -> None:
     """Refuse experts that were made from another base, or from unlike ones if there is none, or predict something else.
 
     Args:
@@ -140,7 +140,7 @@ def _plain(value: Any) -> Any:
     )
 
 
-def scheduler_config(place: Place) -> dict[str, Any]:
+def scheduler_config(place: CheckpointLocation) -> dict[str, Any]:
     """Return the scheduler's config, or nothing where there is none."""
     folder = place.pipeline
     places = [folder / "scheduler", folder] if folder else []
@@ -170,7 +170,7 @@ def source(
     return Source(asked.path, asked.range, files, tensors)
 
 
-def base_model(place: Place) -> str:
+def base_model(place: CheckpointLocation) -> str:
     """Return the base's Hub id where its files name one, else the name of its folder or file."""
     index = place.pipeline / "model_index.json" if place.pipeline else None
     recorded = read_json(index).get("_name_or_path") if index else None

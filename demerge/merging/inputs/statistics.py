@@ -78,7 +78,7 @@ def _inside(folder: Path, file: str) -> Path:
 # -- whose they are ------------------------------------------------------------------------------------------------------
 
 
-def refuse_of_others(
+def check_measured_on(
     base: Mapping[str, Any],
     experts: Sequence[Mapping[str, Any]],
     ranges: Sequence[TimestepRange | None],

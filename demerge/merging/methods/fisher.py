@@ -61,8 +61,8 @@ def fisher(
         InputError: where a Fisher is negative.
     """
     nonzero_sum(weights)
-    refuse_negative_weights(weights, "fisher")
-    refuse_negative(fisher)
+    check_weights_not_negative(weights, "fisher")
+    check_not_negative(fisher)
     relative = weights / weights.abs().max()
     if norm is not None:
         relative = relative / (norm / norm.min()).to(relative)
@@ -76,7 +76,7 @@ def fisher(
     )
 
 
-def refuse_negative_weights(weights: Tensor, what: str) -> None:
+def check_weights_not_negative(weights: Tensor, what: str) -> None:
     """Refuse weights under which the divisor, a sum that differs from entry to entry, may come close to 0.
 
     Raises:
@@ -90,7 +90,7 @@ def refuse_negative_weights(weights: Tensor, what: str) -> None:
         )
 
 
-def refuse_negative(fisher: Tensor) -> None:
+def check_not_negative(fisher: Tensor) -> None:
     """Refuse what is no mean of squares.
 
     Raises:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.merging.method_options import Between
-from demerge.merging.methods.fisher import refuse_negative, refuse_negative_weights
+from demerge.merging.methods.fisher import check_not_negative, check_weights_not_negative
 from demerge.merging.methods.linear import nonzero_sum, weighted_sum
 from demerge.merging.methods.statistics import cosines, gram, summed
 from demerge.merging.registry import Block, Blocks, Scope, Statistic, method
@@ -55,7 +55,7 @@ def _fisher(block: Block) -> Tensor:
             "option by=fisher needs the Fisher of each expert, none given",
             fix="make fisher.safetensors beside each expert with `demerge stats`, or choose by=mass",
         )
-    refuse_negative(fisher)
+    check_not_negative(fisher)
     return fisher
 
 
@@ -85,7 +85,7 @@ def shares(
     factor = trace if gram is None else agreement(gram, weights)
     if factor is None:
         return mass
-    refuse_negative_weights(weights, f"range_weighted with by={by}")
+    check_weights_not_negative(weights, f"range_weighted with by={by}")
     return mass * (factor if (factor * weights).any() else torch.ones_like(mass))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from demerge.errors import InputError
 from demerge.merging.method_options import Between
-from demerge.merging.methods.fisher import refuse_negative_weights
+from demerge.merging.methods.fisher import check_weights_not_negative
 from demerge.merging.methods.linear import nonzero_sum, weighted_sum
 from demerge.merging.methods.spectral import ROUNDING, as_matrix, solve, total, unit
 from demerge.merging.registry import method
@@ -46,17 +46,17 @@ def regmean(
         UsageError: if a weight is negative, or they sum to 0.
         InputError: where the Gram matrices do not fit the tensor or are none.
     """
-    refuse_negative_weights(weights, "regmean")
+    check_weights_not_negative(weights, "regmean")
     w = weights / nonzero_sum(weights)
     mean = weighted_sum(deltas, w)
     if gram is None:
         return base + mean
-    _refuse_unfit(gram, base)
+    _check_gram(gram, base)
     correction = _correction(deltas, mean, _damped(gram, alpha), w.double())
     return base + mean + correction.to(base.dtype).view_as(base)
 
 
-def _refuse_unfit(gram: Tensor, base: Tensor) -> None:
+def _check_gram(gram: Tensor, base: Tensor) -> None:
     n = as_matrix(base).shape[1]
     if gram.shape[1:] != (n, n):
         found = (

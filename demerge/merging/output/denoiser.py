@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from demerge.lora import NoBase
-from demerge.merging.engine.job import Done, Merge
+from demerge.merging.engine.job import MergedChunk, MergeJob
 from demerge.merging.output.lora import AdapterSummary, prefix_of, write_adapter
 from demerge.merging.output.storage import Storage
 from demerge.merging.output.writer import (
@@ -30,7 +30,7 @@ from demerge.merging.output.writer import (
 from demerge.merging.recipe.fields import Source
 from demerge.merging.recipe.rules import Matched
 from demerge.storage.atomic import commit_file, sha256
-from demerge.storage.layout import Place
+from demerge.storage.layout import CheckpointLocation
 
 if TYPE_CHECKING:
     from demerge.merging.report.diagnosis import Sums
@@ -95,7 +95,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputDenoiser:
     """One denoiser of the output.
 
     Attributes:
@@ -108,8 +108,8 @@ class Part:
         notes: what of base and experts is left out or kept; see `demerge.merging.inputs.compatibility`.
     """
 
-    job: Merge
-    place: Place
+    job: MergeJob
+    place: CheckpointLocation
     folder: Path
     entries: Sequence[Entry]
     experts: Sequence[Source]
@@ -243,5 +243,5 @@ class Part:
         return observer(self.storage, self.job.base)
 
 
-def _step(done: Done) -> Tensor:
+def _step(done: MergedChunk) -> Tensor:
     return (done.merged - done.block.base.reshape(-1)).cpu()

@@ -23,7 +23,7 @@ from torch import Tensor
 from demerge.errors import NumericalError, UsageError
 from demerge.lora.names import flat
 from demerge.storage.checkpoint import commit_tensors, modern
-from demerge.storage.layout import Place
+from demerge.storage.layout import CheckpointLocation
 
 BLOCK = 1 << 12  # columns taken to float64 at once
 EMBEDDING = re.compile(
@@ -148,7 +148,7 @@ def factored(M: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return A, B, float(S.square().sum())
 
 
-def prefix_of(place: Place, names: Iterable[str]) -> str:
+def prefix_of(place: CheckpointLocation, names: Iterable[str]) -> str:
     """Return the part of a pipeline that a denoiser's LoRA names: unet or transformer, by its folder or its tensors."""
     folder = place.component.name if place.component else ""
     if folder.startswith(("unet", "transformer")):

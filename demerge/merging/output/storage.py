@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from demerge.merging.engine.job import Done, Merge
+from demerge.merging.engine.job import MergedChunk, MergeJob
 from demerge.merging.engine.validation import rounded
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.quantised import METADATA
@@ -40,7 +40,7 @@ class Storage:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, job: Merge, dtypes: Mapping[str, torch.dtype]) -> Storage:
+    def of(cls, job: MergeJob, dtypes: Mapping[str, torch.dtype]) -> Storage:
         """Return how a merge is stored; where scaled fp8 is kept, the merge is made once to see how large its values are."""
         weights = {
             n: t
@@ -68,12 +68,12 @@ class Storage:
             return rounded(self.scaled[name].over(chunk.cpu(), start), dtype, name)
         return rounded(chunk, dtype, name)
 
-    def kept(self, name: str, done: Done, dtype: torch.dtype) -> Tensor:
+    def kept(self, name: str, done: MergedChunk, dtype: torch.dtype) -> Tensor:
         """Return the base's values [n], which have `dtype`, as they would be stored."""
         base = done.block.base.reshape(-1).cpu()
         return base if self.dtypes[name] == dtype else self.stored(name, done.start, base)
 
-    def squares(self, name: str, stored: Tensor, done: Done) -> tuple[float, float, float]:
+    def squares(self, name: str, stored: Tensor, done: MergedChunk) -> tuple[float, float, float]:
         """Return the sums of squares of merged, merged - base and stored - merged; of scaled fp8 alone."""
         if name not in self.scaled:
             return 0.0, 0.0, 0.0
@@ -85,12 +85,12 @@ class Storage:
         return merged_, moved, error
 
 
-def _exponents(job: Merge, weights: Mapping[str, Scaled]) -> list[Tensor]:
+def _exponents(job: MergeJob, weights: Mapping[str, Scaled]) -> list[Tensor]:
     """Return k for each scale of each weight; 0 for those that are not merged."""
     codes = {name: torch.zeros(len(tensor.scale)) for name, tensor in weights.items()}
     merged = set(job.floating)
 
-    def seen(name: str, done: Done) -> tuple[str, Tensor]:
+    def seen(name: str, done: MergedChunk) -> tuple[str, Tensor]:
         tensor = weights[name]
         return name, tensor.largest(tensor.over(done.merged.cpu(), done.start).float(), done.start)
 

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from demerge.errors import UsageError
-from demerge.merging.engine.job import Done, Merge
+from demerge.merging.engine.job import MergedChunk, MergeJob
 from demerge.merging.engine.reader import CHUNK
 from demerge.merging.output.storage import Storage
 from demerge.storage.checkpoint import TORCH_NAMES, Checkpoint
-from demerge.storage.layout import Place, inside, plain_names, read_index
+from demerge.storage.layout import CheckpointLocation, inside, plain_names, read_index
 from demerge.storage.scaled import Scaled, decoded
 
 CODES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 ALIGNMENT = 8
 WIDER = "--save-dtype bfloat16 or float16 keeps more"
-Observe = Callable[[str, Done], Any]
+Observe = Callable[[str, MergedChunk], Any]
 Put = Callable[[str, int, Tensor], object]
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -139,7 +139,7 @@ def layout(base: Mapping[str, Tensor], save_dtype: str) -> list[Entry]:
 
 
 def pieces(
-    job: Merge,
+    job: MergeJob,
     entries: Sequence[Entry],
     storage: Storage,
     observe: Observe | None = None,
@@ -159,7 +159,7 @@ def pieces(
         put(name, start, stored)
         return stored.new_empty(0)
 
-    def finish(name: str, done: Done) -> Piece:
+    def finish(name: str, done: MergedChunk) -> Piece:
         stored = storage.stored(name, done.start, done.merged)
         seen = observe(name, done) if observe else None
         counts = survivors(stored, done, storage.kept(name, done, job.base[name].dtype))
@@ -184,7 +184,7 @@ def pieces(
     job.progress(len(entries), len(entries), "merge")
 
 
-def survivors(stored: Tensor, done: Done, kept: Tensor) -> tuple[int, int]:
+def survivors(stored: Tensor, done: MergedChunk, kept: Tensor) -> tuple[int, int]:
     """Count the entries that the merge changes, and those whose stored value is not the one that is stored of the base.
 
     numpy compares and counts several times faster than torch.
@@ -197,7 +197,7 @@ def survivors(stored: Tensor, done: Done, kept: Tensor) -> tuple[int, int]:
 
 def write(
     stream: Sink,
-    job: Merge,
+    job: MergeJob,
     entries: Sequence[Entry],
     storage: Storage,
     metadata: Mapping[str, str],
@@ -267,7 +267,7 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def kept_files(base: Place, variant: str | None = None) -> list[tuple[Path, Path]]:
+def kept_files(base: CheckpointLocation, variant: str | None = None) -> list[tuple[Path, Path]]:
     """Return what a folder output copies from the base, as (file, path in the output).
 
     Of a pipeline: model_index.json and every component it lists; of the denoiser only its config. Nothing else. Of weights in
@@ -318,7 +318,7 @@ def is_file(out: Path) -> bool:
     return out.suffix == ".safetensors"
 
 
-def refuse_pickle(out: Path) -> None:
+def check_not_pickled(out: Path) -> None:
     """Refuse an output that would be taken for a pickle.
 
     Raises:

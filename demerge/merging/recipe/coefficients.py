@@ -21,7 +21,7 @@ from typing import Any
 
 from demerge.errors import DemergeError, InputError, UsageError
 from demerge.merging.recipe.rules import Rule, number
-from demerge.storage.documents import read_document, read_rows, refuse_unknown, typed
+from demerge.storage.documents import check_known_keys, read_document, read_rows, typed
 
 KEYS = ("format", "weights", "tensors", "blocks", "record")
 ENDS = (".json", ".yaml", ".yml", ".csv")
@@ -51,7 +51,7 @@ def read_coefficients(path: Path) -> tuple[list[float] | None, list[Rule]]:
         ) from error
 
 
-def refuse_other_order(path: Path, experts: Sequence[str]) -> None:
+def check_order(path: Path, experts: Sequence[str]) -> None:
     """Refuse a file of weights that `demerge coefficients` found for the same experts in another order.
 
     Raises:
@@ -79,7 +79,7 @@ def _of_rows(rows: list[list[str]]) -> tuple[list[float] | None, list[Rule]]:
 
 
 def _of_table(table: Mapping[str, Any]) -> tuple[list[float] | None, list[Rule]]:
-    refuse_unknown(table, KEYS, "the table")
+    check_known_keys(table, KEYS, "the table")
     whole = typed(table, "weights", list, "the table")
     parts = [typed(table, key, dict, "the table") or {} for key in ("tensors", "blocks")]
     rules = [Rule.of(name, numbers, {}) for part in parts for name, numbers in part.items()]

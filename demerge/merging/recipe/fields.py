@@ -14,11 +14,11 @@ from demerge.expert import EXPERT, read_expert
 from demerge.merging.recipe.coefficients import read_coefficients
 from demerge.merging.recipe.paths import found, is_remote, stored
 from demerge.merging.recipe.rules import Rule, number
-from demerge.storage.documents import refuse_unknown, typed
+from demerge.storage.documents import check_known_keys, typed
 from demerge.timesteps import TimestepRange
 
 
-class Asked(TypedDict, total=False):
+class MergeFields(TypedDict, total=False):
     """What a merge is asked to do beside base and experts.
 
     Attributes:
@@ -129,7 +129,7 @@ def read_source(entry: Any, folder: Path, where: str, known: Sequence[str]) -> S
     table = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(table, dict) or not isinstance(table.get("path"), str):
         raise UsageError(f"{where} names no path", fix="write PATH or {path: PATH, ...}")
-    refuse_unknown(table, known, where)
+    check_known_keys(table, known, where)
     files = texts(typed(table, "files", dict, where) or {})
     inputs = {
         str(name): {
@@ -168,7 +168,7 @@ def read_rule(entry: Any, where: str) -> Rule:
         raise UsageError(
             f"{where}: a rule names no pattern", fix="write {match: mid, weights: [0.2, 0.8]}"
         )
-    refuse_unknown(entry, ("match", "weights", "options"), f"{where}: rule '{entry['match']}'")
+    check_known_keys(entry, ("match", "weights", "options"), f"{where}: rule '{entry['match']}'")
     weights, options = (
         typed(entry, key, kind, where) for key, kind in (("weights", list), ("options", dict))
     )

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from demerge.errors import UsageError
-from demerge.storage.documents import refuse_unknown, typed
+from demerge.storage.documents import check_known_keys, typed
 
 MARK = "merge_method"
 KEYS = (MARK, "models", "base_model", "parameters", "dtype", "out_dtype")
@@ -64,7 +64,7 @@ def from_mergekit(document: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UsageError(
                 f"{where}: {key} of mergekit join layers, which denoisers cannot", fix=fix
             )
-    refuse_unknown(document, KEYS, f"{where} (mergekit's)")
+    check_known_keys(document, KEYS, f"{where} (mergekit's)")
     name = str(document[MARK])[:80]
     if name not in METHODS:
         raise UsageError(
@@ -122,13 +122,13 @@ def _model(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
         raise UsageError(
             f"{where}: a model names no path", fix="write {model: PATH, parameters: {weight: 0.5}}"
         )
-    refuse_unknown(entry, ("model", "parameters"), f"{where}: model {entry['model']}")
+    check_known_keys(entry, ("model", "parameters"), f"{where}: model {entry['model']}")
     return entry["model"], _plain(typed(entry, "parameters", dict, where) or {}, where)
 
 
 def _plain(parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return parameters that are one number or one truth each."""
-    refuse_unknown(parameters, (*SHARED, *OTHERS), f"{where}: parameters")
+    check_known_keys(parameters, (*SHARED, *OTHERS), f"{where}: parameters")
     for key, value in parameters.items():
         if not isinstance(value, int | float):
             fix = "give one number, and write the rest as rules, for example rules: ['up.attn weights=0.2..0.8,0.5 density=0.3']"

@@ -28,7 +28,7 @@ from typing import Any, Unpack
 
 from demerge.errors import InputError, UsageError
 from demerge.merging.recipe.fields import (
-    Asked,
+    MergeFields,
     Source,
     expanded,
     read_rule,
@@ -39,7 +39,7 @@ from demerge.merging.recipe.fields import (
 from demerge.merging.recipe.mergekit import MARK, from_mergekit
 from demerge.merging.recipe.paths import found
 from demerge.merging.recipe.rules import Rule
-from demerge.storage.documents import read_document, refuse_unknown, typed
+from demerge.storage.documents import check_known_keys, read_document, typed
 from demerge.storage.safetensors_header import read_header
 
 FORMAT = "demerge.recipe/1"
@@ -62,7 +62,7 @@ EXPERT = ("path", "weight", "range", "files", "inputs")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A merge as it is asked for; see `Asked`. Files and versions are known once `prepare` has seen the inputs.
+    """A merge as it is asked for; see `MergeFields`. Files and versions are known once `prepare` has seen the inputs.
 
     Raises:
         UsageError: where the seed is negative, or the rank of an adapter below 1.
@@ -101,7 +101,9 @@ class Recipe:
                 raise UsageError(f"{name} is {value}", fix=f"give {least} or more")
 
     @classmethod
-    def of(cls, base: Path | str, experts: Sequence[Path | str], **asked: Unpack[Asked]) -> Recipe:
+    def of(
+        cls, base: Path | str, experts: Sequence[Path | str], **asked: Unpack[MergeFields]
+    ) -> Recipe:
         """Return the recipe for a base and its experts.
 
         Raises:
@@ -112,7 +114,7 @@ class Recipe:
         )
         return empty.changed(**asked)
 
-    def changed(self, **asked: Unpack[Asked]) -> Recipe:
+    def changed(self, **asked: Unpack[MergeFields]) -> Recipe:
         """Return the recipe with other values; options are added to those there are, the base to the experts for `no_base`.
 
         Raises:
@@ -181,7 +183,7 @@ class Recipe:
                 f"{where} names no base",
                 fix="write base: PATH, or no_base: true to merge the experts alone",
             )
-        refuse_unknown(document, KINDS, where)
+        check_known_keys(document, KINDS, where)
         if str(document.get("format", FORMAT)) != FORMAT:
             raise UsageError(
                 f"{where} has the format {document['format']}", fix=f"this version reads {FORMAT}"

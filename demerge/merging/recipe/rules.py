@@ -191,7 +191,7 @@ def settle(
         }
         settings |= {name: per_block[block_of(name)] for name in mine}
         taken.append(Matched(rule, mine))
-    _refuse_parts_of_a_whole(taken, settings, method, Setting(weights, method.settle(options)))
+    _check_whole_tensor_options(taken, settings, method, Setting(weights, method.settle(options)))
     return settings, taken
 
 
@@ -315,7 +315,7 @@ def _setting(
     return Setting(settle_weights(mine, len(weights)), method.settle({**options, **here}))
 
 
-def _refuse_parts_of_a_whole(
+def _check_whole_tensor_options(
     taken: Sequence[Matched], settings: Mapping[str, Setting], method: Method, whole: Setting
 ) -> None:
     """Refuse a rule that sets for some tensors what a statistic over the whole model has one value of."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demerge.merging.engine.job import Done
+from demerge.merging.engine.job import MergedChunk
 from demerge.merging.methods.statistics import cosines, norms, row_grams
 from demerge.merging.output.storage import Storage
 from demerge.merging.output.writer import survivors
@@ -107,10 +107,10 @@ def effective_rank(gram: Tensor) -> float:
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
 
-def observer(storage: Storage, base: Mapping[str, Tensor]) -> Callable[[str, Done], Sums]:
+def observer(storage: Storage, base: Mapping[str, Tensor]) -> Callable[[str, MergedChunk], Sums]:
     """Return what sums up a chunk of one of the tensors that are written."""
 
-    def observe(name: str, done: Done) -> Sums:
+    def observe(name: str, done: MergedChunk) -> Sums:
         deltas = done.block.deltas.reshape(len(done.block.deltas), -1)
         up, down = (deltas > 0).any(0), (deltas < 0).any(0)
         step = done.merged.double() - done.block.base.reshape(-1).double()

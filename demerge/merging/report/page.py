@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from demerge.merging.recipe.recipe import Recipe
 from demerge.merging.report.diagnosis import DIAGNOSIS, Diagnosis, Sums, table
-from demerge.reporting.html import Exhibit, figure, harmless, section, whole
+from demerge.reporting.html import PageFigure, figure, harmless, section, whole
 from demerge.reporting.html import table as html_table
 from demerge.reporting.theme import DARK, KINDS, LIGHT, Draw, Theme, plain, render
 
@@ -50,7 +50,7 @@ def report_files(diagnosis: Diagnosis, recipe: Recipe, of: str = "") -> dict[str
     document = {**({"of": of} if of else {}), **diagnosis.document()}
     light = {name: render(draw, LIGHT, "svg") for name, draw in drawn.items()}
     exhibits = [
-        Exhibit(CAPTIONS[name], light[name], dark=render(draw, DARK, "svg"))
+        PageFigure(CAPTIONS[name], light[name], dark=render(draw, DARK, "svg"))
         for name, draw in drawn.items()
     ]
     files = {
@@ -64,7 +64,7 @@ def report_files(diagnosis: Diagnosis, recipe: Recipe, of: str = "") -> dict[str
     return {name: text.encode() for name, text in files.items()} | pictures
 
 
-def _page(diagnosis: Diagnosis, recipe: Recipe, exhibits: Sequence[Exhibit]) -> str:
+def _page(diagnosis: Diagnosis, recipe: Recipe, exhibits: Sequence[PageFigure]) -> str:
     subtitle = f"{recipe.method} of {len(recipe.experts)} experts into {recipe.base.name}, seed {recipe.seed}"
     spans = [expert.range or "-" for expert in recipe.experts]
     experts = zip(

@@ -11,8 +11,8 @@ import torch
 
 from demerge.analysis.measurement import collector as cells_module
 from demerge.analysis.measurement.budget import Stop, neighbour_se, said
-from demerge.analysis.measurement.checkpoint import Partial
-from demerge.analysis.measurement.collector import Cells
+from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
+from demerge.analysis.measurement.collector import GradientCollector
 from demerge.analysis.measurement.gradients import Measurement, measure
 from demerge.analysis.measurement.options import Settings, duration, seconds_of
 from demerge.analysis.similarity import similarity
@@ -49,17 +49,17 @@ def test_a_budget_holds_as_many_groups_as_fit(
 ) -> None:
     """By a clock that goes on by a second with each backward pass: 3 s a group, 8 of them in 25 s."""
     now = [0.0]
-    kept = Cells._kept
+    kept = GradientCollector._kept
 
     def slow(self: Any, *arguments: Any) -> Any:
         now[0] += 1.0
         return kept(self, *arguments)
 
-    monkeypatch.setattr(Cells, "_kept", slow)
+    monkeypatch.setattr(GradientCollector, "_kept", slow)
     for clock in ("perf_counter", "monotonic"):
         monkeypatch.setattr(cells_module.time, clock, lambda: now[0])
     run = Measurement(linear, images, Settings(**SMALL, groups=64, budget=25.0)).begin(
-        Partial(None, {})
+        MeasurementCheckpoint(None, {})
     )
     assert (run.cost.passes, run.cost.seconds, run.seconds) == (24, 24.0, 1.0)
     assert "24 backward passes, about 24 s" in str(run.cost)
@@ -79,9 +79,9 @@ def test_groups_that_are_there_do_not_count_for_the_budget(
 ) -> None:
     settings = Settings(**SMALL, groups=64, budget=3.5)
     measurement = Measurement(linear, images, settings)
-    partial = Partial(tmp_path, measurement.key())
+    partial = MeasurementCheckpoint(tmp_path, measurement.key())
     Measurement(linear, images, Settings(**SMALL, groups=5)).run(partial)
-    monkeypatch.setattr(Cells, "seconds", lambda self: 1.0)
+    monkeypatch.setattr(GradientCollector, "seconds", lambda self: 1.0)
     assert measurement.begin(partial).cost.passes == 18  # 5 groups and one more
     (tmp_path / "group-0004.safetensors").unlink()
     assert measurement.begin(partial).cost.seconds == 3.0

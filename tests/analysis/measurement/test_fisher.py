@@ -18,7 +18,7 @@ from torch import Tensor
 
 from demerge.analysis.measurement import fisher as module
 from demerge.analysis.measurement.backward import Backward
-from demerge.analysis.measurement.checkpoint import Partial
+from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.draws import draw
 from demerge.analysis.measurement.fisher import RangeFisher, every, fisher_files
 from demerge.analysis.measurement.gradients import Measurement, Settings
@@ -27,7 +27,7 @@ from demerge.errors import ResourceError, UsageError
 from demerge.statistics import range_fisher
 from demerge.timesteps import Partition
 
-NOWHERE = Partial(None, {})
+NOWHERE = MeasurementCheckpoint(None, {})
 
 
 def found(
@@ -182,7 +182,7 @@ def test_a_killed_measurement_goes_on(
     linear: Any, images: Any, tmp_path: Path, passes: int
 ) -> None:
     measurement = Measurement(linear, images, Settings(6, 5, 4))
-    partial = Partial(tmp_path / "conflict.partial", measurement.key())
+    partial = MeasurementCheckpoint(tmp_path / "conflict.partial", measurement.key())
     wanted = found(linear, images, tmp_path)
     with pytest.raises(Killed):
         measurement.run(
@@ -205,7 +205,7 @@ def test_rows_and_sums_of_different_age_are_mended(
 ) -> None:
     """Rows of all groups without a Fisher, then a Fisher with one row damaged: each is made once, and none counts twice."""
     measurement = Measurement(linear, images, Settings(6, 5, 4))
-    partial = Partial(tmp_path / "conflict.partial", measurement.key())
+    partial = MeasurementCheckpoint(tmp_path / "conflict.partial", measurement.key())
     measurement.run(partial)
     wanted = found(linear, images, tmp_path)
     for damaged in (None, "group-0002.safetensors"):
@@ -342,7 +342,7 @@ def test_sums_of_a_killed_run_serve_one_of_more_groups(
     linear: Any, images: Any, tmp_path: Path
 ) -> None:
     few, many = (Measurement(linear, images, Settings(6, groups, 4)) for groups in (5, 8))
-    partial = Partial(tmp_path / "conflict.partial", few.key())
+    partial = MeasurementCheckpoint(tmp_path / "conflict.partial", few.key())
     few.run(partial, None, fisher_files(few, "uniform:2", tmp_path).fisher)
     again, seen = fisher_files(many, "uniform:2", tmp_path).fisher, []
     assert again.committed == 5
@@ -365,7 +365,7 @@ def test_the_cost_counts_microbatches_and_a_budget_too(
 ) -> None:
     """By a clock that goes on by a second with each backward pass: 6 bins of 4 samples, 24 s a group, 6 of them in 150 s."""
     measurement = Measurement(linear, images, Settings(6, 64, 4, budget=150.0))
-    partial = Partial(tmp_path / "conflict.partial", measurement.key())
+    partial = MeasurementCheckpoint(tmp_path / "conflict.partial", measurement.key())
     fisher = fisher_files(measurement, "uniform:2", tmp_path).fisher
     run = measurement.begin(partial, fisher=fisher)
     assert (run.cost.passes, run.cost.more, run.cost.seconds) == (36, 108, 144.0)
@@ -424,7 +424,7 @@ def test_what_makes_no_fisher_is_refused(
 
 def test_sums_of_other_ranges_are_refused(linear: Any, images: Any, tmp_path: Path) -> None:
     measurement = Measurement(linear, images, Settings(6, 5, 4))
-    partial = Partial(tmp_path / "conflict.partial", measurement.key())
+    partial = MeasurementCheckpoint(tmp_path / "conflict.partial", measurement.key())
     measurement.run(partial, None, fisher_files(measurement, "uniform:2", tmp_path).fisher)
     with pytest.raises(UsageError, match=r"fisher \[0, 15, 30\] there, \[0, 10, 20, 30\] asked"):
         fisher_files(measurement, "uniform:3", tmp_path)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.measurement.checkpoint import Partial
-from demerge.analysis.measurement.collector import Everything, SideBySide, adam_scale, products
+from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
+from demerge.analysis.measurement.collector import KeepAll, SideBySide, adam_scale, products
 from demerge.analysis.measurement.draws import draw
 from demerge.analysis.measurement.gradients import Measurement, measure
 from demerge.analysis.measurement.options import Settings
@@ -118,7 +118,7 @@ def test_low_precision_passes_are_summed_in_full(
 def test_pieces_of_low_precision_add_up_in_full(dtype: torch.dtype) -> None:
     """4096 gradients of 2^-9 add up to 8, and in bf16 to no more than 0.5."""
     sketch, piece = CountSketch.of(10, 0), torch.full((10,), 2.0**-9, dtype=dtype)
-    for keep in (sketch, Everything(10), SideBySide([sketch, sketch.layers({"a.weight": 10})])):
+    for keep in (sketch, KeepAll(10), SideBySide([sketch, sketch.layers({"a.weight": 10})])):
         total = accumulator((keep.width,), torch.device("cpu"))
         for _ in range(4096):
             keep.add(total, 0, piece)
@@ -263,8 +263,10 @@ def test_adapters_alone_can_count(linear: Any, images: Any) -> None:
 def test_a_finished_group_is_not_measured_again(linear: Any, images: Any, tmp_path: Path) -> None:
     """Groups of two runs in one folder are one run; what is damaged is made again, what is foreign is refused."""
     measurement = Measurement(linear, images, Settings(**SMALL, metric="adam", engine="sketch"))
-    whole = measurement.run(Partial(None, {}))
-    one, other = (Partial(tmp_path / name, measurement.key()) for name in ("one", "other"))
+    whole = measurement.run(MeasurementCheckpoint(None, {}))
+    one, other = (
+        MeasurementCheckpoint(tmp_path / name, measurement.key()) for name in ("one", "other")
+    )
     for partial in (one, other):
         assert np.array_equal(measurement.run(partial).gram, whole.gram)
     for name in ("pilot", "group-0001", "group-0003"):
@@ -280,7 +282,7 @@ def test_a_finished_group_is_not_measured_again(linear: Any, images: Any, tmp_pa
     other_seed = Measurement(
         linear, images, Settings(**SMALL, metric="adam", engine="sketch", seed=1)
     )
-    foreign = Partial(one.folder, other_seed.key())
+    foreign = MeasurementCheckpoint(one.folder, other_seed.key())
     for refused in (foreign.check, lambda: other_seed.run(foreign)):
         with pytest.raises(UsageError, match="seed 0 there, 1 asked"):
             refused()

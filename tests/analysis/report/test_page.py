@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from demerge.analysis.report.next_steps import Names, steps
-from demerge.analysis.report.page import CAPTIONS, EYEBROWS, page, refuse_to_replace, write_page
+from demerge.analysis.report.page import CAPTIONS, EYEBROWS, check_replaceable, page, write_page
 from demerge.analysis.report.text import lines, summary, taken
 from demerge.analysis.stages.ranges import lines as range_lines
 from demerge.analysis.stages.ranges import ranges
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
-from demerge.reporting.html import Exhibit
+from demerge.reporting.html import PageFigure
 
-SHOWN = {name: Exhibit(caption, b"<svg/>", dark=b"<svg/>") for name, caption in CAPTIONS.items()}
+SHOWN = {name: PageFigure(caption, b"<svg/>", dark=b"<svg/>") for name, caption in CAPTIONS.items()}
 HOSTILE = "</pre><script>alert(1)</script>'\"; rm -rf ~ #"
 
 
@@ -280,8 +280,8 @@ def test_the_page_is_written_whole_and_replaces_only_itself(planted: Any, tmp_pa
     assert (
         len(re.findall("<picture>", html)) == len(CAPTIONS) and "prefers-color-scheme: dark" in html
     )
-    refuse_to_replace(path)
+    check_replaceable(path)
     path.write_text("<html>mine</html>")
     for place in (path, tmp_path):
         with pytest.raises(UsageError, match="is not a page of a conflict map"):
-            refuse_to_replace(place)
+            check_replaceable(place)

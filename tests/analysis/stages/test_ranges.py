@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demerge.analysis.stages.ranges import given_cuts, lines, load_map, ranges, refuse_to_replace
+from demerge.analysis.stages.ranges import check_replaceable, given_cuts, lines, load_map, ranges
 from demerge.errors import InputError, UsageError
 from demerge.timesteps import Partition
 
@@ -131,10 +131,10 @@ def test_maps_are_found_in_their_folder_and_held_against_a_model(
 
 
 def test_only_a_partition_is_replaced(tmp_path: Path) -> None:
-    refuse_to_replace(tmp_path / "new")
+    check_replaceable(tmp_path / "new")
     Partition.uniform(10, 2).save(tmp_path / "old.json")
-    refuse_to_replace(tmp_path / "old.json")
+    check_replaceable(tmp_path / "old.json")
     (tmp_path / "other").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "other"):
         with pytest.raises(UsageError, match="is not a partition"):
-            refuse_to_replace(path)
+            check_replaceable(path)

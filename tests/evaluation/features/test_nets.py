@@ -11,7 +11,7 @@ from torch import Tensor
 
 from demerge.data import load_images
 from demerge.errors import ComparisonError, InputError, NumericalError, UsageError
-from demerge.evaluation.evaluator import Judge
+from demerge.evaluation.evaluator import Evaluator
 from demerge.evaluation.features.nets import FeatureNet, feature_net
 from demerge.evaluation.features.random_net import RandomNet
 from demerge.evaluation.metrics.fid import moments, save_moments
@@ -111,7 +111,7 @@ def test_the_hash_of_images_sees_shape_and_bytes() -> None:
 
 
 def test_the_judge(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> None:
-    judge = Judge(
+    judge = Evaluator(
         digits_net,
         Reference.from_images(digits_net, noise(80)),
         perceptual=load_lpips(),

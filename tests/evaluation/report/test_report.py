@@ -19,7 +19,7 @@ from demerge.errors import ComparisonError, UsageError
 from demerge.evaluation.report.report import Report
 from demerge.evaluation.report.tables import escaped, lines
 from demerge.evaluation.scores import Scores, tables_of
-from demerge.reporting.html import STYLE, Exhibit, harmless
+from demerge.reporting.html import STYLE, PageFigure, harmless
 from demerge.reporting.theme import DARK, KINDS, render
 
 Make = Callable[..., list[Scores]]
@@ -71,7 +71,7 @@ def folder(
 ) -> Path:
     out = tmp_path_factory.mktemp("run") / "report"
     contact = {HOSTILE: noise(4), "base": noise(4, seed=1)}
-    figures = [Exhibit("heat <map>", b"<svg xmlns='http://www.w3.org/2000/svg'/>")]
+    figures = [PageFigure("heat <map>", b"<svg xmlns='http://www.w3.org/2000/svg'/>")]
     report = Report.of(
         scores,
         title="A <b> title",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError, ResourceError
-from demerge.merging.engine.workers import CAN_FORK, SLOT, Crew, run
+from demerge.merging.engine.workers import CAN_FORK, SLOT, WorkerPool, run
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="workers are forked on Linux alone")
 DTYPES = [
@@ -72,7 +72,7 @@ def test_tensors_outlive_their_place_and_may_be_larger_than_it() -> None:
 def test_all_go_on_from_what_one_process_made_of_all_values(workers: int) -> None:
     combined = []
 
-    def program(crew: Crew) -> Iterator[tuple[int, list[int], Tensor]]:
+    def program(crew: WorkerPool) -> Iterator[tuple[int, list[int], Tensor]]:
         def combine(values: Iterator[Tensor]) -> Tensor:
             combined.append(os.getpid())
             return torch.stack(list(values))
@@ -97,7 +97,7 @@ def test_all_go_on_from_what_one_process_made_of_all_values(workers: int) -> Non
 
 
 def test_an_error_of_the_program_itself_ends_all() -> None:
-    def program(crew: Crew) -> Iterator[int]:
+    def program(crew: WorkerPool) -> Iterator[int]:
         yield from crew.ordered(lambda i: os.getpid(), range(20))
         raise InputError("no", fix="yes")
 

@@ -19,7 +19,7 @@ from demerge.merging import merge_tensors
 from demerge.merging.contract import Block
 from demerge.merging.engine import job as apply
 from demerge.merging.engine.in_memory import assemble
-from demerge.merging.engine.job import Merge
+from demerge.merging.engine.job import MergeJob
 from demerge.merging.engine.reader import uniform
 from demerge.merging.methods.della import probabilities
 from demerge.merging.methods.karcher import direction
@@ -671,7 +671,7 @@ def test_range_weighted_by_fisher_trace_differs_by_tensor() -> None:
     def merged(**options: Any) -> dict[str, Tensor]:
         given = {"fisher": fishers}
         return assemble(
-            Merge(
+            MergeJob(
                 chosen,
                 base,
                 experts,

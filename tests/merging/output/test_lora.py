@@ -13,7 +13,7 @@ from torch import Tensor
 from demerge.errors import NumericalError, UsageError
 from demerge.lora import Adapter, open_expert
 from demerge.merging.output.lora import AdapterSummary, factored, prefix_of, write_adapter
-from demerge.storage.layout import Place
+from demerge.storage.layout import CheckpointLocation
 
 SHAPES = {
     "down_blocks.0.conv.weight": (5, 3, 3, 3),
@@ -126,8 +126,8 @@ def test_a_delta_of_rank_one_is_whole_at_rank_one() -> None:
 
 
 def test_the_prefix_is_the_folders_or_told_by_the_tensors() -> None:
-    def place(folder: str | None) -> Place:
-        return Place(Path("x"), None, Path(folder) if folder else None, ())
+    def place(folder: str | None) -> CheckpointLocation:
+        return CheckpointLocation(Path("x"), None, Path(folder) if folder else None, ())
 
     assert prefix_of(place("a/unet"), []) == "unet"
     assert prefix_of(place("a/transformer_2"), []) == "transformer"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from demerge.errors import InputError, UsageError
 from demerge.merging import Recipe, find, merge_tensors, prepare
 from demerge.merging.recipe.blocks import alias, block_of, by_depth, is_kind
-from demerge.merging.recipe.coefficients import read_coefficients, refuse_other_order
+from demerge.merging.recipe.coefficients import check_order, read_coefficients
 from demerge.merging.recipe.rules import Ramp, Rule, matcher, only, select, settle
 
 UNET = (
@@ -325,10 +325,10 @@ def test_damaged_files_of_weights_are_refused(
 def test_weights_of_the_same_experts_in_another_order_are_refused(tmp_path: Path) -> None:
     record = {"inputs": {"experts": [{"path": "a"}, {"path": "b"}]}}
     (file := tmp_path / "w.json").write_text(json.dumps({"weights": [0.2, 0.8], "record": record}))
-    refuse_other_order(file, ["a", "b"])
-    refuse_other_order(file, ["c", "d"])
+    check_order(file, ["a", "b"])
+    check_order(file, ["c", "d"])
     with pytest.raises(UsageError, match="another order") as raised:
-        refuse_other_order(file, ["b", "a"])
+        check_order(file, ["b", "a"])
     assert "a b" in raised.value.fix
 
 
