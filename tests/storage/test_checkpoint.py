@@ -391,8 +391,8 @@ def cut(content: bytes, chance: random.Random) -> bytes:
 def test_headers_are_read_without_torch(tiny: Path) -> None:
     code = f"""
 import sys
-from demerge.inspection import facts_of
-facts = facts_of({str(tiny)!r})
+from demerge.inspection import inspect_model
+facts = inspect_model({str(tiny)!r})
 assert facts.model_class == "UNet2DModel" and facts.prediction_type == "epsilon" and facts.mergeable, facts
 assert "torch" not in sys.modules and "diffusers" not in sys.modules
 """
