@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from demerge.errors import DemergeError, InputError
-from demerge.storage.atomic import commit_file
+from demerge.storage.atomic import commit_bytes
 from demerge.storage.safetensors_header import read_header
 from demerge.storage.schema import MAX_TIMESTEPS, Record, parse_record
 from demerge.timesteps import Partition
@@ -215,7 +215,7 @@ class ConflictMap:
         data = safetensors.numpy.save(
             tensors, metadata={"demerge": json.dumps(header, sort_keys=True)}
         )
-        return commit_file(path, lambda stream: stream.write(data))
+        return commit_bytes(path, data)
 
     @classmethod
     def load(cls, path: Path | str) -> ConflictMap:

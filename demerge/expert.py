@@ -1,6 +1,7 @@
-"""An expert on disk: a pipeline folder with expert.json, which says what it was trained on and how.
+"""An expert: a pipeline folder that was finetuned on a range of timesteps, with its expert.json.
 
-A base that was trained from a random start is not an expert: its record is base.json, of the same form.
+A base that was trained from a random start is not an expert. Its record is base.json, of the same
+form.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from typing import Literal
 from pydantic import Field
 
 from demerge.errors import InputError
+from demerge.storage.atomic import commit_json
 from demerge.storage.layout import CheckpointLocation, inside
 from demerge.storage.schema import Count, Record, Span, Table, read_record
 from demerge.timesteps import TimestepRange
 
 EXPERT = "expert.json"
 BASE = "base.json"
-FORMAT: Literal["demerge.expert/1"] = "demerge.expert/1"
 
 
-class ExpertRecord(Record):
-    """What `demerge finetune` leaves beside the weights.
+class Expert(Record):
+    """What expert.json says of an expert.
 
     Attributes:
         range: [start, stop) of the timesteps that it was trained on.
@@ -30,7 +31,7 @@ class ExpertRecord(Record):
         inputs, options: what must be equal for the same expert.
     """
 
-    format: Literal["demerge.expert/1"] = FORMAT
+    format: Literal["demerge.expert/1"] = "demerge.expert/1"
     range: Span
     base_sha256: str | None = None
     steps: Count | None = None
@@ -39,59 +40,70 @@ class ExpertRecord(Record):
     inputs: Table = Field(default_factory=dict)
     options: Table = Field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Expert({self.span}, {self.steps} steps)"
+
     @property
     def span(self) -> TimestepRange:
         """The range as a value."""
         return TimestepRange(*self.range)
 
+    @classmethod
+    def load(cls, path: str | Path) -> Expert:
+        """Read an expert folder or its record.
 
-def read_expert(path: Path) -> ExpertRecord:
-    """Read an expert.json.
+        Raises:
+            InputError: if the record is missing or damaged.
+        """
+        path = Path(path)
+        file = path / EXPERT if path.is_dir() else path
+        return read_record(file, cls, fix="use the expert.json that `demerge finetune` wrote")
 
-    Raises:
-        InputError: where it is damaged.
-    """
-    return read_record(path, ExpertRecord, fix="use the expert.json that `demerge finetune` wrote")
-
-
-def expert_of(place: CheckpointLocation) -> ExpertRecord | None:
-    """Return the record of the expert at a place, None where it has none.
-
-    Raises:
-        InputError: where it is damaged.
-    """
-    path = place.beside(EXPERT)
-    return None if path is None else read_expert(path)
+    def save(self, path: str | Path) -> Path:
+        """Write the record to a file; equal experts give equal bytes."""
+        return commit_json(Path(path), self.model_dump(mode="json"))
 
 
-def expert_range(place: CheckpointLocation) -> TimestepRange | None:
-    """Return the range that an expert's record names, None where it has no record.
+def find_expert(location: CheckpointLocation) -> Expert | None:
+    """Return the expert whose weights lie at a location; None if there is no expert.json.
 
     Raises:
-        InputError: where the record is damaged.
+        InputError: if the record is damaged.
     """
-    record = expert_of(place)
-    return None if record is None else record.span
+    path = location.beside(EXPERT)
+    return None if path is None else Expert.load(path)
 
 
-def experts_in(folder: Path) -> dict[TimestepRange, Path]:
-    """Return the folders of the experts below a folder by their ranges, in the order of t.
+def find_expert_range(location: CheckpointLocation) -> TimestepRange | None:
+    """Return the range of the expert at a location; None if there is no expert.json.
 
     Raises:
-        InputError: where there is none, two have one range, or a record is damaged or linked out of the folder.
+        InputError: if the record is damaged.
     """
-    found: dict[TimestepRange, Path] = {}
+    expert = find_expert(location)
+    return None if expert is None else expert.span
+
+
+def list_experts(folder: str | Path) -> dict[TimestepRange, Path]:
+    """Return the folders of the experts in a folder by their ranges, in the order of t.
+
+    Raises:
+        InputError: if there is none, two have the same range, or a record is damaged or a link out
+            of the folder.
+    """
+    folder = Path(folder)
+    experts: dict[TimestepRange, Path] = {}
     for path in sorted(folder.glob(f"*/{EXPERT}")):
-        span = read_expert(inside(folder, path)).span
-        if span in found:
+        span = Expert.load(inside(folder, path)).span
+        if span in experts:
             raise InputError(
-                f"{folder}: {found[span].name} and {path.parent.name} are both of {span}",
+                f"{folder}: {experts[span].name} and {path.parent.name} both have the range {span}",
                 fix="keep one of them",
             )
-        found[span] = path.parent
-    if not found:
+        experts[span] = path.parent
+    if not experts:
         raise InputError(
             f"{folder}: no expert.json in its subfolders",
-            fix="name the folder that `finetune -o` filled",
+            fix="name the folder that `demerge finetune -o` filled",
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(experts.items()))

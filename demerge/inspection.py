@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from demerge.expert import expert_of
+from demerge.expert import find_expert
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
@@ -71,7 +71,7 @@ def inspect_model(path: Path) -> Facts:
     scheduler = _read(
         folder / "scheduler" / "scheduler_config.json" if folder else None, read_scheduler
     )
-    expert = expert_of(place)
+    expert = find_expert(place)
     recipe = _read(place.beside("demerge.json"))
     model_class = config.get("_class_name")
     latents = _read(folder / "vae" / "config.json" if folder else None).get("latent_channels")

@@ -7,7 +7,7 @@ from typing import Any
 
 from demerge.data import ImageData
 from demerge.errors import InputError, UsageError
-from demerge.expert import expert_of, expert_range
+from demerge.expert import find_expert, find_expert_range
 from demerge.merging.inputs.experts import Expert
 from demerge.storage.checkpoint import Checkpoint, content_sha256, finite
 from demerge.storage.hashing import remembered_content
@@ -21,7 +21,7 @@ def own_ranges(places: Sequence[CheckpointLocation], T: int) -> Partition:
     Raises:
         UsageError: where they make none.
     """
-    spans = sorted(span for place in places if (span := expert_range(place)))
+    spans = sorted(span for place in places if (span := find_expert_range(place)))
     try:
         partition = Partition(tuple(dict.fromkeys(spans)))
     except UsageError as error:
@@ -104,5 +104,5 @@ def measured_on(
 
 def _data_of(place: CheckpointLocation) -> Any:
     """Return the fingerprint of the data that an expert's record says it was trained on."""
-    record = expert_of(place)
+    record = find_expert(place)
     return None if record is None else record.inputs.get("data_fingerprint")

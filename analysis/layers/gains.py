@@ -42,7 +42,7 @@ from demerge.analysis.similarity import cross, error, halves, standard_error, t_
 from demerge.conflict import Array, ConflictMap, layer_widths, layers_of
 from demerge.errors import InputError, UsageError
 from demerge.randomness import generator
-from demerge.storage.atomic import commit_file
+from demerge.storage.atomic import commit_bytes
 from demerge.storage.safetensors_header import format_of
 from demerge.timesteps import Partition
 
@@ -344,7 +344,7 @@ def draw(said: dict[str, Any], path: Path) -> Path:
     from demerge.analysis.report.plots import render
 
     picture = render(gain_by_layer(said), path.suffix[1:])
-    return commit_file(path, lambda stream: stream.write(picture))
+    return commit_bytes(path, picture)
 
 
 # -- for a person --------------------------------------------------------------------------------------------------------

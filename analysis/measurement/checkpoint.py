@@ -21,7 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from demerge.errors import UsageError
-from demerge.storage.atomic import commit_file
+from demerge.storage.atomic import commit_bytes
 from demerge.storage.safetensors_header import parse_json
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)
@@ -73,7 +73,7 @@ class MeasurementCheckpoint:
             data = safetensors.torch.save(
                 tensors, {"demerge": json.dumps(self.key, sort_keys=True)}
             )
-            commit_file(self._path(self.folder, name), lambda stream: stream.write(data))
+            commit_bytes(self._path(self.folder, name), data)
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that part."""

@@ -29,7 +29,7 @@ from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.evaluation.metrics.range_losses import BLOCKS, range_losses
-from demerge.expert import expert_range
+from demerge.expert import find_expert_range
 from demerge.lora import open_expert
 from demerge.merging.engine.validation import check_same_tensors
 from demerge.merging.inputs.components import notes_about
@@ -282,7 +282,7 @@ def _pair(text: str, K: int) -> tuple[int, int] | str:
 
 def _labels(paths: Sequence[str], places: Sequence[CheckpointLocation]) -> tuple[str, ...]:
     """Return what experts are called: their ranges, the names of their folders where ranges are missing or not distinct."""
-    spans = [expert_range(place) for place in places]
+    spans = [find_expert_range(place) for place in places]
     names = [
         str(span) if span else Path(path).name for span, path in zip(spans, paths, strict=True)
     ]

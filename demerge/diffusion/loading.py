@@ -28,7 +28,7 @@ from demerge.diffusion.configs import (
 )
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.storage.checkpoint import Checkpoint, modern
-from demerge.storage.hub import local
+from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import COMPONENTS, component_place, inside
 from demerge.storage.safetensors_header import read_json, read_scheduler
 from demerge.storage.schema import Foreign
@@ -68,7 +68,7 @@ def resolve(model: str | Path) -> Path:
     Raises:
         InputError: where there is no such folder, or no pipeline in it.
     """
-    path = local(model)
+    path = resolve_model_path(model)
     for folder in (path, path.parent):
         if (folder / "model_index.json").is_file() and (
             folder == path or (path / "config.json").is_file()

@@ -29,7 +29,7 @@ from demerge.diffusion.loading import running
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.threads import fitting_threads
 from demerge.errors import InputError, NumericalError, UsageError
-from demerge.expert import experts_in
+from demerge.expert import list_experts
 from demerge.randomness import key_of, normal
 from demerge.reporting.images import to_uint8
 from demerge.timesteps import Partition
@@ -384,7 +384,7 @@ def load_routed(
         InputError: where no expert is there, or their ranges do not cover [0, T).
     """
     experts = Path(experts)
-    found = experts_in(experts)
+    found = list_experts(experts)
     denoisers = [Diffusion.load(folder, device=device).denoiser for folder in found.values()]
     base = base if isinstance(base, Diffusion) else Diffusion.load(base, device=device)
     return routed(base, Partition(tuple(found)), denoisers)

@@ -23,7 +23,7 @@ from demerge.diffusion.model import Diffusion
 from demerge.diffusion.sampling import load_routed
 from demerge.errors import UsageError
 from demerge.evaluation.scores import FORMAT, Kind
-from demerge.expert import EXPERT, read_expert
+from demerge.expert import EXPERT, Expert
 from demerge.reporting.html import is_page, printable
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
@@ -161,7 +161,7 @@ def kind_of(folder: Path) -> Kind:
         InputError: where a record is damaged.
     """
     if (folder / EXPERT).is_file():
-        return "joint" if _is_whole(list(read_expert(folder / EXPERT).range), folder) else "expert"
+        return "joint" if _is_whole(list(Expert.load(folder / EXPERT).range), folder) else "expert"
     if (folder / "demerge.json").is_file():
         experts = read_json(folder / "demerge.json").get("experts")
         known = [e for e in experts if isinstance(e, dict)] if isinstance(experts, list) else []

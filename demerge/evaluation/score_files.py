@@ -12,7 +12,7 @@ from torch import Tensor
 from demerge.errors import InputError
 from demerge.evaluation.scores import Scores
 from demerge.reporting.images import grid, png
-from demerge.storage.atomic import commit_file
+from demerge.storage.atomic import commit_bytes
 from demerge.storage.layout import inside
 
 SHOWN = 16
@@ -21,7 +21,7 @@ SHOWN = 16
 def save_scores(path: Path, scores: Scores, images: Tensor) -> Scores:
     """Write scores and the strip of the first 16 of their images, uint8 [n C H W]; return the scores."""
     strip = png(grid(images[:SHOWN], SHOWN, gap=0))
-    commit_file(path.with_suffix(".png"), lambda stream: stream.write(strip))
+    commit_bytes(path.with_suffix(".png"), strip)
     scores.save(path)
     return scores
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError
-from demerge.storage.atomic import commit_dir, commit_file, commit_json, sha256
+from demerge.storage.atomic import commit_bytes, commit_dir, commit_json, sha256
 from demerge.storage.schema import Count, Record, Table, read_record
 
 
@@ -56,9 +56,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
     path = folder / f"step-{record['step']:08d}"
     with commit_dir(path, replace=True) as temporary:
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        file = commit_file(
-            temporary / "tensors.safetensors", lambda s: s.write(safetensors.torch.save(flat))
-        )
+        file = commit_bytes(temporary / "tensors.safetensors", safetensors.torch.save(flat))
         commit_json(temporary / "manifest.json", {**record, "sha256": sha256(file)})
     for old in folder.glob("step-*"):
         if old != path:

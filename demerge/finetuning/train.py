@@ -18,7 +18,7 @@ from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.threads import fitting_threads
 from demerge.errors import UsageError
-from demerge.expert import read_expert
+from demerge.expert import Expert
 from demerge.finetuning.checkpoint import disk_bytes, newest_state
 from demerge.finetuning.layers import check_layers_exist, digest, trained_parameters
 from demerge.finetuning.options import FinetuneOptions
@@ -104,7 +104,7 @@ def check(
         done, state = out / str(span), out / "state" / str(span)
         if (done / record_name(base)).is_file():
             check_same_settings(
-                done, read_expert(done / record_name(base)).model_dump(), options.binding(), inputs
+                done, Expert.load(done / record_name(base)).model_dump(), options.binding(), inputs
             )
         elif snapshot := newest_state(state):
             check_same_settings(

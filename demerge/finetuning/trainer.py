@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion, not_finite, squared_error
 from demerge.errors import NumericalError, Preempted
-from demerge.expert import BASE, EXPERT, FORMAT
+from demerge.expert import BASE, EXPERT, Expert
 from demerge.finetuning.checkpoint import (
     newest_state,
     optimizer_tensors,
@@ -40,7 +40,7 @@ from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.projection import attach, fold
 from demerge.randomness import key_of, normal, permutation, uniform
 from demerge.statistics import commit_statistic, inputs_of, range_fisher
-from demerge.storage.atomic import append_line, commit_dir, commit_json, truncate
+from demerge.storage.atomic import append_line, commit_dir, truncate
 from demerge.storage.checkpoint import finite
 from demerge.timesteps import TimestepRange
 
@@ -349,17 +349,16 @@ class Run:
             log = self.folder / "log.jsonl"
             if log.exists():
                 shutil.copyfile(log, temporary / "log.jsonl")
-            record = {
-                "format": FORMAT,
-                "range": [self.range.start, self.range.stop],
-                "base_sha256": self.inputs["base_sha256"],
-                "steps": self.step,
-                "skipped_steps": self.skipped,
-                "train_layers": None if self.layers is None else list(self.layers),
-                "inputs": self.inputs,
-                "options": self.options.document(),
-            }
-            commit_json(temporary / record_name(self.base), record)
+            record = Expert(
+                range=(self.range.start, self.range.stop),
+                base_sha256=self.inputs["base_sha256"],
+                steps=self.step,
+                skipped_steps=self.skipped,
+                train_layers=None if self.layers is None else tuple(self.layers),
+                inputs=self.inputs,
+                options=self.options.document(),
+            )
+            record.save(temporary / record_name(self.base))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _add_fisher(self, folder: Path, expert: Diffusion) -> None:

@@ -24,7 +24,7 @@ from demerge.errors import InputError, listed
 from demerge.lora.names import Keys, Modules
 from demerge.lora.settings import Settings, config_beside
 from demerge.storage.checkpoint import Checkpoint, finite
-from demerge.storage.hub import local
+from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import CheckpointLocation, locate
 
 BLOCK = 1 << 20  # elements in float64 at once
@@ -252,7 +252,11 @@ def open_expert(
     Raises:
         InputError: where it is damaged, or a LoRA that does not fit the base or is of another kind.
     """
-    place = path if isinstance(path, CheckpointLocation) else locate(local(path, variant), variant)
+    place = (
+        path
+        if isinstance(path, CheckpointLocation)
+        else locate(resolve_model_path(path, variant), variant)
+    )
     checkpoint = Checkpoint(place)
     adapter = Keys.of(checkpoint).is_adapter
     if Keys.of(base).is_adapter:

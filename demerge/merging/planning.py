@@ -48,7 +48,7 @@ from demerge.provenance import versions
 from demerge.storage.atomic import check_is_new, place_for
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hashing import Hashing
-from demerge.storage.hub import local
+from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import CheckpointLocation, locate
 from demerge.timesteps import TimestepRange
 
@@ -157,7 +157,7 @@ def _opened(
             fix="leave them out, and name the experts that count alone",
         )
     places = [
-        locate(local(s.path, recipe.variant), recipe.variant)
+        locate(resolve_model_path(s.path, recipe.variant), recipe.variant)
         for s in (recipe.base, *recipe.experts)
     ]
     base, *experts = (denoisers(place, recipe.variant) for place in places)

@@ -28,7 +28,7 @@ from torch.func import functional_call
 from demerge.device import free_bytes
 from demerge.diffusion.schedule import snr_of
 from demerge.errors import InputError, ResourceError, UsageError
-from demerge.expert import expert_range
+from demerge.expert import find_expert_range
 from demerge.lora import Adapter, open_expert
 from demerge.merging.contract import Method
 from demerge.merging.engine.reader import CHUNK, Reader
@@ -275,7 +275,7 @@ def _inputs(
 
 
 def _range(expert: Tensors) -> TimestepRange | None:
-    return expert_range(expert.place) if isinstance(expert, Checkpoint | Adapter) else None
+    return find_expert_range(expert.place) if isinstance(expert, Checkpoint | Adapter) else None
 
 
 def _check_memory(needed: int, device: str) -> None:

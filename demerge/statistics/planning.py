@@ -17,7 +17,7 @@ from typing import Any
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
-from demerge.expert import EXPERT, expert_range
+from demerge.expert import EXPERT, find_expert_range
 from demerge.statistics.examples import Collected
 from demerge.statistics.fisher import range_fisher
 from demerge.statistics.gram import layers_of, range_gram, width
@@ -194,7 +194,7 @@ def _folders(
     model: str, checkpoint: Checkpoint, T: int, ranges: str | None, out: Path | None
 ) -> list[tuple[TimestepRange, Path]]:
     """Return the ranges that are asked for and where their statistics go."""
-    record, own = checkpoint.place.beside(EXPERT), expert_range(checkpoint.place)
+    record, own = checkpoint.place.beside(EXPERT), find_expert_range(checkpoint.place)
     if ranges is None and own is None:
         raise UsageError(
             f"{model} is not an expert with a range of its own",

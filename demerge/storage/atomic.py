@@ -23,7 +23,7 @@ from demerge.errors import ResourceError, UsageError
 LONGEST = 230  # bytes of a name that its temporary name can hold whole
 
 
-def commit_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+def commit_file(path: Path | str, write: Callable[[BinaryIO], object]) -> Path:
     """Write a file by `write(stream)` and put it in place atomically and durably.
 
     Raises:
@@ -45,17 +45,17 @@ def commit_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     return path
 
 
-def commit_bytes(path: Path, content: bytes) -> Path:
+def commit_bytes(path: Path | str, content: bytes) -> Path:
     """Write bytes; see `commit_file`."""
     return commit_file(path, lambda stream: stream.write(content))
 
 
-def commit_text(path: Path, text: str) -> Path:
+def commit_text(path: Path | str, text: str) -> Path:
     """Write UTF-8 text with `commit_file`; what is not text, as the bytes of an odd file name, becomes `?`."""
     return commit_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))
 
 
-def commit_json(path: Path, document: Any) -> Path:
+def commit_json(path: Path | str, document: Any) -> Path:
     """Write a JSON document, keys in their given order, with `commit_file`; NaN is refused."""
     return commit_text(
         path, json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -22,10 +22,10 @@ from pydantic import Field
 
 from demerge.errors import InputError
 from demerge.storage.atomic import commit_file
-from demerge.storage.hub import local
+from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import CheckpointLocation, locate
 from demerge.storage.quantised import numbers
-from demerge.storage.safetensors_header import Spec, read_header, read_json
+from demerge.storage.safetensors_header import Spec, header_bytes, read_header, read_json
 from demerge.storage.schema import Foreign, checked
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         Raises:
             InputError: where it is missing, damaged or hostile.
         """
-        return cls(locate(local(path, variant), variant))
+        return cls(locate(resolve_model_path(path, variant), variant))
 
     def named_like(self, base: Mapping[str, Any]) -> Checkpoint:
         """Return this checkpoint under the names of `base`, if the two differ by prefixes or old names; see `canonical`.
@@ -292,24 +292,18 @@ def finite(tensor: Tensor) -> bool:
 
 
 def commit_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write tensors as one safetensors file, atomically; the same tensors and metadata give the same bytes."""
+    """Write tensors as one safetensors file, atomically; equal tensors and metadata give equal bytes."""
     from safetensors.torch import save
 
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return commit_file(
-        path, lambda stream: _write_ordered(stream, save(held, dict(metadata or {})))
-    )
+    content = save(held, dict(metadata or {}))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = header_bytes(json.loads(content[8:end]))  # the library orders metadata at random
 
+    def write(stream: BinaryIO) -> None:
+        stream.write(header)
+        stream.write(memoryview(content)[end:])
 
-def _write_ordered(stream: BinaryIO, file: bytes) -> None:
-    """Write a safetensors file with the keys of its metadata sorted: the library leaves them in a random order."""
-    length = int.from_bytes(file[:8], "little")
-    table = json.loads(file[8 : 8 + length])
-    if "__metadata__" in table:
-        table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
-    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    stream.write(len(header).to_bytes(8, "little") + header)
-    stream.write(memoryview(file)[8 + length :])
+    return commit_file(path, write)

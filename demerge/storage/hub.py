@@ -34,7 +34,7 @@ VARIANTS = ("fp16", "bf16", "non_ema")
 PARTS = ("unet", "transformer*", "vae", "scheduler", "text_encoder*", "tokenizer*")
 
 
-def local(model: str | Path, variant: str | None = None) -> Path:
+def resolve_model_path(model: str | Path, variant: str | None = None) -> Path:
     """Return the path of a model; what is neither there nor embedded and reads `owner/name` is fetched from the Hub.
 
     An embedded name wins over a folder of that name, which is written `./digits-base`. Of the Hub's variants only the one

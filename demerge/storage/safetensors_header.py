@@ -117,6 +117,21 @@ def read_header(path: Path) -> Header:
     return Header(ordered, metadata)
 
 
+def header_bytes(table: Mapping[str, Any]) -> bytes:
+    """Return what precedes the data of a file: the length of the table, the table, and spaces.
+
+    The keys of `__metadata__` are sorted, so that equal tables give equal bytes.
+
+    Args:
+        table: what the header says of each tensor, and `__metadata__` if there is any.
+    """
+    if "__metadata__" in table:
+        table = {**table, "__metadata__": dict(sorted(table["__metadata__"].items()))}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def format_of(path: Path) -> Any:
     """Return what a JSON document says it is, its `format`; None where it says nothing or is damaged."""
     try:

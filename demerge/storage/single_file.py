@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from demerge.errors import InputError, UsageError
 from demerge.storage.atomic import check_disk_space, check_is_new, commit_dir, commit_json
 from demerge.storage.checkpoint import PREFIXES, WRAPPER, Checkpoint, commit_tensors
-from demerge.storage.hub import local
+from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import PART_NAME, inside, locate, read_index
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
@@ -57,7 +57,7 @@ def to_folder(source: Path, out: Path, config: str | Path) -> dict[str, int]:
         ResourceError: if the disk does not suffice.
     """
     check_is_new(out)
-    home = local(config)
+    home = resolve_model_path(config)
     index = _index(home)
     file = Checkpoint(locate(source))
     _check_markers(source, file, home)

@@ -39,7 +39,7 @@ from demerge.evaluation.report.tables import lines, markdown
 from demerge.evaluation.results import gather
 from demerge.evaluation.score_files import save_scores
 from demerge.evaluation.scores import Protocol, Scores, tables_of
-from demerge.expert import experts_in
+from demerge.expert import list_experts
 from demerge.finetuning.checkpoint import Manifest
 from demerge.finetuning.layers import load_layers
 from demerge.finetuning.options import FinetuneOptions
@@ -413,7 +413,7 @@ def targets(
     fishers = ",".join(str(folder / "fisher.safetensors") for folder in (first, second))
     by_fisher = recipe("fisher", options={"fisher": fishers})
     experts = [
-        lambda: experts_in(root / "run"),
+        lambda: list_experts(root / "run"),
         lambda: kind_of(first),
         lambda: inspect_model(first),
         recipe(),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from demerge.errors import InputError, UsageError
-from demerge.expert import experts_in, read_expert
+from demerge.expert import Expert, list_experts
 from demerge.storage.safetensors_header import MAX_DEPTH, MAX_HEADER, read_json
 from demerge.storage.schema import Count, Foreign, Record, checked, parse_record, read_record
 from demerge.timesteps import TimestepRange
@@ -144,17 +144,17 @@ def test_experts_of_a_folder_lie_in_it(tmp_path: Path) -> None:
     for name, span in (("b", [0, 5]), ("a", [5, 9])):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "expert.json").write_text(json.dumps({"range": span}))
-    found = experts_in(tmp_path / "run")
+    found = list_experts(tmp_path / "run")
     assert [(span, path.name) for span, path in found.items()] == [
         (TimestepRange(0, 5), "b"),
         (TimestepRange(5, 9), "a"),
     ]
-    assert read_expert(tmp_path / "run" / "a" / "expert.json").span == TimestepRange(5, 9)
+    assert Expert.load(tmp_path / "run" / "a" / "expert.json").span == TimestepRange(5, 9)
     (tmp_path / "run" / "c").mkdir()
     (tmp_path / "elsewhere.json").write_text('{"range": [0, 9]}')
     (tmp_path / "run" / "c" / "expert.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(InputError, match="leads out of"):
-        experts_in(tmp_path / "run")
+        list_experts(tmp_path / "run")
 
 
 def test_help_does_not_import_pydantic() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from demerge.errors import InputError, UsageError
 from demerge.randomness import generator, permutation
-from demerge.storage.atomic import commit_file
+from demerge.storage.atomic import commit_bytes
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "digits-cnn.safetensors"
 DIM = 64
@@ -141,12 +141,7 @@ def make(path: Path, *, seed: int = 0) -> float:
         "train_fingerprint": splits["train"].fingerprint,
         "test_accuracy": round(reached, 4),
     }
-    commit_file(
-        path,
-        lambda stream: stream.write(
-            save(net.state_dict(), metadata={"demerge": json.dumps(facts)})
-        ),
-    )
+    commit_bytes(path, save(net.state_dict(), metadata={"demerge": json.dumps(facts)}))
     return reached
 
 

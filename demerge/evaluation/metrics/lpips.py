@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from demerge.errors import InputError, UsageError
-from demerge.storage.atomic import commit_file, sha256
+from demerge.storage.atomic import commit_bytes, sha256
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "alexnet_lpips_fp16.safetensors"
 SHORTEST = 64
@@ -162,7 +162,7 @@ def make(source: Path, target: Path) -> Path:
     facts = {
         "made_by": "python -m demerge.evaluation.metrics.lpips; licence BSD-2-Clause (heads), BSD-3-Clause (trunk)"
     }
-    return commit_file(target, lambda stream: stream.write(save(tensors, metadata=facts)))
+    return commit_bytes(target, save(tensors, metadata=facts))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from demerge.evaluation.metrics.fid import (
 from demerge.evaluation.metrics.kid import kid
 from demerge.evaluation.metrics.prdc import NEAREST, prdc, radii
 from demerge.reporting.html import printable
-from demerge.storage.atomic import commit_file
+from demerge.storage.atomic import commit_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,9 +86,7 @@ class Reference:
             if facts == wanted and len(kept) == len(images):
                 return cls._of_features(kept, net.protocol, name, wanted["images"])
         features = net(images, progress=progress)
-        commit_file(
-            path, lambda stream: stream.write(save({"features": features}, metadata=wanted))
-        )
+        commit_bytes(path, save({"features": features}, metadata=wanted))
         return cls._of_features(features, net.protocol, name, wanted["images"])
 
     @classmethod

@@ -32,7 +32,7 @@ from demerge.evaluation.report.verdict import best, outcome, verdict, warnings
 from demerge.evaluation.scores import Protocol, Row, Scores, Table, differences, tables_of
 from demerge.reporting.html import PageFigure, text
 from demerge.reporting.theme import DARK, LIGHT, Draw, draw_on_white, render
-from demerge.storage.atomic import commit_file, commit_text, place_for
+from demerge.storage.atomic import commit_bytes, commit_text, place_for
 
 CAPTIONS = {
     "ranking": "Large dots: means with one standard deviation. Small dots: sampling seeds; thin lines join one seed, since "
@@ -241,4 +241,4 @@ def _drawn(rows: Sequence[Row], floors: Sequence[Row]) -> Iterator[tuple[str, Dr
 
 
 def _commit(path: Path, data: bytes) -> None:
-    commit_file(path, lambda stream: stream.write(data))
+    commit_bytes(path, data)

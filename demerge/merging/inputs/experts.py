@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import InputError, UsageError
-from demerge.expert import expert_of, expert_range
+from demerge.expert import find_expert, find_expert_range
 from demerge.lora import Adapter, NoBase
 from demerge.merging.recipe.fields import Source
 from demerge.storage.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ def range_of(place: CheckpointLocation, asked: Source) -> TimestepRange | None:
     Raises:
         UsageError: where the two disagree.
     """
-    recorded = expert_range(place)
+    recorded = find_expert_range(place)
     if asked.range and recorded and asked.range != recorded:
         raise UsageError(
             f"{asked.path} was trained on {recorded} as its expert.json says, not on {asked.range}",
@@ -83,7 +83,7 @@ def check_same_base(base: Base, experts: Sequence[Expert], no_base: bool = False
         base, NoBase
     )  # the deltas of LoRA files are those of their base
     asked = [
-        (e, record.base_sha256) for e in experts if not alone and (record := expert_of(e.place))
+        (e, record.base_sha256) for e in experts if not alone and (record := find_expert(e.place))
     ]
     if any(hash_ is not None for _, hash_ in asked):
         found = (

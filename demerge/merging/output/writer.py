@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -24,10 +22,10 @@ from demerge.merging.engine.reader import CHUNK
 from demerge.merging.output.storage import Storage
 from demerge.storage.checkpoint import TORCH_NAMES, Checkpoint
 from demerge.storage.layout import CheckpointLocation, inside, plain_names, read_index
+from demerge.storage.safetensors_header import header_bytes
 from demerge.storage.scaled import Scaled, decoded
 
 CODES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
-ALIGNMENT = 8
 WIDER = "--save-dtype bfloat16 or float16 keeps more"
 Observe = Callable[[str, MergedChunk], Any]
 Put = Callable[[str, int, Tensor], object]
@@ -254,7 +252,7 @@ def starts(entries: Sequence[Entry]) -> list[int]:
 
 def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """Return the header, its length in front, padded so that the data is aligned."""
-    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    table: dict[str, object] = {"__metadata__": metadata}
     for entry, start in zip(entries, starts(entries), strict=True):
         offsets = [start, start + entry.bytes]
         table[entry.name] = {
@@ -262,9 +260,7 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
             "shape": list(entry.shape),
             "data_offsets": offsets,
         }
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    return header_bytes(table)
 
 
 def kept_files(base: CheckpointLocation, variant: str | None = None) -> list[tuple[Path, Path]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from demerge.errors import UsageError
-from demerge.expert import EXPERT, read_expert
+from demerge.expert import EXPERT, Expert
 from demerge.merging.recipe.coefficients import read_coefficients
 from demerge.merging.recipe.paths import found, is_remote, stored
 from demerge.merging.recipe.rules import Rule, number
@@ -115,7 +115,7 @@ def expanded(path: str) -> list[str]:
     if any((folder / name).is_file() for name in ("model_index.json", "config.json", EXPERT)):
         return [path]
     inside = sorted(
-        (read_expert(record).range, str(record.parent)) for record in folder.glob(f"*/{EXPERT}")
+        (Expert.load(record).range, str(record.parent)) for record in folder.glob(f"*/{EXPERT}")
     )
     return [place for _, place in inside] or [path]
 
