@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+from demerge.stage import Plan, Preview, Result
+
+R = TypeVar("R", bound=Result)
 
 LINE_SECONDS = 3.0
 
@@ -47,6 +51,31 @@ def emit(result: dict[str, Any], path: Path | None, as_json: bool) -> None:
         print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
     elif path is not None:
         show(str(path))
+
+
+def execute(plan: Plan[R], name: str, *, out: Path | None = None, json: bool = False) -> R:
+    """Run a planned stage for a command: print the plan, run it with a bar, print the result.
+
+        execute(plan(options), "transfer", out=options.out, json=json)
+
+    The plan goes to stderr. The lines of the result go to stderr too if there is an output path or
+    a JSON document for stdout, and else to stdout. `name` stands in front of the bar.
+    """
+    for line in plan.describe():
+        say(line)
+    with progress(plan.cost().steps, name) as bar:
+        result = plan.run(bar)
+    for line in result.lines():
+        say(line) if json or out is not None else show(line)
+    emit(result.document(), out, json)
+    return result
+
+
+def preview(plan: Preview, *, json: bool = False) -> None:
+    """Print what a planned stage will do, for `--dry-run`: lines on stderr, the document on stdout."""
+    for line in plan.describe():
+        say(line)
+    emit(plan.document(), None, json)
 
 
 def cores() -> int:

@@ -56,3 +56,13 @@ class Plan(Protocol[R_co]):
 
     def run(self, progress: Progress = silent) -> R_co:
         """Do the work; what is written is whole or absent."""
+
+
+class Preview(Protocol):
+    """A plan that `--dry-run` can print."""
+
+    def describe(self) -> list[str]:
+        """Return what will be done, for a person; nothing is computed."""
+
+    def document(self) -> dict[str, Any]:
+        """Return the same as JSON values."""
