@@ -7,20 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from demerge.conflict import Array, ConflictMap
-from demerge.diffusion.loading import load_scheduler, resolve
+from demerge.diffusion import schedule
+from demerge.diffusion.loading import find_pipeline, load_scheduler
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError
 from demerge.storage.layout import read_index
 
-MAX_LOG_SNR = 20.0  # schedules that end in pure noise have log SNR = -inf
-
 
 def log_snr(model: Diffusion) -> Array:
     """Return log SNR(t) [T] of a model's schedule, within +-20."""
-    return _log_snr(model.alphas_cumprod.numpy())
+    return schedule.log_snr(model.alphas_cumprod).numpy()
 
 
 def described(log_snr: Array) -> str:
@@ -38,22 +35,16 @@ def check_same_schedule(map: ConflictMap, path: Path, model: str) -> None:
         InputError: naming both schedules.
     """
     try:
-        folder = resolve(model)
+        folder = find_pipeline(model)
     except InputError:
         return
     scheduler = load_scheduler(folder, read_index(folder))
     there, here = (
         described(map.log_snr),
-        described(_log_snr(scheduler.alphas_cumprod.double().numpy())),
+        described(schedule.log_snr(scheduler.alphas_cumprod).numpy()),
     )
     if there != here:
         raise InputError(
             f"{path} was measured on a schedule {there}, {model} has one {here}",
             fix="name the base that the map was measured on, or measure this one with `demerge analyze`",
         )
-
-
-def _log_snr(abar: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        found: Array = np.clip(np.log(abar / (1 - abar)), -MAX_LOG_SNR, MAX_LOG_SNR)
-    return found

@@ -65,7 +65,7 @@ class Plan:
             )
             return f"cost      nothing: the map of this measurement is there already{there}"
         s, start = self.measurement.settings, self.run.start
-        told = self.measurement.model.told(self.measurement.data)
+        told = self.measurement.model.describe_condition(self.measurement.data)
         cost = (
             f"given     {told}\n" if told else ""
         ) + f"cost      {self.cost}; batches of {s.batch_size}"
@@ -232,7 +232,7 @@ def prepare(
             fix="give ranges <= bins <= timesteps",
         )
     images = base.load_images(data, split=split, skip_broken=skip_broken)
-    base.told(images)
+    base.describe_condition(images)
     measurement = Measurement(base, images, settings)
     partial = MeasurementCheckpoint(out / PARTIAL, measurement.key())
     found = None if there is None else _earlier(there, out / MAP, partial.key)

@@ -79,7 +79,7 @@ class Plan:
         """Return the plan and its cost for a person."""
         draws, P = self.draws, math.prod(self.session.shape)
         held = (self.session.bytes + bytes_held(draws, P)) / 1e6
-        told = draws.model.told(draws.data)
+        told = draws.model.describe_condition(draws.data)
         note = "note    experts were trained on these very images: the prediction is too good by what they remember"
         return [
             *([note] if self.inputs["trained_on"] else []),

@@ -134,7 +134,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Return the plan and its cost for a person."""
-        told = self.model.told(self.data)
+        told = self.model.describe_condition(self.data)
         pair = "none" if self.pair is None else " and ".join(self.labels[k] for k in self.pair)
         return [
             *(
@@ -245,7 +245,7 @@ def prepare(
     model = Diffusion.load(base, device=device)
     partition = settled_ranges(ranges, model.T, [base, *paths], [origin, *opened], tuned)
     images = model.load_images(data, split=split, skip_broken=skip_broken)
-    model.told(images)
+    model.describe_condition(images)
     labels = _labels(experts, [expert.place for expert in tuned])
     end = None if merged is None else (Path(merged).name, opened[-1])
     inputs = {

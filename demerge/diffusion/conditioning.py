@@ -62,7 +62,7 @@ class Classes:
             return labels
         return torch.where(place.to(labels.device) < DROPPED, self.null, labels)
 
-    def told(self, labels: Sequence[int] | None) -> str:
+    def describe_labels(self, labels: Sequence[int] | None) -> str:
         """Say what the labels of a data set come to."""
         if labels is None:
             return f"none in the data: every image is of no class (label {self.null})"

@@ -62,7 +62,7 @@ class TextEncoder:
         return states
 
 
-def resolve(model: str | Path) -> Path:
+def find_pipeline(model: str | Path) -> Path:
     """Return the pipeline folder of a path, an embedded model or a Hub id; a component folder stands for its pipeline.
 
     Raises:

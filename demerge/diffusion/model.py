@@ -32,17 +32,18 @@ from einops import reduce
 from torch import Tensor, nn
 
 from demerge.data import ImageData, load_images
+from demerge.diffusion import schedule
 from demerge.diffusion.conditioning import Classes, classes_of
 from demerge.diffusion.loading import (
     TextEncoder,
     denoiser_part,
+    find_pipeline,
     load_denoiser,
     load_scheduler,
     load_text,
     load_vae,
     make_scheduler,
     make_unet,
-    resolve,
     running,
 )
 from demerge.errors import InputError, UsageError
@@ -112,7 +113,7 @@ class Diffusion:
         Raises:
             InputError: where the folder is no supported pipeline, or a weight is missing from its file.
         """
-        folder = resolve(model)
+        folder = find_pipeline(model)
         index = read_index(folder)
         component = load_denoiser(folder, index)
         scheduler = load_scheduler(folder, index)
@@ -293,8 +294,7 @@ class Diffusion:
 
     def snr(self) -> Tensor:
         """SNR(t) = abar_t / (1 - abar_t), [T] float64."""
-        abar = self.alphas_cumprod
-        return abar / (1 - abar)
+        return schedule.snr(self.alphas_cumprod)
 
     # -- mathematics -------------------------------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ class Diffusion:
                 return self.text(required)
         return None if self.classes is None else self.classes.labels(labels, n).to(self.device)
 
-    def told(self, data: ImageData) -> str | None:
+    def describe_condition(self, data: ImageData) -> str | None:
         """Say what the denoiser is told of the images of a data set, None where it is told nothing.
 
         Raises:
@@ -350,7 +350,7 @@ class Diffusion:
         if self.classes is None:
             return None
         self.classes.labels(data.labels, len(data))
-        return f"classes, {self.classes.told(data.labels)}"
+        return f"classes, {self.classes.describe_labels(data.labels)}"
 
     def encode_from(self, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Encode images of a data set, with their captions or labels where the base takes them; see `encode`."""

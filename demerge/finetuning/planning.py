@@ -93,7 +93,7 @@ class Plan:
             f"steps   {o.max_train_steps} each, batch {batch} ({o.max_train_steps * batch / len(self.data):.1f} epochs)",
             f"disk    up to {self.disk_bytes / 1e6:.0f} MB",
         ]
-        if told := self.base.told(self.data):
+        if told := self.base.describe_condition(self.data):
             dropped = (
                 f"; {o.caption_dropout:.0%} of them left empty" if self.base.requires_text else ""
             )
@@ -143,7 +143,7 @@ def plan(inputs: FinetuneInputs, options: FinetuneOptions) -> Plan:
         fix = "use a base of square images"
         raise UsageError(f"the base makes {width} x {height} images", fix=fix)
     images = base.load_images(inputs.data, split=inputs.split, skip_broken=inputs.skip_broken)
-    base.told(images)
+    base.describe_condition(images)
     path = inputs.train_layers
     layers, ranked_for = (None, ()) if path is None else load_layers(path, base)
     return Plan(base, images, partition.ranges, options, out, layers, ranked_for)

@@ -164,11 +164,14 @@ def test_labels_of_the_data_are_the_condition_and_no_class_where_there_are_none(
         and data.labels is not None
         and labels.tolist() == [data.labels[3], data.labels[0]]
     )
-    assert dit.told(data) == "classes, 8 of the base's 10 classes"
+    assert dit.describe_condition(data) == "classes, 8 of the base's 10 classes"
     np.savez(tmp_path / "bare.npz", images=data.images(range(5)).numpy())
     bare = load_images(tmp_path / "bare.npz", split="all")
     assert dit.encode_from(bare, [1, 2])[1].tolist() == [10, 10]  # type: ignore[union-attr]
-    assert dit.told(bare) == "classes, none in the data: every image is of no class (label 10)"
+    assert (
+        dit.describe_condition(bare)
+        == "classes, none in the data: every image is of no class (label 10)"
+    )
     known, unknown = (
         measure(dit, images, **SMALL, engine="exact").origin.data for images in (data, bare)
     )
@@ -180,7 +183,7 @@ def test_labels_beyond_the_classes_are_refused(dit: Diffusion, tmp_path: Path) -
     np.savez(tmp_path / "many.npz", images=images, labels=np.array([0, 1, 2, 3, 11]))
     data = load_images(tmp_path / "many.npz", split="all")
     with pytest.raises(UsageError, match=r"label 11 is none of the base's 10 classes"):
-        dit.told(data)
+        dit.describe_condition(data)
     with pytest.raises(UsageError, match=r"label 11 is none"):
         dit.encode_from(data, [4])
 
