@@ -13,19 +13,30 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from click import get_current_context
+from click.core import ParameterSource
 
 from demerge.options import Options, spec_of, types_of
 
 HOW_TO_RUN = {"config", "dry_run", "json"}  # not part of what a config file records
 
 
-def from_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with a parameter for each field of its options dataclasses, and `--config`."""
+def from_options(
+    command: Callable[..., None] | None = None, *, record: bool = True
+) -> Callable[..., Any]:
+    """Return the command with a parameter for each field of its options, and `--config`.
+
+    Args:
+        command: its parameters of type `Options` are replaced by their fields.
+        record: whether OUT/COMMAND.yaml is written.
+    """
+    if command is None:
+        return partial(from_options, record=record)
     hints = get_type_hints(command, include_extras=True)
     given = inspect.signature(command).parameters.values()
     groups = {name: kind for name, kind in hints.items() if _is_options(kind)}
@@ -40,7 +51,7 @@ def from_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:
-        record = {
+        recorded = {
             keys.get(name, name): value
             for name, value in values.items()
             if name not in HOW_TO_RUN and value is not None
@@ -48,14 +59,22 @@ def from_options(command: Callable[..., None]) -> Callable[..., None]:
         del values["config"]
         made = {name: _made(kind, values) for name, kind in groups.items()}
         command(**made, **values)
-        if not values.get("dry_run"):
-            _write_beside(command.__name__, record)
+        if record and not values.get("dry_run"):
+            _write_beside(command.__name__, recorded)
 
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
     )
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def stated(options: Options) -> dict[str, Any]:
+    """Return the values that the command line or the config file states, without defaults."""
+    context, default = get_current_context(), ParameterSource.DEFAULT
+    names = [of.name for of in dataclasses.fields(options)]
+    states = [name for name in names if context.get_parameter_source(name) != default]
+    return {name: getattr(options, name) for name in states}
 
 
 def _is_options(kind: Any) -> bool:
@@ -66,9 +85,9 @@ def _made(kind: type[Options], values: dict[str, Any]) -> Options:
     """Take the values of one dataclass out of all values; a text goes through the field's `parse`."""
     taken = {of.name: values.pop(of.name) for of in dataclasses.fields(kind)}
     for of in dataclasses.fields(kind):
-        parse = spec_of(of).parse
-        if parse is not None and isinstance(taken[of.name], str):
-            taken[of.name] = parse(taken[of.name])
+        spec = spec_of(of)
+        if spec.parse is not None and (spec.multiple or isinstance(taken[of.name], str)):
+            taken[of.name] = spec.parse(taken[of.name] or ())
     return kind(**taken)
 
 
@@ -84,7 +103,10 @@ def _parameter(kind: type[Options], of: dataclasses.Field[Any]) -> inspect.Param
         shown["show_default"] = False
     if spec.panel is not None:
         shown["rich_help_panel"] = spec.panel
-    if spec.parse is not None:
+    if spec.multiple:
+        type_, default = list[str] | None, None
+        shown["show_default"] = False
+    elif spec.parse is not None:
         type_ = str if default is inspect.Parameter.empty else str | None
         default = default if default is None or isinstance(default, str) else _text(default)
     if spec.argument:
@@ -137,7 +159,9 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     table = {str(name).replace("-", "_"): value for name, value in read_document(path).items()}
     check_known_keys(table, parameters, str(path))
     context.default_map = {
-        parameters[key].name or key: value if parameters[key].multiple else _text(value)
+        parameters[key].name or key: value
+        if parameters[key].multiple or parameters[key].nargs == -1
+        else _text(value)
         for key, value in table.items()
     }
     return path

@@ -32,6 +32,7 @@ class Spec:
         ge, gt, le, lt: the interval that a number must lie in.
         parse: makes the value out of the text of the command line or of a config file.
         shown_default: the words for the default where None stands for something else.
+        multiple: whether the command line takes it several times; `parse` gets all the texts.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Spec:
     lt: float | None = None
     parse: Callable[[Any], Any] | None = None
     shown_default: str | None = None
+    multiple: bool = False
 
     @property
     def rule(self) -> str:
@@ -66,9 +68,10 @@ class Spec:
         )
 
 
-def option(default: Any = MISSING, help: str = "", **rest: Any) -> Any:
+def option(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, **rest: Any) -> Any:
     """Return a dataclass field that is an option; `rest` are the attributes of `Spec`."""
-    return field(default=default, metadata={"option": Spec(help, **rest)})
+    metadata = {"option": Spec(help, **rest)}
+    return field(default=default, default_factory=factory, metadata=metadata)
 
 
 def again(kind: type[Options], name: str, **changes: Any) -> Any:
@@ -107,7 +110,7 @@ class Options:
 
     def __post_init__(self) -> None:
         types_ = types_of(type(self))
-        for of in fields(self):
+        for of in (of for of in fields(self) if "option" in of.metadata):
             value, choices, spec = getattr(self, of.name), choices_of(types_[of.name]), spec_of(of)
             if choices:
                 allowed = value in choices or (value is None and of.default is None)
