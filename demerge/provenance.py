@@ -1,4 +1,4 @@
-"""What the records of all stages share: versions, whether a record agrees with what is asked now, what a statistic is of."""
+"""What the records of all stages share: versions, differences of settings, and what a statistic is of."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from demerge.storage.safetensors_header import read_header
 from demerge.storage.schema import Record, Span, Table, Texts, parse_record, read_record, short
 from demerge.timesteps import TimestepRange
 
-STATS = "stats.json"  # beside the statistics of `demerge stats`: how each was made
-MOST = 12  # differences in one sentence
+STATS = "stats.json"  # next to the statistics of `demerge stats`: how each was made
 MEASURED = "demerge.stats"  # in the metadata of each: what it was measured on
-MADE = "demerge.stats.made"  # likewise: all that stats.json says of it
+MADE = "demerge.stats.made"  # also there: all that stats.json says of it
+MAX_DIFFERENCES = 12  # in one sentence
 
 
 def installed(package: str) -> str:
@@ -34,35 +34,41 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: installed(package) for package in packages}
 
 
+def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in words which settings changed; those that only nested values of `before` have count."""
+    before, now = dict(_flatten(before)), dict(_flatten(now))
+    removed = sorted({name for name in before if "." in name} - now.keys())
+    return [
+        f"{short(name)} was {short(repr(before.get(name)))}, now {short(repr(now.get(name)))}"
+        for name in [*now, *removed]
+        if before.get(name) != now.get(name)
+    ]
+
+
 def check_same_settings(
-    where: Path, record: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]
+    path: Path, record: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> None:
-    """Refuse to continue or reuse work that was begun with other options or inputs.
+    """Check that recorded work has the same options and inputs, so that it may be continued or reused.
 
     Raises:
-        UsageError: naming each difference with both values.
+        UsageError: if not, naming each difference with both values.
     """
-    differences = []
-    for there, now in ((record.get("options", {}), options), (record.get("inputs", {}), inputs)):
-        there, now = dict(_flat(there)), dict(_flat(now))
-        gone = {name for name in there if "." in name} - now.keys()  # a part of a nested value
-        differences += [
-            f"{short(name)}: recorded {short(repr(there.get(name)))}, now {short(repr(now.get(name)))}"
-            for name in [*now, *sorted(gone)]
-            if there.get(name) != now.get(name)
-        ]
+    differences = [
+        *list_differences(record.get("options", {}), options),
+        *list_differences(record.get("inputs", {}), inputs),
+    ]
     if differences:
         raise UsageError(
-            f"{where} was made otherwise: " + "; ".join(differences[:MOST]),
+            f"{path} was created with other settings: {'; '.join(differences[:MAX_DIFFERENCES])}",
             fix="give the recorded values, or another output folder",
         )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield nested values under dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -99,24 +105,24 @@ class StatsRecord(Record):
 
 
 def read_stats(folder: Path) -> dict[str, Made]:
-    """Return how the statistics in a folder were made, by their names; nothing where there is no record.
+    """Return how the statistics in a folder were made, by their names; empty without a record.
 
     Raises:
-        InputError: where the record is damaged.
+        InputError: if the record is damaged.
     """
     path = folder / STATS
     if not path.is_file():
         return {}
-    record = read_record(
-        path, StatsRecord, fix=f"remove {path} and make the statistics again with `demerge stats`"
-    )
-    return {
-        name: made for name in ("fisher", "gram") if (made := getattr(record, name)) is not None
-    }
+    fix = f"remove {path} and make the statistics again with `demerge stats`"
+    record = read_record(path, StatsRecord, fix=fix)
+    by_name = {"fisher": record.fisher, "gram": record.gram}
+    return {name: made for name, made in by_name.items() if made is not None}
 
 
 def made_as(folder: Path, name: str) -> Made | None:
-    """Return how the statistic in a folder was made, by its own metadata or else stats.json; None without a record or a file.
+    """Return how the statistic in a folder was made, by its own metadata or else stats.json.
+
+    None without a record or a file.
 
     Raises:
         InputError: if the file or its record is damaged.
@@ -127,25 +133,24 @@ def made_as(folder: Path, name: str) -> Made | None:
     text = read_header(file).metadata.get(MADE)
     if text is None:
         return read_stats(folder).get(name)
-    return parse_record(
-        text, Made, f"{file}: {MADE}", fix=f"remove {file} and make it again with `demerge stats`"
-    )
+    return parse_record(text, Made, f"{file}: {MADE}", fix=_how_to_make(file))
 
 
 def measured_on(statistic: Checkpoint) -> Measured | None:
-    """Return what a file of a statistic was measured on, by its metadata or else the record beside it; None without a record.
+    """Return what a file of a statistic was measured on, by its metadata or else stats.json.
+
+    None without a record.
 
     Raises:
-        InputError: where the record is damaged.
+        InputError: if the record is damaged.
     """
     file = statistic.place.files[0]
     text = statistic.metadata.get(MEASURED)
     if text is None:
         made = read_stats(file.parent).get(file.stem)
         return None if made is None else made.inputs
-    return parse_record(
-        text,
-        Measured,
-        f"{file}: {MEASURED}",
-        fix=f"remove {file} and make it again with `demerge stats`",
-    )
+    return parse_record(text, Measured, f"{file}: {MEASURED}", fix=_how_to_make(file))
+
+
+def _how_to_make(file: Path) -> str:
+    return f"remove {file} and make it again with `demerge stats`"

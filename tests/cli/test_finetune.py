@@ -147,7 +147,7 @@ def test_other_options_in_the_same_folder_are_refused(run, tiny: Path, tmp_path:
     assert run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST).code == 0
     done = run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST, "--global-prob", "0.5")
     assert done.code == 2
-    assert "global_prob: recorded 0.3, now 0.5" in done.err
+    assert "global_prob was 0.3, now 0.5" in done.err
 
 
 def test_a_folder_that_is_no_model(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -193,4 +193,4 @@ def test_dry_run_compares_with_what_is_there(run, tiny: Path, tmp_path: Path) ->
     assert run("finetune", tiny, "-o", out, *FAST).code == 0
     assert run("finetune", tiny, "-o", out, *FAST, "--dry-run").code == 0
     refused = run("finetune", tiny, "-o", out, *FAST, "--learning-rate", 1e-4, "--dry-run")
-    assert (refused.code, "learning_rate: recorded 5e-05, now 0.0001" in refused.err) == (2, True)
+    assert (refused.code, "learning_rate was 5e-05, now 0.0001" in refused.err) == (2, True)

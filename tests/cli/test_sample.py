@@ -25,7 +25,7 @@ def test_the_same_command_draws_what_is_missing_and_then_says_that_nothing_is(
     assert "3 of 3 images were there already; nothing is left to do" in done.err
     done = run(*command, "--seed", 1)
     assert done.code == 2
-    assert "seed: recorded 0, now 1" in done.err
+    assert "seed was 0, now 1" in done.err
 
 
 def test_a_foreign_folder_is_a_usage_error(run, tiny: Path, tmp_path: Path) -> None:

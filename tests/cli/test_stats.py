@@ -136,10 +136,10 @@ def test_ranges_of_any_model_go_into_folders(run: Run, tiny: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        (("--samples", 4), 2, "samples: recorded 3, now 4"),
-        (("--seed", 1), 2, "seed: recorded 0, now 1"),
-        (("--split", "test"), 2, "data_fingerprint: recorded '"),
-        (("--ranges", "0:250"), 2, "range: recorded [0, 500], now [0, 250]"),
+        (("--samples", 4), 2, "samples was 3, now 4"),
+        (("--seed", 1), 2, "seed was 0, now 1"),
+        (("--split", "test"), 2, "data_fingerprint was '"),
+        (("--ranges", "0:250"), 2, "range was [0, 500], now [0, 250]"),
         (("--what", "fisher,hessian"), 2, "statistic 'hessian' is unknown"),
         (("--ranges", "uniform:2"), 2, "2 ranges do not fit beside one expert"),
         (("--ranges", "unifrom:2"), 2, "neither uniform:N"),

@@ -484,7 +484,7 @@ def test_images_of_other_options_or_of_another_model_are_refused(
     for name, value in {"seed": 4, "steps": 3, "batch_size": 2, "sampler": "base"}.items():
         with pytest.raises(UsageError, match=f"{name}: recorded"):
             sample_to(folder, model, 2, **{**OPTIONS, name: value})
-    with pytest.raises(UsageError, match="num_images: recorded 2, now 3"):
+    with pytest.raises(UsageError, match="num_images was 2, now 3"):
         sample_to(folder, model, 3, **OPTIONS)
     with torch.no_grad():
         model.denoiser.conv_out.bias.add_(1.0)

@@ -205,7 +205,7 @@ def test_finished_expert_is_left_alone_and_other_options_are_refused(
     before = record.stat().st_mtime_ns
     train(base, data, tmp_path)
     assert record.stat().st_mtime_ns == before
-    with pytest.raises(UsageError, match=r"learning_rate: recorded 0\.001, now 0\.5"):
+    with pytest.raises(UsageError, match=r"learning_rate was 0\.001, now 0\.5"):
         train(base, data, tmp_path, replace(FAST, learning_rate=0.5))
 
 
@@ -291,14 +291,14 @@ CHANGES = {
     "schedule": (
         "scheduler/scheduler_config.json",
         {"beta_end": 0.012},
-        r"scheduler\.beta_end: recorded 0\.02, now 0\.012",
+        r"scheduler\.beta_end was 0\.02, now 0\.012",
     ),
     "prediction": (
         "scheduler/scheduler_config.json",
         {"prediction_type": "v_prediction"},
         r"scheduler\.prediction_type",
     ),
-    "dropout": ("unet/config.json", {"dropout": 0.1}, r"config\.dropout: recorded 0\.0, now 0\.1"),
+    "dropout": ("unet/config.json", {"dropout": 0.1}, r"config\.dropout was 0\.0, now 0\.1"),
     "norm_eps": ("unet/config.json", {"norm_eps": 1e-3}, r"config\.norm_eps"),
 }
 
@@ -355,9 +355,7 @@ def test_resume_with_more_steps_equals_the_longer_run(
         train(base, data, tmp_path / "cut", replace(longer, logging_steps=1, checkpointing_steps=1))
         == whole
     )
-    with pytest.raises(
-        UsageError, match="max_train_steps: recorded 9, now 12"
-    ):  # its state is gone
+    with pytest.raises(UsageError, match="max_train_steps was 9, now 12"):  # its state is gone
         train(base, data, tmp_path / "cut", replace(longer, max_train_steps=12))
 
 
@@ -367,9 +365,9 @@ def test_resume_with_more_steps_is_refused_if_the_steps_taken_would_differ(
     base, decaying = Diffusion.load(tiny), replace(FAST, lr_scheduler="cosine")
     with pytest.raises(Preempted):
         train(base, data, tmp_path, decaying, stop_at=4)
-    with pytest.raises(UsageError, match="max_train_steps: recorded 6, now 9"):
+    with pytest.raises(UsageError, match="max_train_steps was 6, now 9"):
         train(base, data, tmp_path, replace(decaying, max_train_steps=9))
-    with pytest.raises(UsageError, match="max_train_steps: recorded 6, now 3"):
+    with pytest.raises(UsageError, match="max_train_steps was 6, now 3"):
         train(base, data, tmp_path, replace(decaying, max_train_steps=3))
 
 

@@ -301,7 +301,7 @@ def test_more_groups_make_map_and_fisher_of_all_of_them(tiny: Path, tmp_path: Pa
     for path in whole.rglob("*.*"):
         assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
     (out / "conflict.safetensors").unlink()
-    with pytest.raises(UsageError, match="groups: recorded 10, now 5"):
+    with pytest.raises(UsageError, match="groups was 10, now 5"):
         prepared(tiny, out, groups=5)
 
 
