@@ -341,7 +341,7 @@ def check_replaceable(out: Path | None, plot: Path | None) -> None:
 def draw(said: dict[str, Any], path: Path) -> Path:
     """Draw what `layers` says into a .svg or .png."""
     from demerge.analysis.layers.plots import gain_by_layer
-    from demerge.analysis.report.plots import render
+    from demerge.reporting.theme import render
 
     picture = render(gain_by_layer(said), path.suffix[1:])
     return commit_bytes(path, picture)

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from demerge.analysis.partitioning.cross_validation import count
 from demerge.analysis.partitioning.objective import FOUND
 from demerge.analysis.report.next_steps import Names, steps
-from demerge.analysis.report.plots import figures, render
+from demerge.analysis.report.plots import figures
 from demerge.analysis.report.verdict import listed
 from demerge.analysis.similarity import similarity
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
 from demerge.reporting.html import PageFigure, figure, section, table, text, whole
-from demerge.reporting.theme import DARK
+from demerge.reporting.theme import DARK, render
 from demerge.storage.atomic import commit_text
 from demerge.timesteps import Partition
 

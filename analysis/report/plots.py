@@ -8,10 +8,7 @@ shows through. Nothing touches pyplot's state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -27,7 +24,6 @@ from demerge.analysis.report.partition_plots import EMPTY, cut_support, explaine
 from demerge.analysis.similarity import Similarity, by_lag, by_log_snr, similarity
 from demerge.conflict import Array, ConflictMap
 from demerge.reporting.theme import BLUE, DARK, GREY, LIGHT, ORANGE, Theme, styled
-from demerge.storage.atomic import commit_bytes
 from demerge.timesteps import Partition
 
 MANY = 40
@@ -61,25 +57,6 @@ def figures(
         "strength": strength(map, partition, theme=theme),
     }
     return {name: figure for name, figure in drawn.items() if figure.get_label() != EMPTY}
-
-
-def render(figure: Figure, kind: str = "svg") -> bytes:
-    """Encode a figure as `svg` or `png`; equal figures give equal bytes."""
-    stream = BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "demerge"}):
-        figure.savefig(
-            stream,
-            format=kind,
-            dpi=144,
-            metadata={"Date": None} if kind == "svg" else {"Software": None},
-        )
-    return stream.getvalue()
-
-
-def write(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure into a folder as NAME.svg and NAME.png; return both."""
-    pictures = {folder / f"{name}.{kind}": render(figure, kind) for kind in ("svg", "png")}
-    return [commit_bytes(path, picture) for path, picture in pictures.items()]
 
 
 def _figure(

@@ -262,7 +262,7 @@ def write(
     out = place_for(out)
     from demerge.analysis.report.next_steps import Names
     from demerge.analysis.report.page import NAME, page, pictures
-    from demerge.analysis.report.plots import render
+    from demerge.reporting.theme import render
 
     written = [out / "conflict.safetensors" if stored else map.save(out / "conflict.safetensors")]
     partition = taken(map, said)

@@ -438,7 +438,7 @@ def figures(found: Survey) -> dict[str, Figure]:
 
 def write(found: Survey, made: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the document, tables of blocks and layers, and plots into the new folder OUT, whole or absent; return its files."""
-    from demerge.analysis.report.plots import write as write_plot
+    from demerge.reporting.theme import save_figure
 
     with commit_dir(out) as folder:
         commit_json(folder / "landscape.json", made)
@@ -451,5 +451,5 @@ def write(found: Survey, made: Mapping[str, Any], out: Path) -> list[Path]:
                 part.table(found.labels).rename_axis("name").to_csv(lineterminator="\n"),
             )
         for name, figure in figures(found).items():
-            write_plot(figure, folder, name)
+            save_figure(figure, folder, name)
     return sorted(out.iterdir())

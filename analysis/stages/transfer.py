@@ -259,7 +259,7 @@ def _layers(made: Transfer) -> list[str]:
 def write(made: Transfer, plan: Plan, out: Path) -> list[Path]:
     """Write transfer.json and the plots into the folder OUT; return what was written."""
     from demerge.analysis.experts.plots import transfer_matrix
-    from demerge.analysis.report.plots import write as write_plot
+    from demerge.reporting.theme import save_figure
 
     commit_json(out / "transfer.json", document(made, plan))
-    return [out / "transfer.json", *write_plot(transfer_matrix(made), out, "transfer")]
+    return [out / "transfer.json", *save_figure(transfer_matrix(made), out, "transfer")]

@@ -1,4 +1,4 @@
-"""What the reports' plots share: colours for light and dark pages, and figures as bytes, the same ones for the same input."""
+"""What all plots share: colours for light and dark pages, and figures as bytes, the same for the same input."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from io import BytesIO
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from demerge.storage.atomic import commit_bytes
+
+DPI = 144
 
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of ink, faint ink and lines."""
+    """Colours of ink, faint ink, lines and the ground, and the names of two colour maps: -1 to 1, and from 0 up."""
 
     ink: str
     faint: str
     line: str
+    ground: str
     maps: str
+    greys: str
 
 
 BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
@@ -37,67 +45,85 @@ KINDS: Mapping[
     "merge": "#3b82f6",
     "model": "#5b7083",
 }
-LIGHT = Theme("#1f2328", "#656d76", "#d8dee4", "vlag")
-DARK = Theme("#e6edf3", "#9198a1", "#3d444d", "icefire")
+LIGHT = Theme("#1f2328", "#656d76", "#d8dee4", "white", "vlag", "Greys")
+DARK = Theme("#e6edf3", "#9198a1", "#3d444d", "none", "icefire", "Greys_r")
 Draw = Callable[[Theme], Figure]
 P = ParamSpec("P")
 
 
-def render(draw: Draw, theme: Theme, kind: str) -> bytes:
-    """Draw with a theme and return the bytes of an `svg`, whose ground is the page behind it, or of a `png` on white."""
-    ground = "none" if kind == "svg" else "white"
-    stream = BytesIO()
-    with mpl.rc_context(_style(theme, ground)):
-        figure = draw(theme)
-        FigureCanvasAgg(figure)
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(
-            stream, format=kind, dpi=160, bbox_inches="tight", facecolor=ground, metadata=metadata
-        )
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Make a drawing function use the colours of its argument of type `Theme`, LIGHT without one.
+
+    LIGHT is dark ink on white, whatever style is set: readable in print and in dark notebooks.
+    DARK is bright ink, and the page behind it shows through.
+    """
+
+    @wraps(draw)
+    def drawn(*arguments: P.args, **keywords: P.kwargs) -> Figure:
+        themes = [each for each in (*arguments, *keywords.values()) if isinstance(each, Theme)]
+        with mpl.rc_context(_style(themes[0] if themes else LIGHT)):
+            return draw(*arguments, **keywords)
+
+    return drawn
+
+
+def render(figure: Figure, kind: str = "svg") -> bytes:
+    """Encode a figure as `svg` or `png`; equal figures give equal bytes. Its layout is computed once and kept."""
+    stream, figure.dpi = BytesIO(), DPI
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+    with mpl.rc_context({"svg.hashsalt": "demerge"}):
+        canvas: Any = FigureCanvasSVG(figure) if kind == "svg" else FigureCanvasAgg(figure)
+        if kind == "svg":
+            canvas.print_svg(stream, metadata={"Date": None})
+        else:
+            canvas.print_png(stream, metadata={"Software": None})
     return stream.getvalue()
 
 
-def draw_on_white(draw: Draw) -> Figure:
-    """Draw for a notebook: dark ink on white."""
-    with mpl.rc_context(_style(LIGHT, "white")):
-        return draw(LIGHT)
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure into a folder as NAME.svg and NAME.png; return both."""
+    return [
+        commit_bytes(folder / f"{name}.{kind}", render(figure, kind)) for kind in ("svg", "png")
+    ]
 
 
-def _style(theme: Theme, ground: str) -> dict[Any, Any]:
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """A plot as `svg` for light pages, as `dark` svg for dark pages, and as `png`."""
+
+    svg: bytes
+    dark: bytes
+    png: bytes
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """Return the files of the plot by their names."""
+        return {f"{name}.svg": self.svg, f"{name}.dark.svg": self.dark, f"{name}.png": self.png}
+
+
+def pictures(draw: Draw) -> Pictures:
+    """Draw a plot with both themes; `draw` is a `styled` function of a theme."""
+    light = draw(LIGHT)
+    return Pictures(render(light), render(draw(DARK)), render(light, "png"))
+
+
+def _style(theme: Theme) -> dict[Any, Any]:
     return {
         **sns.axes_style("ticks"),
         "axes.edgecolor": theme.line,
-        "axes.facecolor": ground,
+        "axes.facecolor": theme.ground,
         "axes.labelcolor": theme.faint,
         "axes.spines.right": False,
         "axes.spines.top": False,
-        "figure.facecolor": ground,
+        "figure.facecolor": theme.ground,
         "font.size": 10.0,
-        "svg.hashsalt": "demerge",
         "text.color": theme.ink,
         "xtick.color": theme.faint,
         "ytick.color": theme.ink,
         "xtick.labelcolor": theme.faint,
     }
-
-
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Make a drawing function use dark ink on white, whatever style is set: readable in print and in dark notebooks.
-
-    Called with `theme=DARK`, where it takes a theme, it uses bright ink and leaves the ground to the page behind it.
-    """
-
-    @wraps(draw)
-    def drawn(*arguments: P.args, **keywords: P.kwargs) -> Figure:
-        inks = dict.fromkeys(
-            ("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), DARK.ink
-        )
-        grounds = dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none")
-        dark = {**inks, **grounds, "axes.edgecolor": DARK.faint}
-        with sns.axes_style("ticks", dark if keywords.get("theme") is DARK else {}):
-            return draw(*arguments, **keywords)
-
-    return drawn
 
 
 def plain(name: str) -> str:

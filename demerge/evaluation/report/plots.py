@@ -16,7 +16,7 @@ from torch import Tensor
 
 from demerge.evaluation.metrics.range_losses import RangeLosses
 from demerge.evaluation.scores import Row
-from demerge.reporting.theme import KINDS, Theme, plain
+from demerge.reporting.theme import KINDS, LIGHT, Theme, plain, styled
 
 CELL = 0.66  # inches of an image on the contact sheet
 LABELS: Mapping[str, str] = {
@@ -35,7 +35,8 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme) -> Figure:
+@styled
+def ranking(rows: Sequence[Row], floors: Sequence[Row], theme: Theme = LIGHT) -> Figure:
     """Draw each model's distance: a dot per seed, mean and standard deviation, base and noise floor as lines."""
     figure, axes = _axes(8.0, 0.9 + 0.36 * len(rows))
     seeds = sorted({seed for row in rows for seed in row.seeds})
@@ -87,7 +88,8 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def tradeoff(rows: Sequence[Row], theme: Theme) -> Figure:
+@styled
+def tradeoff(rows: Sequence[Row], theme: Theme = LIGHT) -> Figure:
     """Draw precision against recall, one dot for each model with its place in the ranking."""
     figure, axes = _axes(6.2, 4.4)
     frame = pd.DataFrame(
@@ -127,7 +129,8 @@ def tradeoff(rows: Sequence[Row], theme: Theme) -> Figure:
     return figure
 
 
-def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme) -> Figure:
+@styled
+def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme = LIGHT) -> Figure:
     """Draw each range's change of loss against the base's, in percent; faint numbers are within 2 s.e. of zero."""
     changes = {plain(row.model): row.losses.change(base) for row in rows if row.losses is not None}
     frame = pd.DataFrame(
@@ -162,7 +165,10 @@ def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme) -> Figure:
     return figure
 
 
-def contact_sheet(images: Mapping[str, Tensor], kinds: Mapping[str, str], theme: Theme) -> Figure:
+@styled
+def contact_sheet(
+    images: Mapping[str, Tensor], kinds: Mapping[str, str], theme: Theme = LIGHT
+) -> Figure:
     """Draw rows of images, uint8 [n C H W] for each model; one column is one noise. Names are coloured by `kinds`."""
     columns, room = (
         max(len(row) for row in images.values()),

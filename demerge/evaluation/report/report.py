@@ -31,7 +31,7 @@ from demerge.evaluation.report.tables import csv, frame_of, lines, markdown
 from demerge.evaluation.report.verdict import best, outcome, verdict, warnings
 from demerge.evaluation.scores import Protocol, Row, Scores, Table, differences, tables_of
 from demerge.reporting.html import PageFigure, text
-from demerge.reporting.theme import DARK, LIGHT, Draw, draw_on_white, render
+from demerge.reporting.theme import LIGHT, Draw, Pictures, pictures, render
 from demerge.storage.atomic import commit_bytes, commit_text, place_for
 
 CAPTIONS = {
@@ -146,7 +146,7 @@ class Report:
                 f"there is no plot '{name}' of these scores",
                 fix=f"use one of {', '.join(self._drawn)}",
             )
-        return draw_on_white(self._drawn[name])
+        return self._drawn[name](LIGHT)
 
     def contact_sheet(self) -> Figure:
         """Draw the models' images: one row for each model, one column for each starting noise.
@@ -159,16 +159,17 @@ class Report:
                 "there are no images to show",
                 fix="evaluate again: it keeps the first 16 of each model",
             )
-        return draw_on_white(self._sheet)
+        return self._sheet(LIGHT)
 
     @property
     def html(self) -> str:
         """The whole page, which loads nothing."""
+        return self._page({name: pictures(draw) for name, draw in self._drawn.items()})
+
+    def _page(self, drawn: Mapping[str, Pictures]) -> str:
         exhibits = {
-            name: PageFigure(
-                CAPTIONS[name], render(draw, LIGHT, "svg"), dark=render(draw, DARK, "svg")
-            )
-            for name, draw in self._drawn.items()
+            name: PageFigure(CAPTIONS[name], plot.svg, dark=plot.dark)
+            for name, plot in drawn.items()
         }
         return page(
             self.title,
@@ -183,14 +184,15 @@ class Report:
     def save(self, out: Path | str) -> Path:
         """Write the report into the folder `out` and return the path of its page."""
         out = place_for(out)
-        for name, draw in self._drawn.items():
-            _commit(out / f"{name}.svg", render(draw, LIGHT, "svg"))
-            _commit(out / f"{name}.png", render(draw, LIGHT, "png"))
+        drawn = {name: pictures(draw) for name, draw in self._drawn.items()}
+        for name, plot in drawn.items():
+            commit_bytes(out / f"{name}.svg", plot.svg)
+            commit_bytes(out / f"{name}.png", plot.png)
         if self._contact:
-            _commit(out / "contact.png", render(self._sheet, LIGHT, "png"))
+            commit_bytes(out / "contact.png", render(self._sheet(LIGHT), "png"))
         commit_text(out / "scores.csv", csv(self.ranked))
         commit_text(out / "scores.md", markdown(self.ranked, title=self.title, notes=self._notes))
-        return commit_text(out / "index.html", self.html)
+        return commit_text(out / "index.html", self._page(drawn))
 
     @property
     def _notes(self) -> list[str]:

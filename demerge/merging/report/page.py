@@ -12,7 +12,7 @@ DIR/*.svg, *.png              lengths by block, agreement of the experts, what i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -25,7 +25,7 @@ from demerge.merging.recipe.recipe import Recipe
 from demerge.merging.report.diagnosis import DIAGNOSIS, Diagnosis, Sums, table
 from demerge.reporting.html import PageFigure, figure, harmless, section, whole
 from demerge.reporting.html import table as html_table
-from demerge.reporting.theme import DARK, KINDS, LIGHT, Draw, Theme, plain, render
+from demerge.reporting.theme import KINDS, LIGHT, Theme, pictures, plain, styled
 
 CAPTIONS = {
     "lengths": "Root mean square change of an entry, by block from input to output: each expert's, and the merge's (dashed).",
@@ -42,16 +42,12 @@ LEAD = (
 
 def report_files(diagnosis: Diagnosis, recipe: Recipe, of: str = "") -> dict[str, bytes]:
     """Return the files of the report by their names; `of` is the name of an output that it does not lie in."""
-    drawn: Mapping[str, Draw] = {
-        "lengths": partial(lengths, diagnosis),
-        "agreement": partial(agreement, diagnosis),
-        "kept": partial(kept, diagnosis),
+    drawn = {
+        plot.__name__: pictures(partial(plot, diagnosis)) for plot in (lengths, agreement, kept)
     }
     document = {**({"of": of} if of else {}), **diagnosis.document()}
-    light = {name: render(draw, LIGHT, "svg") for name, draw in drawn.items()}
     exhibits = [
-        PageFigure(CAPTIONS[name], light[name], dark=render(draw, DARK, "svg"))
-        for name, draw in drawn.items()
+        PageFigure(CAPTIONS[name], plot.svg, dark=plot.dark) for name, plot in drawn.items()
     ]
     files = {
         DIAGNOSIS: json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -59,9 +55,9 @@ def report_files(diagnosis: Diagnosis, recipe: Recipe, of: str = "") -> dict[str
         "tensors.csv": table(diagnosis.tensors, harmless),
         "index.html": _page(diagnosis, recipe, exhibits),
     }
-    pictures = {f"{name}.svg": data for name, data in light.items()}
-    pictures |= {f"{name}.png": render(draw, LIGHT, "png") for name, draw in drawn.items()}
-    return {name: text.encode() for name, text in files.items()} | pictures
+    plots = {f"{name}.svg": plot.svg for name, plot in drawn.items()}
+    plots |= {f"{name}.png": plot.png for name, plot in drawn.items()}
+    return {name: text.encode() for name, text in files.items()} | plots
 
 
 def _page(diagnosis: Diagnosis, recipe: Recipe, exhibits: Sequence[PageFigure]) -> str:
@@ -120,7 +116,8 @@ def _line(sums: Sums) -> list[object]:
     ]
 
 
-def lengths(diagnosis: Diagnosis, theme: Theme) -> Figure:
+@styled
+def lengths(diagnosis: Diagnosis, theme: Theme = LIGHT) -> Figure:
     """Draw the root mean square of each task vector by block, one line for each expert, and the merge's."""
     figure, (axes,) = _axes(1, len(diagnosis.blocks))
     labels = [f"{i}  {plain(name)}" for i, name in enumerate(diagnosis.experts)]
@@ -143,7 +140,8 @@ def lengths(diagnosis: Diagnosis, theme: Theme) -> Figure:
     return figure
 
 
-def agreement(diagnosis: Diagnosis, theme: Theme) -> Figure:
+@styled
+def agreement(diagnosis: Diagnosis, theme: Theme = LIGHT) -> Figure:
     """Draw the cosines of whole task vectors; beside them mean cosine and sign conflict by block."""
     figure, (left, right) = _axes(2, len(diagnosis.blocks))
     K = len(diagnosis.experts)
@@ -176,7 +174,8 @@ def agreement(diagnosis: Diagnosis, theme: Theme) -> Figure:
     return figure
 
 
-def kept(diagnosis: Diagnosis, theme: Theme) -> Figure:
+@styled
+def kept(diagnosis: Diagnosis, theme: Theme = LIGHT) -> Figure:
     """Draw the share of entries that the merge changes, and of those the share that survives the rounding, by block."""
     figure, (axes,) = _axes(1, len(diagnosis.blocks))
     wide = pd.DataFrame(

@@ -17,9 +17,9 @@ from demerge.analysis.experts.plots import (
     norms_by_layer,
 )
 from demerge.analysis.experts.task_vectors import task_vectors
-from demerge.analysis.report.plots import render
 from demerge.errors import InputError, UsageError
 from demerge.evaluation.metrics.range_losses import range_losses
+from demerge.reporting.theme import render
 from demerge.timesteps import Partition
 
 TWO = Partition.uniform(30, 2)

@@ -18,7 +18,6 @@ from demerge.analysis.experts.plots import transfer_matrix
 from demerge.analysis.experts.transfer import transfer
 from demerge.analysis.measurement.gradients import measure
 from demerge.analysis.measurement.sketch import CountSketch
-from demerge.analysis.report.plots import render
 from demerge.analysis.similarity import t_quantile
 from demerge.analysis.stages.transfer import short_names
 from demerge.conflict import LAYER_K, Array, ConflictMap, K, Origin, layers_of
@@ -28,6 +27,7 @@ from demerge.errors import InputError, UsageError
 from demerge.evaluation.metrics.range_losses import range_losses
 from demerge.finetuning import FinetuneOptions, finetune
 from demerge.merging import MergeSession
+from demerge.reporting.theme import render
 from demerge.storage.checkpoint import Checkpoint
 from demerge.timesteps import Partition
 

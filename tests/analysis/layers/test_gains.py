@@ -14,10 +14,10 @@ import pytest
 from demerge.analysis.layers.gains import HeldOutLayers, LayerGains, layers, lines
 from demerge.analysis.layers.plots import gain_by_layer
 from demerge.analysis.partitioning.objective import Objective, cover
-from demerge.analysis.report.plots import render
 from demerge.analysis.similarity import cross, halves, similarity, weighted
 from demerge.conflict import Array, ConflictMap, Origin
 from demerge.errors import InputError, UsageError
+from demerge.reporting.theme import render
 from demerge.timesteps import Partition
 
 SIZES = (4, 12, 8, 20, 16)

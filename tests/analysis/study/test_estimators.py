@@ -7,7 +7,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from demerge.analysis.measurement.options import DRAWS
-from demerge.analysis.report.plots import render
 from demerge.analysis.similarity import halves, similarity
 from demerge.analysis.study.estimators import (
     PLUG_IN,
@@ -20,6 +19,7 @@ from demerge.analysis.study.estimators import (
 from demerge.analysis.study.known import Known
 from demerge.analysis.study.plots import neighbours_by_samples
 from demerge.errors import UsageError
+from demerge.reporting.theme import render
 
 EVEN = Known(strengths=(1.0, 1.5, 1.0, 0.8))
 

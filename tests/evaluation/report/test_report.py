@@ -265,7 +265,7 @@ def test_plots_are_transparent_on_dark_pages_and_plain_numbers_stand_on_a_log_ax
         if low <= value <= high
     ]
     assert shown == ["0.5", "1", "2", "5"]
-    dark = render(report._drawn["ranking"], DARK, "svg")
+    dark = render(report._drawn["ranking"](DARK))
     assert not [
         fill for fill in re.findall(rb"fill: (#\w+)", dark) if fill in (b"#ffffff", b"#fff")
     ]
