@@ -22,7 +22,7 @@ from demerge.analysis.report.verdict import listed
 from demerge.analysis.similarity import similarity
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
-from demerge.reporting.html import PageFigure, figure, section, table, text, whole
+from demerge.reporting.html import PageFigure, escape, figure, render_page, section, table
 from demerge.reporting.theme import DARK, render
 from demerge.storage.atomic import commit_text
 from demerge.timesteps import Partition
@@ -65,7 +65,7 @@ def page(
         if (names.model, names.data) != ("MODEL", "DATA")
         else _bare(map)
     )
-    return whole("How the timesteps conflict", subtitle, sections, FOOTER)
+    return render_page("How the timesteps conflict", subtitle, sections, FOOTER)
 
 
 RANGES = (
@@ -115,8 +115,8 @@ def _verdict(partition: Partition, said: Mapping[str, Any]) -> str:
     if len(partition) > 1 and partition.cuts != verdict["cuts"]:
         more = f"{more} {_promise(said)}"
     return (
-        f'<section class="verdict {kind}"><div class="eyebrow">{text(EYEBROWS[verdict["kind"]])}</div>\n'
-        f"<p>{text(verdict['found'])} {text(verdict['do'])}</p>\n<p>{text(more)}</p></section>"
+        f'<section class="verdict {kind}"><div class="eyebrow">{escape(EYEBROWS[verdict["kind"]])}</div>\n'
+        f"<p>{escape(verdict['found'])} {escape(verdict['do'])}</p>\n<p>{escape(more)}</p></section>"
     )
 
 
@@ -169,7 +169,7 @@ def _tiles(map: ConflictMap, said: Mapping[str, Any]) -> str:
 
 
 def _tile(number: str, meaning: str) -> str:
-    return f'<div class="tile"><b>{text(number)}</b><span>{text(meaning)}</span></div>'
+    return f'<div class="tile"><b>{escape(number)}</b><span>{escape(meaning)}</span></div>'
 
 
 def _joint(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -251,7 +251,7 @@ def _between(share: Mapping[str, float | None]) -> str:
 def _steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names) -> str:
     found = steps(map, partition, said, names)
     return "\n".join(
-        f'<p class="step">{text(why)}</p>\n<pre>{text(chr(10).join(run))}</pre>'
+        f'<p class="step">{escape(why)}</p>\n<pre>{escape(chr(10).join(run))}</pre>'
         for why, run in found
     )
 
@@ -268,7 +268,9 @@ def _origin(map: ConflictMap) -> str:
     }
     facts |= {"antithetic": map.origin.noise}
     rows = (
-        f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items() if value != ""
+        f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>"
+        for key, value in facts.items()
+        if value != ""
     )
     return f"<dl>{''.join(rows)}</dl>"
 

@@ -1,6 +1,6 @@
 """HTML pages that load nothing: style and images lie inside, and a content security policy says so.
 
-Every text that came from outside (names of models, captions, commands) passes `text`, which escapes it; `harmless` does the
+Every text that came from outside (names of models, captions, commands) passes `escape`, which escapes it; `escape_formula` does the
 like for the cells of a spreadsheet.
 """
 
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 STYLE = Path(__file__).resolve().parents[1] / "assets" / "report.css"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
-text: Callable[[object], str] = lambda value: html.escape(str(value), quote=True)  # noqa: E731
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +27,22 @@ class PageFigure:
     dark: bytes | None = None
 
 
-def whole(title: str, subtitle: object, sections: Iterable[str], footer: str) -> str:
+def escape(value: object) -> str:
+    """Return a value as text without HTML's own signs in force."""
+    return html.escape(str(value), quote=True)
+
+
+def render_page(title: str, subtitle: object, sections: Iterable[str], footer: str) -> str:
     """Return the page of some sections; empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{text(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{text(title)}</h1>\n<p>{text(subtitle)}</p></header>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p></header>\n"
         + "\n".join(part for part in sections if part)
-        + f"\n<footer>{text(footer)}</footer>\n</main>\n</body>\n</html>\n"
+        + f"\n<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -50,27 +54,29 @@ def is_page(path: Path) -> bool:
 
 def section(title: str, lead: str, body: str) -> str:
     """Return a section: its title, a sentence or two, and HTML."""
-    introduction = f'<p class="lead">{text(lead)}</p>' if lead else ""
-    return f"<section>\n<h2>{text(title)}</h2>\n{introduction}{body}\n</section>"
+    introduction = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{introduction}{body}\n</section>"
 
 
 def figure(exhibit: PageFigure) -> str:
     """Return a picture with its caption."""
-    image = f'<img alt="{text(exhibit.caption)}" src="{uri(exhibit.data, exhibit.kind)}">'
+    image = f'<img alt="{escape(exhibit.caption)}" src="{uri(exhibit.data, exhibit.kind)}">'
     if exhibit.dark is None:
         body = f'<div class="plate">{image}</div>'
     else:
         dark = uri(exhibit.dark, exhibit.kind)
         body = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{image}</picture>'
-    return f"<figure>{body}<figcaption>{text(exhibit.caption)}</figcaption></figure>"
+    return f"<figure>{body}<figcaption>{escape(exhibit.caption)}</figcaption></figure>"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
     """Return a table of values, all escaped; the first `texts` columns are set as text, the others as numbers."""
     kinds = ['class="name"' if i < texts else 'class="num"' for i in range(len(heads))]
-    head = "".join(f"<th {kind}>{text(name)}</th>" for kind, name in zip(kinds, heads, strict=True))
+    head = "".join(
+        f"<th {kind}>{escape(name)}</th>" for kind, name in zip(kinds, heads, strict=True)
+    )
     lines = (
-        "".join(f"<td {kind}>{text(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        "".join(f"<td {kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
         for row in rows
     )
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -87,7 +93,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def harmless(text: str) -> str:
+def escape_formula(text: str) -> str:
     """Return the text so that no spreadsheet takes it for a formula."""
     return (
         f"'{text}"

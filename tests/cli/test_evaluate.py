@@ -14,7 +14,7 @@ from PIL import Image
 
 from demerge.data import load_images
 from demerge.evaluation.scores import Scores
-from demerge.reporting.html import whole
+from demerge.reporting.html import render_page
 from demerge.reporting.images import png
 
 SMALL = (
@@ -168,7 +168,7 @@ def test_plots_among_the_models_are_left_out_and_named(
 ) -> None:
     plots = tmp_path / "merged" / "ties-report"
     draw_digits(plots, 2)
-    (plots / "index.html").write_text(whole("What the merge did", "", [], ""))
+    (plots / "index.html").write_text(render_page("What the merge did", "", [], ""))
     result = run(
         "evaluate",
         tiny,

@@ -12,7 +12,7 @@ from demerge import Diffusion, load_images
 from demerge.errors import UsageError
 from demerge.evaluation import compare
 from demerge.evaluation.planning import EvaluationOptions
-from demerge.reporting.html import whole
+from demerge.reporting.html import render_page
 
 QUICK = {"num_images": 70, "steps": 2, "lpips": False, "ranges": "none"}
 
@@ -47,7 +47,7 @@ def test_models_of_unlike_shape_and_plots_are_refused_at_once(
     make_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "index.html").write_text(whole("What the merge did", "", [], ""))
+    (tmp_path / "plots" / "index.html").write_text(render_page("What the merge did", "", [], ""))
     with pytest.raises(UsageError, match="plots that demerge wrote"):
         compare({"base": make_tiny(seed=0), "ties": tmp_path / "plots"}, "digits", **QUICK)
 

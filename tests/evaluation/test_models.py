@@ -16,7 +16,7 @@ from demerge.evaluation.models import entrants, is_report, kind_of, without_repo
 from demerge.evaluation.report.report import Report
 from demerge.evaluation.score_files import SHOWN, load_scores, read_strip, save_scores
 from demerge.evaluation.scores import Scores
-from demerge.reporting.html import whole
+from demerge.reporting.html import render_page
 from demerge.reporting.theme import LIGHT, render
 
 
@@ -128,7 +128,7 @@ def test_plots_of_ours_are_no_model(
     old = tmp_path / "merged" / "ties-report"
     png(old / "lengths.png")
     (old / "lengths.svg").write_text("<svg/>")
-    (old / "index.html").write_text(whole("What the merge did", "", [], ""))
+    (old / "index.html").write_text(render_page("What the merge did", "", [], ""))
     scores = make_scores("ties", "merge", [7.0])
     Report.of([*scores, *make_scores("base", "base", [8.0])]).save(tmp_path / "run" / "report")
     save_scores(tmp_path / "run" / "scores" / "ties.seed0.json", scores[0], noise(20))
@@ -150,7 +150,7 @@ def test_plots_of_ours_are_no_model(
     model = pipeline(tmp_path / "merged" / "ties", demerge={"experts": [{"range": [0, 500]}]})
     (tmp_path / "merged" / "ties" / "report").mkdir()
     (tmp_path / "merged" / "ties" / "report" / "index.html").write_text(
-        whole("What the merge did", "", [], "")
+        render_page("What the merge did", "", [], "")
     )
     assert not is_report(emoji)
     assert not is_report(Path(model)), "a merge with its report inside is a merge"

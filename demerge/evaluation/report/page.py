@@ -12,7 +12,7 @@ from demerge.evaluation.report.significance import Comparison
 from demerge.evaluation.report.tables import against, label, measured, number
 from demerge.evaluation.report.verdict import best, outcome, verdict, warnings
 from demerge.evaluation.scores import HIGHER_IS_BETTER, Protocol, Row, Table
-from demerge.reporting.html import PageFigure, figure, section, text, uri, whole
+from demerge.reporting.html import PageFigure, escape, figure, render_page, section, uri
 from demerge.reporting.images import grid, png
 
 GREY = 128  # between the images, on light and on dark pages
@@ -60,7 +60,7 @@ def page(
         else "",
     ]
     footer = "Made by demerge. The same numbers lie beside this page in scores.csv and scores.md."
-    return whole(title, table.protocol, sections, footer)
+    return render_page(title, table.protocol, sections, footer)
 
 
 RANKING = (
@@ -78,7 +78,7 @@ LOSSES = (
 def _verdict(rows: Sequence[Row]) -> str:
     result = outcome(rows)
     eyebrow = f'<div class="eyebrow">{EYEBROWS[result]}</div>'
-    return f'<section class="verdict {result}">{eyebrow}\n<p>{text(verdict(rows))}</p></section>'
+    return f'<section class="verdict {result}">{eyebrow}\n<p>{escape(verdict(rows))}</p></section>'
 
 
 def _tiles(rows: Sequence[Row], floors: Sequence[Row]) -> str:
@@ -101,7 +101,7 @@ TILES = {
 
 def _tile(name: str, row: Row) -> str:
     shown = name if row.model == name else f"{name}: {row.model}"
-    return f'<div class="tile"><b>{row.mean("fd"):.2f}</b><span>{text(shown)}</span></div>'
+    return f'<div class="tile"><b>{row.mean("fd"):.2f}</b><span>{escape(shown)}</span></div>'
 
 
 def _contact(contact: Mapping[str, Tensor], rows: Sequence[Row]) -> str:
@@ -109,8 +109,8 @@ def _contact(contact: Mapping[str, Tensor], rows: Sequence[Row]) -> str:
         return ""
     kinds = {row.model: row.kind for row in rows}
     strips = "".join(
-        f'<span><span class="kind {kinds.get(name, "model")}">{text(name)}</span></span>'
-        f'<img alt="{len(images)} images of {text(name)}" src="{uri(_strip(images), "png")}">'
+        f'<span><span class="kind {kinds.get(name, "model")}">{escape(name)}</span></span>'
+        f'<img alt="{len(images)} images of {escape(name)}" src="{uri(_strip(images), "png")}">'
         for name, images in contact.items()
     )
     return section(
@@ -131,7 +131,7 @@ def _strip(images: Tensor) -> bytes:
 def _ranking(rows: Sequence[Row], floors: Sequence[Row]) -> str:
     metrics = measured(rows)
     first, *others = (
-        f'<th class="num">{text(label(m, rows))} {"↑" if m in HIGHER_IS_BETTER else "↓"}</th>'
+        f'<th class="num">{escape(label(m, rows))} {"↑" if m in HIGHER_IS_BETTER else "↓"}</th>'
         for m in metrics
     )
     heads = f"<th></th><th>model</th>{first}<th>against base</th><th>against joint</th>{''.join(others)}"
@@ -152,7 +152,9 @@ def _line(row: Row, found: Mapping[str, Comparison], tops: Mapping[str, Row | No
     kind = "noise floor" if row.kind == "real" else row.kind
     first, *others = (_cell(row, metric, row is top) for metric, top in tops.items())
     changes = "".join(_change(found.get(name)) for name in ("base", "joint"))
-    name = f'<td class="name">{text(row.model)}<br><span class="kind {row.kind}">{kind}</span></td>'
+    name = (
+        f'<td class="name">{escape(row.model)}<br><span class="kind {row.kind}">{kind}</span></td>'
+    )
     return f"{name}{first}{changes}{''.join(others)}"
 
 
@@ -160,7 +162,7 @@ def _change(result: Comparison | None) -> str:
     if result is None:
         return "<td></td>"
     percent = "" if math.isnan(result.relative) else f"{100 * result.relative:+.1f} %"
-    return f'<td class="change {result.verdict}">{percent}<small>{text(result.word)}</small></td>'
+    return f'<td class="change {result.verdict}">{percent}<small>{escape(result.word)}</small></td>'
 
 
 def _cell(row: Row, metric: str, top: bool) -> str:
@@ -201,14 +203,14 @@ def _protocol(protocol: Protocol, rows: Sequence[Row]) -> str:
     }
     return (
         "<dl>"
-        + "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items())
+        + "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
         + "</dl>"
     )
 
 
 def _list(items: Sequence[str], kind: str) -> str:
-    return f'<ul class="{kind}">' + "".join(f"<li>{text(item)}</li>" for item in items) + "</ul>"
+    return f'<ul class="{kind}">' + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
 
 
 def _code(commands: Sequence[str]) -> str:
-    return "<pre>" + "\n".join(map(text, commands)) + "</pre>"
+    return "<pre>" + "\n".join(map(escape, commands)) + "</pre>"

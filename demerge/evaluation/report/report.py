@@ -30,7 +30,7 @@ from demerge.evaluation.report.significance import Verdict
 from demerge.evaluation.report.tables import csv, frame_of, lines, markdown
 from demerge.evaluation.report.verdict import best, outcome, verdict, warnings
 from demerge.evaluation.scores import Protocol, Row, Scores, Table, differences, tables_of
-from demerge.reporting.html import PageFigure, text
+from demerge.reporting.html import PageFigure, escape
 from demerge.reporting.theme import LIGHT, Draw, Pictures, pictures, render
 from demerge.storage.atomic import commit_bytes, commit_text, place_for
 
@@ -99,8 +99,8 @@ class Report:
         return "\n".join([*lines([self.ranked]), *(f"note: {note}" for note in self._notes)])
 
     def _repr_html_(self) -> str:
-        items = "".join(f"<li>{text(caveat)}</li>" for caveat in self.caveats)
-        return f"<p>{text(self.verdict)}</p>{self.summary._repr_html_()}<ul>{items}</ul>"  # type: ignore[operator]
+        items = "".join(f"<li>{escape(caveat)}</li>" for caveat in self.caveats)
+        return f"<p>{escape(self.verdict)}</p>{self.summary._repr_html_()}<ul>{items}</ul>"  # type: ignore[operator]
 
     @property
     def table(self) -> pd.DataFrame:

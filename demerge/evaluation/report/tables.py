@@ -15,7 +15,7 @@ from demerge.evaluation.report.plots import LABELS
 from demerge.evaluation.report.significance import Comparison, compare
 from demerge.evaluation.report.verdict import best, verdict, warnings
 from demerge.evaluation.scores import Row, Table
-from demerge.reporting.html import harmless
+from demerge.reporting.html import escape_formula
 
 METRICS = ("fd", *LABELS)
 
@@ -113,7 +113,9 @@ def csv(table: Table) -> str:
     """Return the table as CSV."""
     frame = frame_of(table)
     text = frame.select_dtypes(exclude="number").columns
-    frame[text] = frame[text].map(lambda cell: harmless(cell) if isinstance(cell, str) else cell)
+    frame[text] = frame[text].map(
+        lambda cell: escape_formula(cell) if isinstance(cell, str) else cell
+    )
     return str(frame.to_csv(index=False, float_format="%.8g"))
 
 

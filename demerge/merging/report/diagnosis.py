@@ -166,8 +166,8 @@ class Diagnosis:
         }
 
 
-def table(rows: Sequence[Sums], harmless: Callable[[str], str]) -> str:
-    """Return one line for each tensor or block as CSV; `harmless` keeps names from being taken for formulas."""
+def table(rows: Sequence[Sums], escape_formula: Callable[[str], str]) -> str:
+    """Return one line for each tensor or block as CSV; `escape_formula` keeps names from being taken for formulas."""
     K = len(rows[0].norms)
     pairs = [(i, j) for i in range(K) for j in range(i)]
     stream = StringIO()
@@ -185,8 +185,8 @@ def table(rows: Sequence[Sums], harmless: Callable[[str], str]) -> str:
         ]
         writer.writerow(
             [
-                harmless(row.name),
-                harmless(block_of(row.name)),
+                escape_formula(row.name),
+                escape_formula(block_of(row.name)),
                 row.entries,
                 *(f"{n:.9g}" for n in numbers),
             ]

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from demerge.merging.recipe.recipe import Recipe
 from demerge.merging.report.diagnosis import DIAGNOSIS, Diagnosis, Sums, table
-from demerge.reporting.html import PageFigure, figure, harmless, section, whole
+from demerge.reporting.html import PageFigure, escape_formula, figure, render_page, section
 from demerge.reporting.html import table as html_table
 from demerge.reporting.theme import KINDS, LIGHT, Theme, pictures, plain, styled
 
@@ -51,8 +51,8 @@ def report_files(diagnosis: Diagnosis, recipe: Recipe, of: str = "") -> dict[str
     ]
     files = {
         DIAGNOSIS: json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "blocks.csv": table(diagnosis.blocks, harmless),
-        "tensors.csv": table(diagnosis.tensors, harmless),
+        "blocks.csv": table(diagnosis.blocks, escape_formula),
+        "tensors.csv": table(diagnosis.tensors, escape_formula),
         "index.html": _page(diagnosis, recipe, exhibits),
     }
     plots = {f"{name}.svg": plot.svg for name, plot in drawn.items()}
@@ -86,7 +86,7 @@ def _page(diagnosis: Diagnosis, recipe: Recipe, exhibits: Sequence[PageFigure]) 
         else "",
     ]
     footer = "Made by demerge. The same numbers, and those of every tensor, lie beside this page as CSV and JSON."
-    return whole("What the merge did", subtitle, sections, footer)
+    return render_page("What the merge did", subtitle, sections, footer)
 
 
 HEADS = (

@@ -19,7 +19,7 @@ from demerge.errors import ComparisonError, UsageError
 from demerge.evaluation.report.report import Report
 from demerge.evaluation.report.tables import escaped, lines
 from demerge.evaluation.scores import Scores, tables_of
-from demerge.reporting.html import STYLE, PageFigure, harmless
+from demerge.reporting.html import STYLE, PageFigure, escape_formula
 from demerge.reporting.theme import DARK, KINDS, render
 
 Make = Callable[..., list[Scores]]
@@ -289,8 +289,8 @@ def test_a_plot_with_nothing_to_show_is_left_out(make_scores: Make) -> None:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", " =1", "\t=1", "\r1"])
 def test_formulas_are_disarmed(text: str) -> None:
-    assert harmless(text) == f"'{text}"
-    assert harmless("ties density=0.2") == "ties density=0.2"
+    assert escape_formula(text) == f"'{text}"
+    assert escape_formula("ties density=0.2") == "ties density=0.2"
 
 
 def test_markdown_signs_are_escaped() -> None:
