@@ -1,7 +1,7 @@
-"""Image sources -> tensors: folders, CIFAR-10 batches, idx files, npz, scikit-learn's digits, data sets of the Hub.
+"""Image sources to tensors: folders, CIFAR-10, idx, npz, digits, data sets of the Hub.
 
-`load_images(source)` gives an `ImageData`, whose images are decoded when they are asked for and fitted to one shape;
-`scan(source)` reads everything and tells what is there and what is broken.
+`load_images(source)` gives an `ImageData`. It decodes an image when it is asked for and fits it to
+one shape. `scan(source)` reads everything and reports what is broken.
 """
 
 from __future__ import annotations

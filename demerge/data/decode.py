@@ -1,10 +1,12 @@
 """Image files to pixels: grey [1 H W] or colour [3 H W], 8 bits, sRGB.
 
-Decoding turns an image by its EXIF orientation, takes its colour profile to sRGB, lays transparency on white and scales 16-bit
-grey to 8 bits. Pixels of 32 bits have no range that a file would tell: they are refused.
+Decoding turns an image by its EXIF orientation, converts its colour profile to sRGB, lays
+transparency on white and scales 16-bit grey to 8 bits. Pixels of 32 bits are refused, since a file
+does not tell their range.
 
-Memory: a file is refused from its header if it has more than 64 million pixels (24 million in formats whose decoders hold
-several copies). One above 16 million is scaled down by a whole factor while it is decoded, to at least twice the size asked.
+Memory: a file of more than 64 million pixels is refused from its header (24 million in formats
+whose decoders hold several copies). One above 16 million is scaled down by a whole factor while it
+is decoded, to at least twice the size that is asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from demerge.data.values import Pixels8, as_pixels
+from demerge.data.values import Least, Pixels8, as_pixels
 from demerge.errors import InputError
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -42,14 +44,13 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-ROWS = 1 << 20  # pixels that are scaled at a time
-
-Least = tuple[int, int]
+BLOCK = 1 << 20  # pixels that are scaled at a time
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the head of an image file says; width and height are those after turning."""
+    """The header of an image file; width and height are those after turning."""
 
     width: int
     height: int
@@ -67,18 +68,18 @@ class Header:
     @property
     def notes(self) -> tuple[str, ...]:
         """What decoding does to the image."""
-        done = {
+        steps = {
             "turned by EXIF": self.turned,
             "transparency laid on white": self.alpha,
             "16 bits scaled to 8": self.mode in DEEP,
             "only the first frame taken": self.frames,
             self.profile: bool(self.profile),
         }
-        return tuple(note for note, holds in done.items() if holds)
+        return tuple(note for note, holds in steps.items() if holds)
 
 
-def check(path: Path) -> Header:
-    """Check an image file without decoding it, unless its tail looks cut off.
+def read_header(path: Path) -> Header:
+    """Check an image file; it is decoded only if its tail looks cut off.
 
     Raises:
         InputError: if it is empty, not an image, too large or truncated.
@@ -86,21 +87,17 @@ def check(path: Path) -> Header:
     with _opened(path) as image:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         width, height = image.size[::-1] if orientation in range(5, 9) else image.size
-        alpha, frames = (
-            image.has_transparency_data,
-            bool(getattr(image, "is_animated", False)) and image.format != "MPO",
-        )
         header = Header(
             width,
             height,
             image.mode,
-            alpha,
-            orientation in range(2, 9),
-            frames,
-            _profile_note(image),
+            alpha=image.has_transparency_data,
+            turned=orientation in range(2, 9),
+            frames=bool(getattr(image, "is_animated", False)) and image.format != "MPO",
+            profile=_profile_note(image),
         )
         kind = image.format
-    if not _whole(path, kind):
+    if not _has_complete_tail(path, kind):
         decode(path, (1, 1))
     return header
 
@@ -109,68 +106,62 @@ def decode(path: Path, least: Least | None = None) -> Pixels8:
     """Decode an image file to [C H W].
 
     Args:
-        least: the height and width that are needed; a big image may come smaller than it is, but at least twice as large.
+        least: the height and width that are needed; a big image may be scaled down to twice that.
 
     Raises:
         InputError: if it is empty, not an image, too large or truncated.
     """
     with _opened(path) as image:
-        factor = _factor(image, least)
+        factor = _scale_factor(image, least)
         if factor > 1 and image.format in ("JPEG", "MPO"):
             image.draft(image.mode, (image.width // factor, image.height // factor))
         image.load()
-        return decoded(image, str(path), least)
+        return decode_image(image, str(path), least)
 
 
-def decoded(image: Image.Image, name: str, least: Least | None = None) -> Pixels8:
+def decode_image(image: Image.Image, name: str, least: Least | None = None) -> Pixels8:
     """Return an opened image as [C H W]; see `decode`.
 
     Raises:
         InputError: if its pixels have 32 bits.
     """
-    grey = image.mode in GREY
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN):
         kind = "floats" if image.mode == "F" else "integers of 32 bits"
-        raise InputError(
-            f"{name}: pixels are {kind} of unknown range",
-            fix="save it with 8 or 16 bits per channel",
-        )
-    profile, turn = (
-        image.info.get("icc_profile"),
-        TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1)),
-    )
+        fix = "save it with 8 or 16 bits per channel"
+        raise InputError(f"{name}: pixels are {kind} of unknown range", fix=fix)
+    target = "L" if image.mode in GREY else "RGB"
+    profile = image.info.get("icc_profile")
+    turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
     if image.mode in DEEP:
         image = _eight_bits(image)
     elif image.mode in ("P", "1", "PA"):
-        image = image.convert("RGBA" if image.has_transparency_data else "L" if grey else "RGB")
-    factor = _factor(image, least)
-    image = _on_white(image) if factor == 1 else _on_white(image.reduce(factor))
+        image = image.convert("RGBA" if image.has_transparency_data else target)
+    factor = _scale_factor(image, least)
+    image = _on_white(image if factor == 1 else image.reduce(factor))
     image = _in_srgb(image if turn is None else image.transpose(turn), profile)
-    wanted = "L" if grey else "RGB"
-    return as_pixels(image if image.mode == wanted else image.convert(wanted))
+    return as_pixels(image if image.mode == target else image.convert(target))
 
 
-def _factor(image: Image.Image, least: Least | None) -> int:
-    """Return the whole number by which an image is scaled down, 1 for any that is not big."""
+def _scale_factor(image: Image.Image, least: Least | None) -> int:
+    """Return the whole number by which an image is scaled down; 1 unless it is big."""
     if least is None or image.width * image.height <= BIG:
         return 1
     return max(1, min(image.size) // (2 * max(least)))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, round(v / 257), block by block; a transparent value becomes alpha."""
+    """Scale 16-bit grey to 8 bits, round(v / 257), by blocks; a transparent value becomes alpha."""
     values, clear = np.asarray(image), image.info.get("transparency")
     scaled = np.empty(values.shape, dtype=np.uint8)
-    rows = max(1, ROWS // max(1, image.width))
+    rows = max(1, BLOCK // max(1, image.width))
     for start in range(0, len(values), rows):
         block = np.clip(values[start : start + rows].astype(np.int64), 0, 65535)
         scaled[start : start + rows] = (block + 128) // 257
     result = Image.fromarray(scaled)
     if isinstance(clear, int):
-        result = Image.merge(
-            "LA", (result, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-        )
-    result.info = {key: value for key, value in image.info.items() if key != "transparency"}
+        alpha = np.where(values == clear, 0, 255).astype(np.uint8)
+        result = Image.merge("LA", (result, Image.fromarray(alpha)))
+    result.info = _opaque_info(image)
     return result
 
 
@@ -182,12 +173,16 @@ def _on_white(image: Image.Image) -> Image.Image:
     clear = image.convert("LA" if grey else "RGBA")
     white = Image.new("L" if grey else "RGB", image.size, "white")
     white.paste(clear.convert(white.mode), mask=clear.getchannel("A"))
-    white.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    white.info = _opaque_info(image)
     return white
 
 
+def _opaque_info(image: Image.Image) -> dict[Any, Any]:
+    return {key: value for key, value in image.info.items() if key != "transparency"}
+
+
 def _in_srgb(image: Image.Image, profile: Any) -> Image.Image:
-    """Take an image's colours to sRGB by its profile; one that does not fit the image is left out, as `check` notes."""
+    """Convert an image's colours to sRGB by its profile; one that does not fit is ignored."""
     if not profile:
         return image
     if image.mode not in ("L", "RGB", "CMYK"):
@@ -210,23 +205,21 @@ def _profile_note(image: Image.Image) -> str:
     if not profile:
         return ""
     mode = "L" if image.mode in GREY else image.mode if image.mode == "CMYK" else "RGB"
-    return (
-        "colour profile not readable, taken as sRGB"
-        if _transform(profile, mode) is None
-        else "colour profile taken to sRGB"
-    )
+    if _transform(profile, mode) is None:
+        return "colour profile not readable, taken as sRGB"
+    return "colour profile taken to sRGB"
 
 
 @cache
 def _formats() -> list[str]:
-    """The formats that this Pillow can read; none that starts another program or reads other files."""
+    """Return the formats that this Pillow reads, without starting a program or other files."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image file; every way in which it can be wrong becomes an InputError that names it."""
+    """Open an image file; whatever is wrong with it becomes an InputError that names it."""
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: not a regular file", fix="remove it")
@@ -235,41 +228,31 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             with Image.open(path, formats=_formats()) as image:
                 most = MAX_PIXELS_OF.get(str(image.format), MAX_PIXELS)
                 if image.width * image.height > most:
-                    raise InputError(
-                        f"{path}: more than {most // 10**6} million pixels",
-                        fix="scale it down or remove it",
-                    )
+                    raise _too_large(path, most)
                 yield image
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{path}: more than {MAX_PIXELS // 10**6} million pixels",
-            fix="scale it down or remove it",
-        ) from error
+        raise _too_large(path, MAX_PIXELS) from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{path}: {_what_else(path)}", fix="convert, replace or remove it"
+            f"{path}: {_kind_of(path)}", fix="convert, replace or remove it"
         ) from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        TypeError,
-        KeyError,
-        MemoryError,
-    ) as error:
+    except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        cut = "truncat" in reason or "incomplete" in reason.lower()
-        raise InputError(
-            f"{path}: {'truncated' if cut else 'damaged'} image ({reason.replace(str(path), path.name)})",
-            fix="copy it again or remove it",
-        ) from error
+        is_cut = "truncat" in reason or "incomplete" in reason.lower()
+        what = f"{'truncated' if is_cut else 'damaged'} image"
+        reason = reason.replace(str(path), path.name)
+        raise InputError(f"{path}: {what} ({reason})", fix="copy it again or remove it") from error
 
 
-def _what_else(path: Path) -> str:
+def _too_large(path: Path, most: int) -> InputError:
+    what = f"{path}: more than {most // 10**6} million pixels"
+    return InputError(what, fix="scale it down or remove it")
+
+
+def _kind_of(path: Path) -> str:
+    """Say what a file is that is not an image."""
     head = path.read_bytes()[:256] if path.stat().st_size < EDGE_BYTES else _edges(path)[:256]
     if not head:
         return "empty file"
@@ -277,7 +260,8 @@ def _what_else(path: Path) -> str:
         return "a Git LFS pointer, not the image (git lfs pull fetches it)"
     if head.lstrip()[:1] == b"<" and b"svg" not in head.lower():
         return "a web page, not an image"
-    return f"no image in a format that can be read ({path.suffix.lower().removeprefix('.') or 'no suffix'}); convert it to PNG"
+    suffix = path.suffix.lower().removeprefix(".") or "no suffix"
+    return f"not an image in a format that can be read ({suffix}); convert it to PNG"
 
 
 def _edges(path: Path) -> bytes:
@@ -287,8 +271,8 @@ def _edges(path: Path) -> bytes:
         return head + stream.read(EDGE_BYTES)
 
 
-def _whole(path: Path, kind: str | None) -> bool:
-    """Say whether the tail of a file is that of a whole image; False if only decoding can tell."""
+def _has_complete_tail(path: Path, kind: str | None) -> bool:
+    """Return whether a file ends as a whole image does; False if only decoding can tell."""
     edges, size = _edges(path), path.stat().st_size
     match kind:
         case "PNG":

@@ -1,4 +1,4 @@
-"""Folders of images: listed with their links, checked from heads and tails, decoded when asked for."""
+"""Folders of images: listed with their links, checked from heads and tails, decoded on demand."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from demerge.data.arrays import Source
 from demerge.data.captions import read_captions
-from demerge.data.decode import Header, Least, check, decode
-from demerge.data.layout import class_labels, layout
-from demerge.data.listing import Listing, escaped, list_folder
-from demerge.data.values import Pixels8, Shape
+from demerge.data.decode import Header, decode, read_header
+from demerge.data.layout import class_labels, find_splits
+from demerge.data.listing import Listing, escape_name, list_folder
+from demerge.data.values import Least, Pixels8, Shape, Source
 from demerge.errors import InputError
 from demerge.storage.atomic import sha256
 from demerge.storage.hashing import remembered
+
+SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,57 +52,52 @@ class Files:
 
 
 def read_folder(folder: Path, *, skip_broken: bool = False) -> Source:
-    """Read a folder of images, recursively, sorted by name; see `demerge.data.layout` for its splits and classes.
+    """Read a folder of images and its subfolders, sorted by name.
 
-    Broken files are found from heads and tails; with `skip_broken` every file is decoded, and what fails is left out.
+    `demerge.data.layout` defines its splits and classes.
+
+    Args:
+        skip_broken: decode every file and leave out those that fail. Otherwise broken files are
+            found from heads and tails.
 
     Raises:
-        InputError: if there is no image, or files are broken; it lists the first ten.
+        InputError: if there is no image, or files are broken.
     """
     listing = list_folder(folder)
-    paths = listing.images
-    headers, broken = {}, {}
-    for path in paths:
+    headers, errors = {}, []
+    for path in listing.images:
         try:
-            headers[path] = check(path)
+            header = read_header(path)
             if skip_broken:
                 decode(path, (1, 1))
+            headers[path] = header
         except InputError as error:
-            broken[path] = error
-    if (broken or listing.closed) and (not skip_broken or not headers):
-        raise _broken(listing, list(broken.values()))
-    good = [path for path in paths if path not in broken]
-    captions, parts = read_captions(listing, good), layout(folder, good)
-    labels = class_labels(folder, good, paths, parts.depth)
-    pixels = Files(tuple(good), tuple(headers[path] for path in good))
-    name = escaped(folder.resolve().name)
+            errors.append(error)
+    if (errors or listing.closed) and (not skip_broken or not headers):
+        raise _broken(listing, errors)
+    paths = tuple(headers)
+    captions, splits = read_captions(listing, paths), find_splits(folder, paths)
+    labels = class_labels(folder, paths, listing.images, splits.depth)
+    digest = hashlib.sha256("\0".join(map(listing.name, paths)).encode())
+    digest.update(remembered("contents", paths, lambda: _hash_files(paths)).encode())
+    digest.update(repr((captions, labels)).encode())
     return Source(
-        name,
-        pixels,
-        _content(listing, good, captions, labels),
-        parts.test,
+        escape_name(folder.resolve().name),
+        Files(paths, tuple(headers.values())),
+        digest.hexdigest(),
+        splits.test,
         captions,
         labels,
-        parts.spare,
+        splits.spare,
     )
 
 
-def _content(
-    listing: Listing, paths: Sequence[Path], captions: list[str] | None, labels: list[int] | None
-) -> str:
-    """Hash the names and the whole content of the files, their captions and labels."""
-    digest = hashlib.sha256("\0".join(map(listing.name, paths)).encode())
-    digest.update(remembered("contents", paths, lambda: _contents(paths)).encode())
-    digest.update(repr((captions, labels)).encode())
-    return digest.hexdigest()
-
-
-def _contents(paths: Sequence[Path]) -> str:
+def _hash_files(paths: Sequence[Path]) -> str:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return hashlib.sha256("".join(pool.map(sha256, paths)).encode()).hexdigest()
 
 
-def kinds_of(names: Sequence[str]) -> str:
+def count_kinds(names: Sequence[str]) -> str:
     """Count names by suffix: `heic 3, png 1`."""
     counts = Counter(Path(name).suffix.lower().removeprefix(".") or "no suffix" for name in names)
     return ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
@@ -109,16 +105,14 @@ def kinds_of(names: Sequence[str]) -> str:
 
 def _broken(listing: Listing, errors: Sequence[InputError]) -> InputError:
     total, folder = len(listing.images), listing.folder
-    lines = [
-        *(f"{path}: {reason}" for path, reason in listing.closed),
-        *(error.what for error in errors),
-    ]
-    shown = [f"  {line}" for line in lines[:10]]
-    if len(lines) > 10:
-        shown.append(f"  and {len(lines) - 10} more")
+    lines = [f"{path}: {reason}" for path, reason in listing.closed]
+    lines += [error.what for error in errors]
     closed = f" and {len(listing.closed)} folders" if listing.closed else ""
-    what = f"{folder}: {len(errors)} of {total} images{closed} cannot be read:\n" + "\n".join(shown)
+    what = f"{folder}: {len(errors)} of {total} images{closed} cannot be read:\n"
+    what += "\n".join(f"  {line}" for line in lines[:SHOWN])
+    if len(lines) > SHOWN:
+        what += f"\n  and {len(lines) - SHOWN} more"
     fix = f"'demerge data check {folder}' lists them; convert, replace or remove them"
-    return InputError(
-        what, fix=fix if len(errors) == total else f"{fix}, or leave them out with --skip-broken"
-    )
+    if len(errors) < total:
+        fix += ", or leave them out with --skip-broken"
+    return InputError(what, fix=fix)

@@ -1,8 +1,8 @@
 """Splits and classes of a folder of images, from the names of its folders.
 
-`train/`, and `test/` or `validation/` next to it, are splits. So are the other names in `SPLITS`, with a year behind them
-(`val2017/`), and below the folders of classes. The other folder is the class: `train/cat/1.png` and `cat/train/1.png` are both
-a training image of the class cat.
+`train/`, and `test/` or `validation/` next to it, are splits. So are the other names in `SPLITS`,
+also with a year at the end (`val2017/`), and below the folders of classes. The other folder is the
+class: `train/cat/1.png` and `cat/train/1.png` are both a training image of the class cat.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demerge.data.listing import escaped
+from demerge.data.listing import escape_name
 from demerge.errors import InputError, listed
 
 TRAIN, TEST, VALIDATION = "train", "test", "validation"
@@ -25,13 +25,13 @@ YEAR = re.compile(r"[-_ ]?(?:19|20)\d\d\Z")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the splits of a folder are.
+class Splits:
+    """The splits of a folder.
 
     Attributes:
-        depth: the level of the folders that are splits, None if none are.
-        test: positions of the held-out images: those of `test/`, or else of the validation folder. None if there are none.
-        spare: positions of validation images next to a `test/`; they are in neither split.
+        depth: the level of the folders that are splits; None if there are none.
+        test: positions of the held-out images; None if there are none.
+        spare: positions of validation images next to a `test/`; they belong to neither split.
     """
 
     depth: int | None = None
@@ -39,50 +39,54 @@ class Layout:
     spare: tuple[int, ...] = ()
 
 
-def layout(folder: Path, images: Sequence[Path]) -> Layout:
-    """Tell which images of a folder are held out.
+def find_splits(folder: Path, images: Sequence[Path]) -> Splits:
+    """Find the held-out images of a folder: those of `test/`, or else of the validation folder.
 
     Raises:
-        InputError: if there are training and held-out images, and images outside of both.
+        InputError: if there are training and held-out images, and images outside both.
     """
     for depth in (0, 1):
-        splits = [_split(_at(folder, path, depth)) for path in images]
-        if None not in splits:
-            held = next((split for split in (TEST, VALIDATION) if split in splits), None)
-            if held is None:
-                return Layout(depth)
-            test = tuple(i for i, split in enumerate(splits) if split == held)
-            return Layout(
-                depth,
-                test,
-                tuple(i for i, split in enumerate(splits) if split not in (TRAIN, held)),
-            )
-    tops = [_at(folder, path, 0) for path in images]
-    found = {split: top for top in tops if (split := _split(top))}
-    if TRAIN in found and len(found) > 1:
-        outside = [
-            escaped(p.relative_to(folder).as_posix())
-            for p, top in zip(images, tops, strict=True)
-            if not _split(top)
-        ]
-        held_out = " and ".join(f"{name}/" for name in sorted(found.values()))
+        splits = [_split(_folder_at(folder, path, depth)) for path in images]
+        if None in splits:
+            continue
+        held = next((split for split in (TEST, VALIDATION) if split in splits), None)
+        if held is None:
+            return Splits(depth)
+        test = tuple(i for i, split in enumerate(splits) if split == held)
+        spare = tuple(i for i, split in enumerate(splits) if split not in (TRAIN, held))
+        return Splits(depth, test, spare)
+    _check_no_images_outside(folder, images)
+    return Splits()
+
+
+def _check_no_images_outside(folder: Path, images: Sequence[Path]) -> None:
+    names: dict[str, str] = {}
+    outside = []
+    for path in images:
+        top = _folder_at(folder, path, 0)
+        if split := _split(top):
+            names[split] = top
+        else:
+            outside.append(escape_name(path.relative_to(folder).as_posix()))
+    if TRAIN in names and len(names) > 1:
+        held_out = " and ".join(f"{name}/" for name in sorted(names.values()))
         raise InputError(
-            f"{folder}: {len(outside)} images lie outside of {held_out}: {listed(outside)}",
-            fix=f"move them, or name one split: {folder}/{found[TRAIN]}",
+            f"{folder}: {len(outside)} images are outside {held_out}: {listed(outside)}",
+            fix=f"move them, or name one split: {folder}/{names[TRAIN]}",
         )
-    return Layout()
 
 
 def class_labels(
     folder: Path, images: Sequence[Path], every: Sequence[Path], depth: int | None
 ) -> list[int] | None:
-    """Return the class of each image: its folder's place in alphabetical order, or the folder's name as a number.
+    """Return the class of each image: the place of its folder's name in alphabetical order.
 
-    The folder is the first below the source that is not a split, at `depth`. Numbers count if every folder's name is one.
-    None if an image lies in no such folder, or if there is only one.
+    The folder is the first below the source that is not a split. If all names are numbers, the
+    number is the class. None if an image is in no such folder, or if there is only one folder.
 
     Args:
-        every: images of all classes, readable or not, so that a broken file does not shift the others' classes.
+        every: images of all classes, also broken ones, so that these do not shift the classes.
+        depth: the level of the folders that are splits.
     """
 
     def class_of(path: Path) -> str:
@@ -93,12 +97,13 @@ def class_labels(
     labels = [class_of(path) for path in images]
     if len(names) < 2 or "" in labels:
         return None
-    numbers = all(name.isascii() and name.isdigit() for name in names)
-    of = {name: int(name) if numbers else i for i, name in enumerate(names)}
-    return [of[name] for name in labels]
+    if all(name.isascii() and name.isdigit() for name in names):
+        return [int(name) for name in labels]
+    number = {name: i for i, name in enumerate(names)}
+    return [number[name] for name in labels]
 
 
-def _at(folder: Path, path: Path, depth: int) -> str:
+def _folder_at(folder: Path, path: Path, depth: int) -> str:
     folders = path.relative_to(folder).parts[:-1]
     return folders[depth] if len(folders) > depth else ""
 

@@ -1,7 +1,7 @@
-"""What a folder of images holds: its images, its captions' files, and what is passed over, each by name.
+"""The files of a folder of images: images, caption files, and the other files by kind.
 
-Hidden names are left out. A linked folder is followed unless it leads to a folder that is read already, or to one that holds
-the data, so that every folder is read once and no link runs in a circle.
+Hidden names are left out. A linked folder is followed unless its folder is read already or holds
+the data. So every folder is read once, and no link runs in a circle.
 """
 
 from __future__ import annotations
@@ -15,44 +15,13 @@ from pathlib import Path
 from demerge.errors import InputError
 
 READABLE = (
-    *(
-        "apng",
-        "avif",
-        "bmp",
-        "dib",
-        "gif",
-        "j2k",
-        "jfif",
-        "jp2",
-        "jpe",
-        "jpeg",
-        "jpf",
-        "jpg",
-        "jpx",
-        "mpo",
-    ),
-    *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
+    "apng avif bmp dib gif j2k jfif jp2 jpe jpeg jpf jpg jpx mpo pbm pgm png pnm ppm tif tiff webp"
 )
-REFUSED = (
-    "arw",
-    "cr2",
-    "cr3",
-    "dng",
-    "heic",
-    "heif",
-    "hif",
-    "jxl",
-    "nef",
-    "orf",
-    "qoi",
-    "raf",
-    "rw2",
-    "tga",
-)  # by name
-KINDS = frozenset({*READABLE, *REFUSED})
+REFUSED = "arw cr2 cr3 dng heic heif hif jxl nef orf qoi raf rw2 tga"  # reported by name
+IMAGES = frozenset(f"{READABLE} {REFUSED}".split())
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = ("txt", "caption")
-FILES = frozenset({*KINDS, *SIDECARS, "jsonl", "csv"})
+FILES = frozenset({*IMAGES, *SIDECARS, "jsonl", "csv"})
 
 Identity = tuple[int, int]
 
@@ -62,13 +31,13 @@ class Listing:
     """The files of a folder and its subfolders, sorted by relative name.
 
     Attributes:
-        images: files with the suffix of an image, whether they can be read or not.
+        images: files with the suffix of an image, readable or not.
         metadata: files of captions in the Hub's layout.
-        texts: files that are a caption if an image has their name.
-        others: how many files of each other suffix there are.
+        texts: files that are a caption if an image has the same name.
+        others: the number of files of each other suffix.
         linked: linked folders that were followed.
         left_out: linked folders that were not followed, since their files are read already.
-        closed: folders that cannot be read, and links that may have led to one, with the reason.
+        closed: folders that cannot be read, and dead links that may lead to one, with the reason.
     """
 
     folder: Path
@@ -81,12 +50,12 @@ class Listing:
     closed: tuple[tuple[Path, str], ...]
 
     def name(self, path: Path) -> str:
-        """Return the name of a file relative to the folder, as `escaped` text."""
-        return escaped(path.relative_to(self.folder).as_posix())
+        """Return the name of a file relative to the folder, as `escape_name` writes it."""
+        return escape_name(path.relative_to(self.folder).as_posix())
 
 
-def escaped(name: str) -> str:
-    """Return a file's name as text that UTF-8 can hold: a byte that is not UTF-8 becomes its code, as in Python's bytes."""
+def escape_name(name: str) -> str:
+    """Return a file name as text that UTF-8 can hold; a byte that is not UTF-8 becomes its code."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -97,25 +66,24 @@ def list_folder(folder: Path) -> Listing:
         InputError: if there is no image in it.
     """
     walk = _Walk(folder)
-    files = sorted(walk, key=lambda path: path.relative_to(folder).as_posix())
-    kinds = [_kind(path) for path in files]
-    images = tuple(path for path, kind in zip(files, kinds, strict=True) if kind in KINDS)
+    images, metadata, texts, others = [], [], [], Counter[str]()
+    for path in sorted(walk, key=lambda path: path.relative_to(folder).as_posix()):
+        kind = _kind(path)
+        if kind in IMAGES:
+            images.append(path)
+        elif kind in SIDECARS:
+            texts.append(path)
+        elif path.name in METADATA:
+            metadata.append(path)
+        else:
+            others[f".{escape_name(kind)}" if kind else "no suffix"] += 1
     if not images and not walk.closed:
-        raise InputError(
-            f"{folder}: no image in this folder",
-            fix="give a folder of png, jpg, webp, tif or bmp files",
-        )
-    texts = [path for path, kind in zip(files, kinds, strict=True) if kind in SIDECARS]
-    metadata = tuple(path for path in files if path.name in METADATA)
-    others = Counter(
-        f".{escaped(kind)}" if kind else "no suffix"
-        for path, kind in zip(files, kinds, strict=True)
-        if kind not in KINDS and kind not in SIDECARS and path.name not in METADATA
-    )
+        fix = "give a folder of png, jpg, webp, tif or bmp files"
+        raise InputError(f"{folder}: no image in this folder", fix=fix)
     return Listing(
         folder,
-        images,
-        metadata,
+        tuple(images),
+        tuple(metadata),
         tuple(texts),
         dict(others),
         tuple(walk.linked),
@@ -150,26 +118,24 @@ class _Walk:
             self.linked.append(link)
             yield from self._real([link], links)
 
-    def _real(self, places: list[Path], links: list[Path]) -> Iterator[Path]:
-        while places:
-            place = places.pop()
+    def _real(self, folders: list[Path], links: list[Path]) -> Iterator[Path]:
+        while folders:
+            folder = folders.pop()
             try:
-                self.seen.add(_identity(place))
-                entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+                self.seen.add(_identity(folder))
+                entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
             except OSError as error:
-                self.closed.append((place, f"the folder cannot be read: {error.strerror}"))
+                self.closed.append((folder, f"the folder cannot be read: {error.strerror}"))
                 continue
             for entry in entries:
-                if (
-                    entry.is_symlink()
-                    and not os.path.exists(entry.path)
-                    and _kind(Path(entry.path)) not in FILES
-                ):
-                    self.closed.append((Path(entry.path), "the link leads nowhere"))
+                path = Path(entry.path)
+                is_dead_link = entry.is_symlink() and not os.path.exists(path)
+                if is_dead_link and _kind(path) not in FILES:
+                    self.closed.append((path, "the link leads nowhere"))
                 elif not entry.is_dir():
-                    yield Path(entry.path)
+                    yield path
                 else:
-                    (links if entry.is_symlink() else places).append(Path(entry.path))
+                    (links if entry.is_symlink() else folders).append(path)
 
 
 def _identity(folder: Path) -> Identity:

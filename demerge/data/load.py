@@ -1,26 +1,19 @@
-"""From the words a user gives to a data set: find the kind of source, read it, split it, fit it."""
+"""The word a user gives for a source, to a data set: find the kind, read it, split it, fit it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from demerge.data.arrays import (
-    Source,
-    is_cifar,
-    is_idx,
-    read_cifar,
-    read_digits,
-    read_idx,
-    read_npz,
-)
+from demerge.data.arrays import is_cifar, is_idx, read_cifar, read_digits, read_idx, read_npz
 from demerge.data.folder import read_folder
 from demerge.data.hub import read_hub
-from demerge.data.values import ImageData, Shape
+from demerge.data.values import ImageData, Shape, Source
 from demerge.errors import InputError, UsageError
+from demerge.options import Split
 from demerge.randomness import permutation
 
-SPLITS = ("all", "train", "test")
 HELD_OUT = 0.1
 KINDS = "digits, hf:NAME, a folder of images, CIFAR-10 .bin batches, idx files (.gz too) or an .npz"
 
@@ -37,17 +30,19 @@ def load_images(
     """Read a source of images.
 
     Args:
-        source: `digits`, `hf:NAME[:CONFIG]`, a folder of images, CIFAR-10 batches, idx files or an `.npz`.
-        split: `all`, `train` or `test`. A source's own test split is used (of a folder: `test/`, or else
-            `validation/`, also by their other names); without one, a tenth of the images, drawn by a fixed key, is that.
-        resolution: height and width in pixels; None keeps the source's, which must then be one.
+        source: `digits`, `hf:NAME[:CONFIG]`, a folder of images, CIFAR-10 batches, idx files or an
+            `.npz`.
+        split: `all`, `train` or `test`. A source's own test split is used. Without one, the test
+            is a tenth of the images, drawn by a fixed key.
+        resolution: height and width in pixels; None keeps the source's, which must be the same
+            for all images.
         channels: 1 or 3; None keeps the source's.
-        limit: at most so many images, drawn evenly by a fixed key; smaller choices are contained in larger ones.
+        limit: the most images, drawn by a fixed key; smaller choices are part of larger ones.
         skip_broken: decode every file of a folder first and leave out those that cannot be read.
 
     Raises:
-        UsageError: where an argument is out of its range.
-        InputError: where the source is missing, empty or damaged.
+        UsageError: if an argument is out of range.
+        InputError: if the source is missing, empty or damaged.
     """
     _check_arguments(split, resolution, channels, limit)
     read = read_source(source, skip_broken=skip_broken)
@@ -57,22 +52,21 @@ def load_images(
     data = ImageData(
         name, split, shape, read.content, read.pixels, tuple(range(n)), read.captions, read.labels
     )
-    chosen = split_positions(n, read.test, split, read.spare)
-    if limit is not None and limit < len(chosen):
-        chosen = sorted(chosen[i] for i in permutation(len(chosen), 0, "limit")[:limit])
-    if not chosen:
-        raise InputError(
-            f"{source}: the split '{split}' of {n} images is empty",
-            fix="use a larger source or split 'all'",
-        )
-    return data.subset(chosen)
+    positions = split_positions(n, read.test, split, read.spare)
+    if limit is not None and limit < len(positions):
+        drawn = permutation(len(positions), 0, "limit")[:limit]
+        positions = sorted(positions[i] for i in drawn)
+    if not positions:
+        what = f"{source}: the split '{split}' of {n} images is empty"
+        raise InputError(what, fix="use a larger source or split 'all'")
+    return data.subset(positions)
 
 
 def read_source(source: str | Path, *, skip_broken: bool = False) -> Source:
-    """Read what a user's word for a source stands for.
+    """Read the source that a user's word stands for.
 
     Raises:
-        InputError: where it is missing, empty or damaged.
+        InputError: if it is missing, empty or damaged.
     """
     text, path = str(source), Path(source)
     if text == "digits":
@@ -80,16 +74,12 @@ def read_source(source: str | Path, *, skip_broken: bool = False) -> Source:
     if text.startswith("hf:"):
         return read_hub(text)
     if not path.exists():
-        raise InputError(
-            f"data source '{text}' is neither a known name nor a file or folder",
-            fix=f"give {KINDS}",
-        )
+        what = f"data source '{text}' is neither a known name nor a file or folder"
+        raise InputError(what, fix=f"give {KINDS}")
     if path.is_dir():
         if is_cifar(path):
             return read_cifar(path)
-        if is_idx(path):
-            return read_idx(path)
-        return read_folder(path, skip_broken=skip_broken)
+        return read_idx(path) if is_idx(path) else read_folder(path, skip_broken=skip_broken)
     if path.suffix == ".bin":
         return read_cifar(path)
     if path.suffix == ".npz":
@@ -102,28 +92,35 @@ def read_source(source: str | Path, *, skip_broken: bool = False) -> Source:
 def _check_arguments(
     split: str, resolution: int | None, channels: int | None, limit: int | None
 ) -> None:
-    if split not in SPLITS:
-        raise UsageError(f"split '{split}' is unknown", fix=f"use one of {', '.join(SPLITS)}")
+    if split not in get_args(Split):
+        raise UsageError(f"split '{split}' is unknown", fix=f"use {', '.join(get_args(Split))}")
     if resolution is not None and not 1 <= resolution <= 8192:
-        raise UsageError(
-            f"resolution {resolution} lies outside 1..8192",
-            fix="give the model's resolution in pixels",
-        )
+        fix = "give the model's resolution in pixels, from 1 to 8192"
+        raise UsageError(f"resolution is {resolution}", fix=fix)
     if channels not in (None, 1, 3):
-        raise UsageError(f"{channels} channels cannot be made", fix="give 1 (grey) or 3 (colour)")
+        raise UsageError(f"channels is {channels}", fix="give 1 (grey) or 3 (colour)")
     if limit is not None and limit < 1:
-        raise UsageError(f"limit {limit} leaves no image", fix="give at least 1")
+        raise UsageError(f"limit is {limit}", fix="give at least 1")
 
 
 def split_positions(
     n: int, test: Sequence[int] | None, split: str, spare: Sequence[int] = ()
 ) -> list[int]:
-    """Return the positions of a split of n images; `test` None holds a tenth out by a fixed key, `spare` is in neither."""
-    tenth = max(1, round(n * HELD_OUT)) if n > 1 else 0
-    held = set(permutation(n, 0, "held-out")[:tenth] if test is None else test)
-    neither = held | set(spare)
-    train = [i for i in range(n) if i not in neither]
-    return {"train": train, "test": sorted(held), "all": list(range(n))}[split]
+    """Return the positions of a split of n images.
+
+    Args:
+        test: the test split; None draws a tenth by a fixed key.
+        spare: positions that belong to neither split.
+    """
+    if split == "all":
+        return list(range(n))
+    if test is None:
+        tenth = max(1, round(n * HELD_OUT)) if n > 1 else 0
+        test = permutation(n, 0, "held-out")[:tenth]
+    if split == "test":
+        return sorted(test)
+    outside = {*test, *spare}
+    return [i for i in range(n) if i not in outside]
 
 
 def _shape(source: Source, resolution: int | None, channels: int | None) -> Shape:
@@ -131,9 +128,7 @@ def _shape(source: Source, resolution: int | None, channels: int | None) -> Shap
     sizes = sorted({(h, w) for _, h, w in shapes})
     if resolution is None and len(sizes) > 1:
         (a, b), (c, d) = sizes[0], sizes[-1]
-        raise UsageError(
-            f"{source.name}: images of {len(sizes)} sizes, from {b} x {a} to {d} x {c}",
-            fix="give one resolution for all",
-        )
+        what = f"{source.name}: images of {len(sizes)} sizes, from {b} x {a} to {d} x {c}"
+        raise UsageError(what, fix="give one resolution for all")
     height, width = (resolution, resolution) if resolution is not None else sizes[0]
     return channels or max(c for c, _, _ in shapes), height, width

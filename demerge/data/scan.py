@@ -1,41 +1,44 @@
-"""Read a whole source and tell what is there: counts, broken files, sizes, modes, captions, what is passed over."""
+"""Read a whole source and report counts, broken files, sizes, modes, captions and other files."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from demerge.data.arrays import is_cifar, is_idx
-from demerge.data.captions import escaped_text, find_captions
-from demerge.data.decode import Header, check, decode
-from demerge.data.folder import kinds_of
-from demerge.data.layout import Layout, layout
+from demerge.data.captions import escape_text, find_captions
+from demerge.data.decode import Header, decode, read_header
+from demerge.data.folder import count_kinds
+from demerge.data.layout import Splits, find_splits
 from demerge.data.listing import Listing, list_folder
 from demerge.data.load import read_source, split_positions
 from demerge.errors import InputError
+from demerge.progress import Progress, silent
 
-Progress = Callable[[int, int, str], None]
+SHOWN = 6
+MOST_BROKEN = 100
+UNUSABLE = "cannot be used as it is"
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
-        files: images found, readable or not.
+        files: the number of images, readable or not.
         broken: name and reason of each file or folder that cannot be read, in order of name.
-        sizes: how many images there are of each `WIDTHxHEIGHT`, the most frequent first.
-        modes: how many there are of each mode: `RGB`, `L`, `RGBA`, `I;16` and so on.
-        notes: how many were turned by EXIF, had transparency laid on white, and so on.
-        captions: how many images have one; None if there are none at all.
-        splits: how many readable images `train` and `test` have, and how many are in neither.
+        sizes: the number of images of each `WIDTHxHEIGHT`, the most frequent first.
+        modes: the number of each mode: `RGB`, `L`, `RGBA`, `I;16` and so on.
+        notes: the number that were turned by EXIF, had transparency laid on white, and so on.
+        captions: the number of images with a caption; None if there are no captions at all.
+        splits: the number of readable images in `train` and `test`, and in neither.
         complaint: what is wrong with captions or splits; empty if nothing is.
-        passed_over: how many files of other kinds there are, by suffix.
+        passed_over: the number of files of other kinds, by suffix.
         links: what happened to linked folders, by name.
-        unmatched: how many captions name no image.
+        unmatched: the number of captions that name no image.
     """
 
     source: str
@@ -53,7 +56,7 @@ class Scan:
 
     @property
     def readable(self) -> int:
-        """How many images can be read."""
+        """The number of images that can be read."""
         return sum(self.sizes.values())
 
     @property
@@ -63,28 +66,45 @@ class Scan:
 
     @property
     def verdict(self) -> str:
-        """One sentence with counts: whether the source can be used as it is, and if not what to do."""
+        """One sentence: whether the source can be used as it is, and if not what to do."""
         count = f"{self.readable:,} of {self.files:,} images"
         if self.broken:
-            kinds = kinds_of([name for name, _ in self.broken])
-            return (
-                f"cannot be used as it is: {count} can be read; {len(self.broken)} of {self.files} files are broken ({kinds}): "
-                "convert, replace or remove them, or use --skip-broken"
-            )
+            kinds = count_kinds([name for name, _ in self.broken])
+            broken = f"{len(self.broken)} of {self.files} files are broken ({kinds})"
+            fix = "convert, replace or remove them, or use --skip-broken"
+            return f"{UNUSABLE}: {count} can be read; {broken}: {fix}"
         if self.complaint:
-            return f"cannot be used as it is: {count} can be read; {self.complaint}"
+            return f"{UNUSABLE}: {count} can be read; {self.complaint}"
         if not self.usable:
-            return f"cannot be used as it is: {self.readable - (self.captions or 0)} of {self.readable} images have no caption"
-        extra = [
-            "images of several sizes are fitted to the model's resolution"
-            if len(self.sizes) > 1
-            else "",
-            f"{sum(self.passed_over.values()):,} other files are passed over"
-            if self.passed_over
-            else "",
-            f"{self.unmatched:,} captions name no image" if self.unmatched else "",
+            missing = self.readable - (self.captions or 0)
+            return f"{UNUSABLE}: {missing} of {self.readable} images have no caption"
+        parts = [f"usable: {count} were read"]
+        if len(self.sizes) > 1:
+            parts.append("images of several sizes are fitted to the model's resolution")
+        if self.passed_over:
+            parts.append(f"{sum(self.passed_over.values()):,} other files are passed over")
+        if self.unmatched:
+            parts.append(f"{self.unmatched:,} captions name no image")
+        return "; ".join(parts)
+
+    def lines(self) -> list[str]:
+        """Return the scan for a person; `document` lists all broken files."""
+        captions = "none" if self.captions is None else f"{self.captions} of {self.readable}"
+        hidden = len(self.broken) - MOST_BROKEN
+        rows = [
+            ("images", f"{self.files:,}, {self.readable:,} readable"),
+            ("splits", _shown(self.splits)),
+            ("sizes", _shown_sizes(self.sizes)),
+            ("modes", _shown(self.modes)),
+            ("captions", captions),
+            ("notes", _shown(self.notes)),
+            *(("link", f"{name}: {what}") for name, what in self.links.items()),
+            ("others", _shown(self.passed_over)),
+            *(("broken", f"{name}: {reason}") for name, reason in self.broken[:MOST_BROKEN]),
+            ("broken", f"and {hidden:,} more; --json lists all" if hidden > 0 else ""),
+            ("verdict", self.verdict),
         ]
-        return "; ".join([f"usable: {count} were read", *filter(None, extra)])
+        return [f"{name:9} {text}" for name, text in rows if text]
 
     def document(self) -> dict[str, Any]:
         """Return the scan as a JSON document."""
@@ -107,11 +127,27 @@ class Scan:
         }
 
 
-def scan(source: str | Path, *, progress: Progress | None = None) -> Scan:
+def _shown(counts: dict[str, int]) -> str:
+    shown = [f"{name} ({count:,})" for name, count in list(counts.items())[:SHOWN]]
+    if len(counts) > SHOWN:
+        shown.append(f"{len(counts) - SHOWN} more")
+    return ", ".join(shown)
+
+
+def _shown_sizes(counts: dict[str, int]) -> str:
+    if len(counts) <= SHOWN:
+        return _shown(counts)
+    sides = [sorted(map(int, size.split("x"))) for size in counts]
+    shorter, longer = zip(*sides, strict=True)
+    short = f"shorter side {min(shorter)} to {max(shorter)}"
+    return f"{len(counts):,} sizes, {short}, longer side {min(longer)} to {max(longer)}"
+
+
+def scan(source: str | Path, *, progress: Progress = silent) -> Scan:
     """Read everything in a source; broken files are part of the answer.
 
     Raises:
-        InputError: if there is no such source, or it holds no image at all.
+        InputError: if the source does not exist, or holds no image at all.
     """
     path = Path(source)
     if str(source) != "digits" and path.is_dir() and not is_cifar(path) and not is_idx(path):
@@ -124,81 +160,71 @@ def scan(source: str | Path, *, progress: Progress | None = None) -> Scan:
             shapes[read.pixels.read(i).shape] += 1
         except InputError as error:
             broken.append((f"image {i}", error.what))
-        if progress is not None:
-            progress(i + 1, n, f"{len(broken)} broken" if broken else "")
-    sizes = Counter[str]()
-    modes = Counter[str]()
+        progress(i + 1, n, f"{len(broken)} broken" if broken else "")
+    sizes, modes = Counter[str](), Counter[str]()
     for (c, h, w), count in shapes.most_common():
         sizes[f"{w}x{h}"] += count
         modes["RGB" if c == 3 else "L"] += count
     captions = None if read.captions is None else len(read.captions)
-    name = escaped_text(str(source))
-    splits = _splits(n, Layout(test=read.test))
+    name, splits = escape_text(str(source)), _count_splits(n, Splits(test=read.test))
     return Scan(name, n, tuple(broken), dict(sizes), dict(modes), {}, captions, splits)
 
 
-def _scan_folder(folder: Path, progress: Progress | None) -> Scan:
+def _scan_folder(folder: Path, progress: Progress) -> Scan:
     listing = list_folder(folder)
-    paths = listing.images
     headers: dict[Path, Header] = {}
     broken = [(listing.name(path), reason) for path, reason in listing.closed]
-    for done, path in enumerate(paths, start=1):
+    for done, path in enumerate(listing.images, start=1):
         try:
-            header = check(path)
+            header = read_header(path)
             decode(path, (1, 1))
             headers[path] = header
         except InputError as error:
-            broken.append((listing.name(path), escaped_text(error.what.removeprefix(f"{path}: "))))
-        if progress is not None:
-            progress(done, len(paths), f"{len(broken)} broken" if broken else "")
-    captions, unmatched, complaint = _captions(listing, headers)
+            broken.append((listing.name(path), escape_text(error.what.removeprefix(f"{path}: "))))
+        progress(done, len(listing.images), f"{len(broken)} broken" if broken else "")
+    captions, unmatched, complaint = _count_captions(listing, headers)
     try:
-        splits = _splits(len(headers), layout(folder, list(headers)))
+        splits = _count_splits(len(headers), find_splits(folder, list(headers)))
     except InputError as error:
         splits, complaint = {}, complaint or error.what
     links = {listing.name(path): "followed" for path in listing.linked}
-    links |= {
-        listing.name(path): "left out, its folder is read already" for path in listing.left_out
-    }
+    for path in listing.left_out:
+        links[listing.name(path)] = "left out, its folder is read already"
     return Scan(
-        escaped_text(str(folder)),
-        len(paths),
+        escape_text(str(folder)),
+        len(listing.images),
         tuple(broken),
-        *_counts(headers.values()),
+        _frequencies(f"{h.width}x{h.height}" for h in headers.values()),
+        _frequencies(h.mode for h in headers.values()),
+        _frequencies(note for h in headers.values() for note in h.notes),
         captions,
         splits,
-        escaped_text(complaint),
+        escape_text(complaint),
         listing.others,
         links,
         unmatched,
     )
 
 
-def _captions(listing: Listing, images: Iterable[Path]) -> tuple[int | None, int, str]:
+def _count_captions(listing: Listing, images: Iterable[Path]) -> tuple[int | None, int, str]:
     try:
         captions = find_captions(listing)
     except InputError as error:
         return 0, 0, f"captions cannot be read: {error.what}"
     if captions is None:
         return None, 0, ""
-    return (
-        sum(captions.get(path) is not None for path in images),
-        captions.unmatched(listing.images),
-        "",
-    )
+    count = sum(captions.get(path) is not None for path in images)
+    return count, captions.unmatched(listing.images), ""
 
 
-def _splits(n: int, parts: Layout) -> dict[str, int]:
+def _count_splits(n: int, splits: Splits) -> dict[str, int]:
     counts = {
-        split: len(split_positions(n, parts.test, split, parts.spare))
-        for split in ("train", "test")
+        name: len(split_positions(n, splits.test, name, splits.spare)) for name in ("train", "test")
     }
-    return counts | ({"in neither": len(parts.spare)} if parts.spare else {})
+    if splits.spare:
+        counts["in neither"] = len(splits.spare)
+    return counts
 
 
-def _counts(found: Iterable[Header]) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    headers = list(found)
-    sizes = Counter(f"{h.width}x{h.height}" for h in headers)
-    modes = Counter(h.mode for h in headers)
-    notes = Counter(note for h in headers for note in h.notes)
-    return dict(sizes.most_common()), dict(modes.most_common()), dict(notes.most_common())
+def _frequencies(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())

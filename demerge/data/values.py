@@ -1,4 +1,4 @@
-"""What a data set is: pixels that can be read one by one, and the choice of them that a stage works on."""
+"""A data set: pixels that are read one by one, and the images among them that a stage works on."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from torch import Tensor
 
 Pixels8 = NDArray[np.uint8]
 Shape = tuple[int, int, int]
+Least = tuple[int, int]
 
 CACHE_BYTES = 1 << 30
 
 
 class Pixels(Protocol):
-    """Images that can be read one by one, as uint8 [C H W] with C = 1 or 3 and sizes of their own."""
+    """Images that are read one by one, as uint8 [C H W] with C = 1 or 3; sizes may differ."""
 
     @property
     def resident(self) -> bool:
-        """Whether they lie in memory, so that reading costs nothing."""
+        """Whether they are in memory, so that reading costs nothing."""
 
     @property
     def shapes(self) -> frozenset[Shape]:
-        """The shapes [C H W] that occur, as far as can be told without decoding all."""
+        """The shapes [C H W] that occur, as far as they are known without decoding all."""
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int, least: tuple[int, int] | None = None) -> Pixels8:
-        """Return image `index`, [C H W]; a big one may come scaled down, to no less than twice `least`."""
+    def read(self, index: int, least: Least | None = None) -> Pixels8:
+        """Return image `index`, [C H W]; a big one may be scaled down to twice `least` or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +57,41 @@ class Array:
     def __len__(self) -> int:
         return len(self.values)
 
-    def read(self, index: int, least: tuple[int, int] | None = None) -> Pixels8:
+    def read(self, index: int, least: Least | None = None) -> Pixels8:
         """Return image `index`, [C H W]."""
         image: Pixels8 = self.values[index]
         return image
 
 
 @dataclass(frozen=True, slots=True)
-class ImageData:
-    """N images of one shape, with captions and labels where the source has them.
+class Source:
+    """All images of a source.
 
     Attributes:
-        name: what the source calls itself: `digits`, the name of a folder or file, `hf:NAME`.
+        content: SHA-256 of pixels, captions and labels.
+        test: positions of its own test split; None if it has none.
+        spare: positions that belong to neither split.
+    """
+
+    name: str
+    pixels: Pixels
+    content: str
+    test: tuple[int, ...] | None = None
+    captions: list[str] | None = None
+    labels: list[int] | None = None
+    spare: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageData:
+    """N images of one shape, with captions and labels if the source has them.
+
+    Attributes:
+        name: the name of the source: `digits`, the name of a folder or file, `hf:NAME`.
         split: `all`, `train` or `test`.
-        shape: [C H W] of every image given out.
+        shape: [C H W] of every image.
         content: SHA-256 of the source's pixels and captions.
-        positions: where image i lies in `pixels`.
+        positions: the position of image i in `pixels`.
     """
 
     name: str
@@ -97,37 +117,30 @@ class ImageData:
         """Return the images at `indices`, uint8 [B C H W] in [0, 255].
 
         Raises:
-            InputError: where a file turns out to be damaged.
+            InputError: if a file is damaged.
         """
-        images = [self._image(self.positions[i]) for i in indices]
-        return (
-            torch.from_numpy(np.stack(images))
-            if images
-            else torch.empty(0, *self.shape, dtype=torch.uint8)
-        )
+        if not indices:
+            return torch.empty(0, *self.shape, dtype=torch.uint8)
+        return torch.from_numpy(np.stack([self._image(self.positions[i]) for i in indices]))
 
     def floats(self, indices: Sequence[int], flip: Sequence[bool] | None = None) -> Tensor:
-        """Return the images at `indices`, float32 [B C H W] in [-1, 1]; those marked in `flip` are mirrored."""
+        """Return the images at `indices`, float32 [B C H W] in [-1, 1], mirrored if `flip`."""
         images = self.images(indices).float().div_(127.5).sub_(1)
         if flip is not None:
             marked = torch.tensor(flip, dtype=torch.bool)
             images[marked] = images[marked].flip(-1)
         return images
 
-    def known(self, indices: Sequence[int]) -> tuple[list[str] | None, list[int] | None]:
-        """Return captions and labels of the images at `indices`, None for what the source does not have."""
+    def annotations(self, indices: Sequence[int]) -> tuple[list[str] | None, list[int] | None]:
+        """Return the captions and labels of the images at `indices`; None for what is missing."""
         captions = None if self.captions is None else [self.captions[i] for i in indices]
         return captions, None if self.labels is None else [self.labels[i] for i in indices]
 
     def subset(self, indices: Sequence[int]) -> ImageData:
         """Return the data set of the images at `indices`, in that order."""
-        captions, labels = self.known(indices)
-        return replace(
-            self,
-            positions=tuple(self.positions[i] for i in indices),
-            captions=captions,
-            labels=labels,
-        )
+        captions, labels = self.annotations(indices)
+        positions = tuple(self.positions[i] for i in indices)
+        return replace(self, positions=positions, captions=captions, labels=labels)
 
     def _image(self, position: int) -> Pixels8:
         if position in self._cache:
@@ -139,9 +152,9 @@ class ImageData:
 
 
 def fit(image: Pixels8, shape: Shape) -> Pixels8:
-    """Return an image [c h w] in `shape` [C H W]: the centre of that aspect, Lanczos with antialiasing, grey or colour.
+    """Return an image [c h w] in `shape` [C H W]: the centre of that aspect, Lanczos, antialiased.
 
-    Grey is Rec. 601 luma; colour from grey repeats the channel.
+    Grey is Rec. 601 luma. Colour from grey repeats the channel.
     """
     c, height, width = shape
     if image.shape != shape and image.shape[0] != c:
@@ -154,13 +167,13 @@ def fit(image: Pixels8, shape: Shape) -> Pixels8:
 def as_pixels(image: Image.Image) -> Pixels8:
     """Return a grey or colour image as [C H W]."""
     values = np.asarray(image)
-    return (
-        values[None].copy() if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
-    )
+    if values.ndim == 2:
+        return values[None].copy()
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
 def as_pil(image: Pixels8) -> Image.Image:
     """Return [C H W] as a grey or colour image."""
-    return Image.fromarray(
-        image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-    )
+    if image.shape[0] == 1:
+        return Image.fromarray(image[0])
+    return Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))

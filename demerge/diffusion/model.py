@@ -354,7 +354,7 @@ class Diffusion:
 
     def encode_from(self, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Encode images of a data set, with their captions or labels where the base takes them; see `encode`."""
-        return self.encode(data.floats(indices), *data.known(indices))
+        return self.encode(data.floats(indices), *data.annotations(indices))
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:

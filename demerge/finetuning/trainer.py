@@ -225,7 +225,7 @@ class Run:
             else None
         )
         images = self.data.floats(indices, flips)
-        captions, labels = self.data.known(indices)
+        captions, labels = self.data.annotations(indices)
         if captions is not None and self.base.requires_text:
             kept = (
                 uniform(o.seed, "caption", samples=samples, step=self.step) >= o.caption_dropout

@@ -66,7 +66,7 @@ def test_what_is_read_in_part_is_never_called_usable(run, tmp_path):
         "verdict   cannot be used as it is: 1 of 3 images can be read; 2 of 3 files are broken (heic 1, jxl 1)"
     )
     assert (
-        "broken    b.heic: no image in a format that can be read (heic); convert it to PNG"
+        "broken    b.heic: not an image in a format that can be read (heic); convert it to PNG"
         in done.out
     )
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from demerge.data import load_images, scan
-from demerge.data.decode import BIG, check, decode
+from demerge.data.decode import BIG, decode, read_header
 from demerge.data.listing import list_folder
 from demerge.errors import DemergeError, InputError, UsageError
 
@@ -262,7 +262,7 @@ def test_exif_is_turned(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     assert decode(tmp_path / "turned.png").shape == (3, 8, 4)
-    header = check(tmp_path / "turned.png")
+    header = read_header(tmp_path / "turned.png")
     assert (header.width, header.height, header.turned) == (4, 8, True)
 
 
@@ -279,7 +279,7 @@ def test_sixteen_bits_are_scaled(tmp_path):
         tmp_path / "deep.png"
     )
     assert decode(tmp_path / "deep.png")[0].tolist() == [[0, 1], [128, 255]]
-    assert check(tmp_path / "deep.png").channels == 1
+    assert read_header(tmp_path / "deep.png").channels == 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB"])
@@ -288,7 +288,7 @@ def test_modes_become_grey_or_colour(tmp_path, mode):
     image = Image.new(mode, (4, 4)) if mode == "LAB" else source.convert(mode)
     path = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr", "LAB") else "a.png")
     image.save(path)
-    assert decode(path).shape[0] == check(path).channels
+    assert decode(path).shape[0] == read_header(path).channels
 
 
 def test_decoded_images_are_kept(tmp_path):
@@ -306,7 +306,7 @@ def test_grey_with_a_transparent_value_lies_on_white_and_stays_grey(tmp_path):
     deep.save(tmp_path / "deep.png", transparency=25700)
     for name in ("l.png", "deep.png"):
         assert decode(tmp_path / name).tolist() == [[[0, 255]]]
-        header = check(tmp_path / name)
+        header = read_header(tmp_path / name)
         assert (header.alpha, header.channels) == (True, 1)
 
 
@@ -419,10 +419,10 @@ def test_a_big_image_is_scaled_down_to_no_less_than_twice_what_is_asked(tmp_path
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from demerge.data.decode import check, decode
+from demerge.data.decode import decode, read_header
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in map(Path, sys.argv[1:]):
-    check(path)
+    read_header(path)
     decode(path, (64, 64))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
@@ -503,7 +503,7 @@ def test_splits_have_their_names_with_a_year_behind_them(tmp_path):
     assert scan(tmp_path).splits == {"train": 2, "test": 2}
     write(tmp_path, "extra/c.png")
     with pytest.raises(
-        InputError, match=r"1 images lie outside of Train2017/ and Val2017/"
+        InputError, match=r"1 images are outside Train2017/ and Val2017/"
     ) as refused:
         load_images(tmp_path)
     assert refused.value.fix.endswith(f"{tmp_path}/Train2017")
@@ -522,7 +522,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
 
 def test_images_outside_of_the_splits_are_refused_by_name(tmp_path):
     write(tmp_path, "train/a.png", "val/b.png", "extra/c.png")
-    with pytest.raises(InputError, match=r"1 images lie outside of train/ and val/: extra/c\.png"):
+    with pytest.raises(InputError, match=r"1 images are outside train/ and val/: extra/c\.png"):
         load_images(tmp_path)
     assert not scan(tmp_path).usable
 
@@ -765,7 +765,7 @@ BAD = {
         "Git LFS pointer",
     ),
     "page.jpg": (lambda p: b"<!DOCTYPE html><html></html>", "web page"),
-    "text.png": (lambda p: b"hello", "no image"),
+    "text.png": (lambda p: b"hello", "not an image"),
     "cut.png": (lambda p: png(p)[:-600], "truncated"),
     "cut.jpg": (lambda p: jpeg(p)[:-600], "truncated"),
     "head.png": (lambda p: png(p)[:20], "image"),
@@ -814,7 +814,7 @@ def test_every_truncation_and_mutation_is_an_input_error_or_an_image(tmp_path):
         for raw in (whole[:i], bytes(mutated)):
             path.write_bytes(raw)
             try:
-                check(path)
+                read_header(path)
                 decode(path)
             except InputError as error:
                 assert "x.png" in error.what
@@ -835,8 +835,8 @@ def _object_npz(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("a.npz", _object_npz, "no readable npz"),
-        ("a.npz", lambda p: p.write_bytes(b"PK\x03\x04 nothing"), "no readable npz"),
+        ("a.npz", _object_npz, "not a readable npz"),
+        ("a.npz", lambda p: p.write_bytes(b"PK\x03\x04 nothing"), "not a readable npz"),
         ("a.npz", lambda p: np.savez(p, other=noise(2, 4, 4)), "no key"),
         ("a.npz", lambda p: np.savez(p, images=np.zeros((2, 4, 4))), "float64"),
         ("a.npz", lambda p: np.savez(p, images=noise(2, 4, 4, 4)), "channels"),
@@ -849,7 +849,7 @@ def _object_npz(path: Path) -> None:
             lambda p: p.write_bytes(b"\0\0\x08\x03" + struct.pack(">3I", 9, 9, 9)),
             "header says",
         ),
-        ("a-images-idx3-ubyte", lambda p: p.write_bytes(b"nonsense"), "no idx file"),
+        ("a-images-idx3-ubyte", lambda p: p.write_bytes(b"nonsense"), "not an idx file"),
         ("a-images-idx3-ubyte.gz", lambda p: p.write_bytes(b"nonsense"), "cannot be read"),
         ("a.txt", lambda p: p.write_bytes(b"x"), "not a source"),
     ],
