@@ -127,7 +127,7 @@ def commands(
     experts = " ".join(
         f"{at}/experts/{span}" for span in _ranges(out / "conflict" / "partition.json")
     )
-    yield [f"stats {experts} --data digits --what fisher --samples 64 --seed {seed}"]
+    yield [f"stats {experts} --data digits --statistics fisher --samples 64 --seed {seed}"]
     halfway = "--method task_arithmetic --weights 0.5 --save-dtype float32"
     yield [f"merge {base} {at}/joint/0000-1000 {halfway} -o {at}/merged/joint-0.5"]
     for name, method in MERGES.items():

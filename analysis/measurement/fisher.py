@@ -46,7 +46,7 @@ from demerge.errors import InputError, ResourceError, UsageError
 from demerge.provenance import made_as
 from demerge.statistics import Collected, commit_statistic, inputs_of
 from demerge.statistics.fisher import by_state_name
-from demerge.statistics.record import is_there
+from demerge.statistics.record import has_statistic
 from demerge.storage.atomic import check_disk_space
 from demerge.timesteps import Partition, TimestepRange
 
@@ -246,7 +246,7 @@ class FisherFiles:
             span: min(self._recorded(span), self.fisher.groups) for span in self.fisher.ranges
         }
         there = [
-            is_there(self.folder / str(s), NAME, self.inputs[s], self._said(s, n))
+            has_statistic(self.folder / str(s), NAME, self.inputs[s], self._said(s, n))
             for s, n in groups.items()
         ]
         return all(there) and set(groups.values()) == {self.fisher.groups}

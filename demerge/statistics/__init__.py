@@ -1,24 +1,45 @@
 """What an expert's range says about its weights, for the merge methods that use data.
 
-    F [*]     = E[g^2]     g the gradient of the range's loss, per example            fisher.safetensors, for `fisher`
-    G [in in] = E[x x^T]   x the input of a linear layer or a 1 x 1 convolution       gram.safetensors, for `regmean`
+    F [*]     = E[g^2]     g the gradient of the range's loss, per example       for `fisher`
+    G [in in] = E[x x^T]   x the input of a linear layer or 1 x 1 convolution    for `regmean`
 
-`examples` draws what both are measured on, `fisher` and `gram` measure, `record` puts them beside an expert or into a
-folder, `run` is the stage that `demerge stats` runs.
+`examples` draws what both are measured on. `fisher` and `gram` measure. `record` reads and writes
+fisher.safetensors, gram.safetensors and stats.json. `planning` is the stage of `demerge stats`.
 """
 
-from demerge.statistics.examples import Collected
-from demerge.statistics.fisher import range_fisher
-from demerge.statistics.gram import range_gram
-from demerge.statistics.planning import Plan, prepare
-from demerge.statistics.record import commit_statistic, inputs_of
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from demerge.lazy import lazily
+
+if TYPE_CHECKING:
+    from demerge.statistics.examples import Collected
+    from demerge.statistics.fisher import range_fisher
+    from demerge.statistics.gram import range_gram
+    from demerge.statistics.options import StatisticsOptions
+    from demerge.statistics.planning import Plan, plan
+    from demerge.statistics.record import commit_statistic, inputs_of
+
+HOMES = {
+    "Collected": "examples",
+    "Plan": "planning",
+    "StatisticsOptions": "options",
+    "commit_statistic": "record",
+    "inputs_of": "record",
+    "plan": "planning",
+    "range_fisher": "fisher",
+    "range_gram": "gram",
+}
 
 __all__ = [
     "Collected",
     "Plan",
+    "StatisticsOptions",
     "commit_statistic",
     "inputs_of",
-    "prepare",
+    "plan",
     "range_fisher",
     "range_gram",
 ]
+__getattr__, __dir__ = lazily(__name__, HOMES)

@@ -2,13 +2,13 @@
 
     x_t ~ q(x_t | x_0),   t ~ U[start, stop),   y = target(x_0, eps, t)
 
-Example j is a function of (seed, j) alone, so that every statistic of one seed sees the same examples, in batches of any
-size.
+Example j is a function of (seed, j) alone: every statistic of one seed sees the same examples, in
+batches of any size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,6 @@ from demerge.errors import NumericalError, UsageError
 from demerge.randomness import normal, permutation, uniform
 from demerge.timesteps import TimestepRange
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Examples:
@@ -34,17 +32,19 @@ class Examples:
     t: Tensor
     condition: Tensor | None
 
-    def __len__(self) -> int:
-        return len(self.t)
-
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors there are, each with its B rows."""
+        """Return the tensors that are not None, each with its B rows."""
         return (self.x_t, self.y, self.t, *([] if self.condition is None else [self.condition]))
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A statistic: its tensors by the name of the weight, float32 on the CPU, and facts of how it was made, as JSON values."""
+    """A statistic.
+
+    Attributes:
+        tensors: by the name of the weight, float32 on the CPU.
+        facts: how it was measured, as JSON values.
+    """
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Sampler:
     """Draws the examples of a range.
 
     Raises:
-        UsageError: where there is no sample, or the range reaches beyond the model's timesteps.
+        UsageError: if no sample is asked for, or the range ends beyond the model's timesteps.
     """
 
     model: Diffusion
@@ -68,34 +68,39 @@ class Sampler:
         if self.samples < 1 or self.span.stop > self.model.T:
             raise UsageError(
                 f"{self.samples} samples of {self.span} cannot be drawn",
-                fix=f"give samples >= 1 and stay in [0, {self.model.T})",
+                fix=f"give samples >= 1 and a range within [0, {self.model.T})",
             )
+
+    def image_of(self, number: int) -> int:
+        """Return which image example `number` shows."""
+        return permutation(len(self.data), self.seed, "stats image")[number % len(self.data)]
 
     def batches(self, size: int) -> Iterator[tuple[range, Examples]]:
         """Yield the numbers of the examples and the examples, `size` at a time."""
-        order = permutation(len(self.data), self.seed, "stats image")
         for start in range(0, self.samples, size):
             numbers = range(start, min(start + size, self.samples))
-            yield numbers, self._draw(numbers, [order[j % len(order)] for j in numbers])
+            yield numbers, self._draw(numbers)
 
     def check_finite(self, numbers: range, values: Tensor, what: str) -> None:
-        """Refuse a batch of which a value [B] is not finite, naming the first such example.
+        """Check that all values [B] of a batch are finite.
 
         Raises:
-            NumericalError: with the example's number and image.
+            NumericalError: with the number and the image of the first example that is not.
         """
         finite = torch.isfinite(values).tolist()
-        if not all(finite):
-            number = numbers[finite.index(False)]
-            image = permutation(len(self.data), self.seed, "stats image")[number % len(self.data)]
-            raise NumericalError(
-                f"{what} of sample {number} (image {image} of {self.data.name}) of range {self.span} is not finite",
-                fix="check the model and this image",
-            )
+        if all(finite):
+            return
+        number = numbers[finite.index(False)]
+        where = f"sample {number} (image {self.image_of(number)} of {self.data.name})"
+        raise NumericalError(
+            f"{what} of {where} of range {self.span} is not finite",
+            fix="check the model and this image",
+        )
 
     @torch.no_grad()
-    def _draw(self, numbers: Sequence[int], images: Sequence[int]) -> Examples:
-        model = self.model
+    def _draw(self, numbers: Sequence[int]) -> Examples:
+        model, order = self.model, permutation(len(self.data), self.seed, "stats image")
+        images = [order[number % len(order)] for number in numbers]
         x0, condition = model.encode_from(self.data, images)
         position = uniform(self.seed, "stats timestep", samples=numbers)
         t = (self.span.start + position * len(self.span)).long().to(x0.device)
@@ -104,15 +109,12 @@ class Sampler:
 
 
 @contextmanager
-def evaluated(module: nn.Module) -> Iterator[nn.Module]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode, and each of its parts back into its own mode afterwards."""
     modes = {part: part.training for part in module.modules()}
+    module.eval()
     try:
-        yield module.eval()
+        yield
     finally:
         for part, mode in modes.items():
             part.training = mode
-
-
-def silent(done: int, total: int) -> None:
-    """Report nothing."""

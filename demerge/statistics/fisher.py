@@ -2,10 +2,10 @@
 
     F [*] = (1/n) sum_j g_j^2,   g_j = grad_theta |y - f(x_t, t, c)|^2 for one example j, t ~ U[start, stop)
 
-The gradients are squared for each example before they are averaged (arXiv 2111.09832); the square of a batch's gradient
-would be another, smaller quantity. A small model takes the gradients of 32 examples at once, by `vmap` of `grad`; a model
-whose gradients for 8 examples exceed 256 MB takes them one at a time, as does one that `vmap` cannot run. On one core a
-UNet of 0.2 M parameters is so 3 times faster, one of 1.6 M 1.3 times, one of 6 M no faster.
+The gradients are squared for each example before they are averaged (arXiv 2111.09832); the square of
+a batch's gradient would be another, smaller quantity. A small model takes the gradients of 32
+examples at once, by `vmap` of `grad`: 3 times faster for a UNet of 0.2 M parameters on one core. One
+example at a time is taken if 8 gradients exceed 256 MB or `vmap` cannot run the model.
 
 Differs from the paper, whose g is the gradient of log p: the loss stands for -log p, as in training.
 """
@@ -24,7 +24,8 @@ from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion, squared_error
 from demerge.diffusion.numerics import accumulator
 from demerge.diffusion.threads import fitting_threads
-from demerge.statistics.examples import Collected, Examples, Progress, Sampler, evaluated, silent
+from demerge.progress import Progress, silent
+from demerge.statistics.examples import Collected, Examples, Sampler, eval_mode
 from demerge.timesteps import TimestepRange
 
 BATCH, SMALLEST_BATCH = 32, 8
@@ -43,14 +44,14 @@ def range_fisher(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Collected:
-    """Return F for each tensor of the state dict, float32 on the CPU; 0 for what the loss does not depend on.
+    """Return F for each tensor of the state dict; 0 if the loss does not depend on the tensor.
 
     Raises:
-        UsageError: where there is no sample, or the range reaches beyond the model's timesteps.
-        NumericalError: where the gradient of an example is not finite.
+        UsageError: if no sample can be drawn from the range.
+        NumericalError: if the gradient of an example is not finite.
     """
     sampler = Sampler(model, data, range, samples, seed)
-    with evaluated(model.denoiser), fitting_threads(model, BATCH):
+    with eval_mode(model.denoiser), fitting_threads(model, BATCH):
         gradients, size, how = _engine(model, sampler)
         sums = {
             name: accumulator(p.shape, p.device) for name, p in model.denoiser.named_parameters()
@@ -65,23 +66,19 @@ def range_fisher(
 
 def one_by_one(model: Diffusion) -> Gradients:
     """Return the function that gives g [B *] for each parameter, one backward pass per example."""
-    leaves = {
-        name: p.detach().requires_grad_(True) for name, p in model.denoiser.named_parameters()
-    }
+    leaves: dict[str, Tensor] = {}
+    for name, p in model.denoiser.named_parameters():
+        leaves[name] = p.detach().requires_grad_(True)
 
     def gradients(examples: Examples) -> dict[str, Tensor]:
         rows = []
         for example in zip(*examples.tensors(), strict=True):
-            loss = _loss(model, leaves, *example)
+            loss, wanted = _loss(model, leaves, *example), list(leaves.values())
             rows.append(
-                torch.autograd.grad(
-                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-                )
+                torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
             )
-        return {
-            name: torch.stack(column)
-            for name, column in zip(leaves, zip(*rows, strict=True), strict=True)
-        }
+        columns = zip(*rows, strict=True)
+        return {name: torch.stack(rows) for name, rows in zip(leaves, columns, strict=True)}
 
     return gradients
 
@@ -108,16 +105,18 @@ def _loss(
     t: Tensor,
     condition: Tensor | None = None,
 ) -> Tensor:
-    """Return |y - f(x_t, t, c)|^2 [] of one example, x_t and y [*sample_shape], with `parameters` for the model's own."""
-    arguments = model.arguments(None if condition is None else condition[None])
-    output: Tensor = functional_call(
-        model.denoiser, parameters, (x_t[None], t[None]), arguments
-    ).sample
+    """Return |y - f(x_t, t, c)|^2 [] of one example with these parameters."""
+    keywords = model.arguments(None if condition is None else condition[None])
+    inputs = (x_t[None], t[None])
+    output: Tensor = functional_call(model.denoiser, parameters, inputs, keywords).sample
     return squared_error(output[:, : len(x_t)], y[None]).sum()
 
 
 def _engine(model: Diffusion, sampler: Sampler) -> tuple[Gradients, int, str]:
-    """Choose how gradients are taken, by the model's size and a trial of two examples: (function, batch, its name)."""
+    """Return the function that takes gradients, its batch size and its name.
+
+    It depends on the model's size and on a trial of two examples.
+    """
     size, slow = min(BATCH, GRADIENT_BYTES // (4 * model.parameters)), one_by_one(model)
     if size < SMALLEST_BATCH:
         return slow, 1, "one by one: a large model"
@@ -125,7 +124,7 @@ def _engine(model: Diffusion, sampler: Sampler) -> tuple[Gradients, int, str]:
     _, examples = next(sampler.batches(2))
     try:
         trial = fast(examples)
-    except RuntimeError as error:  # what functorch raises where it cannot batch a model
+    except RuntimeError as error:  # functorch cannot batch the model
         return slow, 1, f"one by one: vmap fails: {str(error).splitlines()[0][:200]}"
     if not _agree(trial, slow(examples)):
         return slow, 1, "one by one: vmap gives other gradients"
@@ -133,11 +132,9 @@ def _engine(model: Diffusion, sampler: Sampler) -> tuple[Gradients, int, str]:
 
 
 def _agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether all gradients together differ by rounding alone; NaN is no difference, it is refused by name later."""
-    off, length = (
-        sum(float(t.double().square().sum()) for t in ts)
-        for ts in ((one[n] - other[n] for n in one), other.values())
-    )
+    """Return whether gradients differ by rounding alone; NaN is refused later, by name."""
+    off = sum(float((one[n] - other[n]).double().square().sum()) for n in one)
+    length = sum(float(gradient.double().square().sum()) for gradient in other.values())
     return not off > AGREEMENT**2 * length
 
 
@@ -152,13 +149,13 @@ def _add_squares(sums: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) ->
 
 
 def by_state_name(module: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name F as the state dict does: a tied parameter has it under each of its names, a buffer's is 0."""
+    """Return F by the names of the state dict: tied parameters have all names, buffers are 0."""
     first: dict[int, str] = {}
-    names = {
-        n: first.setdefault(id(p), n) for n, p in module.named_parameters(remove_duplicate=False)
-    }
-    state = module.state_dict()
-    return {
-        n: means[names[n]].clone() if n in names else torch.zeros_like(t, device="cpu")
-        for n, t in state.items()
-    }
+    names: dict[str, str] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names[name] = first.setdefault(id(p), name)
+    found = {}
+    for name, tensor in module.state_dict().items():
+        zeros = torch.zeros_like(tensor, device="cpu")
+        found[name] = means[names[name]].clone() if name in names else zeros
+    return found

@@ -2,8 +2,9 @@
 
     G [in in] = E[x x^T],   x [in] the input of a layer W [out in], over the positions and examples of the range
 
-for linear layers and for convolutions with kernels of size 1, whose inputs are the pixels. G is named like the layer's
-weight. A layer that is called several times in one pass has all its inputs in the mean. Sums are float64.
+for linear layers and for convolutions with kernels of size 1, whose inputs are the pixels. G is
+named like the layer's weight. If a layer is called several times in one pass, the mean is over all
+its inputs. Sums are float64.
 
 Paper: RegMean (arXiv 2212.09849).
 """
@@ -23,7 +24,8 @@ from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import accumulator
 from demerge.errors import UsageError
-from demerge.statistics.examples import Collected, Progress, Sampler, evaluated, silent
+from demerge.progress import Progress, silent
+from demerge.statistics.examples import Collected, Sampler, eval_mode
 from demerge.timesteps import TimestepRange
 
 BATCH = 8
@@ -58,22 +60,21 @@ def range_gram(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Collected:
-    """Return G for each layer that is called, float32 on the CPU; the facts hold how many inputs each one saw.
+    """Return G for each layer that is called; the facts count the inputs of each.
 
     Raises:
-        UsageError: where there is no sample, the range reaches beyond the model's timesteps, or no layer has a Gram matrix.
-        NumericalError: where the model's prediction for an example is not finite.
+        UsageError: if no sample can be drawn from the range, or no layer has a Gram matrix.
+        NumericalError: if the model's prediction for an example is not finite.
     """
     sampler = Sampler(model, data, range, samples, seed)
-    layers = layers_of(model.denoiser)
+    layers = gram_layers(model.denoiser)
     if not layers:
-        raise UsageError(
-            "the model has no linear layer and no 1 x 1 convolution", fix="leave gram out of --what"
-        )
-    sums = {
-        name: Sum(accumulator((width(layer),) * 2, model.device)) for name, layer in layers.items()
-    }
-    with evaluated(model.denoiser), torch.no_grad(), _hooked(layers, sums):
+        what = "the model has no linear layer and no 1 x 1 convolution"
+        raise UsageError(what, fix="leave gram out of --statistics")
+    sums: dict[str, Sum] = {}
+    for name, layer in layers.items():
+        sums[name] = Sum(accumulator((input_width(layer),) * 2, model.device))
+    with eval_mode(model.denoiser), torch.no_grad(), _hooked(layers, sums):
         for numbers, examples in sampler.batches(BATCH):
             output = model.predict(examples.x_t, examples.t, examples.condition)
             sampler.check_finite(numbers, output.flatten(1).sum(1), "the prediction")
@@ -86,16 +87,18 @@ def range_gram(
     return Collected({name: total.mean for name, total in called.items()}, facts)
 
 
-def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that have a Gram matrix, by the name of their weight in the state dict."""
-    return {
-        f"{name}.weight".lstrip("."): layer
-        for name, layer in module.named_modules()
-        if _has_gram(layer)
-    }
+def gram_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that have a Gram matrix, by the name of their weight."""
+    named = module.named_modules()
+    return {f"{name}.weight".lstrip("."): layer for name, layer in named if _has_gram(layer)}
 
 
-def width(layer: Any) -> int:
+def gram_bytes(module: nn.Module) -> int:
+    """Return the bytes of all Gram matrices in float32."""
+    return sum(4 * input_width(layer) ** 2 for layer in gram_layers(module).values())
+
+
+def input_width(layer: Any) -> int:
     """Return the length of an input x of a layer."""
     return int(layer.weight.shape[1])
 
@@ -110,10 +113,10 @@ def _has_gram(layer: nn.Module) -> bool:
 @contextmanager
 def _hooked(layers: Mapping[str, nn.Module], sums: Mapping[str, Sum]) -> Iterator[None]:
     """Add the inputs of each call of a layer to its sum."""
-    hooks = [
-        layer.register_forward_pre_hook(partial(_add, sums[name]), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
+    hooks = []
+    for name, layer in layers.items():
+        add = partial(_add, sums[name])
+        hooks.append(layer.register_forward_pre_hook(add, with_kwargs=True))
     try:
         yield
     finally:
@@ -121,14 +124,12 @@ def _hooked(layers: Mapping[str, nn.Module], sums: Mapping[str, Sum]) -> Iterato
             hook.remove()
 
 
-def _add(
-    total: Sum, layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
-    total.add(rows(layer, arguments[0] if arguments else keywords["input"]))
+def _add(total: Sum, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    total.add(matrix_inputs(layer, inputs[0] if inputs else keywords["input"]))
 
 
-def rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return the inputs [n in] of a layer: the rows of [.. in], or the pixels of [B in *] on which the kernel is put."""
+def matrix_inputs(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return the inputs [n in] of a layer: rows of [.. in], or the pixels of [B in *] it reads."""
     if isinstance(layer, CONVOLUTIONS):
         every: Any = (..., *(slice(None, None, step) for step in layer.stride))
         x = x[every].movedim(-1 - len(layer.stride), -1)

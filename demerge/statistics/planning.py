@@ -1,7 +1,8 @@
-"""The stage `demerge stats`: which statistics of which models and ranges are asked for, which are there, and the rest.
+"""The stage `demerge stats`: which statistics of which models and ranges are still to be measured.
 
-An expert gets its statistics beside its expert.json, where `demerge merge` finds them; with `out`, each range has a folder
-OUT/0000-0250. What is there and agrees is left alone, so that the same call again does what is left to do.
+An expert gets its statistics next to its expert.json, where `demerge merge` finds them. With `out`,
+each range has a folder OUT/0000-0250. A file that exists and agrees is left alone: the same call
+again does only what is left to do.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from demerge.data import ImageData
+from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.expert import EXPERT, find_expert_range
+from demerge.progress import Progress, silent
+from demerge.stage import Cost
 from demerge.statistics.examples import Collected
 from demerge.statistics.fisher import range_fisher
-from demerge.statistics.gram import layers_of, range_gram, width
-from demerge.statistics.record import commit_measured, commit_stats, inputs_of, is_there
+from demerge.statistics.gram import gram_bytes, range_gram
+from demerge.statistics.options import StatisticsOptions
+from demerge.statistics.record import commit_measured, commit_stats, has_statistic, inputs_of
 from demerge.storage.atomic import check_disk_space, place_for
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hashing import remembered_content
 from demerge.timesteps import Partition, TimestepRange
 
-STATISTICS: Mapping[str, Callable[..., Collected]] = {"fisher": range_fisher, "gram": range_gram}
-PROBE = 8
-Progress = Callable[[int, int, str], None]
+MEASURE: Mapping[str, Callable[..., Collected]] = {"fisher": range_fisher, "gram": range_gram}
+PROBE = 8  # samples that the estimate of the time is measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,186 +41,186 @@ class Job:
 
     model: str
     range: TimestepRange
-    what: str
+    statistic: str
     folder: Path
     inputs: Mapping[str, Any]
 
     @property
     def path(self) -> Path:
-        """The file it ends in."""
-        return self.folder / f"{self.what}.safetensors"
+        """The file that is written."""
+        return self.folder / f"{self.statistic}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsResult:
+    """Which files were written, and which existed."""
+
+    plan: Plan
+
+    def lines(self) -> list[str]:
+        """Return the result for a person."""
+        return [f"wrote   {job.path}" for job in self.plan.jobs]
+
+    def document(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        plan = self.plan
+        return {
+            "files": [str(job.path) for job in plan.jobs],
+            "found": [str(job.path) for job in plan.finished],
+            "options": plan.recorded,
+            "images": len(plan.data),
+            "memory_bytes": plan.cost().memory,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything `stats` takes: `jobs` are to be done, `found` are there already; `first` is the first model."""
+    """The statistics that are to be measured.
 
-    first: Diffusion
+    Attributes:
+        model: the first of the models.
+        jobs, finished: what is to be measured, and what exists already.
+        seconds: estimated, rather too many.
+    """
+
+    options: StatisticsOptions
+    model: Diffusion
     data: ImageData
     jobs: Sequence[Job]
-    found: Sequence[Job]
-    options: Mapping[str, Any]
+    finished: Sequence[Job]
+    seconds: float
 
-    def run(self, progress: Progress) -> Iterator[Path]:
-        """Measure what is not there yet; yield each file once it is written.
+    @property
+    def recorded(self) -> dict[str, int]:
+        """The options that a statistic depends on."""
+        return {"samples": self.options.samples, "seed": self.options.seed}
 
-        Raises:
-            NumericalError: where a gradient or a prediction is not finite, naming the sample.
-            ResourceError: where the disk does not suffice.
-        """
-        samples, name, model = self.options["samples"], None, self.first
-        for job in self.jobs:
-            check_disk_space(job.path, self._bytes(job.what))
-        for i, job in enumerate(self.jobs):
-            if job.model != name:
-                name, model = job.model, Diffusion.load(job.model, device=self.first.device)
-            report = partial(
-                _counted, progress, i * samples, len(self.jobs) * samples, f"{job.what} {job.range}"
-            )
-            collected = STATISTICS[job.what](
-                model, self.data, job.range, **self.options, progress=report
-            )
-            commit_measured(job.folder, job.what, collected, job.inputs, self.options)
-            yield job.path
-        for folder in dict.fromkeys(job.folder for job in (*self.found, *self.jobs)):
-            commit_stats(folder)
-
-    def seconds(self) -> float:
-        """Estimate, rather too high, what `run` takes, by a probe of a few samples of each statistic."""
-        probe, seconds = min(PROBE, self.options["samples"]), 0.0
-        for what, jobs in Counter(job.what for job in self.jobs).items():
-            span, start = (
-                next(job.range for job in self.jobs if job.what == what),
-                time.perf_counter(),
-            )
-            STATISTICS[what](self.first, self.data, span, samples=probe, seed=self.options["seed"])
-            seconds += (time.perf_counter() - start) * jobs * self.options["samples"] / probe
-        return seconds
-
-    def _bytes(self, what: str) -> int:
-        """Return the bytes of a statistic in float32; its sums take twice as many of memory."""
-        if what == "gram":
-            return sum(4 * width(layer) ** 2 for layer in layers_of(self.first.denoiser).values())
-        return 4 * self.first.parameters
-
-    def document(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return {
-            "files": [str(job.path) for job in self.jobs],
-            "found": [str(job.path) for job in self.found],
-            "options": dict(self.options),
-            "images": len(self.data),
-            "memory_bytes": max((2 * self._bytes(job.what) for job in self.jobs), default=0),
-        }
-
-    def lines(self) -> list[str]:
-        """Return the plan and its cost for a person; the time comes from a probe."""
-        models = list(dict.fromkeys(job.model for job in (*self.jobs, *self.found)))
+    def describe(self) -> list[str]:
+        """Return the models, the data, the files and the cost."""
+        models = dict.fromkeys(job.model for job in (*self.jobs, *self.finished))
         lines = [
-            f"models  {' '.join(models)}: {self.first.parameters:,} parameters",
+            f"models  {' '.join(models)}: {self.model.parameters:,} parameters",
             f"data    {self.data.name}: {len(self.data):,} images {self.data.shape}",
-            *(f"have    {job.path}" for job in self.found),
+            *(f"have    {job.path}" for job in self.finished),
         ]
         if not self.jobs:
-            return [*lines, "cost    nothing: all of it is there"]
-        memory, samples = self.document()["memory_bytes"] / 1e6, self.options["samples"]
-        cost = f"at most some {self.seconds():.0f} s, {memory:.0f} MB for sums"
+            return [*lines, "cost    nothing: all files exist"]
+        cost = (
+            f"at most some {self.seconds:.0f} s, {(self.cost().memory or 0) / 1e6:.0f} MB of sums"
+        )
         return [
             *lines,
             *(f"make    {job.path}" for job in self.jobs),
-            f"cost    {len(self.jobs)} x {samples} samples: {cost}",
+            f"cost    {len(self.jobs)} x {self.options.samples} samples: {cost}",
         ]
 
+    def cost(self) -> Cost:
+        """Return the samples, the estimated time, the bytes of the largest sums and of the files."""
+        sizes = [_bytes(self.model, job.statistic) for job in self.jobs]
+        return Cost(
+            steps=len(self.jobs) * self.options.samples,
+            seconds=self.seconds,
+            memory=2 * max(sizes, default=0),
+            disk=sum(sizes),
+        )
 
-def prepare(
-    models: Sequence[str],
-    data: str,
-    *,
-    ranges: str | None = None,
-    out: Path | str | None = None,
-    what: Sequence[str] = tuple(STATISTICS),
-    samples: int = 256,
-    seed: int = 0,
-    split: str = "train",
-    skip_broken: bool = False,
-    device: str = "cpu",
-) -> Plan:
-    """Load what the statistics need, and find out which are there.
+    def run(self, progress: Progress = silent) -> StatisticsResult:
+        """Measure and write what does not exist yet.
 
-    Args:
-        models: experts, or other models of one architecture.
-        ranges: uniform:N, joint, a partition.json or START:STOP; an expert's own where none is given.
-        out: where the folders of the ranges go; beside each expert.json where none is given.
-        what: names of `STATISTICS`.
+        Raises:
+            NumericalError: if a gradient or a prediction is not finite, naming the sample.
+            ResourceError: if the disk is too small.
+        """
+        model, name, steps = self.model, None, self.cost().steps
+        for job in self.jobs:
+            check_disk_space(job.path, _bytes(model, job.statistic))
+        for i, job in enumerate(self.jobs):
+            if job.model != name:
+                name, model = job.model, Diffusion.load(job.model, device=self.model.device)
+
+            def report(done: int, total: int, text: str = "", i: int = i, job: Job = job) -> None:
+                progress(i * total + done, steps, f"{job.statistic} {job.range}")
+
+            measure = MEASURE[job.statistic]
+            found = measure(model, self.data, job.range, **self.recorded, progress=report)
+            commit_measured(job.folder, job.statistic, found, job.inputs, self.recorded)
+        for folder in dict.fromkeys(job.folder for job in (*self.finished, *self.jobs)):
+            commit_stats(folder)
+        return StatisticsResult(self)
+
+
+def plan(options: StatisticsOptions) -> Plan:
+    """Load what the statistics need, and find out which exist.
 
     Raises:
-        UsageError: where a word is wrong, or a statistic is there that was made otherwise.
-        InputError: where a model or the data cannot be read.
+        UsageError: if an option is wrong, or a statistic was made with other options.
+        InputError: if a model or the data cannot be read.
     """
-    out = None if out is None else place_for(out)
-    for name in what:
-        if name not in STATISTICS:
-            raise UsageError(f"statistic '{name}' is unknown", fix=f"use {' or '.join(STATISTICS)}")
-    first = Diffusion.load(models[0], device=device)
-    images = first.load_images(data, split=split, skip_broken=skip_broken)
-    options = {"samples": samples, "seed": seed}
-    jobs = [
-        job
-        for model in models
-        for job in _jobs(model, images, first.T, ranges, out, list(dict.fromkeys(what)))
-    ]
+    out = None if options.out is None else place_for(options.out)
+    first = Diffusion.load(options.models[0], device=resolve_device(options.device))
+    images = first.load_images(options.data, split=options.split, skip_broken=options.skip_broken)
+    jobs: list[Job] = []
+    for model in options.models:
+        jobs += _jobs(model, images, first.T, out, options)
     for path, times in Counter(job.path for job in jobs).items():
         if times > 1:
-            raise UsageError(
-                f"{times} models have {path} for their output",
-                fix="name each once, or leave out -o",
-            )
-    there = [is_there(job.folder, job.what, job.inputs, options) for job in jobs]
-    todo, found = (
-        [job for job, is_done in zip(jobs, there, strict=True) if is_done is done]
-        for done in (False, True)
-    )
-    return Plan(first, images, todo, found, options)
+            fix = "name each model once, or leave out -o"
+            raise UsageError(f"{times} models have {path} for their output", fix=fix)
+    recorded = {"samples": options.samples, "seed": options.seed}
+    todo: list[Job] = []
+    finished: list[Job] = []
+    for job in jobs:
+        exists = has_statistic(job.folder, job.statistic, job.inputs, recorded)
+        (finished if exists else todo).append(job)
+    return Plan(options, first, images, todo, finished, _seconds(first, images, todo, options))
+
+
+def _seconds(
+    model: Diffusion, data: ImageData, jobs: Sequence[Job], options: StatisticsOptions
+) -> float:
+    """Estimate the time of all jobs by measuring a few samples of each statistic."""
+    probe, seconds = min(PROBE, options.samples), 0.0
+    for job in {job.statistic: job for job in reversed(jobs)}.values():
+        start = time.perf_counter()
+        MEASURE[job.statistic](model, data, job.range, samples=probe, seed=options.seed)
+        count = sum(job.statistic == other.statistic for other in jobs)
+        seconds += (time.perf_counter() - start) * count * options.samples / probe
+    return seconds
+
+
+def _bytes(model: Diffusion, statistic: str) -> int:
+    """Return the bytes of a statistic in float32; its sums take twice as many of memory."""
+    return gram_bytes(model.denoiser) if statistic == "gram" else 4 * model.parameters
 
 
 def _jobs(
-    model: str, data: ImageData, T: int, ranges: str | None, out: Path | None, what: Sequence[str]
+    model: str, data: ImageData, T: int, out: Path | None, options: StatisticsOptions
 ) -> Iterator[Job]:
+    """Yield a job for each range and statistic of a model."""
     checkpoint = Checkpoint.open(model)
-    sha256 = remembered_content(checkpoint)
-    for span, folder in _folders(model, checkpoint, T, ranges, out):
-        for name in what:
+    sha256, own = remembered_content(checkpoint), find_expert_range(checkpoint.place)
+    record = checkpoint.place.beside(EXPERT)
+    if options.ranges is not None:
+        spans = _parse_ranges(options.ranges, T)
+    elif own is not None:
+        spans = [own]
+    else:
+        fix = "give --ranges, for example uniform:4"
+        raise UsageError(f"{model} is not an expert with a range of its own", fix=fix)
+    if out is None and record is None:
+        raise UsageError(f"no output is named and {model} is not an expert", fix="give -o DIR")
+    if out is None and len(spans) > 1:
+        what = f"no output is named and {len(spans)} ranges do not fit next to one expert"
+        raise UsageError(what, fix="give -o DIR")
+    for span in spans:
+        folder = out / str(span) if out is not None else checkpoint.place.path
+        if out is None and record is not None:
+            folder = record.parent
+        for name in options.statistics:
             yield Job(model, span, name, folder, inputs_of(sha256, data, span))
 
 
-def _folders(
-    model: str, checkpoint: Checkpoint, T: int, ranges: str | None, out: Path | None
-) -> list[tuple[TimestepRange, Path]]:
-    """Return the ranges that are asked for and where their statistics go."""
-    record, own = checkpoint.place.beside(EXPERT), find_expert_range(checkpoint.place)
-    if ranges is None and own is None:
-        raise UsageError(
-            f"{model} is not an expert with a range of its own",
-            fix="give --ranges, for example uniform:4",
-        )
-    spans = _spans(ranges, T) if ranges is not None else [own] if own else []
-    if out is not None:
-        return [(span, out / str(span)) for span in spans]
-    if record is None or len(spans) > 1:
-        what = (
-            f"{model} is not an expert"
-            if record is None
-            else f"{len(spans)} ranges do not fit beside one expert"
-        )
-        raise UsageError(f"no output is named and {what}", fix="give -o DIR")
-    return [(spans[0], record.parent)]
-
-
-def _spans(text: str, T: int) -> Sequence[TimestepRange]:
+def _parse_ranges(text: str, T: int) -> Sequence[TimestepRange]:
     if text[:1].isdigit() and not Path(text).exists():
         return [TimestepRange.parse(text)]
     return Partition.parse(text, T, besides="START:STOP").ranges
-
-
-def _counted(progress: Progress, before: int, total: int, text: str, done: int, _: int) -> None:
-    progress(before + done, total, text)

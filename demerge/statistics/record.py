@@ -1,9 +1,10 @@
-"""Statistics on disk: FOLDER/fisher.safetensors, FOLDER/gram.safetensors, and stats.json, which says how each was made.
+"""Statistics on disk: FOLDER/fisher.safetensors, FOLDER/gram.safetensors, and stats.json.
 
     stats.json   {"format", "fisher": {"inputs", "options", "facts", "versions"}, "gram": {the same}}
 
-Each file of tensors says in its own metadata how it was made, so it comes into place with its record, and still says it where
-it is copied to. stats.json repeats that for people, and is written last: it names nothing that is not there.
+The metadata of each file of tensors says how it was made. So it is never without its record, also
+after it is copied. stats.json repeats the record for people. It is written last, so it names only
+files that exist.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from demerge.provenance import (
     versions,
 )
 from demerge.statistics.examples import Collected
+from demerge.statistics.options import STATISTICS
 from demerge.storage.atomic import commit_json
 from demerge.storage.checkpoint import commit_tensors
 from demerge.timesteps import TimestepRange
 
 FORMAT = "demerge.stats/1"
-RECORD = STATS
-STATISTICS = ("fisher", "gram")
+Values = Mapping[str, Any]
 
 
 def inputs_of(model_sha256: str, data: ImageData, span: TimestepRange) -> dict[str, Any]:
@@ -45,59 +46,45 @@ def inputs_of(model_sha256: str, data: ImageData, span: TimestepRange) -> dict[s
     }
 
 
-def is_there(
-    folder: Path, name: str, inputs: Mapping[str, Any], options: Mapping[str, Any]
-) -> bool:
+def has_statistic(folder: Path, name: str, inputs: Values, options: Values) -> bool:
     """Return whether a folder holds this statistic.
 
     Raises:
-        UsageError: where it holds one of other options or inputs, with both values.
-        InputError: where it holds one of which nothing is recorded.
+        UsageError: if it was made with other options or inputs, with both values.
+        InputError: if nothing is recorded about it.
     """
-    if not (folder / f"{name}.safetensors").is_file():
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
         return False
     record = made_as(folder, name)
     if record is None:
-        raise InputError(
-            f"{folder / name}.safetensors is not recorded in {RECORD}",
-            fix="remove it, or choose another folder",
-        )
-    check_same_settings(
-        folder / f"{name}.safetensors", record.model_dump(mode="json"), options, inputs
-    )
+        fix = f"remove {file}, or choose another folder"
+        raise InputError(f"{file} is not recorded in {STATS}", fix=fix)
+    check_same_settings(file, record.model_dump(mode="json"), options, inputs)
     return True
 
 
 def commit_statistic(
-    folder: Path,
-    name: str,
-    collected: Collected,
-    inputs: Mapping[str, Any],
-    options: Mapping[str, Any],
+    folder: Path, name: str, collected: Collected, inputs: Values, options: Values
 ) -> None:
-    """Write a statistic into a folder, beside what it holds already, and then the record of all."""
+    """Write a statistic into a folder, then the record of all statistics in it."""
     commit_measured(folder, name, collected, inputs, options)
     commit_stats(folder)
 
 
 def commit_measured(
-    folder: Path,
-    name: str,
-    collected: Collected,
-    inputs: Mapping[str, Any],
-    options: Mapping[str, Any],
+    folder: Path, name: str, collected: Collected, inputs: Values, options: Values
 ) -> None:
-    """Write a statistic into a folder; a stats.json that names another one of this name forgets that one first."""
+    """Write a statistic into a folder; a stats.json that names an older one is corrected first."""
     made = {
         "inputs": dict(inputs),
         "options": dict(options),
         "facts": dict(collected.facts),
         "versions": versions("demerge", "diffusers", "numpy", "torch"),
     }
-    if name in read_stats(folder):
-        _commit_record(
-            folder, {other: record for other, record in read_stats(folder).items() if other != name}
-        )
+    records = read_stats(folder)
+    if records.pop(name, None) is not None:
+        _commit_records(folder, records)
     metadata = {
         MEASURED: json.dumps(made["inputs"], sort_keys=True),
         MADE: json.dumps(made, sort_keys=True),
@@ -106,14 +93,14 @@ def commit_measured(
 
 
 def commit_stats(folder: Path) -> None:
-    """Write the stats.json of the statistics in a folder, unless it says all of it already."""
+    """Write the stats.json of the statistics in a folder, unless it is up to date."""
     made = {name: record for name in STATISTICS if (record := made_as(folder, name)) is not None}
     if made != read_stats(folder):
-        _commit_record(folder, made)
+        _commit_records(folder, made)
 
 
-def _commit_record(folder: Path, made: Mapping[str, Made]) -> None:
-    records = {
-        name: record.model_dump(mode="json", exclude_unset=True) for name, record in made.items()
-    }
-    commit_json(folder / RECORD, {"format": FORMAT, **records})
+def _commit_records(folder: Path, made: Mapping[str, Made]) -> None:
+    document: dict[str, Any] = {"format": FORMAT}
+    for name, record in made.items():
+        document[name] = record.model_dump(mode="json", exclude_unset=True)
+    commit_json(folder / STATS, document)

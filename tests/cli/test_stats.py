@@ -64,10 +64,10 @@ def test_the_same_again_does_nothing_and_what_is_missing_is_made(
     run: Run, experts: list[Path]
 ) -> None:
     one = experts[0]
-    assert run("stats", one, *QUICK, "--what", "fisher").code == 0
+    assert run("stats", one, *QUICK, "--statistics", "fisher").code == 0
     assert not (one / "gram.safetensors").exists()
     written = (one / "fisher.safetensors").stat().st_mtime_ns
-    again = run("stats", one, *QUICK, "--what", "fisher")
+    again = run("stats", one, *QUICK, "--statistics", "fisher")
     assert again.code == 0
     assert "cost    nothing" in again.err
     both = json.loads(run("stats", one, *QUICK, "--json").out)
@@ -110,10 +110,10 @@ def test_finetune_leaves_what_stats_would(run: Run, tiny: Path, tmp_path: Path) 
         == 0
     )
     expert = out / "0000-1000"
-    assert "cost    nothing" in run("stats", expert, *QUICK, "--what", "fisher").err
+    assert "cost    nothing" in run("stats", expert, *QUICK, "--statistics", "fisher").err
     kept = (expert / "fisher.safetensors").read_bytes()
     (expert / "fisher.safetensors").unlink()
-    assert run("stats", expert, *QUICK, "--what", "fisher").code == 0
+    assert run("stats", expert, *QUICK, "--statistics", "fisher").code == 0
     assert (expert / "fisher.safetensors").read_bytes() == kept
 
 
@@ -128,7 +128,8 @@ def test_ranges_of_any_model_go_into_folders(run: Run, tiny: Path, tmp_path: Pat
         "stats.json",
     ]
     one = tmp_path / "one"
-    assert run("stats", tiny, *QUICK, "--ranges", "0:500", "-o", one, "--what", "fisher").code == 0
+    single = ("--ranges", "0:500", "-o", one, "--statistics", "fisher")
+    assert run("stats", tiny, *QUICK, *single).code == 0
     same = (one / "0000-0500" / "fisher.safetensors").read_bytes()
     assert same == (out / "0000-0500" / "fisher.safetensors").read_bytes()
 
@@ -140,8 +141,8 @@ def test_ranges_of_any_model_go_into_folders(run: Run, tiny: Path, tmp_path: Pat
         (("--seed", 1), 2, "seed was 0, now 1"),
         (("--split", "test"), 2, "data_fingerprint was '"),
         (("--ranges", "0:250"), 2, "range was [0, 500], now [0, 250]"),
-        (("--what", "fisher,hessian"), 2, "statistic 'hessian' is unknown"),
-        (("--ranges", "uniform:2"), 2, "2 ranges do not fit beside one expert"),
+        (("--statistics", "fisher,hessian"), 2, "statistic 'hessian' is unknown"),
+        (("--ranges", "uniform:2"), 2, "2 ranges do not fit next to one expert"),
         (("--ranges", "unifrom:2"), 2, "neither uniform:N"),
         (("--ranges", "0:2000", "-o", "new"), 2, "3 samples of 0000-2000 cannot be drawn"),
         (("--data", "/nowhere"), 3, "/nowhere"),
@@ -156,8 +157,8 @@ def test_refusals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(experts[0].parent)
-    assert run("stats", experts[0], *QUICK, "--what", "fisher").code == 0
-    done = run("stats", experts[0], *QUICK, "--what", "fisher", *changes)
+    assert run("stats", experts[0], *QUICK, "--statistics", "fisher").code == 0
+    done = run("stats", experts[0], *QUICK, "--statistics", "fisher", *changes)
     assert done.code == code
     assert message in done.err
     assert "fix:" in done.err
@@ -165,13 +166,13 @@ def test_refusals(
 
 def test_other_weights_are_other_statistics(run: Run, experts: list[Path], tmp_path: Path) -> None:
     one, two = experts
-    assert run("stats", one, *QUICK, "--what", "fisher").code == 0
+    assert run("stats", one, *QUICK, "--statistics", "fisher").code == 0
     shutil.copyfile(*(e / "unet" / "diffusion_pytorch_model.safetensors" for e in (two, one)))
-    assert "model_sha256: recorded" in run("stats", one, *QUICK, "--what", "fisher").err
+    assert "model_sha256 was" in run("stats", one, *QUICK, "--statistics", "fisher").err
     (one / "stats.json").unlink()  # the file says it, too
-    assert "model_sha256: recorded" in run("stats", one, *QUICK, "--what", "fisher").err
+    assert "model_sha256 was" in run("stats", one, *QUICK, "--statistics", "fisher").err
     save_file(load_file(one / "fisher.safetensors"), one / "fisher.safetensors")
-    done = run("stats", one, *QUICK, "--what", "fisher")
+    done = run("stats", one, *QUICK, "--statistics", "fisher")
     assert (done.code, "is not recorded in stats.json" in done.err) == (3, True)
 
 

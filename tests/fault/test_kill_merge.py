@@ -111,13 +111,16 @@ def test_a_merge_killed_between_its_parts_comes_with_its_report_or_not_at_all(
 def test_statistics_killed_between_two_files_are_recorded_as_they_are(
     tiny: Path, tmp_path: Path
 ) -> None:
-    from demerge.statistics import prepare as prepared
+    from demerge.statistics import StatisticsOptions, plan
 
     torch.set_num_threads(1)
 
     def work(out: Path) -> None:
-        plan = prepared([str(tiny)], "digits", ranges="0:500", out=out, samples=2, device="cpu")
-        list(plan.run(lambda done, total, what: None))
+        plan(
+            StatisticsOptions(
+                models=[str(tiny)], data="digits", ranges="0:500", out=out, samples=2, device="cpu"
+            )
+        ).run()
 
     work(tmp_path / "whole")
     whole = content(tmp_path / "whole")

@@ -49,7 +49,7 @@ from demerge.lora import open_expert
 from demerge.merging import Recipe, prepare
 from demerge.merging.recipe.coefficients import check_order, read_coefficients
 from demerge.provenance import MEASURED, measured_on
-from demerge.statistics.record import is_there
+from demerge.statistics.record import has_statistic
 from demerge.storage.atomic import commit_json
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.schema import read_record
@@ -408,7 +408,7 @@ def targets(
     ]
     measured = [
         lambda: measured_on(Checkpoint.open(first / "fisher.safetensors")),
-        lambda: is_there(first, "fisher", inputs, {}),
+        lambda: has_statistic(first, "fisher", inputs, {}),
     ]
     fishers = ",".join(str(folder / "fisher.safetensors") for folder in (first, second))
     by_fisher = recipe("fisher", options={"fisher": fishers})

@@ -14,7 +14,7 @@ from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.statistics import range_gram
 from demerge.statistics.examples import Sampler
-from demerge.statistics.gram import layers_of, rows
+from demerge.statistics.gram import gram_layers, matrix_inputs
 from demerge.storage.checkpoint import Checkpoint
 from demerge.timesteps import TimestepRange
 
@@ -80,7 +80,7 @@ def test_every_matrix_is_symmetric_positive_and_named_like_its_weight(
 def test_rows_are_the_inputs_of_the_matrix_product(layer: Any, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     out = layer(x) if isinstance(layer, nn.Linear) else layer(x).movedim(1, -1)
-    product = rows(layer, x) @ layer.weight.view(2, 3).T + layer.bias
+    product = matrix_inputs(layer, x) @ layer.weight.view(2, 3).T + layer.bias
     torch.testing.assert_close(product, out.reshape(-1, 2))
 
 
@@ -96,8 +96,8 @@ def test_only_layers_that_are_one_matrix_have_a_gram() -> None:
             "norm": nn.GroupNorm(2, 4),
         }
     )
-    assert list(layers_of(net)) == ["linear.weight", "pixel.weight", "same.weight"]
-    assert list(layers_of(nn.Linear(2, 2))) == ["weight"]
+    assert list(gram_layers(net)) == ["linear.weight", "pixel.weight", "same.weight"]
+    assert list(gram_layers(nn.Linear(2, 2))) == ["weight"]
 
 
 def test_a_layer_called_twice_sums_both_and_one_never_called_is_left_out(
@@ -136,6 +136,6 @@ def test_hooks_are_gone_and_the_model_is_as_it_was(tiny: Path, data: ImageData) 
 def test_a_model_without_such_layers_is_refused(
     tiny: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("demerge.statistics.gram.layers_of", lambda _: {})
+    monkeypatch.setattr("demerge.statistics.gram.gram_layers", lambda _: {})
     with pytest.raises(UsageError, match="no linear layer"):
         range_gram(Diffusion.load(tiny), data, SPAN, samples=1)

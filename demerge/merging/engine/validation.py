@@ -18,7 +18,7 @@ SATURATING = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )  # torch may round what is too large to the largest number
-STATS = "make what is missing beside the experts: demerge stats EXPERT... --data D --what"
+STATS = "make what is missing next to the experts: demerge stats EXPERT... --data D --statistics"
 MAKE: Mapping[str, str] = {  # how the tensors are made that methods of our own need
     "fisher": f"{STATS} fisher; or take those of the ranges at the base: demerge analyze BASE --data D --fisher RANGES -o MAP, "
     "then --option fisher=MAP/fisher",

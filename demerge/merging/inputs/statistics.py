@@ -152,7 +152,7 @@ def _order(name: str, files: Sequence[Mapping[str, Any]], found: Sequence[Sequen
 def _another(name: str, file: Mapping[str, Any], expert: Mapping[str, Any], i: int) -> str:
     place, make = (
         getattr(expert, "place", None),
-        f"demerge stats {_called(expert, i)} --data D --what {name}",
+        f"demerge stats {_called(expert, i)} --data D --statistics {name}",
     )
     if place is not None and place.beside(f"{name}.safetensors") == Path(_called(file, i)):
         return f"remove it and make it again: {make}"

@@ -143,7 +143,7 @@ def test_the_model_counts_where_ranges_are_alike(
         merged(tiny, experts, "fisher")
     assert (
         stale.value.fix
-        == f"remove it and make it again: demerge stats {experts[1]} --data D --what fisher"
+        == f"remove it and make it again: demerge stats {experts[1]} --data D --statistics fisher"
     )
 
 
@@ -202,7 +202,7 @@ def test_a_folder_stands_for_the_file_in_it_or_those_of_the_ranges(
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("fisher", "demerge analyze BASE --data D --fisher"), ("gram", "--what gram")],
+    [("fisher", "demerge analyze BASE --data D --fisher"), ("gram", "--statistics gram")],
 )
 def test_what_is_missing_is_made_by_a_command(
     tiny: Path, experts: list[Path], name: str, command: str
@@ -210,6 +210,6 @@ def test_what_is_missing_is_made_by_a_command(
     with pytest.raises(UsageError) as refused:
         merged(tiny, experts, name)
     assert (
-        "demerge stats EXPERT... --data D --what" in refused.value.fix
+        "demerge stats EXPERT... --data D --statistics" in refused.value.fix
         and command in refused.value.fix
     )
