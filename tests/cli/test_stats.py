@@ -121,7 +121,8 @@ def test_ranges_of_any_model_go_into_folders(run: Run, tiny: Path, tmp_path: Pat
     out = tmp_path / "out"
     done = run("stats", tiny, *QUICK, "--ranges", "uniform:2", "-o", out)
     assert (done.code, done.out.strip()) == (0, str(out))
-    assert sorted(p.name for p in out.iterdir()) == ["0000-0500", "0500-1000"]
+    names = ["0000-0500", "0500-1000", "stats.yaml"]
+    assert sorted(p.name for p in out.iterdir()) == names
     assert sorted(p.name for p in (out / "0500-1000").iterdir()) == [
         "fisher.safetensors",
         "gram.safetensors",
