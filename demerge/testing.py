@@ -22,7 +22,7 @@ from torch import Tensor
 from demerge.merging.contract import Block, Blocks, Method
 from demerge.merging.engine.probe import Case
 from demerge.merging.engine.validation import Tensors
-from demerge.merging.registry import of
+from demerge.merging.registry import method_of
 
 SCALES = (0.0, 1e-30, 1e-4, 1.0, 1e10)
 
@@ -73,23 +73,25 @@ def zero_deltas_give_the_base(method: Method, seed: int) -> None:
 def order_does_not_matter(method: Method, seed: int) -> None:
     """Experts, weights and inputs in another order give the same, up to rounding; random masks are kept out."""
     case, order = Case.random(seed, K=4), [2, 0, 3, 1]
-    options = (method.off or {}) if method.draws else {}
-    _assert_close(case.merge(method, **options), case.picked(order).merge(method, **options))
+    options = (method.neutral_options or {}) if method.needs_random else {}
+    _assert_close(case.merge(method, **options), case.pick(order).merge(method, **options))
 
 
 def one_expert_is_itself(method: Method, seed: int) -> None:
-    """With its options off, as `@method(off={...})` declares, a single expert of weight 1 is the result, to the bit."""
+    """With its options off, as `@method(neutral_options={...})` declares, a single expert of weight 1 is the result, to the bit."""
     case = Case.random(seed, K=1)
-    _assert_equal(case.merge(method, **(method.off or {})), case.experts[0])
+    _assert_equal(case.merge(method, **(method.neutral_options or {})), case.experts[0])
 
 
 def off_is_the_mean(method: Method, seed: int) -> None:
     """A method that says how its options are off is then the weighted mean, for equal inputs and deltas of one sign."""
-    if method.off is None:
+    if method.neutral_options is None:
         return
     case = Case.random(seed, K=3)
     experts = [{n: t + (e[n] - t).abs() for n, t in case.base.items()} for e in case.experts]
-    merged = replace(case, experts=experts, inputs=[case.inputs[0]] * 3).merge(method, **method.off)
+    merged = replace(case, experts=experts, inputs=[case.inputs[0]] * 3).merge(
+        method, **method.neutral_options
+    )
     mean = {
         n: sum((w * e[n] for w, e in zip(case.weights, experts, strict=True)), torch.zeros(()))
         for n in case.base
@@ -99,15 +101,15 @@ def off_is_the_mean(method: Method, seed: int) -> None:
 
 def weight_zero_is_left_out(method: Method, seed: int) -> None:
     """An expert of weight 0 changes nothing, with any two choices, if the method has weights: the others are merged."""
-    if not method.weighted:
+    if not method.has_weights:
         return
     silent = (
-        3 if method.draws else 1
+        3 if method.needs_random else 1
     )  # random masks depend on the place of an expert: so the others keep theirs
     case = replace(
         Case.random(seed, K=4), weights=[0.0 if i == silent else 0.2 + 0.1 * i for i in range(4)]
     )
-    others = case.picked([i for i in range(4) if i != silent])
+    others = case.pick([i for i in range(4) if i != silent])
     for options in list(_pairs_of_choices(method))[seed % 3 :: 3]:  # all of them over three seeds
         try:
             _assert_close(case.merge(method, **options), others.merge(method, **options))
@@ -160,7 +162,7 @@ def check_method(function: Callable[..., Tensor], *, seeds: int = 3) -> None:
     for check in PROPERTIES:
         for seed in range(seeds):
             try:
-                check(of(function), seed)
+                check(method_of(function), seed)
             except Exception as error:
                 what = (
                     error

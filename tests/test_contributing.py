@@ -6,7 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from demerge.merging.registry import find
+from demerge.merging.registry import find_method
 from demerge.testing import check_method
 
 
@@ -18,6 +18,6 @@ def test_the_method_of_the_guide_passes_every_property(tmp_path: Path) -> None:
         textwrap.dedent(code).replace('@method("median"', '@method("median of the guide"'),
         encoding="utf-8",
     )
-    method = find(f"{file}:median")
+    method = find_method(f"{file}:median")
     assert list(method.options) == ["scale"]
     check_method(method.function)

@@ -13,7 +13,7 @@ import pytest
 import demerge
 from demerge.analysis import Settings
 from demerge.evaluation import EvaluationOptions
-from demerge.merging import MergeSession, Recipe, find, merge, prepare
+from demerge.merging import MergeSession, Recipe, find_method, merge, prepare
 from demerge.merging.recipe.fields import Source
 
 MOST = 300
@@ -42,7 +42,7 @@ def test_the_stages_are_there_at_the_first_use() -> None:
         ),
         (EvaluationOptions("digits", steps=20), "EvaluationOptions(data='digits', steps=20)"),
         (Settings(groups=12), "Settings(groups=12)"),
-        (find("average"), "Method(average, arXiv 2203.05482: no options)"),
+        (find_method("average"), "Method(average, arXiv 2203.05482: no options)"),
     ],
 )
 def test_options_show_what_was_chosen(value: object, text: str) -> None:

@@ -11,19 +11,20 @@ beside     `diagnose` and `report` what a merge did; `session` and `resident` me
 
 from demerge.merging.contract import Block, Method, Statistic
 from demerge.merging.engine.in_memory import merge_tensors
-from demerge.merging.engine.job import MergeJob
+from demerge.merging.engine.job import Execution, MergeJob
 from demerge.merging.method_options import Between
 from demerge.merging.plan import MergeResult, Plan
 from demerge.merging.planning import merge, prepare
 from demerge.merging.recipe.recipe import Recipe
 from demerge.merging.recipe.rules import Rule
-from demerge.merging.registry import all_methods, find, method
+from demerge.merging.registry import all_methods, find_method, method
 from demerge.merging.session import MergeSession
 from demerge.merging.verification import verify
 
 __all__ = [
     "Between",
     "Block",
+    "Execution",
     "MergeJob",
     "MergeResult",
     "MergeSession",
@@ -33,7 +34,7 @@ __all__ = [
     "Rule",
     "Statistic",
     "all_methods",
-    "find",
+    "find_method",
     "merge",
     "merge_tensors",
     "method",

@@ -1,49 +1,50 @@
 """Merge methods as pure functions, and what the engine must know to call them.
 
-A method is a function
+A method is a function of one tensor, or of a chunk of one:
 
     (base [*], deltas [K *], *, weights [K], ...) -> merged [*]
 
-of one tensor, or of a chunk of one. Its keyword-only parameters say what it needs. Those with a default are the user's
-options, their annotation being the rule: `float`, `int`, `bool`, `str`, `Literal[...]`, or
-`Annotated[float, Between(0, 1)]`. Those without a default come from the engine:
+Its keyword-only parameters say what it needs. Those with a default are the user's options; the
+annotation is the rule: `float`, `int`, `bool`, `str`, `Literal[...]` or
+`Annotated[float, Between(0, 1)]`. The engine supplies those without a default:
 
     weights     [K], the coefficients
-    uniform     [K *], random numbers in [0, 1) that depend on (seed, expert, tensor name, index) alone
+    uniform     [K *], random numbers in [0, 1), keyed by (seed, expert, tensor name, index)
     start       the index of the chunk's first element, counted over the model
-    ranges      the timesteps of each expert, or None where they are not known
-    snr         [T], the signal-to-noise ratio at each timestep, or None where the base names no schedule
+    ranges      the timesteps of each expert, None for one that is not known
+    snr         [T], the signal-to-noise ratio at each timestep, or None without a schedule
     STATISTIC   what a pass over the model or the tensor found, declared by `statistics`
-    NAME        [K *], from NAME.safetensors beside each expert, for example `fisher`; where its annotation is
-                `Tensor | None`, [K ...] of any shape, and None for a tensor that the files do not have, as with `gram`
+    NAME        [K *], from NAME.safetensors next to each expert, for example `fisher`. If it is
+                annotated `Tensor | None`: [K ...] of any shape, None for a tensor not in the files
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache, reduce
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from demerge.errors import UsageError
-from demerge.merging.method_options import Option, option
+from demerge.merging.method_options import Option, read_help, read_option
 
 Scope = Literal["model", "tensor"]
+Options = Mapping[str, Any]
 Value = TypeVar("Value")
 SUPPLIED = ("weights", "uniform", "ranges", "snr", "start")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A chunk of one tensor: base [n], deltas [K n], the inputs [K n] asked for by name, the weights [K] of this tensor.
+    """A chunk of one tensor: base [n], deltas [K n], inputs by name [K n], its weights [K].
 
-    `start` is the index of its first element, counted over all tensors that are merged, one after the other.
+    `start` is the index of its first element, counted over all tensors that are merged.
     """
 
     base: Tensor
@@ -54,10 +55,9 @@ class Block:
 
 
 class Blocks(ABC):
-    """The blocks of a tensor or a model; each iteration is one pass over them, in an order that never changes.
+    """The blocks of a tensor or a model. Each iteration is one pass, always in the same order.
 
-    The engine's `map` and `total` share the work among processes: functions must be pure, and what they return travels, and is
-    held for all blocks by `map`.
+    The engine shares the work of `map` and `total` among processes: functions must be pure.
     """
 
     @abstractmethod
@@ -69,196 +69,198 @@ class Blocks(ABC):
         return map(function, self)
 
     def total(self, count: Callable[[Block], Tensor], /) -> Tensor:
-        """Return the sum of count(block) [*], of numbers whose sum has no rounding: their order is not fixed."""
+        """Return the sum of count(block) [*]: numbers that add up exactly, in any order."""
         return reduce(Tensor.add_, map(count, self))
 
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A number or vector that one or more passes over blocks yield, before the method runs.
+    """A value found by passes over blocks, before the method runs.
 
     Attributes:
-        name: the keyword under which methods and later statistics receive it.
-        compute: (blocks: Blocks, *, weights, options, earlier statistics: those it names) -> value. Over a model the
-            weights of a block are `block.weights`, since rules may give tensors different ones.
-        scope: which blocks, given the options: those of the model, of each tensor, or None for no pass and the value
-            None.
+        name: the keyword under which the method and later statistics receive it.
+        compute: (blocks: Blocks, *, weights, options, earlier statistics) -> value. It gets those
+            that its keywords name. Over a model, a block's own weights are `block.weights`.
+        scope: the blocks it sees, given the options. None: no pass, and the value None.
         inputs: the names of [K *] tensors that only this statistic needs from files.
+        uses_weights: whether the value changes with the weights; a session computes others once.
     """
 
     name: str
     compute: Callable[..., Any]
-    scope: Callable[[Mapping[str, Any]], Scope | None]
+    scope: Callable[[Options], Scope | None] = lambda options: "tensor"
     inputs: tuple[str, ...] = ()
+    uses_weights: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+class MethodFields(TypedDict, total=False):
+    """What `@method` may say of a function beside its name and paper: fields of `Method`."""
+
+    aliases: tuple[str, ...]
+    statistics: tuple[Statistic, ...]
+    needs_full_tensor: bool
+    full_tensor_if: Callable[[Options], bool]
+    force_float64: bool
+    presets: Mapping[str, Options]
+    neutral_options: Options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """A registered merge method.
 
     Attributes:
         inputs: the names of the [K *] tensors it needs from files.
-        partial: the names of those that may be of any shape, and that some tensors may lack.
-        draws: whether it needs random numbers.
-        whole: whether it must see whole tensors in their shape; else it gets flat chunks.
-        precise: whether the arithmetic is float64 for 16-bit inputs too: where it chooses between numbers that may be equal.
-        whole_with: tells from the options whether it must, for a method that need not always.
-        presets: by name, the options with which other programs do the same; `preset=NAME` sets them.
-        off: options with which it is the weighted mean of experts that agree in sign, where there are such; its tests use them.
+        optional_inputs: those that may have any shape, and that some tensors may lack.
+        needs_random: whether it needs random numbers.
+        needs_full_tensor: whether it sees whole tensors in their shape, not flat chunks.
+        full_tensor_if: tells from the options whether it does, if that depends on them.
+        force_float64: whether 16-bit inputs are merged in float64 too, to tell equal numbers apart.
+        presets: options with which other programs do the same; `preset=NAME` sets them.
+        neutral_options: options with which experts that agree in sign give the weighted mean.
     """
 
     name: str
     function: Callable[..., Tensor]
-    summary: str
     paper: str
-    options: Mapping[str, Option]
+    summary: str = ""
+    options: Mapping[str, Option] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
-    partial: frozenset[str] = frozenset()
-    draws: bool = False
+    optional_inputs: frozenset[str] = frozenset()
+    needs_random: bool = False
     statistics: tuple[Statistic, ...] = ()
-    whole: bool = False
-    off: Mapping[str, Any] | None = None
+    needs_full_tensor: bool = False
+    full_tensor_if: Callable[[Options], bool] | None = None
+    force_float64: bool = False
     aliases: tuple[str, ...] = ()
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    whole_with: Callable[[Mapping[str, Any]], bool] | None = None
-    precise: bool = False
+    presets: Mapping[str, Options] = field(default_factory=dict)
+    neutral_options: Options | None = None
 
     def __repr__(self) -> str:
-        """Name it, its paper and its options."""
-        return f"Method({self.name}, {self.paper or 'no paper'}: {', '.join(self.options) or 'no options'})"
+        options = ", ".join(self.options) or "no options"
+        return f"Method({self.name}, {self.paper or 'no paper'}: {options})"
 
     @property
-    def weighted(self) -> bool:
-        """Whether it has weights: its function or one of its statistics asks for them."""
-        asked = [self.function, *(statistic.compute for statistic in self.statistics)]
-        return any("weights" in inspect.signature(function).parameters for function in asked)
+    def has_weights(self) -> bool:
+        """Whether its function or one of its statistics asks for weights."""
+        functions = [self.function, *(statistic.compute for statistic in self.statistics)]
+        return any("weights" in keyword_names(function) for function in functions)
 
-    def under(self, *options: Mapping[str, Any]) -> Method:
-        """Return the method as it is with these settled options: what it then needs from files, and whether whole tensors."""
-        active = [s for s in self.statistics if any(s.scope(given) for given in options)]
+    @property
+    def description(self) -> str:
+        """The docstring of the method's file: what it is, its formula, what differs from the paper."""
+        return inspect.cleandoc(getattr(inspect.getmodule(self.function), "__doc__", None) or "")
+
+    def specialize(self, *options: Options) -> Method:
+        """Return the method with the needs that it has under these resolved options."""
+        active = [s for s in self.statistics if any(s.scope(each) for each in options)]
         inputs = dict.fromkeys([*self.inputs, *(name for s in active for name in s.inputs)])
-        whole = self.whole or (self.whole_with is not None and any(map(self.whole_with, options)))
-        return replace(self, inputs=tuple(inputs), whole=whole)
+        full = self.needs_full_tensor
+        if self.full_tensor_if:
+            full = full or any(map(self.full_tensor_if, options))
+        return replace(self, inputs=tuple(inputs), needs_full_tensor=full)
 
-    def settle(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all options, the given ones checked and the others by the preset, where one is named, or by default.
+    def resolve_options(self, options: Options) -> dict[str, Any]:
+        """Return all options: those given, checked; the others by preset or default.
 
         Raises:
-            UsageError: where an option or the preset is unknown, or breaks its rule.
+            UsageError: if an option or the preset is unknown, or a value breaks its rule.
         """
-        options = self._expanded(options)
+        options = self._with_preset(options)
         for name in options:
             if name not in self.options:
                 known = ", ".join(f"{n}={o.default}" for n, o in self.options.items()) or "none"
                 near = get_close_matches(name.lower(), self.options, 1, 0.6)
-                meant = f"did you mean {near[0]}? " if near else ""
-                raise UsageError(
-                    f"method {self.name} has no option '{name}'", fix=f"{meant}its options: {known}"
-                )
-        return {
-            name: option.parse(name, options.get(name, option.default))
-            for name, option in self.options.items()
-        }
+                hint = f"did you mean {near[0]}? " if near else ""
+                what = f"method {self.name} has no option '{name}'"
+                raise UsageError(what, fix=f"{hint}its options: {known}")
+        return {n: o.parse(n, options.get(n, o.default)) for n, o in self.options.items()}
 
-    def separate(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the method's options, and apart from them what NAME=PATH,PATH says of tensors that it may need."""
-        files = {
-            *self.inputs,
-            *(name for statistic in self.statistics for name in statistic.inputs),
-        } - set(self.options)
-        asked = {name: value for name, value in options.items() if name not in files}
-        return asked, {name: value for name, value in options.items() if name in files}
-
-    def _expanded(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _with_preset(self, options: Options) -> Options:
         if "preset" not in options or "preset" in self.options:
             return options
         name = str(options["preset"])
         if name not in self.presets:
-            known = ", ".join(self.presets) or "none"
-            raise UsageError(
-                f"method {self.name} has no preset '{name}'", fix=f"its presets: {known}"
-            )
+            what = f"method {self.name} has no preset '{name}'"
+            raise UsageError(what, fix=f"its presets: {', '.join(self.presets) or 'none'}")
         return {**self.presets[name], **{n: value for n, value in options.items() if n != "preset"}}
 
+    def split_inputs(self, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the method's options, and apart from them the entries NAME=PATH,PATH of inputs."""
+        files = {*self.inputs, *self._statistics_inputs()} - set(self.options)
+        own = {name: value for name, value in options.items() if name not in files}
+        return own, {name: value for name, value in options.items() if name in files}
+
+    def _statistics_inputs(self) -> list[str]:
+        return [name for statistic in self.statistics for name in statistic.inputs]
+
     def document(self) -> dict[str, Any]:
-        """Return what there is to know, as JSON values."""
+        """Return what `demerge methods --json` prints, as JSON values."""
+        needs = [f"{name}.safetensors per expert" for name in self.inputs]
+        for name in self._statistics_inputs():
+            needs.append(f"{name}.safetensors per expert, with some options")
+        options = {n: {"default": o.default, "rule": o.rule} for n, o in self.options.items()}
         return {
             "name": self.name,
             "aliases": list(self.aliases),
             "summary": self.summary,
             "paper": self.paper,
-            "options": {
-                name: {"default": o.default, "rule": o.rule} for name, o in self.options.items()
-            },
+            "options": options,
             "presets": {name: dict(options) for name, options in self.presets.items()},
-            "needs": self._needs(),
+            "needs": [*needs, "a seed"] if self.needs_random else needs,
         }
 
-    def _needs(self) -> list[str]:
-        some = [name for s in self.statistics for name in s.inputs]
-        files = [f"{name}.safetensors per expert" for name in self.inputs]
-        files += [f"{name}.safetensors per expert, with some options" for name in some]
-        return [*files, *(["a seed"] if self.draws else [])]
 
-
-def describe(
-    function: Callable[..., Tensor],
-    name: str,
-    *,
-    paper: str,
-    statistics: Sequence[Statistic] = (),
-    whole: bool = False,
-    off: Mapping[str, Any] | None = None,
+def describe_method(
+    function: Callable[..., Tensor], name: str, *, paper: str = "", **fields: Unpack[MethodFields]
 ) -> Method:
     """Read a method's options and needs from its signature.
 
     Raises:
-        UsageError: where the engine cannot call it, or an option is of a type that cannot be written on a command line.
+        UsageError: if the engine cannot call it, or a command line cannot express an option's type.
     """
-    keywords = [
-        p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    needs = [p.name for p in keywords if p.default is p.empty]
-    hints = _hints(function, name, needs)
-    inputs = tuple(n for n in needs if n not in SUPPLIED and n not in {s.name for s in statistics})
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    needs = [n for n, default in defaults.items() if default is inspect.Parameter.empty]
+    hints = _type_hints(function, name, needs)
+    found = {*SUPPLIED, *(statistic.name for statistic in fields.get("statistics", ()))}
+    inputs = tuple(n for n in needs if n not in found)
+    text = inspect.getdoc(function) or ""
     return Method(
         name=name,
         function=function,
-        summary=(inspect.getdoc(function) or "").partition("\n")[0],
         paper=paper,
+        summary=text.partition("\n")[0],
         options={
-            p.name: option(p.name, p.default, hints.get(p.name))
-            for p in keywords
-            if p.default is not p.empty
+            n: read_option(n, default, hints.get(n), read_help(text, n))
+            for n, default in defaults.items()
+            if n not in needs
         },
         inputs=inputs,
-        partial=frozenset(n for n in inputs if type(None) in get_args(hints.get(n))),
-        draws="uniform" in needs,
-        statistics=tuple(statistics),
-        whole=whole,
-        off=off,
+        optional_inputs=frozenset(n for n in inputs if type(None) in get_args(hints.get(n))),
+        needs_random="uniform" in needs,
+        **fields,
     )
 
 
-def _hints(function: Callable[..., Tensor], name: str, needs: Sequence[str]) -> dict[str, Any]:
+def _type_hints(function: Callable[..., Tensor], name: str, needs: list[str]) -> dict[str, Any]:
     """Return the annotations of a function that can be called as a method."""
     try:
         inspect.signature(function).bind(None, None, **dict.fromkeys(needs))
         return get_type_hints(function, include_extras=True)
     except (TypeError, NameError) as error:
-        fix = "write it as function(base, deltas, *, weights, ...), and import what its annotations name"
+        fix = "write function(base, deltas, *, weights, ...), and import what its annotations name"
         raise UsageError(f"{name} is not a merge method: {error}", fix=fix) from error
 
 
-def called(function: Callable[..., Any], *positional: Any, supplied: Mapping[str, Any]) -> Any:
+def call_with(function: Callable[..., Any], *positional: Any, supplied: Mapping[str, Any]) -> Any:
     """Call a function with those of `supplied` that its keyword-only parameters name."""
-    return function(
-        *positional, **{name: supplied[name] for name in _keywords(function) if name in supplied}
-    )
+    names = keyword_names(function)
+    return function(*positional, **{name: supplied[name] for name in names if name in supplied})
 
 
 @cache
-def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(
-        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    )
+def keyword_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a function's keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ from demerge.diffusion.schedule import snr_of
 from demerge.errors import UsageError
 from demerge.lora import NoBase, is_lora, open_expert
 from demerge.merging.contract import Method
-from demerge.merging.engine.job import MergeJob, Progress
-from demerge.merging.engine.probe import check_equal_shares, copied
+from demerge.merging.engine.job import Execution, MergeJob
+from demerge.merging.engine.probe import check_equal_shares, find_copies
 from demerge.merging.engine.validation import (
     Tensors,
     check_inputs,
     holds_deltas,
-    settle_weights,
+    resolve_weights,
 )
 from demerge.merging.inputs.compatibility import Rules, fitted, is_buffer, without_ema
 from demerge.merging.inputs.components import component_tasks
@@ -43,7 +43,8 @@ from demerge.merging.recipe.fields import MergeFields
 from demerge.merging.recipe.method_names import translated
 from demerge.merging.recipe.recipe import Recipe
 from demerge.merging.recipe.rules import Rule, matcher, only, settle
-from demerge.merging.registry import find
+from demerge.merging.registry import find_method
+from demerge.progress import Progress, silent
 from demerge.provenance import versions
 from demerge.storage.atomic import check_is_new, place_for
 from demerge.storage.checkpoint import Checkpoint
@@ -64,7 +65,7 @@ def merge(
     *,
     device: str = "cpu",
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     **asked: Unpack[MergeFields],
 ) -> MergeResult:
     """Merge experts into a base, files or folders, and write the result to `out`.
@@ -95,7 +96,7 @@ def prepare(
     *,
     device: str = "cpu",
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Plan:
     """Check the merge that a recipe asks for, and hash its inputs; see `merge`.
 
@@ -103,7 +104,7 @@ def prepare(
         InputError: also where an input is not the one whose SHA-256 the recipe names.
     """
     recipe = _without_base(translated(recipe))
-    method = find(recipe.method)
+    method = find_method(recipe.method)
     ranges, sides, notes = _opened(recipe, method)
     hashing = Hashing(_files(sides))
     if recipe.base.files:  # then this comes first
@@ -112,8 +113,8 @@ def prepare(
             (recipe.base, *recipe.experts), (found.base, *found.experts), strict=True
         ):
             check_unchanged(asked, there)
-    run = partial(MergeJob, device=device, threads=threads or _cores(), progress=progress or silent)
-    parts = [_part(recipe, side, run) for side in sides]
+    execution = Execution(device, threads or _cores(), progress)
+    parts = [_part(recipe, side, execution) for side in sides]
     _check_not_a_copy(recipe, sides, parts)
     parts[0] = replace(parts[0], notes=[*parts[0].notes, *notes])
     weights = (
@@ -139,8 +140,8 @@ def check_mergeable(
         DemergeError: as `prepare` does.
     """
     recipe = _without_base(translated(Recipe.of(base, experts, **asked)))
-    _, sides, notes = _opened(recipe, find(recipe.method))
-    parts = [_part(recipe, side, MergeJob) for side in sides]
+    _, sides, notes = _opened(recipe, find_method(recipe.method))
+    parts = [_part(recipe, side, Execution()) for side in sides]
     return [*(note for part in parts for note in part.notes), *notes]
 
 
@@ -148,8 +149,8 @@ def _opened(
     recipe: Recipe, method: Method
 ) -> tuple[list[TimestepRange | None], list[_Side], list[str]]:
     """Return the ranges of the experts, the parts of the output with their inputs opened, and notes of what is not used."""
-    weights = settle_weights(recipe.weights, len(recipe.experts))
-    if not method.weighted and (
+    weights = resolve_weights(recipe.weights, len(recipe.experts))
+    if not method.has_weights and (
         any(w != weights[0] for w in weights) or any(rule.weights for rule in recipe.rules)
     ):
         raise UsageError(
@@ -211,9 +212,9 @@ class _Side:
 
     @classmethod
     def of(cls, task: Task, recipe: Recipe, method: Method) -> _Side:
-        options, given = method.separate(recipe.options)
-        settled = method.settle(options)
-        method = method.under(
+        options, given = method.split_inputs(recipe.options)
+        settled = method.resolve_options(options)
+        method = method.specialize(
             settled, *(settled | rule.parsed(method).plain for rule in recipe.rules)
         )
         if method.inputs and not task.is_denoiser:
@@ -274,7 +275,7 @@ def _without_base(recipe: Recipe) -> Recipe:
     return recipe if recipe.out_rank else replace(recipe, out_rank=NoBase(opened).rank)
 
 
-def _part(recipe: Recipe, side: _Side, run: Callable[..., MergeJob]) -> OutputDenoiser:
+def _part(recipe: Recipe, side: _Side, execution: Execution) -> OutputDenoiser:
     method = side.method
     asked = [recipe.experts[i] for i, _ in side.task.experts]
     names = [source.path for source in (recipe.base, *asked)]
@@ -305,12 +306,15 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., MergeJob]) -> OutputDe
         lora=_lora(recipe),
         notes=notes,
     )
-    settled = method.settle(side.options)
+    settled = method.resolve_options(side.options)
     if not asked:  # no expert changes this one of a pipeline's two denoisers
-        return part(run(method, base, [], [], settled, names=names, only=frozenset()))
+        job = MergeJob(
+            method, base, [], [], settled, names=names, only=frozenset(), execution=execution
+        )
+        return part(job)
     K = len(recipe.experts)
-    whole = recipe.weights if side.task.is_denoiser else settle_weights(recipe.weights, K)
-    weights = settle_weights(side.picked(whole, K), len(asked))
+    whole = recipe.weights if side.task.is_denoiser else resolve_weights(recipe.weights, K)
+    weights = resolve_weights(side.picked(whole, K), len(asked))
     own = [
         replace(rule, weights=side.picked(rule.weights, K))
         for rule in recipe.rules
@@ -319,7 +323,7 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., MergeJob]) -> OutputDe
     settings, taken = settle(
         own, [name for name in floating if name in chosen], method, side.options, weights
     )
-    job = run(
+    job = MergeJob(
         method,
         base,
         experts,
@@ -332,6 +336,7 @@ def _part(recipe: Recipe, side: _Side, run: Callable[..., MergeJob]) -> OutputDe
         only=chosen,
         ranges=ranges,
         snr=snr_of(scheduler_config(side.base.place)),
+        execution=execution,
     )
     return part(job, taken=taken)
 
@@ -359,7 +364,7 @@ def _check_not_a_copy(
         return
     numbers = [[0, *(1 + i for i, _ in side.task.experts)] for side in sides]
     found = [
-        {of[i] for i in copied(part.job, recipe.no_base)}
+        {of[i] for i in find_copies(part.job, recipe.no_base)}
         for part, of in zip(parts, numbers, strict=True)
     ]
     copies = found[0].intersection(*found[1:])
@@ -417,7 +422,3 @@ def _cores() -> int:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return min(MOST_THREADS, available)
-
-
-def silent(done: int, total: int, what: str) -> None:
-    """Report nothing."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from torch import Tensor
 
 from demerge.errors import InputError, NumericalError, UsageError
-from demerge.merging.engine.job import Progress
 from demerge.merging.output.denoiser import OutputDenoiser
 from demerge.merging.output.writer import is_file, pieces
 from demerge.merging.planning import prepare
 from demerge.merging.recipe.recipe import DOCUMENT, Recipe, home_of
+from demerge.progress import Progress, silent
 from demerge.provenance import installed
 from demerge.storage.atomic import place_for, sha256
 from demerge.storage.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ def verify(
     *,
     device: str = "cpu",
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Verified:
     """Make the merge of a recipe again and compare.
 

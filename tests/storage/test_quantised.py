@@ -20,7 +20,7 @@ from demerge.inspection import inspect_model
 from demerge.lora import open_expert
 from demerge.merging import MergeSession, Recipe, merge, merge_tensors, prepare, verify
 from demerge.merging.engine.reader import CHUNK
-from demerge.merging.engine.validation import rounded
+from demerge.merging.engine.validation import round_chunk
 from demerge.storage.checkpoint import Checkpoint, content_sha256
 from demerge.storage.scaled import Scaled
 
@@ -312,9 +312,9 @@ def test_float8_without_a_scale_is_a_float_that_may_be_too_small_for_a_merge(
         tmp_path / "o.safetensors",
     )
     assert load_file(tmp_path / "o.safetensors")["a.weight"].float().unique().tolist() == [1.5]
-    assert rounded(torch.tensor([448.0]), FP8, "a").item() == 448
+    assert round_chunk(torch.tensor([448.0]), FP8, "a").item() == 448
     with pytest.raises(NumericalError, match="float8"):
-        rounded(torch.tensor([1.0, -600.0]), FP8, "a")
+        round_chunk(torch.tensor([1.0, -600.0]), FP8, "a")
 
 
 def test_a_pipeline_in_scaled_fp8_loads_and_merges_as_numbers(

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from demerge.merging.contract import Method
-from demerge.merging.engine.job import MergeJob
+from demerge.merging.engine.job import Execution, MergeJob
 from demerge.merging.engine.reader import CHUNK
 from demerge.merging.engine.validation import (
     Tensors,
     check_inputs,
     check_same_tensors,
-    rounded,
-    settle_weights,
+    resolve_weights,
+    round_chunk,
 )
-from demerge.merging.registry import find, of
+from demerge.merging.registry import find_method, method_of
 from demerge.timesteps import TimestepRange
 
 
@@ -34,7 +34,7 @@ def merge_tensors(
     snr: Tensor | None = None,
     seed: int = 0,
     chunk: int = CHUNK,
-    threads: int = 1,
+    num_workers: int = 1,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Merge state dicts in memory; the result has the base's names, shapes and dtypes.
@@ -46,37 +46,30 @@ def merge_tensors(
         ranges: the timesteps of each expert, for methods that ask for them; `snr` [T] likewise.
 
     Raises:
-        UsageError: where method, options or weights are wrong.
-        InputError: where the experts do not fit the base.
+        UsageError: if method, options or weights are wrong.
+        InputError: if the experts do not fit the base.
     """
-    chosen = (
-        find(method)
-        if isinstance(method, str)
-        else method
-        if isinstance(method, Method)
-        else of(method)
-    )
-    settled, given, asked = (
-        settle_weights(weights, len(experts)),
-        inputs or {},
-        chosen.settle(options or {}),
-    )
-    chosen = chosen.under(asked)
-    check_same_tensors(base, experts, ["the base", *(f"expert {i}" for i in range(len(experts)))])
-    check_inputs(chosen, base, given, len(experts))
+    if isinstance(method, str):
+        method = find_method(method)
+    elif not isinstance(method, Method):
+        method = method_of(method)
+    K, sources = len(experts), inputs or {}
+    resolved_weights = resolve_weights(weights, K)
+    resolved = method.resolve_options(options or {})
+    method = method.specialize(resolved)
+    check_same_tensors(base, experts, ["the base", *(f"expert {i}" for i in range(K))])
+    check_inputs(method, base, sources, K)
     job = MergeJob(
-        chosen,
+        method,
         base,
         experts,
-        settled,
-        asked,
-        {name: given[name] for name in chosen.inputs},
+        resolved_weights,
+        resolved,
+        {name: sources[name] for name in method.inputs},
         seed,
-        chunk=chunk,
-        ranges=ranges or [None] * len(experts),
+        ranges=ranges or [None] * K,
         snr=snr,
-        device=device,
-        threads=threads,
+        execution=Execution(device, num_workers, chunk=chunk),
     )
     return assemble(job)
 
@@ -85,7 +78,7 @@ def assemble(job: MergeJob) -> dict[str, Tensor]:
     """Return all tensors of a merge, in the base's dtypes."""
     merged = {name: tensor.clone() for name, tensor in job.base.items()}
     chunks = job.stream(
-        job.floating, lambda name, done: rounded(done.merged, job.base[name].dtype, name)
+        job.floating, lambda name, done: round_chunk(done.merged, job.base[name].dtype, name)
     )
     for name in job.floating:
         start, flat = 0, torch.empty_like(merged[name]).reshape(-1)

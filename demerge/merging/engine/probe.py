@@ -1,8 +1,9 @@
-"""What a merge comes to, tried on a few small random tensors before any work: a copy of one input, or of no use without a base.
+"""What a merge comes to, tried on a few small random tensors before any work.
 
-Two models and no base are a usual request: A is then taken for the base, B for its only expert, and the mean of one expert is
-that expert. Whether a method with its options and weights gives an input back is not listed anywhere but seen: it is merged
-once, in memory, and compared bit by bit. So it holds for the methods of other packages, too.
+It may be a copy of one input, or be of no use without a base. Two models and no base are a usual
+request: A is then taken for the base, B for its only expert, and the mean of one expert is that
+expert. Whether a method with its options and weights gives an input back is not listed anywhere: it
+is merged once, in memory, and compared bit by bit. So it holds for other packages' methods, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from demerge.errors import DemergeError, UsageError
 from demerge.merging.contract import Method
+from demerge.merging.engine.in_memory import assemble
 from demerge.merging.engine.job import MergeJob, Setting
 from demerge.merging.engine.validation import Tensors, holds_deltas
 from demerge.timesteps import TimestepRange
@@ -25,100 +27,95 @@ SHAPES = {"conv": (3, 2, 3, 3), "linear": (5, 7), "bias": (5,), "scalar": (), "e
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A base and K experts of a few tensors, with the inputs the method needs, and what else it is given."""
+    """A base and K experts of a few tensors, the inputs of each, and other fields of the job."""
 
     base: Tensors
     experts: Sequence[Tensors]
     weights: Sequence[float]
     inputs: Sequence[Tensors]
-    given: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def random(cls, seed: int, K: int, scale: float = 0.01) -> Case:
-        """Draw a base, experts at a distance of `scale` times a normal number, and positive inputs."""
+        """Draw a base, experts at `scale` times a normal number from it, and positive inputs."""
         g = torch.Generator().manual_seed(seed)
         base = {n: torch.randn(s, generator=g) * max(scale, 1.0) for n, s in SHAPES.items()}
-        experts = [
-            {n: t + scale * torch.randn(t.shape, generator=g) for n, t in base.items()}
-            for _ in range(K)
-        ]
-        inputs = [
-            {n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()} for _ in range(K)
-        ]
-        given = {
-            "ranges": [TimestepRange(0, 250)] * K,
-            "snr": torch.linspace(100, 0.01, 250, dtype=torch.float64),
-        }
-        return cls(base, experts, [(i + 1) / (K * (K + 1) / 2) for i in range(K)], inputs, given)
+        experts, inputs = [], []
+        for _ in range(K):
+            deltas = {n: scale * torch.randn(t.shape, generator=g) for n, t in base.items()}
+            experts.append({n: t + deltas[n] for n, t in base.items()})
+        for _ in range(K):
+            inputs.append({n: torch.rand(t.shape, generator=g) + 0.1 for n, t in base.items()})
+        snr = torch.linspace(100, 0.01, 250, dtype=torch.float64)
+        fields = {"ranges": [TimestepRange(0, 250)] * K, "snr": snr}
+        return cls(base, experts, [(i + 1) / (K * (K + 1) / 2) for i in range(K)], inputs, fields)
 
-    def picked(self, numbers: Sequence[int]) -> Case:
+    def pick(self, numbers: Sequence[int]) -> Case:
         """Return the case with these experts, in this order."""
         return Case(
             self.base,
             [self.experts[i] for i in numbers],
             [self.weights[i] for i in numbers],
             [self.inputs[i] for i in numbers],
-            {**self.given, "ranges": [self.given["ranges"][i] for i in numbers]},
+            {**self.fields, "ranges": [self.fields["ranges"][i] for i in numbers]},
+        )
+
+    def job(self, method: Method, **options: object) -> MergeJob:
+        """Return the merge with the method's defaults but for `options`."""
+        resolved = method.resolve_options(options)
+        method = method.specialize(resolved)
+        inputs: dict[str, Sequence[Tensors]] = dict.fromkeys(method.inputs, self.inputs)
+        for name in method.optional_inputs:
+            inputs[name] = [_grams(tensors) for tensors in self.inputs]
+        return MergeJob(
+            method, self.base, self.experts, self.weights, resolved, inputs, **self.fields
         )
 
     def merge(self, method: Method, **options: object) -> dict[str, Tensor]:
-        """Merge with the method's defaults but for `options`."""
-        asked = method.settle(options)
-        method = method.under(asked)
-        grams = [_grams(tensors) for tensors in self.inputs]
-        inputs = {name: grams if name in method.partial else self.inputs for name in method.inputs}
-        job = MergeJob(method, self.base, self.experts, self.weights, asked, inputs, **self.given)
-        return {name: _join(job, name) for name in self.base}
+        """Return the merged tensors."""
+        return assemble(self.job(method, **options))
 
 
 def _grams(tensors: Tensors) -> dict[str, Tensor]:
-    """Return Gram matrices [in in] for the tensors that are matrices: inputs of another shape, which some tensors lack."""
+    """Return Gram matrices [in in] of the matrices: inputs of another shape, which some lack."""
     return {n: t.flatten(1).T @ t.flatten(1) for n, t in tensors.items() if t.ndim > 1}
 
 
-def _join(job: MergeJob, name: str) -> Tensor:
-    chunks = [done.merged.to(job.base[name].dtype) for done in job.tensor(name)]
-    return torch.cat(chunks).view(job.base[name].shape) if chunks else job.base[name].clone()
+def find_copies(job: MergeJob, no_base: bool = False) -> set[int]:
+    """Return the inputs that the merge gives back to the bit: 0 for the base, 1 for expert 1, ...
 
-
-def copied(job: MergeJob, no_base: bool = False) -> set[int]:
-    """Return the inputs that the merge gives back to the bit: 0 for the base, 1 for the first expert, and so on.
-
-    A base that is the first expert, too, is not counted; nor is a LoRA, which is no model.
+    A base that is also the first expert is not counted, nor is a LoRA: it is not a model.
     """
     if not job.experts:
         return {0}
-    equal = [
-        _equal(_case(job, setting, no_base), job.method, setting) for setting in _settings(job)
-    ]
-    known = {0, *(i for i, expert in enumerate(job.experts, 1) if not holds_deltas(expert))} - (
-        {0} if no_base else set()
-    )
-    return known.intersection(*equal)
+    models = {i for i, expert in enumerate(job.experts, 1) if not holds_deltas(expert)}
+    copies = models if no_base else models | {0}
+    for setting in _settings(job):
+        copies &= _equal_inputs(_case(job, setting, no_base), job.method, setting)
+    return copies
 
 
 def check_equal_shares(job: MergeJob) -> None:
-    """Refuse a merge without a base whose result depends on which model is named first.
+    """Refuse a merge without a base if its result depends on which model is named first.
 
     Raises:
         UsageError: naming the method.
     """
     if len(job.experts) < 2:
-        raise UsageError(
-            "--no-base merges models with each other, and there is one",
-            fix="name two models or more",
-        )
+        what = "--no-base merges models with each other, and only one is given"
+        raise UsageError(what, fix="name two models or more")
     for setting in _settings(job):
         case = _case(job, setting, no_base=True)
-        turned = case.picked([*range(1, len(case.experts)), 0])
+        turned = case.pick([*range(1, len(case.experts)), 0])
         turned = replace(turned, base=turned.experts[0])
         one, other = (each.merge(job.method, **setting.options) for each in (case, turned))
         if not all(torch.allclose(one[n], other[n], rtol=1e-4, atol=1e-5) for n in one):
             weights = ",".join(f"{weight:g}" for weight in setting.weights)
             raise UsageError(
-                f"{job.method.name} of {len(job.experts)} models with the weights {weights} needs a base: without one, its "
-                "result would depend on which of them is named first",
-                fix="name the base they were finetuned from: demerge merge BASE A B; or give --method average with --no-base",
+                f"{job.method.name} of {len(job.experts)} models with the weights {weights} needs "
+                "a base: without one, its result would depend on which of them is named first",
+                fix="name the base they were finetuned from: demerge merge BASE A B; "
+                "or give --method average with --no-base",
             )
 
 
@@ -131,22 +128,14 @@ def _settings(job: MergeJob) -> list[Setting]:
 def _case(job: MergeJob, setting: Setting, no_base: bool) -> Case:
     case = Case.random(0, len(job.experts))
     base = case.experts[0] if no_base else case.base
-    return replace(
-        case,
-        base=base,
-        weights=setting.weights,
-        given={"ranges": list(job.ranges), "snr": job.snr, "seed": job.seed},
-    )
+    fields = {"ranges": list(job.ranges), "snr": job.snr, "seed": job.seed}
+    return replace(case, base=base, weights=setting.weights, fields=fields)
 
 
-def _equal(case: Case, method: Method, setting: Setting) -> set[int]:
+def _equal_inputs(case: Case, method: Method, setting: Setting) -> set[int]:
     try:
         merged = case.merge(method, **setting.options)
-    except DemergeError:  # the merge itself says it better
+    except DemergeError:  # the merge itself explains it better
         return set()
     models = enumerate([case.base, *case.experts])
-    return {
-        i
-        for i, model in models
-        if all(torch.equal(merged[name], tensor) for name, tensor in model.items())
-    }
+    return {i for i, model in models if all(torch.equal(merged[n], t) for n, t in model.items())}

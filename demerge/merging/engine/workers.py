@@ -1,15 +1,15 @@
 """A program whose work is shared by forked processes, all of which run it.
 
-    parent    hands out the numbers of items, and takes what is made of them
-    worker    makes of the items what it is asked to, and is told what came of all of them, where the program goes on from it
+    parent    hands out the indices of items, and takes the values made of them
+    worker    makes the values it is asked for, and receives the result from which all go on
 
-Both come to the same calls of `WorkerPool` in the same order. Processes, since threads that call many small operations wait for
-one another: two of them took 1.1 times to twice the CPU time of one. A worker is forked once, when the program begins: what
-it holds need not be pickled, and what it has mapped or allocated serves all of its work. (Forked anew for each pass over a
-model, two workers took 16 % more CPU time.) Tensors travel in shared memory where they fit. A worker ends when its parent
-does, however that ends.
+Both come to the same calls of `WorkerPool` in the same order. Processes, because threads that call
+many small operations wait for one another: two of them took 1.1 to 2 times the CPU time of one. A
+worker is forked once, when the program begins: what it holds needs no pickling, and what it has
+mapped or allocated serves all of its work. (Two workers forked anew for each pass over a model took
+16 % more CPU time.) Tensors travel in shared memory if they fit. A worker ends with its parent.
 
-    parent -> worker    the index of the next item, at most AHEAD waiting; after the last the result, pickled
+    parent -> worker    the index of an item, at most AHEAD waiting; in the end the pickled result
     worker -> parent    (index, value), or the error that ended it
 """
 
@@ -39,12 +39,11 @@ from demerge.errors import ResourceError
 AHEAD = 4  # items that a worker is given before it has answered
 SLOT = 1 << 21  # bytes of shared memory for the tensors of one answer
 ALIGNMENT = 64
-CAN_FORK = (
-    sys.platform == "linux"
-)  # elsewhere a fork of a process that has used its system's libraries may crash
+CAN_FORK = sys.platform == "linux"  # elsewhere a fork may crash once system libraries were used
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 Result = TypeVar("Result")
+Failure = BaseException | None
 
 
 @dataclass(eq=False, slots=True)
@@ -53,94 +52,95 @@ class WorkerPool:
 
     size: int = 1
 
-    def ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+    def imap(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
         """Yield function(item) in the order of the items; nothing in a worker.
 
         Raises:
-            ResourceError: where a worker was killed.
+            ResourceError: if a worker was killed.
         """
         yield from map(function, items)
 
-    def agreed(
+    def reduce_and_broadcast(
         self,
         function: Callable[[Item], Value],
         items: Sequence[Item],
         combine: Callable[[Iterator[Value]], Result],
     ) -> Result:
-        """Return combine(the values function(item) in the order of the items), which one process makes and all know.
+        """Return combine(function(item) in the order of the items), made once and known to all.
 
         Raises:
-            ResourceError: where a worker was killed.
+            ResourceError: if a worker was killed.
         """
         return combine(map(function, items))
 
 
 ALONE = WorkerPool()
+Program = Callable[[WorkerPool], Iterable[Value]]
 
 
-def run(program: Callable[[WorkerPool], Iterable[Value]], workers: int) -> Iterator[Value]:
-    """Yield what program(crew) yields, its work shared by forked workers where there are to be more than one."""
+def run(program: Program[Value], workers: int) -> Iterator[Value]:
+    """Yield what program(pool) yields, its work shared by forked workers if more than one."""
     if workers <= 1 or not CAN_FORK:
         yield from program(ALONE)
         return
-    hands = [_Worker.forked(program, workers) for _ in range(workers)]
+    processes = [_Process.fork(program, workers) for _ in range(workers)]
     try:
-        yield from program(_Parent(workers, hands))
+        yield from program(_Parent(workers, processes))
     finally:
-        for hand in hands:
-            hand.stop()
+        for process in processes:
+            process.stop()
 
 
 @dataclass(eq=False, slots=True)
 class _Parent(WorkerPool):
-    """The crew as the parent sees it."""
+    """The pool as the parent sees it."""
 
-    workers: Sequence[_Worker] = ()
+    processes: Sequence[_Process] = ()
 
-    def ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
-        yield from self._in_order(len(items), AHEAD * self.size)
-        self._tell(None)
+    def imap(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        yield from self._values(len(items), AHEAD * self.size)
+        self._broadcast(None)
 
-    def agreed(
+    def reduce_and_broadcast(
         self,
         function: Callable[[Item], Value],
         items: Sequence[Item],
         combine: Callable[[Iterator[Value]], Result],
     ) -> Result:
-        result = combine(self._in_order(len(items), len(items)))
-        self._tell(result)
+        result = combine(self._values(len(items), len(items)))
+        self._broadcast(result)
         return result
 
-    def _in_order(self, n: int, ahead: int) -> Iterator[Any]:
-        """Hand out n items and yield their values, of which at most `ahead` wait for one before them.
+    def _values(self, n: int, ahead: int) -> Iterator[Any]:
+        """Hand out n items and yield their values, of which at most `ahead` wait for an earlier one.
 
-        The error of an item is raised in its turn, so that it is the same one whichever worker is the faster.
+        The error of an item is raised in its turn: the same one whichever worker is faster.
         """
-        ready: dict[int, tuple[Any, BaseException | None]] = {}
-        given = 0
+        ready: dict[int, tuple[Any, Failure]] = {}
+        handed_out = 0
         for i in range(n):
             while i not in ready:
-                for worker in sorted(self.workers, key=lambda worker: worker.waiting):
-                    if worker.waiting < AHEAD and given < min(n, i + ahead):
-                        worker.give(given)
-                        given += 1
-                for connection in wait([worker.pipe for worker in self.workers if worker.waiting]):
-                    worker = next(worker for worker in self.workers if worker.pipe is connection)
-                    index, value, failure = worker.receive()
+                for process in sorted(self.processes, key=lambda process: process.waiting):
+                    if process.waiting < AHEAD and handed_out < min(n, i + ahead):
+                        process.hand_out(handed_out)
+                        handed_out += 1
+                busy = {process.pipe: process for process in self.processes if process.waiting}
+                for pipe in wait(list(busy)):
+                    index, value, failure = busy[pipe].receive()  # type: ignore[index]
                     ready[index] = value, failure
             value, failure = ready.pop(i)
             if failure is not None:
                 raise failure
             yield value
 
-    def _tell(self, result: Any) -> None:
-        message = _dumped(result, memoryview(bytearray()))
-        for worker in self.workers:
-            worker.send(message)
+    def _broadcast(self, result: Any) -> None:
+        message = _dump(result, memoryview(bytearray()))
+        for process in self.processes:
+            process.send(message)
 
 
 @dataclass(eq=False, slots=True)
-class _Worker:
+class _Process:
     """A forked process, seen from its parent."""
 
     pid: int
@@ -148,48 +148,45 @@ class _Worker:
     shared: mmap.mmap
     waiting: int = 0
     received: int = 0
-    status: int | None = field(default=None)
+    status: int | None = None
 
     @classmethod
-    def forked(cls, program: Callable[[WorkerPool], Iterable[Any]], size: int) -> _Worker:
+    def fork(cls, program: Program[Any], size: int) -> _Process:
         ours, theirs = Pipe()
         shared = mmap.mmap(-1, AHEAD * SLOT)
-        with (
-            warnings.catch_warnings()
-        ):  # Python 3.12 warns where there are threads: a worker takes none of their locks
+        with warnings.catch_warnings():  # Python 3.12 warns of threads: a worker takes no lock
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
             ours.close()
-            _serve(_Hand(size, pipe=theirs, shared=shared), program)
+            _serve(_Worker(size, pipe=theirs, shared=shared), program)
         theirs.close()
         return cls(pid, ours, shared)
 
-    def give(self, index: int) -> None:
-        """Let it work on an item."""
+    def hand_out(self, index: int) -> None:
         self.waiting += 1
         self.send(b"%d" % index)
 
     def send(self, message: bytes) -> None:
-        """Send a message; where it has died, `receive` says so."""
+        """Send a message; if the process has died, `receive` reports it."""
         with suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send_bytes(message)
 
-    def receive(self) -> tuple[int, Any, BaseException | None]:
+    def receive(self) -> tuple[int, Any, Failure]:
         try:
             message = self.pipe.recv_bytes()
         except (EOFError, ConnectionResetError) as error:
             self.status = os.waitpid(self.pid, 0)[1]
-            raise ResourceError(
-                f"a worker process ended with {_ending(self.status)}",
-                fix="use --threads 1, which needs the least memory",
-            ) from error
-        index, value, failure = _Loads(message, _slot(self.shared, self.received)).load()
+            code = os.waitstatus_to_exitcode(self.status)
+            ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            what = f"a worker process ended with {ending}"
+            raise ResourceError(what, fix="use --num-workers 1, which needs less memory") from error
+        index, value, failure = _Unpickler(message, _slot(self.shared, self.received)).load()
         self.waiting, self.received = self.waiting - 1, self.received + 1
         return index, value, failure
 
     def stop(self) -> None:
-        """End it, whatever it is at."""
+        """End it, whatever it is doing."""
         self.pipe.close()
         if self.status is None:
             with suppress(ProcessLookupError):
@@ -197,51 +194,44 @@ class _Worker:
             os.waitpid(self.pid, 0)
 
 
-def _ending(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-
-
-# -- in the worker -------------------------------------------------------------------------------------------------------
+# -- in the worker ---------------------------------------------------------------------------------
 
 
 @dataclass(eq=False, slots=True)
-class _Hand(WorkerPool):
-    """The crew as a worker sees it."""
+class _Worker(WorkerPool):
+    """The pool as a worker sees it."""
 
     pipe: Connection = field(kw_only=True)
     shared: mmap.mmap = field(kw_only=True)
     answered: int = 0
 
-    def ordered(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
-        self._told(function, items)
+    def imap(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
+        self._answer_until_result(function, items)
         yield from ()
 
-    def agreed(
+    def reduce_and_broadcast(
         self,
         function: Callable[[Item], Value],
         items: Sequence[Item],
         combine: Callable[[Iterator[Value]], Result],
     ) -> Result:
-        result: Result = self._told(function, items)
+        result: Result = self._answer_until_result(function, items)
         return result
 
-    def _told(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Any:
-        """Make what is handed out, and return the result that ends it."""
+    def _answer_until_result(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Any:
         while (message := self.pipe.recv_bytes()).isdigit():
-            self.pipe.send_bytes(
-                _answer(function, items, int(message), _slot(self.shared, self.answered))
-            )
+            slot = _slot(self.shared, self.answered)
+            self.pipe.send_bytes(_answer(function, items, int(message), slot))
             self.answered += 1
-        return _Loads(message, memoryview(b"")).load()
+        return _Unpickler(message, memoryview(b"")).load()
 
 
-def _serve(crew: _Hand, program: Callable[[WorkerPool], Iterable[Any]]) -> NoReturn:
-    """Run the program until its end, or until the parent is gone; nothing of the parent is cleaned up or flushed here."""
+def _serve(pool: _Worker, program: Program[Any]) -> NoReturn:
+    """Run the program until it or the parent ends; nothing of the parent is flushed here."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for _ in program(crew):
+        for _ in program(pool):
             pass
     finally:
         os._exit(0)
@@ -251,16 +241,16 @@ def _answer(
     function: Callable[[Item], Value], items: Sequence[Item], index: int, slot: memoryview
 ) -> bytes:
     try:
-        return _dumped((index, function(items[index]), None), slot)
+        return _dump((index, function(items[index]), None), slot)
     except BaseException as error:
         error.add_note("".join(traceback.format_exception(error)))
         try:
-            return _dumped((index, None, error), slot)
+            return _dump((index, None, error), slot)
         except Exception:
-            return _dumped((index, None, RuntimeError(f"{type(error).__name__}: {error}")), slot)
+            return _dump((index, None, RuntimeError(f"{type(error).__name__}: {error}")), slot)
 
 
-# -- values between them -------------------------------------------------------------------------------------------------
+# -- values between them ---------------------------------------------------------------------------
 
 
 def _slot(shared: mmap.mmap, count: int) -> memoryview:
@@ -268,34 +258,39 @@ def _slot(shared: mmap.mmap, count: int) -> memoryview:
     return memoryview(shared)[start : start + SLOT]
 
 
-def _dumped(value: Any, slot: memoryview) -> bytes:
+def _dump(value: Any, slot: memoryview) -> bytes:
     stream = io.BytesIO()
-    _Dumps(stream, slot).dump(value)
+    _Pickler(stream, slot).dump(value)
     return stream.getvalue()
 
 
-class _Dumps(pickle.Pickler):
-    """Pickles values, tensors of the CPU apart: in shared memory, or as bytes where that is full."""
+def _bytes_of(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles values, tensors apart: in shared memory, or as bytes if that is full."""
 
     def __init__(self, stream: io.BytesIO, slot: memoryview) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self._slot, self._used = slot, 0
 
     def persistent_id(self, value: Any) -> Any:
-        """Return where a tensor is; None for what is pickled as usual."""
+        """Return dtype, shape and place of a tensor; None for what is pickled as usual."""
         if type(value) is not Tensor:
             return None
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        if self._used + len(data) > len(self._slot):
+        data = _bytes_of(value.detach().cpu().contiguous())
+        start, end = self._used, self._used + len(data)
+        if end > len(self._slot):
             return value.dtype, tuple(value.shape), bytes(data)
-        start = self._used
-        self._slot[start : start + len(data)] = data
-        self._used = math.ceil((start + len(data)) / ALIGNMENT) * ALIGNMENT
+        self._slot[start:end] = data
+        self._used = math.ceil(end / ALIGNMENT) * ALIGNMENT
         return value.dtype, tuple(value.shape), start
 
 
-class _Loads(pickle.Unpickler):
-    """Unpickles values; tensors are copied out of the shared memory, which the next answer may overwrite."""
+class _Unpickler(pickle.Unpickler):
+    """Unpickles values; tensors are copied out of shared memory, which the next answer overwrites."""
 
     def __init__(self, message: bytes, slot: memoryview) -> None:
         super().__init__(io.BytesIO(message))
@@ -303,10 +298,10 @@ class _Loads(pickle.Unpickler):
 
     def persistent_load(self, place: Any) -> Tensor:
         """Return a tensor."""
-        dtype, shape, held = place
-        found = torch.empty(shape, dtype=dtype)
-        into = found.reshape(-1).view(torch.uint8).numpy().data
-        into[:] = (
-            memoryview(held) if isinstance(held, bytes) else self._slot[held : held + len(into)]
-        )
-        return found
+        dtype, shape, data = place
+        tensor = torch.empty(shape, dtype=dtype)
+        target = _bytes_of(tensor)
+        if isinstance(data, int):
+            data = self._slot[data : data + len(target)]
+        target[:] = data
+        return tensor

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from demerge.errors import InputError, UsageError, listed
 from demerge.lora import NoBase, notes_of
-from demerge.merging.engine.validation import Tensors, holds_deltas, unlike
+from demerge.merging.engine.validation import Tensors, find_differences, holds_deltas
 from demerge.merging.inputs.experts import Base
 from demerge.merging.recipe.blocks import by_depth, grouped
 from demerge.merging.recipe.rules import matcher
@@ -255,7 +255,7 @@ class _Differences:
 
     def _unlike(self, names: Sequence[str]) -> None:
         label = self.names[1]
-        found = unlike(self.base, self.expert, names)
+        found = find_differences(self.base, self.expert, names)
         fix = f"name the base that {label} was finetuned from{self._rest({n for told in found.values() for n in told})}"
         shapes = found["of another shape"]
         for n in [

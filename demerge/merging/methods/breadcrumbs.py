@@ -110,12 +110,12 @@ def _factor_scope(options: Mapping[str, Any]) -> Scope | None:
     "breadcrumbs",
     paper="arXiv 2312.06795",
     statistics=(
-        Statistic("trail", trail, _scope),
-        Statistic("factor", factors, _factor_scope),
+        Statistic("trail", trail, _scope, uses_weights=False),
+        Statistic("factor", factors, _factor_scope, uses_weights=False),
         Statistic("majority", majority, majority_scope),
     ),
     presets={"mergekit": {"undecided": "plus", "mean": "none"}},
-    off={"density": 1.0},
+    neutral_options={"density": 1.0},
 )
 def breadcrumbs(
     base: Tensor,

@@ -59,12 +59,12 @@ def _ties_scope(options: Mapping[str, Any]) -> Scope | None:
     "consensus",
     paper="arXiv 2405.07813",
     statistics=(
-        Statistic("trimming", kth_magnitudes, _ties_scope),
+        Statistic("trimming", kth_magnitudes, _ties_scope, uses_weights=False),
         Statistic("majority", trimmed_majority, _ties_scope),
     ),
     presets={"paper": {"others": "sum"}},
-    off={"k": 0},
-    precise=True,
+    neutral_options={"k": 0},
+    force_float64=True,
 )
 def consensus(
     base: Tensor,

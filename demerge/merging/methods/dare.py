@@ -80,7 +80,7 @@ def _l1_scope(options: Mapping[str, Any]) -> Scope | None:
     "dare",
     paper="arXiv 2311.03099",
     statistics=(
-        Statistic("factor", rescales, _l1_scope),
+        Statistic("factor", rescales, _l1_scope, uses_weights=False),
         Statistic("majority", dropped_majority, majority_scope),
     ),
     presets={
@@ -88,7 +88,7 @@ def _l1_scope(options: Mapping[str, Any]) -> Scope | None:
         "mergekit": {"rescale": "l1", "undecided": "plus", "mean": "none"},
         "peft": {"undecided": "plus", "mean": "count"},
     },
-    off={"density": 1.0},
+    neutral_options={"density": 1.0},
 )
 def dare(
     base: Tensor,

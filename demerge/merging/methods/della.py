@@ -66,9 +66,9 @@ def pruned(
 @method(
     "della",
     paper="arXiv 2406.11617",
-    whole=True,
+    needs_full_tensor=True,
     presets={"mergekit": {"rescale": "l1", "undecided": "plus", "ranks": "axis"}},
-    off={"density": 1.0, "epsilon": 0.0},
+    neutral_options={"density": 1.0, "epsilon": 0.0},
 )
 def della(
     base: Tensor,

@@ -42,8 +42,8 @@ def _scope(options: Mapping[str, Any]) -> Scope | None:
 @method(
     "fisher",
     paper="arXiv 2111.09832",
-    statistics=(Statistic("norm", fisher_norms, _scope),),
-    off={},
+    statistics=(Statistic("norm", fisher_norms, _scope, uses_weights=False),),
+    neutral_options={},
 )
 def fisher(
     base: Tensor,

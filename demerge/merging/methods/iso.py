@@ -27,7 +27,7 @@ from demerge.merging.methods.spectral import ROUNDING, merge_matrices, norm, pol
 from demerge.merging.registry import method
 
 
-@method("iso_c", paper="arXiv 2502.04959", whole=True)
+@method("iso_c", paper="arXiv 2502.04959", needs_full_tensor=True)
 def iso_c(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
     """Return the base plus `scale` (lambda) times the sum of the task matrices with a flat spectrum [*].
 
@@ -38,7 +38,7 @@ def iso_c(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) 
     )
 
 
-@method("iso_cts", paper="arXiv 2502.04959", whole=True)
+@method("iso_cts", paper="arXiv 2502.04959", needs_full_tensor=True)
 def iso_cts(
     base: Tensor,
     deltas: Tensor,

@@ -91,7 +91,7 @@ def _tensor_scope(options: Mapping[str, Any]) -> Scope:
     paper="Karcher 1977; Shoemake 1985",
     aliases=("karcher",),
     statistics=(
-        Statistic("gram", gram, _gram_scope),
+        Statistic("gram", gram, _gram_scope, uses_weights=False),
         Statistic("coefficient", coefficients, _tensor_scope),
     ),
 )

@@ -27,7 +27,9 @@ from demerge.merging.methods.ties import disjoint_merge, trim
 from demerge.merging.registry import method
 
 
-@method("knots", paper="arXiv 2410.19735", whole=True, off={"then": "linear"})
+@method(
+    "knots", paper="arXiv 2410.19735", needs_full_tensor=True, neutral_options={"then": "linear"}
+)
 def knots(
     base: Tensor,
     deltas: Tensor,

@@ -17,7 +17,7 @@ from demerge.errors import UsageError
 from demerge.merging.registry import method
 
 
-@method("average", paper="arXiv 2203.05482", aliases=("linear",), off={})
+@method("average", paper="arXiv 2203.05482", aliases=("linear",), neutral_options={})
 def average(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
     """Return the weighted mean of the experts [*].
 
@@ -27,7 +27,7 @@ def average(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
     return weighted_sum(deltas, weights / nonzero_sum(weights)).add_(base)
 
 
-@method("task_arithmetic", paper="arXiv 2212.04089", off={})
+@method("task_arithmetic", paper="arXiv 2212.04089", neutral_options={})
 def task_arithmetic(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
     """Return the base plus `scale` (lambda) times the weighted sum of the task vectors [*]."""
     return weighted_sum(deltas, scale * weights).add_(base)

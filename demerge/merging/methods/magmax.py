@@ -17,7 +17,7 @@ from demerge.merging.methods.statistics import relative
 from demerge.merging.registry import method
 
 
-@method("magmax", paper="arXiv 2407.06322", precise=True)
+@method("magmax", paper="arXiv 2407.06322", force_float64=True)
 def magmax(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
     """Return the base plus `scale` (lambda) times the entry of largest magnitude among the task vectors [*].
 

@@ -95,10 +95,10 @@ def _scope(options: Mapping[str, Any]) -> Scope:
     "pcb",
     paper="arXiv 2410.02396",
     statistics=(
-        Statistic("bounds", clip_bounds, _scope),
+        Statistic("bounds", clip_bounds, _scope, uses_weights=False),
         Statistic("margin", score_bounds, _scope),
     ),
-    off={"density": 1.0, "clip": 0.0, "balance": "none"},
+    neutral_options={"density": 1.0, "clip": 0.0, "balance": "none"},
 )
 def pcb(
     base: Tensor,

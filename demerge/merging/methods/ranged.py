@@ -157,8 +157,8 @@ def _tensor_scope(options: Mapping[str, Any]) -> Scope:
     "range_weighted",
     paper="demerge",
     statistics=(
-        Statistic("gram", gram, _scope_of("conflict")),
-        Statistic("trace", traces, _scope_of("fisher"), inputs=("fisher",)),
+        Statistic("gram", gram, _scope_of("conflict"), uses_weights=False),
+        Statistic("trace", traces, _scope_of("fisher"), inputs=("fisher",), uses_weights=False),
         Statistic("share", shares, _tensor_scope),
     ),
 )

@@ -29,7 +29,13 @@ from demerge.storage.checkpoint import finite
 SYMMETRIC = 1e-3  # of the largest entry: what sums in half precision may miss
 
 
-@method("regmean", paper="arXiv 2212.09849", aliases=("lot",), whole=True, off={})
+@method(
+    "regmean",
+    paper="arXiv 2212.09849",
+    aliases=("lot",),
+    needs_full_tensor=True,
+    neutral_options={},
+)
 def regmean(
     base: Tensor,
     deltas: Tensor,

@@ -96,7 +96,7 @@ def _energy_scope(options: Mapping[str, Any]) -> Scope | None:
         Statistic("threshold", thresholds, _threshold_scope),
         Statistic("energy", energies, _energy_scope),
     ),
-    off={"density": 1.0, "coefficients": "none"},
+    neutral_options={"density": 1.0, "coefficients": "none"},
 )
 def sce(
     base: Tensor,

@@ -21,7 +21,7 @@ from demerge.merging.methods.spectral import as_matrix, thin_svd
 from demerge.merging.registry import method
 
 
-@method("star", paper="arXiv 2502.10339", whole=True, off={"eta": 1.0})
+@method("star", paper="arXiv 2502.10339", needs_full_tensor=True, neutral_options={"eta": 1.0})
 def star(
     base: Tensor,
     deltas: Tensor,

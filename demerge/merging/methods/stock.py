@@ -51,8 +51,8 @@ def _gram_scope(options: Mapping[str, Any]) -> Scope | None:
 @method(
     "model_stock",
     paper="arXiv 2403.19522",
-    statistics=(Statistic("gram", gram, _gram_scope),),
-    whole=lambda options: options["by"] == "row",
+    statistics=(Statistic("gram", gram, _gram_scope, uses_weights=False),),
+    full_tensor_if=lambda options: options["by"] == "row",
 )
 def model_stock(
     base: Tensor,

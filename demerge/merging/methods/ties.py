@@ -161,8 +161,8 @@ def _majority_scope(options: Mapping[str, Any]) -> Scope | None:
     "ties",
     paper="arXiv 2306.01708",
     statistics=(
-        Statistic("threshold", thresholds, _scope),
-        Statistic("last", last_kept, _exact_scope),
+        Statistic("threshold", thresholds, _scope, uses_weights=False),
+        Statistic("last", last_kept, _exact_scope, uses_weights=False),
         Statistic("majority", trimmed_majority, _majority_scope),
     ),
     presets={
@@ -176,7 +176,7 @@ def _majority_scope(options: Mapping[str, Any]) -> Scope | None:
             "mean": "count",
         },
     },
-    off={"density": 1.0},
+    neutral_options={"density": 1.0},
 )
 def ties(
     base: Tensor,

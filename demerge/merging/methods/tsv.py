@@ -18,7 +18,7 @@ from demerge.merging.methods.spectral import merge_matrices, polar, thin_svd
 from demerge.merging.registry import method
 
 
-@method("tsv", paper="arXiv 2412.00081", whole=True)
+@method("tsv", paper="arXiv 2412.00081", needs_full_tensor=True)
 def tsv(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
     """Return the base plus `scale` (lambda) times the sum of orthogonalised leading singular triples [*].
 

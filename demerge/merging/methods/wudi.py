@@ -29,7 +29,7 @@ from demerge.merging.registry import method
 RTOL = 1e-12
 
 
-@method("wudi", paper="arXiv 2503.08099", whole=True)
+@method("wudi", paper="arXiv 2503.08099", needs_full_tensor=True)
 def wudi(
     base: Tensor,
     deltas: Tensor,

@@ -128,8 +128,14 @@ class OutputDenoiser:
         """Anonymous memory of the tensors at the peak: for each worker base, deltas and their intermediate values."""
         job = self.job
         largest = max((entry.numel for entry in self.entries), default=0)
-        held = largest if job.method.whole else min(largest, job.chunk)
-        return job.reader.dtype.itemsize * held * 4 * (len(job.experts) + 1) * job.threads
+        held = largest if job.method.needs_full_tensor else min(largest, job.execution.chunk)
+        return (
+            job.reader.dtype.itemsize
+            * held
+            * 4
+            * (len(job.experts) + 1)
+            * job.execution.num_workers
+        )
 
     @cached_property
     def storage(self) -> Storage:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from demerge.merging.engine.job import MergedChunk, MergeJob
-from demerge.merging.engine.validation import rounded
+from demerge.merging.engine.validation import round_chunk
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.quantised import METADATA
 from demerge.storage.scaled import Scaled, decoded
@@ -65,8 +65,8 @@ class Storage:
         """
         dtype = self.dtypes[name]
         if name in self.scaled:
-            return rounded(self.scaled[name].over(chunk.cpu(), start), dtype, name)
-        return rounded(chunk, dtype, name)
+            return round_chunk(self.scaled[name].over(chunk.cpu(), start), dtype, name)
+        return round_chunk(chunk, dtype, name)
 
     def kept(self, name: str, done: MergedChunk, dtype: torch.dtype) -> Tensor:
         """Return the base's values [n], which have `dtype`, as they would be stored."""

@@ -167,7 +167,7 @@ def pieces(
     wanted = set(job.floating)
     merged = job.stream([entry.name for entry in entries if entry.name in wanted], finish)
     for done, entry in enumerate(entries):
-        job.progress(done, len(entries), "merge")
+        job.execution.progress(done, len(entries), "merge")
         source, left = (
             storage.beside[entry.name] if entry.name in storage.beside else job.base[entry.name],
             entry.numel,
@@ -179,7 +179,7 @@ def pieces(
         for start in range(0, left, CHUNK):
             stored = storage.stored(entry.name, start, source.reshape(-1)[start : start + CHUNK])
             yield Piece(len(stored), placed(entry.name, start, stored))
-    job.progress(len(entries), len(entries), "merge")
+    job.execution.progress(len(entries), len(entries), "merge")
 
 
 def survivors(stored: Tensor, done: MergedChunk, kept: Tensor) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def write(
     stream.write(head)
     put = (
         _putter(stream, entries, len(head))
-        if isinstance(stream, BufferedWriter) and job.threads > 1
+        if isinstance(stream, BufferedWriter) and job.execution.num_workers > 1
         else None
     )
     tally, seen = Tally(), []

@@ -15,7 +15,7 @@ from typing import Any
 
 from demerge.errors import UsageError
 from demerge.merging.recipe.recipe import Recipe
-from demerge.merging.registry import folded
+from demerge.merging.registry import normalize_name
 
 DIFFERENCES: Mapping[
     str, tuple[float, tuple[float, ...], str]
@@ -38,7 +38,7 @@ def translated(recipe: Recipe) -> Recipe:
     Raises:
         UsageError: if it has not as many models as the method takes, or an option that it has not.
     """
-    name = folded(recipe.method)
+    name = normalize_name(recipe.method)
     if name in STAGES:
         method, options = STAGES[name]
         return replace(recipe, method=method, options={**options, **recipe.options})

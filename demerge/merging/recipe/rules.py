@@ -28,7 +28,7 @@ from typing import Any
 from demerge.errors import UsageError
 from demerge.merging.contract import Method
 from demerge.merging.engine.job import Setting
-from demerge.merging.engine.validation import settle_weights
+from demerge.merging.engine.validation import resolve_weights
 from demerge.merging.recipe.blocks import (
     KINDS,
     ORDER,
@@ -109,7 +109,7 @@ class Rule:
         Raises:
             UsageError: where the method has no such option, or a value breaks its rule.
         """
-        method.settle(self.plain)
+        method.resolve_options(self.plain)
         options = {
             n: v if isinstance(v, Ramp) else method.options[n].parse(n, v)
             for n, v in self.options.items()
@@ -191,7 +191,9 @@ def settle(
         }
         settings |= {name: per_block[block_of(name)] for name in mine}
         taken.append(Matched(rule, mine))
-    _check_whole_tensor_options(taken, settings, method, Setting(weights, method.settle(options)))
+    _check_whole_tensor_options(
+        taken, settings, method, Setting(weights, method.resolve_options(options))
+    )
     return settings, taken
 
 
@@ -312,7 +314,7 @@ def _setting(
                 f"rule '{rule}' has {len(mine)} weights for {len(weights)} experts",
                 fix="give one per expert",
             )
-    return Setting(settle_weights(mine, len(weights)), method.settle({**options, **here}))
+    return Setting(resolve_weights(mine, len(weights)), method.resolve_options({**options, **here}))
 
 
 def _check_whole_tensor_options(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from demerge.errors import InputError, NumericalError, ResourceError, UsageError
 from demerge.merging import Between, all_methods, merge, merge_tensors
-from demerge.merging.contract import describe
+from demerge.merging.contract import describe_method
 from demerge.merging.engine.reader import CHUNK, uniform
 from demerge.timesteps import TimestepRange
 
@@ -145,7 +145,7 @@ def test_neither_chunks_nor_threads_leave_a_trace(name: str) -> None:
     given = {"inputs": inputs, "ranges": [TimestepRange(0, 250)] * len(experts)}
     whole = merge_tensors(base, experts, name, **given)
     for chunk, threads in ((1, 1), (7, 3), (64, 2), (1000, 4)):
-        parts = merge_tensors(base, experts, name, chunk=chunk, threads=threads, **given)
+        parts = merge_tensors(base, experts, name, chunk=chunk, num_workers=threads, **given)
         assert all(torch.equal(whole[n], parts[n]) for n in base)
 
 
@@ -165,7 +165,9 @@ def test_whole_methods_see_tensors_in_their_shape() -> None:
         return base + deltas.sum(0)
 
     base, experts = states(K=2)
-    merge_tensors(base, experts, describe(transposed, "t", paper="", whole=True), chunk=3)
+    merge_tensors(
+        base, experts, describe_method(transposed, "t", paper="", needs_full_tensor=True), chunk=3
+    )
     assert shapes == [((40, 30), (2, 40, 30)), ((17,), (2, 17))]
 
 
@@ -308,16 +310,16 @@ def test_options_are_read_from_the_signature() -> None:
         """
         return base
 
-    method = describe(f, "f", paper="arXiv 1")
+    method = describe_method(f, "f", paper="arXiv 1")
     assert method.summary == "Say what it does."
-    assert method.inputs == ("activations",) and method.draws
-    assert method.settle({"a": "0.5", "b": "true", "c": "4", "d": "y"}) == {
+    assert method.inputs == ("activations",) and method.needs_random
+    assert method.resolve_options({"a": "0.5", "b": "true", "c": "4", "d": "y"}) == {
         "a": 0.5,
         "b": True,
         "c": 4,
         "d": "y",
     }
-    assert method.settle({}) == {"a": 1.5, "b": False, "c": 3, "d": "x"}
+    assert method.resolve_options({}) == {"a": 1.5, "b": False, "c": 3, "d": "x"}
     assert method.document()["options"]["a"] == {"default": 1.5, "rule": "float in [0, 2]"}
     for wrong in (
         {"a": "3"},
@@ -329,7 +331,7 @@ def test_options_are_read_from_the_signature() -> None:
         {"d": "z"},
     ):
         with pytest.raises(UsageError):
-            method.settle(wrong)
+            method.resolve_options(wrong)
 
 
 def test_a_method_can_be_a_function_in_a_file(tmp_path: Any) -> None:
@@ -386,8 +388,8 @@ def test_options_without_a_type_have_that_of_their_default() -> None:
     def f(base, deltas, *, weights, fisher, a=0.5, b=True):  # type: ignore[no-untyped-def]
         return base
 
-    method = describe(f, "f", paper="")
-    assert method.inputs == ("fisher",) and method.settle({"a": "2", "b": "false"}) == {
+    method = describe_method(f, "f", paper="")
+    assert method.inputs == ("fisher",) and method.resolve_options({"a": "2", "b": "false"}) == {
         "a": 2.0,
         "b": False,
     }

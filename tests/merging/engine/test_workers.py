@@ -30,7 +30,7 @@ DTYPES = [
 
 
 def ordered(function: Callable[[int], Any], items: Sequence[int], workers: int) -> Iterator[Any]:
-    return run(lambda crew: crew.ordered(function, items), workers)
+    return run(lambda pool: pool.imap(function, items), workers)
 
 
 def value(i: int) -> dict[str, object]:
@@ -72,17 +72,17 @@ def test_tensors_outlive_their_place_and_may_be_larger_than_it() -> None:
 def test_all_go_on_from_what_one_process_made_of_all_values(workers: int) -> None:
     combined = []
 
-    def program(crew: WorkerPool) -> Iterator[tuple[int, list[int], Tensor]]:
+    def program(pool: WorkerPool) -> Iterator[tuple[int, list[int], Tensor]]:
         def combine(values: Iterator[Tensor]) -> Tensor:
             combined.append(os.getpid())
             return torch.stack(list(values))
 
-        squares = crew.agreed(lambda i: torch.tensor(i * i), range(50), combine)
-        nothing = crew.agreed(lambda i: i, [], list)
-        rest = crew.agreed(
+        squares = pool.reduce_and_broadcast(lambda i: torch.tensor(i * i), range(50), combine)
+        nothing = pool.reduce_and_broadcast(lambda i: i, [], list)
+        rest = pool.reduce_and_broadcast(
             lambda i: i + int(squares.sum()), range(3), list
         )  # a worker has to know the squares
-        return crew.ordered(lambda i: (os.getpid(), nothing + rest, squares + i), range(20))
+        return pool.imap(lambda i: (os.getpid(), nothing + rest, squares + i), range(20))
 
     found = list(run(program, workers))
     squares = torch.arange(50) ** 2
@@ -97,8 +97,8 @@ def test_all_go_on_from_what_one_process_made_of_all_values(workers: int) -> Non
 
 
 def test_an_error_of_the_program_itself_ends_all() -> None:
-    def program(crew: WorkerPool) -> Iterator[int]:
-        yield from crew.ordered(lambda i: os.getpid(), range(20))
+    def program(pool: WorkerPool) -> Iterator[int]:
+        yield from pool.imap(lambda i: os.getpid(), range(20))
         raise InputError("no", fix="yes")
 
     seen: set[int] = set()

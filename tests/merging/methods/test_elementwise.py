@@ -369,7 +369,7 @@ def test_neither_chunks_nor_threads_change_a_bit(name: str, options: dict[str, A
             "snr": snr,
         }
         first = merge_tensors(base, experts, name, **given)
-        second = merge_tensors(base, experts, name, **given, chunk=5, threads=2)
+        second = merge_tensors(base, experts, name, **given, chunk=5, num_workers=2)
         for tensor in base:
             assert torch.isfinite(first[tensor]).all()
             assert torch.equal(first[tensor], second[tensor])
@@ -676,7 +676,7 @@ def test_range_weighted_by_fisher_trace_differs_by_tensor() -> None:
                 base,
                 experts,
                 [0.5, 0.5],
-                chosen.settle({"by": "fisher", **options}),
+                chosen.resolve_options({"by": "fisher", **options}),
                 given,
                 ranges=HALVES,
             )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demerge.errors import InputError, UsageError
-from demerge.merging import Recipe, find, merge_tensors, prepare
+from demerge.merging import Recipe, find_method, merge_tensors, prepare
 from demerge.merging.recipe.blocks import alias, block_of, by_depth, is_kind
 from demerge.merging.recipe.coefficients import check_order, read_coefficients
 from demerge.merging.recipe.rules import Ramp, Rule, matcher, only, select, settle
@@ -144,7 +144,7 @@ def test_a_part_of_a_name_is_no_match() -> None:
 
 def setting(rules: list[str]) -> Found:
     settings, _ = settle(
-        [Rule.parse(r) for r in rules], UNET, find("task_arithmetic"), {}, [0.5, 0.5]
+        [Rule.parse(r) for r in rules], UNET, find_method("task_arithmetic"), {}, [0.5, 0.5]
     )
     return {name: (list(s.weights), s.options.get("scale")) for name, s in settings.items()}
 
@@ -177,7 +177,7 @@ def test_what_each_rule_took_is_told() -> None:
     _, taken = settle(
         [Rule.parse("attn scale=2"), Rule.parse("down scale=3")],
         UNET,
-        find("task_arithmetic"),
+        find_method("task_arithmetic"),
         {},
         [1.0],
     )
@@ -261,22 +261,28 @@ def test_an_option_of_the_whole_model_is_no_option_of_a_part() -> None:
     with pytest.raises(
         UsageError, match="sets density for some tensors, but ties uses it over the whole model"
     ) as error:
-        settle([Rule.parse("mid density=0.5")], UNET, find("ties"), {}, [0.5, 0.5])
+        settle([Rule.parse("mid density=0.5")], UNET, find_method("ties"), {}, [0.5, 0.5])
     assert "scope=tensor" in error.value.fix
     with pytest.raises(UsageError, match="over the whole model"):
-        settle([Rule.parse("mid scope=model")], UNET, find("ties"), {"scope": "tensor"}, [0.5, 0.5])
+        settle(
+            [Rule.parse("mid scope=model")],
+            UNET,
+            find_method("ties"),
+            {"scope": "tensor"},
+            [0.5, 0.5],
+        )
     for rule, options in (
         ("mid density=0.5", {"scope": "tensor"}),
         ("mid density=0.5 scope=tensor", {}),
         ("mid scale=2", {}),
     ):
-        settings, _ = settle([Rule.parse(rule)], UNET, find("ties"), options, [0.5, 0.5])
+        settings, _ = settle([Rule.parse(rule)], UNET, find_method("ties"), options, [0.5, 0.5])
         assert len(settings) == 2
 
 
 def test_a_ramp_needs_a_number() -> None:
     with pytest.raises(UsageError, match="scope takes no ramp"):
-        settle([Rule.of("mid", None, {"scope": "0..1"})], UNET, find("ties"), {}, [1.0])
+        settle([Rule.of("mid", None, {"scope": "0..1"})], UNET, find_method("ties"), {}, [1.0])
 
 
 # -- files of weights -------------------------------------------------------------------------------------------------
