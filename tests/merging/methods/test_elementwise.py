@@ -24,7 +24,7 @@ from demerge.merging.engine.reader import uniform
 from demerge.merging.methods.della import probabilities
 from demerge.merging.methods.karcher import direction
 from demerge.merging.methods.statistics import cosines, gram, row_grams
-from demerge.merging.registry import find
+from demerge.merging.registry import find_method
 from demerge.randomness import key_of
 from demerge.testing import HeldBlocks
 from demerge.timesteps import TimestepRange
@@ -666,7 +666,7 @@ def test_range_weighted_by_fisher_trace_differs_by_tensor() -> None:
         {"a": torch.tensor([1.0, 2]), "b": torch.tensor([9.0, 0]), "frozen": torch.zeros(2)},
         {"a": torch.tensor([1.0, 0]), "b": torch.tensor([1.0, 0]), "frozen": torch.zeros(2)},
     ]
-    chosen = find("range_weighted")
+    chosen = find_method("range_weighted")
 
     def merged(**options: Any) -> dict[str, Tensor]:
         given = {"fisher": fishers}
