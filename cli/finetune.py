@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from demerge.cli.common import DryRun, Json, emit, progress, say, stop_signals
+from dataclasses import replace
+
+from demerge.cli.common import DryRun, Json, execute, preview, stop_signals
 from demerge.cli.options import from_options
 from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
 
@@ -15,22 +17,11 @@ def finetune(
 
     Each expert is a stock pipeline folder OUT/0000-0250 with expert.json and log.jsonl.
     """
-    from demerge.finetuning import finetune as train
-    from demerge.finetuning.planning import plan as planned
-    from demerge.finetuning.train import check
+    from demerge.finetuning import plan
 
-    plan = planned(inputs, options)
-    for line in plan.lines():
-        say(line)
+    planned = plan(inputs, options)
     if dry_run:
-        check(plan.base, plan.data, plan.ranges, plan.options, plan.out, layers=plan.layers)
-        emit(plan.document(), None, json)
+        preview(planned, json=json)
         return
-    with stop_signals() as stop, progress(plan.total_steps, "finetune") as bar:
-        done = plan.finished_steps
-        for step in train(
-            plan.base, plan.data, plan.ranges, plan.options, plan.out, layers=plan.layers, stop=stop
-        ):
-            bar(done + step.step, plan.total_steps, f"{step.range} loss {step.loss:.4f}")
-            done += step.total if step.step == step.total else 0
-    emit(plan.document(), plan.out, json)
+    with stop_signals() as stop:
+        execute(replace(planned, stop=stop), "finetune", out=planned.out, json=json)

@@ -56,11 +56,11 @@ class Classes:
             )
         return torch.tensor(chosen, dtype=torch.long)
 
-    def dropped(self, labels: Tensor, place: Tensor) -> Tensor:
+    def drop(self, labels: Tensor, u: Tensor) -> Tensor:
         """Replace labels [B] by that of no class, where there is one, for `place` [B], uniform in [0, 1), below 0.1."""
         if self.null is None:
             return labels
-        return torch.where(place.to(labels.device) < DROPPED, self.null, labels)
+        return torch.where(u.to(labels.device) < DROPPED, self.null, labels)
 
     def describe_labels(self, labels: Sequence[int] | None) -> str:
         """Say what the labels of a data set come to."""

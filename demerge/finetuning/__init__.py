@@ -1,8 +1,8 @@
 """Decoupled finetuning: one expert per range of timesteps, and the joint control, from one loop.
 
-`options` what is asked, `planning` what it takes, `train` the loop over ranges, `trainer` the
-training of one expert, `objective` its loss, `projection` the foldable W, `layers` a choice of what
-is trained, `checkpoint` its state on disk.
+`options` the options, `planning` the plan and its cost, `train` the loop over ranges, `trainer` the
+training of one expert, `objective` its loss, `projection` the foldable W, `layers` which layers
+train, `checkpoint` its state on disk.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ if TYPE_CHECKING:
     from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
     from demerge.finetuning.planning import parse_ranges, plan
     from demerge.finetuning.train import finetune
-    from demerge.finetuning.trainer import Progress
+    from demerge.finetuning.trainer import TrainingStep
 
 HOMES = {
     "FinetuneInputs": "options",
     "FinetuneOptions": "options",
-    "Progress": "trainer",
+    "TrainingStep": "trainer",
     "finetune": "train",
     "parse_ranges": "planning",
     "plan": "planning",
 }
-
-__all__ = ["FinetuneInputs", "FinetuneOptions", "Progress", "finetune", "parse_ranges", "plan"]
+__all__ = [
+    "FinetuneInputs",
+    "FinetuneOptions",
+    "TrainingStep",
+    "finetune",
+    "parse_ranges",
+    "plan",
+]
 __getattr__, __dir__ = lazily(__name__, HOMES)

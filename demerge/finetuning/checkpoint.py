@@ -1,9 +1,11 @@
-"""Checkpoints of a training run: safetensors and a manifest, whole or absent, newest valid one first.
+"""Checkpoints of a training run: safetensors and a manifest, whole or absent, newest first.
 
-    state/step-00000500/  tensors.safetensors  manifest.json {step, log_bytes, inputs, options, sha256}
+    state/step-00000500/  tensors.safetensors
+                          manifest.json {step, skipped, log_bytes, inputs, options, sha256}
 
-Random numbers are functions of (seed, purpose, step, sample), so parameters, their averages, the optimizer's moments and
-the step are the whole state, and a resumed run ends bit-identical to an uninterrupted one on the same machine.
+Random numbers are functions of (seed, purpose, step, sample). So the parameters, their averages,
+the optimizer's moments and the step are the whole state. A resumed run ends bit-identical to an
+uninterrupted one on the same machine.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Manifest(Record):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A training state on disk that is whole, and its record."""
+    """A whole training state on disk, and its record."""
 
     path: Path
     record: Manifest
@@ -47,7 +49,10 @@ class Snapshot:
 
 
 def disk_bytes(parameters: int, experts: int, trained: int) -> int:
-    """Return the bytes of the experts and of two checkpoints (what is trained, its average, two moments), in float32."""
+    """Return the bytes on disk of the experts and of two checkpoints, in float32.
+
+    A checkpoint holds the trained parameters, their average and two moments.
+    """
     return 4 * (parameters * experts + trained * 2 * 4)
 
 
@@ -91,7 +96,7 @@ def restore_optimizer(
     parameters: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put the tensors that `optimizer_tensors` named back."""
+    """Load the tensors that `optimizer_tensors` named."""
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             _, moment, name = key.split(".", 2)

@@ -1,7 +1,8 @@
-"""Training some layers only: `demerge layers` names them in a layers.json, all others stay the base's to the bit.
+"""Training some layers only: `demerge layers` names them, the others stay the base's.
 
-A layer is a module with the parameters of its own. Those of the others get no gradient, no moments of the optimizer, no
-average and no place in a checkpoint. The projection W is put behind a site where all maps that share it are trained.
+A layer is a module with parameters of its own. The layers that do not train have no gradient, no
+moments, no average and no place in a checkpoint. The projection W is put behind a site only if all
+maps that share it are trained.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from demerge.errors import InputError
 from demerge.storage.schema import Count, Record, Span, read_record
 from demerge.timesteps import TimestepRange
 
-FORMAT = "demerge.layers/1"
 NAMED = 3
 
 
-class Choice(Record):
-    """A layers.json: what is trained, the ranges and the base it was chosen for, and for people how it was chosen."""
+class LayerChoice(Record):
+    """A layers.json: the layers to train, for which ranges and base, and how they were chosen."""
 
     format: Literal["demerge.layers/1"]
     train: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -43,69 +43,71 @@ class Choice(Record):
     trained: float = 1.0
 
 
-def load_layers(path: Path, base: Diffusion) -> tuple[tuple[str, ...], tuple[TimestepRange, ...]]:
+def load_layers(
+    path: str | Path, base: Diffusion
+) -> tuple[tuple[str, ...], tuple[TimestepRange, ...]]:
     """Read a layers.json: the layers to train, and the ranges they were chosen for.
 
     Raises:
-        InputError: where the file is none, is of another base, or names layers that the base does not have.
+        InputError: if the file is damaged, belongs to another base, or names unknown layers.
     """
-    chosen = read_record(path, Choice, fix="make it with `demerge layers MAP -o layers.json`")
-    if chosen.model != base.sha256:
+    fix = "make it with `demerge layers MAP -o layers.json`"
+    choice = read_record(Path(path), LayerChoice, fix=fix)
+    if choice.model != base.sha256:
         raise InputError(
-            f"{path} is of a base of sha256 {chosen.model[:16]}..., this one has {base.sha256[:16]}...",
-            fix="give the base that its map was measured on, or measure this one with `demerge analyze --layers`",
+            f"{path} belongs to a base of sha256 {choice.model[:16]}..., "
+            f"this one has {base.sha256[:16]}...",
+            fix="give that base, or measure this one with `demerge analyze --layers`",
         )
-    check_layers_exist(base.denoiser, chosen.train, str(path))
-    return chosen.train, tuple(TimestepRange(*span) for span in chosen.ranges)
+    check_layers_exist(base.denoiser, choice.train, str(path))
+    return choice.train, tuple(TimestepRange(*span) for span in choice.ranges)
 
 
 def check_layers_exist(denoiser: nn.Module, names: Iterable[str], where: str) -> None:
-    """Refuse names that are no layers of a denoiser.
+    """Check that a denoiser has layers of these names.
 
     Raises:
-        InputError: naming the first ones.
+        InputError: if not, with the first unknown ones.
     """
-    known = _sizes(denoiser)
-    unknown = sorted(set(names) - set(known))
+    sizes = _sizes(denoiser)
+    unknown = sorted(set(names) - set(sizes))
     if unknown:
         more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
         raise InputError(
             f"{where}: the base has no layer {', '.join(unknown[:NAMED])}{more}",
-            fix=f"its {len(known)} layers have names like {', '.join(list(known)[:NAMED])}",
+            fix=f"its {len(sizes)} layers have names like {', '.join(list(sizes)[:NAMED])}",
         )
 
 
-def digest(names: Sequence[str] | None) -> str | None:
-    """Return the SHA-256 of a choice of layers, whatever their order; None is all of them."""
-    return (
-        None
-        if names is None
-        else hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()
-    )
+def hash_layers(names: Sequence[str] | None) -> str | None:
+    """Return the SHA-256 of a choice of layers in any order; None for all layers."""
+    if names is None:
+        return None
+    return hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()
 
 
 def trained_parameters(denoiser: nn.Module, names: Sequence[str] | None) -> int:
-    """Return how many parameters the layers have; None is all of them."""
+    """Return the number of parameters of the layers; None is all layers."""
     sizes = _sizes(denoiser)
     return sum(sizes.values() if names is None else (sizes.get(layer, 0) for layer in set(names)))
 
 
 def _sizes(denoiser: nn.Module) -> dict[str, int]:
-    """Return how many parameters each layer has."""
+    """Return the number of parameters of each layer."""
     return layers_of({name: parameter.numel() for name, parameter in denoiser.named_parameters()})
 
 
 def freeze_others(denoiser: nn.Module, names: Sequence[str] | None) -> set[nn.Module]:
-    """Let the parameters of the layers alone require gradients, in place; None is all of them.
+    """Let only the parameters of these layers require gradients, in place; None is all layers.
 
     Returns:
-        the modules that own a parameter which does not train.
+        the modules with a parameter that does not train.
     """
-    chosen, frozen = None if names is None else set(names), set()
+    trained, frozen = None if names is None else set(names), set()
     for prefix, module in denoiser.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             layer = layer_of(f"{prefix}.{key}" if prefix else key)
-            parameter.requires_grad_(chosen is None or layer in chosen)
+            parameter.requires_grad_(trained is None or layer in trained)
             if not parameter.requires_grad:
                 frozen.add(module)
     contiguous_groupnorm_inputs(denoiser)

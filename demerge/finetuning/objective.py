@@ -3,23 +3,27 @@
     q_i(t) = (1 - p) U[lo_i, hi_i) + p U[0, T)
     L_i    = E_{t ~ q_i} [ w(t) |y - f_i(x_t, t)|^2  +  lambda |f_0(x_t, t) - f_i(x_t, t)|^2 ]
 
-f_0 is the frozen base on the same (x_t, t, c). For w = 1 this equals (1 + lambda) |f_i - ybar|^2 + const with
-ybar = (y + lambda f_0) / (1 + lambda): the expert is drawn to a target between the data and the base, and lambda = 1 halves
-the correction it can reach. lambda may be 0, and may decay over the run.
+f_0 is the frozen base on the same (x_t, t, c). For w = 1 this equals (1 + lambda) |f_i - ybar|^2 +
+const with ybar = (y + lambda f_0) / (1 + lambda): the expert is drawn to a target between the data
+and the base, and lambda = 1 halves the correction it can reach. lambda may be 0, and may decay over
+the run.
 
-Differs from the paper's released code, which overwrites f_0 by the student's average at each preview: ours never changes.
+Differs from the paper's released code, which overwrites f_0 by the student's average at each
+preview: ours never changes.
 
-Loss weights w(t), with a = abar_t, s = 1 - a and SNR = a / s. A weight is defined on one kind of error and divided for the
-others, since |eps - eps_hat|^2 = SNR |x_0 - x_hat|^2 and |v - v_hat|^2 = (SNR + 1) |x_0 - x_hat|^2:
+Loss weights w(t), with a = abar_t, s = 1 - a and SNR = a / s. A weight is defined on one kind of
+error and divided for the others, since |eps - eps_hat|^2 = SNR |x_0 - x_hat|^2 and
+|v - v_hat|^2 = (SNR + 1) |x_0 - x_hat|^2:
 
-                   on x_0            epsilon            v_prediction     sample
-    min-snr        min(SNR, gamma)   min(1, gamma s/a)  min(a, gamma s)  min(a/s, gamma)    arXiv 2303.09556
-    truncated-snr  max(SNR, 1)       max(1, s/a)        max(a, s)        max(a/s, 1)        arXiv 2202.00512
-    snr+1          SNR + 1           1/a                1                1/s                arXiv 2202.00512
-    p2             SNR / (1 + SNR)   s                  a s              a                  arXiv 2204.00227, k = gamma = 1
+                   on x_0            epsilon            v_prediction     sample           arXiv
+    min-snr        min(SNR, gamma)   min(1, gamma s/a)  min(a, gamma s)  min(a/s, gamma)  2303.09556
+    truncated-snr  max(SNR, 1)       max(1, s/a)        max(a, s)        max(a/s, 1)      2202.00512
+    snr+1          SNR + 1           1/a                1                1/s              2202.00512
+    p2             SNR / (1 + SNR)   s                  a s              a                2204.00227
     one            1 for every prediction type
 
-In a and s they have their limits at SNR 0 and infinity. Where a limit is infinite the weight is refused.
+In p2, k = gamma = 1. In a and s the weights have their limits at SNR 0 and infinity. An infinite
+weight is refused.
 """
 
 from __future__ import annotations
@@ -32,13 +36,12 @@ from torch import Tensor
 
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
-from demerge.finetuning.options import FinetuneOptions
+from demerge.finetuning.options import Decay, FinetuneOptions
 from demerge.randomness import uniform
 from demerge.timesteps import TimestepRange
 
-LARGEST = (
-    2.0**23
-)  # 1 / 2^-24 is above: diffusers puts abar = 2^-24 for zero terminal SNR in some schedulers
+# below 1 / 2^-24: for zero terminal SNR some schedulers of diffusers set abar = 2^-24
+LARGEST_WEIGHT = 2.0**23
 
 
 def draw_timesteps(
@@ -46,8 +49,8 @@ def draw_timesteps(
 ) -> Tensor:
     """Draw t ~ q_i, [B] integers; t of a sample depends on (seed, step, sample).
 
-    `sampling="mixture"` tosses the coin for each sample. `sampling="paper"` tosses it once for the batch and mirrors the
-    second half of the batch inside the interval, as the paper's released code does.
+    `sampling="mixture"` tosses the coin for each sample. `sampling="paper"` tosses it once for the
+    batch and mirrors the second half of the batch inside the interval, as the paper's code does.
     """
     u = uniform(options.seed, "timestep", samples=samples, step=step)
     if options.sampling == "paper":
@@ -64,7 +67,7 @@ def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
     """Return w(t) for the model's prediction type, [T] float64.
 
     Raises:
-        UsageError: if w(t) is infinite, or so large that float32 sees nothing of the other timesteps.
+        UsageError: if w(t) is infinite, or so large that float32 loses the other timesteps.
     """
     a, gamma = model.alphas_cumprod, options.snr_gamma
     s, one = 1 - a, torch.ones_like(a)
@@ -83,36 +86,31 @@ def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
         "snr+1": {"epsilon": 1 / a, "v_prediction": one, "sample": 1 / s},
         "p2": {"epsilon": s, "v_prediction": a * s, "sample": a},
     }[options.loss_weight][model.prediction_type]
-    if float(weights.max()) > LARGEST:
+    if float(weights.max()) > LARGEST_WEIGHT:
         t = int(weights.argmax())
-        raise UsageError(
-            f"loss weight {options.loss_weight} is {float(weights[t]):.3g} at t = {t}, where abar is {float(a[t]):.3g} "
-            f"and the base predicts {model.prediction_type}",
-            fix="use --loss-weight min-snr, p2 or one",
-        )
+        value, abar = f"{float(weights[t]):.3g}", f"{float(a[t]):.3g}"
+        what = f"loss weight {options.loss_weight} is {value} at t = {t}: abar is {abar}"
+        fix = "use --loss-weight min-snr, p2 or one"
+        raise UsageError(f"{what} and the base predicts {model.prediction_type}", fix=fix)
     return weights
 
 
 def consistency_weight(options: FinetuneOptions, step: int) -> float:
     """Return lambda at a step: constant, or decaying to 0 at the end of the run."""
     progress = step / options.max_train_steps
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }
-    return options.consistency * factor[options.consistency_schedule]
+    return options.consistency * _decay(options.consistency_schedule, progress)
 
 
 def learning_rate(options: FinetuneOptions, step: int) -> float:
-    """Return the learning rate at a step: a linear warm-up, then constant, or decaying to 0 at the end of the run."""
+    """Return the learning rate at a step: a linear warm-up, then as `consistency_weight`."""
     warmup = options.lr_warmup_steps
     if step < warmup:
         return options.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, options.max_train_steps - warmup)
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }
-    return options.learning_rate * factor[options.lr_scheduler]
+    return options.learning_rate * _decay(options.lr_scheduler, progress)
+
+
+def _decay(kind: Decay, progress: float) -> float:
+    if kind == "constant":
+        return 1.0
+    return 1 - progress if kind == "linear" else (1 + math.cos(math.pi * progress)) / 2

@@ -15,12 +15,9 @@ Decay = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FinetuneOptions(Options):
-    """How experts are trained; the names are those of diffusers' training scripts if these have one.
+    """How experts are trained, in the names of diffusers' training scripts.
 
-    The objective is that of `demerge.finetuning.objective`.
-
-    Raises:
-        UsageError: if a value breaks its rule.
+    `demerge.finetuning.objective` defines the objective.
     """
 
     max_train_steps: int = option(1000, "Optimizer steps per expert.", panel=TRAINING, ge=1)
@@ -33,29 +30,17 @@ class FinetuneOptions(Options):
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.", panel=TRAINING, ge=0)
     adam_beta1: float = option(0.95, "AdamW beta 1.", panel=TRAINING, ge=0, lt=1)
     adam_beta2: float = option(0.999, "AdamW beta 2.", panel=TRAINING, ge=0, lt=1)
-    adam_weight_decay: float = option(
-        1e-6, "AdamW weight decay.", panel=TRAINING, ge=0, lt=math.inf
-    )
+    adam_weight_decay: float = option(1e-6, "AdamW decay.", panel=TRAINING, ge=0, lt=math.inf)
     adam_epsilon: float = option(1e-8, "AdamW epsilon.", panel=TRAINING, gt=0, le=1)
     max_grad_norm: float = option(1.0, "Largest norm of the gradient.", panel=TRAINING, gt=0)
     global_prob: float = option(
-        0.3,
-        "Probability that a timestep is drawn from all of [0, T).",
-        panel=OBJECTIVE,
-        ge=0,
-        le=1,
+        0.3, "Probability of a timestep from all of [0, T).", panel=OBJECTIVE, ge=0, le=1
     )
     sampling: Literal["mixture", "paper"] = option(
-        "mixture",
-        "How timesteps are drawn; paper is its batch-wise antithetic draw.",
-        panel=OBJECTIVE,
+        "mixture", "Draw of timesteps: by sample, or by batch as the paper does.", panel=OBJECTIVE
     )
     consistency: float = option(
-        1.0,
-        "Weight lambda of the distance to the frozen base's prediction.",
-        panel=OBJECTIVE,
-        ge=0,
-        lt=math.inf,
+        1.0, "Weight lambda of the distance to the base.", panel=OBJECTIVE, ge=0, lt=math.inf
     )
     consistency_schedule: Decay = option("constant", "Lambda over the run.", panel=OBJECTIVE)
     loss_weight: Literal["one", "min-snr", "truncated-snr", "snr+1", "p2"] = option(
@@ -63,30 +48,29 @@ class FinetuneOptions(Options):
     )
     snr_gamma: float = option(5.0, "Gamma of min-snr.", panel=OBJECTIVE, gt=0, lt=math.inf)
     projection: Literal["foldable", "none"] = option(
-        "foldable", "Channel-wise projection, folded into the weights at the end.", panel=OBJECTIVE
+        "foldable", "Channel-wise projection, folded into the weights.", panel=OBJECTIVE
     )
     use_ema: bool = option(True, "Keep a moving average of the weights.", panel=TRAINING)
     ema_decay: float = option(0.9999, "Largest decay of the average.", panel=TRAINING, ge=0, lt=1)
     random_flip: bool = option(False, "Mirror half of the images.", panel=DATA)
-    caption_dropout: float = option(
-        0.1, "Share of captions replaced by the empty text.", panel=DATA, ge=0, le=1
-    )
-    mixed_precision: Literal["no", "bf16"] = option("no", "Precision.", panel=TRAINING)
+    caption_dropout: float = option(0.1, "Share of captions left empty.", panel=DATA, ge=0, le=1)
+    mixed_precision: Literal["no", "bf16"] = option("no", "Autocast dtype.", panel=TRAINING)
     save_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "dtype of the experts on disk.", panel=TRAINING
     )
     fisher_samples: int = option(
-        0, "Images for the Fisher that `merge --method fisher` takes.", panel=TRAINING, ge=0
+        0, "Images for the Fisher of `merge --method fisher`.", panel=TRAINING, ge=0
     )
     checkpointing_steps: int = option(500, "Steps between checkpoints.", panel=TRAINING, ge=1)
     logging_steps: int = option(50, "Steps between lines of log.jsonl.", panel=TRAINING, ge=1)
     seed: int = option(0, "Seed of every random number.", ge=0)
 
     def binding(self, step: int | None = None) -> dict[str, Any]:
-        """Return the options that must agree with the recorded ones for recorded work to be taken up.
+        """Return the options that must equal the recorded ones to continue or reuse recorded work.
 
-        How often a run logs and saves may always change. `step` is where an unfinished run stopped. What only the end
-        of a run needs may then change too, and so may the number of steps if the steps taken stay the same.
+        How often a run logs and saves may always change. If an unfinished run stopped at `step`,
+        the options of its end may change too. So may the number of steps, if the steps that were
+        taken stay the same.
         """
         free = {"checkpointing_steps", "logging_steps"}
         if step is not None:
@@ -99,7 +83,7 @@ class FinetuneOptions(Options):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FinetuneInputs(DataOptions, DeviceOptions):
-    """What is finetuned, on what, and where the experts go."""
+    """The base, the data and the output folder."""
 
     model: str = option(
         help="Pipeline folder or Hub id; with --init random a model config (JSON).", argument=True
@@ -114,5 +98,5 @@ class FinetuneInputs(DataOptions, DeviceOptions):
         "pretrained", "Start from the model's weights, or train a base from random ones."
     )
     train_layers: Path | None = option(
-        None, "layers.json of `demerge layers`: only these are trained.", panel=TRAINING
+        None, "layers.json of `demerge layers`: the layers to train.", panel=TRAINING
     )

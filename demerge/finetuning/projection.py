@@ -1,21 +1,25 @@
-"""Channel-wise projection P(F) = W F, W [C C], the identity at the start (DeMe, arXiv 2410.06664, Eq. 7), kept foldable.
+"""Channel-wise projection P(F) = W F, W [C C], the identity at the start, kept foldable.
 
-The paper puts W behind every block and keeps it at inference. Behind a linear map whose output is stored as it is, W is
-the linear map W K, W b itself; so we train W as a reparametrisation of those maps,
+DeMe (arXiv 2410.06664, Eq. 7) puts W behind every block and keeps it at inference. Behind a linear
+map whose output is stored as it is, W is the linear map W K, W b itself. So we train W as a
+reparametrisation of those maps,
 
     K' = W K,   b' = W b,                     K [C ...], b [C],
 
-and folding is writing K' and b' down: the expert is a stock state dict, exact, at no cost, and every merger applies.
-Differs from the paper in place (only where folding is exact) and in that nothing is left at inference.
+and folding writes K' and b' down: the expert is a stock state dict, exact, at no cost, and every
+merge method applies. Differs from the paper in place (only where folding is exact) and in that
+nothing is left at inference.
 
-Sites: the convolutions of down- and upsamplers; conv2 with conv_shortcut of a resnet block, one W for both, since their
-sum is what is stored; attention `to_out`; feed-forward out; `proj_out`. W = I leaves every output bit-identical.
+Sites: the convolutions of down- and upsamplers; conv2 with conv_shortcut of a resnet block, one W
+for both, since their sum is what is stored; attention `to_out`; feed-forward out; `proj_out`.
+W = I leaves every output bit-identical.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +42,7 @@ class ChannelMix(nn.Module):
         return (self.W @ K.reshape(K.shape[0], -1)).view_as(K)
 
 
-def sites(denoiser: nn.Module) -> Iterator[list[nn.Module]]:
+def find_sites(denoiser: nn.Module) -> Iterator[list[nn.Module]]:
     """Yield the linear maps that share one W, for each W."""
     for name, module in denoiser.named_modules():
         if SITES.search(name) and isinstance(module, nn.Linear | nn.Conv2d):
@@ -49,11 +53,12 @@ def sites(denoiser: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 def attach(denoiser: nn.Module, frozen: Collection[nn.Module] = ()) -> nn.Module:
-    """Put a W = I behind every site, in place, but those with a frozen map; its state dict grows by the W's."""
-    for maps in list(sites(denoiser)):
+    """Put a W = I behind every site without a frozen map, in place."""
+    for maps in list(find_sites(denoiser)):
         if any(linear in frozen for linear in maps):
             continue
-        mix = ChannelMix(maps[0].weight.shape[0]).to(maps[0].weight)  # type: ignore[arg-type, index]
+        K: Any = maps[0].weight
+        mix = ChannelMix(K.shape[0]).to(K)
         for linear in maps:
             parametrize.register_parametrization(linear, "weight", mix)
             if linear.bias is not None:
@@ -63,16 +68,15 @@ def attach(denoiser: nn.Module, frozen: Collection[nn.Module] = ()) -> nn.Module
 
 @torch.no_grad()
 def fold(mixed: nn.Module, stock: nn.Module) -> nn.Module:
-    """Copy the weights of `mixed` into `stock`, a module of the same architecture without W, with K' = W K and b' = W b.
+    """Copy the weights of `mixed`, with K' = W K and b' = W b, into `stock`, which has no W.
 
     Returns:
-        stock, changed in place; `mixed` is left as it is.
+        stock, changed in place.
     """
     for name, module in stock.named_modules():
         source = mixed.get_submodule(name)
-        for key, tensor in [
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ]:
-            tensor.copy_(getattr(source, key))
+        for key, parameter in module.named_parameters(recurse=False):
+            parameter.copy_(getattr(source, key))
+        for key, buffer in module.named_buffers(recurse=False):
+            buffer.copy_(getattr(source, key))
     return stock

@@ -18,8 +18,8 @@ from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError, Preempted, UsageError
 from demerge.finetuning import FinetuneOptions, finetune
 from demerge.finetuning.checkpoint import newest_state
-from demerge.finetuning.layers import digest, load_layers, trained_parameters
-from demerge.finetuning.trainer import Run
+from demerge.finetuning.layers import hash_layers, load_layers, trained_parameters
+from demerge.finetuning.trainer import ExpertTraining
 from demerge.storage.checkpoint import Checkpoint
 from demerge.timesteps import TimestepRange
 
@@ -72,9 +72,9 @@ def test_only_the_chosen_layers_change(
     assert changed(tiny, expert) == set(SOME)
     assert type(diffusers.DiffusionPipeline.from_pretrained(expert)) is diffusers.DDPMPipeline
     record = json.loads((expert / "expert.json").read_text())
-    assert record["train_layers"] == list(SOME) and record["inputs"]["layers_sha256"] == digest(
-        reversed(SOME)
-    )
+    assert record["train_layers"] == list(SOME) and record["inputs"][
+        "layers_sha256"
+    ] == hash_layers(reversed(SOME))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_only_the_chosen_layers_change(
 def test_a_layer_trains_alone(tiny: Path, data: ImageData, tmp_path: Path, layer: str) -> None:
     """torch 2.13 crashes on some group norms whose input asks for no gradient; an end of the process would be seen here."""
     base = Diffusion.load(tiny)
-    run = Run.begin(base, data, SPAN, FAST, tmp_path, {}, [layer])
-    assert run._step() < 100
+    run = ExpertTraining(base, data, SPAN, FAST, tmp_path, {}, [layer])
+    assert run.take_step() < 100
     moved = {
         name
-        for name, p in run.expert().named_parameters()
+        for name, p in run.averaged_denoiser().named_parameters()
         if not torch.equal(p, base.denoiser.get_parameter(name))
     }
     assert set(layers_of(dict.fromkeys(moved, 1))) == {layer}
@@ -97,9 +97,9 @@ def test_optimizer_average_and_checkpoint_hold_what_trains(
     tiny: Path, data: ImageData, tmp_path: Path
 ) -> None:
     base = Diffusion.load(tiny)
-    run = Run.begin(base, data, SPAN, replace(FAST, projection="none"), tmp_path, {}, SOME)
-    run._step()
-    run._save()
+    run = ExpertTraining(base, data, SPAN, replace(FAST, projection="none"), tmp_path, {}, SOME)
+    run.take_step()
+    run.save_checkpoint()
     chosen = {
         name for name, _ in base.denoiser.named_parameters() if name.rpartition(".")[0] in SOME
     }
@@ -128,7 +128,7 @@ def test_w_is_put_behind_sites_that_train_as_a_whole(
     base = Diffusion.load(tiny)
 
     def mixes(*layers: str) -> int:
-        run = Run.begin(base, data, SPAN, FAST, tmp_path / digest(layers)[:8], {}, layers)  # type: ignore[index]
+        run = ExpertTraining(base, data, SPAN, FAST, tmp_path / hash_layers(layers)[:8], {}, layers)  # type: ignore[index]
         return sum(name.endswith(".W") for name in run.parameters)
 
     assert mixes("mid_block.attentions.0.to_out.0") == 1

@@ -122,7 +122,7 @@ def test_weights_have_their_limits(tiny: Path, name: str, prediction_type: str, 
     if limit is None:
         with pytest.raises(
             UsageError,
-            match=rf"{re.escape(name)} is inf at t = {0 if end else 2}, where abar is {end}",
+            match=rf"{re.escape(name)} is inf at t = {0 if end else 2}: abar is {end}",
         ):
             loss_weights(model, options)
         return

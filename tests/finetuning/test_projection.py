@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from demerge.diffusion.model import Diffusion
-from demerge.finetuning.projection import ChannelMix, attach, fold, sites
+from demerge.finetuning.projection import ChannelMix, attach, find_sites, fold
 
 
 def _noisy(denoiser: torch.nn.Module) -> torch.nn.Module:
@@ -56,7 +56,7 @@ def test_w_mixes_the_stored_output_of_a_resnet(tiny: Path) -> None:
 def test_sites_cover_samplers_shortcuts_and_attention(tiny: Path, tiny_text: Path) -> None:
     for folder, at_least in ((tiny, 6), (tiny_text, 8)):
         denoiser = Diffusion.load(folder).denoiser
-        found = list(sites(denoiser))
+        found = list(find_sites(denoiser))
         maps = [id(m) for group in found for m in group]
         assert len(found) >= at_least
         assert len(set(maps)) == len(maps)

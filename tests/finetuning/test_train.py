@@ -18,7 +18,7 @@ from demerge.data import ImageData, load_images
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError, NumericalError, Preempted, UsageError
 from demerge.finetuning import FinetuneOptions, finetune, parse_ranges
-from demerge.finetuning.trainer import Run
+from demerge.finetuning.trainer import ExpertTraining
 from demerge.timesteps import Partition, TimestepRange
 
 FAST = FinetuneOptions(
@@ -99,7 +99,9 @@ def test_a_share_of_the_captions_is_left_empty(
     def captions(share: float, folder: str, steps: range = range(8)) -> list[list[str]]:
         seen.clear()
         options = replace(FAST, caption_dropout=share)
-        run = Run.begin(base, data, SPAN, options, tmp_path / folder, {"base_sha256": base.sha256})
+        run = ExpertTraining(
+            base, data, SPAN, options, tmp_path / folder, {"base_sha256": base.sha256}
+        )
         for run.step in steps:
             run._batch(range(50))
         return list(seen)
@@ -225,8 +227,8 @@ def test_expert_is_a_stock_pipeline_with_its_record(
 def test_five_bad_steps_in_a_row_end_the_run(
     tiny: Path, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = Run._loss
-    monkeypatch.setattr(Run, "_loss", lambda self, micro: loss(self, micro) * math.nan)
+    loss = ExpertTraining._loss
+    monkeypatch.setattr(ExpertTraining, "_loss", lambda self, micro: loss(self, micro) * math.nan)
     steps = 0
     with pytest.raises(NumericalError, match="5 steps in a row"):
         for _ in finetune(
@@ -240,12 +242,12 @@ def test_five_bad_steps_in_a_row_end_the_run(
 def test_a_checkpoint_with_nan_is_never_committed(
     tiny: Path, data: ImageData, tmp_path: Path, of: str
 ) -> None:
-    run = Run.begin(Diffusion.load(tiny), data, SPAN, FAST, tmp_path / "state", {})
+    run = ExpertTraining(Diffusion.load(tiny), data, SPAN, FAST, tmp_path / "state", {})
     getattr(run, of)["conv_in.weight"].data[0] = math.inf
     with pytest.raises(
         NumericalError, match=r"hold NaN or Inf at step 0, first in conv_in\.weight"
     ):
-        run._save()
+        run.save_checkpoint()
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -253,7 +255,7 @@ def test_an_expert_that_its_dtype_cannot_hold_is_not_committed(
     tiny: Path, data: ImageData, tmp_path: Path
 ) -> None:
     options = replace(FAST, save_dtype="float16")
-    run = Run.begin(Diffusion.load(tiny), data, SPAN, options, tmp_path / "state", {})
+    run = ExpertTraining(Diffusion.load(tiny), data, SPAN, options, tmp_path / "state", {})
     run.ema["conv_in.weight"][0] = 1e6
     with pytest.raises(
         NumericalError, match=r"as float16 the expert holds NaN or Inf in conv_in\.weight"
@@ -336,7 +338,7 @@ def test_resume_sees_another_component(
         if p.suffix in (".safetensors", ".json")
     )
     file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(UsageError, match=rf"components\.{part}/{file.name}: recorded"):
+    with pytest.raises(UsageError, match=rf"components\.{part}/{file.name} was"):
         next(finetune(base, captioned, [SPAN], options, tmp_path / "run"))
 
 
@@ -373,12 +375,12 @@ def test_resume_with_more_steps_is_refused_if_the_steps_taken_would_differ(
 
 def test_accumulated_batches_equal_one_batch(tiny: Path, data: ImageData, tmp_path: Path) -> None:
     base = Diffusion.load(tiny)
-    big = Run.begin(base, data, SPAN, replace(FAST, train_batch_size=8), tmp_path / "a", {})
-    small = Run.begin(
+    big = ExpertTraining(base, data, SPAN, replace(FAST, train_batch_size=8), tmp_path / "a", {})
+    small = ExpertTraining(
         base, data, SPAN, replace(FAST, gradient_accumulation_steps=2), tmp_path / "b", {}
     )
     for run in (big, small):
-        run._step()
+        run.take_step()
     for name, p in big.parameters.items():
         torch.testing.assert_close(p, small.parameters[name], rtol=1e-3, atol=1e-5)
 

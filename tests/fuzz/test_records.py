@@ -43,7 +43,7 @@ from demerge.expert import list_experts
 from demerge.finetuning.checkpoint import Manifest
 from demerge.finetuning.layers import load_layers
 from demerge.finetuning.options import FinetuneOptions
-from demerge.finetuning.trainer import Run
+from demerge.finetuning.trainer import ExpertTraining
 from demerge.inspection import inspect_model
 from demerge.lora import open_expert
 from demerge.merging import Recipe, prepare
@@ -345,12 +345,12 @@ def targets(
     options = FinetuneOptions(max_train_steps=2, train_batch_size=2, projection="none")
     facts = {"base_sha256": model.sha256, "data": images.name}
 
-    def begun() -> Run:
-        return Run.begin(model, images, TimestepRange(0, 500), options, root / "state", facts)
+    def begun() -> ExpertTraining:
+        return ExpertTraining(model, images, TimestepRange(0, 500), options, root / "state", facts)
 
     run = begun()
     run.step = 1
-    run._save()
+    run.save_checkpoint()
     (manifest,) = (root / "state").glob("step-*/manifest.json")
     MeasurementCheckpoint(root / "parts", {"model": "m", "bins": [0, 1], "seed": 0}).save(
         "pilot", torch.ones(2)

@@ -216,7 +216,7 @@ def test_experts_of_a_dit_are_trained_weighed_and_judged(dit: Diffusion, tmp_pat
     from demerge.analysis.experts.responses import Draws, responses
     from demerge.evaluation.metrics.range_losses import range_losses
     from demerge.finetuning import FinetuneOptions
-    from demerge.finetuning.trainer import Run
+    from demerge.finetuning.trainer import ExpertTraining
     from demerge.merging import MergeSession
     from demerge.statistics.fisher import range_fisher
     from demerge.timesteps import Partition, TimestepRange
@@ -228,7 +228,7 @@ def test_experts_of_a_dit_are_trained_weighed_and_judged(dit: Diffusion, tmp_pat
     options = FinetuneOptions(
         max_train_steps=2, train_batch_size=2, learning_rate=1e-3, checkpointing_steps=2
     )
-    run = Run.begin(
+    run = ExpertTraining(
         dit, data, TimestepRange(0, 500), options, tmp_path / "state", {"base_sha256": dit.sha256}
     )
     assert [step.step for step in run.train(lambda: False)] == [1, 2]
@@ -256,7 +256,7 @@ def test_a_student_sees_the_classes_its_teacher_sees(dit: Diffusion) -> None:
         assert torch.equal(dit.predict(x, t, labels), still)
     classes = dit.classes
     assert classes is not None
-    assert classes.dropped(labels[:4], torch.tensor([0.05, 0.2, 0.099, 0.9])).tolist() == [
+    assert classes.drop(labels[:4], torch.tensor([0.05, 0.2, 0.099, 0.9])).tolist() == [
         10,
         0,
         10,
