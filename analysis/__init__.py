@@ -19,8 +19,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from demerge.analysis.measurement.gradients import Cost, Measurement, measure
-    from demerge.analysis.measurement.options import Settings
+    from demerge.analysis.measurement.gradients import Measurement
+    from demerge.analysis.measurement.options import MeasurementOptions
+    from demerge.analysis.measurement.run import measure
     from demerge.analysis.partitioning.cross_validation import count
     from demerge.analysis.partitioning.objective import METHODS, SCORES, cut
     from demerge.analysis.report.text import lines, summary, write
@@ -28,13 +29,12 @@ if TYPE_CHECKING:
 HOMES = {
     "METHODS": "partitioning.objective",
     "SCORES": "partitioning.objective",
-    "Cost": "measurement.gradients",
     "Measurement": "measurement.gradients",
-    "Settings": "measurement.options",
+    "MeasurementOptions": "measurement.options",
     "count": "partitioning.cross_validation",
     "cut": "partitioning.objective",
     "lines": "report.text",
-    "measure": "measurement.gradients",
+    "measure": "measurement.run",
     "summary": "report.text",
     "write": "report.text",
 }
@@ -42,9 +42,8 @@ HOMES = {
 __all__ = [
     "METHODS",
     "SCORES",
-    "Cost",
     "Measurement",
-    "Settings",
+    "MeasurementOptions",
     "count",
     "cut",
     "lines",

@@ -117,8 +117,8 @@ def commands(
         f"--max-train-steps {steps} --train-batch-size 64 --learning-rate 5e-4 --global-prob 0.5 --consistency 0"
         f" --ema-decay 0.9 --seed {seed}"
     )
-    cells = f"--bins 10 --groups 12 --train-batch-size {cell_size}"
-    yield [f"analyze {base} --data digits -n 4 {cells} --seed {seed} -o {at}/conflict"]
+    cells = f"--bins 10 --groups 12 --batch-size {cell_size}"
+    yield [f"analyze {base} --data digits --ranges 4 {cells} --seed {seed} -o {at}/conflict"]
     ranges = f"--ranges {at}/conflict/partition.json"
     yield [
         f"finetune {base} --data digits {ranges} {train} -o {at}/experts",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from pathlib import Path
@@ -180,7 +181,8 @@ def _text(value: Any) -> Any:
 def _write_beside(command: str, values: dict[str, Any]) -> None:
     """Write the values that a command ran with into its output folder, if it has one."""
     out = values.get("out")
-    if not isinstance(out, Path) or not out.is_dir():
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes of a launcher
+    if not is_first or not isinstance(out, Path) or not out.is_dir():
         return
     import yaml
 

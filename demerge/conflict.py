@@ -104,9 +104,9 @@ class Origin:
         return "auto" if isinstance(self.antithetic, tuple) else "on" if self.antithetic else "off"
 
     @property
-    def kept(self) -> str:
-        """What was kept of the gradients, in the word that `analyze --engine` takes: exact or sketch."""
-        return self.engine.partition("-")[0]
+    def kept(self) -> Literal["exact", "sketch"]:
+        """What was stored of the gradients, in the word of `analyze --engine`."""
+        return "exact" if self.engine == "exact" else "sketch"
 
 
 class MapHeader(Record):

@@ -11,6 +11,7 @@ A `Literal` type lists the choices.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -54,7 +55,7 @@ class Spec:
         low = None if self.ge is None else f"at least {self.ge:g}"
         low = low if self.gt is None else f"above {self.gt:g}"
         high = None if self.le is None else f"at most {self.le:g}"
-        high = high if self.lt is None else f"below {self.lt:g}"
+        high = high if self.lt in (None, math.inf) else f"below {self.lt:g}"
         return " and ".join(bound for bound in (low, high) if bound)
 
     def allows(self, value: float) -> bool:

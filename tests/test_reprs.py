@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import demerge
-from demerge.analysis import Settings
+from demerge.analysis import MeasurementOptions
 from demerge.evaluation import EvaluationOptions
 from demerge.merging import MergeSession, Recipe, find_method, merge, prepare
 from demerge.merging.recipe.fields import Source
@@ -41,7 +41,7 @@ def test_the_stages_are_there_at_the_first_use() -> None:
             "FinetuneOptions(learning_rate=0.001, seed=2)",
         ),
         (EvaluationOptions("digits", steps=20), "EvaluationOptions(data='digits', steps=20)"),
-        (Settings(groups=12), "Settings(groups=12)"),
+        (MeasurementOptions(groups=12), "MeasurementOptions(groups=12)"),
         (find_method("average"), "Method(average, arXiv 2203.05482: no options)"),
     ],
 )

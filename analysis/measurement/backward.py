@@ -1,11 +1,11 @@
-"""One backward pass at a time, its gradient given out in pieces: (start, values [n]) with start on the axis of D coordinates.
+"""One backward pass at a time; its gradient comes in pieces (start, values [n]) of D coordinates.
 
-    flat    one piece, all gradients side by side: a single pass over them, for models of up to 2^26 chosen parameters
-    hooks   a piece per parameter as soon as it is finished, and then its memory is free: the peak is weights, activations
-            and the largest gradient, whatever the model
+    flat    one piece, all gradients side by side, for models of up to 2^26 chosen parameters
+    hooks   a piece per parameter as soon as it is finished, and then its memory is free: the peak
+            is weights, activations and the largest gradient, whatever the model
 
-Coordinates run through the chosen parameters in the model's order, each in its logical order, so that both modes and any
-layout in memory number them alike.
+Coordinates run through the chosen parameters in the model's order, each in its logical order, so
+that both modes and any layout in memory number them alike.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from demerge.errors import UsageError
 Consume = Callable[[int, Tensor], None]
 
 MODES = ("auto", "flat", "hooks")
-FLAT = 1 << 26
+MAX_FLAT = 1 << 26
 LORA = r"(^|[._])lora[._]"
 
 
-def select(denoiser: nn.Module, which: str = "all") -> dict[str, nn.Parameter]:
-    """Return the parameters by name, in the model's order: `all`, those of adapters (`lora`), or where a REGEX occurs.
+def select_parameters(denoiser: nn.Module, which: str = "all") -> dict[str, nn.Parameter]:
+    """Return parameters by name, in the model's order.
+
+    Args:
+        which: `all`, `lora` for those of adapters, or a REGEX that occurs in their names.
 
     Raises:
-        UsageError: where the text is no regular expression or fits no name.
+        UsageError: if the text is not a regular expression or matches no name.
     """
-    known = dict(denoiser.named_parameters())
+    parameters = dict(denoiser.named_parameters())
     if which == "all":
-        return known
+        return parameters
     try:
         pattern = re.compile(LORA if which == "lora" else which)
     except re.error as error:
@@ -42,59 +45,55 @@ def select(denoiser: nn.Module, which: str = "all") -> dict[str, nn.Parameter]:
             f"params '{which}' is not a regular expression: {error}",
             fix="give all, lora or a REGEX",
         ) from error
-    chosen = {name: parameter for name, parameter in known.items() if pattern.search(name)}
+    chosen = {name: p for name, p in parameters.items() if pattern.search(name)}
     if not chosen:
+        examples = list(parameters)[:: max(1, len(parameters) // 3)][:3]
         raise UsageError(
-            f"params '{which}' fits none of the {len(known)} parameters",
-            fix=f"give all or a REGEX that occurs in names like {', '.join(list(known)[:: max(1, len(known) // 3)][:3])}",
+            f"params '{which}' fits none of the {len(parameters)} parameters",
+            fix=f"give all or a REGEX that occurs in names like {', '.join(examples)}",
         )
     return chosen
 
 
 class Backward:
-    """Gives out the gradients of losses with respect to chosen parameters of a denoiser, whose requires_grad it sets.
+    """Computes gradients of losses by chosen parameters of a denoiser; it sets their requires_grad.
 
     Attributes:
         D: the number of coordinates.
 
     Raises:
-        UsageError: where `which` fits no parameter, or the mode is unknown.
+        UsageError: if `which` fits no parameter, or the mode is unknown.
     """
 
     def __init__(self, denoiser: nn.Module, which: str = "all", mode: str = "auto") -> None:
         if mode not in MODES:
-            raise UsageError(f"mode '{mode}' is unknown", fix=f"use one of {', '.join(MODES)}")
+            raise UsageError(f"mode is '{mode}'", fix=f"use one of {', '.join(MODES)}")
         denoiser.requires_grad_(False)
         self._starts: dict[Tensor, int] = {}
         self.D = 0
-        for parameter in select(denoiser, which).values():
+        for parameter in select_parameters(denoiser, which).values():
             self._starts[parameter.requires_grad_(True)] = self.D
             self.D += parameter.numel()
         contiguous_groupnorm_inputs(denoiser)
-        self._flat = mode == "flat" or (mode == "auto" and FLAT >= self.D)
+        self._is_flat = mode == "flat" or (mode == "auto" and self.D <= MAX_FLAT)
 
     def __call__(self, loss: Tensor, consume: Consume) -> None:
-        """Hand the gradient of `loss` [] to `consume`; coordinates that the loss does not reach may be left out."""
-        if self._flat:
-            consume(0, self._whole(loss))
+        """Pass the gradient of `loss` [] to `consume`; unreached coordinates may be left out."""
+        if self._is_flat:
+            gradients = torch.autograd.grad(
+                loss, list(self._starts), allow_unused=True, materialize_grads=True
+            )
+            consume(0, torch.cat([gradient.reshape(-1) for gradient in gradients]))
         else:
             self._piece_by_piece(loss, consume)
 
-    def _whole(self, loss: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(
-            loss, list(self._starts), allow_unused=True, materialize_grads=True
-        )
-        return torch.cat([gradient.reshape(-1) for gradient in gradients])
-
     def _piece_by_piece(self, loss: Tensor, consume: Consume) -> None:
-        def finished(parameter: Tensor) -> None:
+        def consume_gradient(parameter: Tensor) -> None:
             if parameter.grad is not None:
                 consume(self._starts[parameter], parameter.grad.reshape(-1))
             parameter.grad = None
 
-        handles = [
-            parameter.register_post_accumulate_grad_hook(finished) for parameter in self._starts
-        ]
+        handles = [p.register_post_accumulate_grad_hook(consume_gradient) for p in self._starts]
         try:
             loss.backward()
         finally:

@@ -1,9 +1,9 @@
-"""What is done of a measurement, so that a killed one continues: a folder with one file per finished part.
+"""The finished parts of a measurement, so that a killed one continues: a folder of one file each.
 
     conflict.partial/pilot.safetensors  group-0000.safetensors  group-0001.safetensors ...
 
-Each file is committed whole and says what it is a part of. Parts of the same measurement that were made in several places
-may be put into one folder: the measurement then begins with all of them.
+Each file is committed whole and says which measurement it is a part of. Parts of one measurement
+that were made in several places may be put into one folder: the measurement then begins with all.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from demerge.errors import UsageError
+from demerge.provenance import list_differences
 from demerge.storage.atomic import commit_bytes
 from demerge.storage.safetensors_header import parse_json
 
@@ -29,80 +30,71 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorEr
 
 @dataclass(frozen=True, slots=True)
 class MeasurementCheckpoint:
-    """Parts of the measurement `key` in `folder`; nothing is kept where that is None."""
+    """Parts of the measurement `key` in `folder`; nothing is stored if that is None."""
 
     folder: Path | None
     key: Mapping[str, Any]
 
     def check(self) -> None:
-        """Refuse a folder that holds parts of another measurement, before any work is done.
+        """Check that the folder holds no part of another measurement.
 
         Raises:
-            UsageError: saying how the measurements differ.
+            UsageError: if it does, naming the differences.
         """
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder is not None else ():
             with (
                 contextlib.suppress(*UNREADABLE),
                 safetensors.safe_open(path, framework="pt") as file,
             ):
-                self._check_same_base(parse_json((file.metadata() or {})["demerge"]))
+                self._check_key(file)
 
     def load(self, name: str, shape: Sequence[int]) -> Tensor | None:
-        """Return a part [*shape], or None where it is not there or damaged, and is to be made again.
+        """Return a part [*shape], None if it is missing or damaged.
 
         Raises:
-            UsageError: where the part is one of another measurement.
+            UsageError: if it is part of another measurement.
         """
-        if self.folder is None or not self.has(name):
+        path = self._path(name)
+        if path is None or not path.is_file():
             return None
         try:
-            with safetensors.safe_open(self._path(self.folder, name), framework="pt") as file:
-                there, values = (
-                    parse_json((file.metadata() or {})["demerge"]),
-                    file.get_tensor("values"),
-                )
+            with safetensors.safe_open(path, framework="pt") as file:
+                self._check_key(file)
+                values: Tensor = file.get_tensor("values")
         except UNREADABLE:
             return None
-        self._check_same_base(there)
         return values if list(values.shape) == list(shape) else None
 
     def save(self, name: str, values: Tensor) -> None:
         """Commit a part."""
-        if self.folder is not None:
+        path = self._path(name)
+        if path is not None:
             tensors = {"values": values.detach().cpu().contiguous()}
-            data = safetensors.torch.save(
-                tensors, {"demerge": json.dumps(self.key, sort_keys=True)}
-            )
-            commit_bytes(self._path(self.folder, name), data)
+            metadata = {"demerge": json.dumps(self.key, sort_keys=True)}
+            commit_bytes(path, safetensors.torch.save(tensors, metadata))
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that part."""
-        return self.folder is not None and self._path(self.folder, name).is_file()
+        """Return whether there is a file of that part."""
+        path = self._path(name)
+        return path is not None and path.is_file()
 
     def count(self, name: str) -> int:
-        """Return how many parts there are whose names begin so."""
+        """Return how many parts have names that begin with `name`."""
         return 0 if self.folder is None else len(list(self.folder.glob(f"{name}*.safetensors")))
 
-    def sweep(self) -> None:
+    def remove(self) -> None:
         """Remove the folder, once the whole is safe."""
         if self.folder is not None and self.folder.is_dir():
             shutil.rmtree(self.folder)
 
-    def _check_same_base(self, there: Any) -> None:
-        if there != self.key:
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.safetensors"
+
+    def _check_key(self, file: Any) -> None:
+        key = parse_json((file.metadata() or {})["demerge"])
+        if key != self.key:
+            differences = "; ".join(list_differences(key, self.key))
             raise UsageError(
-                f"{self.folder} holds parts of another measurement{_differences(there, self.key)}",
+                f"{self.folder} holds parts of another measurement: {differences}",
                 fix=f"finish that one, choose another folder, or remove {self.folder}",
             )
-
-    def _path(self, folder: Path, name: str) -> Path:
-        return folder / f"{name}.safetensors"
-
-
-def _differences(there: Any, asked: Mapping[str, Any]) -> str:
-    if not isinstance(there, dict):
-        return ""
-    names = [name for name in asked if there.get(name) != asked[name]]
-    return ": " + "; ".join(
-        f"{name} {str(there.get(name))[:60]} there, {str(asked[name])[:60]} asked" for name in names
-    )

@@ -1,8 +1,9 @@
-"""The cells of a conflict map, group after group: one backward pass each, of which a row is kept.
+"""The cells of a conflict map, group after group: one backward pass each, of which a row is stored.
 
-A row is the gradient of the cell's loss, or a count sketch of it, in the adam metric scaled by v^(-1/4) beforehand. Rows of
-a finished group are committed, so that a killed measurement loses one group at most (of each process). Whatever the
-precision of the model's arithmetic, rows are summed in float64 and kept in float32.
+A row is the gradient of the cell's loss, or a count sketch of it; in the adam metric the gradient
+is scaled by v^(-1/4) first. Rows of a finished group are committed, so that a killed measurement
+loses one group at most (of each process). Whatever the precision of the model's arithmetic, rows are
+summed in float64 and stored in float32.
 """
 
 from __future__ import annotations
@@ -20,37 +21,33 @@ from torch import Tensor
 
 from demerge.analysis.measurement.backward import Backward, Consume
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
-from demerge.analysis.measurement.draws import Draw, Draws
+from demerge.analysis.measurement.draws import TRIALS, Draw, Draws
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.conflict import MIN_GROUPS, Array
 from demerge.diffusion.numerics import accumulator
 from demerge.errors import NumericalError
+from demerge.progress import Progress, silent
 from demerge.timesteps import TimestepRange
 
-Progress = Callable[[int, int, str], None]
-
-Enough = Callable[[Tensor], bool]
-
 COLUMNS = 1 << 15
-TRIALS = 4  # of each kind of noise
 TIMED, TIMED_SECONDS = 6, 1.0
 
 
 class Reduction(Protocol):
-    """What is kept of a gradient: a linear map to `width` numbers."""
+    """What is stored of a gradient: a linear map to `width` numbers."""
 
     @property
     def width(self) -> int:
         """How many numbers."""
 
     def add(self, total: Tensor, start: int, x: Tensor) -> None:
-        """Add what is kept of the coordinates [start, start + n), x [n], to `total` [width] in place."""
+        """Add what is stored of coordinates [start, start + n), x [n], to `total` [width]."""
 
 
 @dataclass(frozen=True, slots=True)
-class KeepAll:
-    """Keeps the gradient itself, of `width` coordinates."""
+class Identity:
+    """Stores the gradient itself, of `width` coordinates."""
 
     width: int
 
@@ -61,21 +58,20 @@ class KeepAll:
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """Keeps several things of a gradient, one after the other."""
+    """Stores several things of a gradient, one after the other."""
 
     parts: Sequence[Reduction]
 
     @property
     def width(self) -> int:
-        """How many numbers all of them keep."""
+        """How many numbers all of them store."""
         return sum(part.width for part in self.parts)
 
     def add(self, total: Tensor, start: int, x: Tensor) -> None:
         """Add x [n] to each part."""
-        for part, own in zip(
-            self.parts, total.split([part.width for part in self.parts]), strict=True
-        ):
-            part.add(own, start, x)
+        pieces = total.split([part.width for part in self.parts])
+        for part, piece in zip(self.parts, pieces, strict=True):
+            part.add(piece, start, x)
 
 
 @dataclass(slots=True)
@@ -83,25 +79,26 @@ class GradientCollector:
     """The cells of a measurement, run through once.
 
     Attributes:
-        keep: what is kept of a gradient.
-        total: how many backward passes there will be, for `progress`, called as progress(done, total, what) after each.
+        reduction: what is stored of a gradient.
+        checkpoint: where finished groups are stored.
         world: the processes that share the groups; every n-th one is this one's.
         precision: of the model's forward pass, `no` or `bf16` under autocast.
+        fisher: gets its share of each cell, if it is wanted.
+        progress: called after each backward pass; `total` is how many there will be.
         scale: v^(-1/4) [D] of the adam metric.
-        fisher: takes its share of each cell, where it is asked for.
         took: seconds of each group that was measured, not loaded.
     """
 
     draws: Draws
     backward: Backward
-    keep: Reduction
-    partial: MeasurementCheckpoint
-    total: int
-    progress: Progress | None = None
+    reduction: Reduction
+    checkpoint: MeasurementCheckpoint
     world: World = ALONE
     precision: str = "no"
-    scale: Tensor | None = None
     fisher: RangeFisher | None = None
+    progress: Progress = silent
+    total: int = 0
+    scale: Tensor | None = None
     done: int = 0
     took: list[float] = field(default_factory=list)
 
@@ -111,22 +108,23 @@ class GradientCollector:
         *,
         adam: bool = False,
         start: Tensor | None = None,
-        enough: Enough | None = None,
+        is_enough: Callable[[Tensor], bool] | None = None,
         first: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Return the gradients or sketches of the cells of M groups, [M N *]; each finished group is committed.
+        """Return the gradients or sketches of the cells of M groups, [M N *].
 
         Args:
-            most: M, or the most there may be, where `enough` ends it before.
+            most: M, or the most there may be, if `is_enough` ends it before.
             start: rows of the first groups [m N *], from an earlier map.
-            enough: whether the rows [m N *] are enough, asked from 5 groups on, and from those that the Fisher holds.
-            first: called once by the first process, with the first rows that `enough` could be asked of.
+            is_enough: whether rows [m N *] are enough; asked from 5 groups on, and from those that
+                the Fisher holds.
+            first: called once by the first process, with the first rows that `is_enough` could get.
 
         Raises:
-            NumericalError: where a gradient is not finite, naming bin, group and sample.
+            NumericalError: if a gradient is not finite, naming bin, group and sample.
         """
         known = 0 if start is None else len(start)
-        rows = torch.zeros(most, len(self.draws.bins), self.keep.width, device=self.device)
+        rows = torch.zeros(most, len(self.draws.bins), self.reduction.width, device=self.device)
         if start is not None:
             rows[:known] = start.to(rows.device)
             self.done += known * len(self.draws.bins)
@@ -136,18 +134,20 @@ class GradientCollector:
         while known < most:
             stop = min(known + self.world.size, most)
             if known + self.world.rank < stop:
-                self._group(rows[known + self.world.rank], known + self.world.rank)
+                self._measure_group(rows[known + self.world.rank], known + self.world.rank)
             for m in range(known, stop):
-                self.world.share(rows[m], m - known)
+                self.world.broadcast(rows[m], m - known)
                 if self.fisher is not None:
-                    self._commit(self.fisher, m, m - known)
+                    self._commit_fisher(self.fisher, m, m - known)
             known = stop
-            if first is not None and self.world.main and known >= least:
+            if known < least:
+                continue
+            if first is not None and self.world.is_main:
                 first(rows[:known])
                 first = None
-            if enough is not None and known >= least:
-                done = self.world.main and enough(rows[:known])
-                if self.world.agree(done, self.device):
+            if is_enough is not None:
+                enough = self.world.is_main and is_enough(rows[:known])
+                if self.world.broadcast_number(enough, self.device):
                     break
         return rows[:known]
 
@@ -157,57 +157,53 @@ class GradientCollector:
         return self.draws.model.device
 
     def seconds(self) -> float:
-        """Return the seconds of a cell's backward passes, as found on a few cells; a first one that takes long is enough."""
+        """Return the seconds of a cell's backward passes, timed on a few cells."""
         spans = self.draws.bins.ranges
         passes: list[float] = []
         for i, draw in enumerate(islice(cycle(self.draws.pilot()), TIMED)):
             began = time.perf_counter()
-            span, total = spans[i % len(spans)], accumulator((self.keep.width,), self.device)
+            span = spans[i % len(spans)]
             if self.fisher is None:
-                total = self._kept(draw, span)
+                total = self._reduced(draw, span)
             else:
-                self.fisher.passes(
-                    draw,
-                    span,
-                    self._loss,
-                    self.backward,
-                    self._weighed(partial(self.keep.add, total)),
-                )
+                total, consume = self._accumulate()
+                self.fisher.passes(draw, span, self._loss, self.backward, consume)
             bool(total.isfinite().all())  # waits for the device
             passes.append(time.perf_counter() - began)
             if sum(passes) > TIMED_SECONDS:
                 break
-        return self.world.agree(statistics.median(passes[1:] or passes), self.device)
+        return self.world.broadcast_number(statistics.median(passes[1:] or passes), self.device)
 
     def pilot(self) -> Tensor:
         """Return v [D], the mean square of each coordinate over a cell of each bin."""
-        found = self._once("pilot", (self.backward.D,), self._mean_squares)
-        return found.to(self.device)
+        return self._load_or_make("pilot", (self.backward.D,), self._mean_squares).to(self.device)
 
     def noise(self) -> tuple[bool, ...]:
-        """Return for each bin whether antithetic noise gives the shorter gradients, which have the same mean.
+        """Return for each bin whether antithetic noise gives the shorter gradients.
 
-        E |s|^2 = |mu|^2 + tr Sigma / B: of two kinds of B samples, the one with the shorter gradients has less noise. TRIALS
-        cells of two samples each are compared, and each bin goes by the sum over itself and its neighbours.
+        Both kinds have the same mean, and E |s|^2 = |mu|^2 + tr Sigma / B: of two kinds of B
+        samples, the one with the shorter gradients has less noise. TRIALS cells of two samples each
+        are compared, and each bin goes by the sum over itself and its neighbours.
         """
-        squares = self._once("antithetic", (2, len(self.draws.bins)), self._trial_squares)
+        shape = (2, len(self.draws.bins))
+        squares = self._load_or_make("antithetic", shape, self._trial_squares)
         near = squares.clone()
         near[:, 1:] += squares[:, :-1]
         near[:, :-1] += squares[:, 1:]
         return tuple((near[1] < near[0]).tolist())
 
-    def _once(self, name: str, shape: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
+    def _load_or_make(self, name: str, shape: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
         """Return what the first process loads, or makes and commits, as all need it."""
         values = torch.zeros(tuple(shape), device=self.device)
-        if self.world.main:
-            found = self.partial.load(name, shape)
-            if found is None:
-                found = make()
-                self.partial.save(name, found)
+        if self.world.is_main:
+            loaded = self.checkpoint.load(name, shape)
+            if loaded is None:
+                loaded = make()
+                self.checkpoint.save(name, loaded)
             else:
                 self.done += (2 * TRIALS if name == "antithetic" else 1) * len(self.draws.bins)
-            values.copy_(found)
-        return self.world.share(values)
+            values.copy_(loaded)
+        return self.world.broadcast(values)
 
     def _mean_squares(self) -> Tensor:
         v = torch.zeros(self.backward.D, device=self.device)
@@ -218,7 +214,7 @@ class GradientCollector:
         for span, draw in zip(self.draws.bins, self.draws.pilot(), strict=True):
             self.backward(self._loss(draw, span), add)
             self._check_finite(v, span, "pilot", draw)
-            self._tick(f"pilot {span}")
+            self._count(f"pilot {span}")
         return v
 
     def _trial_squares(self) -> Tensor:
@@ -227,104 +223,98 @@ class GradientCollector:
         for i, span in enumerate(self.draws.bins):
             for j in range(TRIALS):
                 for kind, draw in enumerate(self.draws.trial(i, j)):
-                    kept = self._kept(draw, span)
-                    self._check_finite(kept, span, "pilot of the noise", draw)
-                    squares[kind, i] += float(kept.square().sum())
-                    self._tick(f"noise {span}")
+                    row = self._reduced(draw, span)
+                    self._check_finite(row, span, "pilot of the noise", draw)
+                    squares[kind, i] += float(row.square().sum())
+                    self._count(f"noise {span}")
         return squares
 
-    def _group(self, rows: Tensor, m: int) -> None:
+    def _measure_group(self, rows: Tensor, m: int) -> None:
         """Load group m into rows [N *], or measure and commit it."""
-        found = self.partial.load(name := f"group-{m:04d}", rows.shape)
-        if found is not None and (self.fisher is None or self.fisher.holds(m)):
-            rows.copy_(found)
+        name = f"group-{m:04d}"
+        loaded = self.checkpoint.load(name, rows.shape)
+        if loaded is not None and (self.fisher is None or self.fisher.holds(m)):
+            rows.copy_(loaded)
             self.done += len(rows) * self.world.size
             return
         began = time.perf_counter()
-        self._fill(rows, m)
-        self.partial.save(name, rows)
+        cells = zip(rows, self.draws.bins, self.draws.group(m), strict=True)
+        for i, (row, span, draw) in enumerate(cells):
+            if self.fisher is None:
+                row.copy_(self._reduced(draw, span))
+            else:
+                total, consume = self._accumulate()
+                self.fisher.add_cell(m, i, draw, self._loss, self.backward, consume)
+                row.copy_(total)
+            self._check_finite(row, span, f"group {m}", draw)
+            self._count(f"bin {span}", self.world.size)
+        self.checkpoint.save(name, rows)
         self.took.append(time.perf_counter() - began)
 
-    def _commit(self, fisher: RangeFisher, m: int, owner: int) -> None:
-        """Let the Fisher take group m; the time counts to this process's own group."""
+    def _commit_fisher(self, fisher: RangeFisher, m: int, owner: int) -> None:
+        """Add group m to the Fisher; the time counts to this process's own group."""
         began = time.perf_counter()
         fisher.commit(m, owner)
         if self.took and owner == self.world.rank:
             self.took[-1] += time.perf_counter() - began
 
-    def _fill(self, rows: Tensor, m: int) -> None:
-        """Put the gradient or sketch of each bin on group m into rows [N *]."""
-        for i, (row, span, draw) in enumerate(
-            zip(rows, self.draws.bins, self.draws.group(m), strict=True)
-        ):
-            if self.fisher is None:
-                row.copy_(self._kept(draw, span))
-            else:
-                total = accumulator((self.keep.width,), row.device)
-                consume = self._weighed(partial(self.keep.add, total))
-                self.fisher.cell(m, i, draw, self._loss, self.backward, consume)
-                row.copy_(total)
-            self._check_finite(row, span, f"group {m}", draw)
-            self._tick(f"bin {span}", self.world.size)
-
-    def _kept(self, draw: Draw, span: TimestepRange) -> Tensor:
-        """Return what is kept [*] of the gradient of one cell, summed in float64."""
-        total = accumulator((self.keep.width,), self.device)
-        self.backward(self._loss(draw, span), self._weighed(partial(self.keep.add, total)))
+    def _reduced(self, draw: Draw, span: TimestepRange) -> Tensor:
+        """Return what is stored [*] of the gradient of one cell, summed in float64."""
+        total, consume = self._accumulate()
+        self.backward(self._loss(draw, span), consume)
         return total
+
+    def _accumulate(self) -> tuple[Tensor, Consume]:
+        """Return zeros [*], and what adds pieces of a gradient to them, scaled by the metric."""
+        total = accumulator((self.reduction.width,), self.device)
+        add, scale = partial(self.reduction.add, total), self.scale
+        if scale is None:
+            return total, add
+        return total, lambda start, x: add(start, x.float() * scale[start : start + len(x)])
 
     def _loss(self, draw: Draw, span: TimestepRange) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return draw.loss(self.draws.model, span)
 
-    def _weighed(self, consume: Consume) -> Consume:
-        """Scale the pieces as the metric says before they are consumed."""
-        scale = self.scale
-        if scale is None:
-            return consume
-        return lambda start, values: consume(
-            start, values.float() * scale[start : start + len(values)]
-        )
-
-    def _tick(self, what: str, passes: int = 1) -> None:
+    def _count(self, text: str, passes: int = 1) -> None:
         self.done += passes
-        if self.progress is not None:
-            self.progress(min(self.done, self.total), self.total, what)
+        self.progress(min(self.done, self.total), self.total, text)
 
     def _check_finite(self, values: Tensor, span: TimestepRange, where: str, draw: Draw) -> None:
-        """Refuse a cell by the first of its samples whose gradient is not finite; a sketch of it is not finite either."""
+        """Check a cell; the error names its first sample whose gradient is not finite."""
         if bool(values.isfinite().all()):
             return
-        found = next(
-            (b for b in range(len(draw.images)) if not self._is_finite(draw.only(b), span)), None
-        )
         sample = "though that of each sample is"
-        if found is not None:
-            image, t = draw.images[found], int(draw.timesteps(span)[found])
-            sample = f"at sample {found} (image {image} of {self.draws.data.name}, t = {t})"
+        for b, image in enumerate(draw.images):
+            if not self._is_finite(draw.select(slice(b, b + 1)), span):
+                t = int(draw.timesteps(span)[b])
+                sample = f"at sample {b} (image {image} of {self.draws.data.name}, t = {t})"
+                break
         raise NumericalError(
             f"the gradient in bin {span}, {where}, is not finite, {sample}",
             fix="check the model's weights and this image",
         )
 
     def _is_finite(self, draw: Draw, span: TimestepRange) -> bool:
-        found: list[bool] = []
-        self.backward(
-            self._loss(draw, span), lambda _, values: found.append(bool(values.isfinite().all()))
-        )
-        return all(found)
+        finite: list[bool] = []
+
+        def check(start: int, values: Tensor) -> None:
+            finite.append(bool(values.isfinite().all()))
+
+        self.backward(self._loss(draw, span), check)
+        return all(finite)
 
 
 def products(rows: Tensor, others: Tensor | None = None) -> Array:
-    """Return the inner products [R S] of the rows of [R D] with themselves or [S D], blocks of float32 summed in float64."""
+    """Return inner products [R S] of rows [R D] with themselves or [S D], summed in float64."""
     against = rows if others is None else others
     gram = torch.zeros(len(rows), len(against), dtype=torch.float64)
     for block, other in zip(rows.split(COLUMNS, dim=1), against.split(COLUMNS, dim=1), strict=True):
         gram += (block @ other.T).cpu().double()
-    found: Array = ((gram + gram.T) / 2 if others is None else gram).numpy()
-    return found
+    values: Array = ((gram + gram.T) / 2 if others is None else gram).numpy()
+    return values
 
 
 def adam_scale(v: Tensor) -> Tensor:
-    """Return v^(-1/4) [D] of mean squares v [D]; 1 where v = 0 and there is nothing to scale by."""
+    """Return v^(-1/4) [D] of mean squares v [D]; 1 if v = 0 and there is nothing to scale by."""
     return torch.where(v > 0, v, 1).sqrt().rsqrt()

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock on a file in it, which the system lets go when its holder ends, however it ends."""
+"""One process at a time in a folder: a lock that the system releases when its holder ends."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NAME = "lock"
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, which is made where it is missing, while the block runs.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which is created if missing, while the block runs.
 
-    Where the system has no such locks (Windows), nothing is held.
+    Nothing is held on a system without such locks (Windows).
 
     Raises:
-        ResourceError: where the folder cannot be written.
-        UsageError: where another process holds it, by its number and host.
+        ResourceError: if the folder cannot be written.
+        UsageError: if another process holds the lock, with its number and host.
     """
     try:
         import fcntl
@@ -30,22 +30,21 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        file = (folder / NAME).open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ResourceError(
-            f"{folder} cannot be written: {error}", fix="choose a folder you may write to"
-        ) from error
-    try:
+        fix = "choose a folder you may write to"
+        raise ResourceError(f"{folder} cannot be written: {error}", fix=fix) from error
+    with file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            file.seek(0)
+            holder = file.read(200).strip() or "unknown"
             raise UsageError(
-                f"another process ({holder or 'it does not say which'}) is at work in {folder.parent}",
+                f"another process ({holder}) is working in {folder.parent}",
                 fix="wait for it to end, or choose another folder",
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
         yield
-    finally:
-        os.close(descriptor)

@@ -1,122 +1,148 @@
-"""What is asked of a measurement of gradients, each value checked by itself.
+"""The options of a measurement and of `demerge analyze`.
 
-The number of groups is fixed, or open: with a `budget` of seconds, as many groups as fit; with an `se`, as many as it takes
-until the similarity of neighbouring bins is that sure (budget.py). Then `groups` is the most there may be.
+The number of groups is fixed, or open: with a budget of seconds it is as many as fit, with a target
+SE as many as it takes (budget.py). Then `groups` is the most there may be.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
-from demerge.conflict import MIN_GROUPS
 from demerge.errors import UsageError
-from demerge.reprs import stated
+from demerge.options import DataOptions, DeviceOptions, Options, option
 
-DRAWS = ("shared", "independent")
-METRICS = ("euclid", "adam")
-ENGINES = ("auto", "exact", "sketch")
-ANTITHETIC = ("off", "on", "auto")
-PRECISIONS = ("no", "bf16")
-MEMORY = 2 << 30
-GROUPS = 8
-MOST_GROUPS = 64  # where their number is open
+PANEL = "Measurement"
+GROUPS, MAX_GROUPS = 8, 64  # if their number is not given: fixed, and open
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+DrawKind = Literal["shared", "independent"]
+DRAWS: tuple[DrawKind, ...] = get_args(DrawKind)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How gradients are measured; see `measure`.
-
-    Raises:
-        UsageError: where a value is out of its range.
-    """
-
-    bins: int = 20
-    groups: int = GROUPS
-    batch_size: int = 16
-    seed: int = 0
-    draws: str = "shared"
-    antithetic: str | bool = "off"
-    metric: str = "euclid"
-    engine: str = "auto"
-    params: str = "all"
-    layers: bool = False
-    memory: int = MEMORY
-    budget: float | None = None
-    se: float | None = None
-    precision: str = "no"
-
-    __repr__ = stated
-
-    def __post_init__(self) -> None:
-        if isinstance(self.antithetic, bool):
-            object.__setattr__(self, "antithetic", "on" if self.antithetic else "off")
-        if self.groups < MIN_GROUPS:
-            raise UsageError(
-                f"{self.groups} groups are too few for errors", fix=f"use at least {MIN_GROUPS}"
-            )
-        if min(self.bins, self.batch_size, self.memory) < 1:
-            raise UsageError(
-                f"{self.bins} bins, batch size {self.batch_size} and {self.memory} bytes must all be at least 1",
-                fix="give more",
-            )
-        for name, value, known in (
-            ("draws", self.draws, DRAWS),
-            ("metric", self.metric, METRICS),
-            ("engine", self.engine, ENGINES),
-            ("antithetic", self.antithetic, ANTITHETIC),
-            ("mixed precision", self.precision, PRECISIONS),
-        ):
-            if value not in known:
-                raise UsageError(
-                    f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}"
-                )
-        if self.antithetic != "off" and self.batch_size % 2:
-            raise UsageError(
-                f"batch size {self.batch_size} makes no antithetic pairs", fix="give an even one"
-            )
-        for name, number in (("budget", self.budget), ("se", self.se)):
-            if number is not None and not 0 < number < float("inf"):
-                raise UsageError(
-                    f"{name} {number} is not positive and finite", fix=f"give a {name} above 0"
-                )
-        if self.se is not None and self.bins < 2:
-            raise UsageError(
-                "se is that of the similarity of neighbouring bins, and there is one bin",
-                fix="give more bins",
-            )
-
-    @property
-    def open(self) -> bool:
-        """Whether the number of groups is found on the way."""
-        return self.budget is not None or self.se is not None
-
-
-def groups_of(given: int | None, *, open: bool) -> int:
-    """Return the number of groups, or the most there may be, where none is given."""
-    return given if given is not None else MOST_GROUPS if open else GROUPS
-
-
-def seconds_of(text: str) -> float:
+def parse_seconds(text: str) -> float:
     """Read a duration: `90s`, `10m` or `1.5h`.
 
     Raises:
-        UsageError: where it is none, or 0.
+        UsageError: if the text is not a duration.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip(), re.ASCII)
     if match is None or float(match[1]) == 0:
-        raise UsageError(
-            f"budget '{text}' is not a duration",
-            fix="give seconds, minutes or hours, for example 90s, 10m or 2h",
-        )
+        fix = "give seconds, minutes or hours, for example 90s, 10m or 2h"
+        raise UsageError(f"budget '{text}' is not a duration above 0", fix=fix)
     return float(match[1]) * UNITS[match[2]]
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Return seconds for a person: `3.2 s`, `42 s`, `7 min`, `2.5 h`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MeasurementOptions(Options):
+    """How gradients are measured.
+
+    Raises:
+        UsageError: if a value breaks its rule.
+    """
+
+    bins: int = option(20, "Bins of timesteps.", ge=1, panel=PANEL)
+    groups: int | None = option(
+        None,
+        "Groups of samples; their differences give the errors.",
+        ge=5,  # MIN_GROUPS of demerge.conflict
+        shown_default=f"{GROUPS}; at most {MAX_GROUPS} with --budget or --target-se",
+        panel=PANEL,
+    )
+    batch_size: int = option(16, "Samples per bin and group.", ge=1, panel=PANEL)
+    budget: float | None = option(
+        None,
+        "Time for as many groups as fit, such as 90s, 10m or 2h. An existing map is used as it is.",
+        gt=0,
+        lt=math.inf,
+        parse=parse_seconds,
+        panel=PANEL,
+    )
+    target_se: float | None = option(
+        None,
+        "Add groups until the similarity of neighbouring bins has this median SE, such as 0.02.",
+        gt=0,
+        lt=math.inf,
+        panel=PANEL,
+    )
+    draws: DrawKind = option("shared", "Samples of the bins of a group.", panel=PANEL)
+    antithetic: Literal["off", "on", "auto"] = option(
+        "off",
+        "Use each noise with its opposite; auto does so in the bins where it helps.",
+        panel=PANEL,
+    )
+    metric: Literal["euclid", "adam"] = option("euclid", "Inner product.", panel=PANEL)
+    engine: Literal["auto", "exact", "sketch"] = option(
+        "auto",
+        "How gradients are stored; auto is exact if that fits --memory, else sketch.",
+        panel=PANEL,
+    )
+    params: str = option(
+        "all", "Parameters that count: all, lora, or a REGEX in their names.", panel=PANEL
+    )
+    layers: bool = option(False, "Sketch each layer too, for `demerge layers`.", panel=PANEL)
+    mixed_precision: Literal["no", "bf16"] = option(
+        "no", "Precision of the model's passes.", panel=PANEL
+    )
+    memory: float = option(
+        2.0, "GB for gradients or their sketches.", gt=0, lt=math.inf, panel=PANEL
+    )
+    seed: int = option(0, "Seed of every random number.", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.antithetic != "off" and self.batch_size % 2:
+            raise UsageError(
+                f"batch size {self.batch_size} cannot be split into antithetic pairs",
+                fix="give an even --batch-size",
+            )
+        if self.target_se is not None and self.bins < 2:
+            raise UsageError(
+                "a target SE compares neighbouring bins, and there is only one bin",
+                fix="give --bins 2 or more",
+            )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the number of groups is found on the way."""
+        return self.budget is not None or self.target_se is not None
+
+    @property
+    def most_groups(self) -> int:
+        """The number of groups, or the most there may be."""
+        if self.groups is not None:
+            return self.groups
+        return MAX_GROUPS if self.is_open else GROUPS
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory in bytes."""
+        return round(self.memory * 1e9)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AnalyzeInputs(DataOptions, DeviceOptions):
+    """What is analysed, on what, and where the results go."""
+
+    model: str = option(help="Pipeline folder or Hub id.", argument=True)
+    out: Path = option(
+        help="Folder that gets conflict.safetensors, partition.json and plots.",
+        flags=("-o", "--out"),
+    )
+    fisher: str | None = option(
+        None,
+        "Measure the Fisher of each range too, into OUT/fisher, for `demerge merge`.",
+        metavar="uniform:N|joint|FILE",
+        panel=PANEL,
+    )

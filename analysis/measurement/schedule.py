@@ -1,6 +1,6 @@
-"""The noise schedule that a map was measured on: log SNR(t) of all T timesteps, and whether a model has the same.
+"""The noise schedule that a map was measured on: log SNR(t) of all T timesteps.
 
-Bins of timesteps, and ranges cut from them, mean something else on another schedule, whatever the weights.
+Bins of timesteps, and ranges of them, mean something else on another schedule.
 """
 
 from __future__ import annotations
@@ -20,31 +20,29 @@ def log_snr(model: Diffusion) -> Array:
     return schedule.log_snr(model.alphas_cumprod).numpy()
 
 
-def described(log_snr: Array) -> str:
+def describe_schedule(log_snr: Array) -> str:
     """Return a schedule in words that tell it from others."""
     ends = f"{log_snr[0]:.2f} to {log_snr[-1]:.2f}, {log_snr.mean():.3f} on average"
     return f"of {len(log_snr)} timesteps with log SNR {ends}"
 
 
 def check_same_schedule(map: ConflictMap, path: Path, model: str) -> None:
-    """Refuse a map that was measured on another schedule than the model's, which is read without its weights.
+    """Check that a map was measured on the model's schedule; the model's weights are not read.
 
-    A model that is weights alone has no schedule, and nothing is refused.
+    Weights alone have no schedule, and pass.
 
     Raises:
-        InputError: naming both schedules.
+        InputError: if the schedules differ, naming both.
     """
     try:
         folder = find_pipeline(model)
     except InputError:
         return
     scheduler = load_scheduler(folder, read_index(folder))
-    there, here = (
-        described(map.log_snr),
-        described(schedule.log_snr(scheduler.alphas_cumprod).numpy()),
-    )
-    if there != here:
+    of_map = describe_schedule(map.log_snr)
+    of_model = describe_schedule(schedule.log_snr(scheduler.alphas_cumprod).numpy())
+    if of_map != of_model:
         raise InputError(
-            f"{path} was measured on a schedule {there}, {model} has one {here}",
-            fix="name the base that the map was measured on, or measure this one with `demerge analyze`",
+            f"{path} was measured on a schedule {of_map}, {model} has one {of_model}",
+            fix="name the base of the map, or measure this one with `demerge analyze`",
         )

@@ -2,18 +2,19 @@
 
     h(x)_j = sum_{p = j mod k} sigma(p) x_p,     E <h(x), h(y)> = <x, y>,     SD <= sqrt(2/k) |x| |y|
 
-A layer has a sketch of its own, of its coordinates alone, shorter: k = 509, or all of them where they are fewer.
+A layer has a shorter sketch of its own, of its coordinates alone: k = 509, or all if it has fewer.
 
-k is prime, so that no stride of a layer's shape falls into one bucket again and again. The buckets of k coordinates in a
-row are all different: the sketch is a sum of rows of k signed coordinates, without scattered writes, the same in every run.
-It is linear: sketches add up over pieces of a gradient, over microbatches and over processes.
+k is prime, so that no stride of a layer's shape falls into one bucket again and again. The buckets
+of k coordinates in a row are all different: the sketch is a sum of rows of k signed coordinates,
+without scattered writes, the same in every run. It is linear: sketches add up over pieces of a
+gradient, over microbatches and over processes.
 
-The sign sigma(p) is the top bit of a counter hash of p and the seed (the finaliser of SplitMix64), not a draw of a torch
-generator, whose stream differs between devices. It is kept as one byte per coordinate. p counts the coordinates of the
-parameters one after another in the logical order of each, whatever its layout in memory.
+The sign sigma(p) is the top bit of a counter hash of p and the seed (the finaliser of SplitMix64),
+not a draw of a torch generator, whose stream differs between devices. It is stored as one byte per
+coordinate. p counts the coordinates of the parameters one after another.
 
-Papers: Charikar, Chen, Farach-Colton: Finding frequent items in data streams (ICALP 2002); SplitMix64: Steele, Lea, Flood
-(OOPSLA 2014).
+Papers: Charikar, Chen, Farach-Colton: Finding frequent items in data streams (ICALP 2002);
+SplitMix64: Steele, Lea, Flood (OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ from demerge.conflict import K, layer_widths, layers_of
 from demerge.diffusion.numerics import accumulator
 from demerge.randomness import key_of
 
-ROWS, ACCELERATED_ROWS = (
-    8,
-    512,
-)  # of k at a time: those that stay in a processor's cache, and those worth a kernel's start
+ROWS = 8  # of k at a time: they stay in a processor's cache
+ACCELERATED_ROWS = 512  # they are worth the start of a kernel
 HASHED = 1 << 20
 WORD = 1 << 64
 
@@ -47,10 +46,9 @@ class CountSketch:
     def of(
         cls, D: int, seed: int, *, k: int = K, device: torch.device | str = "cpu"
     ) -> CountSketch:
-        """Make the sketch of D coordinates that a seed stands for; all of them are kept where they are fewer than k."""
-        pieces = [
-            signs(start, min(start + HASHED, D), seed, device) for start in range(0, D, HASHED)
-        ]
+        """Make the sketch of D coordinates for a seed; it keeps all if they are fewer than k."""
+        starts = range(0, D, HASHED)
+        pieces = [signs(start, min(start + HASHED, D), seed, device) for start in starts]
         return cls(torch.cat(pieces), min(k, D))
 
     @property
@@ -67,11 +65,11 @@ class CountSketch:
         return LayerSketches(parts)
 
     def zeros(self) -> Tensor:
-        """Return the sketch [k] of 0, in float64 where the device has it, for `add`."""
+        """Return the sketch [k] of 0, in float64 if the device has it, for `add`."""
         return accumulator((self.k,), self.signs.device)
 
     def add(self, total: Tensor, start: int, x: Tensor) -> None:
-        """Add the sketch of the coordinates [start, start + n), x [n] of any float dtype, to `total` [k] in place."""
+        """Add the sketch of the coordinates [start, start + n), x [n], to `total` [k] in place."""
         rows = ROWS if x.device.type == "cpu" else ACCELERATED_ROWS
         for a, b in _spans(start, start + len(x), self.k, rows):
             signed = x[a - start : b - start].float() * self.signs[a:b]
@@ -90,7 +88,7 @@ class CountSketch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSketches:
-    """The sketches of layers side by side; `parts` are the first coordinate of each layer and its sketch."""
+    """The sketches of layers side by side; `parts`: the first coordinate of each, and its sketch."""
 
     parts: Sequence[tuple[int, CountSketch]]
 
@@ -100,7 +98,7 @@ class LayerSketches:
         return sum(sketch.k for _, sketch in self.parts)
 
     def add(self, total: Tensor, start: int, x: Tensor) -> None:
-        """Add the sketches of the coordinates [start, start + n), x [n], to `total` [W] in place."""
+        """Add the sketches of coordinates [start, start + n), x [n], to `total` [W] in place."""
         column = 0
         for first, sketch in self.parts:
             a, b = max(first, start), min(first + len(sketch.signs), start + len(x))
@@ -110,7 +108,7 @@ class LayerSketches:
 
 
 def _spans(start: int, stop: int, k: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut [start, stop) into the head of a row, blocks of whole rows of k, `most` of them each, and the tail of a row."""
+    """Split [start, stop) into the head of a row, blocks of up to `most` whole rows, and a tail."""
     while start < stop:
         rows = 0 if start % k else min((stop - start) // k, most)
         end = start + rows * k if rows else min(stop, start - start % k + k)
@@ -121,21 +119,15 @@ def _spans(start: int, stop: int, k: int, most: int) -> Iterator[tuple[int, int]
 def signs(start: int, stop: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Return sigma(p) in {-1, 1} for p in [start, stop), int8.
 
-    Integers wrap around at 2^64 on every device; a shift drags the sign bit along, which the masks take off again.
+    Integers wrap around at 2^64 on every device. A shift moves the sign bit along, which the masks
+    remove again. The last step of SplitMix64, z ^ z >> 31, does not change the top bit.
     """
-    key = key_of(seed, "analysis-sketch") % WORD
-    z = torch.arange(start + 1, stop + 1, device=device) * _signed(0x9E3779B97F4A7C15) + _signed(
-        key
-    )
+    key = _signed(key_of(seed, "analysis-sketch") % WORD)
+    z = torch.arange(start + 1, stop + 1, device=device) * _signed(0x9E3779B97F4A7C15) + key
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, shift)) * _signed(factor)
-    return 1 - 2 * (z < 0).to(
-        torch.int8
-    )  # the last step of SplitMix64, z ^ z >> 31, leaves the top bit as it is
-
-
-def _shifted(z: Tensor, n: int) -> Tensor:
-    return (z >> n) & ((1 << (64 - n)) - 1)
+        shifted = (z >> shift) & ((1 << (64 - shift)) - 1)
+        z = (z ^ shifted) * _signed(factor)
+    return 1 - 2 * (z < 0).to(torch.int8)
 
 
 def _signed(word: int) -> int:

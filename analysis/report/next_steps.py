@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demerge.analysis.measurement.options import Settings
+from demerge.analysis.measurement.options import GROUPS, MeasurementOptions
 from demerge.analysis.partitioning.sample_size import MOST
 from demerge.conflict import MAX_CELLS, ConflictMap
 from demerge.timesteps import Partition
 
-USUAL = Settings()
+USUAL = MeasurementOptions()
 DEFAULTS = {
     "bins": USUAL.bins,
-    "groups": USUAL.groups,
-    "train-batch-size": USUAL.batch_size,
+    "groups": GROUPS,
+    "batch-size": USUAL.batch_size,
     "draws": USUAL.draws,
     "antithetic": USUAL.antithetic,
     "metric": USUAL.metric,
     "engine": "exact",  # what auto comes to where it fits
     "params": USUAL.params,
-    "mixed-precision": USUAL.precision,
+    "mixed-precision": USUAL.mixed_precision,
     "seed": USUAL.seed,
 }
 Step = tuple[str, list[str]]
@@ -113,9 +113,7 @@ def _hidden(map: ConflictMap, said: Mapping[str, Any], names: Names) -> list[Ste
             )
         ]
     batch = 2 * math.ceil(map.origin.batch_size * groups / map.M / 2)
-    larger = _again(
-        map, names, names.beside(f"{names.folder.name}-more"), **{"train-batch-size": batch}
-    )
+    larger = _again(map, names, names.beside(f"{names.folder.name}-more"), **{"batch-size": batch})
     return [(f"{why}, or as many as there are with batches of {batch:,}.", [larger])]
 
 
@@ -141,7 +139,7 @@ def _again(
     asked = {
         "bins": map.N,
         "groups": map.M,
-        "train-batch-size": origin.batch_size,
+        "batch-size": origin.batch_size,
         "draws": origin.draws,
         "antithetic": origin.noise,
         "metric": origin.metric,

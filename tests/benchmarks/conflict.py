@@ -19,13 +19,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from demerge.analysis.measurement.draws import Draws
-from demerge.analysis.measurement.gradients import measure
+from demerge.analysis.measurement.options import MeasurementOptions
+from demerge.analysis.measurement.run import measure
 from demerge.conflict import ConflictMap
 from demerge.data import ImageData, load_images
 from demerge.diffusion.model import Diffusion
@@ -103,7 +105,9 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
     rows = {"plain": lambda: plain(model, data, **cells)}
     for row, settings in ENGINES.items():
         if row != "exact" or fits:
-            rows[row] = lambda settings=settings: measure(model, data, **cells, **settings)
+            mode, engine = settings["mode"], {k: v for k, v in settings.items() if k != "mode"}
+            options = MeasurementOptions(**cells, **engine)
+            rows[row] = partial(measure, model, data, options, mode=mode)
     times: dict[str, list[float]] = {row: [] for row in rows}
     maps: dict[str, ConflictMap] = {}
     for _ in range(asked.repeat):

@@ -11,12 +11,12 @@ import pytest
 from demerge.conflict import ConflictMap
 from demerge.timesteps import Partition
 
-SMALL = ("--data", "digits", "--bins", 6, "--groups", 5, "--train-batch-size", 2, "--device", "cpu")
+SMALL = ("--data", "digits", "--bins", 6, "--groups", 5, "--batch-size", 2, "--device", "cpu")
 
 
 def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "conflict"
-    done = run("analyze", tiny, *SMALL, "-n", 3, "-o", out)
+    done = run("analyze", tiny, *SMALL, "--ranges", 3, "-o", out)
     assert (done.code, done.out.strip()) == (0, str(out))
     assert "30 backward passes" in done.err and "advice" in done.err
     assert ConflictMap.load(out / "conflict.safetensors").N == 6
@@ -27,31 +27,32 @@ def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> Non
         ".svg",
         ".png",
         ".html",
+        ".yaml",
     }
     kept = (out / "conflict.safetensors").read_bytes()
     again = run("analyze", tiny, *SMALL, "--ranges", 2, "--method", "uniform", "-o", out, "--json")
     said = json.loads(again.out)
     assert said["taken"] == "uniform" and said["cuts"]["uniform"]["cuts"] == [500]
-    assert "there already" in again.err and (out / "conflict.safetensors").read_bytes() == kept
+    assert "exists already" in again.err and (out / "conflict.safetensors").read_bytes() == kept
     found = run(
-        "analyze", tiny, *SMALL, "-n", "auto", "--method", "hierarchical", "-o", out, "--json"
+        "analyze", tiny, *SMALL, "--ranges", "auto", "--method", "hierarchical", "-o", out, "--json"
     )
     assert found.code == 0 and json.loads(found.out)["ranges"] == len(
         Partition.load(out / "partition.json")
     )
     other = run("analyze", tiny, *SMALL, "--seed", 1, "-o", out)
-    assert other.code == 2 and "seed 0 there, 1 asked" in other.err
+    assert other.code == 2 and "seed was 0, now 1" in other.err
 
 
 def test_sketches_of_chosen_parameters(run: Any, tiny: Path, tmp_path: Path) -> None:
-    given = ("-n", 2, "--engine", "sketch", "--params", "attentions", "--budget", "1h")
+    given = ("--ranges", 2, "--engine", "sketch", "--params", "attentions", "--budget", "1h")
     done = run("analyze", tiny, *SMALL, *given, "-o", tmp_path / "out")
     assert done.code == 0 and "sketches of 65,521 numbers" in done.err, done.err
     assert "30 backward passes, about" in done.err
     origin = ConflictMap.load(tmp_path / "out" / "conflict.safetensors").origin
     assert (origin.engine, origin.params) == ("sketch-65521", "attentions")
-    other = run("analyze", tiny, *SMALL, "-n", 2, "--exact", "-o", tmp_path / "out")
-    assert other.code == 2 and "engine sketch-65521 there, exact asked" in other.err
+    other = run("analyze", tiny, *SMALL, "--ranges", 2, "--engine", "exact", "-o", tmp_path / "out")
+    assert other.code == 2 and "engine was 'sketch-65521', now 'exact'" in other.err
 
 
 def test_a_damaged_map_is_refused_before_anything_is_measured(
@@ -69,7 +70,7 @@ def test_the_document_names_the_files_of_the_fisher(run: Any, tiny: Path, tmp_pa
             "analyze",
             tiny,
             *SMALL,
-            "-n",
+            "--ranges",
             2,
             "--fisher",
             "uniform:2",
@@ -90,22 +91,23 @@ def test_the_document_names_the_files_of_the_fisher(run: Any, tiny: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--method", "best"), 2, "gradient, hierarchical, uniform, logsnr"),
-        (("--draws", "none"), 2, "shared, independent"),
-        (("--engine", "some"), 2, "auto, exact, sketch"),
+        (("--method", "best"), 2, "'gradient', 'hierarchical', 'uniform', 'logsnr'"),
+        (("--draws", "none"), 2, "'shared', 'independent'"),
+        (("--engine", "some"), 2, "'auto', 'exact', 'sketch'"),
         (("--params", "nowhere"), 2, "fits none"),
-        (("-n", 7), 2, "ranges <= bins"),
-        (("-n", 0), 2, "auto"),
+        (("--ranges", 7), 2, "ranges <= bins"),
+        (("--ranges", 0), 2, "at least 1"),
+        (("--ranges", "some"), 2, "auto"),
         (("--bins", 2000), 2, "bins"),
-        (("--groups", 4), 2, "--groups"),
+        (("--groups", 4), 2, "at least 5"),
         (("--memory", 0.001, "--bins", 1000, "--groups", 50), 4, "take fewer bins or groups"),
         (("--data", "nowhere"), 3, "nowhere"),
-        (("--antithetic", "auto", "--train-batch-size", 3), 2, "even"),
-        (("--antithetic", "maybe"), 2, "off, on, auto"),
+        (("--antithetic", "auto", "--batch-size", 3), 2, "even"),
+        (("--antithetic", "maybe"), 2, "'off', 'on', 'auto'"),
         (("--budget", "10"), 2, "90s, 10m or 2h"),
         (("--budget", "0.001s"), 4, "give --budget"),
-        (("--se", 0), 2, "above 0"),
-        (("--mixed-precision", "fp8"), 2, "no, bf16"),
+        (("--target-se", 0), 2, "above 0"),
+        (("--mixed-precision", "fp8"), 2, "'no', 'bf16'"),
         (("--fisher", "uniform:2", "--budget", "0.001s"), 4, "give --budget"),
         (("--fisher", "uniform:2", "--mixed-precision", "bf16"), 2, "leave out --mixed-precision"),
     ],

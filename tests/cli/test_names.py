@@ -177,7 +177,7 @@ commit_file(pathlib.Path(sys.argv[1]), lambda stream: os.kill(os.getpid(), 9))
             5,
             "--bins",
             4,
-            "--train-batch-size",
+            "--batch-size",
             2,
         ),
         (

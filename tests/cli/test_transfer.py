@@ -23,12 +23,14 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 def measured(tiny: Path, place: Path, **settings: Any) -> Path:
     """Save a map of the tiny base, of four bins, as `demerge analyze` leaves it."""
-    from demerge.analysis.measurement.gradients import measure
+    from demerge.analysis import MeasurementOptions, measure
     from demerge.data import load_images
     from demerge.diffusion.model import Diffusion
 
     data = load_images("digits", split="train", resolution=8, channels=1)
-    map = measure(Diffusion.load(tiny), data, bins=4, groups=5, batch_size=2, **settings)
+    map = measure(
+        Diffusion.load(tiny), data, MeasurementOptions(bins=4, groups=5, batch_size=2, **settings)
+    )
     return map.save(place / "conflict.safetensors")
 
 

@@ -6,31 +6,25 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from demerge.analysis.stages.analyze import Plan, prepare
+from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
+from demerge.analysis.stages.analyze import Plan, plan
 from demerge.storage.atomic import sha256
 
 
-def plan(tiny: Path, out: Path) -> Plan:
-    settings: dict[str, Any] = {
-        "bins": 4,
-        "groups": 5,
-        "batch_size": 2,
-        "ranges": 2,
-        "engine": "sketch",
-        "metric": "adam",
-    }
-    return prepare(str(tiny), "digits", out, **settings)
+def planned(tiny: Path, out: Path) -> Plan:
+    inputs = AnalyzeInputs(model=str(tiny), data="digits", out=out, device="cpu")
+    options = MeasurementOptions(bins=4, groups=5, batch_size=2, engine="sketch", metric="adam")
+    return plan(inputs, options)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_analysis_goes_on(tiny: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    plan(tiny, tmp_path / "whole").map()
+    planned(tiny, tmp_path / "whole").measure()
     whole = sha256(tmp_path / "whole" / "conflict.safetensors")
     out, kept = tmp_path / "out", []
     folder = out / "conflict.partial"
@@ -38,7 +32,7 @@ def test_a_killed_analysis_goes_on(tiny: Path, tmp_path: Path) -> None:
         child = os.fork()
         if child == 0:
             try:
-                plan(tiny, out).map()
+                planned(tiny, out).measure()
             finally:
                 os._exit(0)
         deadline = time.monotonic() + 60
@@ -50,7 +44,7 @@ def test_a_killed_analysis_goes_on(tiny: Path, tmp_path: Path) -> None:
         kept.append(len(list(folder.glob("*.safetensors"))))
     assert 1 <= kept[0] <= kept[1] < 6
     seen: list[int] = []
-    plan(tiny, out).map(lambda done, total, text: seen.append(done))
+    planned(tiny, out).measure(lambda done, total, text: seen.append(done))
     assert seen == list(range(4 * kept[1] + 1, 25))
     assert sha256(out / "conflict.safetensors") == whole
     assert [path.name for path in out.iterdir()] == ["conflict.safetensors"]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from demerge.analysis import MeasurementOptions, measure
 from demerge.analysis.experts.plots import transfer_matrix
 from demerge.analysis.experts.transfer import transfer
-from demerge.analysis.measurement.gradients import measure
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.analysis.similarity import t_quantile
 from demerge.analysis.stages.transfer import short_names
@@ -46,7 +46,7 @@ def theta_moved(model: Any, step: Tensor) -> dict[str, Tensor]:
 
 def test_products_are_those_of_the_gradients_where_all_is_kept(linear: Any, images: Any) -> None:
     """Ranges that cut a bin take their part of it; the jackknife of a mean is its standard error."""
-    map = measure(linear, images, **SIZE)
+    map = measure(linear, images, MeasurementOptions(**SIZE))
     assert map.sketches is not None
     s = map.sketches.astype(np.float64) * CountSketch.of(9, SIZE["seed"]).signs.numpy()
     step = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def test_products_are_those_of_the_gradients_where_all_is_kept(linear: Any, imag
 
 
 def test_models_and_deltas_of_any_order_are_read_alike(linear: Any, images: Any) -> None:
-    map, ranges = measure(linear, images, **SIZE), Partition.uniform(30, 2)
+    map, ranges = measure(linear, images, MeasurementOptions(**SIZE)), Partition.uniform(30, 2)
     base, step = theta_moved(linear, torch.zeros(1)), torch.full((1, 3, 3), 0.1)
     full, lora = theta_moved(linear, step), Deltas(theta=step)
     seen: list[int] = []
@@ -258,7 +258,7 @@ def test_short_task_vectors_change_the_losses_of_digits_as_predicted(tmp_path: P
     for _ in finetune(model, train, ranges, options, tmp_path):
         pass
     experts = [Checkpoint.open(tmp_path / str(span)) for span in ranges]
-    map = measure(model, train, bins=4, groups=6, batch_size=16)
+    map = measure(model, train, MeasurementOptions(bins=4, groups=6, batch_size=16))
     found = transfer(map, model.denoiser.state_dict(), experts, ranges)
     live, session, losses = (
         model.with_denoiser(copy.deepcopy(model.denoiser)),

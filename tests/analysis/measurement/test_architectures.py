@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demerge.analysis import lines, measure, summary
+from demerge.analysis import MeasurementOptions, lines, measure, summary
 from demerge.analysis.measurement.draws import draw
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import ConflictMap, K, layers_of
@@ -26,6 +26,11 @@ WIDER = {
     "tiny_dit": {"num_layers": 3},
 }
 Case = tuple[Diffusion, ImageData]
+
+
+def measured(model: Any, data: Any, *, mode: str = "auto", **options: Any) -> ConflictMap:
+    """Measure with options by name."""
+    return measure(model, data, MeasurementOptions(**options), mode=mode)
 
 
 def data_for(model: Diffusion, captions: Path) -> ImageData:
@@ -64,7 +69,7 @@ def disturb(model: Diffusion) -> None:
 
 def test_a_map_is_measured_read_and_kept(case: Case, tmp_path: Path) -> None:
     model, data = case
-    map = measure(model, data, **SMALL, layers=True)
+    map = measured(model, data, **SMALL, layers=True)
     named = {name: p.numel() for name, p in model.denoiser.named_parameters()}
     assert map.layout == named and list(map.layout) == list(named)
     assert sum(layers_of(map.layout).values()) == map.origin.parameters == model.parameters
@@ -96,7 +101,7 @@ def plain_gradient(model: Diffusion, images: ImageData, drawn: Any, t: Tensor) -
 
 def test_a_cell_is_the_gradient_of_a_plain_loop(case: Case) -> None:
     model, data = case
-    map = measure(model, data, **SMALL, seed=3)
+    map = measured(model, data, **SMALL, seed=3)
     i, m = 1, 4
     drawn = draw(model, data, m, SMALL["batch_size"], 3, False)
     t = torch.tensor([map.bins[i].start + int(p * len(map.bins[i])) for p in drawn.position])
@@ -112,7 +117,7 @@ def test_a_cell_is_the_gradient_of_a_plain_loop(case: Case) -> None:
 
 
 def test_hooks_give_the_map_of_the_flat_pass(case: Case) -> None:
-    flat, hooks = (measure(*case, **SMALL, mode=mode).gram for mode in ("flat", "hooks"))
+    flat, hooks = (measured(*case, **SMALL, mode=mode).gram for mode in ("flat", "hooks"))
     assert np.allclose(hooks, flat, rtol=1e-5, atol=1e-7 * abs(flat).max())
 
 
@@ -124,7 +129,7 @@ def test_a_sketch_gives_the_map_of_the_exact_gradients(case: Case, name: str) ->
     )
     disturb(wide)
     assert wide.parameters > K
-    exact, sketch = (measure(wide, data, **SMALL, engine=engine) for engine in ("exact", "sketch"))
+    exact, sketch = (measured(wide, data, **SMALL, engine=engine) for engine in ("exact", "sketch"))
     norms = np.sqrt(np.diagonal(exact.gram.reshape(15, 15)))
     error = (sketch.gram - exact.gram).reshape(15, 15) / np.outer(norms, norms)
     assert 0 < abs(error).max() < 4 / K**0.5
@@ -138,7 +143,7 @@ def test_adapters_alone_are_measured(case: Case) -> None:
     peft.inject_adapter_in_model(
         peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]), model.denoiser
     )
-    map = measure(model, data, **SMALL, params="lora")
+    map = measured(model, data, **SMALL, params="lora")
     assert map.origin.parameters == model.parameters - before > 0
     assert all(".lora_A." in name or ".lora_B." in name for name in map.layout)
     assert (np.diagonal(map.gram.reshape(15, 15)) > 0).all()
@@ -173,7 +178,7 @@ def test_labels_of_the_data_are_the_condition_and_no_class_where_there_are_none(
         == "classes, none in the data: every image is of no class (label 10)"
     )
     known, unknown = (
-        measure(dit, images, **SMALL, engine="exact").origin.data for images in (data, bare)
+        measured(dit, images, **SMALL, engine="exact").origin.data for images in (data, bare)
     )
     assert known != unknown
 
@@ -190,13 +195,13 @@ def test_labels_beyond_the_classes_are_refused(dit: Diffusion, tmp_path: Path) -
 
 def test_a_unet_of_classes_needs_labels(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
     model = Diffusion.load(make_tiny(num_class_embeds=10))
-    map = measure(model, load_images("digits", limit=20), **SMALL)
+    map = measured(model, load_images("digits", limit=20), **SMALL)
     assert (
         np.diagonal(map.gram.reshape(15, 15)) > 0
     ).all() and "class_embedding.weight" in map.layout
     np.savez(tmp_path / "bare.npz", images=np.zeros((5, 8, 8), dtype=np.uint8))
     with pytest.raises(UsageError, match="takes one of 10 classes and the data has no labels"):
-        measure(model, load_images(tmp_path / "bare.npz", split="all"), **SMALL)
+        measured(model, load_images(tmp_path / "bare.npz", split="all"), **SMALL)
 
 
 @pytest.mark.parametrize(

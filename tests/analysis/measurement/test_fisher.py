@@ -16,18 +16,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from demerge.analysis.measurement import fisher as module
+from demerge.analysis.measurement import fisher as estimator
+from demerge.analysis.measurement import fisher_files
 from demerge.analysis.measurement.backward import Backward
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.draws import draw
-from demerge.analysis.measurement.fisher import RangeFisher, every, fisher_files
-from demerge.analysis.measurement.gradients import Measurement, Settings
-from demerge.analysis.stages.analyze import prepare
+from demerge.analysis.measurement.fisher import RangeFisher
+from demerge.analysis.measurement.fisher_files import plan_fisher
+from demerge.analysis.measurement.gradients import Measurement
+from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
+from demerge.analysis.measurement.run import NOWHERE, begin
+from demerge.analysis.partitioning.options import PartitionOptions
+from demerge.analysis.stages.analyze import Plan, plan
 from demerge.errors import ResourceError, UsageError
 from demerge.statistics import range_fisher
 from demerge.timesteps import Partition
-
-NOWHERE = MeasurementCheckpoint(None, {})
 
 
 def found(
@@ -35,10 +38,13 @@ def found(
 ) -> list[Tensor]:
     """F [D] of each range of one measurement."""
     measurement = Measurement(
-        model, data, Settings(**{"bins": 6, "groups": 5, "batch_size": 4, **settings}), mode
+        model,
+        data,
+        MeasurementOptions(**{"bins": 6, "groups": 5, "batch_size": 4, **settings}),
+        mode,
     )
-    fisher = replace(fisher_files(measurement, ranges, out).fisher, partial=NOWHERE)
-    measurement.run(NOWHERE, None, fisher)
+    fisher = replace(plan_fisher(measurement, ranges, out).fisher, checkpoint=NOWHERE)
+    begin(measurement, NOWHERE, fisher=fisher).map()
     return flat(fisher, model)
 
 
@@ -76,7 +82,7 @@ def test_it_is_unbiased_and_never_negative(
     draws: str,
     seeds: int,
 ) -> None:
-    monkeypatch.setattr(module, "PARTS", parts)
+    monkeypatch.setattr(estimator, "MAX_PARTS", parts)
     runs = [found(linear, images, tmp_path, draws=draws, seed=seed) for seed in range(seeds)]
     for r, wanted in enumerate(truth(linear, images, [0, 15, 30])):
         values = torch.stack([run[r] for run in runs])
@@ -96,7 +102,7 @@ def test_microbatches_of_one_are_the_squares_of_examples(
         samples = draw(linear, images, m, batch_size, 0, False)
         for span in Partition.uniform(30, 6):
             for b in range(batch_size):
-                loss = samples.only(b).loss(linear, span)
+                loss = samples.select(slice(b, b + 1)).loss(linear, span)
                 squares.append(
                     torch.autograd.grad(loss, linear.denoiser.theta)[0].flatten().square()
                 )
@@ -120,20 +126,20 @@ def test_modes_and_metrics_give_one_fisher_and_it_leaves_the_map(
     for more in ({"mode": "hooks"}, {"metric": "adam"}, {"engine": "sketch"}):
         for one, other in zip(first, found(linear, images, tmp_path, **more), strict=True):
             torch.testing.assert_close(one, other)
-    measurement = Measurement(linear, images, Settings(6, 5, 4))
-    fisher = fisher_files(measurement, "uniform:2", tmp_path).fisher
+    measurement = Measurement(linear, images, MeasurementOptions(bins=6, groups=5, batch_size=4))
+    fisher = plan_fisher(measurement, "uniform:2", tmp_path).fisher
     with_it, without = (
-        measurement.run(NOWHERE, None, replace(fisher, partial=NOWHERE)),
-        measurement.run(NOWHERE),
+        begin(measurement, NOWHERE, fisher=replace(fisher, checkpoint=NOWHERE)).map(),
+        begin(measurement).map(),
     )
     np.testing.assert_allclose(
         with_it.gram, without.gram, rtol=1e-3, atol=1e-7 * without.gram.max()
     )
 
 
-def test_every_takes_timesteps_from_all_of_a_bin(linear: Any, images: Any) -> None:
+def test_a_microbatch_has_timesteps_from_all_of_a_bin(linear: Any, images: Any) -> None:
     samples = draw(linear, images, 0, 8, 0, False)
-    parts = [every(samples, j, 2) for j in range(2)]
+    parts = [samples.select(slice(j, None, 2)) for j in range(2)]
     assert [part.images for part in parts] == [samples.images[0::2], samples.images[1::2]]
     for part in parts:
         assert sorted((part.position * 4).long().tolist()) == [0, 1, 2, 3]
@@ -165,6 +171,10 @@ def test_it_resembles_what_stats_measures(tiny: Path, tmp_path: Path) -> None:
 # -- what is kept ------------------------------------------------------------------------------------------------------------
 
 
+def describe(ready: Plan) -> str:
+    return "\n".join(ready.describe())
+
+
 class Killed(Exception):
     """Stands for SIGKILL."""
 
@@ -181,20 +191,20 @@ def killed_after(passes: int) -> Callable[[int, int, str], None]:
 def test_a_killed_measurement_goes_on(
     linear: Any, images: Any, tmp_path: Path, passes: int
 ) -> None:
-    measurement = Measurement(linear, images, Settings(6, 5, 4))
+    measurement = Measurement(linear, images, MeasurementOptions(bins=6, groups=5, batch_size=4))
     partial = MeasurementCheckpoint(tmp_path / "conflict.partial", measurement.key())
     wanted = found(linear, images, tmp_path)
     with pytest.raises(Killed):
-        measurement.run(
-            partial, killed_after(passes), fisher_files(measurement, "uniform:2", tmp_path).fisher
-        )
+        begin(
+            measurement, partial, fisher=plan_fisher(measurement, "uniform:2", tmp_path).fisher
+        ).map(killed_after(passes))
     there = sorted(
         path.name for path in (tmp_path / "conflict.partial" / "fisher").glob("*.safetensors")
     )
     assert there == [f"{(passes - 1) // 6 - 1:04d}.safetensors"]
     seen: list[int] = []
-    again = fisher_files(measurement, "uniform:2", tmp_path).fisher
-    measurement.run(partial, lambda done, total, what: seen.append(done), again)
+    again = plan_fisher(measurement, "uniform:2", tmp_path).fisher
+    begin(measurement, partial, fisher=again).map(lambda done, total, text: seen.append(done))
     assert len(seen) == 30 - (passes - 1) // 6 * 6
     for one, other in zip(flat(again, linear), wanted, strict=True):
         assert torch.equal(one, other)
@@ -204,15 +214,15 @@ def test_rows_and_sums_of_different_age_are_mended(
     linear: Any, images: Any, tmp_path: Path
 ) -> None:
     """Rows of all groups without a Fisher, then a Fisher with one row damaged: each is made once, and none counts twice."""
-    measurement = Measurement(linear, images, Settings(6, 5, 4))
+    measurement = Measurement(linear, images, MeasurementOptions(bins=6, groups=5, batch_size=4))
     partial = MeasurementCheckpoint(tmp_path / "conflict.partial", measurement.key())
-    measurement.run(partial)
+    begin(measurement, partial).map()
     wanted = found(linear, images, tmp_path)
     for damaged in (None, "group-0002.safetensors"):
         if damaged is not None:
             (tmp_path / "conflict.partial" / damaged).write_bytes(b"x")
-        fisher = fisher_files(measurement, "uniform:2", tmp_path).fisher
-        measurement.run(partial, None, fisher)
+        fisher = plan_fisher(measurement, "uniform:2", tmp_path).fisher
+        begin(measurement, partial, fisher=fisher).map()
         for one, other in zip(flat(fisher, linear), wanted, strict=True):
             assert torch.equal(one, other)
 
@@ -222,18 +232,17 @@ def test_the_stage_writes_what_merge_takes(
 ) -> None:
     from demerge.merging import merge
 
-    small: dict[str, Any] = {"bins": 4, "groups": 5, "batch_size": 2, "ranges": 2}
     out = tmp_path / "conflict"
-    prepare(str(tiny), "digits", out, **small).map()
+    planned(tiny, out, groups=5, fisher=None).measure()
     kept = (out / "conflict.safetensors").read_bytes()
-    plan = prepare(str(tiny), "digits", out, **small, fisher="uniform:2")
-    assert "fisher    0000-0500 0500-1000: 2 passes of 1 samples" in str(plan)
-    plan.map()
+    ready = planned(tiny, out, groups=5)
+    assert "fisher    0000-0500 0500-1000: 2 passes of 1 samples" in describe(ready)
+    ready.measure()
     assert (out / "conflict.safetensors").read_bytes() == kept
     assert not (out / "conflict.partial").exists()
-    assert "nothing" in str(prepare(str(tiny), "digits", out, **small, fisher="uniform:2"))
+    assert "nothing" in describe(planned(tiny, out, groups=5))
     with pytest.raises(UsageError, match="seed"):
-        prepare(str(tiny), "digits", out, **small, fisher="uniform:2", seed=1)
+        planned(tiny, out, groups=5, seed=1)
     paths = [out / "fisher" / name / "fisher.safetensors" for name in ("0000-0500", "0500-1000")]
     weights = load_file(tiny / "unet" / "diffusion_pytorch_model.safetensors")
     for path in paths:
@@ -255,17 +264,14 @@ def test_the_stage_writes_what_merge_takes(
     assert (tmp_path / "merged" / "demerge.json").is_file()
 
 
-def prepared(tiny: Path, out: Path, **settings: Any) -> Any:
-    """Plan the Fisher of two ranges beside a map of four bins."""
-    return prepare(
-        str(tiny),
-        "digits",
-        out,
-        **{"bins": 4, "batch_size": 2, "ranges": 2, "fisher": "uniform:2", **settings},
-    )
+def planned(model: Path, out: Path, *, fisher: str | None = "uniform:2", **settings: Any) -> Plan:
+    """Plan a map of four bins, and the Fisher of two ranges next to it."""
+    inputs = AnalyzeInputs(model=str(model), data="digits", out=out, device="cpu", fisher=fisher)
+    options = MeasurementOptions(**{"bins": 4, "batch_size": 2, **settings})
+    return plan(inputs, options, PartitionOptions(ranges=2))
 
 
-def told(out: Path) -> list[tuple[int, int]]:
+def recorded(out: Path) -> list[tuple[int, int]]:
     """Return groups and samples of the records."""
     records = [
         json.loads(path.read_text())["fisher"]["options"]
@@ -276,77 +282,83 @@ def told(out: Path) -> list[tuple[int, int]]:
 
 def test_it_has_the_groups_of_the_map_that_is_there(tiny: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    prepared(tiny, whole, groups=9).map()
-    prepared(tiny, out, groups=9, fisher=None).map()
-    plan = prepared(tiny, out)
-    assert plan.cost.passes + plan.cost.more == 4 * 9 * 2
-    assert "72 backward passes, about" in str(
-        plan
-    ) and "9 groups of the map are measured again" in str(plan)
-    assert plan.map().M == 9 and told(out) == told(whole) == [(9, 36), (9, 36)]
+    planned(tiny, whole, groups=9).measure()
+    planned(tiny, out, groups=9, fisher=None).measure()
+    ready = planned(tiny, out)
+    assert ready.cost().steps + ready.measurement_cost.extra == 4 * 9 * 2
+    assert "72 backward passes, about" in describe(
+        ready
+    ) and "9 groups of the map are measured again" in describe(ready)
+    assert ready.measure().M == 9 and recorded(out) == recorded(whole) == [(9, 36), (9, 36)]
     for path in (whole / "fisher").rglob("*.safetensors"):
         assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
 
 
 def test_more_groups_make_map_and_fisher_of_all_of_them(tiny: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    prepared(tiny, whole, groups=10).map()
-    prepared(tiny, out, groups=5).map()
-    plan = prepared(tiny, out, groups=10)
-    assert "80 backward passes" in str(plan) and "5 groups of the map are measured again" in str(
-        plan
-    )
-    assert "in place of the one of 5 groups" in str(plan)
-    assert plan.map().M == 10 and told(out) == [(10, 40), (10, 40)]
+    planned(tiny, whole, groups=10).measure()
+    planned(tiny, out, groups=5).measure()
+    ready = planned(tiny, out, groups=10)
+    assert "80 backward passes" in describe(
+        ready
+    ) and "5 groups of the map are measured again" in describe(ready)
+    assert "in place of the one of 5 groups" in describe(ready)
+    assert ready.measure().M == 10 and recorded(out) == [(10, 40), (10, 40)]
     for path in whole.rglob("*.*"):
         assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
     (out / "conflict.safetensors").unlink()
     with pytest.raises(UsageError, match="groups was 10, now 5"):
-        prepared(tiny, out, groups=5)
+        planned(tiny, out, groups=5)
 
 
 def test_killed_while_the_files_are_written_no_record_stands_beside_another_fisher(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared(tiny, tmp_path, groups=5).map()
-    files, commit = sorted((tmp_path / "fisher").rglob("*.safetensors")), module.commit_statistic
+    planned(tiny, tmp_path, groups=5).measure()
+    files, commit = (
+        sorted((tmp_path / "fisher").rglob("*.safetensors")),
+        fisher_files.commit_statistic,
+    )
 
     def killed(folder: Path, *arguments: Any) -> None:
         if folder.name == "0500-1000":
             raise Killed
         commit(folder, *arguments)
 
-    monkeypatch.setattr(module, "commit_statistic", killed)
+    monkeypatch.setattr(fisher_files, "commit_statistic", killed)
     with pytest.raises(Killed):
-        prepared(tiny, tmp_path, groups=6).map()
-    assert [path.exists() for path in files] == [True, True] and told(tmp_path) == [
+        planned(tiny, tmp_path, groups=6).measure()
+    assert [path.exists() for path in files] == [True, True] and recorded(tmp_path) == [
         (6, 24),
         (5, 20),
     ]
     monkeypatch.undo()
-    plan, seen = prepared(tiny, tmp_path), []
-    assert "again" not in str(plan)
-    plan.map(lambda done, total, what: seen.append(done))
-    assert not seen and told(tmp_path) == [(6, 24), (6, 24)]
+    ready, seen = planned(tiny, tmp_path), []
+    assert "again" not in describe(ready)
+    ready.measure(lambda done, total, what: seen.append(done))
+    assert not seen and recorded(tmp_path) == [(6, 24), (6, 24)]
 
 
 def test_a_fisher_of_fewer_groups_than_the_map_is_made_again(tiny: Path, tmp_path: Path) -> None:
-    prepared(tiny, tmp_path, groups=5, engine="sketch").map()
-    prepared(tiny, tmp_path, groups=6, engine="sketch", fisher=None).map()
-    assert told(tmp_path) == [(5, 20), (5, 20)]
-    prepared(tiny, tmp_path).map()
-    assert told(tmp_path) == [(6, 24), (6, 24)]
+    planned(tiny, tmp_path, groups=5, engine="sketch").measure()
+    planned(tiny, tmp_path, groups=6, engine="sketch", fisher=None).measure()
+    assert recorded(tmp_path) == [(5, 20), (5, 20)]
+    planned(tiny, tmp_path).measure()
+    assert recorded(tmp_path) == [(6, 24), (6, 24)]
 
 
 def test_sums_of_a_killed_run_serve_one_of_more_groups(
     linear: Any, images: Any, tmp_path: Path
 ) -> None:
-    few, many = (Measurement(linear, images, Settings(6, groups, 4)) for groups in (5, 8))
+    few, many = (
+        Measurement(linear, images, MeasurementOptions(bins=6, groups=groups, batch_size=4))
+        for groups in (5, 8)
+    )
     partial = MeasurementCheckpoint(tmp_path / "conflict.partial", few.key())
-    few.run(partial, None, fisher_files(few, "uniform:2", tmp_path).fisher)
-    again, seen = fisher_files(many, "uniform:2", tmp_path).fisher, []
+    begin(few, partial, fisher=plan_fisher(few, "uniform:2", tmp_path).fisher).map()
+    again, seen = plan_fisher(many, "uniform:2", tmp_path).fisher, []
     assert again.committed == 5
-    many.run(partial, lambda done, total, what: seen.append(done), again)
+    begin(many, partial, fisher=again).map(lambda done, total, text: seen.append(done))
     assert len(seen) == 3 * 6
     for one, other in zip(
         flat(again, linear), found(linear, images, tmp_path, groups=8), strict=True
@@ -355,33 +367,40 @@ def test_sums_of_a_killed_run_serve_one_of_more_groups(
 
 
 def test_more_groups_with_a_fisher_do_not_lose_the_layers(tiny: Path, tmp_path: Path) -> None:
-    prepared(tiny, tmp_path, groups=5, layers=True, fisher=None).map()
+    planned(tiny, tmp_path, groups=5, layers=True, fisher=None).measure()
     with pytest.raises(UsageError, match="has sketches of layers"):
-        prepared(tiny, tmp_path, groups=6)
+        planned(tiny, tmp_path, groups=6)
 
 
 def test_the_cost_counts_microbatches_and_a_budget_too(
     linear: Any, images: Any, tmp_path: Path, clock: list[float]
 ) -> None:
     """By a clock that goes on by a second with each backward pass: 6 bins of 4 samples, 24 s a group, 6 of them in 150 s."""
-    measurement = Measurement(linear, images, Settings(6, 64, 4, budget=150.0))
+    measurement = Measurement(
+        linear, images, MeasurementOptions(bins=6, groups=64, batch_size=4, budget=150.0)
+    )
     partial = MeasurementCheckpoint(tmp_path / "conflict.partial", measurement.key())
-    fisher = fisher_files(measurement, "uniform:2", tmp_path).fisher
-    run = measurement.begin(partial, fisher=fisher)
-    assert (run.cost.passes, run.cost.more, run.cost.seconds) == (36, 108, 144.0)
+    fisher = plan_fisher(measurement, "uniform:2", tmp_path).fisher
+    run = begin(measurement, partial, fisher=fisher)
+    assert (run.cost.passes, run.cost.extra, run.cost.seconds) == (36, 108, 144.0)
     assert "144 backward passes, about 2" in str(run.cost)
     assert run.map().M == fisher.done == 6
     with pytest.raises(ResourceError, match="5 groups of 6 bins take about 2 min"):
-        Measurement(linear, images, Settings(6, 64, 4, budget=100.0)).begin(NOWHERE, fisher=fisher)
+        begin(
+            Measurement(
+                linear, images, MeasurementOptions(bins=6, groups=64, batch_size=4, budget=100.0)
+            ),
+            fisher=fisher,
+        )
 
 
 def test_a_budget_that_a_fisher_of_the_map_does_not_fit_is_refused(
     tiny: Path, tmp_path: Path
 ) -> None:
-    prepared(tiny, tmp_path, groups=5, fisher=None).map()
+    planned(tiny, tmp_path, groups=5, fisher=None).measure()
     with pytest.raises(ResourceError, match="the Fisher of the map's 5 groups takes about"):
-        prepared(tiny, tmp_path, budget=1e-4)
-    assert prepared(tiny, tmp_path, budget=600.0).map().M == 5 and told(tmp_path) == [
+        planned(tiny, tmp_path, budget=1e-4)
+    assert planned(tiny, tmp_path, budget=600.0).measure().M == 5 and recorded(tmp_path) == [
         (5, 20),
         (5, 20),
     ]
@@ -409,8 +428,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ("settings", "ranges", "message"),
     [
         ({}, "uniform:4", "have edges inside of bins: 8, 22"),
-        ({"batch_size": 11}, "joint", "batch size 11 has no 2 to"),
-        ({"antithetic": "on"}, "joint", "antithetic samples are not independent"),
+        ({"batch_size": 11}, "joint", "batch size 11 cannot be split into 2 to"),
+        ({"antithetic": "on"}, "joint", "needs independent samples"),
         ({"params": "theta"}, "joint", "does not merge a model"),
         ({}, "unifrom:2", "neither uniform:N"),
     ],
@@ -423,8 +442,8 @@ def test_what_makes_no_fisher_is_refused(
 
 
 def test_sums_of_other_ranges_are_refused(linear: Any, images: Any, tmp_path: Path) -> None:
-    measurement = Measurement(linear, images, Settings(6, 5, 4))
+    measurement = Measurement(linear, images, MeasurementOptions(bins=6, groups=5, batch_size=4))
     partial = MeasurementCheckpoint(tmp_path / "conflict.partial", measurement.key())
-    measurement.run(partial, None, fisher_files(measurement, "uniform:2", tmp_path).fisher)
-    with pytest.raises(UsageError, match=r"fisher \[0, 15, 30\] there, \[0, 10, 20, 30\] asked"):
-        fisher_files(measurement, "uniform:3", tmp_path)
+    begin(measurement, partial, fisher=plan_fisher(measurement, "uniform:2", tmp_path).fisher).map()
+    with pytest.raises(UsageError, match=r"fisher was \[0, 15, 30\], now \[0, 10, 20, 30\]"):
+        plan_fisher(measurement, "uniform:3", tmp_path)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
-from demerge.analysis.measurement.collector import KeepAll, SideBySide, adam_scale, products
+from demerge.analysis.measurement.collector import Identity, SideBySide, adam_scale, products
 from demerge.analysis.measurement.draws import draw
-from demerge.analysis.measurement.gradients import Measurement, measure
-from demerge.analysis.measurement.options import Settings
+from demerge.analysis.measurement.gradients import Measurement
+from demerge.analysis.measurement.options import MeasurementOptions
+from demerge.analysis.measurement.run import begin, measure
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.analysis.similarity import cross, kernel, similarity
 from demerge.conflict import Array, ConflictMap
@@ -23,8 +24,16 @@ from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import accumulator
 from demerge.errors import InputError, NumericalError, ResourceError, UsageError
+from demerge.progress import Progress, silent
 
 SMALL = {"bins": 3, "groups": 5, "batch_size": 2}
+
+
+def measured(
+    model: Any, data: Any, *, mode: str = "auto", progress: Progress = silent, **options: Any
+) -> ConflictMap:
+    """Measure with options by name."""
+    return measure(model, data, MeasurementOptions(**options), mode=mode, progress=progress)
 
 
 def truth(model: Any, data: Any, edges: list[int]) -> Array:
@@ -40,13 +49,13 @@ def truth(model: Any, data: Any, edges: list[int]) -> Array:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"draws": "independent"}, {"antithetic": True}, {"antithetic": "auto"}],
+    [{}, {"draws": "independent"}, {"antithetic": "on"}, {"antithetic": "auto"}],
     ids=["shared", "independent", "antithetic", "pilot"],
 )
 def test_a_linear_problem_is_measured_without_bias(
     linear: Any, images: Any, options: dict[str, Any]
 ) -> None:
-    maps = [measure(linear, images, **SMALL, **options, seed=seed) for seed in range(60)]
+    maps = [measured(linear, images, **SMALL, **options, seed=seed) for seed in range(60)]
     mu = truth(linear, images, maps[0].edges)
     values = np.array([kernel(map, cross(5)) for map in maps])
     z = (values.mean(0) - mu @ mu.T) / (values.std(0, ddof=1) / len(maps) ** 0.5)
@@ -56,19 +65,19 @@ def test_a_linear_problem_is_measured_without_bias(
 def test_antithetic_noise_takes_away_noise(linear: Any, images: Any) -> None:
     """Where x_t is nearly x0 the linear problem's noise is odd in eps."""
 
-    def noise(antithetic: bool) -> float:
-        map = measure(linear, images, bins=30, groups=40, batch_size=2, antithetic=antithetic)
+    def noise(antithetic: str) -> float:
+        map = measured(linear, images, bins=30, groups=40, batch_size=2, antithetic=antithetic)
         squares = np.einsum("imim->i", map.gram) / map.M
         return float(squares[0] - kernel(map, cross(map.M))[0, 0])
 
-    assert noise(True) < 0.8 * noise(False)
+    assert noise("on") < 0.8 * noise("off")
 
 
 def test_the_pilot_takes_antithetic_noise_where_it_helps(linear: Any, images: Any) -> None:
     """Noise of the linear problem is odd in eps at small t, and even in eps where x_t is nearly eps."""
     settings: dict[str, Any] = {"bins": 30, "groups": 40, "batch_size": 2}
     off, on, auto = (
-        measure(linear, images, **settings, antithetic=kind) for kind in ("off", "on", "auto")
+        measured(linear, images, **settings, antithetic=kind) for kind in ("off", "on", "auto")
     )
     assert isinstance(auto.origin.antithetic, tuple) and (
         off.origin.antithetic,
@@ -84,7 +93,7 @@ def test_the_pilot_takes_antithetic_noise_where_it_helps(linear: Any, images: An
 
 
 def test_the_noise_of_each_bin_is_stored(linear: Any, images: Any, tmp_path: Path) -> None:
-    map = measure(linear, images, **SMALL, antithetic="auto")
+    map = measured(linear, images, **SMALL, antithetic="auto")
     assert ConflictMap.load(map.save(tmp_path / "conflict.safetensors")).origin == map.origin
     with pytest.raises(InputError, match="antithetic noise is said of 2 bins, not of 3"):
         replace(map, origin=replace(map.origin, antithetic=(True, False)))
@@ -99,7 +108,7 @@ def test_low_precision_passes_are_summed_in_full(
 ) -> None:
     """The model computes in bf16, and no sum does: a row is that of its gradients' float64 sum."""
     model, data = Diffusion.load(tiny), load_images("digits", split="train", limit=20)
-    full = measure(model, data, **SMALL, engine=engine)
+    full = measured(model, data, **SMALL, engine=engine)
     seen: list[torch.dtype] = []
     predict = Diffusion.predict
 
@@ -108,7 +117,7 @@ def test_low_precision_passes_are_summed_in_full(
         return predict(self, *arguments)
 
     monkeypatch.setattr(Diffusion, "predict", spy)
-    half = measure(model, data, **SMALL, engine=engine, precision="bf16")
+    half = measured(model, data, **SMALL, engine=engine, mixed_precision="bf16")
     assert set(seen) == {torch.bfloat16} and half.origin.precision == "bf16"
     norms = np.sqrt(np.diagonal(full.gram.reshape(15, 15)))
     assert 0 < (abs(half.gram - full.gram).reshape(15, 15) / np.outer(norms, norms)).max() < 0.05
@@ -118,7 +127,7 @@ def test_low_precision_passes_are_summed_in_full(
 def test_pieces_of_low_precision_add_up_in_full(dtype: torch.dtype) -> None:
     """4096 gradients of 2^-9 add up to 8, and in bf16 to no more than 0.5."""
     sketch, piece = CountSketch.of(10, 0), torch.full((10,), 2.0**-9, dtype=dtype)
-    for keep in (sketch, KeepAll(10), SideBySide([sketch, sketch.layers({"a.weight": 10})])):
+    for keep in (sketch, Identity(10), SideBySide([sketch, sketch.layers({"a.weight": 10})])):
         total = accumulator((keep.width,), torch.device("cpu"))
         for _ in range(4096):
             keep.add(total, 0, piece)
@@ -128,7 +137,7 @@ def test_pieces_of_low_precision_add_up_in_full(dtype: torch.dtype) -> None:
 def test_the_gram_is_that_of_plain_backward_passes(tiny: Path) -> None:
     model, data = Diffusion.load(tiny), load_images("digits", split="train", limit=20)
     seen: list[tuple[int, int, str]] = []
-    map = measure(model, data, **SMALL, seed=3, progress=lambda *step: seen.append(step))
+    map = measured(model, data, **SMALL, seed=3, progress=lambda *step: seen.append(step))
     assert [step[:2] for step in seen] == [(i, 15) for i in range(1, 16)]
     assert not any(p.requires_grad or p.grad is not None for p in model.denoiser.parameters())
     model.denoiser.requires_grad_(True)
@@ -158,7 +167,7 @@ def test_a_sketch_gives_the_map_of_the_exact_gradients(make_tiny: Any, metric: s
     )
     assert model.parameters > 65_521
     exact, sketch = (
-        measure(model, data, **SMALL, metric=metric, engine=engine)
+        measured(model, data, **SMALL, metric=metric, engine=engine)
         for engine in ("exact", "sketch")
     )
     norms = np.sqrt(np.diagonal(exact.gram.reshape(15, 15)))
@@ -175,11 +184,11 @@ def test_hooks_give_the_map_of_the_flat_pass(tiny: Path) -> None:
         {"engine": "sketch", "metric": "adam", "params": "attentions"},
     ):
         flat, hooks = (
-            measure(model, data, **SMALL, **options, mode=mode).gram for mode in ("flat", "hooks")
+            measured(model, data, **SMALL, **options, mode=mode).gram for mode in ("flat", "hooks")
         )
         assert np.allclose(hooks, flat, rtol=1e-5, atol=1e-7 * abs(flat).max())
     with pytest.raises(UsageError, match="flat, hooks"):
-        measure(model, data, **SMALL, mode="some")
+        measured(model, data, **SMALL, mode="some")
 
 
 def test_the_cost_is_said_first(tiny: Path) -> None:
@@ -187,7 +196,7 @@ def test_the_cost_is_said_first(tiny: Path) -> None:
     D = sum(p.numel() for p in model.denoiser.parameters())
 
     def cost(**settings: Any) -> Any:
-        return Measurement(model, data, Settings(**{**SMALL, **settings})).cost()
+        return Measurement(model, data, MeasurementOptions(**{**SMALL, **settings})).cost()
 
     whole, sketched = cost(), cost(engine="sketch", metric="adam")
     assert (whole.passes, whole.engine, whole.bytes) == (
@@ -197,11 +206,11 @@ def test_the_cost_is_said_first(tiny: Path) -> None:
     )  # with the sketches
     assert (sketched.passes, sketched.engine, sketched.bytes) == (18, "sketch-65521", 4 * 15 * D)
     assert "15 backward passes" in str(whole) and "sketches of 65,521 numbers" in str(sketched)
-    assert cost(memory=4 * 15 * 2 * D).engine == "exact"
+    assert cost(memory=4 * 15 * 2 * D / 1e9).engine == "exact"
     with pytest.raises(ResourceError, match="15 gradients"):
-        cost(memory=4 * 15 * 2 * D - 1)
+        cost(memory=(4 * 15 * 2 * D - 1) / 1e9)
     with pytest.raises(ResourceError, match="15 sketches"):
-        cost(memory=4 * 15 * D - 1, engine="sketch")
+        cost(memory=(4 * 15 * D - 1) / 1e9, engine="sketch")
 
 
 def test_sketches_are_taken_where_gradients_do_not_fit(make_tiny: Any) -> None:
@@ -210,12 +219,13 @@ def test_sketches_are_taken_where_gradients_do_not_fit(make_tiny: Any) -> None:
         load_images("digits", limit=5),
     )
     assert model.parameters > 65_521
-    memory = 4 * 15 * 65_521
+    memory = 4 * 15 * 65_521 / 1e9
     assert (
-        Measurement(model, data, Settings(**SMALL, memory=memory)).cost().engine == "sketch-65521"
+        Measurement(model, data, MeasurementOptions(**SMALL, memory=memory)).cost().engine
+        == "sketch-65521"
     )
     with pytest.raises(ResourceError, match="gradients") as caught:
-        Measurement(model, data, Settings(**SMALL, memory=memory, engine="exact"))
+        Measurement(model, data, MeasurementOptions(**SMALL, memory=memory, engine="exact"))
     assert "--engine sketch" in caught.value.fix
 
 
@@ -226,7 +236,7 @@ def test_params_choose_what_counts(tiny: Path) -> None:
         for name, p in model.denoiser.named_parameters()
         if "norm" in name and name.endswith("weight")
     ]
-    map = measure(model, data, **SMALL, params=r"norm.*weight$")
+    map = measured(model, data, **SMALL, params=r"norm.*weight$")
     assert (map.origin.params, map.origin.parameters) == (
         r"norm.*weight$",
         sum(p.numel() for p in chosen),
@@ -242,7 +252,7 @@ def test_params_choose_what_counts(tiny: Path) -> None:
     )
     for wrong in ("lora", "nowhere", "("):
         with pytest.raises(UsageError, match="params"):
-            measure(model, data, **SMALL, params=wrong)
+            measured(model, data, **SMALL, params=wrong)
 
 
 def test_adapters_alone_can_count(linear: Any, images: Any) -> None:
@@ -255,46 +265,50 @@ def test_adapters_alone_can_count(linear: Any, images: Any) -> None:
             return super().forward(x * self.lora_A.prod(), t)
 
     assert (
-        measure(linear.with_denoiser(Adapted()), images, **SMALL, params="lora").origin.parameters
+        measured(linear.with_denoiser(Adapted()), images, **SMALL, params="lora").origin.parameters
         == 2
     )
 
 
 def test_a_finished_group_is_not_measured_again(linear: Any, images: Any, tmp_path: Path) -> None:
     """Groups of two runs in one folder are one run; what is damaged is made again, what is foreign is refused."""
-    measurement = Measurement(linear, images, Settings(**SMALL, metric="adam", engine="sketch"))
-    whole = measurement.run(MeasurementCheckpoint(None, {}))
+    measurement = Measurement(
+        linear, images, MeasurementOptions(**SMALL, metric="adam", engine="sketch")
+    )
+    whole = begin(measurement).map()
     one, other = (
         MeasurementCheckpoint(tmp_path / name, measurement.key()) for name in ("one", "other")
     )
     for partial in (one, other):
-        assert np.array_equal(measurement.run(partial).gram, whole.gram)
+        assert np.array_equal(begin(measurement, partial).map().gram, whole.gram)
     for name in ("pilot", "group-0001", "group-0003"):
         (one.folder / f"{name}.safetensors").unlink()
     for name in ("group-0001", "group-0003"):
         (other.folder / f"{name}.safetensors").rename(one.folder / f"{name}.safetensors")
     (one.folder / "group-0004.safetensors").write_bytes(b"x")
     seen: list[tuple[int, int, str]] = []
-    assert np.array_equal(measurement.run(one, lambda *step: seen.append(step)).gram, whole.gram)
+    assert np.array_equal(
+        begin(measurement, one).map(lambda *step: seen.append(step)).gram, whole.gram
+    )
     assert [step[2] for step in seen] == [
         f"{what} {bin}" for what in ("pilot", "bin") for bin in whole.bins
     ]
     other_seed = Measurement(
-        linear, images, Settings(**SMALL, metric="adam", engine="sketch", seed=1)
+        linear, images, MeasurementOptions(**SMALL, metric="adam", engine="sketch", seed=1)
     )
     foreign = MeasurementCheckpoint(one.folder, other_seed.key())
-    for refused in (foreign.check, lambda: other_seed.run(foreign)):
-        with pytest.raises(UsageError, match="seed 0 there, 1 asked"):
+    for refused in (foreign.check, lambda: begin(other_seed, foreign).map()):
+        with pytest.raises(UsageError, match="seed was 0, now 1"):
             refused()
     one.check()
-    one.sweep()
+    one.remove()
     assert not one.folder.exists()
 
 
 def test_maps_repeat_and_differ_by_seed(linear: Any, images: Any) -> None:
-    first = measure(linear, images, **SMALL)
-    assert np.array_equal(first.gram, measure(linear, images, **SMALL).gram)
-    assert not np.array_equal(first.gram, measure(linear, images, **SMALL, seed=1).gram)
+    first = measured(linear, images, **SMALL)
+    assert np.array_equal(first.gram, measured(linear, images, **SMALL).gram)
+    assert not np.array_equal(first.gram, measured(linear, images, **SMALL, seed=1).gram)
 
 
 def test_draws_are_shared_between_bins_only_when_asked(
@@ -307,13 +321,13 @@ def test_draws_are_shared_between_bins_only_when_asked(
         return draw(*arguments)
 
     monkeypatch.setattr("demerge.analysis.measurement.draws.draw", spy)
-    measure(linear, images, **SMALL)
+    measured(linear, images, **SMALL)
     assert keys == [0, 1, 2, 3, 4]
     keys.clear()
-    measure(linear, images, **SMALL, draws="independent")
+    measured(linear, images, **SMALL, draws="independent")
     assert len(set(keys)) == len(keys) == 15 and not set(keys) & set(range(5))
     keys.clear()
-    measure(linear, images, **SMALL, draws="independent", metric="adam")
+    measured(linear, images, **SMALL, draws="independent", metric="adam")
     assert len(set(keys)) == len(keys) == 18
 
 
@@ -324,7 +338,7 @@ def test_dropout_is_off(tiny: Path, linear: Any, images: Any) -> None:
 
     dropping = linear.with_denoiser(Dropping(3).train())
     assert np.array_equal(
-        measure(dropping, images, **SMALL).gram, measure(linear, images, **SMALL).gram
+        measured(dropping, images, **SMALL).gram, measured(linear, images, **SMALL).gram
     )
     assert dropping.denoiser.training
 
@@ -360,12 +374,12 @@ def test_adam_products_are_divided_by_the_root_of_v() -> None:
         {"engine": "some"},
         {"bins": 31},
         {"bins": 0},
-        {"antithetic": True, "batch_size": 3},
+        {"antithetic": "on", "batch_size": 3},
     ],
 )
 def test_wrong_arguments_are_usage_errors(linear: Any, images: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        measure(linear, images, **{**SMALL, **wrong})
+        measured(linear, images, **{**SMALL, **wrong})
 
 
 @pytest.mark.parametrize("options", [{}, {"engine": "sketch", "mode": "hooks"}, {"metric": "adam"}])
@@ -379,7 +393,7 @@ def test_a_gradient_that_is_not_finite_names_its_bin(
         NumericalError,
         match=rf"bin 0000-0010, {where}, is not finite, at sample 0 \(image \d of toy, t = \d\)",
     ):
-        measure(linear, images, **SMALL, **options)
+        measured(linear, images, **SMALL, **options)
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketch"])
@@ -399,15 +413,15 @@ def test_a_gradient_that_is_not_finite_names_its_sample(
     monkeypatch.setattr(type(images), "floats", damaged)
     expected = rf"group 0, is not finite, at sample {images_of_group.index(broken)} \(image {broken} of toy"
     with pytest.raises(NumericalError, match=expected):
-        measure(linear, images, **SMALL, engine=engine)
+        measured(linear, images, **SMALL, engine=engine)
 
 
 def test_a_text_model_is_measured_with_its_captions(tiny_text: Path, image_folder: Path) -> None:
     model = Diffusion.load(tiny_text)
     data = load_images(image_folder, resolution=16, channels=3)
-    map = measure(model, data, bins=2, groups=5, batch_size=1)
+    map = measured(model, data, bins=2, groups=5, batch_size=1)
     assert map.gram.shape == (2, 5, 2, 5) and similarity(map).reliability.shape == (2,)
-    attention = measure(
+    attention = measured(
         model,
         data,
         bins=2,
@@ -422,7 +436,7 @@ def test_a_text_model_is_measured_with_its_captions(tiny_text: Path, image_folde
         and (np.diagonal(attention.gram.reshape(10, 10)) > 0).all()
     )
     with pytest.raises(UsageError, match="captions"):
-        measure(
+        measured(
             model,
             load_images("digits", resolution=16, channels=3, limit=5),
             bins=2,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis import lines, measure, summary
+from demerge.analysis import MeasurementOptions, lines, measure, summary
 from demerge.analysis.partitioning.bootstrap import Evidence
 from demerge.analysis.partitioning.expected_gain import Benefit, benefit
 from demerge.analysis.partitioning.objective import cut
@@ -238,7 +238,7 @@ def test_predicted_benefit_is_what_first_adamw_steps_gain() -> None:
     start = shipped.with_denoiser(type(shipped.denoiser).from_config(shipped.denoiser.config))  # type: ignore[attr-defined]
     whole, ranges = TimestepRange(0, 1000), Partition.from_cuts(1000, [100, 300, 900])
     base = trained(start, train, whole, torch.optim.AdamW, 1e-3, 400, decay=True)
-    found = of(measure(base, train, bins=10, groups=12, batch_size=128), ranges)
+    found = of(measure(base, train, MeasurementOptions(bins=10, groups=12, batch_size=128)), ranges)
     origin = np.array([*range_losses(base, test, ranges, samples=512).means.values()])
     w = np.array([len(span) / 1000 for span in ranges])
     models = [trained(base, train, span, torch.optim.AdamW, 5e-5, 40) for span in (whole, *ranges)]

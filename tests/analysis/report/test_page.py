@@ -192,7 +192,7 @@ def test_a_map_that_cannot_hold_as_many_groups_gets_larger_batches(map_of: Any) 
     assert (
         analyze == "analyze"
         and words[-2:] == ["-o", "run/conflict-more"]
-        and "--train-batch-size" in words
+        and "--batch-size" in words
     )
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.measurement.lock import alone_in
+from demerge.analysis.measurement.lock import lock_folder
+from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
 from demerge.analysis.measurement.parallel import World, join
-from demerge.analysis.stages.analyze import Plan, prepare
+from demerge.analysis.partitioning.options import PartitionOptions
+from demerge.analysis.stages.analyze import Plan, plan
 from demerge.analysis.stages.ranges import load_map
 from demerge.cli.main import main
 from demerge.conflict import ConflictMap
@@ -26,10 +28,14 @@ from demerge.storage.atomic import sha256
 MAP = "conflict.safetensors"
 
 
-def plan(model: Path, out: Path, **settings: Any) -> Plan:
-    return prepare(
-        str(model), "digits", out, **{"bins": 3, "batch_size": 2, "ranges": 2, **settings}
-    )
+def planned(model: Path, out: Path, *, fisher: str | None = None, **settings: Any) -> Plan:
+    inputs = AnalyzeInputs(model=str(model), data="digits", out=out, device="cpu", fisher=fisher)
+    options = MeasurementOptions(**{"bins": 3, "batch_size": 2, **settings})
+    return plan(inputs, options, PartitionOptions(ranges=2))
+
+
+def describe(ready: Plan) -> str:
+    return "\n".join(ready.describe())
 
 
 @pytest.mark.parametrize(
@@ -44,74 +50,78 @@ def plan(model: Path, out: Path, **settings: Any) -> Plan:
 def test_more_groups_extend_a_map_to_the_bytes_of_one_run(
     tiny: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    plan(tiny, tmp_path / "whole", groups=6, **settings).map()
+    planned(tiny, tmp_path / "whole", groups=6, **settings).measure()
     out = tmp_path / "out"
-    plan(tiny, out, groups=5, **settings).map()
-    more = plan(tiny, out, groups=6, **settings)
-    assert "15 passes were done before" in str(more)
+    planned(tiny, out, groups=5, **settings).measure()
+    more = planned(tiny, out, groups=6, **settings)
+    assert "15 passes were done before" in describe(more)
     seen: list[str] = []
-    more.map(lambda done, total, what: seen.append(what))
+    more.measure(lambda done, total, what: seen.append(what))
     assert sum(what.startswith("bin") for what in seen) == 3
     assert sha256(out / MAP) == sha256(tmp_path / "whole" / MAP)
 
 
 def test_a_map_that_suffices_is_taken_as_it_is(tiny: Path, tmp_path: Path) -> None:
-    plan(tiny, tmp_path, groups=6).map()
+    planned(tiny, tmp_path, groups=6).measure()
     kept = sha256(tmp_path / MAP)
-    for settings in ({}, {"groups": 6}, {"budget": 60.0}, {"se": 100.0}, {"se": 1e-9, "groups": 6}):
-        again = plan(tiny, tmp_path, **settings)
-        assert "there already" in str(again), settings
-        assert again.map().M == 6
+    for settings in (
+        {},
+        {"groups": 6},
+        {"budget": 60.0},
+        {"target_se": 100.0},
+        {"target_se": 1e-9, "groups": 6},
+    ):
+        again = planned(tiny, tmp_path, **settings)
+        assert "exists already" in describe(again), settings
+        assert again.measure().M == 6
     assert sha256(tmp_path / MAP) == kept and [path.name for path in tmp_path.iterdir()] == [MAP]
-    with pytest.raises(UsageError, match="groups 6 there, 5 asked"):
-        plan(tiny, tmp_path, groups=5)
-    further = plan(tiny, tmp_path, se=1e-9, groups=7)
-    assert "up to 21 backward passes, at most" in str(further)
-    assert (
-        further.lines(further.map())[0].startswith("se ")
-        and ConflictMap.load(tmp_path / MAP).M == 7
-    )
+    with pytest.raises(UsageError, match="groups was 6, now 5"):
+        planned(tiny, tmp_path, groups=5)
+    further = planned(tiny, tmp_path, target_se=1e-9, groups=7)
+    assert "up to 21 backward passes, at most" in describe(further)
+    assert further.run().lines()[-1].startswith("target SE ")
+    assert ConflictMap.load(tmp_path / MAP).M == 7
 
 
 def test_the_engine_left_open_is_that_of_the_map_that_is_there(tiny: Path, tmp_path: Path) -> None:
-    plan(tiny, tmp_path, groups=5, engine="sketch").map()
-    assert "there already, with 5 groups" in str(plan(tiny, tmp_path))
-    assert plan(tiny, tmp_path, groups=6).map().origin.engine == "sketch-65521"
+    planned(tiny, tmp_path, groups=5, engine="sketch").measure()
+    assert "exists already, with 5 groups" in describe(planned(tiny, tmp_path))
+    assert planned(tiny, tmp_path, groups=6).measure().origin.engine == "sketch-65521"
 
 
 def test_more_groups_do_not_lose_the_layers(tiny: Path, tmp_path: Path) -> None:
-    plan(tiny, tmp_path, groups=5, bins=2, layers=True).map()
-    assert plan(tiny, tmp_path, bins=2).map().layers is not None
+    planned(tiny, tmp_path, groups=5, bins=2, layers=True).measure()
+    assert planned(tiny, tmp_path, bins=2).measure().layers is not None
     with pytest.raises(UsageError, match="has sketches of layers"):
-        plan(tiny, tmp_path, groups=6, bins=2)
+        planned(tiny, tmp_path, groups=6, bins=2)
 
 
 def test_exact_gradients_that_a_map_does_not_hold_are_measured_again(
     make_tiny: Any, tmp_path: Path
 ) -> None:
     large = make_tiny(block_out_channels=(16, 32))
-    five = plan(large, tmp_path / "out", groups=5, bins=2).map()
-    extended = plan(large, tmp_path / "out", groups=6, bins=2)
-    assert "5 groups of the map are measured again, as their exact gradients are not kept" in str(
+    five = planned(large, tmp_path / "out", groups=5, bins=2).measure()
+    extended = planned(large, tmp_path / "out", groups=6, bins=2)
+    assert "5 groups of the map are measured again, as it lacks exact gradients" in describe(
         extended
     )
-    six = extended.map()
+    six = extended.measure()
     assert np.allclose(six.gram[:, :5, :, :5], five.gram, rtol=1e-4)
-    assert np.array_equal(six.gram, plan(large, tmp_path / "anew", groups=6, bins=2).map().gram)
-
-
-def test_a_map_that_will_say_little_is_told_of_early(
-    tiny: Path, tmp_path: Path, map_of: Any
-) -> None:
-    of, told = plan(tiny, tmp_path, groups=6, bins=2), []
-    hidden = map_of(np.random.default_rng(0).standard_normal((2, 5, 400)) + 0.02)
-    (line,) = of.early(hidden)
-    assert line.startswith(
-        "early     after 5 groups gradients are resolved on 0% of [0, T); the joint gradient is not told from 0"
+    assert np.array_equal(
+        six.gram, planned(large, tmp_path / "anew", groups=6, bins=2).measure().gram
     )
-    assert "would do" in line and of.early(map_of(np.ones((2, 5, 4)))) == []
-    assert of.run is not None
-    of.run.map(early=lambda map: told.append(map.M))
+
+
+def test_a_map_that_will_say_little_is_noted_early(tiny: Path, tmp_path: Path, map_of: Any) -> None:
+    of, told = planned(tiny, tmp_path, groups=6, bins=2), []
+    hidden = map_of(np.random.default_rng(0).standard_normal((2, 5, 400)) + 0.02)
+    line = of.early_note(hidden)
+    assert line is not None and line.startswith(
+        "early     after 5 groups, gradients are resolved on 0% of [0, T). The joint gradient is not"
+    )
+    assert "would resolve half of it" in line and of.early_note(map_of(np.ones((2, 5, 4)))) is None
+    assert of.pending is not None
+    of.pending.map(early=lambda map: told.append(map.M))
     assert told == [5], "once, of the first groups"
 
 
@@ -130,11 +140,11 @@ def test_a_map_of_another_schedule_is_refused(
     tiny: Path, rescheduled: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    plan(tiny, out, groups=5).map()
+    planned(tiny, out, groups=5).measure()
     with pytest.raises(
-        UsageError, match=r"schedule of 1000 timesteps with log SNR 9.* there, of 1000 .* asked"
+        UsageError, match=r"schedule was 'of 1000 timesteps with log SNR 9.*, now 'of 1000 "
     ):
-        plan(rescheduled, out, groups=5)
+        planned(rescheduled, out, groups=5)
     assert load_map(out, str(tiny)).M == 5
     with pytest.raises(InputError, match="was measured on a schedule of 1000 timesteps"):
         load_map(out, str(rescheduled))
@@ -144,42 +154,42 @@ def test_a_map_of_another_schedule_is_refused(
 def test_groups_of_another_schedule_are_refused(
     tiny: Path, rescheduled: Path, tmp_path: Path
 ) -> None:
-    first = plan(tiny, tmp_path / "out", groups=5)
-    assert first.run is not None
-    first.run.map()
+    first = planned(tiny, tmp_path / "out", groups=5)
+    assert first.pending is not None
+    first.pending.map()
     with pytest.raises(
-        UsageError, match=r"parts of another measurement: schedule of 1000 timesteps"
+        UsageError, match=r"parts of another measurement: schedule was 'of 1000 timesteps"
     ):
-        plan(rescheduled, tmp_path / "out", groups=5)
+        planned(rescheduled, tmp_path / "out", groups=5)
 
 
 def test_a_map_of_another_config_is_refused(tiny: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "out", copytree(tiny, tmp_path / "other")
     config = other / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "norm_eps": 1e-3}))
-    plan(tiny, out, groups=5).map()
-    with pytest.raises(UsageError, match="is of another measurement: base "):
-        plan(other, out, groups=5)
+    planned(tiny, out, groups=5).measure()
+    with pytest.raises(UsageError, match="was measured with other settings: base was "):
+        planned(other, out, groups=5)
 
 
 def test_two_at_once_do_not_mix(tiny: Path, tmp_path: Path) -> None:
-    ready = plan(tiny, tmp_path, groups=5)
+    ready = planned(tiny, tmp_path, groups=5)
     with (
-        alone_in(tmp_path / "conflict.partial"),
+        lock_folder(tmp_path / "conflict.partial"),
         pytest.raises(UsageError, match=rf"pid {os.getpid()} on {socket.gethostname()}"),
     ):
-        ready.map()
+        ready.measure()
     assert not (tmp_path / MAP).exists()
-    late = plan(tiny, tmp_path, groups=5, seed=1)
-    assert ready.map().M == 5
+    late = planned(tiny, tmp_path, groups=5, seed=1)
+    assert ready.measure().M == 5
     assert [path.name for path in tmp_path.iterdir()] == [MAP]
     with pytest.raises(UsageError, match=r"has finished .* meanwhile"):
-        late.map()
+        late.measure()
 
 
 def test_one_process_is_alone() -> None:
-    assert join("cpu") == (World(), "cpu") and World().main
-    assert World().agree(0.5) == 0.5
+    assert join("cpu") == (World(), "cpu") and World().is_main
+    assert World().broadcast_number(0.5) == 0.5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -187,9 +197,9 @@ def test_one_process_is_alone() -> None:
     "settings",
     [
         {"antithetic": "auto"},
-        {"antithetic": "auto", "se": 1e-6},
+        {"antithetic": "auto", "target_se": 1e-6},
         {"bins": 4, "fisher": "uniform:2"},
-        {"bins": 4, "fisher": "joint", "se": 1e-6},
+        {"bins": 4, "fisher": "joint", "target_se": 1e-6},
     ],
     ids=["fixed", "open", "fisher", "open fisher"],
 )
@@ -199,7 +209,7 @@ def test_two_processes_make_the_map_of_one(
     """With the variables that torchrun sets; a process that is not the first prints and writes nothing but its groups."""
     torch.set_num_threads(1)
     common: dict[str, Any] = {"bins": 2, "groups": 7, "metric": "adam"}
-    plan(tiny, tmp_path / "one", **{**common, **settings, "se": None}).map()
+    planned(tiny, tmp_path / "one", **{**common, **settings, "target_se": None}).measure()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {
@@ -229,21 +239,25 @@ def test_two_processes_make_the_map_of_one(
 
 
 def _first(tiny: Path, out: Path, common: dict[str, Any], settings: dict[str, Any]) -> int:
-    ready = plan(tiny, out, **{**common, **settings})
-    ready.map()
-    return 0 if "shared by 2 processes" in str(ready) else 3
+    ready = planned(tiny, out, **{**common, **settings})
+    ready.measure()
+    return 0 if "shared by 2 processes" in describe(ready) else 3
 
 
 def _other(tiny: Path, out: Path, common: dict[str, Any], settings: dict[str, Any]) -> int:
     given = {
         "data": "digits",
-        "train-batch-size": 2,
+        "batch-size": 2,
         "ranges": 2,
         "device": "cpu",
         **common,
         **settings,
     }
-    options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    options = [
+        word
+        for name, value in given.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     sys.argv = ["demerge", "analyze", str(tiny), *options, "-o", str(out)]
     try:
         main()
