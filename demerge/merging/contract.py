@@ -53,6 +53,12 @@ class Block:
     weights: Tensor = field(default_factory=lambda: torch.ones(()))
     start: int = 0
 
+    def input(self, name: str) -> Tensor:
+        """Return an input [K n] that every tensor has."""
+        tensor = self.inputs[name]
+        assert tensor is not None
+        return tensor
+
 
 class Blocks(ABC):
     """The blocks of a tensor or a model. Each iteration is one pass, always in the same order.
@@ -148,7 +154,7 @@ class Method:
 
     @property
     def description(self) -> str:
-        """The docstring of the method's file: what it is, its formula, what differs from the paper."""
+        """The docstring of the method's file: formula, paper, and what differs from it."""
         return inspect.cleandoc(getattr(inspect.getmodule(self.function), "__doc__", None) or "")
 
     def specialize(self, *options: Options) -> Method:

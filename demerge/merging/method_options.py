@@ -40,6 +40,9 @@ class Between:
         return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
+Share = Annotated[float, Between(0, 1, open_low=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One of the user's options: its default, its rule (type, choices or interval) and its help."""
@@ -107,7 +110,7 @@ def read_option(name: str, default: Any, hint: Any, help: str = "") -> Option:
 
 
 def read_help(docstring: str, name: str) -> str:
-    """Return what the `Args:` of a docstring say of a parameter, else the shared help of its name."""
+    """Return a parameter's text in the `Args:` of a docstring, else that of its name."""
     entries = docstring.partition("\nArgs:\n")[2].partition("\n\n")[0]
     found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", entries, re.MULTILINE)
     return " ".join(found[1].split()) if found else HELP.get(name, "")

@@ -204,7 +204,7 @@ class MergeSession:
         return weights.expand(self.shape)
 
     def _by_tensor(self, weights: Tensor) -> Weights:
-        """Return a function to the weights [K] of a tensor; the model's are the mean of its groups."""
+        """Return the weights [K] by tensor; the model's are the mean of its groups."""
         if not self.groups:
             return lambda name: weights
         return lambda name: weights.mean(0) if name is None else weights[self._group[name]]

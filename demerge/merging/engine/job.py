@@ -64,7 +64,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class MergedChunk:
-    """A merged chunk [n], unrounded; the block it was made of, and where in the tensor it starts."""
+    """A merged chunk [n], unrounded; its block, and where in the tensor it starts."""
 
     merged: Tensor
     block: Block
@@ -279,7 +279,7 @@ class MergeJob:
 
 
 class _JobBlocks(Blocks):
-    """The blocks of some tensors, of a fixed size; progress is told under `text`, if there is one."""
+    """The blocks of some tensors, of a fixed size; `text` names them in progress reports."""
 
     def __init__(
         self, job: MergeJob, names: Sequence[str], pool: WorkerPool, text: str | None

@@ -1,4 +1,6 @@
-"""What must hold of a merge: its weights, tensors and inputs before it begins, its numbers after."""
+"""What must hold of a merge: its weights, tensors and inputs before it begins, its numbers
+after.
+"""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class _Parent(WorkerPool):
         return result
 
     def _values(self, n: int, ahead: int) -> Iterator[Any]:
-        """Hand out n items and yield their values, of which at most `ahead` wait for an earlier one.
+        """Hand out n items and yield their values; at most `ahead` wait for an earlier one.
 
         The error of an item is raised in its turn: the same one whichever worker is faster.
         """
@@ -290,7 +290,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles values; tensors are copied out of shared memory, which the next answer overwrites."""
+    """Unpickles values; tensors are copied, since the next answer overwrites them."""
 
     def __init__(self, message: bytes, slot: memoryview) -> None:
         super().__init__(io.BytesIO(message))

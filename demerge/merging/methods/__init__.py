@@ -1,10 +1,9 @@
 """The merge methods, one paper per file, and what they share.
 
-Add a method as a file of its own: a pure function with `@method`, see CONTRIBUTING.md; every module here is imported by
-`import_all`, so there is no list to keep.
+A method is a file of its own with a pure function under `@method`, see CONTRIBUTING.md.
 
-Shared: `selection` exact k-th magnitudes, `statistics` Gram matrices and norms, `stages` the linear or TIES merge at the
-end, `spectral` singular values through Gram matrices.
+Shared: `selection` exact k-th magnitudes, `statistics` Gram matrices and norms, `stages` the linear
+or TIES merge at the end, `spectral` singular values through Gram matrices.
 """
 
 from __future__ import annotations

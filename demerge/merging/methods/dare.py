@@ -1,53 +1,49 @@
 """DARE: drop and rescale (arXiv 2311.03099), then a linear or a TIES merge.
 
     m_i ~ Bernoulli(density)
-    tau_i' = m_i tau_i / density                                          (rescale = paper)
-    tau_i' = m_i tau_i |tau_i|_1 / |m_i tau_i|_1 of the tensor            (rescale = l1, as mergekit)
-    tau_i' = m_i tau_i                                                    (rescale = none)
-    theta = theta_0 + lambda sum_i w_i tau_i'                             (then = linear)
-    theta = theta_0 + lambda disjoint_merge(tau'), signs by mass          (then = ties, without its trimming)
+    tau_i' = m_i tau_i / density                                         (rescale = paper)
+    tau_i' = m_i tau_i |tau_i|_1 / |m_i tau_i|_1 of the tensor           (rescale = l1, as mergekit)
+    tau_i' = m_i tau_i                                                   (rescale = none)
+    theta = theta_0 + lambda sum_i w_i tau_i'                            (then = linear)
+    theta = theta_0 + lambda disjoint_merge(tau'), signs by mass         (then = ties, no trimming)
 
 The masks depend on (seed, expert, tensor name, index) alone: m_i = [uniform < density].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from demerge.merging.method_options import Between
-from demerge.merging.methods.stages import Then, aggregate, majority_of, majority_scope
+from demerge.merging.method_options import Share
+from demerge.merging.methods.stages import (
+    Then,
+    aggregate,
+    factor_scope,
+    majority_of,
+    majority_scope,
+)
 from demerge.merging.methods.statistics import l1_factors
-from demerge.merging.methods.ties import Mean
-from demerge.merging.registry import Block, Blocks, Scope, Statistic, method
+from demerge.merging.methods.ties import Mean, Undecided
+from demerge.merging.registry import Blocks, Statistic, method
 
 
-def kept(uniform: Tensor, density: float | Tensor) -> Tensor:
-    """Return the mask m [*] in {0, 1}: 1 where uniform < density.
+def keep_mask(uniform: Tensor, density: float | Tensor) -> Tensor:
+    """Return the mask m [*] in {0, 1}: 1 if uniform < density.
 
-    ceil(density - uniform) is that, since both lie in [0, 1]; it is several times faster than a comparison.
+    ceil(density - uniform) is that, since both lie in [0, 1]; it is faster than a comparison.
     """
     return (density - uniform).ceil_()
 
 
-def rescales(blocks: Blocks, *, weights: Tensor, density: float) -> Tensor:
-    """Return |tau_i|_1 / |m_i tau_i|_1 for each expert [K]; 1 where nothing but zeros was kept."""
-    return l1_factors(
-        blocks, lambda block: drop(block.deltas, _uniform(block), density), weights=weights
-    )
-
-
 def drop(deltas: Tensor, uniform: Tensor, density: float) -> list[Tensor]:
     """Return m_i tau_i, K of [*]."""
-    return [
-        delta * mask
-        for delta, mask in zip(deltas, kept(uniform, density).to(deltas.dtype), strict=True)
-    ]
+    masks = keep_mask(uniform, density).to(deltas.dtype)
+    return [delta * mask for delta, mask in zip(deltas, masks, strict=True)]
 
 
-def thinned(
+def thin(
     deltas: Tensor, uniform: Tensor, density: float, factor: Tensor | None, rescale: str
 ) -> list[Tensor]:
     """Return tau_i', K of [*]."""
@@ -57,31 +53,26 @@ def thinned(
     return dropped if rescale == "none" else [delta.mul_(1 / density) for delta in dropped]
 
 
-def dropped_majority(
-    blocks: Blocks, *, density: float, factor: Tensor | None, rescale: str
-) -> Tensor:
-    """Return the sign [] of the sum of all signs elected after dropping."""
-    return majority_of(
-        blocks, lambda block: thinned(block.deltas, _uniform(block), density, factor, rescale)
+def factors(blocks: Blocks, *, weights: Tensor, density: float) -> Tensor:
+    """Return |tau_i|_1 / |m_i tau_i|_1 for each expert [K]; 1 if nothing but zeros was kept."""
+    return l1_factors(
+        blocks, lambda block: drop(block.deltas, block.input("uniform"), density), len(weights)
     )
 
 
-def _uniform(block: Block) -> Tensor:
-    uniform = block.inputs["uniform"]
-    assert uniform is not None
-    return uniform
-
-
-def _l1_scope(options: Mapping[str, Any]) -> Scope | None:
-    return "tensor" if options["rescale"] == "l1" else None
+def majority(blocks: Blocks, *, density: float, factor: Tensor | None, rescale: str) -> Tensor:
+    """Return the sign [] of the sum of all signs elected after dropping."""
+    return majority_of(
+        blocks, lambda b: thin(b.deltas, b.input("uniform"), density, factor, rescale)
+    )
 
 
 @method(
     "dare",
     paper="arXiv 2311.03099",
     statistics=(
-        Statistic("factor", rescales, _l1_scope, uses_weights=False),
-        Statistic("majority", dropped_majority, majority_scope),
+        Statistic("factor", factors, factor_scope, uses_weights=False),
+        Statistic("majority", majority, majority_scope),
     ),
     presets={
         "authors": {},
@@ -98,23 +89,17 @@ def dare(
     uniform: Tensor,
     factor: Tensor | None,
     majority: Tensor | None,
-    density: Annotated[float, Between(0, 1, open_low=True)] = 0.5,
+    density: Share = 0.5,
     rescale: Literal["paper", "l1", "none"] = "paper",
     then: Then = "linear",
-    undecided: Literal["majority", "plus"] = "majority",
+    undecided: Undecided = "majority",
     mean: Mean = "weights",
     scale: float = 1.0,
 ) -> Tensor:
-    """Return the base plus `scale` (lambda) times the merge of randomly thinned task vectors [*].
+    """Drop random entries of the task vectors, rescale the rest, and merge [*].
 
-    `undecided` and `mean` are those of ties and matter where `then` is ties.
+    Args:
+        density: chance of an entry to be kept
     """
-    return aggregate(
-        base,
-        thinned(deltas, uniform, density, factor, rescale),
-        weights,
-        then,
-        majority,
-        mean,
-        scale,
-    )
+    thinned = thin(deltas, uniform, density, factor, rescale)
+    return aggregate(base, thinned, weights, then, majority, mean, scale)

@@ -1,10 +1,11 @@
-"""Fisher merging: a mean weighted by how much each expert's loss depends on each weight (arXiv 2111.09832).
+"""Fisher merging: a mean weighted by how much each expert's loss depends on each weight
+(arXiv 2111.09832).
 
     theta = sum_i c_i F_i theta_i / sum_i c_i F_i = theta_0 + sum_i c_i F_i tau_i / sum_i c_i F_i
 
-F_i [*] is the diagonal Fisher of expert i on its own range of timesteps, E[g^2] of the range loss per example
-(`demerge.statistics.range_fisher`). `normalise`: `none`, `l2` divides F_i by its norm over the model, `layer` by its norm
-over the tensor. Where every F_i is 0, the weighted mean.
+F_i [*] is the diagonal Fisher of expert i on its own range of timesteps, E[g^2] of the range loss
+per example (`demerge.statistics.range_fisher`). `normalise`: `none`, `l2` divides F_i by its norm
+over the model, `layer` by its norm over the tensor. If every F_i is 0, the weighted mean.
 """
 
 from __future__ import annotations
@@ -17,26 +18,19 @@ from torch import Tensor
 
 from demerge.errors import InputError, UsageError
 from demerge.merging.methods.linear import nonzero_sum, weighted_sum
-from demerge.merging.registry import Block, Blocks, Scope, Statistic, method
+from demerge.merging.registry import Blocks, Scope, Statistic, method
 
 
 def fisher_norms(blocks: Blocks) -> Tensor:
-    """Return |F_i|_2 for each expert [K]; 1 where F_i is 0."""
-    squares = torch.stack(
-        list(blocks.map(lambda block: _fisher(block).double().square().sum(1)))
-    ).sum(0)
-    return torch.where(squares > 0, squares.sqrt(), 1.0)
-
-
-def _fisher(block: Block) -> Tensor:
-    fisher = block.inputs["fisher"]
-    assert fisher is not None
-    return fisher
+    """Return |F_i|_2 for each expert [K]; 1 if F_i is 0."""
+    squares = blocks.map(lambda block: block.input("fisher").double().square().sum(1))
+    total = torch.stack(list(squares)).sum(0)
+    return torch.where(total > 0, total.sqrt(), 1.0)
 
 
 def _scope(options: Mapping[str, Any]) -> Scope | None:
-    scopes: dict[str, Scope | None] = {"none": None, "l2": "model", "layer": "tensor"}
-    return scopes[options["normalise"]]
+    scopes: dict[str, Scope] = {"l2": "model", "layer": "tensor"}
+    return scopes.get(options["normalise"])
 
 
 @method(
@@ -54,11 +48,14 @@ def fisher(
     norm: Tensor | None,
     normalise: Literal["none", "l2", "layer"] = "none",
 ) -> Tensor:
-    """Return the mean of the experts weighted by c_i F_i, entry by entry [*].
+    """Average the experts, each entry weighted by its Fisher information [*].
+
+    Args:
+        normalise: what each Fisher is divided by: nothing, its norm over the model, or the tensor
 
     Raises:
         UsageError: if a weight is negative, or they sum to 0.
-        InputError: where a Fisher is negative.
+        InputError: if a Fisher is negative.
     """
     nonzero_sum(weights)
     check_weights_not_negative(weights, "fisher")
@@ -71,13 +68,12 @@ def fisher(
     merged = weighted_sum(share * deltas, relative) / nonzero(total)
     if bool(total.abs().min() > 0):
         return base + merged
-    return base + torch.where(
-        total == 0, weighted_sum(deltas, weights / nonzero_sum(weights)), merged
-    )
+    mean = weighted_sum(deltas, weights / nonzero_sum(weights))
+    return base + torch.where(total == 0, mean, merged)
 
 
 def check_weights_not_negative(weights: Tensor, what: str) -> None:
-    """Refuse weights under which the divisor, a sum that differs from entry to entry, may come close to 0.
+    """Refuse weights under which the divisor, another sum for each entry, may come close to 0.
 
     Raises:
         UsageError: if a weight is negative.
@@ -85,24 +81,21 @@ def check_weights_not_negative(weights: Tensor, what: str) -> None:
     if bool((weights < 0).any()):
         least = float(weights.min())
         fix = "give weights of 0 or more, or use task_arithmetic, which takes any sign"
-        raise UsageError(
-            f"{what} divides by a weighted sum, and the weight {least:g} is negative", fix=fix
-        )
+        problem = f"{what} divides by a weighted sum, and the weight {least:g} is negative"
+        raise UsageError(problem, fix=fix)
 
 
 def check_not_negative(fisher: Tensor) -> None:
-    """Refuse what is no mean of squares.
+    """Refuse what is not a mean of squares.
 
     Raises:
-        InputError: where an entry is negative.
+        InputError: if an entry is negative.
     """
     if fisher.numel() and bool(fisher.min() < 0):
-        raise InputError(
-            "a Fisher has negative entries, and is a mean of squares",
-            fix="make fisher.safetensors again",
-        )
+        what = "a Fisher has negative entries; it is a mean of squares"
+        raise InputError(what, fix="make fisher.safetensors again")
 
 
 def nonzero(values: Tensor) -> Tensor:
-    """Return the values [*], 1 in the place of 0."""
+    """Return the values [*], with 1 in place of 0."""
     return values if bool(values.abs().min() > 0) else torch.where(values == 0, 1.0, values)

@@ -1,10 +1,10 @@
 """The weighted mean of the experts, and the weighted sum of their task vectors.
 
     average           theta = sum_i w_i theta_i / sum_i w_i         (model soups, arXiv 2203.05482)
-    task_arithmetic   theta = theta_0 + lambda sum_i w_i tau_i      (arXiv 2212.04089; what DeMe uses, arXiv 2410.06664)
+    task_arithmetic   theta = theta_0 + lambda sum_i w_i tau_i      (arXiv 2212.04089)
 
-with tau_i = theta_i - theta_0. The mean is formed as theta_0 + sum_i w_i tau_i / sum_i w_i, the same with less
-rounding.
+with tau_i = theta_i - theta_0. DeMe (arXiv 2410.06664) uses the second. The mean is formed as
+theta_0 + sum_i w_i tau_i / sum_i w_i, which rounds less.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from demerge.merging.registry import method
 
 @method("average", paper="arXiv 2203.05482", aliases=("linear",), neutral_options={})
 def average(base: Tensor, deltas: Tensor, *, weights: Tensor) -> Tensor:
-    """Return the weighted mean of the experts [*].
+    """Average the experts with weights that are divided by their sum [*].
 
     Raises:
-        UsageError: where the weights sum to 0.
+        UsageError: if the weights sum to 0.
     """
     return weighted_sum(deltas, weights / nonzero_sum(weights)).add_(base)
 
 
 @method("task_arithmetic", paper="arXiv 2212.04089", neutral_options={})
 def task_arithmetic(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the base plus `scale` (lambda) times the weighted sum of the task vectors [*]."""
+    """Add the weighted sum of the task vectors, times `scale`, to the base [*]."""
     return weighted_sum(deltas, scale * weights).add_(base)
 
 
@@ -46,12 +46,10 @@ def nonzero_sum(weights: Tensor) -> Tensor:
     """Return the sum of the weights [].
 
     Raises:
-        UsageError: where it is 0: a mean with no weight means nothing.
+        UsageError: if it is 0, since a mean then has no meaning.
     """
     total = weights.sum()
     if total == 0:
-        raise UsageError(
-            "the weights of a mean sum to 0",
-            fix="give weights with another sum, or use task_arithmetic",
-        )
+        fix = "give weights with another sum, or use task_arithmetic"
+        raise UsageError("the weights of a mean sum to 0", fix=fix)
     return total

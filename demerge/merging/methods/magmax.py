@@ -3,9 +3,9 @@
     tau = r_m tau_m,  m = argmax_i abs(r_i tau_i),  r_i = w_i / max_j abs(w_j)
     theta = theta_0 + lambda tau
 
-Of a positive and a negative entry of one magnitude the positive is taken. Differs from the authors' code there: it takes
-the later expert, which makes the result depend on their order. Differs from the paper by the weights, which it does not
-have: equal weights, of any size, give its formula.
+Of a positive and a negative entry of one magnitude the positive is taken. Differs from the authors'
+code there: it takes the later expert, so that the result depends on their order. Differs from the
+paper by the weights, which it does not have: equal weights, of any size, give its formula.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from demerge.merging.registry import method
 
 @method("magmax", paper="arXiv 2407.06322", force_float64=True)
 def magmax(base: Tensor, deltas: Tensor, *, weights: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the base plus `scale` (lambda) times the entry of largest magnitude among the task vectors [*].
+    """Take, for each entry, the task vector that changes it most [*].
 
     Weights are relative: an entry counts and enters with w_i / max abs(w).
     """

@@ -1,8 +1,9 @@
-"""Exact order statistics of a stream: the k-th largest magnitude, in a few passes and constant memory.
+"""Exact order statistics of a stream: the k-th largest magnitude in a few passes, constant memory.
 
-The bits of a magnitude, read as an integer, have the order of the magnitudes. A histogram of their upper 16 bits finds
-the bucket of the k-th largest; the next pass counts the next 16 bits of the values in that bucket, or collects the values
-where they are few (radix selection from the top). No sorting, no sampling, no limit on the number of elements.
+The bits of a magnitude, read as an integer, have the order of the magnitudes. A histogram of their
+upper 16 bits finds the bucket of the k-th largest; the next pass counts the next 16 bits of the
+values in that bucket, or collects the values if they are few (radix selection from the top). No
+sorting, no sampling, no limit on the number of elements.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """Where the value of a row lies: its bits are in [low, low + 2^shift), it is the rank-th largest of count there."""
+    """A row's value: in [low, low + 2^shift), the rank-th largest of count values there."""
 
     low: int
     shift: int
     rank: int
     count: int
 
-    def narrowed(self, counts: Tensor) -> _Bucket:
-        """Return the bucket of the next digit, given how many values there have which [65536]."""
+    def narrow(self, counts: Tensor) -> _Bucket:
+        """Return the bucket of the next digit, given how many values have each digit [65536]."""
         above = counts.flip(0).cumsum(0)  # how many values have this digit or a larger one
         position = int(torch.searchsorted(above, self.rank))
         digit, shift = len(counts) - 1 - position, self.shift - DIGIT
@@ -56,14 +57,15 @@ def share_of(density: float, n: int) -> int:
 
 
 def kth_magnitudes(blocks: Blocks, *, density: float) -> Tensor:
-    """Return for each expert the k-th largest magnitude of its delta [K], exactly, k = max(1, floor(density n))."""
+    """Return for each expert the k-th largest magnitude of its delta [K], exactly."""
     return kth(blocks, lambda block: block.deltas, lambda n: share_of(density, n))
 
 
 def kth(blocks: Blocks, values: Callable[[Block], Tensor], rank: Callable[[int], int]) -> Tensor:
-    """Return the rank(n)-th largest of the n magnitudes of each row of values(block) [R *] over all blocks, [R].
+    """Return the rank(n)-th largest of the n magnitudes of each row of values(block) [R *], [R].
 
-    Equal magnitudes count one by one; a rank outside 1..n stands for the nearest.
+    Rows go on over all blocks. Equal magnitudes count one by one; a rank outside 1..n stands for
+    the nearest.
     """
     dtype = values(next(iter(blocks))).dtype
 
@@ -74,11 +76,13 @@ def kth(blocks: Blocks, values: Callable[[Block], Tensor], rank: Callable[[int],
     counts = blocks.total(lambda block: _upper_digits(bits(block)))
     n = int(counts[0].sum())
     first = _Bucket(0, torch.finfo(dtype).bits, min(max(1, rank(n)), n), n)
-    buckets = [first.narrowed(row) for row in counts]
+    buckets = [first.narrow(row) for row in counts]
     while buckets[0].shift and max(bucket.count for bucket in buckets) > FEW:
         lower = blocks.total(partial(_digits, bits, buckets))
-        buckets = [bucket.narrowed(row) for bucket, row in zip(buckets, lower, strict=True)]
-    found = [b.low for b in buckets] if buckets[0].shift == 0 else _collected(blocks, bits, buckets)
+        buckets = [bucket.narrow(row) for bucket, row in zip(buckets, lower, strict=True)]
+    found = [bucket.low for bucket in buckets]
+    if buckets[0].shift:
+        found = _collect(blocks, bits, buckets)
     return torch.tensor(found, dtype=INTEGERS[dtype]).view(dtype)
 
 
@@ -95,15 +99,16 @@ def _digits(bits: Callable[[Block], Tensor], buckets: list[_Bucket], block: Bloc
     return torch.stack([torch.bincount(row, minlength=BUCKETS) for row in rows])
 
 
-def _collected(
-    blocks: Blocks, bits: Callable[[Block], Tensor], buckets: list[_Bucket]
-) -> list[int]:
+def _collect(blocks: Blocks, bits: Callable[[Block], Tensor], buckets: list[_Bucket]) -> list[int]:
     """Return the value each row looks for, out of all that are in its bucket."""
+
+    def inside(block: Block) -> list[np.ndarray]:
+        rows = zip(buckets, bits(block), strict=True)
+        return [bucket.inside(row).numpy() for bucket, row in rows]
+
     values = [np.empty(bucket.count, dtype=np.int64) for bucket in buckets]
     filled = [0] * len(buckets)
-    for parts in blocks.map(
-        lambda block: [b.inside(row).numpy() for b, row in zip(buckets, bits(block), strict=True)]
-    ):
+    for parts in blocks.map(inside):
         for row, part in enumerate(parts):
             values[row][filled[row] :][: len(part)] = part
             filled[row] += len(part)
@@ -114,10 +119,10 @@ def _collected(
 def magnitudes_at(blocks: Blocks, threshold: Tensor, rank: Callable[[int], int]) -> Tensor:
     """Return for each expert the index of the entry with which rank(n) are kept, [K] int64.
 
-    Entries above the threshold [K] are kept, those equal to it by their order; -1 where the former suffice. Over a model,
-    the index is counted within the tensors' concatenation (`Block.start`).
+    Entries above the threshold [K] are kept, those equal to it in their order; -1 if the former
+    suffice. The index is counted as `Block.start` is.
     """
-    found = list(blocks.map(lambda block: _above_and_at(block, threshold)))
+    found = list(blocks.map(partial(_above_and_at, threshold)))
     n = sum(size for size, _, _ in found)
     last = []
     for row, bound in enumerate(threshold.tolist()):
@@ -130,14 +135,11 @@ def magnitudes_at(blocks: Blocks, threshold: Tensor, rank: Callable[[int], int])
     return torch.tensor(last, device=threshold.device)
 
 
-def _above_and_at(block: Block, threshold: Tensor) -> tuple[int, list[int], list[Tensor]]:
-    rows = [
-        (delta.reshape(-1).abs(), bound)
-        for delta, bound in zip(block.deltas, threshold, strict=True)
-    ]
-    above = [int((row > bound).count_nonzero()) for row, bound in rows]
-    at = [
-        (row == bound if bound else row < 0).nonzero().view(-1).cpu() + block.start
-        for row, bound in rows
-    ]
+def _above_and_at(threshold: Tensor, block: Block) -> tuple[int, list[int], list[Tensor]]:
+    above, at = [], []
+    for delta, bound in zip(block.deltas, threshold, strict=True):
+        row = delta.reshape(-1).abs()
+        above.append(int((row > bound).count_nonzero()))
+        is_at = row == bound if bound else row < 0
+        at.append(is_at.nonzero().view(-1).cpu() + block.start)
     return block.base.numel(), above, at

@@ -1,11 +1,12 @@
-"""Matrices in merging: conv kernels as matrices, thin SVD, polar factor and least squares by way of Gram matrices.
+"""Matrices in merging: thin SVD, polar factor and least squares by way of Gram matrices.
 
     M = U S V^T,    M M^T = U S^2 U^T,    V^T = S^-1 U^T M,    polar(M) = U V^T
 
-The eigenvalues of the Gram matrix on the short side, in float64, are several times cheaper than a singular value
-decomposition. They square the spectrum, though: what is below 2^-10 of the largest singular value is not taken from
-them but from the Gram matrix of what remains of M, and so on. Singular values below 2^-23 of the largest are what
-rounding of float32 inputs leaves: they count as 0 and have no singular vectors, so that nothing arbitrary shows.
+The eigenvalues of the Gram matrix on the short side, in float64, are several times cheaper than a
+singular value decomposition. They square the spectrum, though: what is below 2^-10 of the largest
+singular value is taken from the Gram matrix of what remains of M, and so on. Singular values below
+2^-23 of the largest are what rounding of float32 inputs leaves: they count as 0 and have no
+singular vectors, so that nothing arbitrary shows.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class SVD(NamedTuple):
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """Return a weight as the matrix (out, in) that it is, a conv kernel as (out, in k k), a vector as one row."""
+    """Return a weight as a matrix: (out, in), a kernel as (out, in k k), a vector as one row."""
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(1)
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """Return the largest magnitude [], 1 for zeros: divided by it, no square overflows or vanishes."""
+    """Return the largest magnitude [], or 1: divided by it, no square overflows or vanishes."""
     largest = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
     return torch.where(largest > 0, largest, 1.0)
 
@@ -49,12 +50,12 @@ def norm(matrix: Tensor) -> Tensor:
 
 
 def thin_svd(matrix: Tensor, rank: int | None = None, zero: Tensor | float = 0.0) -> SVD:
-    """Return the leading `rank` singular triples of a matrix [m n], or all that are not 0, in float64.
+    """Return the leading `rank` singular triples of a matrix [m n], or all not 0, in float64.
 
     The signs of u_j and v_j are arbitrary together, as in any such decomposition.
 
     Args:
-        zero: singular values up to this count as 0 as well, where the matrix is what is left of a larger one.
+        zero: singular values up to this count as 0, too, if the matrix remains of a larger one.
     """
     if matrix.shape[0] > matrix.shape[1]:
         U, S, Vh = thin_svd(matrix.mT, rank, zero)
@@ -66,14 +67,16 @@ def thin_svd(matrix: Tensor, rank: int | None = None, zero: Tensor | float = 0.0
 
 
 def _triples(matrix: Tensor, wanted: int, smallest: float) -> SVD:
-    """Return the leading triples above `smallest`: what one Gram matrix resolves, then likewise from what is left."""
+    """Return the leading triples above `smallest`: what one Gram matrix resolves, then more."""
     if wanted == 0:
         return SVD(matrix[:, :0], matrix.new_zeros(0), matrix[:0])
     squares, basis = torch.linalg.eigh(matrix @ matrix.mT)
     sigma, basis = squares.flip(0).clamp_min(0).sqrt(), basis.flip(1)
     head = min(wanted, int((sigma > max(smallest, RESOLVED * float(sigma[0].detach()))).sum()))
     U, others = basis[:, :head], basis[:, head:]
-    S, Vh = _lengths_and_directions(U.mT @ matrix)
+    rows = U.mT @ matrix
+    S = rows.norm(dim=1)
+    Vh = rows / S.unsqueeze(1)
     if not 0 < head < wanted:
         return SVD(U, S, Vh)
     smallest = max(smallest, ROUNDING * float(S[0].detach()))
@@ -82,21 +85,17 @@ def _triples(matrix: Tensor, wanted: int, smallest: float) -> SVD:
     return SVD(torch.cat([U, others @ more.U], 1), torch.cat([S, more.S]), torch.cat([Vh, more.Vh]))
 
 
-def _lengths_and_directions(rows: Tensor) -> tuple[Tensor, Tensor]:
-    lengths = rows.norm(dim=1)
-    return lengths, rows / lengths.unsqueeze(1)
-
-
 def polar(matrix: Tensor) -> Tensor:
-    """Return U V^T [m n], the nearest matrix with orthonormal rows or columns; directions without length stay 0."""
+    """Return U V^T [m n], the nearest matrix with orthonormal rows or columns; 0 stays 0."""
     factor: Tensor = _Polar.apply(matrix)  # type: ignore[no-untyped-call]
     return factor
 
 
 class _Polar(torch.autograd.Function):
-    """The polar factor P with a derivative of its own: that of eigenvectors is infinite where singular values are equal.
+    """The polar factor P; its own derivative, since that of equal eigenvectors is infinite.
 
-    dL/dM = U ((X - X^T) / (s_i + s_j)) V^T + (I - U U^T) G V S^-1 V^T + U S^-1 U^T G (I - V V^T),  G = dL/dP, X = U^T G V
+    dL/dM = U ((X - X^T) / (s_i + s_j)) V^T + (I - U U^T) G V S^-1 V^T + U S^-1 U^T G (I - V V^T),
+    G = dL/dP, X = U^T G V
     """
 
     @staticmethod
@@ -110,18 +109,16 @@ class _Polar(torch.autograd.Function):
         U, S, Vh = context.saved_tensors
         X = U.mT @ G @ Vh.mT
         left, right = G @ Vh.mT - U @ X, U.mT @ G - X @ Vh
-        gradient: Tensor = (
-            U @ ((X - X.mT) / (S.unsqueeze(1) + S)) @ Vh
-            + left / S @ Vh
-            + U @ (right / S.unsqueeze(1))
-        )
+        inner: Tensor = U @ ((X - X.mT) / (S.unsqueeze(1) + S)) @ Vh
+        gradient: Tensor = inner + left / S @ Vh + U @ (right / S.unsqueeze(1))
         return gradient
 
 
 def solve(right: Tensor, gram: Tensor, rtol: float) -> Tensor:
-    """Return right gram^+ [m n] for a symmetric matrix gram [n n], eigenvalues up to rtol times the largest counting as 0.
+    """Return right gram^+ [m n] for a symmetric gram [n n].
 
-    Cholesky where it can tell that there are none, else eigenvectors, which cost ten times as much.
+    Eigenvalues up to rtol times the largest count as 0. Cholesky if it can tell that there are
+    none, else eigenvectors, which cost ten times as much.
     """
     L, failed = torch.linalg.cholesky_ex(gram)
     pivots = L.diagonal().square()
@@ -149,12 +146,12 @@ def merge_matrices(
     scale: float,
     merge: Callable[[list[Tensor], Tensor], Tensor],
 ) -> Tensor:
-    """Return theta_0 + scale merge(matrices, K of [m n], and c [K]) [*], the frame of the methods that sum matrices.
+    """Return theta_0 + scale merge(matrices, K of [m n], and c [K]) [*].
 
-    c_i = w_i / max_j abs(w_j): weights are relative, equal ones give the sums of the papers, and `scale` is the length.
-    Experts of weight 0 and those that did not change the tensor take no part. One alone has nothing to be reconciled
-    with: its c_i tau_i is added as it is. Vectors, and matrices of one row or column, are averaged as in the papers'
-    programs, with sum_i w_i tau_i / sum_i abs(w_i).
+    c_i = w_i / max_j abs(w_j): weights are relative, equal ones give the sums of the papers, and
+    `scale` is the length. Experts of weight 0 and those that did not change the tensor are left
+    out. If one is left, its c_i tau_i is added. Vectors, and matrices of one row or column, are
+    averaged as in the papers' programs: sum_i w_i tau_i / sum_i abs(w_i).
     """
     if min(as_matrix(base).shape) < 2:
         return base + scale * weighted_sum(deltas, weights / unit(weights.abs().sum()))

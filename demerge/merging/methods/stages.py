@@ -1,7 +1,9 @@
-"""The last stage of the methods that thin task vectors first (dare, della, breadcrumbs): a linear merge, or that of TIES.
+"""The last stage of the methods that thin task vectors first (dare, della, breadcrumbs).
 
-theta = theta_0 + lambda sum_i w_i tau_i'                                     (then = linear)
-theta = theta_0 + lambda disjoint_merge(tau'), signs elected by mass          (then = ties, without its trimming)
+    theta = theta_0 + lambda sum_i w_i tau_i'                     (then = linear)
+    theta = theta_0 + lambda disjoint_merge(tau')                 (then = ties)
+
+where ties elects the signs by mass and does not trim.
 """
 
 from __future__ import annotations
@@ -22,17 +24,16 @@ def aggregate(
     base: Tensor,
     thinned: list[Tensor],
     weights: Tensor,
-    then: str,
+    then: Then,
     majority: Tensor | None,
     mean: Mean,
     scale: float,
 ) -> Tensor:
-    """Return the merged tensor [*] of a base and K thinned task vectors [*]; without a majority, even votes are positive."""
+    """Return a base merged with K thinned task vectors [*]; no majority means positive."""
     if then == "linear":
         return base + weighted_sum(thinned, scale * weights)
-    return base + scale * disjoint_merge(
-        thinned, weights, "mass", 1 if majority is None else majority, mean=mean
-    )
+    even = 1 if majority is None else majority
+    return base + scale * disjoint_merge(thinned, weights, "mass", even, mean=mean)
 
 
 def majority_of(blocks: Blocks, thinned: Callable[[Block], list[Tensor]]) -> Tensor:
@@ -41,5 +42,10 @@ def majority_of(blocks: Blocks, thinned: Callable[[Block], list[Tensor]]) -> Ten
 
 
 def majority_scope(options: Mapping[str, Any]) -> Scope | None:
-    """Where the majority is counted: over the tensor, if it is asked for at all."""
+    """Return where the majority is counted: over the tensor, if the options need it."""
     return "tensor" if options["then"] == "ties" and options["undecided"] == "majority" else None
+
+
+def factor_scope(options: Mapping[str, Any]) -> Scope | None:
+    """Return where 1-norms are summed: over the tensor, if the options need them."""
+    return "tensor" if options["rescale"] == "l1" else None

@@ -4,18 +4,16 @@
     tau_i' = |S|_1 / (S_1 + .. + S_r) sum_{j <= r} S_j u_j v_j^T
     theta = theta_0 + lambda sum_i w_i tau_i'
 
-The nuclear norm of each task matrix is kept, in fewer directions. The paper has no lambda; with weights 1/K each and
-lambda 1 the sum is its mean. Vectors are added without truncation.
+The nuclear norm of each task matrix is kept, in fewer directions. The paper has no lambda; with
+weights 1/K each and lambda 1 the sum is its mean. Vectors are added without truncation.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from torch import Tensor
 
-from demerge.merging.method_options import Between
+from demerge.merging.method_options import Share
 from demerge.merging.methods.linear import weighted_sum
 from demerge.merging.methods.spectral import as_matrix, thin_svd
 from demerge.merging.registry import method
@@ -23,24 +21,20 @@ from demerge.merging.registry import method
 
 @method("star", paper="arXiv 2502.10339", needs_full_tensor=True, neutral_options={"eta": 1.0})
 def star(
-    base: Tensor,
-    deltas: Tensor,
-    *,
-    weights: Tensor,
-    eta: Annotated[float, Between(0, 1, open_low=True)] = 0.4,
-    scale: float = 1.0,
+    base: Tensor, deltas: Tensor, *, weights: Tensor, eta: Share = 0.4, scale: float = 1.0
 ) -> Tensor:
-    """Return the base plus `scale` (lambda) times the weighted sum of truncated, rescaled task matrices [*].
+    """Keep the leading singular directions of each task matrix, rescale it, and sum [*].
 
-    `eta` is the share of the nuclear norm that is kept, 40 % in the paper.
+    Args:
+        eta: share of the nuclear norm that is kept, 40 % in the paper
     """
     if eta == 1 or min(as_matrix(base).shape) < 2:
         return base + weighted_sum(deltas, scale * weights)
-    truncated = [_truncated(as_matrix(delta), eta).to(delta.dtype) for delta in deltas]
+    truncated = [_truncate(as_matrix(delta), eta).to(delta.dtype) for delta in deltas]
     return base + weighted_sum(truncated, scale * weights).view_as(base)
 
 
-def _truncated(matrix: Tensor, eta: float) -> Tensor:
+def _truncate(matrix: Tensor, eta: float) -> Tensor:
     U, S, Vh = thin_svd(matrix)
     if not len(S):
         return matrix

@@ -1,9 +1,9 @@
-"""What several methods ask of the task vectors as a whole: their Gram matrix, their cosines, their 1-norms.
+"""What several methods ask of whole task vectors: their Gram matrix, their cosines, their 1-norms.
 
     G_ij = tau_i . tau_j        c_ij = G_ij / (|tau_i| |tau_j|)
 
-Lengths, angles and everything that lies in the span of the task vectors follow from G, so one pass over the blocks is
-enough. Sums are float64, over blocks of a fixed size and in a fixed order.
+Lengths, angles and everything in the span of the task vectors follow from G, so one pass over the
+blocks is enough. Sums are float64, over blocks of a fixed size and in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ PIECE = 1 << 18  # entries of a whole tensor that are held in float64 at once
 
 def gram(blocks: Blocks, *, weights: Tensor) -> Tensor:
     """Return G [K K] in float64; `weights` [K] only tell how many experts there are."""
-    zero = torch.zeros(len(weights), len(weights), dtype=torch.float64, device=weights.device)
-    return summed(
-        blocks, lambda block: row_grams(block.deltas.reshape(len(weights), 1, -1))[0], zero
-    )
+    K = len(weights)
+    zero = torch.zeros(K, K, dtype=torch.float64, device=weights.device)
+    return summed(blocks, lambda block: row_grams(block.deltas.reshape(K, 1, -1))[0], zero)
 
 
 def row_grams(deltas: Tensor) -> Tensor:
@@ -44,20 +43,19 @@ def norms(gram: Tensor) -> Tensor:
 
 
 def cosines(gram: Tensor) -> Tensor:
-    """Return c [... K K] for Gram matrices [... K K]; a task vector of 0 has the cosine 0 to all, itself too."""
+    """Return c [... K K] for Gram matrices [... K K]; those of a task vector of 0 are 0."""
     length = norms(gram)
     product = length.unsqueeze(-1) * length.unsqueeze(-2)
     return (gram / torch.where(product > 0, product, 1.0)).clamp(-1, 1)
 
 
-def l1_factors(
-    blocks: Blocks, thinned: Callable[[Block], list[Tensor]], *, weights: Tensor
-) -> Tensor:
-    """Return |tau_i|_1 / |tau_i'|_1 for each expert [K], tau' being the thinned task vectors; 1 where tau_i' is 0."""
-    zero = torch.zeros(2, len(weights), dtype=torch.float64, device=weights.device)
-    before, after = summed(
-        blocks, lambda block: torch.stack([l1_norms(block.deltas), l1_norms(thinned(block))]), zero
-    )
+def l1_factors(blocks: Blocks, thinned: Callable[[Block], list[Tensor]], K: int) -> Tensor:
+    """Return |tau_i|_1 / |tau_i'|_1 for each expert [K], tau' being thinned; 1 if it is 0."""
+
+    def both_norms(block: Block) -> Tensor:
+        return torch.stack([l1_norms(block.deltas), l1_norms(thinned(block))]).cpu()
+
+    before, after = summed(blocks, both_norms, torch.zeros(2, K, dtype=torch.float64))
     return torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
 
 
@@ -75,14 +73,14 @@ def summed(blocks: Blocks, term: Callable[[Block], Tensor], zero: Tensor) -> Ten
 
 
 def with_a_say(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Return the deltas [K' *] of the experts whose weight [K] is not 0; all of them if every weight is 0."""
+    """Return the deltas [K' *] of experts of a weight [K] other than 0; all if none has one."""
     return deltas if bool(weights.all()) or not bool(weights.any()) else deltas[weights != 0]
 
 
 def relative(weights: Tensor) -> Tensor:
-    """Return w_i / max_j abs(w_j) [K]: equal weights are 1 each, an expert alone has 1; zeros stay zeros.
+    """Return w_i / max_j abs(w_j) [K]: equal weights are 1 each; zeros stay zeros.
 
-    For methods whose paper has no weights: with equal ones they are the paper's.
+    For methods whose paper has no weights: equal ones give its formula.
     """
     most = weights.abs().amax()
     return weights / torch.where(most > 0, most, 1.0)

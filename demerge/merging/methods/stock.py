@@ -1,28 +1,29 @@
-"""Model stock: the mean of the experts, drawn towards the base by the angle between them (arXiv 2403.19522).
+"""Model stock: the mean of the experts, drawn towards the base by the angle between them
+(arXiv 2403.19522).
 
     theta = theta_0 + t sum_i w_i tau_i / sum_i w_i,  t = N c / (1 + (N - 1) c)
-    c = sum_{i<j} v_ij cos(tau_i, tau_j) / sum_{i<j} v_ij,  v_ij = abs(w_i w_j),  N = (sum_i w_i)^2 / sum_i w_i^2
+    c = sum_{i<j} v_ij cos(tau_i, tau_j) / sum_{i<j} v_ij,  v_ij = abs(w_i w_j)
+    N = (sum_i w_i)^2 / sum_i w_i^2
 
-for each tensor, for each of its rows (`by=row`: one output each, vectors are one row) or once for the model. With equal
-weights c is the mean over all pairs and N = K. A task vector of 0 has the cosine 0 to all; one expert alone has t = 1.
-An expert of weight 0 is left out.
+for each tensor, for each of its rows (`by=row`: one output each, vectors are one row) or once for
+the model. With equal weights c is the mean over all pairs and N = K. A task vector of 0 has the
+cosine 0 to all; one expert alone has t = 1. An expert of weight 0 is left out.
 
-Differs from the paper, which has two experts and no weights, by the mean over pairs and by v and N, and where task vectors
-are all but opposite: t has a pole at c = -1/(N - 1) and is 0 where 1 + (N - 1) c <= 0.01. `negative=base` gives the base for
-all that disagree (c < 0).
+Differs from the paper, which has two experts and no weights, by the mean over pairs and by v and N,
+and if task vectors are all but opposite: t has a pole at c = -1/(N - 1) and is 0 if
+1 + (N - 1) c <= 0.01. `negative=base` gives the base for all that disagree (c < 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from demerge.merging.methods.linear import nonzero_sum, weighted_sum
 from demerge.merging.methods.statistics import cosines, gram, row_grams
-from demerge.merging.registry import Scope, Statistic, method
+from demerge.merging.registry import Statistic, method
 
 POLE = 0.01
 
@@ -43,16 +44,15 @@ def ratio(grams: Tensor, weights: Tensor, pairs: str, negative: str) -> Tensor:
     return torch.where(below > POLE, N * c / below.clamp_min(POLE), 0.0)
 
 
-def _gram_scope(options: Mapping[str, Any]) -> Scope | None:
-    scopes: dict[str, Scope | None] = {"model": "model", "tensor": "tensor", "row": None}
-    return scopes[options["by"]]
-
-
 @method(
     "model_stock",
     paper="arXiv 2403.19522",
-    statistics=(Statistic("gram", gram, _gram_scope, uses_weights=False),),
-    full_tensor_if=lambda options: options["by"] == "row",
+    statistics=(
+        Statistic(
+            "gram", gram, lambda o: o["by"] if o["by"] != "row" else None, uses_weights=False
+        ),
+    ),
+    full_tensor_if=lambda o: o["by"] == "row",
 )
 def model_stock(
     base: Tensor,
@@ -65,12 +65,15 @@ def model_stock(
     negative: Literal["keep", "base"] = "keep",
     scale: float = 1.0,
 ) -> Tensor:
-    """Return the base plus `scale` times t times the weighted mean of the task vectors [*].
+    """Average the experts, and move towards the base the more they disagree [*].
 
-    `pairs` may be those of experts that follow one another, as in sd-mecha.
+    Args:
+        by: what angles are measured over: each tensor, each row of it, or the model
+        pairs: which experts are compared: all, or those that follow one another, as in sd-mecha
+        negative: what follows from a negative mean cosine: its formula, or the base
 
     Raises:
-        UsageError: where the weights sum to 0.
+        UsageError: if the weights sum to 0.
     """
     mean = weighted_sum(deltas, weights / nonzero_sum(weights))
     if gram is not None:

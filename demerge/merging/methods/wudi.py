@@ -1,18 +1,20 @@
-"""WUDI: the task matrix that interferes least with each expert on the inputs its own task matrix stands for
-(arXiv 2503.08099).
+"""WUDI: the task matrix that interferes least with each expert on the inputs its own task matrix
+stands for (arXiv 2503.08099).
 
     min_tau sum_i |(tau - tau_i) tau_i^T|^2 / |tau_i|^2
     tau sum_i C_i = sum_i tau_i C_i,          C_i = tau_i^T tau_i / |tau_i|^2
     theta = theta_0 + lambda tau
 
-Of the solutions the one of least norm. With weights, C_i becomes c_i^2 C_i and its target c_i tau_i, so that an expert
-fades as its weight does. Solved as a correction of the plain sum, with A_i = c_i tau_i / |tau_i| and a ridge rho:
+Of the solutions the one of least norm. With weights, C_i becomes c_i^2 C_i and its target c_i
+tau_i, so that an expert fades as its weight does. Solved as a correction of the plain sum, with A_i
+= c_i tau_i / |tau_i| and a ridge rho:
 
     tau = s + (sum_i (c_i tau_i - s) A_i^T A_i) (sum_i A_i^T A_i + rho I)^+,    s = sum_i c_i tau_i
 
-which is s where experts share no inputs. Differs from the authors' program, which takes 300 steps of Adam from s, by
-being the solution; a ridge leaves the result between s and that. For T = [A_1; ..; A_K] of fewer rows than columns,
-as with conv kernels, T^T T + rho I is never formed: R T (T^T T + rho)^+ = R (T T^T + rho)^+ T.
+which is s if experts share no inputs. Differs from the authors' program, which takes 300 steps of
+Adam from s, by being the solution; a ridge leaves the result between s and that. For
+T = [A_1; ..; A_K] of fewer rows than columns, as with conv kernels, T^T T + rho I is never formed:
+R T (T^T T + rho)^+ = R (T T^T + rho)^+ T.
 """
 
 from __future__ import annotations
@@ -38,9 +40,12 @@ def wudi(
     ridge: Annotated[float, Between(0, 1e6)] = 0.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """Return the base plus `scale` (lambda) times the task matrix of least interference [*].
+    """Find the task matrix that interferes least with each expert on its own inputs [*].
 
-    Weights are relative: c_i = w_i / max_j abs(w_j). `ridge` is in units of the mean eigenvalue of sum_i C_i.
+    Weights are relative: c_i = w_i / max_j abs(w_j).
+
+    Args:
+        ridge: pull towards the plain sum, in units of the mean eigenvalue of sum_i C_i
     """
     return merge_matrices(
         base, deltas, weights, scale, lambda matrices, c: _least_interference(matrices, c, ridge)
@@ -51,12 +56,8 @@ def _least_interference(matrices: list[Tensor], c: Tensor, ridge: float) -> Tens
     K, (m, n) = len(matrices), matrices[0].shape
     rho = ridge * c.square().sum() / min(K * m, n)
     lengths = torch.stack([norm(matrix) for matrix in matrices])
-    A = torch.stack(
-        [
-            matrix.double() / length * c_i
-            for matrix, length, c_i in zip(matrices, lengths, c, strict=True)
-        ]
-    )
+    triples = zip(matrices, lengths, c, strict=True)
+    A = torch.stack([matrix.double() / length * c_i for matrix, length, c_i in triples])
     correction = _by_rows(A, lengths, rho) if K * m < n else _by_columns(A, lengths, rho)
     return total(matrices, c) + correction
 
@@ -64,26 +65,28 @@ def _least_interference(matrices: list[Tensor], c: Tensor, ridge: float) -> Tens
 def _by_rows(A: Tensor, lengths: Tensor, rho: Tensor) -> Tensor:
     """Return the correction for K m < n, out of T T^T [K m, K m].
 
-    Its blocks are A_j A_i^T, and (c_i tau_i - s) A_i^T = -sum_{j != i} |tau_j| A_j A_i^T: interference alone.
+    Its blocks are A_j A_i^T, and (c_i tau_i - s) A_i^T = -sum_{j != i} |tau_j| A_j A_i^T:
+    interference alone.
     """
     K, m, _ = A.shape
     T = A.flatten(0, 1)
     gram = T @ T.mT
     blocks = gram.view(K, m, K, m)
-    lines = [[-lengths[j] * blocks[j, :, i] for j in range(K) if j != i] for i in range(K)]
-    right = torch.cat([torch.stack(line).sum(0) for line in lines], 1)
-    return (
-        solve(right, gram + rho * torch.eye(K * m, dtype=gram.dtype, device=gram.device), RTOL) @ T
-    )
+    columns = []
+    for i in range(K):
+        others = [-lengths[j] * blocks[j, :, i] for j in range(K) if j != i]
+        columns.append(torch.stack(others).sum(0))
+    return solve(torch.cat(columns, 1), _add_ridge(gram, rho), RTOL) @ T
 
 
 def _by_columns(A: Tensor, lengths: Tensor, rho: Tensor) -> Tensor:
     """Return the correction for K m >= n, out of sum_i A_i^T A_i [n n]."""
     s, T = total(list(A), lengths), A.flatten(0, 1)
-    errors = [A_i * length - s for A_i, length in zip(A, lengths, strict=True)]
-    right = torch.stack(
-        [torch.linalg.multi_dot([e, A_i.mT, A_i]) for e, A_i in zip(errors, A, strict=True)]
-    ).sum(0)
-    return solve(
-        right, T.mT @ T + rho * torch.eye(T.shape[1], dtype=T.dtype, device=T.device), RTOL
-    )
+    terms = []
+    for A_i, length in zip(A, lengths, strict=True):
+        terms.append(torch.linalg.multi_dot([A_i * length - s, A_i.mT, A_i]))
+    return solve(torch.stack(terms).sum(0), _add_ridge(T.mT @ T, rho), RTOL)
+
+
+def _add_ridge(gram: Tensor, rho: Tensor) -> Tensor:
+    return gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
