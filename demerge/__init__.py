@@ -1,14 +1,17 @@
-"""demerge: one better diffusion model out of a pretrained one.
+"""Turn a pretrained diffusion model into a better one by merging experts of timestep ranges.
 
-Measure how the gradients of different timesteps conflict, cut the timesteps into ranges where the conflict is worst,
-finetune one expert per range, merge the experts into one stock model, and compare everything honestly (DeMe,
-Decouple-then-Merge, arXiv 2410.06664). The five nouns, in the order data flows:
+Measure how the gradients of different timesteps conflict. Partition the timesteps into ranges if
+they do. Finetune one expert per range, merge the experts into one stock model, and evaluate it
+(DeMe, Decouple-then-Merge, arXiv 2410.06664). Five nouns, in the order of the data, and the verbs
+between them:
 
-    ConflictMap -> Partition (of TimestepRanges) -> experts -> merged model (by a recipe) -> report (of Scores)
+    measure(model, data)                  -> ConflictMap
+    partition(map, n)                     -> Partition of TimestepRanges
+    finetune(model, data, partition, ...) -> one Expert per range
+    merge(model, experts, out)            -> a stock model, and the Recipe that made it
+    evaluate(models, data)                -> Scores, and a report of them
 
-Names below and the stages are imported when first used, so that `import demerge` costs nothing.
-Stages are functions in modules: `demerge.analysis.measure`, `demerge.finetuning.finetune`,
-`demerge.merging.merge`, `demerge.diffusion.sampling.sample`, `demerge.evaluation.compare`.
+A name is imported when it is first used, so that `import demerge` costs nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from demerge.analysis import measure
     from demerge.conflict import ConflictMap
     from demerge.data import ImageData, load_images
     from demerge.diffusion.model import Diffusion
-    from demerge.diffusion.sampling import load_routed, routed
+    from demerge.diffusion.sampling import load_routed, routed, sample
     from demerge.errors import DemergeError
-    from demerge.finetuning import FinetuneOptions
+    from demerge.evaluation import EvaluationOptions, Scores
+    from demerge.expert import Expert
+    from demerge.finetuning import FinetuneOptions, finetune
+    from demerge.merging import Recipe, merge
     from demerge.storage.checkpoint import Checkpoint
     from demerge.timesteps import Partition, TimestepRange
 
@@ -31,13 +38,21 @@ HOMES = {
     "ConflictMap": "conflict",
     "DemergeError": "errors",
     "Diffusion": "diffusion.model",
+    "EvaluationOptions": "evaluation",
+    "Expert": "expert",
     "FinetuneOptions": "finetuning",
     "ImageData": "data",
     "Partition": "timesteps",
+    "Recipe": "merging",
+    "Scores": "evaluation",
     "TimestepRange": "timesteps",
+    "finetune": "finetuning",
     "load_images": "data",
     "load_routed": "diffusion.sampling",
+    "measure": "analysis",
+    "merge": "merging",
     "routed": "diffusion.sampling",
+    "sample": "diffusion.sampling",
 }
 
 STAGES = ("analysis", "evaluation", "finetuning", "merging", "statistics")
@@ -47,13 +62,21 @@ __all__ = [
     "ConflictMap",
     "DemergeError",
     "Diffusion",
+    "EvaluationOptions",
+    "Expert",
     "FinetuneOptions",
     "ImageData",
     "Partition",
+    "Recipe",
+    "Scores",
     "TimestepRange",
+    "finetune",
     "load_images",
     "load_routed",
+    "measure",
+    "merge",
     "routed",
+    "sample",
 ]
 
 

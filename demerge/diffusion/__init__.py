@@ -1,1 +1,1 @@
-"""Diffusion models: loading, conditioning, noise schedules, sampling, and what torch needs to compute them."""
+"""Diffusion models: loading, conditioning, noise schedules, sampling, numerics."""

@@ -1,8 +1,8 @@
-"""The configs of diffusers and transformers, as far as demerge reads them, and what they may ask to be built.
+"""The configs of diffusers and transformers that demerge reads, and the limits on what they build.
 
-A config is a few bytes and a model may be terabytes of weights, or so many layers that making them takes hours. So, before
-anything is built, the number of layers is held against the tensors of the weights file; and a model is first built without
-memory, so that each name and shape is held against the file before a byte is allocated.
+A config of a few bytes may ask for terabytes of weights, or for so many layers that making them
+takes hours. So the number of layers is first compared with the tensors of the weights file. Then
+the model is built without memory, and each name and shape is compared with the file.
 """
 
 from __future__ import annotations
@@ -84,40 +84,33 @@ class SchedulerConfig(Foreign):
 def check_config(
     config: Mapping[str, Any], kind: type[Foreign], where: str, tensors: int | None = None
 ) -> None:
-    """Refuse a config whose values have other types or ranges, or whose model has more layers than a file has tensors.
+    """Check types and ranges of a config's values, and its layers against the weights.
 
     Args:
-        tensors: of the weights file; None where there is none.
+        tensors: the number of tensors in the weights file; None if there is no file.
 
     Raises:
         InputError: naming the key, or the numbers of layers and tensors.
     """
-    checked(config, kind, where, fix="use the config of this very model")
-    blocks = max((len(value) for value in config.values() if isinstance(value, list)), default=1)
-    layers = max(1, blocks)
-    for depth in (_deepest(config.get(name)) for name in DEPTHS):
-        layers *= max(1, depth)
-    most = MAX_LAYERS if tensors is None else min(MAX_LAYERS, tensors // TENSORS)
+    fix = "use the config of this very model"
+    checked(config, kind, where, fix=fix)
+    widths = (len(value) for value in config.values() if isinstance(value, list))
+    layers = max(1, max(widths, default=1))
+    for name in DEPTHS:
+        layers *= max(1, _largest(config.get(name)))
+    most, held = MAX_LAYERS, f"at most {MAX_LAYERS:,}"
+    if tensors is not None and tensors // TENSORS < MAX_LAYERS:
+        most, held = tensors // TENSORS, f"{tensors:,} tensors"
     if layers > most:
-        held = (
-            f"{tensors:,} tensors"
-            if tensors is not None and tensors // TENSORS < MAX_LAYERS
-            else f"at most {MAX_LAYERS:,}"
-        )
-        raise InputError(
-            f"{where}: {layers:,} layers, the weights have {held}",
-            fix="use the config of this very model",
-        )
-    side, patch = _deepest(config.get("sample_size")), max(1, _deepest(config.get("patch_size")))
-    if "num_layers" in config and (side // patch) ** 2 > MAX_PATCHES:
-        raise InputError(
-            f"{where}: images of {side // patch} x {side // patch} patches, at most {MAX_PATCHES:,}",
-            fix="use the config of this very model",
-        )
+        raise InputError(f"{where}: {layers:,} layers, the weights have {held}", fix=fix)
+    patches = _largest(config.get("sample_size")) // max(1, _largest(config.get("patch_size")))
+    if "num_layers" in config and patches**2 > MAX_PATCHES:
+        what = f"{where}: images of {patches} x {patches} patches, at most {MAX_PATCHES:,}"
+        raise InputError(what, fix=fix)
 
 
-def _deepest(value: Any) -> int:
+def _largest(value: Any) -> int:
     """Return the largest whole number in a number or nested lists."""
     if isinstance(value, list):
-        return max((_deepest(inner) for inner in value), default=0)
+        return max((_largest(inner) for inner in value), default=0)
     return value if type(value) is int else 0

@@ -1,7 +1,7 @@
-"""Stock diffusers pipelines on disk: where one lies, and its parts, loaded by stock classes from an allow-list.
+"""Stock diffusers pipelines on disk: their folder, and their parts, by allowed stock classes.
 
-No remote code ever runs, no weight is filled in at random, and no scheduler is replaced by a default: a part that is missing or
-foreign is an error that names it.
+No remote code runs, no weight is filled in at random, and no scheduler is replaced by a default. A
+part that is missing or foreign is an error that names it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ DENOISERS: Mapping[str, type[diffusers.ModelMixin]] = {
     "UNet2DModel": diffusers.UNet2DModel,
     "UNet2DConditionModel": diffusers.UNet2DConditionModel,
     "DiTTransformer2DModel": diffusers.DiTTransformer2DModel,
-    "Transformer2DModel": diffusers.DiTTransformer2DModel,  # its name in older files, as those of facebook/DiT-XL-2-256
+    "Transformer2DModel": diffusers.DiTTransformer2DModel,  # its name in facebook/DiT-XL-2-256
 }
+THIS_CONFIG = "use the config of this very model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,43 +64,25 @@ class TextEncoder:
 
 
 def find_pipeline(model: str | Path) -> Path:
-    """Return the pipeline folder of a path, an embedded model or a Hub id; a component folder stands for its pipeline.
+    """Return the pipeline folder of a path, an embedded model or a Hub id.
+
+    A component folder stands for its pipeline.
 
     Raises:
-        InputError: where there is no such folder, or no pipeline in it.
+        InputError: if there is no such folder, or no pipeline in it.
     """
     path = resolve_model_path(model)
-    for folder in (path, path.parent):
-        if (folder / "model_index.json").is_file() and (
-            folder == path or (path / "config.json").is_file()
-        ):
-            return folder
-    what = (
-        "no model_index.json there, so no scheduler is known" if path.exists() else "no such folder"
-    )
-    raise InputError(
-        f"{model}: {what}",
-        fix="name a pipeline folder (model_index.json, scheduler/, unet/ or transformer/)",
-    )
-
-
-def part(folder: Path, name: str) -> Path:
-    """Return the folder of a component; older pipelines of one model keep it in the pipeline's own."""
-    return folder / name if (folder / name).is_dir() else folder
-
-
-def _class_name(folder: Path, index: Mapping[str, Any], part: str) -> str:
-    entry = index.get(part)
-    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-        raise InputError(
-            f"{folder}/model_index.json: no component '{part}'",
-            fix="use a pipeline with scheduler, and unet or transformer",
-        )
-    return entry[1]
+    if (path / "model_index.json").is_file():
+        return path
+    if (path / "config.json").is_file() and (path.parent / "model_index.json").is_file():
+        return path.parent
+    what = "no model_index.json, so its scheduler is unknown" if path.exists() else "no such folder"
+    fix = "name a pipeline folder (model_index.json, scheduler/, unet/ or transformer/)"
+    raise InputError(f"{model}: {what}", fix=fix)
 
 
 def denoiser_part(index: Mapping[str, Any]) -> str:
-    """Return the name of the denoiser's component in a pipeline's index, `unet` where there is none."""
+    """Return the name of the denoiser's component in an index, `unet` if there is none."""
     return next((name for name in COMPONENTS if name in index), "unet")
 
 
@@ -107,15 +90,13 @@ def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixi
     """Load the denoiser in float32.
 
     Raises:
-        InputError: where its class is not supported, or the weights do not fit the config.
+        InputError: if its class is not supported, or the weights do not fit the config.
     """
     component = denoiser_part(index)
     name = _class_name(folder, index, component)
     if name not in DENOISERS:
-        raise InputError(
-            f"{folder}: denoiser class '{name}' is not supported",
-            fix=f"use one of {', '.join(DENOISERS)}",
-        )
+        what = f"{folder}: denoiser class '{name}' is not supported"
+        raise InputError(what, fix=f"use one of {', '.join(DENOISERS)}")
     denoiser: diffusers.ModelMixin = _load(
         folder, component, DenoiserConfig, DENOISERS[name].from_config
     )
@@ -123,38 +104,37 @@ def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixi
     return denoiser
 
 
-def make_unet(config: Mapping[str, Any], where: str) -> diffusers.UNet2DModel:
-    """Make a UNet with random weights, once its size is known to fit into memory.
+def build_unet(config: Mapping[str, Any], where: str) -> diffusers.UNet2DModel:
+    """Build a UNet with random weights, if its weights fit into memory.
 
     Raises:
-        InputError: where a value has another type or range, or diffusers refuses the config.
-        ResourceError: where its weights do not fit into memory.
+        InputError: if a value has another type or range, or diffusers refuses the config.
+        ResourceError: if its weights do not fit into memory.
     """
+
+    def build() -> diffusers.UNet2DModel:
+        return _built(lambda: diffusers.UNet2DModel.from_config(dict(config)), where)
+
     check_config(config, DenoiserConfig, where)
     with init_empty_weights():
-        empty = _built(lambda: diffusers.UNet2DModel.from_config(dict(config)), where)
-    needed, free = 4 * sum(p.numel() for p in empty.parameters()), free_bytes()
+        needed = 4 * sum(p.numel() for p in build().parameters())
+    free = free_bytes()
     if free is not None and needed > free:
-        raise ResourceError(
-            f"{where}: its weights take {needed:,} bytes, {free:,} are free", fix="make it smaller"
-        )
-    unet: diffusers.UNet2DModel = _built(
-        lambda: diffusers.UNet2DModel.from_config(dict(config)), where
-    )
-    return unet
+        what = f"{where}: its weights take {needed:,} bytes, {free:,} are free"
+        raise ResourceError(what, fix="make it smaller")
+    return build()
 
 
 def load_vae(folder: Path, index: Mapping[str, Any]) -> diffusers.AutoencoderKL | None:
-    """Load the autoencoder in float32; None where the pipeline has none.
+    """Load the autoencoder in float32; None if the pipeline has none.
 
     Raises:
-        InputError: where its class is not supported, or the weights do not fit the config.
+        InputError: if its class is not supported, or the weights do not fit the config.
     """
     if not _has(folder, index, "vae", "AutoencoderKL"):
         return None
-    vae: diffusers.AutoencoderKL = _load(
-        folder, "vae", VaeConfig, diffusers.AutoencoderKL.from_config
-    )
+    build = diffusers.AutoencoderKL.from_config
+    vae: diffusers.AutoencoderKL = _load(folder, "vae", VaeConfig, build)
     return vae
 
 
@@ -162,99 +142,100 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     """Load the base's own scheduler.
 
     Raises:
-        InputError: where it is missing, no scheduler of diffusers, or its schedule is none.
+        InputError: if it is missing, not a scheduler of diffusers, or has no valid schedule.
     """
     name = _class_name(folder, index, "scheduler")
     kind: Any = getattr(diffusers, name, None)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
-        raise InputError(
-            f"{folder}: scheduler class '{name}' is unknown to diffusers",
-            fix="use a stock scheduler",
-        )
-    path = inside(folder, part(folder, "scheduler") / "scheduler_config.json")
-    return make_scheduler(read_scheduler(path), kind, str(path))
+        what = f"{folder}: scheduler class '{name}' is unknown to diffusers"
+        raise InputError(what, fix="use a stock scheduler")
+    path = inside(folder, _component_folder(folder, "scheduler") / "scheduler_config.json")
+    return build_scheduler(read_scheduler(path), kind, str(path))
 
 
-def make_scheduler(config: Mapping[str, Any], kind: Any, where: str) -> Any:
-    """Make a scheduler of a class of diffusers from its config.
+def build_scheduler(config: Mapping[str, Any], kind: Any, where: str) -> Any:
+    """Build a scheduler of a class of diffusers from its config.
 
     Raises:
-        InputError: where a value has another type or range, or the schedule is not one.
+        InputError: if a value has another type or range, or the schedule is not one.
     """
     check_config(config, SchedulerConfig, where)
     scheduler = _built(lambda: kind.from_config(dict(config)), where)
     abar = getattr(scheduler, "alphas_cumprod", None)
-    if isinstance(abar, Tensor) and not (
-        len(abar) == scheduler.config.num_train_timesteps
-        and bool(((abar >= 0) & (abar <= 1)).all())
-    ):
-        raise InputError(
-            f"{where}: its betas give no schedule of signal in [0, 1]",
-            fix="use the config of this very model",
-        )
+    if isinstance(abar, Tensor):
+        has_all = len(abar) == scheduler.config.num_train_timesteps
+        if not has_all or not bool(((abar >= 0) & (abar <= 1)).all()):
+            what = f"{where}: its betas give no schedule of signal in [0, 1]"
+            raise InputError(what, fix=THIS_CONFIG)
     return scheduler
 
 
 def load_text(folder: Path, index: Mapping[str, Any]) -> TextEncoder | None:
-    """Load the tokenizer and the text encoder in float32; None where the pipeline has none.
+    """Load the tokenizer and the text encoder in float32; None if the pipeline has none.
 
     Raises:
-        UsageError: where transformers is not installed.
-        InputError: where a class is not supported, the weights do not fit the config, or the tokenizer not the encoder.
+        UsageError: if transformers is not installed.
+        InputError: if a class is not supported, the weights do not fit the config, or the tokenizer
+            does not fit the encoder.
     """
     if not _has(folder, index, "text_encoder", "CLIPTextModel"):
         return None
     try:
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     except ImportError as error:
-        raise UsageError(
-            "the base takes text, which needs transformers", fix="pip install 'demerge[sd]'"
-        ) from error
-    model = _load(
-        folder,
-        "text_encoder",
-        TextConfig,
-        lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
-    )
-    where = _folder(folder, "tokenizer")
+        what = "the base takes text, which needs transformers"
+        raise UsageError(what, fix="pip install 'demerge[sd]'") from error
+
+    def build(config: dict[str, Any]) -> Any:
+        return CLIPTextModel(CLIPTextConfig.from_dict(config))
+
+    model = _load(folder, "text_encoder", TextConfig, build)
+    where = _checked_folder(folder, "tokenizer")
     tokenizer = _built(lambda: CLIPTokenizer.from_pretrained(where), str(where))
-    config, length = model.config, tokenizer.model_max_length
-    if (
-        type(length) is not int
-        or not 0 < length <= config.max_position_embeddings
-        or len(tokenizer) > config.vocab_size
-    ):
-        raise InputError(
-            f"{where}: {len(tokenizer):,} tokens in texts of up to {str(length)[:40]}; the text encoder takes "
-            f"{config.vocab_size:,} in {config.max_position_embeddings:,}",
-            fix="use the tokenizer of this text encoder",
-        )
+    most, length = model.config.max_position_embeddings, tokenizer.model_max_length
+    is_short = type(length) is int and 0 < length <= most
+    if not is_short or len(tokenizer) > model.config.vocab_size:
+        texts = f"{len(tokenizer):,} tokens in texts of up to {str(length)[:40]}"
+        encoder = f"the text encoder takes {model.config.vocab_size:,} in {most:,}"
+        fix = "use the tokenizer of this text encoder"
+        raise InputError(f"{where}: {texts}; {encoder}", fix=fix)
     return TextEncoder(tokenizer, model)
 
 
-# -- one component -------------------------------------------------------------------------------------------------------
+# -- one component ---------------------------------------------------------------------------------
 
 
-def _has(folder: Path, index: Mapping[str, Any], part: str, kind: str) -> bool:
-    """Whether the pipeline has a part, which is then of the one class that is supported."""
-    if index.get(part) is None or index[part] == [None, None]:
+def _component_folder(folder: Path, name: str) -> Path:
+    """Return the folder of a component; old pipelines of one model keep it in their own."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _class_name(folder: Path, index: Mapping[str, Any], component: str) -> str:
+    match index.get(component):
+        case [_, str(name)]:
+            return name
+    what = f"{folder}/model_index.json: no component '{component}'"
+    raise InputError(what, fix="use a pipeline with scheduler, and unet or transformer")
+
+
+def _has(folder: Path, index: Mapping[str, Any], component: str, kind: str) -> bool:
+    """Return whether the pipeline has a component; check that it is of the supported class."""
+    if index.get(component) is None or index[component] == [None, None]:
         return False
-    name = _class_name(folder, index, part)
+    name = _class_name(folder, index, component)
     if name != kind:
-        raise InputError(
-            f"{folder}: {part} is of class '{name}', which is not supported",
-            fix=f"use a base with {kind}",
-        )
+        what = f"{folder}: {component} is of class '{name}', which is not supported"
+        raise InputError(what, fix=f"use a base with {kind}")
     return True
 
 
-def _folder(folder: Path, component: str) -> Path:
-    """Return the folder of a component whose files all lie in the pipeline's.
+def _checked_folder(folder: Path, component: str) -> Path:
+    """Return the folder of a component whose files are all inside the pipeline's.
 
     Raises:
-        InputError: where there is none, or a link leads out of it.
+        InputError: if it is missing, or a link leads out of it.
     """
-    found = part(folder, component)
+    found = _component_folder(folder, component)
     if found == folder and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no folder '{component}'", fix="fetch the whole pipeline")
     for file in [found, *found.iterdir()]:
@@ -265,24 +246,19 @@ def _folder(folder: Path, component: str) -> Path:
 def _load(
     folder: Path, component: str, kind: type[Foreign], build: Callable[[dict[str, Any]], Any]
 ) -> Any:
-    """Build a component without memory, hold it against its weights file by file, name and shape, and only then read them."""
-    where = _folder(folder, component)
+    """Build a component without memory, compare it with its weights file, and only then load it."""
+    where = _checked_folder(folder, component)
     weights = Checkpoint(component_place(where))
     config = read_json(where / "config.json")
     check_config(config, kind, f"{where}/config.json", len(weights))
     with init_empty_weights(include_buffers=False):
         model = _built(lambda: build(config), f"{where}/config.json")
-    names = {_bare(name): name for name in weights}
-    wanted = {_bare(name): name for name in model.state_dict()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_keys(
-        weights,
-        {names.get(bare, name): shapes[name] for bare, name in wanted.items()},
-        f"{where}: the weights do not fit the config",
-    )
-    model.load_state_dict(
-        {name: _copied(weights[names[bare]]) for bare, name in wanted.items()}, assign=True
-    )
+    stored = {_bare(name): name for name in weights}
+    state = model.state_dict()
+    shapes = {stored.get(_bare(name), name): tuple(state[name].shape) for name in state}
+    _check_keys(weights, shapes, f"{where}: the weights do not fit the config")
+    values = {name: _copied(weights[stored[_bare(name)]]) for name in state}
+    model.load_state_dict(values, assign=True)
     return model
 
 
@@ -291,69 +267,62 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
-def check_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Refuse weights that are not of these names and shapes; a `position_ids` of older files is a constant and may be more.
+def _check_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Check names and shapes of weights; a `position_ids` of older files may be extra.
 
     Raises:
-        InputError: naming the file and the first keys that are missing, too many, or of another shape.
+        InputError: naming the file and the first keys that are missing, extra or of another shape.
     """
-    missing = [name for name in shapes if name not in weights]
-    more = [name for name in weights if name not in shapes and not name.endswith("position_ids")]
-    other = [
-        f"{name} {list(weights.specs[name].shape)} for {list(shape)}"
-        for name, shape in shapes.items()
-        if name in weights and weights.specs[name].shape != shape
+    problems: dict[str, list[str]] = {"missing": [], "unknown": [], "of another shape": []}
+    for name, shape in shapes.items():
+        if name not in weights:
+            problems["missing"].append(name)
+        elif weights.specs[name].shape != shape:
+            stored = list(weights.specs[name].shape)
+            problems["of another shape"].append(f"{name} {stored} for {list(shape)}")
+    for name in weights:
+        if name not in shapes and not name.endswith("position_ids"):
+            problems["unknown"].append(name)
+    parts = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in problems.items() if names
     ]
-    found = {"missing": missing, "unknown": more, "of another shape": other}
-    listed = [
-        f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in found.items() if names
-    ]
-    if listed:
+    if parts:
         files = ", ".join(file.name for file in weights.place.files[:3])
-        raise InputError(
-            f"{what}: {files} has {'; '.join(listed)}",
-            fix="fetch weights and config of one model again",
-        )
+        fix = "fetch weights and config of one model again"
+        raise InputError(f"{what}: {files} has {'; '.join(parts)}", fix=fix)
 
 
 def _bare(name: str) -> str:
-    """Return the name of a tensor whatever the version of the library that wrote it."""
+    """Return the name of a tensor, whatever the version of the library that wrote it."""
     return modern(name).removeprefix("text_model.")
+
+
+MISFITS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @contextmanager
 def running(what: object) -> Iterator[None]:
-    """Say of a model whose parts cannot compute what they were loaded for that its configs do not fit.
+    """Turn an error of a model's own parts into one that names the model.
 
     Raises:
         InputError: with the words of the library that it came from.
-        ResourceError: if this machine's memory does not suffice; an accelerator's own error is passed on.
+        ResourceError: if there is not enough memory; an accelerator's own error is passed on.
     """
     try:
         yield
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        AssertionError,
-    ) as error:
+    except (*MISFITS, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if "memory" in str(error):
-            raise ResourceError(
-                f"{what} needs more memory than there is: {said}", fix="use a smaller batch"
-            ) from error
-        raise InputError(
-            f"{what} cannot be run: {said}", fix="use the configs of this very model"
-        ) from error
+            message = f"{what} needs more memory than this machine has: {reason}"
+            raise ResourceError(message, fix="use a smaller batch") from error
+        fix = "use the configs of this very model"
+        raise InputError(f"{what} cannot be run: {reason}", fix=fix) from error
 
 
 def _built(make: Callable[[], Any], where: str) -> Any:
-    """Return what a library makes of a foreign file; whatever it raises is the file's fault.
+    """Return what a library builds from a foreign file; any error is the file's fault.
 
     Raises:
         InputError: with the library's words.
@@ -361,8 +330,6 @@ def _built(make: Callable[[], Any], where: str) -> Any:
     try:
         return make()
     except Exception as error:
-        what = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{where}: cannot be loaded: {type(error).__name__}: {what}",
-            fix="use the file of this very model",
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        fix = "use the file of this very model"
+        raise InputError(f"{where}: cannot be loaded: {reason}", fix=fix) from error

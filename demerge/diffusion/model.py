@@ -1,6 +1,6 @@
-"""A diffusion model: denoiser, noise schedule and, for text and latents, text encoder and autoencoder.
+"""A diffusion model: denoiser, noise schedule and, if it has them, text encoder and autoencoder.
 
-    q(x_t | x_0):      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,      eps ~ N(0, I),  t in [0, T)
+    q(x_t | x_0):      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    eps ~ N(0, I), t in [0, T)
     target y:          epsilon       eps
                        v_prediction  sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
                        sample        x_0
@@ -10,10 +10,11 @@
 abar, the prediction type and T are the base's own, read from its scheduler's config; nothing is
 filled in by a default. Models are stock diffusers pipelines, read by `demerge.diffusion.loading`:
 UNet2DModel, UNet2DConditionModel with a CLIP text encoder and an AutoencoderKL, or a DiT with class
-labels and an AutoencoderKL. The condition c is told by `demerge.diffusion.conditioning`. Of a
+labels and an AutoencoderKL. The condition c is that of `demerge.diffusion.conditioning`. Of a
 denoiser that also learns the variance (a DiT: 2 C channels) the first C channels are f.
 
-Papers: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), latent diffusion (arXiv 2112.10752).
+Papers: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), latent diffusion (arXiv
+2112.10752).
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from demerge.diffusion import schedule
 from demerge.diffusion.conditioning import Classes, classes_of
 from demerge.diffusion.loading import (
     TextEncoder,
+    build_scheduler,
+    build_unet,
     denoiser_part,
     find_pipeline,
     load_denoiser,
     load_scheduler,
     load_text,
     load_vae,
-    make_scheduler,
-    make_unet,
     running,
 )
 from demerge.errors import InputError, UsageError
@@ -58,7 +59,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class RandomConfig(Record):
-    """The configs of a model that is to be made."""
+    """The configs of a model from random weights."""
 
     unet: Table
     scheduler: Table
@@ -68,7 +69,8 @@ class RandomConfig(Record):
 class Diffusion:
     """A denoiser f(x_t, t, c) with the noise schedule it was trained on.
 
-    `folder` is the pipeline folder it was loaded from; `save` copies from it what is not the denoiser.
+    Attributes:
+        folder: the pipeline folder it was loaded from; `save` copies the other components from it.
     """
 
     denoiser: nn.Module
@@ -79,97 +81,80 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         if not hasattr(self.scheduler, "alphas_cumprod"):
-            raise UsageError(
-                f"scheduler {type(self.scheduler).__name__} has no alphas_cumprod",
-                fix="use a base with a DDPM-like schedule (DDPM, DDIM, PNDM, Euler, DPM-Solver)",
-            )
+            what = f"scheduler {type(self.scheduler).__name__} has no alphas_cumprod"
+            fix = "use a base with a DDPM-like schedule (DDPM, DDIM, PNDM, Euler, DPM-Solver)"
+            raise UsageError(what, fix=fix)
         if self.prediction_type not in PREDICTION_TYPES:
-            raise UsageError(
-                f"prediction type '{self.prediction_type}' is unknown",
-                fix=f"use one of {', '.join(PREDICTION_TYPES)}",
-            )
-        other = other_input(
-            self.config, None if self.vae is None else self.vae.config.latent_channels
-        )
-        if other:
-            raise UsageError(
-                f"{self.folder or 'the denoiser'}: {other}",
-                fix="use a base that takes x_t alone, as the text-to-image model of this one; merge takes both",
-            )
+            what = f"prediction type '{self.prediction_type}' is unknown"
+            raise UsageError(what, fix=f"use one of {', '.join(PREDICTION_TYPES)}")
+        latents = None if self.vae is None else self.vae.config.latent_channels
+        if other := other_input(self.config, latents):
+            fix = "use a base that takes x_t alone, as its text-to-image model; merge takes both"
+            raise UsageError(f"{self.folder or 'the denoiser'}: {other}", fix=fix)
         classes_of(self.config)
 
     def __repr__(self) -> str:
-        """Say what it is, not its layers."""
-        size = sum(p.numel() for p in self.denoiser.parameters())
-        where = f", {str(self.folder)!r}" if self.folder else ""
-        return f"Diffusion({type(self.denoiser).__name__}, {size:,} parameters, {self.prediction_type}, T = {self.T}{where})"
+        kind, where = type(self.denoiser).__name__, f", {str(self.folder)!r}" if self.folder else ""
+        size = f"{self.parameters:,} parameters"
+        return f"Diffusion({kind}, {size}, {self.prediction_type}, T = {self.T}{where})"
 
-    # -- reading and writing -----------------------------------------------------------------------------------------
+    # -- reading and writing -----------------------------------------------------------------------
 
     @classmethod
     def load(cls, model: str | Path, *, device: str | torch.device = "cpu") -> Diffusion:
         """Load a pipeline folder or a Hub id, in float32, in eval mode.
 
         Raises:
-            InputError: where the folder is no supported pipeline, or a weight is missing from its file.
+            InputError: if the folder is not a supported pipeline, or a weight is missing.
         """
         folder = find_pipeline(model)
         index = read_index(folder)
-        component = load_denoiser(folder, index)
-        scheduler = load_scheduler(folder, index)
+        denoiser, scheduler = load_denoiser(folder, index), load_scheduler(folder, index)
         vae, text = load_vae(folder, index), load_text(folder, index)
-        modules: dict[str, Any] = {
-            "denoiser": component,
-            "vae": vae,
-            "text_encoder": text and text.model,
-        }
-        for name, module in modules.items():
+        parts = {"denoiser": denoiser, "vae": vae, "text_encoder": text and text.model}
+        for name, module in parts.items():
             if module is not None:
                 if bad := not_finite(module):
-                    raise InputError(
-                        f"{folder}: the {name} holds NaN or Inf in {bad}",
-                        fix="use an earlier save of this model",
-                    )
+                    what = f"{folder}: the {name} holds NaN or Inf in {bad}"
+                    raise InputError(what, fix="use an earlier save of this model")
                 module.eval().requires_grad_(False)
-        return cls(component, scheduler, folder, vae, text).to(device)
+        return cls(denoiser, scheduler, folder, vae, text).to(device)
 
     @classmethod
-    def random(cls, config: Path | str, *, seed: int) -> Diffusion:
-        """Make an unconditional model with random weights from a JSON file {"unet": {...}, "scheduler": {...}}.
+    def random(cls, config: str | Path, *, seed: int) -> Diffusion:
+        """Make a model with random weights from a JSON file {"unet": {...}, "scheduler": {...}}.
 
         Raises:
-            InputError: where the file lacks a part or diffusers refuses it.
+            InputError: if the file lacks a part or diffusers refuses it.
         """
-        config = Path(config)
         fix = 'write {"unet": {... UNet2DModel ...}, "scheduler": {... DDPMScheduler ...}}'
-        parts = read_record(config, RandomConfig, fix=fix)
-        scheduler = make_scheduler(parts.scheduler, diffusers.DDPMScheduler, f"{config}: scheduler")
+        parts = read_record(Path(config), RandomConfig, fix=fix)
+        kind = diffusers.DDPMScheduler
+        scheduler = build_scheduler(parts.scheduler, kind, f"{config}: scheduler")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(make_unet(parts.unet, f"{config}: unet"), scheduler)
+            return cls(build_unet(parts.unet, f"{config}: unet"), scheduler)
 
-    def save(self, path: Path | str) -> None:
-        """Write a stock pipeline into the empty folder `path`; what is not the denoiser is copied from `folder`."""
+    def save(self, path: str | Path) -> None:
+        """Write a stock pipeline into the empty folder `path`; `folder` gives the components."""
         path = Path(path)
         if self.folder is None:
             diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
             return
         index = read_index(self.folder)
-        parts = [p for p in sorted(self.folder.iterdir()) if p.is_dir() and p.name in index]
         own = (denoiser_part(index), "scheduler")
-        copied = [p for p in parts if p.name not in own]
-        for file in (file for part in copied for file in [part, *part.rglob("*")]):
-            inside(self.folder, file)
-        for part in copied:
-            shutil.copytree(part, path / part.name)
-        absent = {n for n, v in index.items() if isinstance(v, list)} - {
-            *own,
-            *(p.name for p in copied),
-        }
-        commit_json(
-            path / "model_index.json",
-            {n: [None, None] if n in absent else v for n, v in index.items()},
-        )
+        names = {p.name for p in self.folder.iterdir() if p.is_dir() and p.name in index}
+        copied = [self.folder / name for name in sorted(names - set(own))]
+        for folder in copied:
+            for file in [folder, *folder.rglob("*")]:
+                inside(self.folder, file)
+        for folder in copied:
+            shutil.copytree(folder, path / folder.name)
+        present = {*own, *(folder.name for folder in copied)}
+        for name, value in index.items():
+            if isinstance(value, list) and name not in present:
+                index[name] = [None, None]
+        commit_json(path / "model_index.json", index)
         self.scheduler.save_pretrained(path / "scheduler")
         self.denoiser.save_pretrained(path / own[0])  # type: ignore[operator]
 
@@ -184,7 +169,7 @@ class Diffusion:
                 module.to(device)
         return self
 
-    # -- facts -------------------------------------------------------------------------------------------------------
+    # -- facts -------------------------------------------------------------------------------------
 
     @property
     def config(self) -> Any:
@@ -220,7 +205,7 @@ class Diffusion:
         return int(self.config.in_channels), int(height), int(width)
 
     def load_images(self, source: str, *, split: str, skip_broken: bool) -> ImageData:
-        """Load a data set in the shape of this model's images, which are square; see `demerge.data.load_images`."""
+        """Load a data set in the shape of this model's images, which are square."""
         channels, height, _ = self.image_shape
         return load_images(
             source, split=split, resolution=height, channels=channels, skip_broken=skip_broken
@@ -247,7 +232,7 @@ class Diffusion:
 
     @property
     def classes(self) -> Classes | None:
-        """The classes that the denoiser takes, None where it takes none."""
+        """The classes that the denoiser takes; None if it takes none."""
         return classes_of(self.config)
 
     @property
@@ -259,8 +244,8 @@ class Diffusion:
     def identity(self) -> dict[str, Any]:
         """All that images and losses of this model depend on, as JSON values; infinity is a text.
 
-        The hash of the denoiser's tensors, its config, the scheduler's config, and the hash of each file of the other
-        components.
+        These are the hash of the denoiser's tensors, its config, the scheduler's config, and the
+        hash of each file of the other components.
         """
         configs = {"config": self.config, "scheduler": self.scheduler.config}
         public = {
@@ -273,17 +258,14 @@ class Diffusion:
         return document
 
     def _components(self) -> dict[str, str]:
-        """Return the hash of each file of the components that are not the denoiser and not the scheduler."""
+        """Return the hash of each file of the other components."""
         if self.folder is None:
             return {}
         index = read_index(self.folder)
         names = sorted(index.keys() - {denoiser_part(index), "scheduler"})
-        files = [
-            file
-            for name in names
-            for file in sorted((self.folder / name).rglob("*"))
-            if file.is_file()
-        ]
+        files = []
+        for name in names:
+            files += [f for f in sorted((self.folder / name).rglob("*")) if f.is_file()]
         hashes = Hashing([inside(self.folder, file) for file in files]).result()
         return {str(file.relative_to(self.folder)): hashes[file] for file in files}
 
@@ -296,7 +278,7 @@ class Diffusion:
         """SNR(t) = abar_t / (1 - abar_t), [T] float64."""
         return schedule.snr(self.alphas_cumprod)
 
-    # -- mathematics -------------------------------------------------------------------------------------------------
+    # -- mathematics -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(
@@ -305,45 +287,43 @@ class Diffusion:
         captions: Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Turn images [B C H W] in [-1, 1] and what is known of them into (x_0 [B *sample_shape], condition); see `condition`.
+        """Turn images [B C H W] in [-1, 1] into (x_0 [B *sample_shape], c); see `condition`.
 
         Raises:
-            UsageError: where the images have another shape than the base's, or what the base needs to know is missing.
+            UsageError: if the images have another shape than the base's, or captions or labels are
+                missing.
         """
         if tuple(images.shape[1:]) != self.image_shape:
-            raise UsageError(
-                f"images are {tuple(images.shape[1:])}, the base expects {self.image_shape}",
-                fix="load the data with the base's resolution and channels",
-            )
+            what = f"images are {tuple(images.shape[1:])}, the base expects {self.image_shape}"
+            raise UsageError(what, fix="load the data with the base's resolution and channels")
         condition = self.condition(len(images), captions, labels)
         images = images.to(self.device)
         if self.vae is None:
             return images, condition
         with running(f"{self.folder}/vae"):
-            return self.vae.encode(
-                images
-            ).latent_dist.mode() * self.vae.config.scaling_factor, condition
+            x0 = self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
+        return x0, condition
 
     @torch.no_grad()
     def condition(
         self, n: int, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None
     ) -> Tensor | None:
-        """Return c for n samples: hidden states of captions [n L D], labels of classes [n], or None, as the denoiser takes it.
+        """Return c for n samples: hidden states [n L D], labels [n], or None.
 
         Raises:
-            UsageError: where captions or labels are missing, or a label is no class of the base's.
+            UsageError: if captions or labels are missing, or a label is not a class of the base.
         """
         if self.text is not None:
-            required = _required(captions)
+            captions = _required(captions)
             with running(f"{self.folder}/text_encoder"):
-                return self.text(required)
+                return self.text(captions)
         return None if self.classes is None else self.classes.labels(labels, n).to(self.device)
 
     def describe_condition(self, data: ImageData) -> str | None:
-        """Say what the denoiser is told of the images of a data set, None where it is told nothing.
+        """Describe the conditions that a data set gives the denoiser; None if it takes none.
 
         Raises:
-            UsageError: where captions or labels are missing, or a label is no class of the base's.
+            UsageError: if captions or labels are missing, or a label is not a class of the base.
         """
         if self.text is not None:
             return f"captions, {len(set(_required(data.captions))):,} different ones"
@@ -353,7 +333,7 @@ class Diffusion:
         return f"classes, {self.classes.describe_labels(data.labels)}"
 
     def encode_from(self, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Encode images of a data set, with their captions or labels where the base takes them; see `encode`."""
+        """Encode images of a data set with their captions or labels; see `encode`."""
         return self.encode(data.floats(indices), *data.annotations(indices))
 
     @torch.no_grad()
@@ -367,9 +347,8 @@ class Diffusion:
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
-        return abar.sqrt().to(like.dtype).to(like.device), (1 - abar).sqrt().to(like.dtype).to(
-            like.device
-        )
+        a, s = abar.sqrt(), (1 - abar).sqrt()
+        return a.to(like.dtype).to(like.device), s.to(like.dtype).to(like.device)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Draw x_t from q(x_t | x_0) with the given noise; x0, noise [B *], t [B] integers."""
@@ -392,7 +371,7 @@ class Diffusion:
         return {"encoder_hidden_states" if self.classes is None else "class_labels": condition}
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        """Return f(x_t, t, c) [B C H W] for t [B] or one for all; a learned variance behind the C channels is left out."""
+        """Return f(x_t, t, c) [B C H W] for t [B] or one for all, without a learned variance."""
         each = torch.as_tensor(t, device=x_t.device).reshape(-1).expand(len(x_t))
         with running(self.folder or "the model"):
             output: Tensor = self.denoiser(x_t, each, **self.arguments(condition)).sample
@@ -400,17 +379,14 @@ class Diffusion:
 
     def loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return |y - f(x_t, t, c)|^2 for each sample [B], averaged over its elements."""
-        return squared_error(
-            self.predict(self.add_noise(x0, noise, t), t, condition), self.target(x0, noise, t)
-        )
+        prediction = self.predict(self.add_noise(x0, noise, t), t, condition)
+        return squared_error(prediction, self.target(x0, noise, t))
 
 
 def _required(captions: Sequence[str] | None) -> Sequence[str]:
     if captions is None:
-        raise UsageError(
-            "the base takes text and the data has no captions",
-            fix="add a metadata.jsonl with file_name and text, or a NAME.txt next to each image",
-        )
+        fix = "add a metadata.jsonl with file_name and text, or a NAME.txt next to each image"
+        raise UsageError("the base takes text and the data has no captions", fix=fix)
     return captions
 
 

@@ -1,4 +1,4 @@
-"""What torch needs to be told: where to add up, and how not to crash."""
+"""Sums in float64 on any device, and a workaround for a crash of torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 
 def accumulator(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return zeros in float64 on a device, or on the CPU where it has no float64."""
-    return torch.zeros(
-        tuple(shape), dtype=torch.float64, device="cpu" if device.type == "mps" else device
-    )
+    """Return zeros in float64 on a device, or on the CPU if the device has no float64."""
+    place = "cpu" if device.type == "mps" else device
+    return torch.zeros(tuple(shape), dtype=torch.float64, device=place)
 
 
 def contiguous_groupnorm_inputs(denoiser: nn.Module) -> None:
-    """Give each group norm that trains a contiguous input where nothing before it trains, in place.
+    """Give each group norm that trains a contiguous input if nothing before it trains, in place.
 
-    torch 2.13 crashes on the CPU in the backward of a group norm whose input is channels-last and asks for no gradient.
+    torch 2.13 crashes on the CPU in the backward of a group norm whose input is channels-last and
+    requires no gradient.
     """
     for module in denoiser.modules():
         if isinstance(module, nn.GroupNorm) and any(p.requires_grad for p in module.parameters()):

@@ -1,10 +1,12 @@
-"""How many threads a model is worth: one, if a batch is little work.
+"""The number of threads for a model: one, if a batch is little work.
 
-torch shares each operation among its threads, and they wait for each other by spinning. For a small model the waiting
-costs more than the sharing brings, and on a machine whose cores are busy it costs many times the work itself. Measured on
-the digits model (8 MFLOP an image) with one of two cores busy: 60 training steps took 145 s with two threads, 53 s with one.
+torch shares each operation among its threads, and they wait for each other by spinning. For a small
+model the waiting costs more than the sharing saves. On a machine with busy cores it costs many
+times the work itself. Measured on the digits model (8 MFLOP an image) with one of two cores busy:
+60 training steps took 145 s with two threads, 53 s with one.
 
-The choice depends on the counted operations alone, never on a clock, so that a resumed run computes the same bytes.
+The choice depends on the counted operations alone, never on a clock, so that a resumed run computes
+the same bytes.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 if TYPE_CHECKING:
     from demerge.diffusion.model import Diffusion
 
-LITTLE = 4e9  # floating point operations of a forward pass: some tenth of a second of one core
+LITTLE = 4e9  # floating point operations of a forward pass: about 0.1 s of one core
 
 
 @contextmanager
 def fitting_threads(model: Diffusion, batch: int) -> Iterator[None]:
-    """Compute with one thread inside the block if forward passes of `batch` samples are little work.
+    """Use one thread inside the block if forward passes of `batch` samples are little work.
 
-    Nothing changes on an accelerator, or if the user says a number by OMP_NUM_THREADS.
+    Nothing changes on an accelerator, or if the user sets OMP_NUM_THREADS.
     """
     before = torch.get_num_threads()
     free = before > 1 and model.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ
