@@ -9,59 +9,37 @@ import typer
 
 from demerge.cli.common import Json, emit
 
+SOURCE = "A .bin, .ckpt or .pth file, a .safetensors file, or a pipeline folder."
+OUT = "New .safetensors file; for a .safetensors file a new pipeline folder."
+CONFIG = "For a folder: pipeline folder with the configs, scheduler and tokenizer it needs."
+PICKLE = "Open the pickle, for its tensors alone. Pickles may run code."
+
 
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            help="A .bin, .ckpt or .pth file, a .safetensors file, or a pipeline folder.",
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Argument(help="A new .safetensors file, or for one a new pipeline folder.")
-    ],
-    config: Annotated[
-        str | None,
-        typer.Option(
-            help="For a folder: the pipeline folder whose configs, scheduler and tokenizer the file needs."
-        ),
-    ] = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle",
-            help="Open the pickle, for its tensors alone. Needed: pickles may run code.",
-        ),
-    ] = False,
-    key: Annotated[
-        str | None, typer.Option(help="Which table of the file holds the weights.")
-    ] = None,
+    source: Annotated[Path, typer.Argument(metavar="FILE", help=SOURCE)],
+    out: Annotated[Path, typer.Argument(help=OUT)],
+    config: Annotated[str | None, typer.Option(help=CONFIG)] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE)] = False,
+    key: Annotated[str | None, typer.Option(help="Table that holds the weights.")] = None,
     json: Json = False,
 ) -> None:
-    """Write a pickle as safetensors, a single file as a pipeline folder, or a pipeline as a single file (LDM layout).
+    """Convert a pickle to safetensors, or a single file (LDM layout) to a pipeline folder and back.
 
     demerge convert model.safetensors folder --config base-folder
     """
     from demerge.errors import UsageError
-    from demerge.storage.pickles import convert as converted
-    from demerge.storage.single_file import to_file, to_folder
+    from demerge.storage import pickles, single_file
 
+    result: dict[str, object] = {"out": str(out)}
     if source.is_dir():
-        emit({"out": str(out), "tensors": to_file(source, out)}, out, json)
-    elif source.suffix == ".safetensors":
-        if config is None:
-            fix = f"demerge convert {source} {out.with_suffix('')} --config FOLDER of a pipeline of the same kind"
-            raise UsageError(f"{source} has no configs", fix=fix)
-        emit({"out": str(out), "tensors": to_folder(source, out, config)}, out, json)
+        result["tensors"] = single_file.to_file(source, out)
+    elif source.suffix != ".safetensors":
+        tensors = pickles.convert(source, out, allow_pickle=allow_pickle, key=key)
+        result["tensors"] = len(tensors)
+        result["parameters"] = sum(tensor.numel() for tensor in tensors.values())
+    elif config is not None:
+        result["tensors"] = single_file.to_folder(source, out, config)
     else:
-        tensors = converted(source, out, allow_pickle=allow_pickle, key=key)
-        emit(
-            {
-                "out": str(out),
-                "tensors": len(tensors),
-                "parameters": sum(t.numel() for t in tensors.values()),
-            },
-            out,
-            json,
-        )
+        fix = f"demerge convert {source} {out.with_suffix('')} --config FOLDER"
+        raise UsageError(f"{source} has no configs, which a folder needs", fix=fix)
+    emit(result, out, json)

@@ -1,14 +1,15 @@
-"""The conflict map: what the gradients of all timesteps have to do with each other, measured once, read many times.
+"""The conflict map: how the gradients of all timesteps relate, measured once, read many times.
 
-Timesteps lie in N bins, samples in M groups. s_i^m [D] is the gradient of the loss in bin i on the samples of group m, taken
-at the base model. The map keeps the inner products of all of them,
+Timesteps lie in N bins, samples in M groups. s_i^m [D] is the gradient of the loss in bin i on the
+samples of group m, at the base model. The map holds the inner products of all of them,
 
     G[i, m, j, n] = <s_i^m, s_j^n>,
 
-which is everything that similarity, errors, cuts and their bootstrap need: they are post-processing without the model.
-How the products were made (from exact gradients or from sketches of them) is a field, `engine`, and no other matter here.
-Beside them it keeps count sketches h(s_i^m) [k], whose products with the sketch of any other vector, such as a task vector, are
-<s_i^m, vector> up to an error of about |s| |vector| sqrt(2/k); where it was asked for, a short one of each layer too.
+which is all that similarity, errors, partitions and their bootstrap need: they run without the
+model. How the products were computed (from exact gradients or from sketches) is a field, `engine`.
+The map also holds count sketches h(s_i^m) [k], whose products with the sketch of any other vector,
+such as a task vector, are <s_i^m, vector> up to an error of about |s| |vector| sqrt(2/k); and a
+short one of each layer, if it was measured.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ UNREADABLE = (
 
 
 def _above(module: str) -> Any:
-    """Return a module of demerge.analysis for a method of the map that people look for on the map itself.
+    """Return a module of demerge.analysis, for a method that people look for on the map itself.
 
-    Imports run down, and the analysis knows the map: it is found by name when such a method is called, and at no other place.
+    Imports run down, and the analysis knows the map: only such a method finds it by name.
     """
     return import_module(f"demerge.analysis.{module}")
 
@@ -72,15 +73,16 @@ class Origin:
         model: SHA-256 of the base denoiser's tensors.
         data: fingerprint of the images.
         parameters: D, the length of a gradient.
-        engine: `exact`, or how gradients were shortened before their products were taken: `sketch-65521`.
+        engine: `exact`, or how gradients were shortened before their products: `sketch-65521`.
         draws: `shared` between the bins of a group, or `independent`.
-        antithetic: whether a group's noise comes in pairs eps, -eps; one for each bin where a pilot chose.
+        antithetic: whether a group's noise comes in pairs eps, -eps; one for each bin if a pilot
+            chose.
         metric: of the inner products, `euclid` or `adam`.
         batch_size: samples per bin and group.
         seed: of all draws and of a sketch.
         params: which parameters count: `all`, `lora` or a regular expression.
-        precision: of the model's own arithmetic: `no` (float32), or `bf16` under autocast; sums are float32 and float64.
-        prediction: what the model predicts, which is its loss's target: `epsilon`, `v_prediction` or `sample`.
+        precision: of the model's own arithmetic: `no` (float32), or `bf16` under autocast.
+        prediction: what the model predicts: `epsilon`, `v_prediction` or `sample`.
         base: fingerprint of the whole base, with its configs, schedule and other components.
     """
 
@@ -100,7 +102,7 @@ class Origin:
 
     @property
     def noise(self) -> str:
-        """Whether noise came with its opposite, in the word that `analyze --antithetic` takes: on, off or auto."""
+        """Whether noise came with its opposite, in the word of `analyze --antithetic`."""
         return "auto" if isinstance(self.antithetic, tuple) else "on" if self.antithetic else "off"
 
     @property
@@ -110,7 +112,7 @@ class Origin:
 
 
 class MapHeader(Record):
-    """What a conflict.safetensors says of itself: the edges of its bins, its origin, the sizes of the parameters."""
+    """The metadata of a conflict.safetensors: edges of bins, origin, sizes of parameters."""
 
     format: Literal["demerge.conflict/1"]
     edges: Annotated[tuple[int, ...], Field(min_length=2)]
@@ -127,12 +129,14 @@ class ConflictMap:
         gram: G [N M N M], float64, read-only.
         log_snr: log SNR(t) [T], float64, read-only, of the base's schedule.
         origin: what it was measured on.
-        layout: how many coordinates each parameter has, by name, in their order; empty where there is no sketch.
+        layout: how many coordinates each parameter has, by name, in order; empty without sketches.
         sketches: h(s_i^m) [N M k], float32, read-only.
-        layers: the sketches of each layer's part of s_i^m, side by side [N M W], float32, read-only (see `layers_of`).
+        layers: the sketches of each layer's part of s_i^m, side by side [N M W], float32, read-only
+            (see `layers_of`).
 
     Raises:
-        InputError: where shapes do not fit, a value is not finite, G is no Gram matrix, or there are fewer than 5 groups.
+        InputError: if shapes do not fit, a value is not finite, G is not a Gram matrix, or there are
+            fewer than 5 groups.
     """
 
     bins: Partition
@@ -151,8 +155,9 @@ class ConflictMap:
             object.__setattr__(self, name, view)
 
     def __repr__(self) -> str:
-        samples = f"{self.M} groups of {self.origin.batch_size}"
-        return f"ConflictMap({self.N} bins of [0, {self.T}), {samples}, {self.origin.draws} draws, {self.origin.engine})"
+        samples = f"{self.M} groups of {self.origin.batch_size}, {self.origin.draws} draws"
+        bins = f"{self.N} bins of [0, {self.T})"
+        return f"ConflictMap({bins}, {samples}, {self.origin.engine})"
 
     def _arrays(self) -> dict[str, Any]:
         arrays = {name: getattr(self, name) for name in ARRAYS}
@@ -189,57 +194,52 @@ class ConflictMap:
         return np.array([len(bin) / self.T for bin in self.bins])
 
     def to_frame(self) -> pd.DataFrame:
-        """Return what the map says of each pair of bins, a row each, [N^2 rows]: `demerge.analysis.similarity.frame`.
+        """Return what the map says of each pair of bins, [N^2 rows]; `analysis.similarity.frame`.
 
-        Columns bin_i, bin_j, t_i, t_j (the middles), cosine and se (NaN if a bin is unresolved), resolved, weak.
+        Columns bin_i, bin_j, t_i, t_j (the middles), cosine and se (NaN if a bin is unresolved),
+        resolved, weak.
         """
         table: pd.DataFrame = _above("similarity").frame(self)
         return table
 
     def plot(self, partition: Partition | None = None) -> Figure:
-        """Draw the map, with the cuts of a partition as lines: `demerge.analysis.report.plots.heat_map`."""
+        """Draw the map, with the boundaries of a partition; `analysis.report.plots.heat_map`."""
         figure: Figure = _above("report.plots").heat_map(self, partition)
         return figure
 
     def save(self, path: Path | str) -> Path:
         """Write the map as safetensors, whole or not at all; equal maps give equal bytes."""
-        path = Path(path)
-        layout = [[name, numel] for name, numel in self.layout.items()]
         header = {
             "format": FORMAT,
             "edges": self.edges,
             "origin": asdict(self.origin),
-            "layout": layout,
+            "layout": list(self.layout.items()),
         }
         tensors = {name: np.ascontiguousarray(array) for name, array in self._arrays().items()}
-        data = safetensors.numpy.save(
-            tensors, metadata={"demerge": json.dumps(header, sort_keys=True)}
-        )
-        return commit_bytes(path, data)
+        metadata = {"demerge": json.dumps(header, sort_keys=True)}
+        return commit_bytes(path, safetensors.numpy.save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path | str) -> ConflictMap:
         """Read and check a `conflict.safetensors`.
 
         Raises:
-            InputError: where the file is missing, damaged or something else.
+            InputError: if the file is missing, damaged or something else.
         """
         path = Path(path)
         if not path.is_file():
             fix = "name the folder or file that `demerge analyze` wrote"
-            raise InputError(f"{path}: not a conflict map: there is no such file", fix=fix)
+            raise InputError(f"{path}: not a conflict map: the file does not exist", fix=fix)
         try:
-            there = read_header(path)
-            header = parse_record(
-                there.metadata.get("demerge", "null"), MapHeader, str(path), fix=""
-            )
-            _check_header(header, {name: list(spec.shape) for name, spec in there.tensors.items()})
-            with safetensors.safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in there.tensors}
+            file = read_header(path)
+            text = file.metadata.get("demerge", "null")
+            header = parse_record(text, MapHeader, str(path), fix="")
+            _check_header(header, {name: list(spec.shape) for name, spec in file.tensors.items()})
+            arrays = safetensors.numpy.load_file(path)
             bins = Partition.from_cuts(header.edges[-1], header.edges[1:-1])
             return cls(bins, origin=header.origin, layout=dict(header.layout), **arrays)
         except UNREADABLE as error:
-            what = "what it says of itself is incomplete or damaged"
+            what = "its metadata is incomplete or damaged"
             if isinstance(error, DemergeError):
                 what = error.what.removeprefix(f"{path}: ")
             fix = "remove it and measure it again with `demerge analyze`"
@@ -247,59 +247,44 @@ class ConflictMap:
 
 
 def _check_header(header: MapHeader, shapes: Mapping[str, list[int]]) -> None:
-    """Refuse a foreign file before anything of the size it claims is read."""
+    """Check a foreign file before anything of the size it claims is read."""
     edges = header.edges
     if edges[0] != 0:
-        raise InputError("the edges of its bins are no ascending numbers from 0")
+        raise InputError("the edges of its bins are not ascending numbers from 0")
     if not {"gram", "log_snr"} <= set(shapes) <= set(ARRAYS):
         raise InputError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}, not gram and log_snr")
-    if (
-        len(shapes["gram"]) != 4
-        or shapes["gram"][0] * shapes["gram"][1] > MAX_CELLS
-        or edges[-1] > MAX_TIMESTEPS
-    ):
-        raise InputError(
-            f"its gram of shape {shapes['gram']} over {edges[-1]} timesteps is too large to be one"
-        )
+    gram = shapes["gram"]
+    if len(gram) != 4 or gram[0] * gram[1] > MAX_CELLS or edges[-1] > MAX_TIMESTEPS:
+        raise InputError(f"its gram of shape {gram} over {edges[-1]} timesteps is too large")
 
 
 def _check(map: ConflictMap) -> None:
     gram, log_snr, N = map.gram, map.log_snr, map.N
+    M = gram.shape[1] if gram.ndim == 4 else 0
     fix = "measure the map again"
-    if (
-        gram.ndim != 4
-        or gram.shape != (N, gram.shape[1], N, gram.shape[1])
-        or log_snr.shape != (map.T,)
-    ):
-        raise InputError(
-            f"{N} bins, {map.T} timesteps, but gram {gram.shape} and log_snr {log_snr.shape}",
-            fix=fix,
-        )
-    if gram.shape[1] < MIN_GROUPS:
-        raise InputError(
-            f"{gram.shape[1]} groups are too few for errors", fix=f"use at least {MIN_GROUPS}"
-        )
+    if gram.shape != (N, M, N, M) or log_snr.shape != (map.T,):
+        shapes = f"gram {gram.shape} and log_snr {log_snr.shape}"
+        raise InputError(f"{N} bins, {map.T} timesteps, but {shapes}", fix=fix)
+    if M < MIN_GROUPS:
+        raise InputError(f"{M} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
     if gram.dtype != np.float64 or log_snr.dtype != np.float64:
-        raise InputError(
-            f"gram and log_snr are {gram.dtype} and {log_snr.dtype}, not float64", fix=fix
-        )
-    if isinstance(map.origin.antithetic, tuple) and len(map.origin.antithetic) != N:
-        raise InputError(
-            f"antithetic noise is said of {len(map.origin.antithetic)} bins, not of {N}", fix=fix
-        )
+        what = f"gram and log_snr are {gram.dtype} and {log_snr.dtype}, not float64"
+        raise InputError(what, fix=fix)
+    noise = map.origin.antithetic
+    if isinstance(noise, tuple) and len(noise) != N:
+        raise InputError(f"antithetic noise is said of {len(noise)} bins, not of {N}", fix=fix)
     _check_sketches(map)
     for name, array in map._arrays().items():
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds a value that is not finite", fix=fix)
-    flat = gram.reshape(N * gram.shape[1], -1)
-    norms = np.sqrt(np.clip(np.diagonal(flat), 0, None))
-    slack = 1e-4 * np.outer(norms, norms)
-    if (
-        (np.diagonal(flat) < 0).any()
-        or (abs(flat - flat.T) > slack).any()
-        or (abs(flat) > np.outer(norms, norms) + slack).any()
-    ):
-        raise InputError("gram holds no inner products of vectors", fix=fix)
+    flat = gram.reshape(N * M, -1)
+    squares = np.diagonal(flat)
+    norms = np.sqrt(squares.clip(0))
+    lengths = np.outer(norms, norms)
+    is_asymmetric = abs(flat - flat.T) > 1e-4 * lengths
+    is_too_large = abs(flat) > (1 + 1e-4) * lengths
+    if (squares < 0).any() or is_asymmetric.any() or is_too_large.any():
+        raise InputError("gram holds numbers that are not inner products of vectors", fix=fix)
 
 
 def _check_sketches(map: ConflictMap) -> None:
@@ -311,27 +296,23 @@ def _check_sketches(map: ConflictMap) -> None:
         raise InputError(f"its layout does not have {D} coordinates", fix=fix)
     widths = {"sketches": min(K, D), "layers": sum(layer_widths(map.layout))}
     for name, width in widths.items():
-        array = getattr(map, name)
-        if array is not None and (
-            array.shape != (map.N, map.M, width) or array.dtype != np.float32
-        ):
-            raise InputError(
-                f"{name} is {array.dtype} {array.shape}, not float32 {(map.N, map.M, width)}",
-                fix=fix,
-            )
+        array, shape = getattr(map, name), (map.N, map.M, width)
+        if array is not None and (array.shape != shape or array.dtype != np.float32):
+            what = f"{name} is {array.dtype} {array.shape}, not float32 {shape}"
+            raise InputError(what, fix=fix)
 
 
 def layers_of(layout: Mapping[str, int]) -> dict[str, int]:
-    """Return how many coordinates each layer has: the parameters of one module, which follow one another."""
-    found: dict[str, int] = {}
+    """Return how many coordinates each layer has: the parameters of one module, side by side."""
+    sizes: dict[str, int] = {}
     for name, numel in layout.items():
         layer = layer_of(name)
-        found[layer] = found.get(layer, 0) + numel
-    return found
+        sizes[layer] = sizes.get(layer, 0) + numel
+    return sizes
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a parameter or buffer: its module, or its own name where it has none."""
+    """Return the layer of a parameter or buffer: its module, or its own name if it has none."""
     return name.rpartition(".")[0] or name
 
 

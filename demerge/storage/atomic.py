@@ -1,8 +1,9 @@
 """The only writer: what demerge leaves on disk is whole or absent.
 
-A file or folder is written beside its place under a temporary name, synced, renamed into place, and the folder that holds
-it is synced. Killed at any moment, a program leaves the old content or the new, and at most a stray `.NAME.PID.tmp`, which
-the next write to the same place by any process sweeps away once its writer is dead.
+A file or folder is written next to its place under a temporary name, synced, renamed into place, and
+the folder that holds it is synced. A program that is killed at any moment leaves the old content or
+the new, and at most a stray `.NAME.PID.tmp`. The next write to the same place by any process removes
+it once its writer is dead.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from typing import Any, BinaryIO
 
 from demerge.errors import ResourceError, UsageError
 
-LONGEST = 230  # bytes of a name that its temporary name can hold whole
+MAX_NAME = 230  # bytes of a name that its temporary name can hold whole
+CHOOSE = "choose a place inside folders that you may write to"
 
 
 def commit_file(path: Path | str, write: Callable[[BinaryIO], object]) -> Path:
     """Write a file by `write(stream)` and put it in place atomically and durably.
 
     Raises:
-        ResourceError: where the disk is full or the folder cannot be written.
+        ResourceError: if the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    with _explained(path):
+    with _explain_errors(path):
         temporary = _temporary(path)
         try:
             with temporary.open("xb") as stream:
@@ -51,29 +53,28 @@ def commit_bytes(path: Path | str, content: bytes) -> Path:
 
 
 def commit_text(path: Path | str, text: str) -> Path:
-    """Write UTF-8 text with `commit_file`; what is not text, as the bytes of an odd file name, becomes `?`."""
-    return commit_file(path, lambda stream: stream.write(text.encode("utf-8", "replace")))
+    """Write UTF-8 text; what is not text, such as bytes of an odd file name, becomes `?`."""
+    return commit_bytes(path, text.encode("utf-8", "replace"))
 
 
 def commit_json(path: Path | str, document: Any) -> Path:
-    """Write a JSON document, keys in their given order, with `commit_file`; NaN is refused."""
-    return commit_text(
-        path, json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    )
+    """Write a JSON document, keys in their order; NaN is refused."""
+    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+    return commit_text(path, text + "\n")
 
 
 @contextlib.contextmanager
-def commit_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a temporary folder to fill, then put it in place atomically and durably.
+def commit_dir(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder to fill, then put it in place atomically and durably.
 
-    With `replace`, a folder that is there already is moved aside first and deleted once the new one is in place.
+    With `replace`, an existing folder is moved aside and deleted once the new one is in place.
 
     Raises:
         UsageError: if the folder exists already and `replace` is false.
-        ResourceError: where the disk is full or the folder cannot be written.
+        ResourceError: if the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    with _explained(path):
+    with _explain_errors(path):
         temporary = _temporary(path)
         aside = temporary.with_suffix(".old.tmp")
         check_is_new(path, replace)
@@ -96,23 +97,24 @@ def commit_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def commit_files(path: Path, files: Iterable[tuple[str, bytes]], *, replace: bool = False) -> Path:
-    """Write a folder of files, (name, content) each, with `commit_dir`; names may lie in folders."""
+def commit_files(
+    path: Path | str, files: Iterable[tuple[str, bytes]], *, replace: bool = False
+) -> Path:
+    """Write a folder of files, (name, content) each; names may lie in folders. See `commit_dir`."""
     with commit_dir(path, replace=replace) as temporary:
         for name, content in files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)
-    return path
+    return Path(path)
 
 
-def check_is_new(path: Path, replace: bool = False) -> None:
-    """Refuse to write over what is there, unless `replace`.
+def check_is_new(path: Path | str, replace: bool = False) -> None:
+    """Check that nothing is written over, unless `replace`.
 
     Raises:
         UsageError: if `path` exists and is not an empty folder, or cannot exist.
     """
-    path = Path(path)
-    _above(path)
+    path = place_for(path)
     if replace or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     raise UsageError(f"{path} exists already", fix="choose another place or remove it first")
@@ -122,19 +124,19 @@ def place_for(out: Path | str) -> Path:
     """Return the path of an output, once it is known that it can exist.
 
     Raises:
-        UsageError: where it cannot: a part of it is a file or longer than a name may be, or the current folder was deleted.
+        UsageError: if it cannot; see `_existing_folder`.
     """
-    _above(Path(out))
+    _existing_folder(Path(out))
     return Path(out)
 
 
-def check_disk_space(out: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+def check_disk_space(out: Path | str, needed: int) -> None:
+    """Check that the disk holds what is about to be written.
 
     Raises:
-        ResourceError: naming needed and free bytes.
+        ResourceError: if not, naming needed and free bytes.
     """
-    free = shutil.disk_usage(_above(Path(out))).free
+    free = shutil.disk_usage(_existing_folder(Path(out))).free
     if free < needed:
         raise ResourceError(
             f"{out} needs {needed:,} bytes, {free:,} are free",
@@ -143,14 +145,14 @@ def check_disk_space(out: Path, needed: int) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line to a log; a log is the one kind of file that may end in half a line."""
-    with _explained(path), path.open("a", encoding="utf-8") as stream:
+    """Append one line to a log; a log is the only kind of file that may end in half a line."""
+    with _explain_errors(path), path.open("a", encoding="utf-8") as stream:
         stream.write(line.rstrip("\n") + "\n")
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a log back to its first `size` bytes."""
-    with _explained(path):
+    """Shorten a log to its first `size` bytes."""
+    with _explain_errors(path):
         os.truncate(path, size)
 
 
@@ -161,23 +163,20 @@ def sha256(path: Path) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    _above(path)
+    """Return the temporary name of this process for a place; remove those of dead ones."""
+    _existing_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-        what = f"{path}: its folder cannot be made: {error.strerror}: {error.filename}"
-        raise UsageError(
-            what, fix="choose a place inside of folders only, where you may write"
-        ) from error
-    name = (
-        path.name
-        if len(os.fsencode(path.name)) < LONGEST
-        else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    )
+        what = f"{path}: its folder cannot be created: {error.strerror}: {error.filename}"
+        raise UsageError(what, fix=CHOOSE) from error
+    name = path.name
+    if len(os.fsencode(name)) >= MAX_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
     pattern = re.compile(re.escape(f".{name}.") + r"(\d+)(\.old)?\.tmp")
     for stray in list(path.parent.iterdir()):
         match = pattern.fullmatch(stray.name)
-        if match is None or _another_runs(int(match[1])):
+        if match is None or _is_other_process(int(match[1])):
             continue
         if match[2] and not path.exists():
             os.rename(stray, path)
@@ -188,8 +187,11 @@ def _temporary(path: Path) -> Path:
     return path.parent / f".{name}.{os.getpid()}.tmp"
 
 
-def _another_runs(pid: int) -> bool:
-    """Say whether `pid` is a running process other than this one; in containers a restarted program has its old number."""
+def _is_other_process(pid: int) -> bool:
+    """Return whether `pid` is a running process other than this one.
+
+    In a container a restarted program has its old number.
+    """
     if pid == os.getpid():
         return False
     try:
@@ -218,39 +220,35 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing(path)).free
+            folder = next(p for p in [path, *path.absolute().parents] if p.exists())
+            free = shutil.disk_usage(folder).free
             raise ResourceError(
                 f"{path}: the disk is full ({free:,} bytes free); nothing was changed",
                 fix="free some space and run again",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ResourceError(
-                f"{path}: the folder cannot be written", fix="choose a folder you may write to"
-            ) from error
+            what = f"{path}: the folder cannot be written"
+            raise ResourceError(what, fix="choose a folder you may write to") from error
         raise
 
 
-def _above(path: Path) -> Path:
+def _existing_folder(path: Path) -> Path:
     """Return the nearest folder above a place that exists.
 
     Raises:
-        UsageError: where a part of the path is a file or longer than a name may be, or the current folder was deleted.
+        UsageError: if a part of the path is a file or too long for a name, or if the current folder
+            was deleted.
     """
-    fix = "choose a place inside of folders only, where you may write"
     try:
         path.exists()  # its own name may be too long
         above = next(p for p in path.absolute().parents if p.exists())
     except OSError as error:
-        raise UsageError(f"{path} cannot exist: {error.strerror}", fix=fix) from error
+        raise UsageError(f"{path} cannot exist: {error.strerror}", fix=CHOOSE) from error
     if not above.is_dir():
-        raise UsageError(f"{path} cannot exist: {above} is a file", fix=fix)
+        raise UsageError(f"{path} cannot exist: {above} is a file", fix=CHOOSE)
     return above
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in [path, *path.absolute().parents] if p.exists())

@@ -1,8 +1,8 @@
 """Weights on disk: lazy, checked safetensors, and the hash of their content.
 
-A `Checkpoint` is a mapping from names to tensors that share memory with the mapped files: nothing is read before an
-element is used, so a model larger than memory costs nothing to open. Headers, shard indexes and paths are checked on
-opening.
+A `Checkpoint` is a mapping from names to tensors that share memory with the mapped files: nothing is
+read before an element is used, so a model larger than memory costs nothing to open. Headers, shard
+indexes and paths are checked on opening.
 """
 
 from __future__ import annotations
@@ -40,31 +40,23 @@ TORCH_NAMES: Mapping[str, str] = {
 }  # fmt: skip
 HASH_CHUNK = 1 << 20
 OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=(\.(weight|bias))?\Z)")
-NEW_ATTENTION: Mapping[str, str] = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}
+NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 WRAPPER = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-PREFIXES = (
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "unet.",
-    "transformer.",
-    "text_model.",
-)  # or none, as programs like
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "text_model.")
 
 
 def modern(name: str) -> str:
-    """Return the name under which diffusers holds a tensor or module whose attention is named in the manner of 2022."""
+    """Return the name that diffusers has today for a tensor or module with attention names of 2022."""
     return OLD_ATTENTION.sub(lambda match: NEW_ATTENTION[match[1]], name)
 
 
 def canonical(name: str) -> str:
-    """Return a name as diffusers has it: without wrappers (torch.compile, DDP), prefixes of single files and old attention."""
+    """Return a name as diffusers has it.
+
+    Without wrappers (torch.compile, DDP), prefixes of single files and old attention names.
+    """
     plain = WRAPPER.sub("", name)
     prefix = next((prefix for prefix in PREFIXES if plain.startswith(prefix)), "")
     return modern(plain.removeprefix(prefix))
@@ -79,8 +71,9 @@ class Named(Foreign):
 class Checkpoint(Mapping[str, "Tensor"]):
     """The tensors of a denoiser on disk, in the order of the files, mapped and not read.
 
-    A tensor shares the private mapping of its file; treat it as read-only. Weights in scaled fp8 are read as the numbers that
-    they stand for, in float32; their scales are not tensors of the model (`storage` has them).
+    A tensor shares the private mapping of its file; treat it as read-only. Weights in scaled fp8 are
+    read as the numbers that they stand for, in float32; their scales are not tensors of the model
+    (`storage` has them).
 
     Attributes:
         place: where it lies.
@@ -110,20 +103,21 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.specs, self._markers = numbers(self.specs, self.metadata, self._bytes)
 
     def __repr__(self) -> str:
-        what = ", ".join(self.dtypes) or "no floating point tensor"
-        return f"Checkpoint({str(self.place.path)!r}, {len(self)} tensors, {self.parameters:,} parameters, {what})"
+        dtypes = ", ".join(self.dtypes) or "no floating point tensor"
+        sizes = f"{len(self)} tensors, {self.parameters:,} parameters"
+        return f"Checkpoint({str(self.place.path)!r}, {sizes}, {dtypes})"
 
     @classmethod
     def open(cls, path: str | Path, variant: str | None = None) -> Checkpoint:
         """Locate and open a file or folder; `variant` chooses among the weights of a folder.
 
         Raises:
-            InputError: where it is missing, damaged or hostile.
+            InputError: if it is missing, damaged or hostile.
         """
         return cls(locate(resolve_model_path(path, variant), variant))
 
     def named_like(self, base: Mapping[str, Any]) -> Checkpoint:
-        """Return this checkpoint under the names of `base`, if the two differ by prefixes or old names; see `canonical`.
+        """Return this checkpoint under the names of `base`; see `canonical`.
 
         Names that mean nothing in the base, or two things, stay as they are.
         """
@@ -195,29 +189,29 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return (data.clone() if spec.start % dtype.itemsize else data).view(dtype).view(spec.shape)
 
     def stored(self) -> dict[str, Tensor]:
-        """Return all tensors as the files store them: codes where codes are, with their scales and markers."""
+        """Return all tensors as the files store them: also codes, their scales and markers."""
         return {name: self._stored(spec) for name, spec in self.specs.items()} | self.storage()
 
     def _bytes(self, spec: Spec) -> bytes:
         return self._maps[spec.file][spec.start : spec.stop]
 
     def storage(self, scales: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return what the files hold of scaled fp8 besides the codes, by its key: scales, scales of inputs, markers.
+        """Return what the files hold of scaled fp8 besides codes: scales, also of inputs, markers.
 
         Args:
             scales: by weight, scales to take the place of the file's, in any shape.
         """
-        found = {name: self._stored(spec) for name, spec in self._markers.items()}
+        tensors = {name: self._stored(spec) for name, spec in self._markers.items()}
         for weight, spec in self.specs.items():
-            if spec.scale is not None:
-                beside = {last: self._stored(each) for last, each in spec.scale.beside.items()}
-                scale = self._stored(spec.scale.spec)
-                other = (scales or {}).get(weight, scale)
-                beside[spec.scale.name] = other.to(scale.dtype).view(scale.shape)
-                found |= {
-                    weight.removesuffix("weight") + last: tensor for last, tensor in beside.items()
-                }
-        return found
+            if spec.scale is None:
+                continue
+            stem = weight.removesuffix("weight")
+            for last, other in spec.scale.beside.items():
+                tensors[stem + last] = self._stored(other)
+            scale = self._stored(spec.scale.spec)
+            new = (scales or {}).get(weight, scale)
+            tensors[stem + spec.scale.name] = new.to(scale.dtype).view(scale.shape)
+        return tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -230,7 +224,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The component's config.json, where there is one."""
+        """The component's config.json, None if there is none."""
         folder = self.place.component
         if folder is None or not (folder / "config.json").is_file():
             return None
@@ -255,20 +249,19 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
 
 def content_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of what a model computes with: names, shapes and values, whatever the file, order or dtype.
+    """Return the SHA-256 of names, shapes and values, whatever the file, order or dtype.
 
-    The hash of the lines `name kind shape sha256(values)`, sorted by name. Floating point values count as their float32
-    values and names as diffusers holds them, so that a file and the model loaded from it in float32 have one hash.
+    It is that of the lines `name kind shape sha256(values)`, sorted by name. Floating point values
+    count as their float32 values and names as diffusers has them, so that a file and the model that
+    is loaded from it in float32 have the same hash.
     """
-    lines = sorted(
-        f"{modern(name)}\t{_kind(t)}\t{list(t.shape)}\t{_values_sha256(t)}\n"
-        for name, t in tensors.items()
-    )
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _kind(tensor: Tensor) -> str:
-    return "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    lines = []
+    for name, tensor in tensors.items():
+        is_float = tensor.is_floating_point()
+        kind = "float" if is_float else str(tensor.dtype).removeprefix("torch.")
+        digest = _values_sha256(tensor)
+        lines.append(f"{modern(name)}\t{kind}\t{list(tensor.shape)}\t{digest}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def _values_sha256(tensor: Tensor) -> str:
@@ -276,14 +269,13 @@ def _values_sha256(tensor: Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), HASH_CHUNK):
         chunk = flat[start : start + HASH_CHUNK]
-        digest.update(
-            (chunk.float() if chunk.is_floating_point() else chunk).cpu().contiguous().numpy().data
-        )
+        values = chunk.float() if chunk.is_floating_point() else chunk
+        digest.update(values.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def finite(tensor: Tensor) -> bool:
-    """Return whether all elements are finite: the sum of finite numbers is, unless it overflows, which is then looked at."""
+    """Return whether all elements are finite: their sum is, or it overflows and each is."""
     if tensor.dtype.itemsize == 1:
         from demerge.storage.scaled import decoded
 

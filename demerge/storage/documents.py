@@ -1,23 +1,33 @@
 """Documents that people write: recipes and config files in YAML, TOML or JSON, read without trust.
 
-A YAML file may hold plain values only: at most 1 MB, 16 levels deep, no anchors, aliases or tags, no key twice. What a table
-holds is checked key by key: an unknown one is refused with the nearest known one.
+A YAML file may hold plain values only: at most 1 MB, 16 levels deep, no anchors, aliases or tags, no
+key twice. The keys of a table are checked: an unknown one is refused with the nearest known one.
 """
 
 from __future__ import annotations
 
 import csv
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from demerge.errors import InputError, UsageError
-from demerge.storage.safetensors_header import read_json
+from demerge.storage.safetensors_header import read_bytes, read_json
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
+NAMES: Mapping[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    list: "a list [..., ...]",
+    dict: "a table",
+    bool: "true or false",
+}
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -32,19 +42,19 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """Read the rows of a CSV file below its head, empty ones left out.
+    """Read the rows of a CSV file below its head, without empty ones.
 
     Raises:
-        InputError: where the file is missing or too large.
+        InputError: if the file is missing or too large.
     """
-    return [row for row in list(csv.reader(_text(path).splitlines()))[1:] if row]
+    return [row for row in list(csv.reader(_read_text(path).splitlines()))[1:] if row]
 
 
 def check_known_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Refuse keys that mean nothing.
+    """Check that all keys of a table are known.
 
     Raises:
-        UsageError: naming the first one and the nearest known one.
+        UsageError: if not, naming the first unknown one and the nearest known one.
     """
     for key in table:
         if key not in known:
@@ -54,92 +64,73 @@ def check_known_keys(table: Mapping[str, Any], known: Collection[str], where: st
 
 
 def typed(table: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """Return the value of a key; None where there is none.
+    """Return the value of a key, None if there is none.
 
     Raises:
-        UsageError: where the value is of another kind.
+        UsageError: if the value is of another kind.
     """
     value = table.get(key)
-    if value is None or (
-        isinstance(value, kinds) and (not isinstance(value, bool) or kinds is bool)
-    ):
+    has_kind = isinstance(value, kinds) and (not isinstance(value, bool) or kinds is bool)
+    if value is None or has_kind:
         return value
-    wanted = " or ".join(NAMES[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    raise UsageError(f"{where}: {key} is {str(value)[:80]!r}", fix=f"write {wanted}")
+    wanted = [NAMES[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+    fix = f"write {' or '.join(wanted)}"
+    raise UsageError(f"{where}: {key} is {str(value)[:80]!r}", fix=fix)
 
 
-NAMES: Mapping[type, str] = {
-    str: "text", int: "a whole number", float: "a number", list: "a list [..., ...]", dict: "a table", bool: "true or false",
-}  # fmt: skip
-
-
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}", fix="check the path"
-        ) from error
-    if len(data) > MAX_BYTES:
-        raise _damaged(path, f"larger than {MAX_BYTES >> 20} MB")
-    try:
-        return data.decode("utf-8-sig")
+        return read_bytes(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _damaged(path, "not UTF-8 text") from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(_text(path))
+        return tomllib.loads(_read_text(path))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise _damaged(path, f"not valid TOML ({str(error)[:120]})") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    text = _text(path)
-    loader: Any = getattr(
-        yaml, "CSafeLoader", yaml.SafeLoader
-    )  # the C one is ten times faster, where it was built
+    text = _read_text(path)
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster
     try:
-        _check_depth(path, yaml.parse(text, loader), yaml)
-        _check_unique_keys(path, yaml.compose(text, loader), yaml)
+        _check_events(path, yaml.parse(text, loader))
+        _check_unique_keys(path, yaml.compose(text, loader))
         document = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"not valid YAML ({' '.join(str(error).split())[:120]})") from error
+        reason = " ".join(str(error).split())[:120]
+        raise _damaged(path, f"not valid YAML ({reason})") from error
     if not isinstance(document, dict):
-        raise _damaged(path, "a table was expected")
+        raise _damaged(path, "it is not a table")
     return document
 
 
-def _check_depth(path: Path, events: Any, yaml: Any) -> None:
+def _check_events(path: Path, events: Any) -> None:
     depth = 0
     for event in events:
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise _damaged(path, "anchors and aliases are not allowed")
         if getattr(event, "tag", None):
             raise _damaged(path, f"the tag {event.tag[:40]} is not allowed")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-            event, yaml.CollectionEndEvent
-        )
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise _damaged(path, f"more than {MAX_DEPTH} levels deep")
 
 
-def _check_unique_keys(path: Path, node: Any, yaml: Any) -> None:
+def _check_unique_keys(path: Path, node: Any) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _check_unique_keys(path, child)
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) != len(node.value) or len(set(keys)) != len(keys):
             raise _damaged(path, "a key occurs twice, or is not plain text")
-    children: Sequence[Any] = (
-        [] if node is None or isinstance(node, yaml.ScalarNode) else node.value
-    )
-    for child in children:
-        for part in child if isinstance(child, tuple) else (child,):
-            _check_unique_keys(path, part, yaml)
+        for _, child in node.value:
+            _check_unique_keys(path, child)
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path}: {what}", fix="mend the file")
+    return InputError(f"{path}: {what}", fix="fix the file")

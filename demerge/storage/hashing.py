@@ -1,8 +1,8 @@
-"""SHA-256 remembered: what was computed of a file of the same path, size, time and inode is not computed twice.
+"""SHA-256 remembered: the hash of a file of the same path, size, time and inode is computed once.
 
-The memory is one JSON file in the user's cache folder (`$XDG_CACHE_HOME/demerge/sha256.json`). What is damaged in it is
-forgotten, and a folder that cannot be written is done without. A file that was changed within the last seconds is not
-remembered, since another change may leave its time the same.
+The memory is one JSON file in the user's cache folder (`$XDG_CACHE_HOME/demerge/sha256.json`). What
+is damaged in it is forgotten, and a folder that cannot be written is no error. A file that was
+changed within the last seconds is not remembered: another change may leave its time the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from demerge.storage.atomic import commit_text, sha256
 from demerge.storage.checkpoint import Checkpoint, content_sha256, modern
 
 SETTLED = 2_000_000_000  # nanoseconds since the last change
-MOST = 10_000  # entries; the oldest go first
+MAX_ENTRIES = 10_000  # the oldest go first
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -34,88 +34,86 @@ class Hashing:
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        memory = _recall()
+        memory = _load_memory()
         self._keys = {file: _key("file", [file]) for file in files}
-        self._found: dict[Path, str] = {
-            file: memory[key] for file, key in self._keys.items() if key in memory
-        }
-        unknown = [file for file in self._keys if file not in self._found]
-        self.known = not unknown
+        self._hashes: dict[Path, str] = {}
+        self._pending: dict[Path, Future[str]] = {}
         pool = ThreadPoolExecutor(os.cpu_count() or 1)
-        self._coming: dict[Path, Future[str]] = {
-            file: pool.submit(sha256, file) for file in unknown
-        }
+        for file, key in self._keys.items():
+            if key in memory:
+                self._hashes[file] = memory[key]
+            else:
+                self._pending[file] = pool.submit(sha256, file)
         pool.shutdown(wait=False)
+        self.known = not self._pending
 
     def result(self) -> Mapping[Path, str]:
         """Return the hash of each file, as soon as all are known."""
-        new = {file: coming.result() for file, coming in self._coming.items()}
-        _remember(
-            {
-                self._keys[file]: found
-                for file, found in new.items()
-                if _settled("file", [file], self._keys[file])
-            }
-        )
-        self._coming = {}
-        self._found |= new
-        return self._found
+        settled = {}
+        for file, pending in self._pending.items():
+            self._hashes[file] = pending.result()
+            if _is_settled("file", [file], self._keys[file]):
+                settled[self._keys[file]] = self._hashes[file]
+        _remember(settled)
+        self._pending = {}
+        return self._hashes
 
 
 def remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """Return the SHA-256 that `compute` makes of some files, from memory where it is there; `kind` says what of them."""
+    """Return the SHA-256 that `compute` makes of some files, from memory if it is known.
+
+    Args:
+        kind: what of the files is hashed.
+    """
     key = _key(kind, files)
-    found = _recall().get(key)
-    if found is None:
-        found = compute()
-        _remember({key: found} if _settled(kind, files, key) else {})
-    return found
+    digest = _load_memory().get(key)
+    if digest is None:
+        digest = compute()
+        _remember({key: digest} if _is_settled(kind, files, key) else {})
+    return digest
 
 
 def remembered_content(checkpoint: Checkpoint) -> str:
-    """Return `content_sha256` of a checkpoint, or of the part of its files that it shows, from memory if it is known."""
+    """Return `content_sha256` of the shown part of a checkpoint, from memory if it is known."""
     names = hashlib.sha256("\n".join(sorted(map(modern, checkpoint))).encode()).hexdigest()
-    return remembered(
-        f"content {names[:16]}", checkpoint.place.files, lambda: content_sha256(checkpoint)
-    )
+    kind = f"content {names[:16]}"
+    return remembered(kind, checkpoint.place.files, lambda: content_sha256(checkpoint))
 
 
 def _key(kind: str, files: Sequence[Path]) -> str:
-    stats = [(real, real.stat()) for real in (file.resolve() for file in files)]
-    text = "\t".join(
-        [kind, *(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}" for real, stat in stats)]
-    )
-    return hashlib.sha256(os.fsencode(text)).hexdigest()
+    parts = [kind]
+    for file in files:
+        real = file.resolve()
+        stat = real.stat()
+        parts.append(f"{real}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}")
+    return hashlib.sha256(os.fsencode("\t".join(parts))).hexdigest()
 
 
-def _settled(kind: str, files: Sequence[Path], key: str) -> bool:
-    """Whether the files are still those that were read, and long enough unchanged for their time to say so."""
+def _is_settled(kind: str, files: Sequence[Path], key: str) -> bool:
+    """Return whether the files are those that were read, and old enough for their time to say so."""
     newest = max(file.stat().st_mtime_ns for file in files)
     return _key(kind, files) == key and time.time_ns() - newest > SETTLED
 
 
-def _place() -> Path:
+def _memory_path() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "demerge" / "sha256.json"
 
 
-def _recall() -> dict[str, str]:
+def _load_memory() -> dict[str, str]:
     try:
-        memory = json.loads(_place().read_text(encoding="utf-8"))
+        memory = json.loads(_memory_path().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, RuntimeError):
         return {}
     entries = memory.items() if isinstance(memory, dict) else ()
-    return {
-        key: value for key, value in entries if isinstance(value, str) and DIGEST.fullmatch(value)
-    }
+    return {key: v for key, v in entries if isinstance(v, str) and DIGEST.fullmatch(v)}
 
 
 def _remember(new: Mapping[str, str]) -> None:
-    """Add to the memory; another process may do so at the same time, and one of the two is then forgotten."""
+    """Add to the memory; if another process does so at the same time, one of the two is lost."""
     if not new:
         return
-    memory = {**{key: value for key, value in _recall().items() if key not in new}, **new}
+    memory = {key: value for key, value in _load_memory().items() if key not in new}
+    latest = dict([*memory.items(), *new.items()][-MAX_ENTRIES:])
     with contextlib.suppress(DemergeError, OSError, RuntimeError):
-        commit_text(
-            _place(), json.dumps(dict(list(memory.items())[-MOST:]), indent=0, ensure_ascii=False)
-        )
+        commit_text(_memory_path(), json.dumps(latest, indent=0, ensure_ascii=False))

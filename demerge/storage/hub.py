@@ -1,17 +1,19 @@
-r"""What a user's word for a model stands for on this machine: a path, an embedded model, or a Hub id that is fetched.
+r"""What a user's name of a model stands for: a path, an embedded model, or a Hub id to fetch.
 
-`digits-base` is a UNet of 0.2 M parameters trained from a random start on the train split of scikit-learn's digits by
+`digits-base` is a UNet of 0.2 M parameters. It was trained from a random start on the train split of
+scikit-learn's digits by
 
-    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint -o runs/digits-base \
-        --max-train-steps 5000 --train-batch-size 64 --learning-rate 1e-3 --lr-scheduler cosine --lr-warmup-steps 200 \
-        --adam-beta1 0.9 --p 1 --ema-decay 0.999 --save-dtype float16 --seed 0
+    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint \
+        -o runs/digits-base --max-train-steps 5000 --train-batch-size 64 --learning-rate 1e-3 \
+        --lr-scheduler cosine --lr-warmup-steps 200 --adam-beta1 0.9 --global-prob 1 \
+        --ema-decay 0.999 --save-dtype float16 --seed 0
 
-and is what that command leaves in runs/digits-base/0000-1000, less its records. `digits-early` is the same early in its
-training, when gradients of timesteps still conflict:
+and is what that command leaves in runs/digits-base/0000-1000, without its records. `digits-early` is
+the same early in its training, when gradients of timesteps still conflict:
 
-    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint -o runs/digits-early \
-        --max-train-steps 400 --train-batch-size 64 --learning-rate 1e-3 --lr-scheduler cosine --p 1 --ema-decay 0.99 \
-        --save-dtype float16 --seed 0
+    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint \
+        -o runs/digits-early --max-train-steps 400 --train-batch-size 64 --learning-rate 1e-3 \
+        --lr-scheduler cosine --global-prob 1 --ema-decay 0.99 --save-dtype float16 --seed 0
 """
 
 from __future__ import annotations
@@ -35,25 +37,25 @@ PARTS = ("unet", "transformer*", "vae", "scheduler", "text_encoder*", "tokenizer
 
 
 def resolve_model_path(model: str | Path, variant: str | None = None) -> Path:
-    """Return the path of a model; what is neither there nor embedded and reads `owner/name` is fetched from the Hub.
+    """Return the local path of a model; a name `owner/name` that is not a path is fetched from the Hub.
 
-    An embedded name wins over a folder of that name, which is written `./digits-base`. Of the Hub's variants only the one
-    asked for is fetched, beside the plain weights.
+    An embedded name wins over a folder of that name, which is written `./digits-base`. Of the Hub's
+    variants only the wanted one is fetched, next to the plain weights.
 
     Raises:
-        InputError: where the Hub has no such model or cannot be reached, or no path can have this name.
+        InputError: if the Hub has no such model or cannot be reached, or no path can have this name.
     """
     if str(model) in EMBEDDED:
         return ASSETS / str(model)
     path = Path(model)
     try:
-        path.exists()
+        exists = path.exists()
     except OSError as error:  # a name of more than 255 bytes, for example
-        raise InputError(
-            f"{str(model)[:80]}...: not a path: {error.strerror}", fix="name a file or a folder"
-        ) from error
-    named = HUB_ID.fullmatch(str(model)) and not path.parent.exists()
-    return _fetch(str(model), variant) if named and not path.exists() else path
+        what = f"{str(model)[:80]}...: not a path: {error.strerror}"
+        raise InputError(what, fix="name a file or a folder") from error
+    if exists or path.parent.exists() or not HUB_ID.fullmatch(str(model)):
+        return path
+    return _fetch(str(model), variant)
 
 
 def _fetch(model: str, variant: str | None) -> Path:
@@ -64,14 +66,12 @@ def _fetch(model: str, variant: str | None) -> Path:
     if variant:
         patterns += [name.replace(".", f".{variant}.") for name in WEIGHTS]
     unwanted = [f"*.{other}*" for other in VARIANTS if other != variant]
+    wanted = [*ROOT, *WEIGHTS, *patterns]
     try:
-        return Path(
-            snapshot_download(
-                model, allow_patterns=[*ROOT, *WEIGHTS, *patterns], ignore_patterns=unwanted
-            )
-        )
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"'{model}' is neither a file or folder here nor a model that the Hub gives ({type(error).__name__})",
+            f"'{model}' is neither a local file or folder nor a model that the Hub gives"
+            f" ({type(error).__name__})",
             fix="check the spelling and the network, or name a local folder",
         ) from error

@@ -1,13 +1,14 @@
-"""Where a denoiser lies on disk: a file, a component folder or a pipeline folder, sharded or not; never outside it.
+"""Where a denoiser lies on disk: a file, a component folder or a pipeline folder; never outside it.
 
-Weights are named `STEM[.VARIANT].safetensors`, or by an index of shards `STEM[.VARIANT].safetensors.index[.VARIANT].json`.
-Where a folder holds both, the shards are taken, as diffusers does.
+Weights are named `STEM[.VARIANT].safetensors`, or by an index of shards
+`STEM[.VARIANT].safetensors.index[.VARIANT].json`. If a folder holds both, the shards are taken, as
+diffusers does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,15 +18,14 @@ from demerge.storage.safetensors_header import read_json
 
 COMPONENTS = ("unet", "transformer")
 PART_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # of a folder that model_index.json names
-SECOND = "transformer_2"  # the denoiser of low noise, where a pipeline has two
+SECOND = "transformer_2"  # the denoiser of low noise, if a pipeline has two
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
 WEIGHTS = re.compile(
     rf"({'|'.join(STEMS)})(?:\.([\w-]+))?\.safetensors(\.index(?:\.([\w-]+))?\.json)?"
 )
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
-BESIDE = frozenset(
-    {"fisher.safetensors", "gram.safetensors"}
-)  # tensors that lie beside the weights and are none
+STATISTICS = frozenset({"fisher.safetensors", "gram.safetensors"})  # they are not weights
+PICKLES = ("*.bin", "*.ckpt", "*.pth", "*.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,44 +47,41 @@ class CheckpointLocation:
     index: Mapping[str, str] | None = None
 
     def beside(self, name: str) -> Path | None:
-        """Return the file `name` in the pipeline folder, the component's or the one around it, where there is one."""
-        folders = (
-            self.pipeline,
-            self.component,
-            self.component.parent if self.component else self.path.parent,
-        )
-        return next((f / name for f in folders if f is not None and (f / name).is_file()), None)
+        """Return the file `name` in the pipeline's folder, the component's or the one around it."""
+        around = self.component.parent if self.component else self.path.parent
+        for folder in (self.pipeline, self.component, around):
+            if folder is not None and (folder / name).is_file():
+                return folder / name
+        return None
 
 
 def read_index(pipeline: Path) -> dict[str, Any]:
     """Read a model_index.json, whose keys may name folders.
 
     Raises:
-        InputError: where it is damaged, or a key is no name of a component.
+        InputError: if it is damaged, or a key cannot name a component.
     """
     index = read_json(pipeline / "model_index.json")
-    odd = next((key for key in index if not PART_NAME.fullmatch(key)), None)
-    if odd is not None:
-        raise InputError(
-            f"{pipeline}/model_index.json: {odd[:80]!r} is not a name of a component",
-            fix="fetch the pipeline again",
-        )
+    for key in index:
+        if not PART_NAME.fullmatch(key):
+            what = f"{pipeline}/model_index.json: {key[:80]!r} is not a name of a component"
+            raise InputError(what, fix="fetch the pipeline again")
     return index
 
 
 def locate(
     path: Path, variant: str | None = None, component: str | None = None
 ) -> CheckpointLocation:
-    """Find the denoiser's weights: a .safetensors file, a component folder or a pipeline folder, sharded or not.
+    """Find the denoiser's weights: a .safetensors file, a component folder or a pipeline folder.
 
     Args:
-        variant: which weights to take of a folder that holds several, for example fp16; a folder that holds one kind, and
-            a file, are taken as they are.
+        variant: which weights of a folder that holds several, for example fp16. If a folder holds
+            one kind it is taken as it is, and so is a file.
         component: which folder of a pipeline; the unet or transformer by default.
 
     Raises:
-        InputError: where there is none, only pickles, several variants and none asked for, or a path that leads out of
-            the folder.
+        InputError: if there is none, only pickles, several variants and none wanted, or a path that
+            leads out of the folder.
     """
     if path.is_file():
         if path.name.endswith(".json"):
@@ -99,16 +96,14 @@ def locate(
         return component_place(path, variant)
     index = read_index(path)
     wanted = COMPONENTS if component is None else (component,)
-    name = next((c for c in wanted if c in index and (path / c).is_dir()), None)
-    if name is not None:
-        inside(path, path / name)
-        return _component(path, path, path / name, variant)
+    for name in wanted:
+        if name in index and (path / name).is_dir():
+            inside(path, path / name)
+            return _component(path, path, path / name, variant)
     if (path / "config.json").is_file() and component is None:
         return _component(path, path, path, variant)
-    raise InputError(
-        f"{path}: no folder {' or '.join(wanted)}",
-        fix="use a pipeline with a UNet or a transformer",
-    )
+    what = f"{path}: no folder {' or '.join(wanted)}"
+    raise InputError(what, fix="use a pipeline with a UNet or a transformer")
 
 
 def component_place(folder: Path, variant: str | None = None) -> CheckpointLocation:
@@ -119,34 +114,32 @@ def component_place(folder: Path, variant: str | None = None) -> CheckpointLocat
 def _component(
     path: Path, pipeline: Path | None, folder: Path, variant: str | None
 ) -> CheckpointLocation:
-    present = [p for p in sorted(folder.glob("*.safetensors*")) if p.name not in BESIDE]
-    chosen = _main(folder, present, variant) or _only(present)
+    present = [p for p in sorted(folder.glob("*.safetensors*")) if p.name not in STATISTICS]
+    chosen = _main_file(folder, present, variant) or _only_file(present)
     if chosen is None:
-        raise _no_weights(folder, [p for p in present if p.suffix == ".safetensors"])
+        raise _no_weights(folder, present)
     if chosen.suffix == ".json":
         return _sharded(path, pipeline, folder, inside(folder, chosen))
     return CheckpointLocation(path, pipeline, folder, (inside(folder, chosen),))
 
 
-def _main(folder: Path, present: list[Path], variant: str | None) -> Path | None:
-    """Return the file or index of the first stem in the variant asked for: the plain one, or the only one there is."""
+def _main_file(folder: Path, present: Sequence[Path], variant: str | None) -> Path | None:
+    """Return the file or index of the first stem in the wanted variant: plain, or the only one."""
     for stem in STEMS:
-        kinds = dict(_named(present, stem))
+        kinds = dict(_variants(present, stem))
         if len(kinds) == 1 or (variant or "") in kinds:
             return kinds.get(variant or "") or next(iter(kinds.values()))
         if kinds:
-            there = ", ".join(kind or "plain" for kind in kinds)
-            asked = (
-                f"no variant '{variant}'" if variant else "several variants and none of them plain"
-            )
-            raise InputError(
-                f"{folder}: {asked}, there is {there}",
-                fix=f"give --variant {max(kinds)}, or name a file",
-            )
+            names = ", ".join(kind or "plain" for kind in kinds)
+            problem = "several variants, none of them plain"
+            if variant:
+                problem = f"no variant '{variant}'"
+            fix = f"give --variant {max(kinds)}, or name a file"
+            raise InputError(f"{folder}: {problem}; it has {names}", fix=fix)
     return None
 
 
-def _named(present: list[Path], stem: str) -> Iterator[tuple[str, Path]]:
+def _variants(present: Sequence[Path], stem: str) -> Iterator[tuple[str, Path]]:
     """Yield (variant, path) of the weights of a stem, indexes last; "" is the plain kind."""
     for path in sorted(present, key=lambda p: (p.suffix == ".json", p.name)):
         match = WEIGHTS.fullmatch(path.name)
@@ -155,103 +148,85 @@ def _named(present: list[Path], stem: str) -> Iterator[tuple[str, Path]]:
 
 
 def plain_names(folder: Path, variant: str | None) -> dict[str, str | None]:
-    """Return for the weights in a component folder the names that stock loaders look for if no variant is asked for.
+    """Return for each weights file of a component the name that stock loaders read by default.
 
     None stands for files of other variants than the one that is taken.
 
     Raises:
-        InputError: if the folder holds several variants, none plain and none asked for.
+        InputError: if the folder holds several variants, none plain and none wanted.
     """
     present = sorted(folder.glob("*.safetensors*"))
-    chosen = _main(folder, present, variant)
+    chosen = _main_file(folder, present, variant)
     match = WEIGHTS.fullmatch(chosen.name) if chosen else None
     if chosen is None or match is None:
         return {}
-    plain = f"{match[1]}.safetensors" + (".index.json" if match[3] else "")
+    names: dict[str, str | None] = {}
     shards = read_json(chosen).get("weight_map", {}).values() if match[3] else ()
-    weights = [p.name for p in present if WEIGHTS.fullmatch(p.name) or SHARD.fullmatch(p.name)]
-    return {
-        name: name if name in shards else plain if name == chosen.name else None for name in weights
-    }
+    for path in present:
+        if path == chosen:
+            names[path.name] = f"{match[1]}.safetensors" + (".index.json" if match[3] else "")
+        elif WEIGHTS.fullmatch(path.name) or SHARD.fullmatch(path.name):
+            names[path.name] = path.name if path.name in shards else None
+    return names
 
 
-def _only(present: list[Path]) -> Path | None:
+def _only_file(present: Sequence[Path]) -> Path | None:
     """Return the only index, or the only file, of whatever name."""
     indexes = [p for p in present if p.name.endswith(".index.json")]
     files = [p for p in present if p.suffix == ".safetensors"]
-    return next((found[0] for found in (indexes, files) if len(found) == 1), None)
+    if len(indexes) == 1:
+        return indexes[0]
+    return files[0] if len(files) == 1 else None
 
 
-def _no_weights(folder: Path, files: list[Path]) -> InputError:
+def _no_weights(folder: Path, present: Sequence[Path]) -> InputError:
+    files = [p.name for p in present if p.suffix == ".safetensors"]
     if files:
-        names = ", ".join(p.name for p in files[:5])
-        return InputError(
-            f"{folder}: several weight files, none the main one: {names}",
-            fix="name one of the files",
-        )
-    pickles = [
-        p for kind in ("*.bin", "*.ckpt", "*.pth", "*.pt") for p in sorted(folder.glob(kind))
-    ]
+        what = f"{folder}: several weight files, none the main one: {', '.join(files[:5])}"
+        return InputError(what, fix="name one of the files")
+    pickles = [path for kind in PICKLES for path in sorted(folder.glob(kind))]
     if pickles:
-        what = f"only pickled weights, which may run code when opened: {pickles[0].name}"
-        target = pickles[0].with_suffix(".safetensors").name
+        target = folder / pickles[0].with_suffix(".safetensors").name
         return InputError(
-            f"{folder}: {what}",
-            fix=f"demerge convert {pickles[0]} {folder / target} --allow-pickle",
+            f"{folder}: only pickled weights, which may run code when opened: {pickles[0].name}",
+            fix=f"demerge convert {pickles[0]} {target} --allow-pickle",
         )
-    return InputError(
-        f"{folder}: no .safetensors weights",
-        fix="name the folder that holds diffusion_pytorch_model.safetensors",
-    )
+    fix = "name the folder that holds diffusion_pytorch_model.safetensors"
+    return InputError(f"{folder}: no .safetensors weights", fix=fix)
 
 
 def _sharded(path: Path, pipeline: Path | None, folder: Path, index: Path) -> CheckpointLocation:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise InputError(
-            f"{index}: weight_map is not a table of file names", fix="fetch the index again"
-        )
-    names = dict.fromkeys(weight_map.values())
-    for name in names:
+        what = f"{index}: weight_map is not a table of file names"
+        raise InputError(what, fix="fetch the index again")
+    files = []
+    for name in dict.fromkeys(weight_map.values()):
         parts = PurePosixPath(name).parts
-        if (
-            not parts
-            or PurePosixPath(name).is_absolute()
-            or ".." in parts
-            or "\\" in name
-            or "\0" in name
-        ):
-            raise InputError(
-                f"{index}: weight_map leads out of its folder: {name[:200]!r}",
-                fix="do not use this checkpoint",
-            )
-    return CheckpointLocation(
-        path, pipeline, folder, tuple(inside(folder, folder / name) for name in names), weight_map
-    )
+        is_odd = not parts or ".." in parts or "\\" in name or "\0" in name
+        if is_odd or PurePosixPath(name).is_absolute():
+            what = f"{index}: weight_map leads out of its folder: {name[:200]!r}"
+            raise InputError(what, fix="do not use this checkpoint")
+        files.append(inside(folder, folder / name))
+    return CheckpointLocation(path, pipeline, folder, tuple(files), weight_map)
 
 
 def inside(root: Path, path: Path) -> Path:
-    """Return `path` once its real place is known to lie inside `root`, or among the blobs of the Hub cache around `root`.
+    """Return `path` if its real place is inside `root`, or among the Hub cache's blobs around it.
 
     Raises:
-        InputError: where a link leads elsewhere.
+        InputError: if a link leads elsewhere.
     """
+    fix = "put the file itself into the folder"
     try:
         home, real = root.resolve(), path.resolve()
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # Python tells a circle of links by either, as its version is
-        raise InputError(
-            f"{path} is a link in a circle", fix="put the file itself into the folder"
-        ) from error
+    except (OSError, RuntimeError) as error:  # a circle raises either, by Python's version
+        raise InputError(f"{path} is a link in a circle", fix=fix) from error
     blobs = [
         p.parent / "blobs"
         for p in home.parents
         if p.name == "snapshots" and p.parent.name.startswith("models--")
     ]
     if not real.is_relative_to(home) and real.parent not in blobs:
-        raise InputError(
-            f"{path} leads out of {root}, to {real}", fix="put the file itself into the folder"
-        )
+        raise InputError(f"{path} leads out of {root}, to {real}", fix=fix)
     return path

@@ -65,7 +65,7 @@ def test_a_file_that_has_just_changed_is_not_remembered(file: Path) -> None:
 @pytest.mark.parametrize("damage", ["", "[1]", '{"a": "b"}', "{" * 100_000, '{"x": null}'])
 def test_a_damaged_memory_is_forgotten(file: Path, damage: str) -> None:
     Hashing([file]).result()
-    hashes._place().write_text(damage)
+    hashes._memory_path().write_text(damage)
     assert not Hashing([file]).known
     assert Hashing([file]).result() == {file: hashlib.sha256(b"one").hexdigest()}
 
