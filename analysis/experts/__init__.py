@@ -1,7 +1,8 @@
-"""What experts do to their base: their task vectors, the losses around it, and weights that follow from its outputs.
+"""What experts do to their base.
 
-`taskvectors` compares them entry by entry, `landscape` evaluates losses along them, `responses` their effect on outputs, of
-which `coefficients` makes weights in closed form; `balance` is the command `demerge coefficients`. `transfer` predicts from a
-stored map what each does to the loss of each range, by the sketches of `sketched`; `prediction` is the command `demerge
-transfer`; `survey` is the command `demerge landscape`. `records` is what lies beside experts, `plots` draws.
+`task_vectors` compares them entry by entry. `landscape` measures losses along them. `responses`
+measures their effect on outputs, from which `coefficients` computes weights in closed form.
+`transfer` predicts from a stored map what each does to the loss of each range, by the sketches of
+`sketched`. `inputs` opens base and experts. `options` are those of the commands, whose stages are
+in `demerge.analysis.stages`. `plots` draws.
 """

@@ -1,22 +1,24 @@
-"""Merge coefficients in closed form, from how a base's outputs answer to its experts (`demerge.analysis.experts.responses`).
+"""Merge coefficients in closed form, from how a base's outputs answer to its experts.
 
     dL(w) = sum_R q_R dL_R(w) = b.w + w A w,     q_R = |R|/T, or |R|/T / L_R with `relative`
     w*    = -1/2 (A + rho diag A)^-1 b         by one eigendecomposition of A for all rho
 
-w* is the least-squares solution of sum_p w_p u_p = -r over all timesteps: what two experts do alike is counted once, and
-where they pull apart the ranges' losses decide. rho shrinks all weights towards 0, in units in which scaling a task vector
-changes nothing; where none is given, it is the one of RIDGES whose weights, fitted without a group, serve that group best. An
-expert that does not change the outputs has weight 0. Of weights per layer, P = K x layers is often more than the
-samples tell apart; rho and the cross-fit are then what keeps the prediction honest.
+w* is the least-squares solution of sum_p w_p u_p = -r over all timesteps. What two experts do alike
+is counted once. Where they pull apart, the ranges' losses decide. rho shrinks all weights towards
+0, in units in which scaling a task vector changes nothing. If none is given, it is the one of
+RIDGES whose weights, fitted without a group, serve that group best. An expert that does not change
+the outputs has weight 0.
 
-The loss on the samples that chose w flatters it. So what is predicted is cross-fitted: the change on group m is that of
-weights fitted, rho included, on the other groups. Its SE is the jackknife's over groups, SE^2 = (M-1)/M sum_g (theta_(g) -
-mean)^2, where theta_(g) is cross-fitted anew without group g (for the rho found with it); without that its interval, by
-quantiles of Student's t at M - 1 degrees of freedom, covers the truth in 82 % of noisy cases and not in 94 %. What the
-quadratic form does not see at w* is measured (`responses.bend`) and added. Where the interval covers 0, nothing is promised.
+The loss on the samples that chose w flatters it, so the prediction is cross-fitted: the change on
+group m is that of weights fitted, rho included, on the other groups. Its SE is the jackknife's over
+groups, SE^2 = (M-1)/M sum_g (theta_(g) - mean)^2, where theta_(g) is cross-fitted anew without
+group g (for the rho found with it). Without that, its interval (Student's t, M - 1 degrees of
+freedom) covers the truth in 82 % of noisy cases and not in 94 %. What the quadratic form does not
+see at w* is measured (`responses.measure_bend`) and added. If the interval covers 0, no gain is
+promised.
 
-A weight of 0 is the base, of 1 the expert. Outside INTERVAL = [-1, 2] a weight goes further from both than they are from each
-other, where no response was measured; a lone one beside small ones comes of u_p that the samples hardly tell apart.
+A weight of 0 is the base, of 1 the expert. Outside INTERVAL = [-1, 2] a weight goes further from
+both than they are from each other, and no response was measured there.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ Bend = Callable[[Array], Array]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of loss relative to a loss, its standard error, and the half width of its 95 % interval."""
+    """A change of loss relative to a loss, its standard error, and half of its 95 % interval."""
 
     value: float
     se: float
@@ -53,14 +55,14 @@ class Change:
 
         Args:
             change, loss: of each group, [M].
-            without: [M M], in row g the changes as they are where group g takes no part; `change` again by default.
+            without: [M M], row g without group g; `change` itself by default.
         """
         rows = np.broadcast_to(change, (len(change),) * 2) if without is None else without
         se = float(standard_error((rows.sum(1) - np.diagonal(rows)) / (loss.sum() - loss)))
         return cls(float(change.sum() / loss.sum()), se, se * t_quantile(len(loss), LEVEL))
 
     @property
-    def sure(self) -> bool:
+    def is_resolved(self) -> bool:
         """Whether the interval leaves 0 out."""
         return abs(self.value) > self.half
 
@@ -70,37 +72,36 @@ class Change:
     def document(self) -> dict[str, Any]:
         """Return the change as JSON values."""
         interval = [self.value - self.half, self.value + self.half]
-        return {"change": self.value, "se": self.se, "interval": interval, "promised": self.sure}
+        promised = self.is_resolved
+        return {"change": self.value, "se": self.se, "interval": interval, "promised": promised}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """The change of loss in each range, and over all of them, weighted as the objective weighs them."""
+    """The change of loss in each range, and over all, weighted as the objective weighs them."""
 
     ranges: Mapping[str, Change]
     total: Change
 
     def document(self) -> dict[str, Any]:
         """Return the changes as JSON values."""
-        return {
-            "total": self.total.document(),
-            "ranges": {name: found.document() for name, found in self.ranges.items()},
-        }
+        ranges = {name: change.document() for name, change in self.ranges.items()}
+        return {"total": self.total.document(), "ranges": ranges}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coefficients:
-    """What the responses say about weights.
+    """The weights that follow from responses.
 
     Attributes:
         w: the weights [K], or [B K] per block or layer.
         ridge: rho.
-        predicted: of w, cross-fitted, with the bend.
-        fitted: the total change on the samples that chose w, by the quadratic form alone: too good.
+        predicted: the change of w, cross-fitted, with the bend.
+        fitted: the total change on the samples that chose w, without the bend: too good.
         bend: the part of the predicted change that the quadratic form does not see.
-        average: of the weights 1/K, on the same samples, with its bend.
-        gained: how much more w changes the total than the average does; below 0 is better.
-        calm: the least of RIDGES from rho on that has all weights in INTERVAL, None where none has.
+        average: the change of the weights 1/K, on the same samples, with its bend.
+        against_average: how much more w changes the total than the average does; below 0 is better.
+        inner_ridge: the least of RIDGES from rho on with all weights in INTERVAL, None if none has.
     """
 
     responses: Responses
@@ -110,16 +111,16 @@ class Coefficients:
     fitted: float
     bend: Change
     average: Prediction
-    gained: Change
-    calm: float | None = None
+    against_average: Change
+    inner_ridge: float | None = None
 
     @property
     def outside(self) -> list[tuple[str, int, float]]:
-        """The weights outside INTERVAL: block or layer, empty for the model's; number of the expert; weight. Farthest first."""
+        """The weights outside INTERVAL, farthest first: block or "", number of the expert, weight."""
         rows, names = np.atleast_2d(self.w), self.responses.blocks or ("",)
-        places = np.argwhere((rows < INTERVAL[0]) | (rows > INTERVAL[1])).tolist()
-        found = [(names[b], k, float(rows[b, k])) for b, k in places]
-        return sorted(found, key=lambda entry: -abs(entry[2] - sum(INTERVAL) / 2))
+        places = np.argwhere(~_is_inside(rows)).tolist()
+        entries = [(names[b], k, float(rows[b, k])) for b, k in places]
+        return sorted(entries, key=lambda entry: -abs(entry[2] - sum(INTERVAL) / 2))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,21 +130,11 @@ class Objective:
     b: Array
     A: Array
 
-    @property
-    def M(self) -> int:
-        """The number of groups."""
-        return len(self.b)
-
-    @property
-    def P(self) -> int:
-        """The number of weights."""
-        return int(self.b.shape[1])
-
-    def weights(self, ridges: Sequence[float], *out: int) -> Array:
-        """Return w* for each of n values of rho, fitted without the groups `out`, [n P]; of least length of equals."""
-        groups = self.M - len(out)
-        b = (self.b.sum(0) - sum(self.b[m] for m in out)) / groups
-        A = (self.A.sum(0) - sum(self.A[m] for m in out)) / groups
+    def solve(self, ridges: Sequence[float], *without: int) -> Array:
+        """Return w* for n values of rho, fitted without some groups, [n P]; the shortest of equals."""
+        groups = len(self.b) - len(without)
+        b = (self.b.sum(0) - sum(self.b[m] for m in without)) / groups
+        A = (self.A.sum(0) - sum(self.A[m] for m in without)) / groups
         scale = np.sqrt(np.maximum(np.diagonal(A), 0))
         unit = np.where(scale > 0, scale, 1)
         e, V = np.linalg.eigh(A / np.outer(unit, unit))
@@ -160,101 +151,29 @@ class Objective:
         return changes
 
 
-def settled(ridges: Sequence[float], changes: Sequence[Array]) -> int:
-    """Return the place of the rho of the least mean change on groups left out, [n] each; the larger one of equals."""
-    mean = np.mean(changes, axis=0)
-    return min(reversed(range(len(ridges))), key=lambda i: float(mean[i]))
-
-
-def coefficients(
-    found: Responses,
-    *,
-    ridge: float | None = None,
-    relative: bool = False,
-    bend: Bend | None = None,
-) -> Coefficients:
-    """Solve for the weights, and predict what they change.
-
-    Args:
-        ridge: rho; None to choose it.
-        relative: whether a range's loss counts relative to the base's, so that small t do not decide alone.
-        bend: gives what the quadratic form does not see at weights [P], [R M]; None for a model that is linear.
-
-    Raises:
-        UsageError: where the ridge is negative or not finite.
-    """
-    if ridge is not None and not 0 <= ridge < float("inf"):
-        raise UsageError(
-            f"ridge {ridge} is not a shrinkage", fix="give a number >= 0, or leave it out"
-        )
-    q = found.shares / (found.loss.mean(1) if relative else 1)
-    objective = Objective(
-        np.einsum("r,rmp->mp", q, found.slope), np.einsum("r,rmpq->mpq", q, found.products)
-    )
-    ridges = RIDGES if ridge is None else (ridge,)
-    cross = CrossFit.of(objective, ridges)
-    rho = ridges[
-        settled(
-            ridges, [objective.changes(m, objective.weights(ridges, m)) for m in range(objective.M)]
-        )
-    ]
-    w = objective.weights((rho,))[0]
-    larger = [rho, *(ridge for ridge in RIDGES if ridge > rho)]
-    calm = [
-        bool(((x >= INTERVAL[0]) & (x <= INTERVAL[1])).all()) for x in objective.weights(larger)
-    ]
-    average = CrossFit.given(np.full(found.P, 1 / found.K), found.M)
-    mine, theirs = (
-        np.zeros_like(found.loss) if bend is None else bend(x) for x in (w, average.W[0])
-    )
-    rows = [
-        q @ (found.change(one) + mine - found.change(other) - theirs)
-        for one, other in zip(cross.rows, average.rows, strict=True)
-    ]
-    return Coefficients(
-        found,
-        w.reshape(len(found.blocks), found.K) if found.blocks else w,
-        rho,
-        _predicted(found, cross, q, mine),
-        float((q @ found.change(w)).sum() / (q @ found.loss).sum()),
-        Change.of(q @ mine, q @ found.loss),
-        _predicted(found, average, q, theirs),
-        Change.of(rows[0], q @ found.loss, np.stack(rows[1:])),
-        next((ridge for ridge, inside in zip(larger, calm, strict=True) if inside), None),
-    )
-
-
-def predict(found: Responses, w: Array) -> Prediction:
-    """Predict by the quadratic form what weights [P] change that these samples did not choose; ranges count by shares."""
-    return _predicted(found, CrossFit.given(w, found.M), found.shares, np.zeros_like(found.loss))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class CrossFit:
-    """Weights for the samples of each group: W[m] is not fitted on group m, V[g, m] neither on m nor on g."""
+    """Weights for each group: W[m] is not fitted on group m, V[g, m] neither on m nor on g."""
 
     W: Array
     V: Array
 
     @classmethod
-    def of(cls, objective: Objective, ridges: Sequence[float]) -> CrossFit:
-        """Fit; of several rho, each W[m] has the one that serves the groups other than m best, and V[:, m] has it too."""
-        groups = range(objective.M)
-        twice = {(m, g): objective.weights(ridges, m, g) for m in groups for g in range(m)}
-        W, V = (
-            np.zeros((objective.M, objective.P)),
-            np.zeros((objective.M, objective.M, objective.P)),
-        )
-        for m in groups:
-            left = {g: twice[max(m, g), min(m, g)] for g in groups if g != m}
-            i = settled(ridges, [objective.changes(g, each) for g, each in left.items()])
-            W[m] = V[m, m] = objective.weights(ridges[i : i + 1], m)[0]
-            for g, each in left.items():
-                V[g, m] = each[i]
+    def fit(cls, objective: Objective, ridges: Sequence[float]) -> CrossFit:
+        """Fit; W[m] and V[:, m] have the rho that serves the groups other than m best."""
+        M, P = objective.b.shape
+        pairs = {(m, g): objective.solve(ridges, m, g) for m in range(M) for g in range(m)}
+        W, V = np.zeros((M, P)), np.zeros((M, M, P))
+        for m in range(M):
+            left = {g: pairs[max(m, g), min(m, g)] for g in range(M) if g != m}
+            i = _best_ridge([objective.changes(g, rows) for g, rows in left.items()])
+            W[m] = V[m, m] = objective.solve(ridges[i : i + 1], m)[0]
+            for g, rows in left.items():
+                V[g, m] = rows[i]
         return cls(W, V)
 
     @classmethod
-    def given(cls, w: Array, M: int) -> CrossFit:
+    def fixed(cls, w: Array, M: int) -> CrossFit:
         """Return weights [P] that no sample chose."""
         return cls(np.broadcast_to(w, (M, len(w))), np.broadcast_to(w, (M, M, len(w))))
 
@@ -264,14 +183,79 @@ class CrossFit:
         return [self.W, *self.V]
 
 
-def _predicted(found: Responses, weights: CrossFit, q: Array, bent: Array) -> Prediction:
-    """Return the changes of the ranges and of all of them, counted by q [R], with what bends [R M]."""
-    change, *without = (found.change(W) + bent for W in weights.rows)
-    rows = np.stack(without, 1)
-    ranges = {
-        str(span): Change.of(change[r], found.loss[r], rows[r])
-        for r, span in enumerate(found.ranges)
-    }
-    return Prediction(
-        ranges, Change.of(q @ change, q @ found.loss, np.einsum("r,rgm->gm", q, rows))
+def solve_coefficients(
+    responses: Responses,
+    *,
+    ridge: float | None = None,
+    relative: bool = False,
+    bend: Bend | None = None,
+) -> Coefficients:
+    """Solve for the weights, and predict what they change.
+
+    Args:
+        ridge: rho; None to choose it.
+        relative: whether a range's loss counts relative to the base's. Else small t decide alone.
+        bend: gives what the quadratic form does not see at weights [P], [R M]; None for a linear
+            model.
+
+    Raises:
+        UsageError: if the ridge is negative or not finite.
+    """
+    if ridge is not None and not 0 <= ridge < float("inf"):
+        raise UsageError(f"ridge {ridge} is not a shrinkage", fix="give a finite number >= 0")
+    loss, q = responses.loss, responses.shares / (responses.loss.mean(1) if relative else 1)
+    b = np.einsum("r,rmp->mp", q, responses.slope)
+    objective = Objective(b, np.einsum("r,rmpq->mpq", q, responses.products))
+    ridges = RIDGES if ridge is None else (ridge,)
+    cross = CrossFit.fit(objective, ridges)
+    groups = range(responses.M)
+    rho = ridges[_best_ridge([objective.changes(m, objective.solve(ridges, m)) for m in groups])]
+    w = objective.solve((rho,))[0]
+    larger = [rho, *(ridge for ridge in RIDGES if ridge > rho)]
+    inner = _is_inside(objective.solve(larger)).all(1)
+    average = CrossFit.fixed(np.full(responses.P, 1 / responses.K), responses.M)
+    own_bend, average_bend = (
+        np.zeros_like(loss) if bend is None else bend(x) for x in (w, average.W[0])
     )
+    rows = [
+        q @ (responses.change(one) + own_bend - responses.change(other) - average_bend)
+        for one, other in zip(cross.rows, average.rows, strict=True)
+    ]
+    return Coefficients(
+        responses=responses,
+        w=w.reshape(len(responses.blocks), responses.K) if responses.blocks else w,
+        ridge=rho,
+        predicted=_predict(responses, cross, q, own_bend),
+        fitted=float((q @ responses.change(w)).sum() / (q @ loss).sum()),
+        bend=Change.of(q @ own_bend, q @ loss),
+        average=_predict(responses, average, q, average_bend),
+        against_average=Change.of(rows[0], q @ loss, np.stack(rows[1:])),
+        inner_ridge=larger[int(inner.argmax())] if inner.any() else None,
+    )
+
+
+def predict(responses: Responses, w: Array) -> Prediction:
+    """Predict what weights [P] change that these samples did not choose; ranges count by shares."""
+    fixed = CrossFit.fixed(w, responses.M)
+    return _predict(responses, fixed, responses.shares, np.zeros_like(responses.loss))
+
+
+def _predict(responses: Responses, weights: CrossFit, q: Array, bend: Array) -> Prediction:
+    """Return the changes of the ranges and of all, counted by q [R], with the bend [R M]."""
+    loss = responses.loss
+    change, *without = (responses.change(W) + bend for W in weights.rows)
+    rows = np.stack(without, 1)
+    ranges: dict[str, Change] = {}
+    for r, span in enumerate(responses.ranges):
+        ranges[str(span)] = Change.of(change[r], loss[r], rows[r])
+    return Prediction(ranges, Change.of(q @ change, q @ loss, np.einsum("r,rgm->gm", q, rows)))
+
+
+def _best_ridge(changes: Sequence[Array]) -> int:
+    """Return the index of the least mean change on groups left out, [n] each; the last of equals."""
+    mean = np.mean(changes, axis=0)
+    return len(mean) - 1 - int(np.argmin(mean[::-1]))
+
+
+def _is_inside(w: Array) -> Any:
+    return (w >= INTERVAL[0]) & (w <= INTERVAL[1])

@@ -1,28 +1,32 @@
-"""How a base's outputs answer to experts: differences of outputs on common samples, and the loss as their quadratic form.
+"""How a base's outputs answer to experts: differences of outputs, and the loss as their quadratic.
 
     r   = f(theta_0) - y                                    the base's error at (x_t, t, c)
-    u_p = [f(theta_0 + s tau_p) - f(theta_0)] / s           tau_p: task vector of an expert, or its part in one block or layer
-    dL_R(w) = sum_p w_p 2 E<r, u_p> + sum_pq w_p w_q E<u_p, u_q>,     E over x_0, eps and t ~ U(R), <,> the mean over elements
+    u_p = [f(theta_0 + s tau_p) - f(theta_0)] / s           tau_p: task vector of an expert, or its
+                                                            part in one block or layer
+    dL_R(w) = sum_p w_p 2 E<r, u_p> + sum_pq w_p w_q E<u_p, u_q>
+                                    E over x_0, eps and t ~ U(R), <,> the mean over elements
 
-is what the loss of range R changes by, for f(theta_0 + sum_p w_p tau_p) = f(theta_0) + sum_p w_p u_p: exact where f is linear
-in the weights. Else it leaves out how f bends along each tau_p beyond the chord of length s, and how f bends between two
-of them: per block or layer, all products <u_p, u_q> of outputs are there, of different blocks too, but what two blocks do
-together and neither does alone is not. `bend` measures what is left out at given weights, on the same samples. On digits (four
-experts of 150 steps, 24 weightings within [-0.5, 1]) predicted and measured changes of other draws have rank correlations of
-0.94, 0.95, 0.95 and 0.99 in the four ranges.
+is what the loss of range R changes by, for f(theta_0 + sum_p w_p tau_p) = f(theta_0) + sum_p w_p
+u_p: exact if f is linear in the weights. Else it leaves out how f bends along each tau_p beyond the
+chord of length s, and between two of them. `measure_bend` measures what is left out at given
+weights, on the same samples. On digits (four experts of 150 steps, 24 weightings within [-0.5, 1])
+predicted and measured changes of other draws have rank correlations of 0.94, 0.95, 0.95 and 0.99 in
+the four ranges.
 
-Samples lie in M groups of disjoint images, so that groups are independent; a group has the same images in each range. Sample j
-of J of a group has t in the j-th of J equal parts of R. Image, t and noise are functions of (seed, range, group, j), and
-the same for the base and all experts. What is kept is [R M P P], whatever the model; the outputs of MEMORY bytes of samples
-are held at once, of a batch at least, and for each such part every task vector is put into the model once.
+Samples lie in M groups of disjoint images, so that groups are independent. A group has the same
+images in each range. Sample j of J of a group has t in the j-th of J equal parts of R. Image, t and
+noise are functions of (seed, range, group, j), the same for the base and all experts. Only [R M P
+P] is kept. The outputs of MEMORY bytes of samples are held at once, of a batch at least; for each
+such part every task vector is put into the model once.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,29 +38,29 @@ from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion, squared_error
 from demerge.errors import NumericalError, UsageError
 from demerge.merging import MergeSession
+from demerge.progress import Progress, silent
 from demerge.randomness import normal, permutation, uniform
 from demerge.timesteps import Partition, TimestepRange
 
 BATCH = 64
 MEMORY = 1 << 28  # bytes of outputs that are held at once; one batch's are held in any case
 COLUMNS = 1 << 12
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Responses:
-    """The loss of R ranges around a base as a function of P weights, for each of M groups of samples.
+    """The loss of R ranges around a base as a function of P weights, for each of M groups.
 
     Attributes:
         ranges: of timesteps.
-        blocks: names of the B blocks or layers with weights of their own; empty where those of the whole model are meant.
+        blocks: names of the B blocks or layers with weights of their own; empty for the model's.
         K: the number of experts; P = K or B K, expert by expert within each block.
         loss: E|r|^2 [R M].
         slope: 2 E<r, u_p> [R M P].
         products: E<u_p, u_q> [R M P P].
 
     Raises:
-        NumericalError: where a value is not finite, or the base's loss in a range is 0.
+        NumericalError: if a value is not finite, or the base's loss in a range is 0.
     """
 
     ranges: Partition
@@ -68,13 +72,11 @@ class Responses:
 
     def __post_init__(self) -> None:
         if not all(np.isfinite(values).all() for values in (self.loss, self.slope, self.products)):
-            raise NumericalError(
-                "the responses to the experts are not finite", fix="check the experts' weights"
-            )
+            what = "the responses to the experts are not finite"
+            raise NumericalError(what, fix="check the weights of the experts")
         if not (self.loss.mean(1) > 0).all():
-            raise NumericalError(
-                "the base's loss in a range is 0, it cannot fall", fix="check the base and the data"
-            )
+            what = "the base's loss in a range is 0, it cannot fall"
+            raise NumericalError(what, fix="check the base and the data")
 
     @property
     def P(self) -> int:
@@ -94,9 +96,8 @@ class Responses:
     def change(self, w: Array) -> Array:
         """Return dL_R(w) on each group, [R M]; w [P], or [M P] for weights of each group's own."""
         W = np.broadcast_to(w, (self.M, self.P))
-        change: Array = np.einsum("rmp,mp->rm", self.slope, W) + np.einsum(
-            "mp,rmpq,mq->rm", W, self.products, W
-        )
+        linear = np.einsum("rmp,mp->rm", self.slope, W)
+        change: Array = linear + np.einsum("mp,rmpq,mq->rm", W, self.products, W)
         return change
 
 
@@ -115,7 +116,8 @@ class Draws:
     """The samples of a measurement: M groups of J samples in each range.
 
     Raises:
-        UsageError: where there are fewer than 5 groups, a group has no sample or no image, or T is another.
+        UsageError: if there are fewer than 5 groups, a group has no sample or no image, or T is
+            not the model's.
     """
 
     model: Diffusion
@@ -128,17 +130,14 @@ class Draws:
     def __post_init__(self) -> None:
         M, T = self.groups, self.model.T
         if self.ranges.total != T:
-            raise UsageError(
-                f"the ranges cover {self.ranges.total} timesteps, the model has {T}",
-                fix="use its own T",
-            )
+            what = f"the ranges cover {self.ranges.total} timesteps, the model has {T}"
+            raise UsageError(what, fix=f"give ranges of [0, {T})")
         if M < MIN_GROUPS:
             raise UsageError(f"{M} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
-        for what, n in (("samples per range", self.samples), ("images", len(self.data))):
+        for name, n in (("samples per range", self.samples), ("images", len(self.data))):
             if n < M:
-                raise UsageError(
-                    f"{n} {what} do not fill {M} groups", fix="give more, or fewer groups"
-                )
+                fix = "give more, or fewer groups"
+                raise UsageError(f"{n} {name} do not fill {M} groups", fix=fix)
 
     @property
     def J(self) -> int:
@@ -147,61 +146,77 @@ class Draws:
 
     def cells(self, span: TimestepRange, r: int, m: int, size: int) -> Iterator[Cell]:
         """Yield the samples of group m in range r, `size` at a time."""
-        model, images = (
-            self.model,
-            permutation(len(self.data), self.seed, "coefficients-image")[m :: self.groups],
-        )
-        step = r * self.groups + m
+        model, step = self.model, r * self.groups + m
+        images = permutation(len(self.data), self.seed, "coefficients-image")[m :: self.groups]
         for numbers in torch.arange(self.J).split(size):
-            samples: list[int] = numbers.tolist()
-            chosen = [images[j % len(images)] for j in samples]
+            key: dict[str, Any] = {"samples": numbers.tolist(), "step": step}
+            chosen = [images[j % len(images)] for j in numbers.tolist()]
             x0, condition = model.encode_from(self.data, chosen)
-            noise = normal(
-                model.sample_shape, self.seed, "coefficients-noise", samples=samples, step=step
-            ).to(model.device)
-            place = (
-                numbers + uniform(self.seed, "coefficients-t", samples=samples, step=step)
-            ) / self.J
-            t = (span.start + (place * len(span)).long().clamp(max=len(span) - 1)).to(model.device)
+            noise = normal(model.sample_shape, self.seed, "coefficients-noise", **key)
+            place = (numbers + uniform(self.seed, "coefficients-t", **key)) / self.J
+            offset = (place * len(span)).long().clamp(max=len(span) - 1)
+            noise, t = noise.to(model.device), (span.start + offset).to(model.device)
             yield Cell(model.add_noise(x0, noise, t), t, model.target(x0, noise, t), condition)
 
+    def count_passes(self, P: int) -> int:
+        """Return how many samples go through a model for P weights and the bend at two of them."""
+        return len(self.ranges) * self.groups * self.J * (P + 3)
 
-def passes(draws: Draws, P: int) -> int:
-    """Return the number of samples that go through a model for responses to P weights and the bend at two of them."""
-    return len(draws.ranges) * draws.groups * draws.J * (P + 3)
+    def count_merges(self, P: int) -> int:
+        """Return about how often `measure_responses` puts weights into the model."""
+        parts = math.ceil(self._sample_bytes(P) * self.groups * self.J / MEMORY)
+        return len(self.ranges) * parts * (P + 1)
+
+    def count_bytes(self, P: int) -> int:
+        """Return the bytes of outputs that are held at once, and of the products that are kept."""
+        sample, samples = self._sample_bytes(P), self.groups * self.J
+        outputs = min(max(MEMORY, sample * min(BATCH, self.J)), sample * samples)
+        return outputs + 8 * len(self.ranges) * self.groups * (P + 1) ** 2
+
+    def parts(self, span: TimestepRange, r: int, P: int) -> Iterator[list[tuple[int, Cell]]]:
+        """Yield the samples of range r with their groups, as many at once as MEMORY allows."""
+        part: list[tuple[int, Cell]] = []
+        held = 0
+        for m in range(self.groups):
+            for cell in self.cells(span, r, m, BATCH):
+                size = len(cell.t) * self._sample_bytes(P)
+                if part and held + size > MEMORY:
+                    yield part
+                    part, held = [], 0
+                part.append((m, cell))
+                held += size
+        yield part
+
+    def _sample_bytes(self, P: int) -> int:
+        """Return the bytes that are held of one sample: x_t, y, and the outputs."""
+        return 4 * (P + 5) * math.prod(self.model.sample_shape)
 
 
 @torch.inference_mode()
-def responses(
-    draws: Draws, session: MergeSession, *, step: float = 1.0, progress: Progress | None = None
+def measure_responses(
+    draws: Draws, session: MergeSession, *, step: float = 1.0, progress: Progress = silent
 ) -> Responses:
-    """Measure how the losses answer to the experts of a session, per block where the session has blocks for its groups.
+    """Measure how the losses answer to the experts of a session, per block if it has groups.
 
     Args:
         step: s, the length of the chord along each task vector; 1 for the expert itself.
-        progress: called as progress(done, total, what), counting samples sent through a model.
+        progress: counts samples sent through a model.
 
     Raises:
-        UsageError: where the step is 0 or not finite.
-        NumericalError: where an output is not finite.
+        UsageError: if the step is 0 or not finite.
+        NumericalError: if an output is not finite.
     """
     if step == 0 or not math.isfinite(step):
-        raise UsageError(
-            f"step {step} is not a length",
-            fix="give a number other than 0, 1 for the experts themselves",
-        )
+        raise UsageError(f"step {step} is not a length", fix="give a finite number other than 0")
     model = draws.model.with_denoiser(copy.deepcopy(draws.model.denoiser).eval())
-    M, P, total = draws.groups, math.prod(session.shape), passes(draws, math.prod(session.shape))
-    gram, done = np.zeros((len(draws.ranges), M, P + 1, P + 1)), 0
+    M, P, size = draws.groups, math.prod(session.shape), math.prod(model.sample_shape)
+    gram, done, total = np.zeros((len(draws.ranges), M, P + 1, P + 1)), 0, draws.count_passes(P)
+    rows = torch.eye(P + 1)[:, 1:] * step  # the base, then one expert at a time
     for r, span in enumerate(draws.ranges):
-        for part in _parts(draws, span, r, P):
-            moved = np.empty(
-                (P + 1, sum(len(cell.t) for _, cell in part), math.prod(model.sample_shape)),
-                dtype=np.float32,
-            )
-            for p, row in enumerate(
-                torch.eye(P + 1)[:, 1:] * step
-            ):  # the base, then one expert at a time
+        for part in draws.parts(span, r, P):
+            lengths = [len(cell.t) for _, cell in part]
+            moved = np.empty((P + 1, sum(lengths), size), dtype=np.float32)
+            for p, row in enumerate(rows):
                 session.apply(row.view(session.shape), model.denoiser)
                 outputs = torch.cat(
                     [model.predict(cell.x_t, cell.t, cell.condition).float() for _, cell in part]
@@ -209,75 +224,44 @@ def responses(
                 _check_finite(outputs, _label(session, p - 1), span)
                 moved[p] = outputs.flatten(1).cpu().numpy()
                 done += len(outputs)
-                if progress is not None:
-                    progress(done, total, f"range {span}")
+                progress(done, total, f"range {span}")
             moved[1:] -= moved[0]
             moved[1:] /= step
             moved[0] -= torch.cat([cell.y for _, cell in part]).float().flatten(1).cpu().numpy()
-            start = 0
-            for m, cell in part:
-                gram[r, m] += _products(moved[:, start : start + len(cell.t)].reshape(P + 1, -1))
-                start += len(cell.t)
-    gram /= draws.J * math.prod(model.sample_shape)
-    loss, slope = gram[:, :, 0, 0].copy(), 2 * gram[:, :, 0, 1:]
+            for (m, _), stop, length in zip(part, np.cumsum(lengths), lengths, strict=True):
+                gram[r, m] += _products(moved[:, stop - length : stop].reshape(P + 1, -1))
+    gram /= draws.J * size
     return Responses(
-        draws.ranges, session.groups, session.shape[-1], loss, slope, gram[:, :, 1:, 1:]
+        draws.ranges,
+        session.groups,
+        session.shape[-1],
+        gram[:, :, 0, 0].copy(),
+        2 * gram[:, :, 0, 1:],
+        gram[:, :, 1:, 1:],
     )
 
 
 @torch.inference_mode()
-def bend(draws: Draws, session: MergeSession, found: Responses, w: Array) -> Array:
-    """Return what the loss at theta(w) changes by beyond dL_R(w), on the same samples, [R M]; w [P].
+def measure_bend(draws: Draws, session: MergeSession, responses: Responses, w: Array) -> Array:
+    """Return what the loss at theta(w) changes by beyond dL_R(w), on the same samples, [R M].
+
+    Args:
+        w: the weights [P].
 
     Raises:
-        NumericalError: where a loss is not finite.
+        NumericalError: if a loss is not finite.
     """
     model = draws.model.with_denoiser(copy.deepcopy(draws.model.denoiser).eval())
     session.apply(torch.tensor(w).view(session.shape), model.denoiser)
-    loss = np.zeros_like(found.loss)
+    loss = np.zeros_like(responses.loss)
     for r, span in enumerate(draws.ranges):
         for m in range(draws.groups):
             cells = draws.cells(span, r, m, BATCH)
-            each = torch.cat(
-                [squared_error(model.predict(c.x_t, c.t, c.condition), c.y) for c in cells]
-            )
-            _check_finite(each, "the merge", span)
-            loss[r, m] = float(each.double().mean())
-    bent: Array = loss - found.loss - found.change(w)
-    return bent
-
-
-def bytes_held(draws: Draws, P: int) -> int:
-    """Return the bytes of outputs that `responses` holds at once, and of the products that it keeps."""
-    of_sample, cells = _sample_bytes(draws, P), draws.groups * draws.J
-    outputs = min(max(MEMORY, of_sample * min(BATCH, draws.J)), of_sample * cells)
-    return outputs + 8 * len(draws.ranges) * draws.groups * (P + 1) ** 2
-
-
-def merges(draws: Draws, P: int) -> int:
-    """Return how often `responses` puts weights into the model, about."""
-    parts = math.ceil(_sample_bytes(draws, P) * draws.groups * draws.J / MEMORY)
-    return len(draws.ranges) * parts * (P + 1)
-
-
-def _sample_bytes(draws: Draws, P: int) -> int:
-    """Return the bytes of what is held of one sample: x_t, y, and the outputs."""
-    return 4 * (P + 5) * math.prod(draws.model.sample_shape)
-
-
-def _parts(draws: Draws, span: TimestepRange, r: int, P: int) -> Iterator[list[tuple[int, Cell]]]:
-    """Yield the samples of range r with their groups, as many at once as MEMORY allows."""
-    part: list[tuple[int, Cell]] = []
-    held = 0
-    for m in range(draws.groups):
-        for cell in draws.cells(span, r, m, BATCH):
-            needed = len(cell.t) * _sample_bytes(draws, P)
-            if part and held + needed > MEMORY:
-                yield part
-                part, held = [], 0
-            part.append((m, cell))
-            held += needed
-    yield part
+            each = [squared_error(model.predict(c.x_t, c.t, c.condition), c.y) for c in cells]
+            _check_finite(torch.cat(each), "the merge", span)
+            loss[r, m] = float(torch.cat(each).double().mean())
+    bend: Array = loss - responses.loss - responses.change(w)
+    return bend
 
 
 def _products(rows: NDArray[np.float32]) -> Array:
@@ -290,18 +274,14 @@ def _products(rows: NDArray[np.float32]) -> Array:
 
 
 def _label(session: MergeSession, p: int) -> str:
-    """Return what weight p is of; -1 stands for the base."""
+    """Return what weight p belongs to; -1 stands for the base."""
+    if p < 0:
+        return "the base"
     b, k = divmod(p, session.shape[-1])
-    return (
-        "the base"
-        if p < 0
-        else f"expert {k}" + (f" in {session.groups[b]}" if session.groups else "")
-    )
+    return f"expert {k} in {session.groups[b]}" if session.groups else f"expert {k}"
 
 
-def _check_finite(outputs: Tensor, who: str, span: TimestepRange) -> None:
+def _check_finite(outputs: Tensor, name: str, span: TimestepRange) -> None:
     if not bool(outputs.isfinite().all()):
-        raise NumericalError(
-            f"an output of {who} in range {span} is not finite",
-            fix="check its weights and the data",
-        )
+        what = f"an output of {name} in range {span} is not finite"
+        raise NumericalError(what, fix="check its weights and the data")

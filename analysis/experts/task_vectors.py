@@ -3,11 +3,12 @@
     norm_lk   = |tau_k| on tensor l
     cosine_kn = <tau_k, tau_n> / (|tau_k| |tau_n|)
     sign_kn   = share of the energy sum_p |tau_kp tau_np| at coordinates where the signs differ
-    rank      = effective rank of [tau_1 .. tau_K], as demerge.merging.report.diagnosis defines it: 1 (all parallel) to K
+    rank      = effective rank of [tau_1 .. tau_K], see demerge.merging.report.diagnosis:
+                1 (all parallel) to K
 
-Each is given for tensors, for layers (`by_layer`: a module with all its own tensors), for blocks of the denoiser (`by_block`)
-and for the whole; an expert stands for its range, so a table of norms is one of layers by ranges. Tensors are
-taken one by one, so lazy mappings (a `Checkpoint`) are never held whole. Sums run in float64.
+Each is given for tensors, for layers (`by_layer`), for blocks of the denoiser (`by_block`) and for
+the whole. An expert stands for its range, so a table of norms is one of layers by ranges. Tensors
+are taken one by one: a lazy `Checkpoint` is never held whole. Sums are float64.
 
 Papers: task arithmetic (arXiv 2212.04089), sign conflict (TIES, arXiv 2306.01708).
 """
@@ -31,7 +32,7 @@ from demerge.merging.report.diagnosis import effective_rank
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskVectors:
-    """What K task vectors have to do with each other.
+    """How K task vectors relate to each other.
 
     Attributes:
         names: the L floating-point tensors.
@@ -53,7 +54,7 @@ class TaskVectors:
 
     @property
     def effective_ranks(self) -> Array:
-        """The effective rank of the K task vectors on each tensor, [L]; 0 where none of them moves."""
+        """The effective rank on each tensor, [L]; 0 if no expert changes the tensor."""
         return np.array([effective_rank(torch.from_numpy(gram)) for gram in self.gram])
 
     @property
@@ -70,60 +71,71 @@ class TaskVectors:
 
     @property
     def sign_conflict(self) -> Array:
-        """Share of energy where signs differ, [K K] in [0, 1]; NaN where two vectors share no coordinate."""
+        """Share of energy where signs differ, [K K]; NaN for vectors without a common coordinate."""
         return _ratio(self.opposed.sum(0), self.energy.sum(0))
 
     def by_layer(self) -> TaskVectors:
-        """Return the same for the layers, in the order of their first tensors, each taken as one tensor."""
+        """Return the same for layers, modules with all their own tensors, as one tensor each."""
         groups: dict[str, list[str]] = {}
         for name in self.names:
             groups.setdefault(layer_of(name), []).append(name)
         return self._summed(groups)
 
     def by_block(self) -> TaskVectors:
-        """Return the same for the blocks of the denoiser, from input to output, each taken as one tensor."""
+        """Return the same for the blocks of the denoiser, from input to output."""
         return self._summed(grouped(self.names))
 
     def _summed(self, groups: Mapping[str, Sequence[str]]) -> TaskVectors:
         index = {name: i for i, name in enumerate(self.names)}
         rows = [[index[name] for name in names] for names in groups.values()]
-        sums = (
-            [values[row].sum(0) for row in rows]
+        gram, opposed, energy = (
+            np.array([values[row].sum(0) for row in rows])
             for values in (self.gram, self.opposed, self.energy)
         )
-        return TaskVectors(tuple(groups), *(np.array(each) for each in sums))
+        return TaskVectors(tuple(groups), gram, opposed, energy)
+
+    def whole_norms(self) -> Array:
+        """Return |tau_k| of the whole model, [K]."""
+        norms: Array = np.sqrt(np.diagonal(self.gram.sum(0)))
+        return norms
 
     def table(self, labels: Sequence[str]) -> pd.DataFrame:
-        """Return one row for each tensor: the norm of each expert, then means over pairs of cosine and sign conflict, and rank.
+        """Return a row per tensor: norms, means over pairs of cosine and sign conflict, rank.
 
         Raises:
-            UsageError: where there is not one label for each expert.
+            UsageError: unless there is one label for each expert.
         """
-        K = self.gram.shape[1]
-        if len(labels) != K:
-            raise UsageError(f"{len(labels)} labels for {K} task vectors", fix="give one for each")
-        pairs, norms = np.triu_indices(K, 1), self.norms
+        check_labels(self, labels)
+        norms, pairs = self.norms, np.triu_indices(self.gram.shape[1], 1)
         cosine = _ratio(self.gram, norms[:, :, None] * norms[:, None, :])[:, *pairs]
         opposed = _ratio(self.opposed, self.energy)[:, *pairs]
-        table = pd.DataFrame(
-            norms, index=list(self.names), columns=[f"norm {label}" for label in labels]
+        columns = [f"norm {label}" for label in labels]
+        return pd.DataFrame(norms, index=list(self.names), columns=columns).assign(
+            cosine=_mean(cosine),
+            sign_conflict=_mean(opposed),
+            effective_rank=self.effective_ranks,
         )
-        shares = {
-            "cosine": _mean(cosine),
-            "sign_conflict": _mean(opposed),
-            "effective_rank": self.effective_ranks,
-        }
-        return table.assign(**shares)
 
 
-def task_vectors(
-    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]
-) -> TaskVectors:
-    """Compare the task vectors of experts of one base, given as state dicts or as the deltas of a LoRA.
+def check_labels(vectors: TaskVectors, labels: Sequence[str]) -> None:
+    """Check that there is one label for each expert.
 
     Raises:
-        UsageError: where there is no expert.
-        InputError: where an expert's keys or shapes are not the base's.
+        UsageError: if there are more or fewer.
+    """
+    K = vectors.gram.shape[1]
+    if len(labels) != K:
+        raise UsageError(f"{len(labels)} labels for {K} task vectors", fix="give one for each")
+
+
+def compare_task_vectors(
+    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]
+) -> TaskVectors:
+    """Compare the task vectors of experts, given as state dicts or as the deltas of a LoRA.
+
+    Raises:
+        UsageError: if there is no expert.
+        InputError: if an expert's keys or shapes are not the base's.
     """
     if not experts:
         raise UsageError("no expert was given", fix="give at least one")
@@ -140,47 +152,47 @@ def _check_keys(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], k: int
     missing = [] if holds_deltas(expert) else sorted(set(base) - set(expert))
     extra = sorted(set(expert) - set(base))
     if missing or extra:
-        raise InputError(
-            f"expert {k}: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}",
-            fix="use experts of this base",
-        )
+        what = f"expert {k}: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}"
+        raise InputError(what, fix="use experts of this base")
 
 
 def _products(
     base: Tensor, experts: Sequence[Mapping[str, Tensor]], name: str
 ) -> tuple[Array, Array, Array]:
     """Return gram, opposed and energy [K K] of one tensor."""
-    found = [delta(base, expert, name, f"expert {k}") for k, expert in enumerate(experts)]
-    tau = torch.stack(
-        [torch.zeros(base.numel(), dtype=torch.float64) if tau is None else tau for tau in found]
-    )
+    tau = torch.zeros(len(experts), base.numel(), dtype=torch.float64)
+    for k, expert in enumerate(experts):
+        row = task_vector(base, expert, name, f"expert {k}")
+        if row is not None:
+            tau[k] = row
     gram, energy = tau @ tau.T, tau.abs() @ tau.abs().T
     return gram.numpy(), ((energy - gram) / 2).clamp(min=0).numpy(), energy.numpy()
 
 
-def delta(base: Tensor, expert: Mapping[str, Tensor], name: str, label: str) -> Tensor | None:
-    """Return tau on one tensor, flat, in float64 on the CPU; None where a LoRA leaves it as it is.
+def task_vector(base: Tensor, expert: Mapping[str, Tensor], name: str, label: str) -> Tensor | None:
+    """Return tau on one tensor, flat, float64 on the CPU; None if a LoRA does not change it.
 
     Args:
         label: of the expert, for errors.
 
     Raises:
-        InputError: where the expert lacks the tensor or has another shape.
+        InputError: if the expert lacks the tensor or has another shape.
     """
+    fix = "use experts of this base"
     if name not in expert:
         if holds_deltas(expert):
             return None
-        raise InputError(f"{label}: tensor '{name}' is missing", fix="use experts of this base")
+        raise InputError(f"{label}: tensor '{name}' is missing", fix=fix)
     own = expert[name].detach().cpu()
     if own.shape != base.shape:
         what = f"{label}: '{name}' is {list(own.shape)}, the base's {list(base.shape)}"
-        raise InputError(what, fix="use experts of this base")
+        raise InputError(what, fix=fix)
     tau = own.double() if holds_deltas(expert) else own.double() - base.detach().cpu().double()
     return tau.flatten()
 
 
 def _mean(values: Array) -> Array:
-    """Return the mean of the finite values of each row [L P]; NaN where there are none."""
+    """Return the mean of the finite values of each row [L P]; NaN if there are none."""
     known = np.isfinite(values)
     return _ratio(np.where(known, values, 0.0).sum(1), known.sum(1).astype(np.float64))
 

@@ -1,36 +1,39 @@
-"""Which layers gain from experts on ranges, per parameter, and how far a ranking of them is to be believed.
+"""Which layers gain from experts on ranges, per parameter, and how far their ranking is right.
 
 The first-order gain of decoupling, J = sum_R w_R |gbar_R|^2 - |gbar|^2, is a sum over layers l of
 
     J_l = sum_R w_R |gbar_R,l - gbar_l|^2 = sum_R |z_R,l|^2,    z_R,l = sqrt(w_R) (gbar_R,l - gbar_l),
 
-a square, so that noise adds to it: products of unlike groups are taken, P_l[m, n] = sum_R <z_R,l^m, z_R,l^n>, m != n, whose
-expectation is J_l for shared and for independent draws. They come from the map's sketches of layers, whose signs add an error
-of about sqrt(2/509) |z|^2 to layers of more than 509 parameters. In the metric `adam` it is the gain of steps as Adam takes
-them.
+a square, so that noise adds to it. Therefore products of unlike groups are taken, P_l[m, n] =
+sum_R <z_R,l^m, z_R,l^n>, m != n, whose expectation is J_l for shared and for independent draws.
+They come from the map's sketches of layers, whose signs add an error of about sqrt(2/509) |z|^2 to
+layers of more than 509 parameters. In the metric `adam` it is the gain of steps as Adam takes them.
 
-A ranking by J_l / parameters follows noise too. So it is made on half of the groups, A, and judged on the other half, B:
+A ranking by J_l / parameters follows noise too. So it is made on half of the groups, A, and judged
+on the other half, B:
 
-    gain(s) = sum over (A, B) of J_l^B of the layers that J^A takes for the share s  /  sum over (A, B) of J_l^B of all
+    gain(s) = sum over (A, B) of J_l^B of the layers that J^A takes for the share s
+              / sum over (A, B) of J_l^B of all
 
-where layers are taken in their order, each that still fits into a share s of the parameters. The same is asked of two orders
-that do not look at the map, smallest layers first (`size`) and random ones (`random`, the mean of 64, drawn once). Errors of
-J_l and J are those of similarity.py, errors of held-out gains the jackknife's over groups, of the whole procedure. A ranking
-is supported where J is resolved and the layers it takes gain more than 0 and more than random ones, all beyond a 95 %
-interval; else all layers are to be trained.
+Layers are taken in their order, each that still fits into a share s of the parameters. The same is
+done for two orders that do not look at the map: smallest layers first (`size`) and random ones
+(`random`, the mean of 64, drawn once). Errors of J_l and J are those of similarity.py. Errors of
+held-out gains are the jackknife's over groups, of the whole procedure. A ranking is supported if J
+is resolved and the layers it takes gain more than 0 and more than random ones, all beyond a 95 %
+interval. Else all layers are to be trained.
 
-Held against training, on a digits UNet after 120 steps from a random start: 8 groups of layers were trained alone for 20 steps,
-four experts and a joint model; J of a group against what its experts' losses are below the joint model's has a rank correlation
-of 0.88 (0.98 per parameter; size against the same gain 0.40). 40 steps on the 10 % it ranks first took 5, 5, 20 and 33 % off
-the held-out losses of four ranges, on all parameters 7, 6, 19 and 31 %, on random 10 % 3, 4, 13 and 23 %. At a converged base
-the gain of most ranges is less than what a short training loses to its own noise.
+Compared with training, on a digits UNet after 120 steps from a random start: 8 groups of layers
+were trained alone for 20 steps, four experts and a joint model. J of a group and what its experts'
+losses are below the joint model's have a rank correlation of 0.88 (0.98 per parameter; size 0.40).
+40 steps on the 10 % it ranks first took 5, 5, 20 and 33 % off the held-out losses of four ranges,
+on all parameters 7, 6, 19 and 31 %, on random 10 % 3, 4, 13 and 23 %. At a converged base the gain
+of most ranges is less than what a short training loses to its own noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -42,15 +45,12 @@ from demerge.analysis.similarity import cross, error, halves, standard_error, t_
 from demerge.conflict import Array, ConflictMap, layer_widths, layers_of
 from demerge.errors import InputError, UsageError
 from demerge.randomness import generator
-from demerge.storage.atomic import commit_bytes
-from demerge.storage.safetensors_header import format_of
 from demerge.timesteps import Partition
 
 FORMAT = "demerge.layers/1"
 ORDERS = ("ranked", "size", "random")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 RANDOM = 64
-PLOTS = (".svg", ".png")
 Indices = NDArray[np.intp]
 
 
@@ -75,23 +75,21 @@ class LayerGains:
         """Take the products of every layer.
 
         Raises:
-            InputError: where the map has no sketches of layers.
-            UsageError: where the partition has one range, another number of timesteps, or a range without a whole bin.
+            InputError: if the map has no sketches of layers.
+            UsageError: if the partition has one range, another number of timesteps, or a range
+                without a whole bin.
         """
         if map.layers is None:
-            raise InputError(
-                "the map has no sketches of layers",
-                fix="measure it with `demerge analyze --layers`",
-            )
+            what = "the map has no sketches of layers"
+            raise InputError(what, fix="measure it with `demerge analyze --layers`")
         sizes, apart = layers_of(map.layout), _apart(map, partition)
         products, column = [], 0
         for width in layer_widths(map.layout):
             z = np.tensordot(apart, map.layers[..., column : column + width].astype(np.float64), 1)
             products.append(np.einsum("rmk,rnk->mn", z, z, optimize=True))
             column += width
-        return cls(
-            tuple(sizes), np.array(list(sizes.values())), np.stack(products), map.origin.seed
-        )
+        counts = np.array(list(sizes.values()))
+        return cls(tuple(sizes), counts, np.stack(products), map.origin.seed)
 
     @property
     def M(self) -> int:
@@ -112,19 +110,19 @@ class LayerGains:
 
     def total(self) -> Estimate:
         """Return J, the gain of all layers."""
-        everything = float(self.gains(cross(self.M)).sum())
-        return Estimate(everything, float(error(self.without_pair().sum(1)).se))
+        total = float(self.gains(cross(self.M)).sum())
+        return Estimate(total, float(error(self.without_pair().sum(1)).se))
 
-    def resolved(self) -> bool:
+    def is_resolved(self) -> bool:
         """Whether the 95 % interval of J lies above 0."""
         return bool(self.total().value > error(self.without_pair().sum(1)).half())
 
-    def ranking(self, gains: Array) -> Indices:
+    def rank(self, gains: Array) -> Indices:
         """Return the layers in the order of their gain per parameter [* L], from gains [* L]."""
         return np.argsort(-gains / self.sizes, axis=-1, kind="stable")
 
-    def taken(self, orders: Indices, shares: Sequence[float]) -> NDArray[np.bool_]:
-        """Return which layers are taken from each order [* L], each that still fits, for shares of the parameters, [* C L]."""
+    def take(self, orders: Indices, shares: Sequence[float]) -> NDArray[np.bool_]:
+        """Return which layers are taken from orders [* L], each that still fits, [* C L]."""
         budgets = np.floor(np.asarray(shares) * self.sizes.sum() + 1e-9)
         used = np.zeros((*orders.shape[:-1], len(budgets)))
         chosen = np.zeros((*used.shape, len(self.sizes)), dtype=bool)
@@ -132,40 +130,29 @@ class LayerGains:
             size = self.sizes[place][..., None]
             fits = used + size <= budgets
             used += size * fits
-            np.put_along_axis(
-                chosen,
-                np.broadcast_to(place[..., None, None], (*used.shape, 1)),
-                fits[..., None],
-                -1,
-            )
+            columns = np.broadcast_to(place[..., None, None], (*used.shape, 1))
+            np.put_along_axis(chosen, columns, fits[..., None], -1)
         return chosen
 
 
 def _apart(map: ConflictMap, partition: Partition) -> Array:
     """Return the map from gradients of bins to z, [R N]."""
     if partition.total != map.T:
-        raise UsageError(
-            f"the partition covers {partition.total} timesteps, the map {map.T}",
-            fix="make it with this base",
-        )
+        what = f"the partition covers {partition.total} timesteps, the map {map.T}"
+        raise UsageError(what, fix=f"give ranges of [0, {map.T})")
     if len(partition) == 1:
-        raise UsageError(
-            "one range decouples nothing", fix="give two or more, for example --ranges uniform:4"
-        )
+        fix = "give two or more, for example --ranges uniform:4"
+        raise UsageError("one range decouples nothing", fix=fix)
     shares = cover(map, partition)
-    for span, whole in zip(partition, (shares == 1).any(1), strict=True):
-        if not whole:
-            raise UsageError(
-                f"the range {span} holds no whole bin of the map, which has {map.N}",
-                fix="give wider ranges, or measure more bins with `demerge analyze --bins`",
-            )
+    for span, has_whole_bin in zip(partition, (shares == 1).any(1), strict=True):
+        if not has_whole_bin:
+            what = f"the range {span} holds no whole bin of the map, which has {map.N}"
+            fix = "give wider ranges, or measure more bins with `demerge analyze --bins`"
+            raise UsageError(what, fix=fix)
     u = shares * map.widths
     weights = u.sum(1, keepdims=True)
     apart: Array = np.sqrt(weights) * (u / weights - map.widths)
     return apart
-
-
-# -- held out ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,19 +171,20 @@ class HeldOutLayers:
     def of(cls, layers: LayerGains, shares: Sequence[float]) -> HeldOutLayers:
         """Rank on halves of the groups, judge on the others."""
         everyone = list(range(layers.M))
-        kept = [everyone, *([g for g in everyone if g != m] for m in everyone)]
+        stream = generator(layers.seed, "analysis-layers")
         fixed = {
             "size": np.argsort(layers.sizes, kind="stable")[None],
-            "random": _random_orders(layers),
+            "random": np.stack([stream.permutation(len(layers.sizes)) for _ in range(RANDOM)]),
         }
-        taken = {name: layers.taken(orders, shares).mean(0) for name, orders in fixed.items()}
+        taken = {name: layers.take(orders, shares).mean(0) for name, orders in fixed.items()}
         rows: dict[str, list[Array]] = {name: [] for name in ORDERS}
-        for groups in kept:
+        for left_out in (None, *everyone):
+            groups = [g for g in everyone if g != left_out]
             ranked, judged = (
                 layers.gains(weighted(half)) for half in halves(groups, layers.M, layers.seed)
             )
-            found = layers.taken(layers.ranking(ranked), shares)
-            rows["ranked"].append(np.einsum("scl,sl->c", found, judged) / judged.sum())
+            chosen = layers.take(layers.rank(ranked), shares)
+            rows["ranked"].append(np.einsum("scl,sl->c", chosen, judged) / judged.sum())
             for name, which in taken.items():
                 rows[name].append(which @ judged.sum(0) / judged.sum())
         return cls(tuple(shares), {name: np.stack(row) for name, row in rows.items()})
@@ -210,67 +198,143 @@ class HeldOutLayers:
         return Estimate(float(values[0]), float(standard_error(values[1:])))
 
 
-def _random_orders(layers: LayerGains) -> Indices:
-    stream = generator(layers.seed, "analysis-layers")
-    return np.stack([stream.permutation(len(layers.sizes)) for _ in range(RANDOM)])
+@dataclass(frozen=True, slots=True)
+class LayerGain:
+    """One layer: its parameters, its gain J_l and the standard error of it."""
+
+    name: str
+    parameters: int
+    gain: float
+    se: float
 
 
-# -- the result ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """Which layers to train for experts on the ranges of a partition, and why.
+
+    Attributes:
+        model: sha256 of the base.
+        groups: the number of groups of the map.
+        share: of the parameters that may be trained.
+        total: J.
+        layers: by gain per parameter.
+        curve: held-out shares of the gain by share and order; empty if J is not resolved.
+        train: names of the layers to train; all if no ranking is supported.
+        trained: their share of the parameters.
+    """
+
+    model: str
+    metric: str
+    groups: int
+    partition: Partition
+    share: float
+    total: Estimate
+    layers: tuple[LayerGain, ...]
+    curve: Mapping[float, Mapping[str, Estimate]]
+    is_supported: bool
+    reason: str
+    train: tuple[str, ...]
+    trained: float
+
+    def document(self) -> dict[str, Any]:
+        """Return the content of layers.json."""
+        curve = []
+        for share, row in self.curve.items():
+            curve.append({"share": share, **{order: asdict(row[order]) for order in ORDERS}})
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "metric": self.metric,
+            "groups": self.groups,
+            "ranges": [[span.start, span.stop] for span in self.partition],
+            "share": self.share,
+            "total": asdict(self.total),
+            "layers": [asdict(layer) for layer in self.layers],
+            "curve": curve,
+            "supported": self.is_supported,
+            "reason": self.reason,
+            "train": list(self.train),
+            "trained": self.trained,
+        }
+
+    def lines(self, top: int = 10) -> list[str]:
+        """Return what to train and why, the first layers, and the curve."""
+        parameters = sum(layer.parameters for layer in self.layers)
+        share = f"{self.trained:.1%} of {parameters:,} parameters"
+        verdict = f"train {len(self.train)} of {len(self.layers)} layers, {share}"
+        if not self.is_supported:
+            verdict = f"no ranking is supported: train all layers, {share}"
+        total = f"{self.total.value:.4g} ± {self.total.se:.2g}"
+        lines = [
+            verdict,
+            f"{'reason':12}  {self.reason}",
+            f"{'gain':12}  {total} in {len(self.partition)} ranges, {self.metric} metric",
+        ]
+        if self.metric != "adam":
+            lines.append(f"{'note':12}  finetuning uses Adam: rank by a map in --metric adam")
+        if self.is_supported:
+            lines.append(f"{'gain, % of all':>16}  {'parameters':>10}  layer")
+            for layer in self.layers[:top]:
+                gain, se = (100 * value / self.total.value for value in (layer.gain, layer.se))
+                lines.append(f"{gain:8.2f} ± {se:5.2f}  {layer.parameters:10,}  {layer.name}")
+        return [*lines, *self._table()]
+
+    def _table(self) -> Iterator[str]:
+        if not self.curve:
+            return
+        heads = "  ".join(f"{order:>13}" for order in ORDERS)
+        yield f"{'trained':>12}  {heads}   of the gain of all layers, held out"
+        for share, row in self.curve.items():
+            cells = "  ".join(f"{row[order].value:6.2f} ± {row[order].se:.2f}" for order in ORDERS)
+            yield f"{share:12.0%}  {cells}{'   <' if share == self.share else ''}"
 
 
-def layers(map: ConflictMap, partition: Partition, *, share: float = 0.1) -> dict[str, Any]:
-    """Say which layers to train for experts on the ranges of a partition, and why: JSON values only, as in layers.json.
+def choose_layers(map: ConflictMap, partition: Partition, *, share: float = 0.1) -> LayerChoice:
+    """Choose which layers to train for experts on the ranges of a partition.
 
     Args:
         share: of the map's parameters that may be trained, in (0, 1].
 
-    Returns `format`, `model` (sha256 of the base), `metric`, `groups`, `ranges`, `share`; `total`, J; `layers` with their
-    `name`, `parameters`, `gain` and `se`, by gain per parameter; `curve`, held-out shares of the gain by order, empty where J
-    is not resolved; `supported` and its `reason`; `train`, the names of the layers to train (all where nothing is supported),
-    and `trained`, their parameters' share.
-
     Raises:
-        InputError: where the map has no sketches of layers.
-        UsageError: where the share is not in (0, 1] or too small for any layer, or the partition does not fit the map.
+        InputError: if the map has no sketches of layers.
+        UsageError: if the share is not in (0, 1] or too small for any layer, or the partition does
+            not fit the map.
     """
     if not 0 < share <= 1:
         raise UsageError(f"share {share:g} is not in (0, 1]", fix="for example --share 0.1")
     found = LayerGains.of(map, partition)
     gains, errors = found.gains(cross(map.M)), error(found.without_pair()).se
-    order = found.ranking(gains)
-    (chosen,) = found.taken(order, [share])
+    order, parameters = found.rank(gains), found.sizes.sum()
+    (chosen,) = found.take(order, [share])
     if not chosen.any():
-        raise UsageError(
-            f"no layer fits into {share:g} of {found.sizes.sum():,} parameters",
-            fix=f"give --share {found.sizes.min() / found.sizes.sum():.1g} or more",
-        )
-    held_out = HeldOutLayers.of(found, sorted({*SHARES, share})) if found.resolved() else None
-    supported, reason = _verdict(held_out, share, map.M)
-    train = [found.names[i] for i in order if chosen[i] or not supported]
-    trained = found.sizes[chosen].sum() if supported else found.sizes.sum()
-    return {
-        "format": FORMAT,
-        "model": map.origin.model,
-        "metric": map.origin.metric,
-        "groups": map.M,
-        "ranges": [[span.start, span.stop] for span in partition],
-        "share": share,
-        "total": _number(found.total()),
-        "layers": [
-            {
-                "name": found.names[i],
-                "parameters": int(found.sizes[i]),
-                "gain": _short(gains[i]),
-                "se": _short(errors[i]),
-            }
-            for i in order
-        ],
-        "curve": _curve(held_out),
-        "supported": supported,
-        "reason": reason,
-        "train": train,
-        "trained": _short(trained / found.sizes.sum()),
-    }
+        what = f"no layer fits into {share:g} of {parameters:,} parameters"
+        raise UsageError(what, fix=f"give --share {found.sizes.min() / parameters:.1g} or more")
+    held_out = None
+    curve: dict[float, dict[str, Estimate]] = {}
+    if found.is_resolved():
+        held_out = HeldOutLayers.of(found, sorted({*SHARES, share}))
+        for each in held_out.shares:
+            curve[each] = {name: _short(held_out.estimate(name, each)) for name in ORDERS}
+    is_supported, reason = _verdict(held_out, share, map.M)
+    layers = []
+    for i in order:
+        gain = _short(Estimate(gains[i], errors[i]))
+        layers.append(LayerGain(found.names[i], int(found.sizes[i]), gain.value, gain.se))
+    trained = found.sizes[chosen].sum() / parameters if is_supported else 1.0
+    return LayerChoice(
+        model=map.origin.model,
+        metric=map.origin.metric,
+        groups=map.M,
+        partition=partition,
+        share=share,
+        total=_short(found.total()),
+        layers=tuple(layers),
+        curve=curve,
+        is_supported=is_supported,
+        reason=reason,
+        train=tuple(found.names[i] for i in order if chosen[i] or not is_supported),
+        trained=float(f"{trained:.6g}"),
+    )
 
 
 def _verdict(held_out: HeldOutLayers | None, share: float, M: int) -> tuple[bool, str]:
@@ -280,117 +344,15 @@ def _verdict(held_out: HeldOutLayers | None, share: float, M: int) -> tuple[bool
     if share == 1:
         return False, "a share of 1 leaves nothing to choose"
     gain, more = held_out.estimate("ranked", share), held_out.estimate("ranked", share, "random")
+    own, extra = (f"{100 * e.value:.0f} ± {100 * e.se:.0f} %" for e in (gain, more))
+    unclear = "which is not distinguishable from 0"
     if not gain.above(t_quantile(M)):
-        return (
-            False,
-            f"held out, the ranked layers gain {_percent(gain)} of all, which is not distinguishable from 0",
-        )
+        return False, f"held out, the ranked layers gain {own} of all, {unclear}"
     if not more.above(t_quantile(M)):
-        return (
-            False,
-            f"held out, ranked layers gain {_percent(more)} of all more than random ones, which is not distinguishable",
-        )
-    return (
-        True,
-        f"held out, they gain {_percent(gain)} of what all layers gain, {_percent(more)} more than random ones",
-    )
+        return False, f"held out, ranked layers gain {extra} more than random ones, {unclear}"
+    return True, f"held out, they gain {own} of what all layers gain, {extra} more than random ones"
 
 
-def _percent(found: Estimate) -> str:
-    return f"{100 * found.value:.0f} ± {100 * found.se:.0f} %"
-
-
-def _curve(held_out: HeldOutLayers | None) -> list[dict[str, Any]]:
-    if held_out is None:
-        return []
-    return [
-        {"share": share, **{order: _number(held_out.estimate(order, share)) for order in ORDERS}}
-        for share in held_out.shares
-    ]
-
-
-def _number(found: Estimate) -> dict[str, float]:
-    return {"value": _short(found.value), "se": _short(found.se)}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-# -- files ---------------------------------------------------------------------------------------------------------------
-
-
-def check_replaceable(out: Path | None, plot: Path | None) -> None:
-    """Refuse places for a choice and its plot that hold something else, or cannot be drawn.
-
-    Raises:
-        UsageError: naming it.
-    """
-    if plot is not None and (plot.suffix not in PLOTS or plot.is_dir()):
-        raise UsageError(
-            f"plot {plot} is neither .svg nor .png",
-            fix="name a file, for example --plot layers.svg",
-        )
-    if out is not None and out.exists() and format_of(out) != FORMAT:
-        raise UsageError(
-            f"{out} is there and is not a choice of layers",
-            fix="name another file, for example layers.json",
-        )
-
-
-def draw(said: dict[str, Any], path: Path) -> Path:
-    """Draw what `layers` says into a .svg or .png."""
-    from demerge.analysis.layers.plots import gain_by_layer
-    from demerge.reporting.theme import render
-
-    picture = render(gain_by_layer(said), path.suffix[1:])
-    return commit_bytes(path, picture)
-
-
-# -- for a person --------------------------------------------------------------------------------------------------------
-
-
-def lines(said: dict[str, Any], top: int = 10) -> list[str]:
-    """Return what `layers` says, for a person: the first layers, the curve, and what to train at the end."""
-    measured = sum(row["parameters"] for row in said["layers"])
-    total = Estimate(**said["total"])
-    head = f"{'gain, % of all':>16}  {'parameters':>10}  layer"
-    scale = 100 / total.value if total.value > 0 else 0.0
-    first = [
-        f"{scale * row['gain']:8.2f} ± {scale * row['se']:5.2f}  {row['parameters']:10,}  {row['name']}"
-        for row in said["layers"][:top]
-    ]
-    few = said["supported"]
-    count = f"{len(said['train'])} of {len(said['layers'])} layers, {said['trained']:.1%} of {measured:,} parameters"
-    return [
-        f"{'gain':12}  {total.value:.4g} ± {total.se:.2g} in {len(said['ranges'])} ranges, {said['metric']} metric",
-        *(
-            []
-            if said["metric"] == "adam"
-            else [f"{'note':12}  finetuning steps by Adam: a map in --metric adam ranks for that"]
-        ),
-        *([head, *first] if few else []),
-        *_table(said["curve"], said["share"]),
-        *([] if few else [f"{'ranking':12}  no ranking is supported: train all layers"]),
-        f"{'reason':12}  {said['reason']}",
-        f"{'train':12}  {count}",
-    ]
-
-
-def _table(curve: list[dict[str, Any]], chosen: float) -> list[str]:
-    if not curve:
-        return []
-    head = (
-        f"{'trained':>12}  "
-        + "  ".join(f"{order:>13}" for order in ORDERS)
-        + "   of the gain of all layers, held out"
-    )
-    return [
-        head,
-        *(
-            f"{row['share']:12.0%}  "
-            + "  ".join(f"{row[order]['value']:6.2f} ± {row[order]['se']:.2f}" for order in ORDERS)
-            + ("   <" if row["share"] == chosen else "")
-            for row in curve
-        ),
-    ]
+def _short(found: Estimate) -> Estimate:
+    """Return an estimate with six digits, as layers.json has it."""
+    return Estimate(float(f"{found.value:.6g}"), float(f"{found.se:.6g}"))

@@ -1,8 +1,9 @@
-"""The stage `demerge coefficients`: base, experts, data and ranges checked, cost known, then weights for a merge.
+"""The stage `demerge coefficients`: the weights of a merge, and what they are predicted to change.
 
-The ranges are the experts' own where these make a partition, as finetuning leaves them. The loss is taken on the train
-split by default, so that images which judge the merge have not chosen its weights; the experts have seen that split, and the
-prediction says so. With the test split the prediction is sharper, and what is then reported should come from other images.
+The ranges are by default the experts' own, as finetuning leaves them. The loss is taken on the
+train split by default, so that images which judge the merge have not chosen its weights. The
+experts have seen that split, and the plan says so. With the test split the prediction is sharper;
+then report scores on other images.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,280 +20,268 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from demerge.analysis.experts.coefficients import INTERVAL, Change, Coefficients, coefficients
-from demerge.analysis.experts.records import measured_on, settled_ranges, sha256_of
-from demerge.analysis.experts.responses import (
-    BATCH,
-    Draws,
-    Progress,
-    bend,
-    bytes_held,
-    merges,
-    passes,
-    responses,
+from demerge.analysis.experts.coefficients import (
+    INTERVAL,
+    Change,
+    Coefficients,
+    solve_coefficients,
 )
+from demerge.analysis.experts.inputs import open_experts
+from demerge.analysis.experts.options import CoefficientsOptions
+from demerge.analysis.experts.responses import BATCH, Draws, measure_bend, measure_responses
 from demerge.conflict import layer_of
+from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
-from demerge.lora import open_expert
 from demerge.merging import MergeSession
-from demerge.merging.inputs.experts import check_same_base
 from demerge.merging.recipe.blocks import KINDS
+from demerge.progress import Progress, silent
 from demerge.provenance import versions
-from demerge.storage.atomic import check_is_new, place_for
-from demerge.storage.checkpoint import Checkpoint
+from demerge.stage import Cost
+from demerge.storage.atomic import check_is_new, commit_json, place_for
 
-PER = ("model", "block", "layer")
 SHOWN = 16
+REMEMBERED = (
+    "note    the experts were trained on these images: the predicted gain is too large, by what "
+    "they remember"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CoefficientsResult:
+    """Weights, and the record of how they were found: inputs, options, seed, versions."""
+
+    solution: Coefficients
+    record: Mapping[str, Any]
+    out: Path
+
+    def document(self) -> dict[str, Any]:
+        """Return the path and the content of the file as JSON values."""
+        return {"out": str(self.out), **self.weights_file()}
+
+    def weights_file(self) -> dict[str, Any]:
+        """Return what `demerge merge --weights` reads; the model's are the mean of the blocks'."""
+        made, responses = self.solution, self.solution.responses
+        blocks = responses.blocks
+        weights: dict[str, Any] = {"weights": (made.w.mean(0) if blocks else made.w).tolist()}
+        if blocks:
+            weights["blocks"] = dict(zip(blocks, made.w.tolist(), strict=True))
+        means = zip(responses.ranges, responses.loss.mean(1), strict=True)
+        outside = [{"block": b or None, "expert": k, "weight": w} for b, k, w in made.outside]
+        found = {
+            "ridge": made.ridge,
+            "base_loss": {str(span): float(mean) for span, mean in means},
+            "predicted": made.predicted.document(),
+            "fitted": made.fitted,
+            "bend": made.bend.document(),
+            "average": made.average.document(),
+            "against_average": made.against_average.document(),
+            "outside": {
+                "interval": list(INTERVAL),
+                "weights": outside,
+                "ridge": made.inner_ridge if outside else None,
+            },
+        }
+        record = {**self.record, **found}
+        return {"format": "demerge.coefficients/1", **weights, "record": record}
+
+    def lines(self) -> list[str]:
+        """Return the verdict, the changes of the ranges, and the weights."""
+        made, losses = self.solution, self.solution.responses.loss.mean(1)
+        lines = [
+            *self.verdict(),
+            f"{'range':9s}  {'base loss':>9s}  {'predicted change':28s}  1/K each",
+        ]
+        for (name, change), loss in zip(made.predicted.ranges.items(), losses, strict=True):
+            average = _format(made.average.ranges[name])
+            lines.append(f"{name}  {loss:9.5f}  {_format(change)}  {average}")
+        total = f"{_format(made.predicted.total)}  {_format(made.average.total)}"
+        return [
+            *lines,
+            f"{'all':20s}  {total}",
+            *self._weights(),
+            *self._outside(),
+            f"ridge      {made.ridge:g}",
+            f"bend       {made.bend}: measured at these weights, beyond the closed form",
+        ]
+
+    def verdict(self) -> list[str]:
+        """Return whether a gain is predicted, and what to do."""
+        total, average = self.solution.predicted.total, self.solution.against_average
+        low, high = total.value - total.half, total.value + total.half
+        change = f"the loss over all ranges changes by {low:+.2%} to {high:+.2%} (95 %)"
+        if not total.is_resolved:
+            first = f"no gain is predicted: {change}, which covers 0. The base may be as good."
+        elif total.value < 0:
+            first = f"a gain is predicted: {change}. Merge with --weights {self.out}."
+        else:
+            first = f"these weights harm: {change}. Keep the base."
+        word = "better" if average.value < 0 else "worse"
+        if not average.is_resolved:
+            word = "not distinguishable from"
+        second = (
+            f"{word} than 1/K each by {average}"
+            if average.is_resolved
+            else f"{word} 1/K each: {average}"
+        )
+        return [
+            first,
+            second,
+            "Loss does not rank models as images do: compare them with `demerge evaluate`.",
+        ]
+
+    def _weights(self) -> Iterator[str]:
+        """Yield the weights; of many blocks or layers the least, the median and the most."""
+        blocks, rows = self.solution.responses.blocks, np.atleast_2d(self.solution.w)
+        names: Sequence[str] = blocks or ("weights",)
+        if len(names) > SHOWN:
+            yield f"of {len(names)} layers:"
+            names, rows = ("least", "median", "most"), np.quantile(rows, (0, 0.5, 1), axis=0)
+        width = max(9, *map(len, names))
+        for name, row in zip(names, rows, strict=True):
+            yield f"{name:{width}s}  {' '.join(f'{w:7.3f}' for w in row)}"
+
+    def _outside(self) -> Iterator[str]:
+        """Yield how many weights lie outside INTERVAL, and which ridge brings them inside."""
+        made = self.solution
+        if not made.outside:
+            return
+        block, k, w = made.outside[0]
+        farthest = f"{w:.3g} of expert {k}{f' at {block}' if block else ''}"
+        count = f"{len(made.outside)} of {made.w.size} weights lie outside [{INTERVAL[0]:g}, {INTERVAL[1]:g}]"
+        ridge = f"--ridge {made.inner_ridge:g} brings all inside"
+        if made.inner_ridge is None:
+            ridge = f"a --ridge above {made.ridge:g} shrinks them"
+        yield f"outside    {count}, the farthest is {farthest}; {ridge}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Everything one solution takes."""
+    """What the weights are found from; `seconds` is estimated."""
 
+    options: CoefficientsOptions
     draws: Draws
     session: MergeSession
-    options: Mapping[str, Any]
     inputs: Mapping[str, Any]
+    seconds: float
 
     @property
-    def passes(self) -> int:
-        """Samples that are sent through a model."""
-        return passes(self.draws, math.prod(self.session.shape))
+    def P(self) -> int:
+        """The number of weights."""
+        return math.prod(self.session.shape)
 
-    def seconds(self) -> float:
-        """Estimate what `run` takes, by a probe of one batch and one merge."""
-        cell, model = (
-            next(self.draws.cells(self.draws.ranges[0], 0, 0, BATCH)),
-            copy.deepcopy(self.draws.model.denoiser),
-        )
-        start = time.perf_counter()
-        self.draws.model.predict(cell.x_t, cell.t, cell.condition)
-        predicted = time.perf_counter()
-        self.session.apply(0.5, model)
-        merged = time.perf_counter() - predicted
-        return (predicted - start) * self.passes / len(cell.t) + merged * merges(
-            self.draws, math.prod(self.session.shape)
-        )
-
-    def lines(self) -> list[str]:
-        """Return the plan and its cost for a person."""
-        draws, P = self.draws, math.prod(self.session.shape)
-        held = (self.session.bytes + bytes_held(draws, P)) / 1e6
-        told = draws.model.describe_condition(draws.data)
-        note = "note    experts were trained on these very images: the prediction is too good by what they remember"
+    def describe(self) -> list[str]:
+        """Return notes, data, ranges and cost."""
+        data, condition = self.draws.data, self.draws.model.describe_condition(self.draws.data)
+        cost = self.cost()
         return [
-            *([note] if self.inputs["trained_on"] else []),
+            *([REMEMBERED] if self.inputs["trained_on"] else []),
             *(f"note    {note}" for note in self.session.notes),
-            f"data    {draws.data.name}, {draws.data.split}: {len(draws.data):,} images in {draws.groups} groups",
-            *([f"given   {told}"] if told else []),
-            f"ranges  {draws.ranges}",
-            f"cost    {self.passes:,} samples through the model for {P} weights: some {self.seconds():.0f} s, {held:.0f} MB",
+            f"data    {data.name}, {data.split}: {len(data):,} images in {self.draws.groups} groups",
+            *([f"given   {condition}"] if condition else []),
+            f"ranges  {self.draws.ranges}",
+            f"cost    {cost.steps:,} samples through the model for {self.P} weights: "
+            f"some {self.seconds:.0f} s, {(cost.memory or 0) / 1e6:.0f} MB",
         ]
 
-    def run(self, progress: Progress | None = None) -> Coefficients:
-        """Measure and solve.
+    def cost(self) -> Cost:
+        """Return the samples that go through the model, the time and the memory."""
+        memory = self.session.bytes + self.draws.count_bytes(self.P)
+        return Cost(steps=self.draws.count_passes(self.P), seconds=self.seconds, memory=memory)
+
+    def run(self, progress: Progress = silent) -> CoefficientsResult:
+        """Measure, solve, and write the file of weights.
 
         Raises:
-            NumericalError: where an output is not finite.
+            NumericalError: if an output is not finite.
         """
-        found = responses(self.draws, self.session, step=self.options["step"], progress=progress)
-        bent = partial(bend, self.draws, self.session, found)
-        return coefficients(
-            found, ridge=self.options["ridge"], relative=self.options["relative"], bend=bent
+        options = self.options
+        responses = measure_responses(
+            self.draws, self.session, step=options.step, progress=progress
         )
+        bend = partial(measure_bend, self.draws, self.session, responses)
+        solution = solve_coefficients(
+            responses, ridge=options.ridge, relative=options.relative, bend=bend
+        )
+        record = {
+            "inputs": dict(self.inputs),
+            "options": {
+                "per": options.granularity,
+                "samples": options.samples,
+                "groups": options.groups,
+                "ridge": options.ridge,
+                "relative": options.relative,
+                "step": options.step,
+            },
+            "seed": options.seed,
+            "versions": versions("demerge", "torch", "diffusers"),
+        }
+        result = CoefficientsResult(solution, record, options.out)
+        commit_json(options.out, result.weights_file())
+        return result
 
-    def record(self) -> dict[str, Any]:
-        """Return inputs, options, seed and versions as JSON values."""
-        said = {"inputs": dict(self.inputs), "options": dict(self.options), "seed": self.draws.seed}
-        return {**said, "versions": versions("demerge", "torch", "diffusers")}
 
-
-def prepare(
-    base: str,
-    experts: Sequence[str],
-    data: str,
-    out: Path | str,
-    *,
-    ranges: str | None = None,
-    per: str = "model",
-    samples: int = 512,
-    groups: int = 16,
-    ridge: float | None = None,
-    relative: bool = False,
-    step: float = 1.0,
-    split: str = "train",
-    skip_broken: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Plan:
+def plan(options: CoefficientsOptions) -> Plan:
     """Load what the weights are found from, and check it before anything is measured.
 
-    Args:
-        ranges: uniform:N, joint or a partition.json; the experts' own where None.
-        per: what has weights of its own: `model`, `block`, or `layer`, a module with tensors of its own.
-
     Raises:
-        UsageError: where an argument is wrong, `out` exists, or the experts have no ranges that make a partition.
-        InputError: where a model or the data cannot be read, or the experts do not fit the base.
-        ResourceError: where memory does not suffice.
+        UsageError: if an option is wrong, `out` exists, or the experts' ranges are not a partition.
+        InputError: if a model or the data cannot be read, or the experts do not fit the base.
+        ResourceError: if memory is too small.
     """
-    out = place_for(out)
+    out = place_for(options.out)
     if out.suffix != ".json":
         raise UsageError(f"{out} is not a name for a file of weights", fix="end it in .json")
     check_is_new(out)
-    if per not in PER:
-        raise UsageError(f"per '{per}' is unknown", fix=f"use {', '.join(PER)}")
-    origin = Checkpoint.open(base)
-    tuned = [open_expert(path, origin) for path in experts]
-    check_same_base(origin, tuned)
-    model = Diffusion.load(base, device=device)
-    partition = settled_ranges(ranges, model.T, [base, *experts], [origin, *tuned], tuned)
-    images = model.load_images(data, split=split, skip_broken=skip_broken)
-    draws = Draws(model, images, partition, samples, groups, seed)
-    session = MergeSession(origin, tuned, device, groups=_groups(per, model.denoiser))
+    opened = open_experts(options.base, options.experts)
+    model = Diffusion.load(options.base, device=resolve_device(options.device))
+    ranges = opened.find_ranges(options.ranges, model.T)
+    images = model.load_images(options.data, split=options.split, skip_broken=options.skip_broken)
+    draws = Draws(model, images, ranges, options.samples, options.groups, options.seed)
+    groups = merge_groups(options.granularity, model.denoiser)
+    session = MergeSession(opened.base, opened.models, model.device, groups=groups)
     inputs = {
-        "base": {"path": base, "sha256": sha256_of(origin)},
-        "experts": [
-            {"path": path, "sha256": sha256_of(found)}
-            for path, found in zip(experts, tuned, strict=True)
-        ],
-        **measured_on(images, split, partition, experts, tuned),
+        "base": opened.describe_base(),
+        "experts": opened.describe_models(),
+        **opened.describe_data(images, options.split, ranges),
     }
-    options = {
-        "per": per,
-        "samples": samples,
-        "groups": groups,
-        "ridge": ridge,
-        "relative": relative,
-        "step": step,
-    }
-    return Plan(draws, session, options, inputs)
+    return Plan(options, draws, session, inputs, _seconds(draws, session))
 
 
-def _groups(per: str, denoiser: nn.Module) -> Literal["blocks"] | Sequence[str] | None:
-    """Return what has weights of its own, as a merge session takes it."""
-    return {"model": None, "block": "blocks", "layer": layers(denoiser)}[per]
+def _seconds(draws: Draws, session: MergeSession) -> float:
+    """Estimate the time of a run by one batch and one merge."""
+    denoiser, P = copy.deepcopy(draws.model.denoiser), math.prod(session.shape)
+    cell = next(draws.cells(draws.ranges[0], 0, 0, BATCH))
+    start = time.perf_counter()
+    draws.model.predict(cell.x_t, cell.t, cell.condition)
+    predicted = time.perf_counter()
+    session.apply(0.5, denoiser)
+    merged = time.perf_counter()
+    each = (predicted - start) / len(cell.t)
+    return each * draws.count_passes(P) + (merged - predicted) * draws.count_merges(P)
 
 
-def layers(denoiser: nn.Module) -> list[str]:
-    """Return the patterns of the layers, modules with tensors of their own; what holds other layers comes after these."""
+def merge_groups(
+    granularity: Literal["model", "block", "layer"], denoiser: nn.Module
+) -> Literal["blocks"] | list[str] | None:
+    """Return what has weights of its own, as `MergeSession` takes it."""
+    if granularity == "model":
+        return None
+    return "blocks" if granularity == "block" else layer_patterns(denoiser)
+
+
+def layer_patterns(denoiser: nn.Module) -> list[str]:
+    """Return patterns of the modules with tensors of their own; those that hold others come last."""
     names = [name for name, tensor in denoiser.state_dict().items() if tensor.is_floating_point()]
-    found = list(dict.fromkeys(map(layer_of, names)))
-    holding = {layer.rsplit(".", i)[0] for layer in found for i in range(1, layer.count(".") + 1)}
-    nested = sorted(
-        (layer for layer in found if layer in holding), key=lambda layer: -layer.count(".")
-    )
-    chosen = [layer for layer in found if layer not in holding] + nested
-    return [f"{layer}.*" if layer in KINDS else layer for layer in chosen]
+    layers = list(dict.fromkeys(map(layer_of, names)))
+    holding: set[str] = set()
+    for layer in layers:
+        holding |= {layer.rsplit(".", i)[0] for i in range(1, layer.count(".") + 1)}
+    nested = [layer for layer in layers if layer in holding]
+    nested.sort(key=lambda layer: -layer.count("."))
+    ordered = [layer for layer in layers if layer not in holding] + nested
+    return [f"{layer}.*" if layer in KINDS else layer for layer in ordered]
 
 
-# -- what is said -----------------------------------------------------------------------------------------------------------
-
-
-def document(made: Coefficients, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the file of weights that `demerge merge --weights` takes; the model's are the mean of its blocks or layers."""
-    blocks = made.responses.blocks
-    weights = {"weights": (made.w.mean(0) if blocks else made.w).tolist()}
-    parts = {"blocks": dict(zip(blocks, made.w.tolist(), strict=True))} if blocks else {}
-    loss = {
-        str(span): float(mean)
-        for span, mean in zip(made.responses.ranges, made.responses.loss.mean(1), strict=True)
-    }
-    said = {
-        "ridge": made.ridge,
-        "base_loss": loss,
-        "predicted": made.predicted.document(),
-        "fitted": made.fitted,
-        "bend": made.bend.document(),
-        "average": made.average.document(),
-        "against_average": made.gained.document(),
-        "outside": {
-            "interval": list(INTERVAL),
-            "weights": [
-                {"block": block or None, "expert": k, "weight": w} for block, k, w in made.outside
-            ],
-            "ridge": made.calm if made.outside else None,
-        },
-    }
-    return {"format": "demerge.coefficients/1", **weights, **parts, "record": {**record, **said}}
-
-
-def lines(made: Coefficients) -> list[str]:
-    """Return what was found for a person."""
-    found = made.responses
-    rows = [
-        f"{span}  {loss:9.5f}  {_told(made.predicted.ranges[str(span)])}  {_told(made.average.ranges[str(span)])}"
-        for span, loss in zip(found.ranges, found.loss.mean(1), strict=True)
-    ]
-    return [
-        f"{'range':9s}  {'base loss':>9s}  {'predicted change':28s}  1/K each",
-        *rows,
-        f"{'all':20s}  {_told(made.predicted.total)}  {_told(made.average.total)}",
-        *_weights(made),
-        *_outside(made),
-        f"ridge      {made.ridge:g}",
-        f"bend       {made.bend}: measured at these weights, beyond what the closed form sees",
-        *verdict(made),
-    ]
-
-
-def _weights(made: Coefficients) -> list[str]:
-    """Return the weights, or of many their spread over blocks or layers."""
-    names, rows = made.responses.blocks or ("weights",), np.atleast_2d(made.w)
-    if len(names) > SHOWN:
-        names, rows = ("least", "median", "most"), np.quantile(rows, (0, 0.5, 1), axis=0)
-    width = max(9, *(len(name) for name in names))
-    told = [
-        f"{name:{width}s}  {' '.join(f'{w:7.3f}' for w in row)}"
-        for name, row in zip(names, rows, strict=True)
-    ]
-    return (
-        told
-        if len(made.responses.blocks) <= SHOWN
-        else [f"of {len(made.responses.blocks)} layers:", *told]
-    )
-
-
-def _outside(made: Coefficients) -> list[str]:
-    """Return, where there are weights outside of INTERVAL, how many, the farthest, and what a larger ridge would do."""
-    if not made.outside:
-        return []
-    block, k, w = made.outside[0]
-    which = f"{w:.3g} of expert {k}{f' at {block}' if block else ''}"
-    ridge = (
-        f"a --ridge above {made.ridge:g} shrinks them"
-        if made.calm is None
-        else f"--ridge {made.calm:g} brings all inside"
-    )
-    count = f"{len(made.outside)} of {made.w.size} weights lie outside [{INTERVAL[0]:g}, {INTERVAL[1]:g}]"
-    return [
-        f"outside    {count}, over a task vector from base and expert, the farthest {which}; {ridge}"
-    ]
-
-
-def verdict(made: Coefficients) -> list[str]:
-    """Return what is promised of the weights, and what is not."""
-    total, gained = made.predicted.total, made.gained
-    interval = f"{total.value - total.half:+.2%} to {total.value + total.half:+.2%} (95 %)"
-    if not total.sure:
-        first = f"no promise: the change of the loss over all ranges, {interval}, covers 0; the base may be as good"
-    elif total.value < 0:
-        first = f"promised: the loss over all ranges changes by {interval}"
-    else:
-        first = f"worse: the loss over all ranges changes by {interval}; keep the base"
-    better = "better than" if gained.value < 0 else "worse than"
-    second = (
-        f"{better} 1/K each by {gained}"
-        if gained.sure
-        else f"no promise that they beat 1/K each: {gained}"
-    )
-    return [
-        first,
-        second,
-        "loss does not rank models as images do: compare by `demerge evaluate` before you believe it",
-    ]
-
-
-def _told(change: Change) -> str:
-    return f"{change!s:18s} {'' if change.sure else 'covers 0':9s}"
+def _format(change: Change) -> str:
+    return f"{change!s:18s} {'' if change.is_resolved else 'covers 0':9s}"

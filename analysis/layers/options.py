@@ -1,0 +1,30 @@
+"""The options of `demerge layers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from demerge.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayersOptions(Options):
+    """From which map layers are chosen, for which ranges, and how many.
+
+    Raises:
+        UsageError: if a value breaks its rule.
+    """
+
+    map: Path = option(
+        help="conflict.safetensors of `demerge analyze --layers`, or its folder.",
+        argument=True,
+        metavar="MAP",
+    )
+    ranges: str = option("uniform:4", "uniform:N or a partition.json: the ranges of the experts.")
+    share: float = option(0.1, "Share of the parameters to train.", gt=0, le=1)
+    model: str | None = option(None, "The base. A map of other weights is an error.")
+    out: Path | None = option(
+        None, "File for `demerge finetune --train-layers`.", flags=("-o", "--out")
+    )
+    plot: Path | None = option(None, "File for a plot of gains and curve, .svg or .png.")
