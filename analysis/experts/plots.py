@@ -50,7 +50,11 @@ def draw_path(path: Landscape, label: str = "merged") -> Figure:
         ax.plot(rows.s, change, color=colour, marker=MARKERS[k % len(MARKERS)], ms=5, label=name)
         ax.fill_between(rows.s, change - half, change + half, color=colour, alpha=0.18, lw=0)
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
-    corner = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 8}
+    corner: dict[str, Any] = {
+        "xycoords": ("data", "axes fraction"),
+        "textcoords": "offset points",
+        "fontsize": 8,
+    }
     for place, text in ((0, "base"), (1, plain(label))):
         ax.axvline(place, color=GREY, lw=0.8, ls=":", zorder=0)
         ax.annotate(text, (place, 1), xytext=(2, 2), **corner)
@@ -175,9 +179,10 @@ def draw_transfer(transfer: Transfer) -> Figure:
     shares = np.divide(known, largest, out=np.full_like(known, np.nan), where=largest > 0)
     size = (2.6 + 1.35 * R + 0.05 * max(map(len, labels)), 1.7 + 0.55 * K)
     figure = Figure(figsize=size, layout="constrained")
-    ax, grid = figure.add_subplot(), {"edgecolors": "white", "linewidth": 1.5}
+    ax = figure.add_subplot()
+    grid: dict[str, Any] = {"edgecolors": "white", "linewidth": 1.5}
     mesh = ax.pcolormesh(np.ma.masked_invalid(shares), cmap="vlag", vmin=-1, vmax=1, **grid)
-    hatch = {"facecolor": "0.96", "edgecolor": "0.75", "hatch": "////", "lw": 0}
+    hatch: dict[str, Any] = {"facecolor": "0.96", "edgecolor": "0.75", "hatch": "////", "lw": 0}
     pale = {"boxstyle": "round,pad=0.15", "fc": "0.96", "ec": "none"}
     for (k, r), is_resolved in np.ndenumerate(changes.resolved):
         style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": "0.15"}

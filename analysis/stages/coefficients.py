@@ -88,10 +88,8 @@ class CoefficientsResult:
     def lines(self) -> list[str]:
         """Return the verdict, the changes of the ranges, and the weights."""
         made, losses = self.solution, self.solution.responses.loss.mean(1)
-        lines = [
-            *self.verdict(),
-            f"{'range':9s}  {'base loss':>9s}  {'predicted change':28s}  1/K each",
-        ]
+        head = f"{'range':9s}  {'base loss':>9s}  {'predicted change':28s}  1/K each"
+        lines = [*self.verdict(), head]
         for (name, change), loss in zip(made.predicted.ranges.items(), losses, strict=True):
             average = _format(made.average.ranges[name])
             lines.append(f"{name}  {loss:9.5f}  {_format(change)}  {average}")
@@ -116,14 +114,9 @@ class CoefficientsResult:
             first = f"a gain is predicted: {change}. Merge with --weights {self.out}."
         else:
             first = f"these weights harm: {change}. Keep the base."
-        word = "better" if average.value < 0 else "worse"
-        if not average.is_resolved:
-            word = "not distinguishable from"
-        second = (
-            f"{word} than 1/K each by {average}"
-            if average.is_resolved
-            else f"{word} 1/K each: {average}"
-        )
+        second = f"not distinguishable from 1/K each: {average}"
+        if average.is_resolved:
+            second = f"{'better' if average.value < 0 else 'worse'} than 1/K each by {average}"
         return [
             first,
             second,
@@ -148,10 +141,11 @@ class CoefficientsResult:
             return
         block, k, w = made.outside[0]
         farthest = f"{w:.3g} of expert {k}{f' at {block}' if block else ''}"
-        count = f"{len(made.outside)} of {made.w.size} weights lie outside [{INTERVAL[0]:g}, {INTERVAL[1]:g}]"
-        ridge = f"--ridge {made.inner_ridge:g} brings all inside"
-        if made.inner_ridge is None:
-            ridge = f"a --ridge above {made.ridge:g} shrinks them"
+        interval = f"[{INTERVAL[0]:g}, {INTERVAL[1]:g}]"
+        count = f"{len(made.outside)} of {made.w.size} weights lie outside {interval}"
+        ridge = f"a --ridge above {made.ridge:g} shrinks them"
+        if made.inner_ridge is not None:
+            ridge = f"--ridge {made.inner_ridge:g} brings all inside"
         yield f"outside    {count}, the farthest is {farthest}; {ridge}"
 
 

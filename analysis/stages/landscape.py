@@ -26,6 +26,7 @@ from demerge.analysis.experts.landscape import Landscape, Probe, measure_path, m
 from demerge.analysis.experts.options import LandscapeOptions
 from demerge.analysis.experts.task_vectors import TaskVectors, compare_task_vectors
 from demerge.analysis.similarity import t_quantile
+from demerge.conflict import Array
 from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
@@ -244,10 +245,10 @@ class Plan:
         Raises:
             NumericalError: if a loss is not finite.
         """
-        options, total, before = self.options, self.cost().steps, 0
+        options, steps, before = self.options, self.cost().steps, 0
 
-        def count(done: int, _: int, text: str = "") -> None:
-            progress(before + done, total, text)
+        def count(done: int, total: int, text: str = "") -> None:
+            progress(before + done, steps, text)
 
         paths: dict[str, Landscape] = {}
         for name, end in self.ends.items():
@@ -378,7 +379,7 @@ def _plain(value: Any) -> Any:
     return float(value) if math.isfinite(value) else None
 
 
-def _columns(norms: Sequence[float]) -> str:
+def _columns(norms: Array) -> str:
     return "".join(f"{norm:13.4g}" for norm in norms)
 
 

@@ -98,7 +98,7 @@ def test_what_scripts_rely_on(run: Any, conflict: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--share", 0), 2, "share 0 is not in"),
+        (("--share", 0), 2, "share is 0.0"),
         (("--share", 1e-6), 2, "no layer fits"),
         (("--ranges", "unifrom:2"), 2, "neither uniform:N"),
         (("--ranges", "uniform:\N{SUPERSCRIPT TWO}"), 2, "neither uniform:N"),

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from demerge.analysis.layers import gains as layers_stage
+from demerge.analysis.layers.gains import choose_layers
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.schedule import check_same_schedule, log_snr
 from demerge.analysis.stages import ranges as ranges_stage
@@ -424,9 +424,7 @@ def targets(
         )
     ]
     layered = [
-        lambda: layers_stage.lines(
-            layers_stage.layers(ConflictMap.load(file_of_map), Partition.uniform(1000, 2))
-        )
+        lambda: choose_layers(ConflictMap.load(file_of_map), Partition.uniform(1000, 2)).lines()
     ]
     caption = {"captions": ["a cat"]}
     return [

@@ -11,9 +11,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from demerge.analysis.experts.coefficients import coefficients, predict
-from demerge.analysis.experts.responses import Draws, responses
-from demerge.analysis.stages.coefficients import layers
+from demerge.analysis.experts.coefficients import predict, solve_coefficients
+from demerge.analysis.experts.responses import Draws, measure_responses
+from demerge.analysis.stages.coefficients import merge_groups
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
 from demerge.evaluation.metrics.range_losses import range_losses
@@ -26,7 +26,7 @@ EXPERTS, WEIGHTS, SAMPLES = 4, 16, 256
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per", ["model", "block", "layer"])
-def test_predicted_changes_rank_merges_as_other_samples_do(tmp_path: Path, per: str) -> None:
+def test_predicted_changes_rank_merges_as_other_samples_do(tmp_path: Path, per: Any) -> None:
     """Ranks of the change of loss per range, over random weights: predicted on some draws, measured on others."""
     base, ranges = Diffusion.load("digits-base"), Partition.uniform(1000, EXPERTS)
     options = FinetuneOptions(
@@ -34,14 +34,14 @@ def test_predicted_changes_rank_merges_as_other_samples_do(tmp_path: Path, per: 
     )
     for _ in finetune(base, load_images("digits", split="train"), ranges, options, tmp_path):
         pass
-    groups: Any = {"model": None, "block": "blocks", "layer": layers(base.denoiser)}[per]
+    groups = merge_groups(per, base.denoiser)
     session = MergeSession("digits-base", [tmp_path / str(span) for span in ranges], groups=groups)
     test = load_images("digits", split="test")
-    found = responses(Draws(base, test, ranges, SAMPLES), session)
+    found = measure_responses(Draws(base, test, ranges, SAMPLES), session)
     model = base.with_denoiser(copy.deepcopy(base.denoiser))
     origin = range_losses(base, test, ranges, samples=SAMPLES, seed=1)
     chosen = [
-        coefficients(found).w,
+        solve_coefficients(found).w,
         *np.random.default_rng(0).uniform(-0.5, 1, size=(WEIGHTS, *session.shape)),
     ]
     predicted, measured = [], []

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.experts.landscape import Landscape, loss_path, loss_plane
+from demerge.analysis.experts.landscape import Landscape, Probe, measure_path, measure_plane
 from demerge.analysis.experts.plots import (
-    loss_along_path,
-    loss_on_plane,
-    norms_by_block,
-    norms_by_layer,
+    draw_norms_by_block,
+    draw_norms_by_layer,
+    draw_path,
+    draw_plane,
 )
-from demerge.analysis.experts.task_vectors import task_vectors
+from demerge.analysis.experts.task_vectors import compare_task_vectors
 from demerge.errors import InputError, UsageError
 from demerge.evaluation.metrics.range_losses import range_losses
 from demerge.reporting.theme import render
@@ -34,13 +35,18 @@ def moved(model: Any, step: float, part: slice) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def plane(linear: Any, images: Any) -> Landscape:
+def probe(linear: Any, images: Any) -> Probe:
+    return Probe(model=linear, data=images, ranges=TWO, **SIZE)
+
+
+@pytest.fixture
+def plane(linear: Any, probe: Probe) -> Landscape:
     first, second = moved(linear, 0.1, slice(0, 4)), moved(linear, -0.2, slice(4, 9))
-    return loss_plane(linear, first, second, images, TWO, steps=[-0.5, 0.0, 0.5, 1.0], **SIZE)
+    return measure_plane(probe, first, second, [-0.5, 0.0, 0.5, 1.0])
 
 
-def test_a_linear_model_has_parabolas_for_paths(linear: Any, images: Any) -> None:
-    path = loss_path(linear, moved(linear, 0.3, slice(0, 9)), images, TWO, **SIZE)
+def test_a_linear_model_has_parabolas_for_paths(linear: Any, probe: Probe) -> None:
+    path = measure_path(probe, moved(linear, 0.3, slice(0, 9)))
     table = path.table()
     assert list(table.columns) == ["s", "range", "loss", "change", "se"] and len(table) == 7 * 2
     for name in path.ranges:
@@ -51,18 +57,18 @@ def test_a_linear_model_has_parabolas_for_paths(linear: Any, images: Any) -> Non
         assert rows.change.to_numpy() == pytest.approx(rows.loss.to_numpy() / rows.loss.iloc[0] - 1)
 
 
-def test_the_ends_of_a_path_are_the_two_models(linear: Any, images: Any) -> None:
+def test_the_ends_of_a_path_are_the_two_models(linear: Any, images: Any, probe: Probe) -> None:
     merged = moved(linear, 0.3, slice(2, 7))
-    path = loss_path(linear, merged, images, TWO, scales=[1.0, 0.0], **SIZE)
+    path = measure_path(probe, merged, [1.0, 0.0])
     assert path.losses[1] == path.base == range_losses(linear, images, TWO, **SIZE)
     other = linear.with_denoiser(type(linear.denoiser)(3))
     other.denoiser.load_state_dict(merged)
     assert path.losses[0] == range_losses(other, images, TWO, **SIZE)
-    assert path == loss_path(linear, other, images, TWO, scales=[1.0, 0.0], **SIZE)
+    assert path == measure_path(probe, other, [1.0, 0.0])
 
 
 def test_a_plane_holds_base_and_experts_at_their_places(
-    linear: Any, images: Any, plane: Landscape
+    linear: Any, probe: Probe, plane: Landscape
 ) -> None:
     assert len(plane.points) == 16 and plane.axes == ("w_i", "w_j")
     at = dict(zip(plane.points, plane.losses, strict=True))
@@ -71,7 +77,7 @@ def test_a_plane_holds_base_and_experts_at_their_places(
         ((1.0, 0.0), moved(linear, 0.1, slice(0, 4))),
         ((0.0, 1.0), moved(linear, -0.2, slice(4, 9))),
     ):
-        path = loss_path(linear, expert, images, TWO, scales=[1.0], **SIZE)
+        path = measure_path(probe, expert, [1.0])
         assert at[place].means == pytest.approx(path.losses[0].means)
     x, y, change = plane.grid("change", plane.ranges[1])
     assert x.tolist() == y.tolist() == [-0.5, 0.0, 0.5, 1.0] and change.shape == (4, 4)
@@ -86,10 +92,10 @@ def test_disjoint_task_vectors_add_up_on_their_plane(plane: Landscape) -> None:
 
 
 def test_the_model_stays_as_it_is(
-    linear: Any, images: Any, monkeypatch: pytest.MonkeyPatch
+    linear: Any, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, module = linear.denoiser.theta.detach().clone(), linear.denoiser.train()
-    loss_path(linear, moved(linear, 1.0, slice(0, 9)), images, TWO, **SIZE)
+    measure_path(probe, moved(linear, 1.0, slice(0, 9)))
     assert (
         torch.equal(linear.denoiser.theta, before) and linear.denoiser is module and module.training
     )
@@ -99,35 +105,32 @@ def test_the_model_stays_as_it_is(
 
     monkeypatch.setattr("demerge.analysis.experts.landscape.range_losses", fail)
     with pytest.raises(RuntimeError):
-        loss_path(linear, moved(linear, 1.0, slice(0, 9)), images, TWO, **SIZE)
+        measure_path(probe, moved(linear, 1.0, slice(0, 9)))
     assert torch.equal(linear.denoiser.theta, before) and linear.denoiser.theta.requires_grad
 
 
-def test_equal_arguments_give_equal_numbers_and_progress_is_told(linear: Any, images: Any) -> None:
+def test_equal_arguments_give_equal_numbers_and_progress_is_told(linear: Any, probe: Probe) -> None:
     seen: list[tuple[int, int, str]] = []
     expert = moved(linear, 0.2, slice(0, 5))
-    arguments = (linear, expert, images, TWO)
-    first = loss_path(
-        *arguments, scales=[0.5, 1.0], **SIZE, progress=lambda *step: seen.append(step)
-    )
+    first = measure_path(probe, expert, [0.5, 1.0], lambda *step: seen.append(step))
     assert seen == [(1, 3, "s = 0"), (2, 3, "s = 0.5"), (3, 3, "s = 1")]
-    assert first == loss_path(*arguments, scales=[0.5, 1.0], **SIZE)
-    assert first != loss_path(*arguments, scales=[0.5, 1.0], samples=32, seed=6)
+    assert first == measure_path(probe, expert, [0.5, 1.0])
+    assert first != measure_path(replace(probe, seed=6), expert, [0.5, 1.0])
 
 
-def test_what_does_not_fit_is_refused(linear: Any, images: Any, plane: Landscape) -> None:
+def test_what_does_not_fit_is_refused(linear: Any, probe: Probe, plane: Landscape) -> None:
     expert = moved(linear, 0.2, slice(0, 5))
-    for wrong in (
-        {"scales": []},
-        {"scales": [1.0, 1.0]},
-        {"scales": [np.inf]},
-        {"batch_size": 0},
-        {"samples": 3},
+    for wrong, scales in (
+        (probe, []),
+        (probe, [1.0, 1.0]),
+        (probe, [np.inf]),
+        (replace(probe, batch_size=0), [1.0]),
+        (replace(probe, samples=3), [1.0]),
     ):
         with pytest.raises(UsageError):
-            loss_path(linear, expert, images, TWO, **wrong)
+            measure_path(wrong, expert, scales)
     with pytest.raises(InputError, match="theta"):
-        loss_path(linear, {"phi": expert["theta"]}, images, TWO, **SIZE)
+        measure_path(probe, {"phi": expert["theta"]})
     with pytest.raises(UsageError, match="do not fit"):
         Landscape(("s",), plane.points, plane.losses, plane.base)
     for column, span in (("norm", plane.ranges[0]), ("loss", "0000-0001")):
@@ -139,31 +142,28 @@ def test_what_does_not_fit_is_refused(linear: Any, images: Any, plane: Landscape
 
 
 def test_figures_render_without_warnings_and_repeat(
-    linear: Any, images: Any, plane: Landscape
+    linear: Any, probe: Probe, plane: Landscape
 ) -> None:
-    path = loss_path(linear, moved(linear, 0.3, slice(0, 9)), images, TWO, **SIZE)
-    flat = loss_plane(
-        linear, *[moved(linear, 0.0, slice(0, 1))] * 2, images, TWO, steps=[0.0], **SIZE
-    )
+    path = measure_path(probe, moved(linear, 0.3, slice(0, 9)))
+    flat = measure_plane(probe, *[moved(linear, 0.0, slice(0, 1))] * 2, [0.0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for draw in (
-            lambda: loss_along_path(path, "ties"),
-            lambda: loss_on_plane(plane),
-            lambda: loss_on_plane(flat, "xy"),
-        ):
-            assert render(draw()) == render(draw()) and len(render(draw(), "png")) > 5000
-    assert len(loss_on_plane(plane).axes) == len(plane.ranges) + 1
+        assert len(render(draw_path(path, "ties"), "png")) > 5000
+        assert len(render(draw_plane(flat, "xy"), "png")) > 5000
+        figure = draw_plane(plane)
+        assert len(render(figure, "png")) > 5000
+        assert render(draw_path(path)) == render(draw_path(path))
+    assert len(figure.axes) == len(plane.ranges) + 1
 
 
 def test_the_wrong_landscape_or_labels_are_refused(
-    linear: Any, images: Any, plane: Landscape
+    linear: Any, probe: Probe, plane: Landscape
 ) -> None:
-    path = loss_path(linear, moved(linear, 0.3, slice(0, 9)), images, TWO, **SIZE)
+    path = measure_path(probe, moved(linear, 0.3, slice(0, 9)))
     for wrong in (
-        lambda: loss_along_path(plane),
-        lambda: loss_on_plane(path),
-        lambda: loss_on_plane(plane, ["one"]),
+        lambda: draw_path(plane),
+        lambda: draw_plane(path),
+        lambda: draw_plane(plane, ["one"]),
     ):
         with pytest.raises(UsageError):
             wrong()
@@ -175,8 +175,10 @@ def test_norms_by_block_are_drawn() -> None:
         "mid_block.a": torch.zeros(3),
         "mid_block.b": torch.zeros(2),
     }
-    vectors = task_vectors(base, [{n: t + k for n, t in base.items()} for k in (0.0, 1.0, -2.0)])
-    figure = norms_by_block(vectors, "xyz")
+    vectors = compare_task_vectors(
+        base, [{n: t + k for n, t in base.items()} for k in (0.0, 1.0, -2.0)]
+    )
+    figure = draw_norms_by_block(vectors, "xyz")
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["in", "mid"] and len(
         render(figure, "png")
     ) > 5000
@@ -189,12 +191,12 @@ def test_norms_by_layer_are_drawn_by_block() -> None:
         "mid_block.b.weight": torch.zeros(2),
     }
     for steps in ((0.0, 1.0, -2.0), (0.0, 0.0, 0.0)):
-        vectors = task_vectors(base, [{n: t + k for n, t in base.items()} for k in steps])
-        figure = norms_by_layer(vectors, "xyz")
+        vectors = compare_task_vectors(base, [{n: t + k for n, t in base.items()} for k in steps])
+        figure = draw_norms_by_layer(vectors, "xyz")
         assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["in", "mid"]
         assert (
             figure.axes[0].get_ylabel() == "3 layers, by block"
             and len(render(figure, "png")) > 5000
         )
     with pytest.raises(UsageError, match="1 labels for 3"):
-        norms_by_layer(vectors, ["x"])
+        draw_norms_by_layer(vectors, ["x"])

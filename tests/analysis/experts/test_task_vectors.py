@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.experts.task_vectors import task_vectors
+from demerge.analysis.experts.task_vectors import compare_task_vectors
 from demerge.errors import InputError, UsageError
 
 BASE = {"a": torch.tensor([1.0, 1.0]), "b": torch.zeros(1, 2), "steps": torch.tensor(3)}
@@ -17,7 +17,7 @@ def expert(a: list[float], b: list[float]) -> dict[str, torch.Tensor]:
 
 
 def test_norms_cosines_and_sign_conflict_by_hand() -> None:
-    found = task_vectors(BASE, [expert([3, 4], [0, 0]), expert([3, -4], [0, 2])])
+    found = compare_task_vectors(BASE, [expert([3, 4], [0, 0]), expert([3, -4], [0, 2])])
     assert found.names == ("a", "b")
     assert found.norms.tolist() == [[5, 5], [0, 2]]
     assert found.cosine == pytest.approx(
@@ -27,7 +27,7 @@ def test_norms_cosines_and_sign_conflict_by_hand() -> None:
 
 
 def test_an_unchanged_expert_has_no_direction() -> None:
-    found = task_vectors(BASE, [expert([0, 0], [0, 0]), expert([1, 0], [0, 0])])
+    found = compare_task_vectors(BASE, [expert([0, 0], [0, 0]), expert([1, 0], [0, 0])])
     assert (
         np.isnan(found.cosine[0]).all()
         and found.cosine[1, 1] == 1
@@ -37,11 +37,11 @@ def test_an_unchanged_expert_has_no_direction() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(InputError, match=r"missing \['b'\], extra \['c'\]"):
-        task_vectors(BASE, [{"a": BASE["a"], "c": BASE["b"], "steps": BASE["steps"]}])
+        compare_task_vectors(BASE, [{"a": BASE["a"], "c": BASE["b"], "steps": BASE["steps"]}])
     with pytest.raises(InputError, match="'a' is \\[3\\]"):
-        task_vectors(BASE, [{**BASE, "a": torch.zeros(3)}])
+        compare_task_vectors(BASE, [{**BASE, "a": torch.zeros(3)}])
     with pytest.raises(UsageError):
-        task_vectors(BASE, [])
+        compare_task_vectors(BASE, [])
 
 
 def test_blocks_add_up_their_tensors() -> None:
@@ -52,7 +52,7 @@ def test_blocks_add_up_their_tensors() -> None:
     }
     g = torch.Generator().manual_seed(0)
     experts = [{n: torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(3)]
-    whole = task_vectors(base, experts)
+    whole = compare_task_vectors(base, experts)
     blocks = whole.by_block()
     assert blocks.names == ("in", "up.0")
     assert blocks.norms[1] == pytest.approx(np.sqrt(whole.norms[0] ** 2 + whole.norms[2] ** 2))
@@ -63,16 +63,16 @@ def test_blocks_add_up_their_tensors() -> None:
 
 
 def test_effective_rank_by_hand() -> None:
-    found = task_vectors(BASE, [expert([3, 0], [1, 1]), expert([0, 3], [2, 2])])
+    found = compare_task_vectors(BASE, [expert([3, 0], [1, 1]), expert([0, 3], [2, 2])])
     assert found.effective_ranks == pytest.approx([2, 1])
-    assert task_vectors(BASE, [BASE, BASE]).effective_rank == 0
+    assert compare_task_vectors(BASE, [BASE, BASE]).effective_rank == 0
     tau = torch.tensor([[3.0, 0, 1, 1], [0, 3, 2, 2]], dtype=torch.float64)
     p = torch.linalg.svdvals(tau) / torch.linalg.svdvals(tau).sum()
     assert found.effective_rank == pytest.approx(float(torch.exp(-(p * p.log()).sum())))
 
 
 def test_the_table_has_a_row_for_each_tensor() -> None:
-    table = task_vectors(
+    table = compare_task_vectors(
         BASE, [expert([3, 4], [0, 0]), expert([3, -4], [0, 2]), expert([0, 0], [0, 0])]
     ).table("xyz")
     assert table.columns.tolist() == [
@@ -89,7 +89,7 @@ def test_the_table_has_a_row_for_each_tensor() -> None:
     ] == pytest.approx(16 / 25)
     assert np.isnan(table.cosine["b"]) and table.effective_rank["b"] == pytest.approx(1)
     with pytest.raises(UsageError, match="1 labels for 2"):
-        task_vectors(BASE, [BASE, BASE]).table(["x"])
+        compare_task_vectors(BASE, [BASE, BASE]).table(["x"])
 
 
 def test_layers_are_modules_with_all_their_tensors() -> None:
@@ -100,7 +100,7 @@ def test_layers_are_modules_with_all_their_tensors() -> None:
     }
     g = torch.Generator().manual_seed(0)
     experts = [{n: torch.randn(t.shape, generator=g) for n, t in base.items()} for _ in range(2)]
-    whole = task_vectors(base, experts)
+    whole = compare_task_vectors(base, experts)
     layers = whole.by_layer()
     assert layers.names == ("up.0.conv", "theta")
     assert layers.norms[0] == pytest.approx(np.hypot(whole.norms[0], whole.norms[1]))
@@ -115,9 +115,12 @@ def test_deltas_of_a_lora_are_task_vectors() -> None:
         holds_deltas = True
 
     lora = Deltas(a=torch.tensor([3.0, 4.0]))
-    found, same = task_vectors(BASE, [lora]), task_vectors(BASE, [expert([3, 4], [0, 0])])
+    found, same = (
+        compare_task_vectors(BASE, [lora]),
+        compare_task_vectors(BASE, [expert([3, 4], [0, 0])]),
+    )
     assert found.norms.tolist() == same.norms.tolist() == [[5], [0]]
     with pytest.raises(InputError, match=r"extra \['c'\]"):
-        task_vectors(BASE, [Deltas(c=torch.zeros(1))])
+        compare_task_vectors(BASE, [Deltas(c=torch.zeros(1))])
     with pytest.raises(InputError, match="'a' is \\[3\\]"):
-        task_vectors(BASE, [Deltas(a=torch.zeros(3))])
+        compare_task_vectors(BASE, [Deltas(a=torch.zeros(3))])

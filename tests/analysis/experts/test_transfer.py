@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from demerge.analysis import MeasurementOptions, measure
-from demerge.analysis.experts.plots import transfer_matrix
-from demerge.analysis.experts.transfer import transfer
+from demerge.analysis.experts.plots import draw_transfer
+from demerge.analysis.experts.transfer import predict_transfer
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.analysis.similarity import t_quantile
 from demerge.analysis.stages.transfer import short_names
@@ -51,7 +51,7 @@ def test_products_are_those_of_the_gradients_where_all_is_kept(linear: Any, imag
     s = map.sketches.astype(np.float64) * CountSketch.of(9, SIZE["seed"]).signs.numpy()
     step = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     base, ranges = theta_moved(linear, torch.zeros(1)), Partition.from_cuts(30, [7, 15])
-    found = transfer(map, base, [theta_moved(linear, row) for row in step], ranges)
+    found = predict_transfer(map, base, [theta_moved(linear, row) for row in step], ranges)
     weights = np.array(
         [[5, 2, 0, 0, 0, 0], [0, 3, 5, 0, 0, 0], [0, 0, 0, 5, 5, 5], [5] * 6]
     ) / np.array([[7], [8], [15], [30]])
@@ -70,7 +70,7 @@ def test_models_and_deltas_of_any_order_are_read_alike(linear: Any, images: Any)
     base, step = theta_moved(linear, torch.zeros(1)), torch.full((1, 3, 3), 0.1)
     full, lora = theta_moved(linear, step), Deltas(theta=step)
     seen: list[int] = []
-    found = transfer(
+    found = predict_transfer(
         map,
         base,
         [full, lora, Deltas()],
@@ -125,7 +125,7 @@ def test_intervals_of_sketched_products_cover_the_truth() -> None:
     covered, share = [], []
     for seed in range(3):
         map, base, experts, truth = drawn(seed, 40)
-        found = transfer(map, base, experts, Partition.uniform(40, 2))
+        found = predict_transfer(map, base, experts, Partition.uniform(40, 2))
         covered += (abs(found.changes.value - truth) <= found.changes.half).ravel().tolist()
         share += (found.changes.sketch / found.changes.half).ravel().tolist()
         assert found.by_layer is not None and found.by_layer.value.shape == (40, 2, 2)
@@ -134,7 +134,7 @@ def test_intervals_of_sketched_products_cover_the_truth() -> None:
 
 def test_layers_add_up_and_short_ones_are_exact() -> None:
     map, base, experts, _ = drawn(0, 3)
-    found = transfer(map, base, experts, Partition.uniform(40, 2))
+    found = predict_transfer(map, base, experts, Partition.uniform(40, 2))
     assert found.layers == ("a", "b") and found.by_layer is not None
     assert (
         layers_of(LAYOUT)["b"] <= LAYER_K
@@ -149,7 +149,10 @@ def test_what_the_map_does_not_have_is_counted_and_left_out() -> None:
     map, base, experts, _ = drawn(0, 1)
     buffer = {"c.running": torch.zeros(4), "c.steps": torch.tensor(3)}
     moved = {**experts[0], "c.running": torch.full((4,), 10.0), "c.steps": torch.tensor(3)}
-    plain, more = transfer(map, base, experts, TWO), transfer(map, {**buffer, **base}, [moved], TWO)
+    plain, more = (
+        predict_transfer(map, base, experts, TWO),
+        predict_transfer(map, {**buffer, **base}, [moved], TWO),
+    )
     assert np.array_equal(plain.changes.value, more.changes.value) and np.array_equal(
         plain.norms, more.norms
     )
@@ -209,7 +212,7 @@ def test_what_does_not_fit_is_refused(change: Callable[..., Any], message: str) 
     map, base, experts, _ = drawn(0, 1)
     map, base, expert = change(map, base, experts[0])
     with pytest.raises(InputError) as refused:
-        transfer(map, base, [expert], TWO)
+        predict_transfer(map, base, [expert], TWO)
     assert message in refused.value.what and refused.value.fix
 
 
@@ -221,7 +224,7 @@ def test_experts_names_and_ranges_must_fit() -> None:
         (experts, ["a"], Partition.uniform(50, 2)),
     ):
         with pytest.raises(UsageError):
-            transfer(map, base, given, ranges, names=names)
+            predict_transfer(map, base, given, ranges, names=names)
 
 
 def test_names_are_short_where_that_tells_them_apart() -> None:
@@ -230,16 +233,16 @@ def test_names_are_short_where_that_tells_them_apart() -> None:
 
 
 @pytest.mark.parametrize("level", [1.0, 0.0], ids=["as measured", "nothing resolved"])
-def test_the_matrix_is_drawn_with_what_is_not_resolved_hatched(level: float) -> None:
+def test_the_matrix_is_drawn_with_unresolved_cells_hatched(level: float) -> None:
     map, base, experts, _ = drawn(0, 4)
-    found = transfer(map, base, experts, TWO, names=["0000-0250", "$x", "c" * 90, "d"])
-    if not level:
-        found = replace(found, changes=replace(found.changes, value=0 * found.changes.value))
+    made = predict_transfer(map, base, experts, TWO, names=["0000-0250", "$x", "c" * 90, "d"])
+    made = replace(made, changes=replace(made.changes, value=level * made.changes.value))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first, second = (render(transfer_matrix(found)) for _ in range(2))
-    assert first == second and len(render(transfer_matrix(found), "png")) > 5000
-    assert len(transfer_matrix(found).axes[0].patches) == int((~found.changes.resolved).sum())
+        figure = draw_transfer(made)
+        assert len(render(figure, "png")) > 5000
+        assert not level or render(figure) == render(draw_transfer(made))
+    assert len(figure.axes[0].patches) == int((~made.changes.resolved).sum())
 
 
 # -- against what it predicts --------------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ def test_short_task_vectors_change_the_losses_of_digits_as_predicted(tmp_path: P
         pass
     experts = [Checkpoint.open(tmp_path / str(span)) for span in ranges]
     map = measure(model, train, MeasurementOptions(bins=4, groups=6, batch_size=16))
-    found = transfer(map, model.denoiser.state_dict(), experts, ranges)
+    found = predict_transfer(map, model.denoiser.state_dict(), experts, ranges)
     live, session, losses = (
         model.with_denoiser(copy.deepcopy(model.denoiser)),
         MergeSession(model.denoiser, experts),

@@ -6,13 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 import pytest
 
-from demerge.analysis.layers.gains import HeldOutLayers, LayerGains, layers, lines
-from demerge.analysis.layers.plots import gain_by_layer
+from demerge.analysis.layers.gains import HeldOutLayers, LayerGains, choose_layers
+from demerge.analysis.layers.plots import draw_gains
 from demerge.analysis.partitioning.objective import Objective, cover
 from demerge.analysis.similarity import cross, halves, similarity, weighted
 from demerge.conflict import Array, ConflictMap, Origin
@@ -85,11 +84,11 @@ def test_gains_are_unbiased_and_their_errors_honest() -> None:
     strengths, many = (1.0, 0.0, 0.5, 0.0, 0.2), []
     truth, covered = np.array(SIZES) * np.square(strengths), []
     for seed in range(60):
-        said = layers(drawn(planted(strengths), 2.0, seed=seed), HALVES, share=1)
-        rows = sorted(said["layers"], key=lambda row: row["name"])
-        many.append([row["gain"] for row in rows])
+        made = choose_layers(drawn(planted(strengths), 2.0, seed=seed), HALVES, share=1)
+        rows = sorted(made.layers, key=lambda row: row.name)
+        many.append([row.gain for row in rows])
         covered.append(
-            [abs(row["gain"] - t) < 2.365 * row["se"] for row, t in zip(rows, truth, strict=True)]
+            [abs(row.gain - t) < 2.365 * row.se for row, t in zip(rows, truth, strict=True)]
         )
     mean, se = np.mean(many, axis=0), np.std(many, axis=0) / 60**0.5
     assert (abs(mean - truth) < 3.3 * se).all()
@@ -97,48 +96,36 @@ def test_gains_are_unbiased_and_their_errors_honest() -> None:
 
 
 def test_planted_layers_are_found_and_supported() -> None:
-    said = layers(drawn(planted((2.0, 0.1, 1.0, 0.0, 0.0)), 0.5), HALVES, share=0.2)
-    assert [row["name"] for row in said["layers"]][:2] == ["block.0", "block.2"]
-    assert said["supported"] and said["train"] == ["block.0", "block.2"] and said["trained"] == 0.2
-    at = {row["share"]: row for row in said["curve"]}
-    assert at[0.2]["ranked"]["value"] > 0.9 > at[0.2]["random"]["value"]
-    assert at[1.0]["ranked"] == pytest.approx({"value": 1, "se": 0}, abs=1e-12)
-    assert (
-        said["model"] == "model"
-        and said["ranges"] == [[0, 500], [500, 1000]]
-        and said["format"] == "demerge.layers/1"
-    )
-    text = "\n".join(lines(said))
-    assert (
-        "block.0" in text
-        and "2 of 5 layers, 20.0% of 60 parameters" in text
-        and "--metric adam" in text
-    )
+    made = choose_layers(drawn(planted((2.0, 0.1, 1.0, 0.0, 0.0)), 0.5), HALVES, share=0.2)
+    assert [row.name for row in made.layers][:2] == ["block.0", "block.2"]
+    assert made.is_supported and made.train == ("block.0", "block.2") and made.trained == 0.2
+    assert made.curve[0.2]["ranked"].value > 0.9 > made.curve[0.2]["random"].value
+    document = made.document()
+    assert document["curve"][-1]["ranked"] == pytest.approx({"value": 1, "se": 0}, abs=1e-12)
+    assert document["model"] == "model" and document["format"] == "demerge.layers/1"
+    assert document["ranges"] == [[0, 500], [500, 1000]]
+    text = "\n".join(made.lines())
+    assert text.startswith("train 2 of 5 layers, 20.0% of 60 parameters")
+    assert "block.0" in text and "--metric adam" in text
 
 
 def test_equal_layers_support_no_ranking() -> None:
-    """All layers gain alike per parameter: a ranking follows noise, and is believed in a few maps of a hundred."""
+    """All layers gain alike per parameter: a ranking of noise is believed in few maps of 100."""
     sizes, believed = (6,) * 20, []
-    for seed in range(60):
-        said = layers(
-            drawn(planted((0.3,) * 20, sizes=sizes), 1.0, seed=seed, sizes=sizes), HALVES, share=0.2
-        )
-        believed.append(said["supported"])
-        assert said["supported"] or (len(said["train"]) == 20 and said["trained"] == 1)
+    for seed in range(30):
+        map = drawn(planted((0.3,) * 20, sizes=sizes), 1.0, seed=seed, sizes=sizes)
+        made = choose_layers(map, HALVES, share=0.2)
+        believed.append(made.is_supported)
+        assert made.is_supported or (len(made.train) == 20 and made.trained == 1)
     assert np.mean(believed) < 0.1
 
 
 def test_noise_supports_nothing() -> None:
-    believed = [
-        layers(drawn(np.zeros((8, 60)), 1.0, seed=seed), HALVES, share=0.3)["supported"]
-        for seed in range(40)
-    ]
-    assert np.mean(believed) < 0.05
-    said = layers(drawn(np.zeros((8, 60)), 1.0), HALVES, share=0.3)
-    assert said["curve"] == [] and "no ranking is supported: train all layers" in "\n".join(
-        lines(said)
-    )
-    assert set(said["train"]) == {row["name"] for row in said["layers"]}
+    maps = [drawn(np.zeros((8, 60)), 1.0, seed=seed) for seed in range(30)]
+    assert np.mean([choose_layers(m, HALVES, share=0.3).is_supported for m in maps]) < 0.05
+    made = choose_layers(maps[0], HALVES, share=0.3)
+    assert not made.curve and set(made.train) == {row.name for row in made.layers}
+    assert made.lines()[0].startswith("no ranking is supported: train all layers")
 
 
 def test_held_out_gains_are_judged_on_the_other_half() -> None:
@@ -156,7 +143,7 @@ def test_held_out_gains_are_judged_on_the_other_half() -> None:
 
 def test_layers_are_taken_while_they_fit() -> None:
     found = LayerGains.of(drawn(planted((1.0,) * 5), 0.1), HALVES)
-    chosen = found.taken(np.array([[3, 0, 1, 2, 4], [0, 1, 2, 3, 4]]), [0.3, 0.4, 1.0])
+    chosen = found.take(np.array([[3, 0, 1, 2, 4], [0, 1, 2, 3, 4]]), [0.3, 0.4, 1.0])
     assert chosen.shape == (2, 3, 5)
     assert [[np.flatnonzero(row).tolist() for row in order] for order in chosen] == [
         [[0, 1], [0, 3], [0, 1, 2, 3, 4]],
@@ -181,33 +168,25 @@ def test_mistakes_are_named(
     partition: Partition, share: float, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as refused:
-        layers(drawn(planted((1.0,) * 5), 0.1), partition, share=share)
+        choose_layers(drawn(planted((1.0,) * 5), 0.1), partition, share=share)
     assert refused.value.fix  # type: ignore[attr-defined]
 
 
 def test_a_map_without_layers_is_refused() -> None:
     with pytest.raises(InputError, match="no sketches of layers"):
-        layers(replace(drawn(planted((1.0,) * 5), 0.1), layers=None), HALVES)
+        choose_layers(replace(drawn(planted((1.0,) * 5), 0.1), layers=None), HALVES)
 
 
 @pytest.mark.parametrize("noise", [0.5, 30.0], ids=["supported", "noise"])
 def test_gains_are_drawn(noise: float) -> None:
-    said: dict[str, Any] = layers(
-        drawn(planted((2.0, 0.1, 1.0, 0.0, 0.0)), noise), HALVES, share=0.2
-    )
+    made = choose_layers(drawn(planted((2.0, 0.1, 1.0, 0.0, 0.0)), noise), HALVES, share=0.2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first, second = (render(gain_by_layer(said)) for _ in range(2))
-        assert (
-            first == second
-            and first.startswith(b"<?xml")
-            and len(render(gain_by_layer(said, 3), "png")) > 5000
-        )
-    bars, curve = gain_by_layer(said).axes
-    assert [bar.get_width() for bar in bars.patches] == pytest.approx(
-        [
-            row["gain"] * (100 / said["total"]["value"] if said["curve"] else 1)
-            for row in said["layers"]
-        ]
-    )
-    assert len(curve.lines) == (5 if said["curve"] else 0)
+        figure = draw_gains(made)
+        assert render(figure) == render(draw_gains(made))
+        assert len(render(draw_gains(made, 3), "png")) > 5000
+    bars, curve = figure.axes
+    scale = 100 / made.total.value if made.curve else 1
+    widths = [bar.get_width() for bar in bars.patches]
+    assert widths == pytest.approx([row.gain * scale for row in made.layers])
+    assert len(curve.lines) == (5 if made.curve else 0)

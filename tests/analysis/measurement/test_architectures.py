@@ -218,7 +218,7 @@ def test_other_embeddings_of_classes_are_refused(
 
 
 def test_experts_of_a_dit_are_trained_weighed_and_judged(dit: Diffusion, tmp_path: Path) -> None:
-    from demerge.analysis.experts.responses import Draws, responses
+    from demerge.analysis.experts.responses import Draws, measure_responses
     from demerge.evaluation.metrics.range_losses import range_losses
     from demerge.finetuning import FinetuneOptions
     from demerge.finetuning.trainer import ExpertTraining
@@ -239,7 +239,9 @@ def test_experts_of_a_dit_are_trained_weighed_and_judged(dit: Diffusion, tmp_pat
     assert [step.step for step in run.train(lambda: False)] == [1, 2]
     run.finish(tmp_path / "0000-0500")
     expert = Diffusion.load(tmp_path / "0000-0500")
-    found = responses(Draws(dit, data, two, 5, 5), MergeSession(dit.denoiser, [expert.denoiser]))
+    found = measure_responses(
+        Draws(dit, data, two, 5, 5), MergeSession(dit.denoiser, [expert.denoiser])
+    )
     assert found.slope.shape == (2, 5, 1) and (found.products > 0).all()
     assert all(value > 0 for value in range_losses(expert, data, two, samples=16).means.values())
     fisher = range_fisher(expert, data, two[0], samples=2).tensors

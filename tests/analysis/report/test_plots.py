@@ -12,7 +12,7 @@ from matplotlib import style
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from demerge.analysis.experts.task_vectors import task_vectors
+from demerge.analysis.experts.task_vectors import compare_task_vectors
 from demerge.analysis.partitioning.bootstrap import Evidence
 from demerge.analysis.partitioning.cross_validation import count
 from demerge.analysis.report.partition_plots import cut_support, explained_share
@@ -156,6 +156,8 @@ def test_equal_maps_give_equal_bytes(planted: Any) -> None:
 
 def test_task_vectors_are_drawn() -> None:
     base = {"a": torch.zeros(4), "b": torch.zeros(3)}
-    vectors = task_vectors(base, [{n: t + k for n, t in base.items()} for k in (0.0, 1.0, -2.0)])
+    vectors = compare_task_vectors(
+        base, [{n: t + k for n, t in base.items()} for k in (0.0, 1.0, -2.0)]
+    )
     for figure in (task_vector_norms(vectors, "xyz"), task_vector_similarity(vectors, "xyz")):
         assert len(render(figure, "png")) > 5000
