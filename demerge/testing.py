@@ -4,8 +4,8 @@
     def test_my_method():
         check_method(my_method)
 
-Each property takes a method and a seed, merges small random tensors in memory, and raises AssertionError where it
-fails.
+Each property takes a method and a seed, merges small random tensors in memory, and raises
+AssertionError if it fails.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from demerge.merging.contract import Block, Blocks, Method
 from demerge.merging.engine.probe import Case
+from demerge.merging.engine.resident import load
 from demerge.merging.engine.validation import Tensors
 from demerge.merging.registry import method_of
 
@@ -38,11 +39,12 @@ class HeldBlocks(Blocks):
 
 
 def shapes_are_kept(method: Method, seed: int) -> None:
-    """The result has the base's names, shapes and a floating dtype."""
+    """The result has the base's names, shapes and dtypes."""
     case = Case.random(seed, K=3)
     merged = case.merge(method)
-    assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in case.base.items()}
-    assert all(t.dtype == torch.float32 for t in merged.values())
+    assert list(merged) == list(case.base)
+    for name, tensor in case.base.items():
+        assert merged[name].shape == tensor.shape and merged[name].dtype == tensor.dtype
 
 
 def arguments_are_kept(method: Method, seed: int) -> None:
@@ -50,18 +52,18 @@ def arguments_are_kept(method: Method, seed: int) -> None:
     case, twin = Case.random(seed, K=3), Case.random(seed, K=3)
 
     @wraps(method.function)
-    def watched(*arguments: Tensor, **given: Any) -> Tensor:
-        passed = [*arguments, *(value for value in given.values() if isinstance(value, Tensor))]
-        before = [tensor.clone() for tensor in passed]
-        merged = method.function(*arguments, **given)
-        assert all(map(torch.equal, passed, before)), "it writes into its arguments"
+    def watched(*arguments: Tensor, **keywords: Any) -> Tensor:
+        tensors = [value for value in keywords.values() if isinstance(value, Tensor)]
+        tensors += arguments
+        before = [tensor.clone() for tensor in tensors]
+        merged = method.function(*arguments, **keywords)
+        assert all(map(torch.equal, tensors, before)), "it writes into its arguments"
         return merged
 
-    first, second = case.merge(replace(method, function=watched)), case.merge(method)
-    _assert_equal(first, second)
-    given = [case.base, *case.experts, *case.inputs]
-    for mine, kept in zip(given, [twin.base, *twin.experts, *twin.inputs], strict=True):
-        _assert_equal(mine, kept)
+    _assert_equal(case.merge(replace(method, function=watched)), case.merge(method))
+    models, twins = ([c.base, *c.experts, *c.inputs] for c in (case, twin))
+    for model, other in zip(models, twins, strict=True):
+        _assert_equal(model, other)
 
 
 def zero_deltas_give_the_base(method: Method, seed: int) -> None:
@@ -71,44 +73,42 @@ def zero_deltas_give_the_base(method: Method, seed: int) -> None:
 
 
 def order_does_not_matter(method: Method, seed: int) -> None:
-    """Experts, weights and inputs in another order give the same, up to rounding; random masks are kept out."""
-    case, order = Case.random(seed, K=4), [2, 0, 3, 1]
+    """Experts, weights and inputs in another order give the same, up to rounding.
+
+    A method that needs random numbers runs with its neutral options: its masks depend on the order.
+    """
+    case, turned = Case.random(seed, K=4), Case.random(seed, K=4).pick([2, 0, 3, 1])
     options = (method.neutral_options or {}) if method.needs_random else {}
-    _assert_close(case.merge(method, **options), case.pick(order).merge(method, **options))
+    _assert_close(case.merge(method, **options), turned.merge(method, **options))
 
 
 def one_expert_is_itself(method: Method, seed: int) -> None:
-    """With its options off, as `@method(neutral_options={...})` declares, a single expert of weight 1 is the result, to the bit."""
+    """With its neutral options a single expert of weight 1 is the result, to the bit."""
     case = Case.random(seed, K=1)
     _assert_equal(case.merge(method, **(method.neutral_options or {})), case.experts[0])
 
 
-def off_is_the_mean(method: Method, seed: int) -> None:
-    """A method that says how its options are off is then the weighted mean, for equal inputs and deltas of one sign."""
+def neutral_options_give_the_mean(method: Method, seed: int) -> None:
+    """With its neutral options, equal inputs and deltas of one sign, it is the weighted mean."""
     if method.neutral_options is None:
         return
     case = Case.random(seed, K=3)
     experts = [{n: t + (e[n] - t).abs() for n, t in case.base.items()} for e in case.experts]
-    merged = replace(case, experts=experts, inputs=[case.inputs[0]] * 3).merge(
-        method, **method.neutral_options
-    )
-    mean = {
-        n: sum((w * e[n] for w, e in zip(case.weights, experts, strict=True)), torch.zeros(()))
-        for n in case.base
-    }
-    _assert_close(merged, mean)
+    alike = replace(case, experts=experts, inputs=[case.inputs[0]] * 3)
+    mean = {n: torch.zeros_like(t) for n, t in case.base.items()}
+    for weight, expert in zip(case.weights, experts, strict=True):
+        mean = {n: t + weight * expert[n] for n, t in mean.items()}
+    _assert_close(alike.merge(method, **method.neutral_options), mean)
 
 
 def weight_zero_is_left_out(method: Method, seed: int) -> None:
-    """An expert of weight 0 changes nothing, with any two choices, if the method has weights: the others are merged."""
+    """An expert of weight 0 changes nothing, if the method has weights: the others are merged."""
     if not method.has_weights:
         return
-    silent = (
-        3 if method.needs_random else 1
-    )  # random masks depend on the place of an expert: so the others keep theirs
-    case = replace(
-        Case.random(seed, K=4), weights=[0.0 if i == silent else 0.2 + 0.1 * i for i in range(4)]
-    )
+    # random masks depend on the place of an expert: the others keep theirs if the last is left out
+    silent = 3 if method.needs_random else 1
+    weights = [0.0 if i == silent else 0.2 + 0.1 * i for i in range(4)]
+    case = replace(Case.random(seed, K=4), weights=weights)
     others = case.pick([i for i in range(4) if i != silent])
     for options in list(_pairs_of_choices(method))[seed % 3 :: 3]:  # all of them over three seeds
         try:
@@ -126,18 +126,33 @@ def _pairs_of_choices(method: Method) -> Iterator[dict[str, Any]]:
     ]
     yield {}
     for one, other in combinations([*chosen, [("", "")]], 2):
-        yield from ({name: choice for name, choice in pair if name} for pair in product(one, other))
+        for pair in product(one, other):
+            yield {name: choice for name, choice in pair if name}
 
 
 def finite_stays_finite(method: Method, seed: int) -> None:
     """Deltas of any scale from 0 to 1e10, identical experts and inputs of 0 give finite numbers."""
     for scale in SCALES:
         case = Case.random(seed, K=3, scale=scale)
-        silent = replace(
-            case, inputs=[{n: torch.zeros_like(t) for n, t in i.items()} for i in case.inputs]
-        )
-        for variant in (case, silent, replace(case, experts=[case.experts[0]] * 3)):
+        zeros = [{n: torch.zeros_like(t) for n, t in tensors.items()} for tensors in case.inputs]
+        alike = replace(case, experts=[case.experts[0]] * 3)
+        for variant in (case, replace(case, inputs=zeros), alike):
             assert all(bool(torch.isfinite(t).all()) for t in variant.merge(method).values())
+
+
+def sessions_follow_the_weights(method: Method, seed: int) -> None:
+    """A statistic declared with `uses_weights=False` does not use them: a session keeps it."""
+    case = Case.random(seed, K=3)
+    job = case.job(method)
+    constants = {**job.options, "ranges": job.ranges, "snr": job.snr}
+    resident = load(job.reader, constants, torch.device("cpu"), torch.float32)
+    for values in ([0.9, 0.05, 0.05], case.weights):
+        weights = torch.tensor(values)
+        merged = {n: t.clone() for n, _, t in resident.merge(lambda name: weights)}  # noqa: B023
+    exact = case.merge(method)
+    for name, tensor in merged.items():
+        flat = exact[name].reshape(-1)
+        torch.testing.assert_close(tensor.to(flat.dtype), flat, rtol=1e-3, atol=1e-4)
 
 
 Property = Callable[[Method, int], None]
@@ -147,9 +162,10 @@ PROPERTIES: tuple[Property, ...] = (
     zero_deltas_give_the_base,
     order_does_not_matter,
     one_expert_is_itself,
-    off_is_the_mean,
+    neutral_options_give_the_mean,
     weight_zero_is_left_out,
     finite_stays_finite,
+    sessions_follow_the_weights,
 )
 
 
@@ -164,14 +180,9 @@ def check_method(function: Callable[..., Tensor], *, seeds: int = 3) -> None:
             try:
                 check(method_of(function), seed)
             except Exception as error:
-                what = (
-                    error
-                    if isinstance(error, AssertionError)
-                    else f"{type(error).__name__}: {error}"
-                )
-                raise AssertionError(
-                    f"{function.__name__}: {check.__doc__} seed {seed}: {what}"
-                ) from error
+                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                what = f"{function.__name__}: {check.__doc__} seed {seed}: {kind}{error}"
+                raise AssertionError(what) from error
 
 
 def _assert_equal(one: Tensors, other: Tensors) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from demerge.errors import InputError, NumericalError, ResourceError, UsageError
-from demerge.merging import Between, all_methods, merge, merge_tensors
+from demerge.merging import Between, all_methods, merge, merge_tensors, registry
 from demerge.merging.contract import describe_method
 from demerge.merging.engine.reader import CHUNK, uniform
 from demerge.timesteps import TimestepRange
@@ -61,7 +59,7 @@ def test_one_hot_weights_give_that_expert_and_zeros_the_base(name: str, dtype: t
         assert all(torch.equal(merged[n], base[n]) for n in base)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(all_methods()))
 def test_every_method_is_within_half_an_ulp_of_itself_in_float64(
     name: str, dtype: torch.dtype
@@ -137,16 +135,24 @@ def test_streamed_ties_is_that_of_the_slow_oracle(density: float) -> None:
         torch.testing.assert_close(merged[name], expected[name], rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(all_methods()))
-def test_neither_chunks_nor_threads_leave_a_trace(name: str) -> None:
+def merged_with(name: str, **how: Any) -> State:
     base, experts = states()
     grams = [{"a": torch.eye(30) * (i + 1)} for i in range(len(experts))]
     inputs = {"fisher": [{n: t.abs() for n, t in e.items()} for e in experts], "gram": grams}
-    given = {"inputs": inputs, "ranges": [TimestepRange(0, 250)] * len(experts)}
-    whole = merge_tensors(base, experts, name, **given)
-    for chunk, threads in ((1, 1), (7, 3), (64, 2), (1000, 4)):
-        parts = merge_tensors(base, experts, name, chunk=chunk, num_workers=threads, **given)
-        assert all(torch.equal(whole[n], parts[n]) for n in base)
+    ranges = [TimestepRange(0, 250)] * len(experts)
+    return merge_tensors(base, experts, name, inputs=inputs, ranges=ranges, **how)
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_chunks_leave_no_trace(name: str) -> None:
+    whole, parts = merged_with(name), merged_with(name, chunk=64)
+    assert all(torch.equal(tensor, parts[n]) for n, tensor in whole.items())
+
+
+@pytest.mark.parametrize("name", ["dare", "ties", "pcb", "regmean", "sce"])
+def test_workers_leave_no_trace(name: str) -> None:
+    whole, parts = merged_with(name), merged_with(name, chunk=250, num_workers=3)
+    assert all(torch.equal(tensor, parts[n]) for n, tensor in whole.items())
 
 
 def test_random_numbers_are_addressed_by_their_index() -> None:
@@ -366,7 +372,7 @@ FAULTS = {
     ),
     "odd": (
         "def odd(base, deltas, *, weights, a=None): return base",
-        "option a=None of a merge method is of the type",
+        "option a=None of a merge method has the type",
     ),
     "lost": (
         "def lost(base, deltas, *, weights: 'Gone'): return base",
@@ -403,37 +409,24 @@ def named(base, deltas, *, weights):
 def plain(base, deltas, *, weights, scale: float = 1.0):
     return base + scale * deltas.sum(0)
 """
-LIST = (
-    "import demerge.merging as m; print({'plugin_module', 'plugin_plain'} <= set(m.all_methods()))"
-)
 
 
-@pytest.mark.parametrize(
-    ("points", "said"),
-    [
-        ("a = plugin\nplugin_plain = plugin:plain", "True"),
-        ("a = plugin:gone", "plugin has a merge method that cannot be imported"),
-    ],
-)
 def test_other_packages_register_modules_and_functions(
-    points: str, said: str, tmp_path: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "plugin.py").write_text(PLUGIN)
     record = tmp_path / "plugin-1.0.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
-    (record / "entry_points.txt").write_text(f"[demerge.methods]\n{points}\n")
-    places = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": places}
-    ran = subprocess.run(
-        [sys.executable, "-c", LIST],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert said in ran.stdout + ran.stderr
+    points = record / "entry_points.txt"
+    points.write_text("[demerge.methods]\na = plugin\nplugin_plain = plugin:plain\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_METHODS", dict(all_methods()))
+    registry._load.__wrapped__()
+    assert {"plugin_module", "plugin_plain"} <= set(all_methods())
+    points.write_text("[demerge.methods]\na = plugin:gone\n")
+    with pytest.raises(InputError, match="plugin has a merge method that cannot be imported"):
+        registry._load.__wrapped__()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -443,7 +436,7 @@ def saved(folder: Path) -> tuple[Path, list[Path]]:
     """Save a base and experts of several dtypes, larger than a chunk, with tensors that are not merged."""
     base, experts = states(K=2)
     g = torch.Generator().manual_seed(1)
-    large = [torch.randn(3 * CHUNK + 5, generator=g).half() for _ in range(3)]
+    large = [torch.randn(CHUNK + 5, generator=g).half() for _ in range(3)]
     models = [
         state | {"large": each, "flag": torch.tensor([True])}
         for state, each in zip([base, *experts], large, strict=True)
@@ -459,7 +452,7 @@ def test_a_file_has_the_same_bytes_whoever_writes_them(
     tmp_path: Path, options: dict[str, str]
 ) -> None:
     base, experts = saved(tmp_path)
-    places = [tmp_path / str(n) / "out.safetensors" for n in (1, 2, 3)]
+    places = [tmp_path / str(n) / "out.safetensors" for n in (1, 2)]
     made = [
         merge(base, experts, out, method="ties", options=options, threads=n).path
         for n, out in enumerate(places, 1)
@@ -476,7 +469,7 @@ def test_a_full_disk_that_a_worker_meets_is_named_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, experts = saved(tmp_path)
-    there, room = set(tmp_path.iterdir()), 1 << 20
+    there, room = set(tmp_path.iterdir()), 1 << 18
 
     def pwrite(file: int, data: memoryview, place: int) -> int:
         if place + len(data) > room:

@@ -68,7 +68,7 @@ def test_tensors_outlive_their_place_and_may_be_larger_than_it() -> None:
         assert all(map(torch.equal, found, made(i)))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_all_go_on_from_what_one_process_made_of_all_values(workers: int) -> None:
     combined = []
 

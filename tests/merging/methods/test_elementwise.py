@@ -17,7 +17,7 @@ from torch import Tensor
 from demerge.errors import UsageError
 from demerge.merging import merge_tensors
 from demerge.merging.contract import Block
-from demerge.merging.engine import job as apply
+from demerge.merging.engine import job
 from demerge.merging.engine.in_memory import assemble
 from demerge.merging.engine.job import MergeJob
 from demerge.merging.engine.reader import uniform
@@ -305,8 +305,9 @@ def deltas_of(base: Tensor, experts: Sequence[Tensor]) -> Rows:
     return np.stack([(e.double() - base.double()).flatten().numpy() for e in experts])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("K", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("K", "dtype"), [(1, torch.float32), (3, torch.float16), (4, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 def test_oracle(name: str, options: dict[str, Any], K: int, dtype: torch.dtype) -> None:
     base, experts, weights = drawn(K, K, dtype)
@@ -357,49 +358,35 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), [*OPTIONS, *VARIANTS], ids=str)
-def test_neither_chunks_nor_threads_change_a_bit(name: str, options: dict[str, Any]) -> None:
-    snr = torch.linspace(8, -8, 1000, dtype=torch.float64).exp()
-    for K, dtype in ((2, torch.float32), (4, torch.bfloat16)):
-        base, experts, weights = drawn(3, K, dtype)
-        given: dict[str, Any] = {
-            "weights": weights,
-            "options": options,
-            "ranges": ranges_of(K),
-            "snr": snr,
-        }
-        first = merge_tensors(base, experts, name, **given)
-        second = merge_tensors(base, experts, name, **given, chunk=5, num_workers=2)
-        for tensor in base:
-            assert torch.isfinite(first[tensor]).all()
-            assert torch.equal(first[tensor], second[tensor])
+SNR = torch.linspace(8, -8, 1000, dtype=torch.float64).exp()
 
 
 @pytest.mark.parametrize(("name", "options"), [*OPTIONS, *VARIANTS], ids=str)
-def test_statistics_over_many_blocks_are_those_over_one(
+def test_chunks_do_not_change_a_bit_and_blocks_only_rounding(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snr = torch.linspace(8, -8, 1000, dtype=torch.float64).exp()
-    base, experts, weights = drawn(5, 3, torch.float16)
-    given: dict[str, Any] = {
+    base, experts, weights = drawn(3, 3, torch.bfloat16)
+    fields: dict[str, Any] = {
         "weights": weights,
         "options": options,
         "ranges": ranges_of(3),
-        "snr": snr,
+        "snr": SNR,
     }
-    first = merge_tensors(base, experts, name, **given)
-    monkeypatch.setattr(apply, "CHUNK", 13)
-    second = merge_tensors(base, experts, name, **given)
+    first = merge_tensors(base, experts, name, **fields)
+    chunked = merge_tensors(base, experts, name, **fields, chunk=17)
+    monkeypatch.setattr(job, "CHUNK", 13)  # statistics over many blocks
+    blocked = merge_tensors(base, experts, name, **fields)
     for tensor in base:
-        torch.testing.assert_close(first[tensor], second[tensor], rtol=2e-3, atol=1e-6)
+        assert torch.isfinite(first[tensor]).all()
+        assert torch.equal(first[tensor], chunked[tensor])
+        torch.testing.assert_close(first[tensor], blocked[tensor], rtol=2e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "options"), [*OPTIONS, *VARIANTS], ids=str)
 def test_equal_experts_one_expert_and_none(name: str, options: dict[str, Any]) -> None:
     """Experts equal to the base give it; one of weight 1 among others of weight 0 counts as if it were alone."""
-    snr = torch.linspace(8, -8, 1000, dtype=torch.float64).exp()
     base, experts, _ = drawn(9, 3, torch.float32)
-    given: dict[str, Any] = {"options": options, "snr": snr}
+    given: dict[str, Any] = {"options": options, "snr": SNR}
     still = merge_tensors(base, [base] * 3, name, ranges=ranges_of(3), **given)
     assert all(torch.equal(still[n], base[n]) for n in base)
     same = [experts[1]] * 3
@@ -432,13 +419,12 @@ VALUES = st.one_of(
 def test_any_finite_numbers_give_finite_ones_in_any_chunks(
     name: str, options: dict[str, Any], rows: list[list[float]]
 ) -> None:
-    snr = torch.linspace(8, -8, 1000, dtype=torch.float64).exp()
     for dtype in (torch.float32, torch.bfloat16):
         base, *experts = (
             {"a": torch.tensor(row, dtype=dtype), "b": torch.tensor(row[:1], dtype=dtype)}
             for row in rows
         )
-        asked: dict[str, Any] = {"options": options, "ranges": ranges_of(len(experts)), "snr": snr}
+        asked: dict[str, Any] = {"options": options, "ranges": ranges_of(len(experts)), "snr": SNR}
         merged = merge_tensors(base, experts, name, **asked)
         chunked = merge_tensors(base, experts, name, **asked, chunk=2)
         for tensor, same in zip(merged.values(), chunked.values(), strict=True):

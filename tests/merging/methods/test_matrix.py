@@ -199,12 +199,12 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
 
 
 ORACLES = {oracle.__name__: oracle for oracle in (tsv, iso_c, iso_cts, star, knots, wudi)}
-SHAPES = [(6, 20), (20, 6), (9, 9), (2, 5), (5, 3, 3, 3), (24, 2, 3, 3), (8, 8, 1, 1), (7, 3, 3)]
+SHAPES = [(6, 20), (20, 6), (9, 9), (2, 5), (5, 3, 3, 3), (7, 3, 3)]
 
 
 @pytest.mark.parametrize("name", ORACLES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("K", [2, 3, 4])
+@pytest.mark.parametrize("K", [2, 4])
 def test_the_paper_by_lapack(name: str, shape: tuple[int, ...], K: int) -> None:
     g = torch.Generator().manual_seed(K)
     deltas = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(K)]
@@ -241,7 +241,7 @@ def test_weights_are_relative_and_scale_is_the_length(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tsv", "iso_c", "iso_cts", "knots", "star", "wudi"])
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 3e37])
+@pytest.mark.parametrize("scale", [1e-40, 3e37])
 def test_any_scale_is_the_same_merge(name: str, scale: float) -> None:
     g = torch.Generator().manual_seed(4)
     deltas = [torch.randn(5, 12, generator=g, dtype=torch.float64) for _ in range(3)]
@@ -257,7 +257,7 @@ ENTRIES = st.sampled_from([0.0, 0.0, 1.0, -1.0, 0.3, 1e-7, 1e-45, -1e-30, 1e10, 
     [*((n, {}) for n in [*ORACLES, "regmean"]), ("knots", {"then": "dare"})],
     ids=str,
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_finite_matrices_give_finite_matrices(
     name: str, options: dict[str, Any], K: int, m: int, n: int, data: Any
@@ -348,7 +348,7 @@ def test_views_as_matrices() -> None:
     assert as_matrix(torch.zeros(5)).shape == (1, 5) and as_matrix(torch.zeros(())).shape == (1, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 9),
     st.integers(1, 9),
@@ -380,7 +380,7 @@ def test_thin_svd_is_lapacks(
         torch.testing.assert_close(polar(matrix), left @ right.T, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 8), st.integers(0, 8), st.integers(0, 99))
 def test_solve_is_the_pseudo_inverse(n: int, rank: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -402,8 +402,8 @@ def test_merges_differentiate_in_their_weights() -> None:
     from demerge.merging.methods import iso, knots, star, tsv, wudi
 
     base, deltas = (
-        torch.zeros(4, 7, dtype=torch.float64),
-        torch.randn(3, 4, 7, generator=g, dtype=torch.float64),
+        torch.zeros(3, 5, dtype=torch.float64),
+        torch.randn(3, 3, 5, generator=g, dtype=torch.float64),
     )
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64, requires_grad=True)
     merges: list[Callable[[Tensor], Tensor]] = [
@@ -412,7 +412,7 @@ def test_merges_differentiate_in_their_weights() -> None:
         lambda w: iso.iso_cts(base, deltas, weights=w, common=0.2),  # one dimension to each expert
         lambda w: star.star(base, deltas, weights=w),
         lambda w: wudi.wudi(base, deltas, weights=w),
-        lambda w: knots.knots(base, deltas, weights=w, uniform=torch.zeros(3, 4, 7)),
+        lambda w: knots.knots(base, deltas, weights=w, uniform=torch.zeros(3, 3, 5)),
     ]
     for merge in merges:
         assert torch.autograd.gradcheck(merge, (weights,), atol=1e-5)

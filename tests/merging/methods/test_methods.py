@@ -13,9 +13,15 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.merging import all_methods, merge_tensors
-from demerge.merging.contract import Block, Method
+from demerge.merging.contract import Block, Method, Statistic, describe_method
 from demerge.merging.methods import selection
-from demerge.testing import PROPERTIES, HeldBlocks, Property, check_method
+from demerge.testing import (
+    PROPERTIES,
+    HeldBlocks,
+    Property,
+    check_method,
+    sessions_follow_the_weights,
+)
 from demerge.timesteps import TimestepRange
 
 METHODS = list(all_methods().values())
@@ -33,8 +39,23 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda p: p.__name__)
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_property(method: Method, check: Property) -> None:
-    for seed in range(3):
-        check(method, seed)
+    check(method, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_all_properties_with_three_seeds(method: Method) -> None:
+    check_method(method.function)
+
+
+def test_check_method_finds_a_statistic_that_uses_weights_without_saying_so() -> None:
+    def divided(base: Tensor, deltas: Tensor, *, weights: Tensor, total: Tensor) -> Tensor:
+        return base + torch.einsum("k,k...->...", weights, deltas) / total
+
+    statistic = Statistic("total", lambda blocks, *, weights: weights[0], uses_weights=False)
+    wrong = describe_method(divided, "divided", statistics=(statistic,))
+    with pytest.raises(AssertionError):
+        sessions_follow_the_weights(wrong, seed=0)
 
 
 def test_check_method_finds_a_wrong_method() -> None:
@@ -73,7 +94,7 @@ VALUES = st.floats(-1e10, 1e10, width=32, allow_subnormal=True)
 @pytest.mark.parametrize(
     ("name", "options"), [*((m.name, {}) for m in METHODS), *VARIANTS], ids=str
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.integers(0, 5).flatmap(
         lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4)
@@ -183,18 +204,18 @@ def test_fisher_smaller_than_float32_still_weighs() -> None:
     torch.testing.assert_close(merged["w"], torch.tensor([2.5]))
 
 
-@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("density", [0.001, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("few", [0, 50, 1 << 18])
+@pytest.mark.parametrize("few", [0, 50])
 def test_thresholds_are_the_exact_kth_magnitudes(
     density: float, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     g = torch.Generator().manual_seed(1)
-    deltas = torch.randn(3, 10_000, generator=g) * torch.tensor([[1e-30], [1.0], [1e20]])
+    deltas = torch.randn(3, 2_000, generator=g) * torch.tensor([[1e-30], [1.0], [1e20]])
     deltas[:, ::7] = deltas[:, 1:2]  # equal magnitudes
     monkeypatch.setattr(selection, "FEW", few)
-    blocks = HeldBlocks([Block(d[0], d) for d in deltas.to(dtype).split(333, dim=1)])
-    k = max(1, math.floor(density * 10_000))
+    blocks = HeldBlocks([Block(d[0], d) for d in deltas.to(dtype).split(666, dim=1)])
+    k = max(1, math.floor(density * 2_000))
     oracle = deltas.to(dtype).abs().sort(dim=1, descending=True).values[:, k - 1]
     assert torch.equal(selection.kth_magnitudes(blocks, density=density), oracle)
 
