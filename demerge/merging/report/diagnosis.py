@@ -1,26 +1,28 @@
 """What a merge did to its experts, by tensor and by block, seen in the pass that writes it.
 
-    |tau_i|           length of each task vector                  cos(tau_i, tau_j)   how alike two of them are
-    sign conflict     share of the entries that some expert moves where experts move in both directions
+    |tau_i|           length of each task vector
+    cos(tau_i, tau_j) how alike two of them are; 0 with a task vector of 0
+    sign conflict     share of the entries that some expert moves which experts move both ways
     kept              share of the entries that differ from the base in the result
     survived          share of those that still do in the dtype that is stored
     |merged - base|   length of the merged task vector
-    effective rank    exp(-sum_k p_k log p_k), p = s / sum s, s the singular values of [tau_1 .. tau_K], the [K D] matrix of
-                      the task vectors as vectors: how many independent directions the experts take, 1 to K (0 for no change)
+    effective rank    exp(-sum_k p_k log p_k), p = s / sum s, s the singular values of
+                      [tau_1 .. tau_K], the [K D] matrix of the task vectors: how many independent
+                      directions the experts take, 1 to K (0 for no change)
 
-All follow from sums over entries, taken in float64 chunk by chunk and added in the order of the file: the numbers do not
-depend on the number of workers. A block's are those of its tensors taken as one vector. A cosine with a task vector of 0 is 0.
+All follow from sums over entries, taken in float64 chunk by chunk and added in the order of the
+file, so that they do not depend on the number of workers. A block's are those of its tensors taken
+as one vector.
 
 Papers: effective rank (Roy and Vetterli, EUSIPCO 2007), sign conflict (TIES, arXiv 2306.01708).
 """
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
-from io import StringIO
 from typing import Any
 
 import torch
@@ -42,8 +44,9 @@ class Sums:
 
     Attributes:
         gram: inner products of the task vectors [K K], float64.
-        moved: entries that some expert moves; `opposed`: those that experts move in both directions.
-        changed: entries in which the result differs from the base; `survived`: those that do once rounded.
+        moved: entries that some expert moves; `opposed`: those that experts move both ways.
+        changed: entries in which the result differs from the base.
+        survived: those that still do once rounded.
         squares: sum of squares of merged - base.
     """
 
@@ -57,10 +60,8 @@ class Sums:
     squares: float
 
     def __add__(self, other: Sums) -> Sums:
-        counts = ("entries", "gram", "moved", "opposed", "changed", "survived", "squares")
-        return replace(
-            self, **{name: getattr(self, name) + getattr(other, name) for name in counts}
-        )
+        names = [field.name for field in fields(self)[1:]]
+        return Sums(self.name, *(getattr(self, name) + getattr(other, name) for name in names))
 
     @property
     def norms(self) -> list[float]:
@@ -70,8 +71,13 @@ class Sums:
     @property
     def cosines(self) -> list[list[float]]:
         """cos(tau_i, tau_j) [K K]."""
-        found: list[list[float]] = cosines(self.gram).tolist()
-        return found
+        matrix: list[list[float]] = cosines(self.gram).tolist()
+        return matrix
+
+    @property
+    def distance(self) -> float:
+        """|merged - base|."""
+        return math.sqrt(self.squares)
 
     @property
     def effective_rank(self) -> float:
@@ -95,20 +101,20 @@ class Sums:
             "norms": self.norms,
             "cosines": self.cosines,
             **self.shares,
-            "distance": self.squares**0.5,
+            "distance": self.distance,
             "effective_rank": self.effective_rank,
         }
 
 
 def effective_rank(gram: Tensor) -> float:
-    """Return the effective rank of vectors from their Gram matrix [K K], whose eigenvalues are s^2; 0 where all are 0."""
+    """Return the effective rank of vectors from their Gram matrix [K K]; 0 if all are 0."""
     s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = s[s > 0] / s.sum()
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
 
 def observer(storage: Storage, base: Mapping[str, Tensor]) -> Callable[[str, MergedChunk], Sums]:
-    """Return what sums up a chunk of one of the tensors that are written."""
+    """Return a function that sums up a chunk of one of the tensors that are written."""
 
     def observe(name: str, done: MergedChunk) -> Sums:
         deltas = done.block.deltas.reshape(len(done.block.deltas), -1)
@@ -132,7 +138,7 @@ def observer(storage: Storage, base: Mapping[str, Tensor]) -> Callable[[str, Mer
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What a merge did, over the model, in each block from input to output, and in each tensor in the order of the file."""
+    """What a merge did: over the model, in each block from input to output, and in each tensor."""
 
     experts: Sequence[str]
     model: Sums
@@ -141,57 +147,26 @@ class Diagnosis:
 
     @classmethod
     def of(cls, chunks: Sequence[Sums], experts: Sequence[str]) -> Diagnosis:
-        """Add up the chunks, in their order; there is at least one."""
+        """Add up the chunks, in their order; at least one is given."""
         by_tensor: dict[str, list[Sums]] = {}
         for chunk in chunks:
             by_tensor.setdefault(chunk.name, []).append(chunk)
         tensors = {name: _total(parts, name) for name, parts in by_tensor.items()}
-        blocks = [
-            _total([tensors[n] for n in names], block)
-            for block, names in grouped(list(tensors)).items()
-        ]
-        return cls(experts, _total(list(tensors.values()), "model"), blocks, list(tensors.values()))
+        blocks = []
+        for block, names in grouped(list(tensors)).items():
+            blocks.append(_total([tensors[n] for n in names], block))
+        rows = list(tensors.values())
+        return cls(experts, _total(rows, "model"), blocks, rows)
 
     def document(self) -> dict[str, Any]:
         """Return all numbers as JSON values."""
-        tensors = [{"block": block_of(sums.name), **sums.document()} for sums in self.tensors]
-        blocks = [sums.document() for sums in self.blocks]
-        whole = self.model.document()
         return {
             "format": FORMAT,
             "experts": list(self.experts),
-            "model": whole,
-            "blocks": blocks,
-            "tensors": tensors,
+            "model": self.model.document(),
+            "blocks": [sums.document() for sums in self.blocks],
+            "tensors": [{"block": block_of(s.name), **s.document()} for s in self.tensors],
         }
-
-
-def table(rows: Sequence[Sums], escape_formula: Callable[[str], str]) -> str:
-    """Return one line for each tensor or block as CSV; `escape_formula` keeps names from being taken for formulas."""
-    K = len(rows[0].norms)
-    pairs = [(i, j) for i in range(K) for j in range(i)]
-    stream = StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    heads = [*(f"norm_{i}" for i in range(K)), *(f"cos_{j}_{i}" for i, j in pairs), *rows[0].shares]
-    writer.writerow(["name", "block", "entries", *heads, "distance", "effective_rank"])
-    for row in rows:
-        cosine = row.cosines
-        numbers = [
-            *row.norms,
-            *(cosine[i][j] for i, j in pairs),
-            *row.shares.values(),
-            row.squares**0.5,
-            row.effective_rank,
-        ]
-        writer.writerow(
-            [
-                escape_formula(row.name),
-                escape_formula(block_of(row.name)),
-                row.entries,
-                *(f"{n:.9g}" for n in numbers),
-            ]
-        )
-    return stream.getvalue()
 
 
 def _total(parts: Sequence[Sums], name: str) -> Sums:

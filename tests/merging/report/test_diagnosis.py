@@ -18,7 +18,9 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.merging import Recipe, prepare
-from demerge.merging.report.diagnosis import Sums, table
+from demerge.merging.report.diagnosis import Sums
+from demerge.merging.report.page import finding, to_csv
+from demerge.reporting.theme import Pictures
 
 K = 3
 SHAPES = {
@@ -30,6 +32,13 @@ SHAPES = {
     "=cmd()<script>.weight": (3,),
 }
 Tensors = dict[str, Tensor]
+
+
+@pytest.fixture
+def blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests look at numbers, not at plots, which take seconds to draw."""
+    blank = Pictures(b"<svg/>", b"<svg/>", b"png")
+    monkeypatch.setattr("demerge.merging.report.page.pictures", lambda draw: blank)
 
 
 @pytest.fixture
@@ -57,12 +66,15 @@ def run(paths: list[Path], out: Path, threads: int = 1, **asked: object) -> dict
     return document
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_the_numbers_are_those_of_a_direct_computation(
     files: tuple[list[Path], list[Tensors]], tmp_path: Path
 ) -> None:
     paths, (base, *experts) = files
     document = run(paths, tmp_path / "out.safetensors", save_dtype="bfloat16")
     merged = load_file(tmp_path / "out.safetensors")
+    exact = run(paths, tmp_path / "exact.safetensors")
+    held = load_file(tmp_path / "exact.safetensors")
     groups = {
         "in": ["conv_in.weight"],
         "down.0": [n for n in SHAPES if n.startswith("down")],
@@ -92,8 +104,6 @@ def test_the_numbers_are_those_of_a_direct_computation(
         stored = torch.cat([(merged[n] != base[n].bfloat16()).flatten() for n in names])
         assert row["kept"] * row["survived"] * row["entries"] == pytest.approx(int(stored.sum()))
         assert 0 < row["kept"] < 1 and 0 < row["survived"] <= 1
-        exact = run(paths, tmp_path / f"{block}.safetensors")
-        held = load_file(tmp_path / f"{block}.safetensors")
         distance = math.sqrt(
             sum(float((held[n].double() - base[n].double()).square().sum()) for n in names)
         )
@@ -106,6 +116,7 @@ def cosines(tau: Tensor) -> Tensor:
     return unit @ unit.T
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_a_task_vector_of_zero_has_no_direction(
     files: tuple[list[Path], list[Tensors]], tmp_path: Path
 ) -> None:
@@ -146,6 +157,7 @@ def test_the_report_does_not_depend_on_threads(
     )
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_the_tables(files: tuple[list[Path], list[Tensors]], tmp_path: Path) -> None:
     document = run(files[0], tmp_path / "out.safetensors", only=["mid", "in"])
     with (tmp_path / "out.report" / "tensors.csv").open() as stream:
@@ -157,7 +169,19 @@ def test_the_tables(files: tuple[list[Path], list[Tensors]], tmp_path: Path) -> 
         document["tensors"][0]["cosines"][2][0], rel=1e-8
     )  # type: ignore[index]
     hostile = Sums("=cmd()", 1, torch.ones(1, 1, dtype=torch.float64), 1, 0, 1, 1, 1.0)
-    assert table([hostile], lambda text: f"'{text}").splitlines()[1].startswith("'=cmd()")
+    assert to_csv([hostile]).splitlines()[1].startswith("'=cmd()")
+
+
+def test_the_first_line_says_what_was_found_and_what_to_do() -> None:
+    gram = torch.eye(2, dtype=torch.float64)
+    rows = {
+        "--save-dtype float32": Sums("model", 100, gram, 90, 10, 80, 40, 1.0),
+        "--method ties": Sums("model", 100, gram, 90, 60, 80, 80, 1.0),
+        "demerge evaluate": Sums("model", 100, gram, 90, 10, 80, 80, 1.0),
+    }
+    for advice, sums in rows.items():
+        assert finding(sums).startswith("The merge changes 80.0% of the weights")
+        assert advice in finding(sums)
 
 
 def test_the_page_loads_and_runs_nothing(
@@ -177,6 +201,7 @@ def test_the_page_loads_and_runs_nothing(
     assert re.search(r"sign conflict", page) and "mid" in page
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_a_pipeline_and_an_adapter_have_a_report_too(
     tiny: Path, add_expert: Callable[..., Path], tmp_path: Path, make_tiny: Callable[..., Path]
 ) -> None:
