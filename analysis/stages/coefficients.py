@@ -150,7 +150,7 @@ class CoefficientsResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class CoefficientsPlan:
     """What the weights are found from; `seconds` is estimated."""
 
     options: CoefficientsOptions
@@ -215,7 +215,7 @@ class Plan:
         return result
 
 
-def plan(options: CoefficientsOptions) -> Plan:
+def plan(options: CoefficientsOptions) -> CoefficientsPlan:
     """Load what the weights are found from, and check it before anything is measured.
 
     Raises:
@@ -239,7 +239,7 @@ def plan(options: CoefficientsOptions) -> Plan:
         "experts": opened.describe_models(),
         **opened.describe_data(images, options.split, ranges),
     }
-    return Plan(options, draws, session, inputs, _seconds(draws, session))
+    return CoefficientsPlan(options, draws, session, inputs, _seconds(draws, session))
 
 
 def _seconds(draws: Draws, session: MergeSession) -> float:

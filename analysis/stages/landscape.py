@@ -181,7 +181,7 @@ class LandscapeResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class LandscapePlan:
     """What is compared and measured.
 
     Attributes:
@@ -270,7 +270,7 @@ class Plan:
         return result if options.out is None else replace(result, files=result.save(options.out))
 
 
-def plan(options: LandscapeOptions) -> Plan:
+def plan(options: LandscapeOptions) -> LandscapePlan:
     """Load what is compared, and check it before anything is measured.
 
     Raises:
@@ -308,7 +308,7 @@ def plan(options: LandscapeOptions) -> Plan:
     chosen = None if isinstance(pair, str) else pair
     settings = {"samples": options.samples, "seed": options.seed, "batch_size": BATCH}
     probe = Probe(model=model, data=images, ranges=ranges, **settings)
-    made = Plan(options, opened, probe, labels, vectors, ends, chosen, inputs, seconds=0.0)
+    made = LandscapePlan(options, opened, probe, labels, vectors, ends, chosen, inputs, seconds=0.0)
     return replace(made, seconds=_seconds(probe, made.passes))
 
 

@@ -38,7 +38,7 @@ class LayersResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class LayersPlan:
     """What a choice is made from."""
 
     options: LayersOptions
@@ -75,7 +75,7 @@ class Plan:
         return LayersResult(choice, options.out, options.plot)
 
 
-def plan(options: LayersOptions) -> Plan:
+def plan(options: LayersOptions) -> LayersPlan:
     """Read the map and the ranges, and check the places of the files.
 
     Raises:
@@ -90,4 +90,4 @@ def plan(options: LayersOptions) -> Plan:
         fix = "name another file, for example layers.json"
         raise UsageError(f"{out} exists and is not a choice of layers", fix=fix)
     map = load_map(options.map, options.model)
-    return Plan(options, map, Partition.parse(options.ranges, map.T))
+    return LayersPlan(options, map, Partition.parse(options.ranges, map.T))

@@ -43,7 +43,7 @@ class TransferResult:
     """A prediction, its plan, and the files that were written."""
 
     transfer: Transfer
-    plan: Plan
+    plan: TransferPlan
     files: Sequence[Path] = ()
 
     def document(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class TransferResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class TransferPlan:
     """What a prediction is made from."""
 
     options: TransferOptions
@@ -153,7 +153,7 @@ class Plan:
         )
 
 
-def plan(options: TransferOptions) -> Plan:
+def plan(options: TransferOptions) -> TransferPlan:
     """Open what a prediction is made from, and check that it fits together.
 
     Raises:
@@ -173,10 +173,10 @@ def plan(options: TransferOptions) -> Plan:
         "base": {"path": options.base, "sha256": map.origin.model},
         "experts": opened.describe_models(),
     }
-    return Plan(options, map, opened, ranges, inputs)
+    return TransferPlan(options, map, opened, ranges, inputs)
 
 
-def transfer_file(made: Transfer, plan: Plan) -> dict[str, Any]:
+def transfer_file(made: Transfer, plan: TransferPlan) -> dict[str, Any]:
     """Return the content of transfer.json; `layers` holds lists by expert, layer and range."""
     experts = []
     for k, source in enumerate(plan.inputs["experts"]):

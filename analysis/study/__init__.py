@@ -1,1 +1,1 @@
-"""Which estimator of similarity is to be believed: a problem whose truth is `known`, two `estimators` on it, their `plots`."""
+"""A study of two estimators of similarity, on a problem with a known answer and on real maps."""

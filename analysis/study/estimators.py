@@ -1,11 +1,13 @@
-"""Two estimators of similarity side by side: the plug-in cosine of the literature, and the unbiased one of similarity.py.
+"""Two estimators of similarity: the plug-in cosine of the literature, and the unbiased one.
 
-    plug-in     cos(S_i, S_j), S_i the sum over all groups: biased by noise, upwards for shared draws, downwards for independent
+    plug-in     cos(S_i, S_j), S_i the sum over all groups: noise biases it upwards for shared draws,
+                downwards for independent ones
     unbiased    K_ij / sqrt(K_ii K_jj) from pairs of different groups, for resolved bins alone
 
-Each gets intervals as it deserves: the plug-in, a function of means over groups, from the jackknife, the unbiased one from the
-components of similarity.py. The plug-in's are narrow and in the wrong place, since a standard error tells nothing of a bias. If
-the truth is known (known.py), errors are counted; on a real base two kinds of draws must give one answer.
+The plug-in is a function of means over groups, so its intervals come from the jackknife; those of
+the unbiased one from the components of similarity.py. The plug-in's are narrow and in the wrong
+place, since a standard error says nothing of a bias. If the truth is known (known.py), errors are
+counted. On a real base two kinds of draws must give the same answer.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from demerge.analysis.similarity import (
     t_quantile,
     without_pair,
 )
-from demerge.analysis.study.known import Known
+from demerge.analysis.study.known import KnownProblem
 from demerge.conflict import Array, ConflictMap
 from demerge.errors import UsageError
 
 PLUG_IN, UNBIASED = "plug-in", "unbiased"
 
 
-def errors(
-    known: Known,
+def measure_errors(
+    problem: KnownProblem,
     draws: Iterable[str] = DRAWS,
     *,
     groups: int = 8,
@@ -52,44 +54,39 @@ def errors(
         unresolved: share of bins for which the estimator gives nothing; the plug-in always gives something.
 
     Raises:
-        UsageError: as `Known.measure` does, and for fewer than 2 maps.
+        UsageError: as `KnownProblem.measure` does, and for fewer than 2 maps.
     """
     if maps < 2:
         raise UsageError(f"{maps} maps have no spread", fix="give at least 2")
     rows = []
     for kind in draws:
-        found = [
-            known.measure(groups=groups, batch_size=batch_size, draws=kind, seed=seed + number)
-            for number in range(maps)
-        ]
-        for name, estimates in (
-            (PLUG_IN, [_plug_in(map) for map in found]),
-            (UNBIASED, [_unbiased(map) for map in found]),
-        ):
-            rows.append({"draws": kind, "estimator": name, **_errors(known.cosine, estimates)})
+        size = {"groups": groups, "batch_size": batch_size}
+        measured = [problem.measure(draws=kind, seed=seed + i, **size) for i in range(maps)]
+        for name, estimate in ((PLUG_IN, _plug_in), (UNBIASED, _unbiased)):
+            estimates = [estimate(map) for map in measured]
+            summary = _summarise(problem.cosine, estimates)
+            rows.append({"draws": kind, "estimator": name, **summary})
     return pd.DataFrame(rows)
 
 
-def _errors(truth: Array, estimates: list[tuple[Array, Array]]) -> dict[str, float]:
-    off = np.array([value for value, _ in estimates]) - truth  # [maps N N], NaN where unresolved
+def _summarise(truth: Array, estimates: list[tuple[Array, Array]]) -> dict[str, float]:
+    off = np.array([value for value, _ in estimates]) - truth  # [maps N N], NaN if unresolved
     half = np.array([half for _, half in estimates])
-    pairs, beside = (
-        np.triu_indices(len(truth), 1),
-        (np.arange(len(truth) - 1), np.arange(1, len(truth))),
-    )
-    pair_error, pair_half = off[:, *pairs], half[:, *pairs]
-    known = np.isfinite(pair_error)
-    bias, bias_se = _mean(pair_error)
-    near, near_se = _mean(off[:, *beside])
+    i, j = np.triu_indices(len(truth), 1)
+    known = np.isfinite(off[:, i, j])
+    bias, bias_se = _mean(off[:, i, j])
+    near, near_se = _mean(np.diagonal(off, 1, axis1=1, axis2=2))
+    rmse = covered = float("nan")
+    if known.any():
+        rmse = float(np.sqrt(np.mean(off[:, i, j][known] ** 2)))
+        covered = float((abs(off[:, i, j]) <= half[:, i, j])[known].mean())
     return {
         "bias": bias,
         "bias_se": bias_se,
         "neighbours": near,
         "neighbours_se": near_se,
-        "rmse": float(np.sqrt(np.mean(pair_error[known] ** 2))) if known.any() else float("nan"),
-        "covered": float((abs(pair_error) <= pair_half)[known].mean())
-        if known.any()
-        else float("nan"),
+        "rmse": rmse,
+        "covered": covered,
         "unresolved": float(np.isnan(np.diagonal(off, axis1=1, axis2=2)).mean()),
     }
 
@@ -101,73 +98,69 @@ def _mean(values: Array) -> tuple[float, float]:
     if not count.any():
         return float("nan"), float("nan")
     mean = total.sum() / count.sum()
-    return float(mean), float(
-        (total - mean * count).std(ddof=1) / count.mean() / len(values) ** 0.5
-    )
+    se = (total - mean * count).std(ddof=1) / count.mean() / len(values) ** 0.5
+    return float(mean), float(se)
 
 
-def by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -> pd.DataFrame:
-    """Return the mean cosine of neighbours as groups are added: columns draws, estimator, samples, cosine, half, unresolved.
+def compare_by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -> pd.DataFrame:
+    """Return the mean cosine of neighbours as groups are added.
 
-    `maps` are named by their kind of draws. `half` is half the 95 % interval; `unresolved` counts bins. The unbiased mean is
-    taken over resolved pairs and is NaN where there are none; the plug-in's is over all pairs.
+    Args:
+        maps: by their kind of draws.
+        groups: the numbers of groups; those that a map does not have are left out.
+
+    Returns columns draws, estimator, samples, cosine, half, unresolved. `half` is half the 95 %
+    interval; `unresolved` counts bins. The unbiased mean is over resolved pairs, NaN without any.
     """
+    columns = ["draws", "estimator", "samples", "cosine", "half", "unresolved"]
     counts, rows = list(groups), []
     for kind, map in maps.items():
         for count in (n for n in counts if n <= map.M):
-            part = first_groups(map, count)
+            part = take_groups(map, count)
             found, samples = similarity(part), count * map.origin.batch_size
-            left_out = np.array([_beside(each) for each in _plug_in_without(part)])
+            left_out = np.array([_mean_neighbour(each) for each in _plug_in_without(part)])
             half = t_quantile(count) * float(standard_error(left_out))
-            rows.append((kind, PLUG_IN, samples, _beside(found.naive), half, 0))
-            left_out = np.array(
-                [_beside(each) for each in normalised(without_pair(part), found.resolved)]
-            )
-            half = float(error(left_out).half())
-            rows.append(
-                (kind, UNBIASED, samples, _beside(found.cosine), half, int((~found.resolved).sum()))
-            )
-    return pd.DataFrame(
-        rows, columns=["draws", "estimator", "samples", "cosine", "half", "unresolved"]
-    )
+            rows.append((kind, PLUG_IN, samples, _mean_neighbour(found.naive), half, 0))
+            pairs = normalised(without_pair(part), found.resolved)
+            half = float(error(np.array([_mean_neighbour(each) for each in pairs])).half())
+            unresolved = int((~found.resolved).sum())
+            mean = _mean_neighbour(found.cosine)
+            rows.append((kind, UNBIASED, samples, mean, half, unresolved))
+    return pd.DataFrame(rows, columns=columns)
 
 
-def first_groups(map: ConflictMap, groups: int) -> ConflictMap:
+def take_groups(map: ConflictMap, groups: int) -> ConflictMap:
     """Return the map of the first groups alone, as if no more had been measured."""
-    sketches, layers = (
-        None if rows is None else rows[:, :groups] for rows in (map.sketches, map.layers)
-    )
     return replace(
         map,
         gram=np.ascontiguousarray(map.gram[:, :groups, :, :groups]),
-        sketches=sketches,
-        layers=layers,
+        sketches=None if map.sketches is None else map.sketches[:, :groups],
+        layers=None if map.layers is None else map.layers[:, :groups],
     )
 
 
-def disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFrame:
-    """Compare two maps of one model that share no sample, one of shared and one of independent draws, say.
+def measure_disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFrame:
+    """Compare two maps of one model that share no sample, say of shared and independent draws.
 
-    The mean gradients are the model's, however the samples were drawn: an estimator that gives two answers is biased, and no
-    truth is needed to see it. One row for each estimator: the mean of <mu_i, mu_j> over pairs of bins i < j as each map has
-    it, the standard errors, and `z`, the difference in units of its own.
+    The mean gradients are the model's, however the samples were drawn. So an estimator that gives
+    two answers is biased, and no truth is needed to see it.
+
+    Returns one row for each estimator: the mean of <mu_i, mu_j> over pairs of bins i < j in each
+    map, the standard errors, and `z`, the difference in units of its own.
 
     Raises:
-        UsageError: where the maps have other bins, or fewer than two.
+        UsageError: if the maps have other bins, or fewer than two.
     """
     if first.edges != second.edges or first.N < 2:
-        raise UsageError(
-            f"maps of {first.N} and {second.N} bins do not compare",
-            fix="measure both on the same bins",
-        )
+        what = f"maps of {first.N} and {second.N} bins do not compare"
+        raise UsageError(what, fix="measure both on the same bins")
     rows = []
     for name, pair_mean in ((PLUG_IN, _plug_in_pair_mean), (UNBIASED, _unbiased_pair_mean)):
         (a, a_se), (b, b_se) = pair_mean(first), pair_mean(second)
         scale = float(np.hypot(a_se, b_se))
         rows.append((name, a, a_se, b, b_se, (a - b) / scale if scale else 0.0))
-    return pd.DataFrame(
-        rows, columns=["estimator", "first", "first_se", "second", "second_se", "z"]
-    )
+    columns = ["estimator", "first", "first_se", "second", "second_se", "z"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _plug_in_pair_mean(map: ConflictMap) -> tuple[float, float]:
@@ -178,12 +171,11 @@ def _plug_in_pair_mean(map: ConflictMap) -> tuple[float, float]:
 
 def _unbiased_pair_mean(map: ConflictMap) -> tuple[float, float]:
     i, j = np.triu_indices(map.N, 1)
-    return float(kernel(map, cross(map.M))[i, j].mean()), float(
-        error(without_pair(map)[:, i, j].mean(1)).se
-    )
+    mean = kernel(map, cross(map.M))[i, j].mean()
+    return float(mean), float(error(without_pair(map)[:, i, j].mean(1)).se)
 
 
-def _beside(cosine: Array) -> float:
+def _mean_neighbour(cosine: Array) -> float:
     values = np.diagonal(cosine, 1)
     known = np.isfinite(values)
     return float(values[known].mean()) if known.any() else float("nan")

@@ -1,18 +1,20 @@
-"""A problem whose similarity is known: Gaussian gradients, to see what an estimator makes of them.
+"""A problem whose similarity is known: Gaussian gradients, to test an estimator on.
 
 The gradient of bin i on group m of B samples is Gaussian around a mean that is known:
 
     s_i^m = mu_i + xi_i^m,    xi_i^m ~ N(0, (nu / (B D)) I),    <mu_i, mu_j> = a_i a_j rho^|i-j|
 
-so tr Sigma_i = nu for one sample, and at nu samples noise is as large as the mean of a bin of strength a_i = 1. With shared
-draws xi is one vector for all bins of a group, with independent draws one for each bin. The cosine of mean gradients over
-n = M B samples, as the literature takes it (the plug-in), has then to first order the value
+so tr Sigma_i = nu for one sample, and at nu samples noise is as large as the mean of a bin of
+strength a_i = 1. With shared draws xi is one vector for all bins of a group, with independent draws
+one for each bin. The cosine of mean gradients over n = M B samples, as the literature takes it (the
+plug-in), has then to first order the value
 
-    shared        (a_i a_j rho_ij + nu/n) / sqrt((a_i^2 + nu/n) (a_j^2 + nu/n))        noise invents similarity
-    independent    a_i a_j rho_ij         / sqrt((a_i^2 + nu/n) (a_j^2 + nu/n))        noise hides it
+    shared        (a_i a_j rho_ij + nu/n) / sqrt((a_i^2 + nu/n) (a_j^2 + nu/n))
+    independent    a_i a_j rho_ij         / sqrt((a_i^2 + nu/n) (a_j^2 + nu/n))
 
-rho = 0.56 and nu = 56 are near what a real base had: at 64 samples its neighbours read 0.77 with shared draws and 0.30 with
-independent ones.
+so with shared draws noise invents similarity, with independent ones it hides it. rho = 0.56 and
+nu = 56 are near what a real base had: at 64 samples its neighbours read 0.77 with shared draws and
+0.30 with independent ones.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ STRENGTHS = (1.0,) * 8 + (0.3, 0.2)
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownProblem:
     """A problem with known truth.
 
     Attributes:
@@ -43,7 +45,7 @@ class Known:
         dimensions: D >= N.
 
     Raises:
-        UsageError: where a number is out of its range.
+        UsageError: if a number is out of its range.
     """
 
     strengths: tuple[float, ...] = field(default=STRENGTHS)
@@ -52,18 +54,13 @@ class Known:
     dimensions: int = 256
 
     def __post_init__(self) -> None:
-        if not (
-            -1 < self.neighbours < 1 and self.noise >= 0 and min(self.strengths, default=0) > 0
-        ):
-            raise UsageError(
-                f"{self} is no problem",
-                fix="give cosines within (-1, 1), noise from 0 on, positive strengths",
-            )
+        is_cosine, least = -1 < self.neighbours < 1, min(self.strengths, default=0)
+        if not (is_cosine and self.noise >= 0 and least > 0):
+            fix = "give a cosine within (-1, 1), noise >= 0 and positive strengths"
+            raise UsageError(f"{self} is not a problem", fix=fix)
         if self.dimensions < len(self.strengths):
-            raise UsageError(
-                f"{self.dimensions} dimensions do not hold {len(self.strengths)} bins",
-                fix="give more",
-            )
+            what = f"{self.dimensions} dimensions do not hold {len(self.strengths)} bins"
+            raise UsageError(what, fix="give at least one dimension for each bin")
 
     @property
     def cosine(self) -> Array:
@@ -79,7 +76,7 @@ class Known:
         mu[:, : len(mu)] = np.array(self.strengths)[:, None] * np.linalg.cholesky(self.cosine)
         return mu
 
-    def predicted(self, samples: int, draws: str = "shared") -> Array:
+    def predict_plug_in(self, samples: int, draws: str = "shared") -> Array:
         """Return the plug-in cosine that theory expects at n samples for each bin, [N N]."""
         _check_draws(draws)
         mu, N = self.means, len(self.strengths)
@@ -92,19 +89,16 @@ class Known:
         """Draw the gradients and return their map.
 
         Raises:
-            UsageError: where there are fewer than 5 groups, no samples, or draws of an unknown kind.
+            UsageError: if groups are fewer than 5, samples than 1, or draws are of an unknown kind.
         """
         _check_draws(draws)
         if groups < MIN_GROUPS or batch_size < 1:
-            raise UsageError(
-                f"{groups} groups of {batch_size} are too few",
-                fix=f"give {MIN_GROUPS} groups of 1 or more",
-            )
+            fix = f"give {MIN_GROUPS} groups of 1 or more"
+            raise UsageError(f"{groups} groups of {batch_size} are too few", fix=fix)
         mu, scale = self.means, (self.noise / (batch_size * self.dimensions)) ** 0.5
         shape = (1 if draws == "shared" else len(mu), groups, self.dimensions)
-        rows = (
-            mu[:, None] + scale * generator(seed, "analysis-known", draws).standard_normal(shape)
-        ).reshape(-1, mu.shape[1])
+        noise = generator(seed, "analysis-known", draws).standard_normal(shape)
+        rows = (mu[:, None] + scale * noise).reshape(-1, mu.shape[1])
         gram = (rows @ rows.T).reshape(len(mu), groups, len(mu), groups)
         origin = Origin(
             "known", "known", self.dimensions, "exact", draws, False, "euclid", batch_size, seed

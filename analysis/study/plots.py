@@ -1,4 +1,4 @@
-"""Plots of the study of statistics: how the two cosines change as samples are added, and where the truth lies."""
+"""A plot of the study: how the two cosines change as samples are added, and the truth."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ STYLES = {PLUG_IN: (ORANGE, "s", "--"), UNBIASED: (BLUE, "o", "-")}
 
 
 @styled
-def neighbours_by_samples(table: pd.DataFrame, truth: float | None = None) -> Figure:
-    """Draw the table of `by_samples` with 95 % intervals, a panel for each kind of draws; a known truth is a line."""
+def draw_neighbours(table: pd.DataFrame, truth: float | None = None) -> Figure:
+    """Draw the table of `compare_by_samples` with 95 % intervals; a known truth is a line."""
     kinds, places = list(table.draws.unique()), sorted(table.samples.unique())
     figure = Figure(figsize=(4.8 * len(kinds), 3.8), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from demerge.statistics.fisher import range_fisher
     from demerge.statistics.gram import range_gram
     from demerge.statistics.options import StatisticsOptions
-    from demerge.statistics.planning import Plan, plan
+    from demerge.statistics.planning import StatisticsPlan, plan
     from demerge.statistics.record import commit_statistic, inputs_of
 
 HOMES = {
     "Collected": "examples",
-    "Plan": "planning",
+    "StatisticsPlan": "planning",
     "StatisticsOptions": "options",
     "commit_statistic": "record",
     "inputs_of": "record",
@@ -34,8 +34,8 @@ HOMES = {
 
 __all__ = [
     "Collected",
-    "Plan",
     "StatisticsOptions",
+    "StatisticsPlan",
     "commit_statistic",
     "inputs_of",
     "plan",

@@ -55,7 +55,7 @@ class Job:
 class StatisticsResult:
     """Which files were written, and which existed."""
 
-    plan: Plan
+    plan: StatisticsPlan
 
     def lines(self) -> list[str]:
         """Return the result for a person."""
@@ -74,7 +74,7 @@ class StatisticsResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StatisticsPlan:
     """The statistics that are to be measured.
 
     Attributes:
@@ -149,7 +149,7 @@ class Plan:
         return StatisticsResult(self)
 
 
-def plan(options: StatisticsOptions) -> Plan:
+def plan(options: StatisticsOptions) -> StatisticsPlan:
     """Load what the statistics need, and find out which exist.
 
     Raises:
@@ -172,7 +172,9 @@ def plan(options: StatisticsOptions) -> Plan:
     for job in jobs:
         exists = has_statistic(job.folder, job.statistic, job.inputs, recorded)
         (finished if exists else todo).append(job)
-    return Plan(options, first, images, todo, finished, _seconds(first, images, todo, options))
+    return StatisticsPlan(
+        options, first, images, todo, finished, _seconds(first, images, todo, options)
+    )
 
 
 def _seconds(

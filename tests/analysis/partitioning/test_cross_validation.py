@@ -12,7 +12,7 @@ from demerge.analysis.partitioning.bootstrap import Estimate, Evidence
 from demerge.analysis.partitioning.cross_validation import MOST, HeldOut, count, one_se
 from demerge.analysis.partitioning.objective import FOUND, METHODS, SCORES, cover, cut
 from demerge.analysis.similarity import halves, kernel, standard_error, weighted
-from demerge.analysis.study.estimators import Known
+from demerge.analysis.study.known import KnownProblem
 from demerge.conflict import Array
 from demerge.errors import NumericalError, UsageError
 from demerge.timesteps import Partition
@@ -157,7 +157,7 @@ def test_shares_compare_models_of_any_length_of_gradient(planted: Any) -> None:
 
 
 def test_gradients_that_turn_smoothly_support_as_many_as_are_tried() -> None:
-    found = count(Known(strengths=(1.0,) * 12, noise=2.0).measure())
+    found = count(KnownProblem(strengths=(1.0,) * 12, noise=2.0).measure())
     assert found.chosen == MOST and f"{MOST} is the most" in found.reason
 
 

@@ -16,7 +16,7 @@ from demerge.analysis.partitioning.expected_gain import Benefit, benefit
 from demerge.analysis.partitioning.objective import cut
 from demerge.analysis.partitioning.sample_size import MOST, groups_needed
 from demerge.analysis.similarity import similarity
-from demerge.analysis.study.known import Known
+from demerge.analysis.study.known import KnownProblem
 from demerge.conflict import Array, ConflictMap
 from demerge.data import ImageData, load_images
 from demerge.diffusion.model import Diffusion
@@ -201,7 +201,7 @@ def test_a_found_cut_is_judged_on_groups_that_did_not_choose_it(planted: Any) ->
 @pytest.mark.parametrize("draws", ["shared", "independent"])
 def test_intervals_cover_what_is_known(draws: str) -> None:
     known, partition, runs = (
-        Known(strengths=(1.0,) * 8, neighbours=0.5, noise=8.0, dimensions=64),
+        KnownProblem(strengths=(1.0,) * 8, neighbours=0.5, noise=8.0, dimensions=64),
         Partition.uniform(1000, 4),
         120,
     )
@@ -285,7 +285,7 @@ def trained(
 
 
 def test_the_groups_that_are_named_would_do() -> None:
-    known = Known(strengths=(1.0,) * 4, neighbours=0.56, noise=30.0, dimensions=128)
+    known = KnownProblem(strengths=(1.0,) * 4, neighbours=0.56, noise=30.0, dimensions=128)
     resolved = []
     for seed in range(20):
         map = known.measure(groups=8, batch_size=1, draws="independent", seed=seed)

@@ -11,32 +11,32 @@ from demerge.analysis.similarity import halves, similarity
 from demerge.analysis.study.estimators import (
     PLUG_IN,
     UNBIASED,
-    by_samples,
-    disagreement,
-    errors,
-    first_groups,
+    compare_by_samples,
+    measure_disagreement,
+    measure_errors,
+    take_groups,
 )
-from demerge.analysis.study.known import Known
-from demerge.analysis.study.plots import neighbours_by_samples
+from demerge.analysis.study.known import KnownProblem
+from demerge.analysis.study.plots import draw_neighbours
 from demerge.errors import UsageError
 from demerge.reporting.theme import render
 
-EVEN = Known(strengths=(1.0, 1.5, 1.0, 0.8))
+EVEN = KnownProblem(strengths=(1.0, 1.5, 1.0, 0.8))
 
 
 def test_the_means_have_the_similarity_they_say() -> None:
-    mu, truth = Known().means, Known().cosine
+    mu, truth = KnownProblem().means, KnownProblem().cosine
     norms = np.linalg.norm(mu, axis=1)
-    assert norms == pytest.approx(Known().strengths)
+    assert norms == pytest.approx(KnownProblem().strengths)
     assert mu @ mu.T / np.outer(norms, norms) == pytest.approx(truth)
     assert np.diagonal(truth, 1) == pytest.approx(0.56) and truth[0, 3] == pytest.approx(0.56**3)
 
 
 def test_without_noise_all_agree() -> None:
-    found = similarity(Known(noise=0).measure())
+    found = similarity(KnownProblem(noise=0).measure())
     assert found.resolved.all()
-    for cosine in (found.naive, found.cosine, Known(noise=0).predicted(64)):
-        assert cosine == pytest.approx(Known().cosine)
+    for cosine in (found.naive, found.cosine, KnownProblem(noise=0).predict_plug_in(64)):
+        assert cosine == pytest.approx(KnownProblem().cosine)
 
 
 @pytest.mark.parametrize("draws", DRAWS)
@@ -44,13 +44,13 @@ def test_the_plug_in_is_biased_as_predicted(draws: str) -> None:
     naive = np.array(
         [similarity(EVEN.measure(draws=draws, seed=seed)).naive for seed in range(300)]
     )
-    assert naive.mean(0) == pytest.approx(EVEN.predicted(64, draws), abs=0.015)
-    beside = EVEN.predicted(64, draws)[0, 1]
+    assert naive.mean(0) == pytest.approx(EVEN.predict_plug_in(64, draws), abs=0.015)
+    beside = EVEN.predict_plug_in(64, draws)[0, 1]
     assert beside > 0.7 if draws == "shared" else beside < 0.4
 
 
 def test_the_table_shows_who_lies() -> None:
-    table = errors(EVEN, maps=150).set_index(["draws", "estimator"])
+    table = measure_errors(EVEN, maps=150).set_index(["draws", "estimator"])
     assert len(table) == 4 and table.loc[("shared", PLUG_IN), "bias"] > 0.2
     assert table.loc[("independent", PLUG_IN), "bias"] < -0.1
     for kind in DRAWS:
@@ -61,12 +61,12 @@ def test_the_table_shows_who_lies() -> None:
 
 
 def test_weak_bins_are_said_to_be_unresolved() -> None:
-    table = errors(Known(strengths=(1.0, 1.0, 0.05, 0.05)), ["shared"], maps=20).set_index(
-        "estimator"
-    )
+    table = measure_errors(
+        KnownProblem(strengths=(1.0, 1.0, 0.05, 0.05)), ["shared"], maps=20
+    ).set_index("estimator")
     assert table.unresolved[PLUG_IN] == 0 and 0.4 < table.unresolved[UNBIASED] <= 0.6
     none = (
-        errors(Known(strengths=(0.01, 0.01)), ["shared"], maps=3)
+        measure_errors(KnownProblem(strengths=(0.01, 0.01)), ["shared"], maps=3)
         .set_index("estimator")
         .loc[UNBIASED]
     )
@@ -75,23 +75,23 @@ def test_weak_bins_are_said_to_be_unresolved() -> None:
 
 def test_samples_bring_the_plug_in_to_the_truth_and_figures_show_it() -> None:
     maps = {kind: EVEN.measure(groups=40, batch_size=16, draws=kind) for kind in DRAWS}
-    table = by_samples(maps, [5, 10, 40, 80])
+    table = compare_by_samples(maps, [5, 10, 40, 80])
     assert table.samples.unique().tolist() == [80, 160, 640] and len(table) == 12
     at = table.set_index(["draws", "estimator", "samples"]).cosine
     for kind in DRAWS:
         assert abs(at[kind, PLUG_IN, 640] - 0.56) < abs(at[kind, PLUG_IN, 80] - 0.56)
         assert at[kind, UNBIASED, 640] == pytest.approx(0.56, abs=0.06)
-    figure = neighbours_by_samples(table, 0.56)
+    figure = draw_neighbours(table, 0.56)
     assert (
         isinstance(figure, Figure) and len(figure.axes) == 2 and len(render(figure, "png")) > 5000
     )
-    assert render(neighbours_by_samples(table)) == render(neighbours_by_samples(table))
+    assert render(draw_neighbours(table)) == render(draw_neighbours(table))
 
 
 def test_two_kinds_of_draws_agree_for_the_unbiased_estimator_alone() -> None:
-    known = Known(strengths=(1.0, 1.0, 0.2, 0.1, 0.1), dimensions=400)
+    known = KnownProblem(strengths=(1.0, 1.0, 0.2, 0.1, 0.1), dimensions=400)
     tables = [
-        disagreement(
+        measure_disagreement(
             *(known.measure(groups=12, draws=kind, seed=seed) for kind in DRAWS)
         ).set_index("estimator")
         for seed in range(40)
@@ -101,12 +101,12 @@ def test_two_kinds_of_draws_agree_for_the_unbiased_estimator_alone() -> None:
     bias = np.mean([table.loc[PLUG_IN, "first"] - table.loc[UNBIASED, "first"] for table in tables])
     assert bias == pytest.approx(56 / 96, rel=0.1)
     with pytest.raises(UsageError, match="same bins"):
-        disagreement(known.measure(), EVEN.measure())
+        measure_disagreement(known.measure(), EVEN.measure())
 
 
 def test_first_groups_are_a_measurement_of_their_own() -> None:
     whole = EVEN.measure(groups=12)
-    part = first_groups(whole, 6)
+    part = take_groups(whole, 6)
     assert part.M == 6 and np.array_equal(part.gram, whole.gram[:, :6, :, :6])
 
 
@@ -125,7 +125,7 @@ def test_many_groups_are_halved_without_listing_all_ways() -> None:
 )
 def test_what_is_no_problem_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
-        Known(**wrong)
+        KnownProblem(**wrong)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
@@ -133,6 +133,6 @@ def test_what_cannot_be_measured_is_refused() -> None:
         with pytest.raises(UsageError):
             EVEN.measure(**wrong)
     with pytest.raises(UsageError):
-        EVEN.predicted(8, "some")
+        EVEN.predict_plug_in(8, "some")
     with pytest.raises(UsageError, match="spread"):
-        errors(EVEN, maps=1)
+        measure_errors(EVEN, maps=1)
