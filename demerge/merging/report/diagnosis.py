@@ -19,7 +19,6 @@ Papers: effective rank (Roy and Vetterli, EUSIPCO 2007), sign conflict (TIES, ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -77,7 +76,8 @@ class Sums:
     @property
     def distance(self) -> float:
         """|merged - base|."""
-        return math.sqrt(self.squares)
+        distance: float = self.squares**0.5
+        return distance
 
     @property
     def effective_rank(self) -> float:
