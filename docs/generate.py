@@ -83,18 +83,18 @@ def method_pages() -> dict[str, str]:
 
 def _method_page(method: Method) -> str:
     document = method.document()
-    module = inspect.getdoc(inspect.getmodule(method.function)) or ""
     body = (inspect.getdoc(method.function) or "").partition("\n")[2]
     body, _, raises = body.partition("Raises:")
+    body = body.partition("Args:")[0]
     names = ", ".join(f"`{name}`" for name in document["aliases"])
     parts = [
         f"# {method.name}",
         _sentence(method.summary) + textwrap.dedent(body).rstrip(),
         f"Paper: {_paper(method.paper)}." + (f" Also called {names}." if names else ""),
         "## Formula",
-        module,
+        method.description,
         "## Options",
-        _options_table(document) or "This method has no options.",
+        _options_table(method) or "This method has no options.",
         _presets(document["presets"]),
         _needs(document["needs"]),
         "## Errors\n\n" + _raises(raises) if raises else "",
@@ -105,14 +105,14 @@ def _method_page(method: Method) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _options_table(document: dict[str, Any]) -> str:
-    if not document["options"]:
+def _options_table(method: Method) -> str:
+    if not method.options:
         return ""
     rows = [
-        f"| `{name}` | `{option['default']}` | {_cell(option['rule'])} |"
-        for name, option in document["options"].items()
+        f"| `{name}` | `{option.default}` | {_cell(option.rule)} | {_cell(option.help)} |"
+        for name, option in method.options.items()
     ]
-    return "| option | default | values |\n|---|---|---|\n" + "\n".join(rows)
+    return "| option | default | values | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
 def _presets(presets: dict[str, dict[str, Any]]) -> str:
