@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from click import get_current_context
-from click.core import ParameterSource
 
 from demerge.options import Options, spec_of, types_of
 
@@ -70,12 +68,14 @@ def from_options(
     return run
 
 
-def stated(options: Options) -> dict[str, Any]:
+def stated(context: typer.Context, options: Options) -> dict[str, Any]:
     """Return the values that the command line or the config file states, without defaults."""
-    context, default = get_current_context(), ParameterSource.DEFAULT
-    names = [of.name for of in dataclasses.fields(options)]
-    states = [name for name in names if context.get_parameter_source(name) != default]
-    return {name: getattr(options, name) for name in states}
+    values = {}
+    for of in dataclasses.fields(options):
+        source = context.get_parameter_source(of.name)
+        if source is not None and source.name != "DEFAULT":
+            values[of.name] = getattr(options, of.name)
+    return values
 
 
 def _is_options(kind: Any) -> bool:

@@ -13,8 +13,8 @@ import pytest
 import demerge
 from demerge.analysis import MeasurementOptions
 from demerge.evaluation import EvaluationOptions
-from demerge.merging import MergeSession, Recipe, find_method, merge, prepare
-from demerge.merging.recipe.fields import Source
+from demerge.merging import MergeSession, Recipe, find_method, merge
+from demerge.merging import plan as plan_merge
 
 MOST = 300
 
@@ -55,7 +55,7 @@ def test_values_are_one_short_line(tiny: Path, add_expert: Callable[..., Path]) 
     values: list[Any] = [
         demerge.Diffusion.load(tiny),
         MergeSession(tiny, experts),
-        prepare(Recipe(Source(str(tiny)), [Source(str(path)) for path in experts], method="ties")),
+        plan_merge(Recipe.of(tiny, experts, method="ties")),
         merge(tiny, experts, folder / "merged", method="average"),
     ]
     for value in values:

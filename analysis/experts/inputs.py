@@ -11,8 +11,9 @@ from demerge.errors import InputError, UsageError
 from demerge.expert import find_expert, find_expert_range
 from demerge.lora import open_expert
 from demerge.merging.engine.validation import check_same_tensors
-from demerge.merging.inputs.components import notes_about
-from demerge.merging.inputs.experts import Expert, check_same_base
+from demerge.merging.inputs.components import note_ignored
+from demerge.merging.inputs.experts import ExpertWeights as Expert
+from demerge.merging.inputs.experts import check_same_base
 from demerge.storage.checkpoint import Checkpoint, content_sha256, finite
 from demerge.storage.hashing import remembered_content
 from demerge.timesteps import Partition, TimestepRange
@@ -37,7 +38,7 @@ class OpenedExperts:
     @property
     def notes(self) -> list[str]:
         """What is supposed or passed over, as lines of a plan."""
-        return [f"note    {note}" for note in notes_about(self.base, self.models)]
+        return [f"note    {note}" for note in note_ignored(self.base, self.models)]
 
     def find_ranges(self, text: str | None, T: int, *, experts: int | None = None) -> Partition:
         """Return the ranges that `text` asks for, or else the experts' own, of T timesteps.

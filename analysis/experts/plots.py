@@ -24,7 +24,7 @@ from demerge.analysis.experts.transfer import Transfer
 from demerge.analysis.similarity import t_quantile
 from demerge.errors import UsageError
 from demerge.evaluation.metrics.range_losses import BLOCKS
-from demerge.merging.recipe.blocks import grouped
+from demerge.merging.recipe.blocks import group_by_block
 from demerge.reporting.theme import GREY, plain, styled
 
 COLUMNS = 4
@@ -142,7 +142,7 @@ def draw_norms_by_layer(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     check_labels(vectors, labels)
     layers = vectors.by_layer()
     order: list[tuple[str, int]] = []
-    for block, names in grouped(layers.names).items():
+    for block, names in group_by_block(layers.names).items():
         order += [(block, layers.names.index(name)) for name in names]
     norms = layers.norms[[i for _, i in order]]
     known = np.ma.masked_less_equal(norms, 0)

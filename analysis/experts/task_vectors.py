@@ -26,7 +26,7 @@ from torch import Tensor
 from demerge.conflict import Array, layer_of
 from demerge.errors import InputError, UsageError
 from demerge.merging.engine.validation import holds_deltas
-from demerge.merging.recipe.blocks import grouped
+from demerge.merging.recipe.blocks import group_by_block
 from demerge.merging.report.diagnosis import effective_rank
 
 
@@ -83,7 +83,7 @@ class TaskVectors:
 
     def by_block(self) -> TaskVectors:
         """Return the same for the blocks of the denoiser, from input to output."""
-        return self._summed(grouped(self.names))
+        return self._summed(group_by_block(self.names))
 
     def _summed(self, groups: Mapping[str, Sequence[str]]) -> TaskVectors:
         index = {name: i for i, name in enumerate(self.names)}

@@ -31,7 +31,7 @@ from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.evaluation.metrics.range_losses import BLOCKS
-from demerge.merging.inputs.experts import Expert
+from demerge.merging.inputs.experts import ExpertWeights as Expert
 from demerge.progress import Progress, silent
 from demerge.provenance import versions
 from demerge.stage import Cost

@@ -27,7 +27,7 @@ DOTTED = (
     "unet.",
     "transformer.",
 )
-FIX = "name the base that they were trained on: demerge merge BASE LORA LORA --out-rank R"
+FIX = "name the base that they were trained on: demerge merge BASE LORA LORA --lora-rank R"
 
 
 class NoBase(Mapping[str, Tensor]):

@@ -1,31 +1,66 @@
-"""Merging: methods as pure functions, streamed over files; each result carries the recipe that made it.
+"""Merging: methods as pure functions, streamed over files; each result carries its recipe.
 
-papers/    one merge method per file; `contract` what a method is, `options` what it may be asked, `registry` all by name
-recipe/    what is asked of a merge, and for which tensors
-engine     `apply` the merge, `tensors` of state dicts, `stream` its chunks, `workers` that share them, `checks` what must hold,
-           `probe` what a merge comes to
-files      `preparation` everything found and checked, `plan` and `parts` what comes out, `output` and `adapter` how it is
-           written, `sources`, `schedule` and `denoisers` what lies around the weights, `verification` the same once more
-beside     `diagnose` and `report` what a merge did; `session` and `resident` merges in memory, again and again
+methods/   one paper per file; `contract` says what a method is, `registry` finds it by name
+recipe/    what is merged and how: the value, its files, rules for some tensors
+inputs/    experts, their denoisers and other parts, whether they fit the base, statistics
+engine/    the arithmetic: a merge as a stream of chunks, shared by processes, in memory too
+output/    files of weights, a LoRA, a model card
+report/    what a merge did, as numbers and as a page
+
+A merge goes `options` -> `recipe` -> `planning` -> `stage` (plan, run, result) -> `output`.
+`verification` repeats it; `session` merges in memory again and again.
 """
 
-from demerge.merging.contract import Block, Method, Statistic
-from demerge.merging.engine.in_memory import merge_tensors
-from demerge.merging.engine.job import Execution, MergeJob
-from demerge.merging.method_options import Between
-from demerge.merging.plan import MergeResult, Plan
-from demerge.merging.planning import merge, prepare
-from demerge.merging.recipe.recipe import Recipe
-from demerge.merging.recipe.rules import Rule
-from demerge.merging.registry import all_methods, find_method, method
-from demerge.merging.session import MergeSession
-from demerge.merging.verification import verify
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from demerge.lazy import lazily
+
+if TYPE_CHECKING:
+    from demerge.merging.contract import Block, Method, Statistic
+    from demerge.merging.engine.in_memory import merge_tensors
+    from demerge.merging.engine.job import Execution, MergeJob
+    from demerge.merging.method_options import Between
+    from demerge.merging.options import MergeInputs, MergeOptions
+    from demerge.merging.planning import merge, plan
+    from demerge.merging.recipe.recipe import Recipe
+    from demerge.merging.recipe.rules import Rule
+    from demerge.merging.registry import all_methods, find_method, method
+    from demerge.merging.session import MergeSession
+    from demerge.merging.stage import MergeResult, Plan
+    from demerge.merging.verification import verify
+
+HOMES = {
+    "Between": "method_options",
+    "Block": "contract",
+    "Execution": "engine.job",
+    "MergeInputs": "options",
+    "MergeJob": "engine.job",
+    "MergeOptions": "options",
+    "MergeResult": "stage",
+    "MergeSession": "session",
+    "Method": "contract",
+    "Plan": "stage",
+    "Recipe": "recipe.recipe",
+    "Rule": "recipe.rules",
+    "Statistic": "contract",
+    "all_methods": "registry",
+    "find_method": "registry",
+    "merge": "planning",
+    "merge_tensors": "engine.in_memory",
+    "method": "registry",
+    "plan": "planning",
+    "verify": "verification",
+}
 
 __all__ = [
     "Between",
     "Block",
     "Execution",
+    "MergeInputs",
     "MergeJob",
+    "MergeOptions",
     "MergeResult",
     "MergeSession",
     "Method",
@@ -38,6 +73,7 @@ __all__ = [
     "merge",
     "merge_tensors",
     "method",
-    "prepare",
+    "plan",
     "verify",
 ]
+__getattr__, __dir__ = lazily(__name__, HOMES)

@@ -1,4 +1,4 @@
-"""From a recipe to a plan: everything a merge needs is found, checked and hashed, and nothing is written."""
+"""From a recipe to a plan: everything a merge needs is found, checked and hashed; nothing is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,27 +23,25 @@ from demerge.merging.engine.validation import (
     holds_deltas,
     resolve_weights,
 )
-from demerge.merging.inputs.compatibility import Rules, fitted, is_buffer, without_ema
-from demerge.merging.inputs.components import component_tasks
-from demerge.merging.inputs.denoisers import Task, denoisers, tasks
+from demerge.merging.inputs.compatibility import drop_ema, fit_expert, is_buffer
+from demerge.merging.inputs.components import find_component_tasks
+from demerge.merging.inputs.denoisers import Task, assign_experts, find_denoisers
 from demerge.merging.inputs.experts import (
-    Base,
-    Expert,
+    BaseWeights,
+    ExpertWeights,
     check_same_base,
-    check_unchanged,
-    range_of,
-    scheduler_config,
-    source,
+    find_scheduler_config,
+    record_source,
+    resolve_range,
 )
-from demerge.merging.inputs.statistics import check_measured_on, input_paths
+from demerge.merging.inputs.statistics import check_measured_on, find_inputs
 from demerge.merging.output.denoiser import Lora, OutputDenoiser
-from demerge.merging.output.writer import layout
-from demerge.merging.plan import MergeResult, Plan
-from demerge.merging.recipe.fields import MergeFields
-from demerge.merging.recipe.method_names import translated
-from demerge.merging.recipe.recipe import Recipe
-from demerge.merging.recipe.rules import Rule, matcher, only, settle
+from demerge.merging.output.writer import check_not_pickle, list_entries
+from demerge.merging.recipe.method_names import translate
+from demerge.merging.recipe.recipe import Ranges, Recipe
+from demerge.merging.recipe.rules import Rule, compile_pattern, resolve_rules, select
 from demerge.merging.registry import find_method
+from demerge.merging.stage import MergeResult, Plan, find_report_folder
 from demerge.progress import Progress, silent
 from demerge.provenance import versions
 from demerge.storage.atomic import check_is_new, place_for
@@ -53,372 +51,358 @@ from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import CheckpointLocation, locate
 from demerge.timesteps import TimestepRange
 
-MOST_THREADS = 4
+MOST_WORKERS = 4
 VERSIONS = ("demerge", "numpy", "torch")
 Number = TypeVar("Number")
 
 
 def merge(
-    base: Path | str,
-    experts: Sequence[Path | str],
-    out: Path | str,
+    base: str | Path,
+    experts: Sequence[str | Path],
+    out: str | Path,
     *,
+    ranges: Ranges | None = None,
     device: str = "cpu",
-    threads: int | None = None,
+    num_workers: int | None = None,
     progress: Progress = silent,
-    **asked: Unpack[MergeFields],
+    **options: Any,
 ) -> MergeResult:
     """Merge experts into a base, files or folders, and write the result to `out`.
 
     Args:
-        base: pipeline folder, component folder, .safetensors file or shard index; the name of an embedded model or a Hub id.
+        base: pipeline folder, component folder, .safetensors file, shard index, or Hub id.
         experts: the same, or LoRA files of the base.
         out: a new folder, or a new file that ends in `.safetensors`.
-        device: where the arithmetic runs.
-        threads: processes that share the work; the available cores, up to 4, by default. The result does not depend on it.
-        progress: called with (done, total, what).
-        asked: the method, its options and more, see `MergeFields`.
+        ranges: the timesteps of each expert, if its record does not name them.
+        num_workers: processes that share the work; the cores, up to 4, by default. The result does
+            not depend on it.
+        options: of `MergeOptions`, for example `method="ties", options={"density": 0.2}`.
 
     Raises:
-        UsageError: where method, options, weights or rules are wrong, or `out` exists.
-        InputError: where a file is damaged, or the experts do not fit the base.
-        ResourceError: where the disk does not suffice.
-        NumericalError: where the result is not finite.
+        UsageError: if an option is wrong, or `out` exists.
+        InputError: if a file is damaged, or the experts do not fit the base.
+        ResourceError: if the disk is too small.
+        NumericalError: if the result is not finite.
     """
-    out = place_for(out)
-    check_is_new(out)
-    recipe = Recipe.of(base, experts, **asked)
-    return prepare(recipe, device=device, threads=threads, progress=progress).run(out)
+    recipe = Recipe.of(base, experts, ranges=ranges, **options)
+    return plan(recipe, out, device=device, num_workers=num_workers).run(progress)
 
 
-def prepare(
+def plan(
     recipe: Recipe,
+    out: str | Path | None = None,
     *,
+    report: str | Path | bool | None = None,
     device: str = "cpu",
-    threads: int | None = None,
-    progress: Progress = silent,
+    num_workers: int | None = None,
 ) -> Plan:
-    """Check the merge that a recipe asks for, and hash its inputs; see `merge`.
+    """Check a merge, and begin to hash its inputs; see `merge`.
+
+    Args:
+        out: None for a merge that is only measured.
+        report: the new folder of a report; True for OUT/report, or NAME-report next to a file.
 
     Raises:
-        InputError: also where an input is not the one whose SHA-256 the recipe names.
+        InputError: also if an input has another SHA-256 than the recipe names.
     """
-    recipe = _without_base(translated(recipe))
+    if out is not None:
+        out = place_for(out)
+        check_is_new(out)
+        check_not_pickle(out)
+    recipe = _without_base(translate(recipe))
     method = find_method(recipe.method)
-    ranges, sides, notes = _opened(recipe, method)
-    hashing = Hashing(_files(sides))
-    if recipe.base.files:  # then this comes first
-        found = _resolved(recipe, ranges, sides, hashing.result())
-        for asked, there in zip(
-            (recipe.base, *recipe.experts), (found.base, *found.experts), strict=True
+    models = _Models.open(recipe, method)
+    hashing = Hashing(models.files())
+    if recipe.base.files:
+        now = models.record(recipe, hashing.result())
+        for source, found in zip(
+            [recipe.base, *recipe.experts], [now.base, *now.experts], strict=True
         ):
-            check_unchanged(asked, there)
-    execution = Execution(device, threads or _cores(), progress)
-    parts = [_part(recipe, side, execution) for side in sides]
-    _check_not_a_copy(recipe, sides, parts)
-    parts[0] = replace(parts[0], notes=[*parts[0].notes, *notes])
-    weights = (
-        parts[0].job.weights
-        if len(parts) == 1 and len(parts[0].experts) == len(recipe.experts)
-        else recipe.weights
+            source.check_unchanged(found)
+    execution = Execution(device, num_workers or _count_cores())
+    parts = [_plan_part(recipe, side, execution) for side in models.sides]
+    _check_not_a_copy(recipe, models.sides, parts)
+    parts[0] = replace(parts[0], notes=[*parts[0].notes, *models.notes])
+    is_whole = len(parts) == 1 and len(parts[0].experts) == len(recipe.experts)
+    pairs = zip(recipe.experts, models.ranges, strict=True)
+    draft = replace(
+        recipe,
+        experts=[replace(expert, range=span) for expert, span in pairs],
+        method=method.name,
+        options=parts[0].job.options,
+        weights=parts[0].job.weights if is_whole else recipe.weights,
+        rules=[rule.parse_options(method) for rule in recipe.rules],
     )
-    rules = [rule.parsed(method) for rule in recipe.rules]
-    settled = replace(
-        recipe, method=method.name, options=parts[0].job.options, weights=weights, rules=rules
-    )
-    return Plan(
-        partial(_resolved, settled, ranges, sides), hashing, parts, recipe.boundary, recipe.variant
-    )
+    folder = find_report_folder(out, report)
+    return Plan(draft, partial(models.record, draft), hashing, parts, out, folder)
 
 
-def check_mergeable(
-    base: Path | str, experts: Sequence[Path | str], **asked: Unpack[MergeFields]
-) -> list[str]:
+def check_mergeable(base: str | Path, experts: Sequence[str | Path], **options: Any) -> list[str]:
     """Make the checks of a merge that need no hash; return the notes that its plan has.
 
     Raises:
-        DemergeError: as `prepare` does.
+        DemergeError: as `plan` does.
     """
-    recipe = _without_base(translated(Recipe.of(base, experts, **asked)))
-    _, sides, notes = _opened(recipe, find_method(recipe.method))
-    parts = [_part(recipe, side, Execution()) for side in sides]
-    return [*(note for part in parts for note in part.notes), *notes]
-
-
-def _opened(
-    recipe: Recipe, method: Method
-) -> tuple[list[TimestepRange | None], list[_Side], list[str]]:
-    """Return the ranges of the experts, the parts of the output with their inputs opened, and notes of what is not used."""
-    weights = resolve_weights(recipe.weights, len(recipe.experts))
-    if not method.has_weights and (
-        any(w != weights[0] for w in weights) or any(rule.weights for rule in recipe.rules)
-    ):
-        raise UsageError(
-            f"method {method.name} has no weights",
-            fix="leave them out, and name the experts that count alone",
-        )
-    places = [
-        locate(resolve_model_path(s.path, recipe.variant), recipe.variant)
-        for s in (recipe.base, *recipe.experts)
-    ]
-    base, *experts = (denoisers(place, recipe.variant) for place in places)
-    for asked, sides_of in zip(recipe.experts, experts, strict=True):
-        if asked.range and len(sides_of) > 1:
-            raise UsageError(
-                f"{asked.path} has two denoisers, whose timesteps its boundary_ratio tells; the range {asked.range} is given",
-                fix="leave the range out (none), or name the folder of one of the two",
-            )
-    ranges = [
-        range_of(place, asked) for place, asked in zip(places[1:], recipe.experts, strict=True)
-    ]
-    beside, notes = _beside(recipe, places, ranges)
-    sides = [
-        _Side.of(task, recipe, method)
-        for task in [*tasks(base, experts, ranges, recipe.boundary), *beside]
-    ]
-    if recipe.out_rank is not None and len(sides) > 1:
-        fix = "give --components denoiser" if beside else "merge each side alone"
-        raise UsageError(
-            "an adapter is made for one denoiser, and the output has more parts", fix=fix
-        )
-    return ranges, sides, notes
-
-
-def _beside(
-    recipe: Recipe, places: Sequence[CheckpointLocation], ranges: Sequence[TimestepRange | None]
-) -> tuple[list[Task], list[str]]:
-    """Return what is merged next to the denoisers; with --only, which leaves the rest the base's, nothing."""
-    if recipe.only and recipe.components is None:
-        return [], []
-    found, notes = component_tasks(places[0], places[1:], ranges, recipe.components, recipe.variant)
-    if recipe.only and found:
-        raise UsageError(
-            "--only merges a part of the denoiser, --components other parts too",
-            fix="leave one of them out",
-        )
-    return found, notes
+    recipe = _without_base(translate(Recipe.of(base, experts, **options)))
+    models = _Models.open(recipe, find_method(recipe.method))
+    parts = [_plan_part(recipe, side, Execution()) for side in models.sides]
+    return [*(note for part in parts for note in part.notes), *models.notes]
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One part of the output, its inputs opened: base, experts, and the tensors that the method needs with its options."""
+    """One part of the output with its inputs: base, experts, and the tensors that the method needs.
+
+    `options` are the method's, before defaults.
+    """
 
     task: Task
     method: Method
-    base: Base
-    experts: Sequence[Expert]
+    base: BaseWeights
+    experts: Sequence[ExpertWeights]
     inputs: Mapping[str, Sequence[Checkpoint]]
     options: Mapping[str, Any]
 
     @classmethod
-    def of(cls, task: Task, recipe: Recipe, method: Method) -> _Side:
-        options, given = method.split_inputs(recipe.options)
-        settled = method.resolve_options(options)
-        method = method.specialize(
-            settled, *(settled | rule.parsed(method).plain for rule in recipe.rules)
-        )
+    def open(cls, task: Task, recipe: Recipe, method: Method) -> _Side:
+        options, input_options = method.split_inputs(recipe.options)
+        resolved = method.resolve_options(options)
+        rules = [resolved | rule.parse_options(method).plain_options for rule in recipe.rules]
+        method = method.specialize(resolved, *rules)
         if method.inputs and not task.is_denoiser:
-            what = f"method {method.name} needs {' and '.join(method.inputs)}, which {task.folder} does not have"
-            raise UsageError(what, fix="give --components denoiser, or another method")
-        asked = [recipe.experts[i] for i, _ in task.experts]
-        paths = input_paths(method, given, asked, [denoiser for _, denoiser in task.experts])
-        base: Base = Checkpoint(task.base.place)
+            what = f"method {method.name} needs {' and '.join(method.inputs)}, which {task.folder}"
+            fix = "give --components denoiser, or another method"
+            raise UsageError(f"{what} does not have", fix=fix)
+        sources = [recipe.experts[i] for i, _ in task.experts]
+        denoisers = [denoiser for _, denoiser in task.experts]
+        paths = find_inputs(method, input_options, sources, denoisers)
+        base: BaseWeights = Checkpoint(task.base.place)
         if is_lora(base):
-            base = NoBase([Checkpoint(denoiser.place) for _, denoiser in task.experts])
-        experts = [
-            open_expert(d.place, base, skip_text=recipe.skip_text_encoder) for _, d in task.experts
-        ]
-        inputs = {
-            name: [Checkpoint.open(path).named_like(base) for path in files]
-            for name, files in paths.items()
-        }
+            base = NoBase([Checkpoint(denoiser.place) for denoiser in denoisers])
+        skip_text = recipe.skip_text_encoder
+        experts = [open_expert(d.place, base, skip_text=skip_text) for d in denoisers]
+        inputs = {}
+        for name, files in paths.items():
+            inputs[name] = [Checkpoint.open(path).named_like(base) for path in files]
         return cls(task, method, base, experts, inputs, options)
 
-    def has(self, rule: Rule) -> bool:
-        """Whether a rule is for this side: all are for denoisers, and for another part those that match something."""
-        return self.task.is_denoiser or any(map(matcher(rule.pattern), self.base))
+    def files(self) -> list[Path]:
+        """Return all files that were opened."""
+        inputs = [checkpoint for files in self.inputs.values() for checkpoint in files]
+        opened = [self.base, *self.experts, *inputs]
+        return [file for checkpoint in opened for file in checkpoint.place.files]
 
-    def picked(self, numbers: Sequence[Number] | None, K: int) -> tuple[Number, ...] | None:
-        """Return, of one number for each named expert, those of this side's experts."""
+    def has_rule(self, rule: Rule) -> bool:
+        """Whether a rule is for this side: any is for denoisers, else one that matches something."""
+        return self.task.is_denoiser or any(map(compile_pattern(rule.pattern), self.base))
+
+    def pick(self, numbers: Sequence[Number] | None, K: int) -> tuple[Number, ...] | None:
+        """Return, of one number for each expert of the recipe, those of this side's experts."""
         if numbers is None or len(numbers) != K:
             return None if numbers is None else tuple(numbers)
         return tuple(numbers[i] for i, _ in self.task.experts)
 
 
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """The opened inputs of a merge.
+
+    Attributes:
+        ranges: of the experts.
+        sides: the parts of the output.
+        notes: on what of the experts is not used.
+    """
+
+    ranges: Sequence[TimestepRange | None]
+    sides: Sequence[_Side]
+    notes: Sequence[str]
+
+    @classmethod
+    def open(cls, recipe: Recipe, method: Method) -> _Models:
+        weights = resolve_weights(recipe.weights, len(recipe.experts))
+        is_weighted = any(w != weights[0] for w in weights) or any(r.weights for r in recipe.rules)
+        if is_weighted and not method.has_weights:
+            fix = "leave them out, and name the experts that count alone"
+            raise UsageError(f"method {method.name} has no weights", fix=fix)
+        variant = recipe.variant
+        sources = (recipe.base, *recipe.experts)
+        paths = [resolve_model_path(source.path, variant) for source in sources]
+        places = [locate(path, variant) for path in paths]
+        base, *experts = (find_denoisers(place, variant) for place in places)
+        ranges = []
+        for source, place, denoisers in zip(recipe.experts, places[1:], experts, strict=True):
+            if source.range and len(denoisers) > 1:
+                what = f"{source.path} has two denoisers with ranges of their own; the range"
+                fix = "leave the range out (none), or name the folder of one of the two"
+                raise UsageError(f"{what} {source.range} is given", fix=fix)
+            ranges.append(resolve_range(place, source))
+        others, notes = _find_others(recipe, places, ranges)
+        tasks = [*assign_experts(base, experts, ranges, recipe.boundary), *others]
+        sides = [_Side.open(task, recipe, method) for task in tasks]
+        if recipe.lora_rank is not None and len(sides) > 1:
+            what = "a LoRA is made for one denoiser, and the output has more parts"
+            fix = "give --components denoiser" if others else "merge each side alone"
+            raise UsageError(what, fix=fix)
+        return cls(ranges, sides, notes)
+
+    def files(self) -> list[Path]:
+        """Return all files that were opened."""
+        return [file for side in self.sides for file in side.files()]
+
+    def record(self, recipe: Recipe, hashes: Mapping[Path, str]) -> Recipe:
+        """Return the recipe with ranges, versions and the SHA-256 of every input."""
+        experts = []
+        for i, (source, span) in enumerate(zip(recipe.experts, self.ranges, strict=True)):
+            opened: list[ExpertWeights] = []
+            inputs: dict[str, Checkpoint] = {}
+            for side in self.sides:
+                for j, (number, _) in enumerate(side.task.experts):
+                    if number == i:
+                        opened.append(side.experts[j])
+                        inputs |= {name: files[j] for name, files in side.inputs.items()}
+            experts.append(record_source(replace(source, range=span), opened, hashes, inputs))
+        base = record_source(recipe.base, [side.base for side in self.sides], hashes, {})
+        made = versions(*VERSIONS)
+        return replace(recipe, base=base, experts=experts, versions=made, output={})
+
+
+def _find_others(
+    recipe: Recipe, places: Sequence[CheckpointLocation], ranges: Sequence[TimestepRange | None]
+) -> tuple[list[Task], list[str]]:
+    """Return what is merged next to the denoisers; with --only, which keeps the rest, nothing."""
+    if recipe.only and recipe.components is None:
+        return [], []
+    base, *experts = places
+    tasks, notes = find_component_tasks(base, experts, ranges, recipe.components, recipe.variant)
+    if recipe.only and tasks:
+        what = "--only merges a part of the denoiser, --components other parts too"
+        raise UsageError(what, fix="leave one of them out")
+    return tasks, notes
+
+
 def _without_base(recipe: Recipe) -> Recipe:
-    """Return a recipe with a LoRA in the base's place as one of LoRA files alone: it has no base.
+    """Return a recipe of LoRA files alone, if a LoRA stands in the base's place.
 
     Raises:
         UsageError: if an expert is a model.
     """
-    opened = [Checkpoint.open(recipe.base.path, recipe.variant)]
-    if not is_lora(opened[0]):
+    files = [Checkpoint.open(recipe.base.path, recipe.variant)]
+    if not is_lora(files[0]):
         return recipe
     recipe = recipe.changed(no_base=True)
-    opened += [Checkpoint.open(expert.path, recipe.variant) for expert in recipe.experts[1:]]
-    model = next(
-        (e.path for e, o in zip(recipe.experts[1:], opened[1:], strict=True) if not is_lora(o)),
-        None,
-    )
-    if model is not None:
-        what = f"{recipe.base.path} is a LoRA in the base's place, and {model} is a model"
-        others = " ".join(e.path for e in recipe.experts if e.path != model)
-        raise UsageError(
-            what, fix=f"name the base first; if it is that model: demerge merge {model} {others}"
-        )
-    if len(opened) == 1 and not recipe.out_rank:
+    for expert in recipe.experts[1:]:
+        files.append(Checkpoint.open(expert.path, recipe.variant))
+        if not is_lora(files[-1]):
+            model = expert.path
+            others = " ".join(e.path for e in recipe.experts if e.path != model)
+            what = f"{recipe.base.path} is a LoRA in the base's place, and {model} is a model"
+            fix = f"name the base first; if it is that model: demerge merge {model} {others}"
+            raise UsageError(what, fix=fix)
+    if len(files) == 1 and not recipe.lora_rank:
         what = f"{recipe.base.path} is a LoRA alone, and a merge of it is a copy"
-        raise UsageError(
-            what,
-            fix="name its base before it, or more LoRA files, or give --out-rank for a smaller one",
-        )
-    return recipe if recipe.out_rank else replace(recipe, out_rank=NoBase(opened).rank)
+        fix = "name its base before it, or more LoRA files, or give --lora-rank for a smaller one"
+        raise UsageError(what, fix=fix)
+    return recipe if recipe.lora_rank else replace(recipe, lora_rank=NoBase(files).rank)
 
 
-def _part(recipe: Recipe, side: _Side, execution: Execution) -> OutputDenoiser:
-    method = side.method
-    asked = [recipe.experts[i] for i, _ in side.task.experts]
-    names = [source.path for source in (recipe.base, *asked)]
-    rules = Rules(recipe.missing, recipe.extra, recipe.only)
-    base, notes = without_ema(side.base, names[0])
+def _plan_part(recipe: Recipe, side: _Side, execution: Execution) -> OutputDenoiser:
+    """Check one part of the output, and return how it is merged and stored."""
+    task, method = side.task, side.method
+    sources = [recipe.experts[i] for i, _ in task.experts]
+    names = [source.path for source in (recipe.base, *sources)]
+    base, notes = drop_ema(side.base, names[0])
     if isinstance(base, NoBase):
-        notes.append(
-            f"no base: the deltas of {len(asked)} LoRA files are merged, into a LoRA of rank {recipe.out_rank}"
-        )
+        rank = f"into a LoRA of rank {recipe.lora_rank}"
+        notes.append(f"no base: the deltas of {len(sources)} LoRA files are merged, {rank}")
     experts: list[Tensors] = []
     for expert, name in zip(side.experts, names[1:], strict=True):
-        fit, more = fitted(base, expert, (names[0], name), rules)
+        fit, more = fit_expert(base, expert, (names[0], name), recipe)
         experts, notes = [*experts, fit], [*notes, *more]
-    if side.task.is_denoiser:
+    if task.is_denoiser:
         check_same_base(side.base, side.experts, recipe.no_base)
-    check_inputs(method, base, side.inputs, len(asked))
-    ranges = [denoiser.range for _, denoiser in side.task.experts]
-    check_measured_on(side.base, side.experts, ranges, side.inputs, models=recipe.variant is None)
-    floating = [name for name, spec in base.specs.items() if spec.is_float and not is_buffer(name)]
-    chosen = only(recipe.only, floating) if recipe.only else set(floating)
-    part = partial(
-        OutputDenoiser,
+    check_inputs(method, base, side.inputs, len(sources))
+    ranges = [denoiser.range for _, denoiser in task.experts]
+    is_plain = recipe.variant is None
+    check_measured_on(side.base, side.experts, ranges, side.inputs, models=is_plain)
+    lora = None
+    if recipe.lora_rank is not None:
+        save_dtype = "float32" if recipe.save_dtype == "keep" else recipe.save_dtype
+        lora = Lora(recipe.lora_rank, getattr(torch, save_dtype))
+    pairs = zip(sources, ranges, strict=True)
+    part = OutputDenoiser(
+        job=MergeJob(
+            method, base, experts, [], method.resolve_options(side.options),
+            inputs=side.inputs, seed=recipe.seed, names=names, only=frozenset(), ranges=ranges,
+            snr=snr_of(find_scheduler_config(side.base.place)), execution=execution,
+        ),
         place=side.base.place,
-        folder=side.task.folder,
-        file=side.task.file,
-        entries=layout(base, recipe.save_dtype),
-        experts=[replace(source, range=span) for source, span in zip(asked, ranges, strict=True)],
-        lora=_lora(recipe),
+        folder=task.folder,
+        entries=list_entries(base, recipe.save_dtype),
+        experts=[replace(source, range=span) for source, span in pairs],
+        lora=lora,
         notes=notes,
-    )
-    settled = method.resolve_options(side.options)
-    if not asked:  # no expert changes this one of a pipeline's two denoisers
-        job = MergeJob(
-            method, base, [], [], settled, names=names, only=frozenset(), execution=execution
-        )
-        return part(job)
-    K = len(recipe.experts)
-    whole = recipe.weights if side.task.is_denoiser else resolve_weights(recipe.weights, K)
-    weights = resolve_weights(side.picked(whole, K), len(asked))
-    own = [
-        replace(rule, weights=side.picked(rule.weights, K))
-        for rule in recipe.rules
-        if side.has(rule)
-    ]
-    settings, taken = settle(
-        own, [name for name in floating if name in chosen], method, side.options, weights
-    )
-    job = MergeJob(
-        method,
-        base,
-        experts,
-        weights,
-        settled,
-        side.inputs,
-        recipe.seed,
-        names,
-        settings=settings,
-        only=chosen,
-        ranges=ranges,
-        snr=snr_of(scheduler_config(side.base.place)),
-        execution=execution,
-    )
-    return part(job, taken=taken)
+        file=task.file,
+    )  # fmt: skip
+    return _with_weights(part, recipe, side) if sources else part
+
+
+def _with_weights(part: OutputDenoiser, recipe: Recipe, side: _Side) -> OutputDenoiser:
+    """Return a part that has experts with their weights, its rules, and the tensors to merge."""
+    job, K = part.job, len(recipe.experts)
+    specs = job.base.specs if isinstance(job.base, Checkpoint | NoBase) else {}
+    floating = [name for name, spec in specs.items() if spec.is_float and not is_buffer(name)]
+    chosen = set(floating)
+    if recipe.only:
+        chosen = {n for p in recipe.only for n in select(p, floating, f"--only '{p}'")}
+    weights = recipe.weights if side.task.is_denoiser else resolve_weights(recipe.weights, K)
+    weights = resolve_weights(side.pick(weights, K), len(part.experts))
+    rules = []
+    for rule in recipe.rules:
+        if side.has_rule(rule):
+            rules.append(replace(rule, weights=side.pick(rule.weights, K)))
+    merged = [name for name in floating if name in chosen]
+    settings, matches = resolve_rules(rules, merged, side.method, side.options, weights)
+    job = replace(job, weights=weights, settings=settings, only=chosen)
+    return replace(part, job=job, matches=matches)
 
 
 def _check_not_a_copy(
     recipe: Recipe, sides: Sequence[_Side], parts: Sequence[OutputDenoiser]
 ) -> None:
-    """Refuse a merge that gives one of its inputs back, unless weights say that this is meant; and one that lacks a base.
+    """Refuse a merge that gives an input back, unless weights mean that; and one without a base.
 
     Raises:
         UsageError: with the commands that may have been meant.
     """
     if recipe.no_base:
         for side, part in zip(sides, parts, strict=True):
-            if isinstance(side.base, NoBase):  # LoRA files alone, whose deltas depend on no base
+            if isinstance(side.base, NoBase):  # the deltas of LoRA files alone need no base
                 continue
             if any(map(holds_deltas, side.experts)):
-                raise UsageError(
-                    "a LoRA is not a model, and --no-base merges models alone",
-                    fix="name the LoRA's base first",
-                )
+                what = "a LoRA is not a model, and --no-base merges models alone"
+                raise UsageError(what, fix="name the LoRA's base first")
             check_equal_shares(part.job)
-    stated = recipe.weights is not None or any(rule.weights is not None for rule in recipe.rules)
-    if stated or recipe.base.files or recipe.only or recipe.out_rank is not None:
+    has_weights = recipe.weights is not None or any(r.weights is not None for r in recipe.rules)
+    if has_weights or recipe.base.files or recipe.only or recipe.lora_rank is not None:
         return
-    numbers = [[0, *(1 + i for i, _ in side.task.experts)] for side in sides]
-    found = [
-        {of[i] for i in find_copies(part.job, recipe.no_base)}
-        for part, of in zip(parts, numbers, strict=True)
-    ]
-    copies = found[0].intersection(*found[1:])
+    copies = set(range(len(recipe.experts) + 1))
+    for side, part in zip(sides, parts, strict=True):
+        numbers = [0, *(1 + i for i, _ in side.task.experts)]
+        copies &= {numbers[i] for i in find_copies(part.job, recipe.no_base)}
     if not copies:
         return
     first, names = min(copies), [recipe.base.path, *(expert.path for expert in recipe.experts)]
     count = f"{len(recipe.experts)} expert{'s' if len(recipe.experts) > 1 else ''}"
     what = f"{recipe.method} of {count} and the base {names[0]} gives a copy of {names[first]}"
     models = " ".join(names)
-    fix = f"experts of a base: demerge merge BASE {models}; the models alone: demerge merge {models} --no-base; "
-    fix += "the copy itself: say so by --weights"
-    raise UsageError(
-        what, fix=fix if first else "choose other options, or give --weights if the copy is meant"
-    )
+    fix = f"experts of a base: demerge merge BASE {models}; the models alone: demerge merge"
+    fix = f"{fix} {models} --no-base; the copy itself: say so by --weights"
+    copy_of_base = "choose other options, or give --weights if the copy is meant"
+    raise UsageError(what, fix=fix if first else copy_of_base)
 
 
-def _lora(recipe: Recipe) -> Lora | None:
-    dtype = torch.float32 if recipe.save_dtype == "keep" else getattr(torch, recipe.save_dtype)
-    return None if recipe.out_rank is None else Lora(recipe.out_rank, dtype)
-
-
-def _files(sides: Sequence[_Side]) -> list[Path]:
-    given = [tensors for side in sides for found in side.inputs.values() for tensors in found]
-    opened = [*(c for side in sides for c in (side.base, *side.experts)), *given]
-    return [file for checkpoint in opened for file in checkpoint.place.files]
-
-
-def _resolved(
-    recipe: Recipe,
-    ranges: Sequence[TimestepRange | None],
-    sides: Sequence[_Side],
-    hashes: Mapping[Path, str],
-) -> Recipe:
-    """Return the recipe with ranges, versions and the SHA-256 of every input."""
-    experts = []
-    for i, (asked, span) in enumerate(zip(recipe.experts, ranges, strict=True)):
-        taken = [
-            (side, j)
-            for side in sides
-            for j, (number, _) in enumerate(side.task.experts)
-            if number == i
-        ]
-        inputs = {name: found[j] for side, j in taken for name, found in side.inputs.items()}
-        experts.append(
-            source(
-                replace(asked, range=span), [side.experts[j] for side, j in taken], hashes, inputs
-            )
-        )
-    base = source(recipe.base, [side.base for side in sides], hashes, {})
-    return replace(recipe, base=base, experts=experts, versions=versions(*VERSIONS), output={})
-
-
-def _cores() -> int:
-    available = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(MOST_THREADS, available)
+def _count_cores() -> int:
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return min(MOST_WORKERS, cores)

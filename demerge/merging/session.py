@@ -39,10 +39,10 @@ from demerge.merging.engine.validation import (
     check_same_tensors,
     resolve_weights,
 )
-from demerge.merging.inputs.components import notes_about
-from demerge.merging.inputs.experts import check_same_base, scheduler_config
+from demerge.merging.inputs.components import note_ignored
+from demerge.merging.inputs.experts import check_same_base, find_scheduler_config
 from demerge.merging.inputs.statistics import check_measured_on
-from demerge.merging.recipe.blocks import block_of, by_depth
+from demerge.merging.recipe.blocks import block_of, sort_blocks
 from demerge.merging.recipe.rules import select
 from demerge.merging.registry import find_method
 from demerge.storage.checkpoint import Checkpoint
@@ -98,7 +98,7 @@ class MergeSession:
         start = open_model(base)
         tuned = [open_expert_tensors(expert, start) for expert in experts]
         K = len(tuned)
-        self.notes = notes_about(start, tuned)
+        self.notes = note_ignored(start, tuned)
         resolve_weights(None, K)
         check_same_tensors(start, tuned, ["the base", *(f"expert {i}" for i in range(K))])
         sources = {name: _open_inputs(name, tuned, inputs or {}) for name in chosen.inputs}
@@ -113,7 +113,7 @@ class MergeSession:
         _check_memory(self.bytes, str(self.device))
         snr = None
         if isinstance(start, Checkpoint):
-            snr = snr_of(scheduler_config(start.place))
+            snr = snr_of(find_scheduler_config(start.place))
         constants = {**resolved, "ranges": spans, "snr": snr}
         reader = Reader(chosen, start, tuned, sources, seed)
         self._resident = load(reader, constants, self.device, dtype)
@@ -280,7 +280,7 @@ def _assign_groups(
     if groups is None:
         return (), {}
     if groups == "blocks":
-        blocks = tuple(by_depth(names))
+        blocks = tuple(sort_blocks(names))
         return blocks, {name: blocks.index(block_of(name)) for name in names}
     fix = "put narrow patterns first and ** last"
     assigned: dict[str, int] = {}

@@ -234,7 +234,7 @@ def test_images_that_experts_were_trained_on_are_pointed_out(
 
 def test_a_lora_is_an_expert(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
     lora = tmp_path / "lora.safetensors"
-    assert run("merge", tiny, experts[0], "--weights", "1", "--out-rank", 4, "-o", lora).code == 0
+    assert run("merge", tiny, experts[0], "--weights", "1", "--lora-rank", 4, "-o", lora).code == 0
     done = run("coefficients", tiny, lora, *QUICK, "--ranges", "joint", "-o", tmp_path / "w.json")
     assert done.code == 0, done.err
 

@@ -144,7 +144,7 @@ def test_one_expert_has_a_path_and_no_plane(run: Run, tiny: Path, experts: list[
 
 def test_a_lora_is_an_expert(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
     lora = tmp_path / "lora.safetensors"
-    assert run("merge", tiny, experts[0], "--weights", "1", "--out-rank", 4, "-o", lora).code == 0
+    assert run("merge", tiny, experts[0], "--weights", "1", "--lora-rank", 4, "-o", lora).code == 0
     done = run("landscape", tiny, lora, *QUICK, "--ranges", "joint", "--json")
     assert done.code == 0, done.err
     made = json.loads(done.out)

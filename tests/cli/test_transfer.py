@@ -116,7 +116,9 @@ def test_ranges_of_ones_own_and_every_kind_of_expert(
     """A pipeline, its component, its file and its exact LoRA are one expert; the base itself changes nothing."""
     Partition.from_cuts(1000, [300]).save(tmp_path / "p.json")
     lora = tmp_path / "lora.safetensors"
-    assert run("merge", tiny, experts[0], "--weights", "1", "--out-rank", 400, "-o", lora).code == 0
+    assert (
+        run("merge", tiny, experts[0], "--weights", "1", "--lora-rank", 400, "-o", lora).code == 0
+    )
     shutil.copy(experts[0] / WEIGHTS, tmp_path / "file.safetensors")
     asked = (experts[0], experts[0] / "unet", tmp_path / "file.safetensors", lora, tiny)
     done = run(

@@ -18,7 +18,7 @@ from demerge.diffusion.loading import load_denoiser, load_text, load_vae
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError, ResourceError
 from demerge.inspection import inspect_model
-from demerge.merging.inputs.experts import scheduler_config
+from demerge.merging.inputs.experts import find_scheduler_config
 from demerge.storage.layout import locate
 from demerge.storage.safetensors_header import read_json
 
@@ -292,7 +292,7 @@ def test_a_scheduler_as_diffusers_saves_it_is_read(copy: Path, name: str) -> Non
     model = Diffusion.load(copy)
     json.dumps(model.identity, allow_nan=False)
     assert len(model.fingerprint) == 64 and inspect_model(copy).scheduler == name
-    assert scheduler_config(locate(copy))["_class_name"] == name
+    assert find_scheduler_config(locate(copy))["_class_name"] == name
 
 
 def test_a_scheduler_whose_numbers_are_none_is_refused(copy: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from demerge.merging import Recipe, merge, prepare
+from demerge.merging import Recipe, merge
+from demerge.merging import plan as plan_merge
 from demerge.storage.atomic import sha256
 
 
@@ -86,14 +87,18 @@ def test_a_merge_killed_between_its_parts_comes_with_its_report_or_not_at_all(
 ) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(
-        "demerge.merging.report.page.render", lambda draw, theme, kind: b"<svg/>"
+        "demerge.reporting.theme.render", lambda *_: b"<svg/>"
     )  # drawing takes a second each time
+    monkeypatch.setattr("demerge.storage.hashing._remember", lambda *_: None)  # one rename less
 
     def work(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        prepare(Recipe.of(tiny, [tiny, tiny], method="ties"), threads=1).run(
-            folder / name, report=True
-        )
+        plan_merge(
+            Recipe.of(tiny, [tiny, tiny], method="ties"),
+            num_workers=1,
+            out=folder / name,
+            report=True,
+        ).run()
 
     n = killed_at(0, lambda: work(tmp_path / "whole"))
     whole = content(tmp_path / "whole")

@@ -222,7 +222,7 @@ def attempt(base: Path, experts: list[Path], method: str = "ties") -> DemergeErr
     """Merge; anything but a merge or a DemergeError fails the test, and so does taking long or leaving half an output."""
     out, before = Path("out"), time.monotonic()
     try:
-        merge(base, experts, out, method=method, weights=[1.0] * len(experts), threads=1)
+        merge(base, experts, out, method=method, weights=[1.0] * len(experts), num_workers=1)
     except DemergeError as error:
         assert not list(Path().glob("*out*")), "an error left something behind"
         assert error.what and len(error.what) < 2000

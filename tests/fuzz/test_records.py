@@ -46,7 +46,8 @@ from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.trainer import ExpertTraining
 from demerge.inspection import inspect_model
 from demerge.lora import open_expert
-from demerge.merging import Recipe, prepare
+from demerge.merging import Recipe
+from demerge.merging import plan as plan_merge
 from demerge.merging.recipe.coefficients import check_order, read_coefficients
 from demerge.provenance import MEASURED, measured_on
 from demerge.statistics.record import has_statistic
@@ -279,7 +280,9 @@ def targets(
     pictures.mkdir()
 
     def recipe(method: str = "average", **asked: Any) -> Read:
-        return lambda: prepare(Recipe.of(base, [first, second], method=method, **asked), threads=1)
+        return lambda: plan_merge(
+            Recipe.of(base, [first, second], method=method, **asked), num_workers=1
+        )
 
     def seen() -> object:
         return load_images(str(pictures), split="all", resolution=8, channels=3)
@@ -324,7 +327,7 @@ def targets(
 
     # a finished merge, a statistic, a checkpoint of training, a part of a measurement
     out = root / "merged"
-    prepare(Recipe.of(base, [first, second], method="average"), threads=1).run(out)
+    plan_merge(Recipe.of(base, [first, second], method="average"), num_workers=1, out=out).run()
     inputs = {
         "model_sha256": model.sha256,
         "data": "digits",
@@ -437,7 +440,9 @@ def targets(
         Target(file_of_map, [*ranged, *layered], 2, mutated_metadata("demerge")),
         Target(root / "layers.json", [lambda: load_layers(root / "layers.json", model)], 4),
         Target(root / "weights.json", [weighed], 3),
-        Target(out / "demerge.json", [*merged, lambda: prepare(Recipe.read(out), threads=1)], 3),
+        Target(
+            out / "demerge.json", [*merged, lambda: plan_merge(Recipe.read(out), num_workers=1)], 3
+        ),
         Target(score, tables, 4),
         Target(root / "scored" / "commands.json", [lambda: gather([root / "scored"])], 1),
         Target(first / "stats.json", measured, 3),

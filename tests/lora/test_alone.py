@@ -12,7 +12,8 @@ from torch import Tensor
 
 from demerge.errors import InputError, UsageError
 from demerge.lora import Adapter, NoBase, open_expert
-from demerge.merging import MergeSession, Recipe, merge, merge_tensors, prepare, verify
+from demerge.merging import MergeSession, Recipe, merge, merge_tensors, verify
+from demerge.merging import plan as plan_merge
 from demerge.storage.checkpoint import Checkpoint
 
 SHAPES = {
@@ -89,7 +90,7 @@ def test_two_lora_files_merge_their_deltas(method: str, second: str, tmp_path: P
     one, other = factors(2, 0), factors(3, 1)
     paths = [save(tmp_path / "a.safetensors", one), save(tmp_path / "b.safetensors", other, second)]
     rank = 5 if method != "ties" else 27
-    merge(paths[0], [paths[1]], tmp_path / "o.safetensors", method=method, out_rank=rank)
+    merge(paths[0], [paths[1]], tmp_path / "o.safetensors", method=method, lora_rank=rank)
     zeros = {f"{m}.weight": torch.zeros(s, dtype=torch.float64) for m, s in SHAPES.items()}
     expected = merge_tensors(zeros, [deltas(one), deltas(other)], method)
     if method != "ties":
@@ -114,8 +115,8 @@ def test_factors_averaged_apart_would_be_another_model(tmp_path: Path) -> None:
 
 def test_the_rank_is_the_sum_of_the_ranks_unless_it_is_asked_for(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{i}.safetensors", factors(2 + i, i)) for i in range(3)]
-    plan = prepare(Recipe.of(paths[0], paths[1:]))
-    assert plan.recipe.out_rank == 2 + 3 + 4 and [e.path for e in plan.recipe.experts] == list(
+    plan = plan_merge(Recipe.of(paths[0], paths[1:]))
+    assert plan.recipe.lora_rank == 2 + 3 + 4 and [e.path for e in plan.recipe.experts] == list(
         map(str, paths)
     )
     assert any(
@@ -124,17 +125,19 @@ def test_the_rank_is_the_sum_of_the_ranks_unless_it_is_asked_for(tmp_path: Path)
     )
     assert (
         plan.recipe.no_base
-        and prepare(Recipe.of(paths[0], paths[1:], no_base=True)).recipe == plan.recipe
+        and plan_merge(Recipe.of(paths[0], paths[1:], no_base=True)).recipe == plan.recipe
     )
-    result = prepare(Recipe.of(paths[0], paths[1:], out_rank=2)).run(tmp_path / "small.safetensors")
+    result = plan_merge(
+        Recipe.of(paths[0], paths[1:], lora_rank=2), tmp_path / "small.safetensors"
+    ).run()
     assert result.adapter is not None and result.adapter.rank == 2 and 0 < result.adapter.share < 1
 
 
 def test_one_file_alone_is_refused_unless_a_rank_is_asked_for(tmp_path: Path) -> None:
     path = save(tmp_path / "0.safetensors", factors(4, 0))
     with pytest.raises(UsageError, match="a LoRA alone"):
-        prepare(Recipe.of(path, []))
-    assert prepare(Recipe.of(path, [], out_rank=2)).recipe.out_rank == 2
+        plan_merge(Recipe.of(path, []))
+    assert plan_merge(Recipe.of(path, [], lora_rank=2)).recipe.lora_rank == 2
 
 
 def test_files_of_kohya_give_a_file_of_kohya(tmp_path: Path) -> None:

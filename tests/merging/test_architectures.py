@@ -350,7 +350,7 @@ def test_an_adapter_in_and_an_adapter_out(name: str, tmp_path: Path) -> None:
         tmp_path / "half.safetensors",
         method="task_arithmetic",
         weights=[0.5],
-        out_rank=2,
+        lora_rank=2,
     )
     half = open_expert(tmp_path / "half.safetensors", tensors)
     assert set(half) == set(adapter)

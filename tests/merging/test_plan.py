@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from demerge.errors import InputError, ResourceError, UsageError
-from demerge.merging import Recipe, merge, merge_tensors, prepare
-from demerge.merging.output.model_card import escaped
+from demerge.merging import Recipe, merge, merge_tensors
+from demerge.merging import plan as plan_merge
+from demerge.merging.output.model_card import escape
 from demerge.storage.atomic import sha256
 from demerge.storage.checkpoint import Checkpoint, content_sha256
 
@@ -191,14 +192,15 @@ def test_fisher_is_found_beside_the_experts_or_given(
 def test_a_survey_counts_what_a_run_counts_and_writes_nothing(
     tiny: Path, tune: Tune, tmp_path: Path
 ) -> None:
-    plan = prepare(Recipe.of(tiny, [tune(0)], method="ties", save_dtype="float16"))
+    recipe = Recipe.of(tiny, [tune(0)], method="ties", save_dtype="float16")
+    plan = plan_merge(recipe, tmp_path / "out")
     before = sorted(tmp_path.iterdir())
-    tally = plan.survey()
-    document = plan.document(tmp_path / "out", tally)
+    survey = plan.measure()
+    document, tally = survey.document(), survey.tally
     assert sorted(tmp_path.iterdir()) == before
     assert json.loads(json.dumps(document))["surviving_share"] == tally.share
     assert document["tensors_by_dtype"] == {"float16": document["tensors"]}
-    result = plan.run(tmp_path / "out")
+    result = plan.run()
     assert result.tally == tally
     taken = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert taken <= document["disk_bytes"]
@@ -268,7 +270,7 @@ def test_an_output_with_the_name_of_a_pickle_is_refused(
 def test_a_folder_needs_a_config(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="without a config"):
         merge(tiny / WEIGHTS, [tiny / WEIGHTS], tmp_path / "out", method="average", weights=[1])
-    with pytest.raises(UsageError, match="save dtype 'float8' is unknown"):
+    with pytest.raises(UsageError, match="save_dtype is 'float8'"):
         merge(tiny, [tiny], tmp_path / "out", method="average", weights=[1], save_dtype="float8")
 
 
@@ -321,7 +323,7 @@ assert not {{"diffusers", "transformers", "pandas"}} & set(sys.modules)
     "text", ["<script>alert(1)</script>", "a|b", "[x](http://y)", "`a`\n# b", "\x1b[31m", "&lt;"]
 )
 def test_names_are_escaped_in_the_card(text: str) -> None:
-    assert not set(escaped(text)) & set("<>|[]()`\n\x1b")
+    assert not set(escape(text)) & set("<>|[]()`\n\x1b")
 
 
 def test_weights_of_a_method_that_has_none_are_refused(

@@ -18,7 +18,8 @@ from torch import Tensor
 from demerge.errors import DemergeError, InputError, NumericalError
 from demerge.inspection import inspect_model
 from demerge.lora import open_expert
-from demerge.merging import MergeSession, Recipe, merge, merge_tensors, prepare, verify
+from demerge.merging import MergeSession, Recipe, merge, merge_tensors, verify
+from demerge.merging import plan as plan_merge
 from demerge.merging.engine.reader import CHUNK
 from demerge.merging.engine.validation import round_chunk
 from demerge.storage.checkpoint import Checkpoint, content_sha256
@@ -274,13 +275,13 @@ def test_chunks_and_workers_change_nothing_and_verify_agrees(tmp_path: Path) -> 
         for i, s in enumerate((1, 3))
     ]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    merge(paths[0], paths[1:], one, weights=[1.0], threads=1)
-    merge(paths[0], paths[1:], two, weights=[1.0], threads=2)
+    merge(paths[0], paths[1:], one, weights=[1.0], num_workers=1)
+    merge(paths[0], paths[1:], two, weights=[1.0], num_workers=2)
     assert one.read_bytes() == two.read_bytes()
     assert verify(one, Recipe.read(one)).files
     assert float((Checkpoint.open(one)[LINEAR] / big[LINEAR]).mean()) == pytest.approx(3, rel=0.01)
-    plan = prepare(Recipe.of(paths[0], paths[1:], weights=[1.0]))
-    assert any("scaled fp8" in line for line in plan.lines(one, plan.survey()))
+    plan = plan_merge(Recipe.of(paths[0], paths[1:], weights=[1.0]))
+    assert any("scaled fp8" in line for line in plan.measure().lines())
 
 
 def test_an_output_larger_than_any_code_of_the_base_and_a_base_of_zeros_fit(tmp_path: Path) -> None:
@@ -398,7 +399,7 @@ def test_mutated_files_are_read_or_refused(seed: int, tmp_path: Path) -> None:
         for base, expert in ((good, bad), (bad, good)):
             out.unlink(missing_ok=True)
             with contextlib.suppress(DemergeError):
-                merge(base, [expert], out, weights=[0.5], threads=1)
+                merge(base, [expert], out, weights=[0.5], num_workers=1)
                 assert all(
                     bool((tensor + 0).isfinite().all()) for tensor in Checkpoint.open(out).values()
                 )

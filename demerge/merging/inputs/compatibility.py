@@ -1,14 +1,16 @@
-"""Whether an expert's tensors fit the base's, and what becomes of the differences that checkpoints in the wild have.
+"""Whether an expert's tensors fit the base's, and what happens to the usual differences.
 
-    model_ema.*                   left out of base, experts and output: an average of other weights than the merged ones
-    position_ids, betas, ...      buffers, no weights: the base's are kept, unless they say that the schedules differ
+    model_ema.*                   dropped everywhere: an average of other weights than the merged ones
+    position_ids, betas, ...      buffers: the base's are kept; different schedules are an error
     no tensor of the VAE, ...     a part that an expert does not have: the base's is kept
-    v_pred, ztsnr, ...            markers of what the model predicts: equal in both, or refused
+    v_pred, ztsnr, ...            markers of what the model predicts: equal in both, or an error
     what --only leaves out        not looked at
-    all other tensors             missing: `error`, or `base` to keep the base's; extra: `error`, or `drop`
+    other tensors                 --missing: `error`, or `base` keeps the base's;
+                                  --extra: `error`, or `drop`
 
-Names that differ by a wrapper (`_orig_mod.`, `module.`) or by the denoiser's prefix are one name (`Checkpoint.named_like`).
-Whatever is left out or kept is told in a note. An expert has no delta where it has no tensor.
+Names that differ by a wrapper (`_orig_mod.`, `module.`) or by the denoiser's prefix are the same name
+(`Checkpoint.named_like`). A note says what is dropped or kept. Without a tensor, an expert has no
+delta there.
 """
 
 from __future__ import annotations
@@ -20,31 +22,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from demerge.errors import InputError, UsageError, listed
+from demerge.errors import InputError, listed
 from demerge.lora import NoBase, notes_of
 from demerge.merging.engine.validation import Tensors, find_differences, holds_deltas
-from demerge.merging.inputs.experts import Base
-from demerge.merging.recipe.blocks import by_depth, grouped
-from demerge.merging.recipe.rules import matcher
+from demerge.merging.inputs.experts import BaseWeights
+from demerge.merging.options import MergeOptions
+from demerge.merging.recipe.blocks import group_by_block
+from demerge.merging.recipe.rules import compile_pattern, is_pattern
 from demerge.storage.checkpoint import Checkpoint, canonical
 
-MISSING, EXTRA = ("error", "base"), ("error", "drop")
 EMA = "model_ema."
 BUFFER = re.compile(
-    r"(?:.*\.)?position_ids|(?:cond_stage_model|conditioner|text_encoders)\..*logit_scale|(?:denoiser|model_sampling)\.sigmas"
-    r"|betas|logvar|scale_factor|edm_\w+(?:\.sigma_(?:max|min))?|(?:sqrt_|log_)?(?:one_minus_)?alphas_cumprod(?:_prev)?"
+    r"(?:.*\.)?position_ids|(?:cond_stage_model|conditioner|text_encoders)\..*logit_scale"
+    r"|(?:denoiser|model_sampling)\.sigmas|betas|logvar|scale_factor"
+    r"|edm_\w+(?:\.sigma_(?:max|min))?|(?:sqrt_|log_)?(?:one_minus_)?alphas_cumprod(?:_prev)?"
     r"|sqrt_recip(?:m1)?_alphas_cumprod|posterior_\w+|lvlb_weights"
 )
-MEANINGFUL = (
-    "betas",
-    "alphas_cumprod",
-    "scale_factor",
-    "edm_mean",
-    "edm_std",
-    "edm_vpred.sigma_max",
-    "edm_vpred.sigma_min",
-)
-MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+SCHEDULE = ("betas", "alphas_cumprod", "scale_factor", *EDM)
+MARKERS = ("v_pred", "ztsnr", *EDM)
 ROUNDING = 1e-2  # relative: of values that were stored in bfloat16
 ZERO_SNR = 1e-4  # alphas_cumprod at T - 1; Stable Diffusion's is 0.0047
 PARTS = {
@@ -54,39 +50,13 @@ PARTS = {
 FIRST_CONVOLUTION = re.compile(
     r"(?:conv_in|input_blocks\.0\.0|x_embedder\.proj|pos_embed\.proj)\.weight"
 )
+INPUTS = {
+    4: "a text-to-image model",
+    5: "a depth model",
+    8: "an image editing model",
+    9: "an inpainting model",
+}
 LAYOUTS = {"LDM": "input_blocks.", "diffusers": "down_blocks."}
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What may differ.
-
-    Attributes:
-        missing: `error`, or `base` to take from the base what an expert does not have.
-        extra: `error`, or `drop` to leave out what only an expert has.
-        only: patterns of the tensors that are merged; none for all.
-
-    Raises:
-        UsageError: if a word is unknown.
-    """
-
-    missing: str = "error"
-    extra: str = "error"
-    only: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("missing", self.missing, MISSING),
-            ("extra", self.extra, EXTRA),
-        ):
-            if value not in known:
-                raise UsageError(
-                    f"--{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}"
-                )
-
-    def merges(self, name: str) -> bool:
-        """Whether a tensor of this name would be merged."""
-        return not self.only or any(matcher(pattern)(name) for pattern in self.only)
 
 
 def is_buffer(name: str) -> bool:
@@ -94,253 +64,221 @@ def is_buffer(name: str) -> bool:
     return BUFFER.fullmatch(name) is not None
 
 
-def without_ema(base: Base, label: str) -> tuple[Base, list[str]]:
+def drop_ema(base: BaseWeights, label: str) -> tuple[BaseWeights, list[str]]:
     """Return a base without the running average of its weights, and a note if it has one."""
-    average = [name for name in base if name.startswith(EMA)]
-    if not average or isinstance(base, NoBase):
+    kept = [name for name in base if not name.startswith(EMA)]
+    if len(kept) == len(base) or isinstance(base, NoBase):
         return base, []
-    return base.only([name for name in base if not name.startswith(EMA)]), [
-        _ema_note(label, len(average))
-    ]
+    return base.only(kept), [_ema_note(label, len(base) - len(kept))]
 
 
-def fitted(
-    base: Tensors, expert: Tensors, names: tuple[str, str], rules: Rules
+def fit_expert(
+    base: Tensors, expert: Tensors, names: tuple[str, str], options: MergeOptions
 ) -> tuple[Tensors, list[str]]:
-    """Return those tensors of an expert that are merged or compared with the base's, and notes of what was left out.
+    """Return the tensors of an expert that are compared with the base's, and notes on the others.
 
     Args:
         names: what base and expert are called.
+        options: `missing`, `extra` and `only` say which differences are allowed.
 
     Raises:
-        InputError: with one line for each kind of difference that is not allowed.
+        InputError: naming each kind of difference that is not allowed.
     """
     if holds_deltas(expert):
         return expert, notes_of([expert])
-    found = _Differences(base, expert, names, rules)
-    found.refuse()
+    comparison = _Comparison(base, expert, *names, options)
+    comparison.check()
     kept = [name for name in expert if name in base]
-    if len(kept) == len(expert):
-        return expert, found.notes
-    return expert.only(kept) if isinstance(expert, Checkpoint) else {
-        name: expert[name] for name in kept
-    }, found.notes
+    if len(kept) < len(expert):
+        if isinstance(expert, Checkpoint):
+            return expert.only(kept), comparison.notes
+        expert = {name: expert[name] for name in kept}
+    return expert, comparison.notes
 
 
 @dataclass
-class _Differences:
-    """All differences of one expert: faults, each with what to do about it, and notes."""
+class _Comparison:
+    """All differences of one expert: faults, each with its fix, and notes."""
 
     base: Tensors
     expert: Tensors
-    names: tuple[str, str]
-    rules: Rules
-    faults: list[tuple[str, str]] = field(default_factory=list)
+    base_name: str
+    label: str
+    options: MergeOptions
+    faults: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def refuse(self) -> None:
-        """Refuse what is not allowed.
+    @property
+    def right_base(self) -> str:
+        """The fix for most differences."""
+        return f"name the base that {self.label} was finetuned from"
 
-        Raises:
-            InputError: naming all of it.
-        """
-        base, label = self.names
-        if self._other_layout():
-            return
-        average = [name for name in self.expert if name.startswith(EMA)]
+    def is_merged(self, name: str) -> bool:
+        """Whether --only leaves a tensor of this name in."""
+        only = self.options.only
+        return not only or any(compile_pattern(pattern)(name) for pattern in only)
+
+    def check(self) -> None:
+        """Collect notes, and raise `InputError` with all faults."""
+        base, expert = self.base, self.expert
+        self.check_layout()
+        average = sum(name.startswith(EMA) for name in expert)
         if average:
-            self.notes.append(_ema_note(label, len(average)))
-        self._markers()
-        self._schedule()
-        self._missing(
-            [
-                n
-                for n in self.base
-                if n not in self.expert and self.rules.merges(n) and n not in MARKERS
-            ]
-        )
-        self._extra(
-            [
-                n
-                for n in self.expert
-                if n not in self.base and not n.startswith(EMA) and n not in MARKERS
-            ]
-        )
-        self._unlike(
-            [n for n in self.base if n in self.expert and self.rules.merges(n) and not is_buffer(n)]
-        )
+            self.notes.append(_ema_note(self.label, average))
+        self.check_markers()
+        self.check_schedule()
+        missing = [name for name in base if name not in expert and self.is_merged(name)]
+        extra = [name for name in expert if name not in base and not name.startswith(EMA)]
+        common = [name for name in base if name in expert and self.is_merged(name)]
+        self.check_missing([name for name in missing if name not in MARKERS])
+        self.check_extra([name for name in extra if name not in MARKERS])
+        self.check_equal_kinds([name for name in common if not is_buffer(name)])
         if self.faults:
-            whats, fixes = (
-                "; ".join(dict.fromkeys(texts)) for texts in zip(*self.faults, strict=True)
-            )
-            raise InputError(f"{label} does not fit {base}: {whats}", fix=fixes)
+            fixes = "; ".join(dict.fromkeys(self.faults.values()))
+            what = f"{self.label} does not fit {self.base_name}: {'; '.join(self.faults)}"
+            raise InputError(what, fix=fixes)
 
-    def _other_layout(self) -> bool:
+    def check_layout(self) -> None:
         """Refuse an expert whose denoiser has the names of the other layout."""
         one, other = _layout(self.base), _layout(self.expert)
-        if one == other or not one or not other:
-            return False
-        base, label = self.names
-        to = f"FOLDER --config {base}" if one == "diffusers" else "FILE.safetensors"
-        what = f"{label} has the names of the {other} layout, {base} those of {one}"
-        raise InputError(what, fix=f"demerge convert {label} {to}, and merge what it writes")
+        if one and other and one != other:
+            what = f"{self.label} has the names of the {other} layout, {self.base_name} those of"
+            to = f"FOLDER --config {self.base_name}" if one == "diffusers" else "FILE.safetensors"
+            fix = f"demerge convert {self.label} {to}, and merge what it writes"
+            raise InputError(f"{what} {one}", fix=fix)
 
-    def _markers(self) -> None:
-        base, label = self.names
-        mine, its = _markers_of(self.base), _markers_of(self.expert)
-        for which, of, option, allowed in (
-            (mine - its, base, "--missing base", self.rules.missing == "base"),
-            (its - mine, label, "--extra drop", self.rules.extra == "drop"),
+    def check_markers(self) -> None:
+        """Compare the markers of what the models predict."""
+        mine, theirs = _find_markers(self.base), _find_markers(self.expert)
+        for marks, owner, option, is_allowed in (
+            (mine - theirs, self.base_name, "--missing base", self.options.missing == "base"),
+            (theirs - mine, self.label, "--extra drop", self.options.extra == "drop"),
         ):
-            marks = ", ".join(sorted(which))
-            if which and allowed:
-                self.notes.append(
-                    f"only {of} is marked {marks}: taken to predict the same, as {option} says"
-                )
-            elif which:
-                fix = f"name the base that {label} was finetuned from; if both predict the same all the same, give {option}"
-                self.faults.append(
-                    (f"only {of} is marked {marks}, so the two predict something else", fix)
-                )
+            what = f"only {owner} is marked {', '.join(sorted(marks))}"
+            if marks and is_allowed:
+                self.notes.append(f"{what}: {option} says that both predict the same")
+            elif marks:
+                fix = f"{self.right_base}; if both predict the same, give {option}"
+                self.faults[f"{what}, so the two predict something else"] = fix
 
-    def _schedule(self) -> None:
-        label = self.names[1]
-        held = [n for n in self.base if n in self.expert and is_buffer(n)]
-        other = [n for n in held if not _equal(self.base[n], self.expert[n])]
-        wrong = [n for n in other if n in MEANINGFUL]
+    def check_schedule(self) -> None:
+        """Compare the buffers that both have."""
+        buffers = [name for name in self.base if name in self.expert and is_buffer(name)]
+        different = [n for n in buffers if not _is_close(self.base[n], self.expert[n])]
+        wrong = [name for name in different if name in SCHEDULE]
         if wrong:
-            what = f"another noise schedule: {', '.join(wrong)} differ"
-            self.faults.append((what, f"name the base that {label} was finetuned from"))
-        if set(other) - set(wrong):
-            self.notes.append(
-                f"{label}: the base's buffers are kept: {listed([n for n in other if n not in wrong])}"
-            )
+            self.faults[f"another noise schedule: {', '.join(wrong)} differ"] = self.right_base
+        self.note_buffers([name for name in different if name not in SCHEDULE])
 
-    def _missing(self, names: Sequence[str]) -> None:
-        label = self.names[1]
-        buffers = [n for n in names if is_buffer(n)]
-        absent = [part for part in PARTS if _has(part, self.base) and not _has(part, self.expert)]
-        whole = [n for n in names if n not in buffers and _part(n) in absent]
-        left = [n for n in names if n not in buffers and n not in whole]
-        for part in dict.fromkeys(_part(n) for n in whole):
-            self.notes.append(f"{label} has no {part}: the base's is kept")
-        if buffers:
-            self.notes.append(f"{label}: the base's buffers are kept: {listed(buffers)}")
-        if left and self.rules.missing == "base":
-            self.notes.append(
-                f"{label} lacks {len(left)} tensors, the base's are kept: {listed(left)}"
-            )
+    def note_buffers(self, names: Sequence[str]) -> None:
+        """Note that the base's buffers are kept."""
+        if names:
+            self.notes.append(f"{self.label}: the base's buffers are kept: {listed(names)}")
+
+    def check_missing(self, names: Sequence[str]) -> None:
+        """Refuse tensors that the expert lacks, or note that the base's are kept."""
+        absent = [p for p in PARTS if _has_part(p, self.base) and not _has_part(p, self.expert)]
+        parts = {name: _part_of(name) for name in names if not is_buffer(name)}
+        for part in dict.fromkeys(part for part in parts.values() if part in absent):
+            self.notes.append(f"{self.label} has no {part}: the base's is kept")
+        self.note_buffers([name for name in names if is_buffer(name)])
+        left = [name for name, part in parts.items() if part not in absent]
+        if left and self.options.missing == "base":
+            what = f"{self.label} lacks {len(left)} tensors, the base's are kept: {listed(left)}"
+            self.notes.append(what)
         elif left:
-            fix = f"name the base that {label} was finetuned from, or give --missing base to keep the base's"
-            self.faults.append((f"{len(left)} missing: {listed(left)}", fix))
+            fix = f"{self.right_base}, or give --missing base to keep the base's"
+            self.faults[f"{len(left)} missing: {listed(left)}"] = fix
 
-    def _extra(self, names: Sequence[str]) -> None:
-        label = self.names[1]
-        outside = [n for n in names if not self.rules.merges(n)]
-        buffers = [n for n in names if is_buffer(n) and n not in outside]
-        left = [n for n in names if n not in outside and n not in buffers]
+    def check_extra(self, names: Sequence[str]) -> None:
+        """Refuse tensors that only the expert has, or note that they are dropped."""
+        outside = [name for name in names if not self.is_merged(name)]
+        inside = [name for name in names if self.is_merged(name)]
+        buffers = [name for name in inside if is_buffer(name)]
+        left = [name for name in inside if not is_buffer(name)]
         if buffers:
-            self.notes.append(f"{label}: buffers are left out: {listed(buffers)}")
+            self.notes.append(f"{self.label}: buffers are dropped: {listed(buffers)}")
         if outside:
-            self.notes.append(
-                f"{label}: {len(outside)} tensors outside of --only are left out: {listed(outside)}"
-            )
-        parts = [part for part in PARTS if _has(part, left) and not _has(part, self.base)]
-        told = f" (the base has no {' and no '.join(parts)})" if parts else ""
-        if left and self.rules.extra == "drop":
-            self.notes.append(f"{label}: {len(left)} tensors dropped{told}: {listed(left)}")
+            what = f"{self.label}: {len(outside)} tensors outside of --only are dropped"
+            self.notes.append(f"{what}: {listed(outside)}")
+        parts = [part for part in PARTS if _has_part(part, left) and not _has_part(part, self.base)]
+        reason = f" (the base has no {' and no '.join(parts)})" if parts else ""
+        if left and self.options.extra == "drop":
+            what = f"{self.label}: {len(left)} tensors dropped{reason}: {listed(left)}"
+            self.notes.append(what)
         elif left:
-            fix = f"name the base that {label} was finetuned from, or give --extra drop to leave them out"
-            self.faults.append((f"{len(left)} extra{told}: {listed(left)}", fix))
+            fix = f"{self.right_base}, or give --extra drop to drop them"
+            self.faults[f"{len(left)} extra{reason}: {listed(left)}"] = fix
 
-    def _unlike(self, names: Sequence[str]) -> None:
-        label = self.names[1]
-        found = find_differences(self.base, self.expert, names)
-        fix = f"name the base that {label} was finetuned from{self._rest({n for told in found.values() for n in told})}"
-        shapes = found["of another shape"]
-        for n in [
-            n
-            for n in shapes
-            if FIRST_CONVOLUTION.search(n) and _channels(self.base[n], self.expert[n])
-        ]:
-            its, mine = self.expert[n].shape[1], self.base[n].shape[1]
-            kind = {
-                4: "a text-to-image model",
-                9: "an inpainting model",
-                8: "an image editing model",
-                5: "a depth model",
-            }
-            what = f"it takes {its} input channels ({kind.get(its, 'another kind of model')}), the base takes {mine}"
-            self.faults.append((f"{what}: {shapes.pop(n)}", fix))
-        self.faults += [
-            (f"{len(told)} {what}: {listed(list(told.values()))}", fix)
-            for what, told in found.items()
-            if told
-        ]
+    def check_equal_kinds(self, names: Sequence[str]) -> None:
+        """Refuse tensors of another shape or kind, and unequal integers."""
+        differences = find_differences(self.base, self.expert, names)
+        wrong = {name for texts in differences.values() for name in texts}
+        fix = f"{self.right_base}{self.suggest_only(wrong)}" if wrong else ""
+        shapes = differences["of another shape"]
+        for name in [name for name in shapes if self.has_other_inputs(name)]:
+            theirs, mine = self.expert[name].shape[1], self.base[name].shape[1]
+            kind = INPUTS.get(theirs, "another kind of model")
+            what = f"it takes {theirs} input channels ({kind}), the base takes {mine}"
+            self.faults[f"{what}: {shapes.pop(name)}"] = fix
+        for kind, texts in differences.items():
+            if texts:
+                self.faults[f"{len(texts)} {kind}: {listed(list(texts.values()))}"] = fix
 
-    def _rest(self, wrong: set[str]) -> str:
-        """Return the option that merges the blocks that fit, empty if none does."""
+    def has_other_inputs(self, name: str) -> bool:
+        """Whether a first convolution differs in the number of input channels alone."""
+        one, other = list(self.base[name].shape), list(self.expert[name].shape)
+        is_first = FIRST_CONVOLUTION.search(name) is not None and len(one) > 1
+        return is_first and one[:1] + one[2:] == other[:1] + other[2:]
+
+    def suggest_only(self, wrong: set[str]) -> str:
+        """Return the --only that merges the blocks that fit, empty if none does."""
         merged = [
-            n
-            for n, t in self.base.items()
-            if t.is_floating_point() and self.rules.merges(n) and not is_buffer(n)
+            name
+            for name, tensor in self.base.items()
+            if tensor.is_floating_point() and self.is_merged(name) and not is_buffer(name)
         ]
-        whole = {block for block, names in grouped(merged).items() if not wrong & set(names)}
-        words: dict[str, list[str]] = {}
-        for block in by_depth(merged):
-            words.setdefault(block.partition(".")[0], []).append(block)
-        chosen = [
-            x
-            for word, blocks in words.items()
-            for x in ([word] if whole >= set(blocks) else blocks)
-            if x == word or x in whole
-        ]
-        words_alone = [
-            pattern for pattern in chosen if re.fullmatch(r"[\w.-]+", pattern)
-        ]  # others cannot be typed
-        usable = [pattern for pattern in words_alone if any(matcher(pattern)(n) for n in merged)]
-        return (
-            f", or merge only what fits: {' '.join(f'--only {pattern}' for pattern in usable)}"
-            if usable
-            else ""
-        )
+        blocks = group_by_block(merged)
+        fits = {block for block, names in blocks.items() if not wrong & set(names)}
+        stages: dict[str, list[str]] = {}
+        for block in blocks:
+            stages.setdefault(block.partition(".")[0], []).append(block)
+        patterns: list[str] = []
+        for stage, members in stages.items():
+            whole = fits.issuperset(members)
+            patterns += [stage] if whole else [block for block in members if block in fits]
+        usable = [p for p in patterns if is_pattern(p) and any(map(compile_pattern(p), merged))]
+        options = " ".join(f"--only {pattern}" for pattern in usable)
+        return f", or merge only what fits: {options}" if usable else ""
 
 
-def _ema_note(label: str, n: int) -> str:
-    return f"{label}: {n} tensors {EMA}* are left out: the weights are merged, not their running average"
+def _ema_note(label: str, count: int) -> str:
+    return f"{label}: {count} tensors {EMA}* are dropped: the weights are merged, not their average"
 
 
-def _markers_of(tensors: Tensors) -> set[str]:
-    found = {name for name in MARKERS if name in tensors}
-    last = (
-        tensors["alphas_cumprod"].reshape(-1)[-1:].tolist() if "alphas_cumprod" in tensors else []
-    )
-    return found | {"ztsnr" for value in last if value < ZERO_SNR}
+def _find_markers(tensors: Tensors) -> set[str]:
+    markers = {name for name in MARKERS if name in tensors}
+    if "alphas_cumprod" in tensors:
+        last = tensors["alphas_cumprod"].reshape(-1)[-1:]
+        markers |= {"ztsnr"} if bool((last < ZERO_SNR).any()) else set()
+    return markers
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two buffers are equal but for rounding and a leading axis of length 1."""
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    """Whether two buffers are equal up to rounding and a leading axis of length 1."""
     a, b = one.reshape(-1).double(), other.reshape(-1).double()
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=ROUNDING, atol=0))
 
 
-def _channels(one: Tensor, other: Tensor) -> bool:
-    """Whether two weights of a convolution differ in the number of input channels alone."""
-    return one.ndim == other.ndim > 1 and (one.shape[0], *one.shape[2:]) == (
-        other.shape[0],
-        *other.shape[2:],
-    )
-
-
-def _part(name: str) -> str | None:
+def _part_of(name: str) -> str | None:
     return next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), None)
 
 
-def _has(part: str, names: Iterable[str]) -> bool:
+def _has_part(part: str, names: Iterable[str]) -> bool:
     return any(name.startswith(PARTS[part]) for name in names)
 
 
 def _layout(names: Iterable[str]) -> str | None:
     """Return the layout of a UNet's names."""
-    plain = {canonical(name).partition(".")[0] + "." for name in names}
-    return next((layout for layout, prefix in LAYOUTS.items() if prefix in plain), None)
+    stages = {canonical(name).partition(".")[0] + "." for name in names}
+    return next((layout for layout, prefix in LAYOUTS.items() if prefix in stages), None)

@@ -1,7 +1,7 @@
-"""The tensors that a method needs beside the weights, as Fisher and Gram matrices: where they lie, and whose they are.
+"""The tensors that a method needs next to the weights, such as Fisher and Gram matrices.
 
-A statistic weighs one expert on that expert's range. One that says of itself that it was measured on another range, or at a
-model that is neither this expert nor the base, is refused; one without a record is taken as it is.
+A statistic weighs one expert on that expert's range. Its record may name another range, or a model
+that is neither this expert nor the base; then it is refused. Without a record it is taken as it is.
 """
 
 from __future__ import annotations
@@ -13,147 +13,132 @@ from typing import Any
 from demerge.errors import InputError
 from demerge.merging.contract import Method
 from demerge.merging.inputs.denoisers import Denoiser
-from demerge.merging.recipe.fields import Source
+from demerge.merging.recipe.source import Source
 from demerge.provenance import Measured, measured_on
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hashing import remembered_content
 from demerge.timesteps import TimestepRange
 
 SHOWN = 5
+Tensors = Mapping[str, Any]
 
 
-def input_paths(
+def find_inputs(
     method: Method,
-    given: Mapping[str, str | Sequence[str]],
-    asked: Sequence[Source],
+    options: Mapping[str, str | Sequence[str]],
+    sources: Sequence[Source],
     experts: Sequence[Denoiser],
 ) -> dict[str, list[Path]]:
-    """Return the files of tensors that a method needs: those given, else those the recipe names, else those beside experts.
+    """Return the files that a method needs: of options, else of the recipe, else next to experts.
 
     Args:
-        given: by the tensors' NAME, paths, separated by commas where they are one text. A folder stands for its
-            NAME.safetensors, or, where it is the only path, for the 0000-0250/NAME.safetensors of each expert's range.
+        options: by NAME, paths, as a list or separated by commas. A folder stands for its
+            NAME.safetensors. A single folder may also hold 0000-0250/NAME.safetensors for each
+            expert's range.
 
     Raises:
-        InputError: where a folder has no such file.
+        InputError: if a folder has no such file.
     """
-    found = {}
+    inputs = {}
     for name in method.inputs:
-        if name in given:
-            paths = given[name]
-            texts = paths.split(",") if isinstance(paths, str) else paths
-            found[name] = _named(
-                f"{name}.safetensors",
-                [Path(text) for text in texts],
-                [expert.range for expert in experts],
-            )
-        elif all(name in source.inputs for source in asked):
-            found[name] = [Path(path) for source in asked for path in source.inputs[name]]
+        if name in options:
+            value = options[name]
+            paths = [Path(text) for text in (value.split(",") if isinstance(value, str) else value)]
+            ranges = [expert.range for expert in experts]
+            inputs[name] = _find_files(f"{name}.safetensors", paths, ranges)
+        elif all(name in source.inputs for source in sources):
+            inputs[name] = [Path(path) for source in sources for path in source.inputs[name]]
         else:
-            found[name] = [
-                p for expert in experts if (p := expert.place.beside(f"{name}.safetensors"))
-            ]
-    return found
+            files = [expert.place.beside(f"{name}.safetensors") for expert in experts]
+            inputs[name] = [file for file in files if file is not None]
+    return inputs
 
 
-def _named(file: str, paths: Sequence[Path], ranges: Sequence[TimestepRange | None]) -> list[Path]:
-    of_ranges = [paths[0] / str(span) / file for span in ranges] if len(paths) == 1 else []
-    if of_ranges and not (paths[0] / file).is_file() and all(path.is_file() for path in of_ranges):
-        return of_ranges
-    return [_inside(path, file) if path.is_dir() else path for path in paths]
+def _find_files(
+    name: str, paths: Sequence[Path], ranges: Sequence[TimestepRange | None]
+) -> list[Path]:
+    if len(paths) == 1 and ranges and not (paths[0] / name).is_file():
+        files = [paths[0] / str(span) / name for span in ranges]
+        if all(file.is_file() for file in files):
+            return files
+    return [_find_inside(path, name) if path.is_dir() else path for path in paths]
 
 
-def _inside(folder: Path, file: str) -> Path:
-    if (folder / file).is_file():
-        return folder / file
-    below = [str(path) for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/{file}"))]
-    which = (
-        f"name one for each expert, in their order: {','.join(below[:SHOWN])}"
-        if below
-        else "name the files themselves"
-    )
-    raise InputError(f"{folder} is a folder and has no {file}", fix=which)
-
-
-# -- whose they are ------------------------------------------------------------------------------------------------------
+def _find_inside(folder: Path, name: str) -> Path:
+    if (folder / name).is_file():
+        return folder / name
+    below = [*sorted(folder.glob(f"*/{name}")), *sorted(folder.glob(f"*/*/{name}"))]
+    fix = f"name one for each expert, in their order: {','.join(map(str, below[:SHOWN]))}"
+    fix = fix if below else "name the files themselves"
+    raise InputError(f"{folder} is a folder and has no {name}", fix=fix)
 
 
 def check_measured_on(
-    base: Mapping[str, Any],
-    experts: Sequence[Mapping[str, Any]],
+    base: Tensors,
+    experts: Sequence[Tensors],
     ranges: Sequence[TimestepRange | None],
-    inputs: Mapping[str, Sequence[Mapping[str, Any]]],
+    inputs: Mapping[str, Sequence[Tensors]],
     *,
     models: bool = True,
 ) -> None:
     """Refuse files whose record contradicts the expert that they are given for.
 
     Args:
-        ranges: of each expert, None where it is not known.
-        inputs: for each NAME one for each expert; those that are no files are not looked at.
-        models: whether base and experts are the very weights that a record would name; not so for a variant of them.
+        ranges: of each expert, None if it is not known.
+        inputs: for each NAME one per expert; those that are not files are not looked at.
+        models: whether base and experts are the weights that a record would name; a variant is not.
 
     Raises:
-        InputError: naming the file and the expert, and how the record and the expert differ.
+        InputError: naming the file, the expert, and how they differ.
     """
+    base = base if models else {}
     for name, files in inputs.items():
         records = [measured_on(file) if isinstance(file, Checkpoint) else None for file in files]
         owners = list(zip(experts, ranges, strict=True))
-        for i, (record, (expert, span)) in enumerate(zip(records, owners, strict=True)):
-            what = _contradiction(record, base, expert, span, models)
+        for i, (record, owner) in enumerate(zip(records, owners, strict=True)):
+            what = _contradiction(record, base, *owner)
             if what:
-                found = [
-                    [_contradiction(each, base, *owner, models) for each in records]
-                    for owner in owners
-                ]
-                raise InputError(
-                    f"{name} {_called(files[i], i)} was measured {what}, and is given for {_called(expert, i)}",
-                    fix=_order(name, files, found) or _another(name, files[i], expert, i),
+                table = [[_contradiction(r, base, *each) for r in records] for each in owners]
+                fix = _suggest_order(name, files, table) or _suggest_new(
+                    name, files[i], owner[0], i
                 )
+                called = f"{name} {_label(files[i], i)} was measured {what}"
+                raise InputError(f"{called}, and is given for {_label(owner[0], i)}", fix=fix)
 
 
 def _contradiction(
-    record: Measured | None,
-    base: Mapping[str, Any],
-    expert: Mapping[str, Any],
-    span: TimestepRange | None,
-    models: bool,
+    record: Measured | None, base: Tensors, expert: Tensors, span: TimestepRange | None
 ) -> str:
-    """Return how a record contradicts an expert, empty where it does not."""
+    """Return how a record contradicts an expert, empty if it does not."""
     if record is None:
         return ""
     if span is not None and record.span != span:
         return f"on {record.span}, not on {span}"
-    if not (models and isinstance(base, Checkpoint) and isinstance(expert, Checkpoint)):
+    if not (isinstance(base, Checkpoint) and isinstance(expert, Checkpoint)):
         return ""
-    if record.model_sha256 == remembered_content(base) or record.model_sha256 == remembered_content(
-        expert
-    ):
+    if record.model_sha256 in (remembered_content(base), remembered_content(expert)):
         return ""
-    return f"at a model of sha256 {record.model_sha256[:16]}..., which is neither this expert's nor the base's"
+    sha = record.model_sha256[:16]
+    return f"at a model of sha256 {sha}..., which is neither this expert's nor the base's"
 
 
-def _called(tensors: Mapping[str, Any], i: int) -> str:
+def _label(tensors: Tensors, i: int) -> str:
     place = getattr(tensors, "place", None)
     return f"expert {i}" if place is None else str(place.path)
 
 
-def _order(name: str, files: Sequence[Mapping[str, Any]], found: Sequence[Sequence[str]]) -> str:
-    """Return the option that names the files in the order of the experts, where there is one; found: [expert file]."""
-    order = [row.index("") for row in found if "" in row]
-    paths = [_called(files[j], j) for j in order]
-    return (
-        f"name them in the experts' order: --option {name}={','.join(paths)}"
-        if len(set(order)) == len(files)
-        else ""
-    )
+def _suggest_order(name: str, files: Sequence[Tensors], table: Sequence[Sequence[str]]) -> str:
+    """Return the option with the files in the experts' order, if there is one; table [expert file]."""
+    order = [row.index("") for row in table if "" in row]
+    if len(set(order)) != len(files):
+        return ""
+    paths = ",".join(_label(files[j], j) for j in order)
+    return f"name them in the experts' order: --option {name}={paths}"
 
 
-def _another(name: str, file: Mapping[str, Any], expert: Mapping[str, Any], i: int) -> str:
-    place, make = (
-        getattr(expert, "place", None),
-        f"demerge stats {_called(expert, i)} --data D --statistics {name}",
-    )
-    if place is not None and place.beside(f"{name}.safetensors") == Path(_called(file, i)):
-        return f"remove it and make it again: {make}"
-    return f"name that of this expert, which is made by {make}"
+def _suggest_new(name: str, file: Tensors, expert: Tensors, i: int) -> str:
+    place = getattr(expert, "place", None)
+    command = f"demerge stats {_label(expert, i)} --data D --statistics {name}"
+    if place is not None and place.beside(f"{name}.safetensors") == Path(_label(file, i)):
+        return f"remove it and make it again: {command}"
+    return f"name that of this expert, which is made by {command}"

@@ -1,4 +1,4 @@
-"""The denoisers of an output, each a stream of merged chunks that becomes one file: a model's weights, or an adapter."""
+"""The denoisers of an output, each a stream of merged chunks that becomes one file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from demerge.lora import NoBase
 from demerge.merging.engine.job import MergedChunk, MergeJob
-from demerge.merging.output.lora import AdapterSummary, prefix_of, write_adapter
+from demerge.merging.output.lora import AdapterSummary, name_prefix, write_adapter
 from demerge.merging.output.storage import Storage
 from demerge.merging.output.writer import (
     WEIGHTS_FILE,
@@ -23,20 +23,20 @@ from demerge.merging.output.writer import (
     Observe,
     Sink,
     Tally,
-    header,
+    count_survivors,
+    make_header,
     pieces,
-    write,
+    write_stream,
 )
-from demerge.merging.recipe.fields import Source
-from demerge.merging.recipe.rules import Matched
+from demerge.merging.recipe.rules import RuleMatch
+from demerge.merging.recipe.source import Source
+from demerge.merging.report.diagnosis import Sums
+from demerge.progress import Progress
 from demerge.storage.atomic import commit_file, sha256
 from demerge.storage.layout import CheckpointLocation
 
-if TYPE_CHECKING:
-    from demerge.merging.report.diagnosis import Sums
-
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-First = Callable[[Sequence["Sums"]], object]
+BeforeCommit = Callable[[Sequence[Sums]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +45,18 @@ class Written:
 
     Attributes:
         tally: what survived the rounding.
-        seen: diagnostics of each chunk, where they were asked for.
-        sha256: of the file, empty where it was not asked for.
-        adapter: what an adapter holds of the merge.
+        sums: diagnostics of each chunk, if they were asked for.
+        sha256: of the file, empty if it was not asked for.
+        adapter: what a LoRA holds of the merge.
     """
 
     tally: Tally
-    seen: Sequence[Sums]
-    sha256: str
+    sums: Sequence[Sums]
+    sha256: str = ""
     adapter: AdapterSummary | None = None
 
 
-class Hashed:
+class HashingSink:
     """A stream that hashes what it passes on; without another stream it only hashes."""
 
     def __init__(self, stream: Sink | None = None) -> None:
@@ -76,7 +76,7 @@ class Hashed:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The metadata of a file: `now`, or a draft of the same length until `later`, when all hashes are known."""
+    """The metadata of a file: `now`, or a draft of the same length until `later` knows all hashes."""
 
     now: Mapping[str, str]
     later: Callable[[], Mapping[str, str]] | None = None
@@ -88,7 +88,7 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The adapter that is written in place of a model: its rank, and the dtype of its factors."""
+    """The LoRA that is written instead of a model: its rank, and the dtype of its factors."""
 
     rank: int
     dtype: torch.dtype
@@ -96,16 +96,16 @@ class Lora:
 
 @dataclass(frozen=True)
 class OutputDenoiser:
-    """One denoiser of the output.
+    """One denoiser of the output, or another part.
 
     Attributes:
         place: where the base's denoiser lies.
         folder: where its weights go, inside an output folder.
         entries: the tensors to write.
         experts: the sources of its experts, one for each that the merge has.
-        taken: what each rule took.
+        matches: what each rule took.
+        notes: what of base and experts is dropped or kept.
         file: the name of its weights in that folder.
-        notes: what of base and experts is left out or kept; see `demerge.merging.inputs.compatibility`.
     """
 
     job: MergeJob
@@ -113,10 +113,15 @@ class OutputDenoiser:
     folder: Path
     entries: Sequence[Entry]
     experts: Sequence[Source]
-    taken: Sequence[Matched] = ()
+    matches: Sequence[RuleMatch] = ()
     lora: Lora | None = None
     notes: Sequence[str] = ()
     file: str = WEIGHTS_FILE
+
+    def with_progress(self, progress: Progress) -> OutputDenoiser:
+        """Return it with a job that reports to `progress`."""
+        execution = replace(self.job.execution, progress=progress)
+        return replace(self, job=replace(self.job, execution=execution))
 
     @property
     def path(self) -> Path:
@@ -125,32 +130,28 @@ class OutputDenoiser:
 
     @property
     def ram_bytes(self) -> int:
-        """Anonymous memory of the tensors at the peak: for each worker base, deltas and their intermediate values."""
-        job = self.job
+        """Anonymous memory of the tensors at the peak, of all workers."""
+        job, execution = self.job, self.job.execution
         largest = max((entry.numel for entry in self.entries), default=0)
-        held = largest if job.method.needs_full_tensor else min(largest, job.execution.chunk)
-        return (
-            job.reader.dtype.itemsize
-            * held
-            * 4
-            * (len(job.experts) + 1)
-            * job.execution.num_workers
-        )
+        chunk = largest if job.method.needs_full_tensor else min(largest, execution.chunk)
+        per_tensor = job.reader.dtype.itemsize * chunk * 4  # with intermediate values
+        return per_tensor * (len(job.experts) + 1) * execution.num_workers
 
     @cached_property
     def storage(self) -> Storage:
         """How the entries are stored; the first use may take a pass over the merge."""
         return Storage.of(self.job, {entry.name: entry.dtype for entry in self.entries})
 
-    def parameters(self, names: Sequence[str]) -> int:
+    def count_parameters(self, names: Sequence[str]) -> int:
         """Count the elements of some tensors."""
         return sum(self.job.base[name].numel() for name in names)
 
-    def survey(self) -> Tally:
+    def measure(self) -> Tally:
         """Run the arithmetic alone; return what survives the rounding."""
         tally = Tally()
         for piece in pieces(self.job, self.entries, self.storage):
-            tally.add(piece)
+            if piece.tally is not None:
+                tally.add(piece.tally)
         return tally
 
     def commit(
@@ -158,28 +159,28 @@ class OutputDenoiser:
         path: Path,
         metadata: Metadata,
         *,
-        diagnosed: bool = False,
+        observe: Observe | None = None,
         hashed: bool = True,
-        first: First | None = None,
+        before: BeforeCommit | None = None,
     ) -> Written:
-        """Write the file, whole or not at all; with `diagnosed`, look at every chunk.
+        """Write the file, whole or not at all.
 
         Args:
-            first: called with what was seen, before the file is put in its place.
+            observe: looks at every chunk.
+            before: called with what was observed, before the file is put in its place.
         """
         if self.lora:
-            return self._factored(path, self.lora, metadata.final(), diagnosed, first)
+            return self._commit_lora(path, self.lora, metadata.final(), observe, before)
         written: list[Written] = []
 
         def put(stream: BinaryIO) -> None:
-            written.append(
-                self._streamed(stream, metadata.now, diagnosed, hashed and metadata.later is None)
-            )
+            sink = HashingSink(stream) if hashed and metadata.later is None else stream
+            written.append(self._write(sink, metadata.now, observe))
             if metadata.later:
                 stream.seek(0)
-                stream.write(header(self.entries, {**self.storage.metadata, **metadata.later()}))
-            if first:
-                first(written[0].seen)
+                stream.write(make_header(self.entries, self._with_storage(metadata.later())))
+            if before:
+                before(written[0].sums)
 
         commit_file(path, put)
         return replace(written[0], sha256=sha256(path)) if hashed and metadata.later else written[0]
@@ -187,67 +188,63 @@ class OutputDenoiser:
     def digest(self, metadata: Mapping[str, str]) -> str:
         """Return the SHA-256 of the file that `commit` would write."""
         if not self.lora:
-            return self._streamed(Hashed(), metadata).sha256
+            return self._write(HashingSink(), metadata).sha256
         with TemporaryDirectory() as folder:
-            return self._factored(Path(folder) / ADAPTER_FILE, self.lora, metadata, False).sha256
+            return self._commit_lora(Path(folder) / ADAPTER_FILE, self.lora, metadata).sha256
 
-    def _streamed(
-        self,
-        stream: Sink,
-        metadata: Mapping[str, str],
-        diagnosed: bool = False,
-        hashed: bool = False,
+    def _with_storage(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        return {**self.storage.metadata, **metadata}
+
+    def _write(
+        self, sink: Sink, metadata: Mapping[str, str], observe: Observe | None = None
     ) -> Written:
-        sink = Hashed(stream) if hashed else stream
-        observe = self._observer() if diagnosed else None
-        tally, seen = write(
-            sink,
-            self.job,
-            self.entries,
-            self.storage,
-            {**self.storage.metadata, **metadata},
-            observe,
-        )
-        return Written(tally, seen, sink.sha256 if isinstance(sink, Hashed) else "")
+        everything = self._with_storage(metadata)
+        tally, sums = write_stream(sink, self.job, self.entries, self.storage, everything, observe)
+        return Written(tally, sums, sink.sha256 if isinstance(sink, HashingSink) else "")
 
-    def _factored(
+    def _commit_lora(
         self,
         path: Path,
         lora: Lora,
         metadata: Mapping[str, str],
-        diagnosed: bool,
-        first: First | None = None,
+        observe: Observe | None = None,
+        before: BeforeCommit | None = None,
     ) -> Written:
         """Write the best factors of every tensor's merged delta."""
-        tally, seen, observe = Tally(), [], self._observer() if diagnosed else None
+        tally, sums, job = Tally(), [], self.job
+
+        def finish(name: str, done: MergedChunk) -> tuple[Tensor, Sums | None]:
+            return _delta_of(done), self._observe_unstored(observe, name, done)
 
         def deltas() -> Iterator[tuple[str, Tensor]]:
-            steps = self.job.stream(
-                self.job.floating, lambda n, done: (_step(done), observe and observe(n, done))
-            )
-            for name in self.job.floating:
-                delta = torch.empty(self.job.base[name].numel(), dtype=self.job.reader.dtype)
+            chunks = job.stream(job.floating, finish)
+            for name in job.floating:
+                delta = torch.empty(job.base[name].numel(), dtype=job.reader.dtype)
                 start = 0
                 while start < len(delta):
-                    step, found = next(steps)
-                    delta[start : (start := start + len(step))] = step
-                    seen.extend([] if found is None else [found])
+                    chunk, observed = next(chunks)
+                    delta[start : (start := start + len(chunk))] = chunk
+                    sums.extend([] if observed is None else [observed])
                 tally.changed += int(delta.count_nonzero())
-                yield name, delta.view(self.job.base[name].shape)
-            if first:
-                first(seen)
+                yield name, delta.view(job.base[name].shape)
+            if before:
+                before(sums)
 
-        base = self.job.base
-        prefix = (base.prefix if isinstance(base, NoBase) else "") or prefix_of(self.place, base)
+        prefix = job.base.prefix if isinstance(job.base, NoBase) else ""
+        prefix = prefix or name_prefix(self.place, job.base)
         summary = write_adapter(path, deltas(), lora.rank, prefix, metadata, lora.dtype)
         tally.survived = tally.changed
-        return Written(tally, seen, sha256(path), summary)
+        return Written(tally, sums, sha256(path), summary)
 
-    def _observer(self) -> Observe:
-        from demerge.merging.report.diagnosis import observer
+    def _observe_unstored(
+        self, observe: Observe | None, name: str, done: MergedChunk
+    ) -> Sums | None:
+        if observe is None:
+            return None
+        stored = self.storage.round(name, done.start, done.merged)
+        base = self.storage.round_base(name, done, self.job.base[name].dtype)
+        return observe(name, done, *count_survivors(stored, done, base))
 
-        return observer(self.storage, self.job.base)
 
-
-def _step(done: MergedChunk) -> Tensor:
+def _delta_of(done: MergedChunk) -> Tensor:
     return (done.merged - done.block.base.reshape(-1)).cpu()

@@ -1,19 +1,22 @@
-"""A merge as a LoRA: for each linear layer and convolution the best product of rank r of its merged delta.
+"""A merge as a LoRA: for each linear layer and convolution the best product of rank r of its delta.
 
-    M = U S V^T [m n], the delta as (out, in k k)        B = U_r sqrt(S_r) [m r]        A = B^+ M = sqrt(S_r) V_r^T [r n]
+    M = U S V^T [m n], the delta as (out, in k k)
+    B = U_r sqrt(S_r) [m r]        A = B^+ M = sqrt(S_r) V_r^T [r n]
 
-U and S come from the eigenvectors of the Gram matrix on the short side, M M^T = U S^2 U^T or M^T M = V S^2 V^T, in float64.
-Of all products of rank r this one leaves the least energy |M - B A|^2 out (Eckart, Young 1936). Every tensor has the rank
-asked for, padded with zeros where it has less, so that alpha = r holds for all; `lora_alpha` in the metadata says so. Deltas
-of what is no matrix of a linear layer or convolution (biases, norms, embeddings, tables) have no place in a LoRA; their
-energy is lost and counted.
+U and S come from the eigenvectors of the Gram matrix on the short side, M M^T = U S^2 U^T or
+M^T M = V S^2 V^T, in float64. Of all products of rank r this one leaves the least energy |M - B A|^2
+out (Eckart, Young 1936). Every tensor has the rank asked for, padded with zeros if it has less, so
+that alpha = r holds for all; `lora_alpha` in the metadata says so. What is not a matrix of a linear
+layer or convolution (biases, norms, embeddings, tables) has no place in a LoRA; its energy is lost
+and counted.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +64,7 @@ class AdapterSummary:
 
     def document(self) -> dict[str, Any]:
         """Return the summary as JSON values."""
-        return {
-            "path": str(self.path),
-            "rank": self.rank,
-            "share": self.share,
-            "tensors": {
-                name: {"energy": t.energy, "share": t.share} for name, t in self.tensors.items()
-            },
-            "lost": dict(self.lost),
-        }
+        return {**asdict(self), "path": str(self.path), "share": self.share}
 
 
 def write_adapter(
@@ -85,55 +80,47 @@ def write_adapter(
     Args:
         deltas: (the base's tensor name, merged - base [*]), one tensor at a time.
         prefix: unet or transformer; or lora_unet_, whose end says that the names are kohya's.
-        dtype: what the factors are stored in.
+        dtype: of the factors on disk.
 
     Raises:
-        UsageError: where the rank is below 1, or no linear layer or convolution changes.
-        NumericalError: where a delta is not finite.
+        UsageError: if no linear layer or convolution changes.
+        NumericalError: if a delta is not finite.
     """
-    if rank < 1:
-        raise UsageError(f"out_rank is {rank}", fix="give 1 or more, for example 32")
+    is_kohya = prefix.endswith("_")
+    down, up = ("lora_down", "lora_up") if is_kohya else ("lora_A", "lora_B")
     factors: dict[str, Tensor] = {}
-    tensors, lost = {}, {}
+    tensors: dict[str, Truncated] = {}
+    lost: dict[str, float] = {}
     for name, delta in deltas:
         energy = float(delta.double().square().sum())
-        if not energy < float("inf"):
-            raise NumericalError(
-                f"the merged delta of {name} is not finite",
-                fix="use smaller weights or another method",
-            )
+        if not math.isfinite(energy):
+            what = f"the merged delta of {name} is not finite"
+            raise NumericalError(what, fix="use smaller weights or another method")
         if energy == 0:
             continue
         if not _is_matrix(name, delta):
             lost[name] = energy
             continue
-        A, B, held = factored(delta.flatten(1), rank)
-        ones = (1,) * (delta.ndim - 2)
-        module, kohya = modern(name.removesuffix(".weight")), prefix.endswith("_")
-        stem = f"{prefix}{flat(module)}" if kohya else f"{prefix}.{module}"
-        factors[f"{stem}.{'lora_down' if kohya else 'lora_A'}.weight"] = A.view(
-            rank, *delta.shape[1:]
-        ).to(dtype)
-        factors[f"{stem}.{'lora_up' if kohya else 'lora_B'}.weight"] = B.view(-1, rank, *ones).to(
-            dtype
-        )
-        if kohya:
+        A, B, kept = factorize(delta.flatten(1), rank)
+        module = modern(name.removesuffix(".weight"))
+        stem = f"{prefix}{flat(module)}" if is_kohya else f"{prefix}.{module}"
+        factors[f"{stem}.{down}.weight"] = A.view(rank, *delta.shape[1:]).to(dtype)
+        factors[f"{stem}.{up}.weight"] = B.view(-1, rank, *(1,) * (delta.ndim - 2)).to(dtype)
+        if is_kohya:
             factors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=dtype)
-        tensors[name] = Truncated(energy, min(1.0, held / energy))
+        tensors[name] = Truncated(energy, min(1.0, kept / energy))
     if not factors:
-        raise UsageError(
-            "no linear layer or convolution changes, so there is no LoRA to write",
-            fix="leave --out-rank out",
-        )
+        what = "no linear layer or convolution changes, so there is no LoRA to write"
+        raise UsageError(what, fix="leave --lora-rank out")
     commit_tensors(path, factors, {"format": "pt", "lora_alpha": str(rank), **(metadata or {})})
     return AdapterSummary(path, rank, tensors, lost)
 
 
-def factored(M: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return A [rank n], B [m rank] in float64, whose product is the nearest to M [m n] of that rank, and |B A|^2."""
+def factorize(M: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return A [rank n], B [m rank], the product nearest to M [m n], in float64, and |B A|^2."""
     if M.shape[0] > M.shape[1]:
-        B, A, held = factored(M.T, rank)
-        return A.T.contiguous(), B.T.contiguous(), held
+        B, A, kept = factorize(M.T, rank)
+        return A.T.contiguous(), B.T.contiguous(), kept
     m, n = M.shape
     gram = torch.zeros(m, m, dtype=torch.float64)
     for block in M.split(BLOCK, dim=1):
@@ -148,16 +135,13 @@ def factored(M: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return A, B, float(S.square().sum())
 
 
-def prefix_of(place: CheckpointLocation, names: Iterable[str]) -> str:
-    """Return the part of a pipeline that a denoiser's LoRA names: unet or transformer, by its folder or its tensors."""
+def name_prefix(place: CheckpointLocation, names: Iterable[str]) -> str:
+    """Return unet or transformer, by the denoiser's folder or its tensors."""
     folder = place.component.name if place.component else ""
     if folder.startswith(("unet", "transformer")):
         return "unet" if folder.startswith("unet") else "transformer"
-    return (
-        "unet"
-        if any(name.startswith(("down_blocks.", "up_blocks.")) for name in names)
-        else "transformer"
-    )
+    is_unet = any(name.startswith(("down_blocks.", "up_blocks.")) for name in names)
+    return "unet" if is_unet else "transformer"
 
 
 def _is_matrix(name: str, delta: Tensor) -> bool:

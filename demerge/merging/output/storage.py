@@ -1,9 +1,10 @@
-"""How the tensors of an output are stored: in a dtype, or in the base's scaled fp8 with a scale that holds the merged values.
+"""How the tensors of an output are stored: in a dtype, or in the base's scaled fp8 with own scales.
 
     codes = round(W / s),   s = 2^k s_base,   k >= 0 the least for which no code is too large
 
-A scale changes by a power of two alone: float8 keeps the relative precision of its codes, so what a merge leaves unchanged
-keeps its value to the bit, and k = 0 keeps the base's scale. Finding k takes a pass over the merge before it is written.
+A scale changes by a power of two alone. float8 then keeps the relative precision of its codes: what
+a merge leaves unchanged keeps its value to the bit, and k = 0 keeps the base's scale. Finding k takes
+a pass over the merge before it is written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from demerge.storage.quantised import METADATA
 from demerge.storage.scaled import Scaled, decoded
 
 FITS = 1 + 2.0**-10  # times the largest code, which rounding in float32 may exceed
+Squares = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -41,60 +43,60 @@ class Storage:
 
     @classmethod
     def of(cls, job: MergeJob, dtypes: Mapping[str, torch.dtype]) -> Storage:
-        """Return how a merge is stored; where scaled fp8 is kept, the merge is made once to see how large its values are."""
-        weights = {
-            n: t
-            for n, t in job.base.items()
-            if isinstance(t, Scaled) and dtypes.get(n) == t.codes.dtype
-        }
-        if not weights or not isinstance(job.base, Checkpoint):
+        """Return how a merge is stored; scaled fp8 takes one merge to see how large its values are."""
+        base = job.base
+        weights: dict[str, Scaled] = {}
+        for name, tensor in base.items():
+            if isinstance(tensor, Scaled) and dtypes.get(name) == tensor.codes.dtype:
+                weights[name] = tensor
+        if not weights or not isinstance(base, Checkpoint):
             return cls(dtypes)
-        grown = {
-            name: tensor.grown(k)
-            for (name, tensor), k in zip(weights.items(), _exponents(job, weights), strict=True)
-        }
-        beside = job.base.storage({name: tensor.scale for name, tensor in grown.items()})
-        metadata = {key: text for key, text in job.base.metadata.items() if key == METADATA}
-        return cls(dtypes, grown, beside, metadata)
+        exponents = _find_exponents(job, weights)
+        scaled = {name: tensor.grown(exponents[name]) for name, tensor in weights.items()}
+        beside = base.storage({name: tensor.scale for name, tensor in scaled.items()})
+        metadata = {key: text for key, text in base.metadata.items() if key == METADATA}
+        return cls(dtypes, scaled, beside, metadata)
 
-    def stored(self, name: str, start: int, chunk: Tensor) -> Tensor:
+    def round(self, name: str, start: int, chunk: Tensor) -> Tensor:
         """Round a chunk [n] of a tensor to what is stored, on the CPU.
 
         Raises:
             NumericalError: if a value is too large.
         """
-        dtype = self.dtypes[name]
         if name in self.scaled:
-            return round_chunk(self.scaled[name].over(chunk.cpu(), start), dtype, name)
-        return round_chunk(chunk, dtype, name)
+            chunk = self.scaled[name].over(chunk.cpu(), start)
+        return round_chunk(chunk, self.dtypes[name], name)
 
-    def kept(self, name: str, done: MergedChunk, dtype: torch.dtype) -> Tensor:
+    def round_base(self, name: str, done: MergedChunk, dtype: torch.dtype) -> Tensor:
         """Return the base's values [n], which have `dtype`, as they would be stored."""
         base = done.block.base.reshape(-1).cpu()
-        return base if self.dtypes[name] == dtype else self.stored(name, done.start, base)
+        return base if self.dtypes[name] == dtype else self.round(name, done.start, base)
 
-    def squares(self, name: str, stored: Tensor, done: MergedChunk) -> tuple[float, float, float]:
-        """Return the sums of squares of merged, merged - base and stored - merged; of scaled fp8 alone."""
+    def squares(self, name: str, stored: Tensor, done: MergedChunk) -> Squares:
+        """Return the sums of squares of merged, merged - base and stored - merged, of scaled fp8."""
         if name not in self.scaled:
             return 0.0, 0.0, 0.0
         merged, base = done.merged.cpu().double(), done.block.base.reshape(-1).cpu().double()
         values = self.scaled[name].times(decoded(stored).double(), done.start)
-        merged_, moved, error = (
+        of_merged, of_delta, of_error = (
             float(t.square().sum()) for t in (merged, merged - base, values - merged)
         )
-        return merged_, moved, error
+        return of_merged, of_delta, of_error
 
 
-def _exponents(job: MergeJob, weights: Mapping[str, Scaled]) -> list[Tensor]:
+def _find_exponents(job: MergeJob, weights: Mapping[str, Scaled]) -> dict[str, Tensor]:
     """Return k for each scale of each weight; 0 for those that are not merged."""
-    codes = {name: torch.zeros(len(tensor.scale)) for name, tensor in weights.items()}
-    merged = set(job.floating)
+    largest = {name: torch.zeros(len(tensor.scale)) for name, tensor in weights.items()}
 
-    def seen(name: str, done: MergedChunk) -> tuple[str, Tensor]:
+    def measure(name: str, done: MergedChunk) -> tuple[str, Tensor]:
         tensor = weights[name]
         return name, tensor.largest(tensor.over(done.merged.cpu(), done.start).float(), done.start)
 
-    for name, largest in job.stream([name for name in weights if name in merged], seen):
-        codes[name] = codes[name].maximum(largest)
-    limits = {name: torch.finfo(tensor.codes.dtype).max * FITS for name, tensor in weights.items()}
-    return [(code / limits[name]).log2().ceil().clamp(min=0) for name, code in codes.items()]
+    merged = [name for name in weights if name in set(job.floating)]
+    for name, code in job.stream(merged, measure):
+        largest[name] = largest[name].maximum(code)
+    exponents = {}
+    for name, tensor in weights.items():
+        limit = torch.finfo(tensor.codes.dtype).max * FITS
+        exponents[name] = (largest[name] / limit).log2().ceil().clamp(min=0)
+    return exponents

@@ -1,32 +1,35 @@
-"""The blocks of a denoiser: short names for groups of tensors, in the order in which the data passes them.
+"""The blocks of a denoiser: short names for groups of tensors, in the order of the data's way.
 
-    block      tensors of diffusers' UNets                         tensors of diffusers' transformers (DiT, SD3, Flux, Wan)
-    in         conv_in                                             x_embedder, patch_embedding, pos_embed
-    time       time_embedding, add_embedding, class_embedding      time_text_embed, condition_embedder, adaln_single
-    text       encoder_hid_proj                                    context_embedder, caption_projection
-    down.N     down_blocks.N
-    mid        mid_block
-    up.N       up_blocks.N
-    blocks.N                                                       transformer_blocks.N, blocks.N
-    single.N                                                       single_transformer_blocks.N
-    out        conv_norm_out, conv_out                             norm_out, proj_out, proj_out_N, scale_shift_table
+    block     tensors of diffusers' UNets       tensors of its transformers (DiT, SD3, Flux, Wan)
+    in        conv_in                           x_embedder, patch_embedding, pos_embed
+    time      {time,add,class}_embedding        time_text_embed, condition_embedder, adaln_single
+    text      encoder_hid_proj                  context_embedder, caption_projection
+    down.N    down_blocks.N
+    mid       mid_block
+    up.N      up_blocks.N
+    blocks.N                                    transformer_blocks.N, blocks.N
+    single.N                                    single_transformer_blocks.N
+    out       conv_norm_out, conv_out           norm_out, proj_out, proj_out_N, scale_shift_table
 
-Single files in the layout of the original SD, SD3 and Flux code have the same blocks (`down.N` is input_blocks.N). A tensor
-of another architecture has the block that its name begins with, up to the first number (`layers.3`).
+Single files in the layout of the original SD, SD3 and Flux code have the same blocks (`down.N` is
+input_blocks.N). A tensor of another architecture has the block that its name begins with, up to the
+first number (`layers.3`).
 
-The community's names for the blocks of SD 1.5, SD 2 and SDXL, which have two layers to a block, are taken, too, in any case:
+The community's names for the blocks of SD 1.5, SD 2 and SDXL, which have two layers per block, are
+understood in any case:
 
-    IN00..IN11                 conv_in, then the layers and downsamplers of down_blocks in their order; input_blocks.N
-    M00, MID                   mid_block
-    OUT00..OUT11               the layers of up_blocks, each upsampler with the last one; output_blocks.N
+    IN00..IN11      conv_in, then the layers and downsamplers of down_blocks; input_blocks.N
+    M00, MID        mid_block
+    OUT00..OUT11    the layers of up_blocks, each upsampler with the last one; output_blocks.N
 
-A kind cuts across the blocks, and may be given alone or behind a block (`attn`, `up.attn`, `down.1.conv`):
+A kind cuts across the blocks. It stands alone or behind a block (`attn`, `up.attn`, `down.1.conv`):
 
-    attn       attention layers with their projections and norms: attn, attn1, ..., attentions.N but for its transformer_blocks
-    ff         feed-forward layers of transformer blocks: ff, ff_context, ffn, mlp, proj_mlp
-    conv       convolutions by name: conv, conv1, conv2, conv_in, conv_out, conv_shortcut
-    norm       norms and modulations: norm, norm1, group_norm, conv_norm_out, ...
-    resnet     residual blocks of UNets with all they hold: resnets.N
+    attn      attention layers with their projections and norms: attn, attn1, ..., and attentions.N
+              without its transformer_blocks
+    ff        feed-forward layers of transformer blocks: ff, ff_context, ffn, mlp, proj_mlp
+    conv      convolutions by name: conv, conv1, conv2, conv_in, conv_out, conv_shortcut
+    norm      norms and modulations: norm, norm1, group_norm, conv_norm_out, ...
+    resnet    residual blocks of UNets with all they hold: resnets.N
 """
 
 from __future__ import annotations
@@ -37,9 +40,10 @@ from functools import cache
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of single files
 BLOCKS: tuple[tuple[str, str], ...] = (
-    ("text", r"encoder_hid_proj|context_embedder|caption_projection|txt_in|condition_embedder\.text_embedder"),
-    ("time", r"(time|add|class)_embedding|time_text_embed|condition_embedder|adaln_single|(time|label)_embed|label_emb"
-             r"|time_in|vector_in|guidance_in|[ty]_embedder"),
+    ("text", r"encoder_hid_proj|context_embedder|caption_projection|txt_in"
+             r"|condition_embedder\.text_embedder"),
+    ("time", r"(time|add|class)_embedding|time_text_embed|condition_embedder|adaln_single"
+             r"|(time|label)_embed|label_emb|time_in|vector_in|guidance_in|[ty]_embedder"),
     ("in", r"conv_in|x_embedder|patch_embedding|pos_embed|img_in"),
     ("down", r"(?:down|input)_blocks\.(?P<down>\d+)"),
     ("mid", r"mid(?:dle)?_block"),
@@ -68,21 +72,21 @@ _KIND = {kind: re.compile(rf"(?:^|\.)(?:{pattern})(?=\.|$)") for kind, pattern i
 
 @cache
 def block_of(name: str) -> str:
-    """Return the block of a tensor: `down.0`, `mid`, `time`; for unknown names their beginning up to the first number."""
+    """Return the block of a tensor: `down.0`, `mid`, `time`; of an unknown name its beginning."""
     return _split(name)[0]
 
 
 @cache
-def alias(name: str) -> str:
-    """Return a tensor's name with its block in front: `down.0.resnets.1.conv1.weight`, `in.conv_in.weight`."""
+def with_block(name: str) -> str:
+    """Return a tensor's name behind its block: `down.0.resnets.1.conv1.weight`."""
     block, rest = _split(name)
     return f"{block}.{rest}" if rest else block
 
 
 @cache
-def classic(name: str) -> str:
-    """Return a tensor's name with the community's block in front, in small letters: `in04.norm1.weight`; else as it is."""
-    bare = _bare(name)
+def with_counted_block(name: str) -> str:
+    """Return a tensor's name behind the community's block: `in04.norm1.weight`; else as it is."""
+    bare = _without_prefix(name)
     if bare.startswith("conv_in."):
         return f"in00.{bare}"
     single, layer = _SINGLE.match(bare), _LAYER.match(bare)
@@ -90,13 +94,14 @@ def classic(name: str) -> str:
         return f"{single[1]}{int(single[2]):02d}{bare[single.end() :]}"
     if layer is None:
         return bare
-    where, number, part, index = layer[1], int(layer[2]), layer[3], int(layer[4])
-    place = 2 if part in ("downsamplers", "upsamplers") else index
-    return f"{'in' if where == 'down' else 'out'}{3 * number + place + (where == 'down'):02d}{bare[layer.end() :]}"
+    is_down, index = layer[1] == "down", int(layer[4])
+    place = 2 if layer[3] in ("downsamplers", "upsamplers") else index
+    number = 3 * int(layer[2]) + place + is_down
+    return f"{'in' if is_down else 'out'}{number:02d}{bare[layer.end() :]}"
 
 
-def spelt(pattern: str) -> str:
-    """Return a pattern with the name of a block as we write it: IN04 as in04, M00 as mid, Up.1 as up.1."""
+def normalize_pattern(pattern: str) -> str:
+    """Return a pattern with its block in our spelling: IN04 as in04, M00 as mid, Up.1 as up.1."""
     first, dot, rest = pattern.partition(".")
     small = first.lower()
     if re.fullmatch(r"(in|out)_?\d\d", small):
@@ -108,43 +113,43 @@ def spelt(pattern: str) -> str:
 
 def is_kind(kind: str, name: str) -> bool:
     """Whether a tensor is of a kind, one of `KINDS`."""
-    return _KIND[kind].search(_bare(name)) is not None
+    return _KIND[kind].search(_without_prefix(name)) is not None
 
 
-def by_depth(names: Iterable[str]) -> list[str]:
+def sort_blocks(names: Iterable[str]) -> list[str]:
     """Return the blocks of tensors, from input to output; unknown ones last, by name and number."""
     return sorted({block_of(name) for name in names}, key=_depth)
 
 
-def grouped(names: Sequence[str]) -> dict[str, list[str]]:
+def group_by_block(names: Sequence[str]) -> dict[str, list[str]]:
     """Return the tensors of each block, blocks from input to output, tensors in their order."""
-    groups: dict[str, list[str]] = {block: [] for block in by_depth(names)}
+    groups: dict[str, list[str]] = {block: [] for block in sort_blocks(names)}
     for name in names:
         groups[block_of(name)].append(name)
     return groups
 
 
-def _bare(name: str) -> str:
-    return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+def _without_prefix(name: str) -> str:
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    return name.removeprefix(prefix)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return block and rest; the rest of a block without number is the whole name, so that `time.**` can tell its parts."""
-    bare = _bare(name)
-    found = _BLOCK.match(bare)
-    if found is None:
+    """Return block and rest; the rest of a block without number is the whole name."""
+    bare = _without_prefix(name)
+    match = _BLOCK.match(bare)
+    if match is None:
         unknown = re.match(r"(?:[^.\d][^.]*\.)*?\d+(?=\.)|[^.]+", bare)
         block = unknown[0] if unknown else bare
         return block, bare[len(block) + 1 :]
-    word = next(word for word, _ in BLOCKS if found[f"_{word}"])
-    if word in found.re.groupindex:
-        return f"{word}.{int(found[word])}", bare[found.end() + 1 :]
-    return word, bare[found.end() + 1 :] if word == "mid" else bare
+    word = next(word for word, _ in BLOCKS if match[f"_{word}"])
+    if word in match.re.groupindex:
+        return f"{word}.{int(match[word])}", bare[match.end() + 1 :]
+    return word, bare[match.end() + 1 :] if word == "mid" else bare
 
 
 def _depth(block: str) -> tuple[int, list[tuple[bool, int, str]]]:
     word = block.partition(".")[0]
     stage = ORDER.index(word) if word in ORDER else len(ORDER)
-    return stage, [
-        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in block.split(".")
-    ]
+    parts = block.split(".")
+    return stage, [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]

@@ -1,22 +1,23 @@
-"""mergekit's YAML, read as a recipe: its methods by their names there, the defaults that they have there.
+"""mergekit's YAML as a recipe: its methods by their names there, with the defaults they have there.
 
-    models: [{model: PATH, parameters: {weight: 0.5, density: 0.3}}]     base_model: PATH     merge_method: ties
-    parameters: {normalize: true, lambda: 1.0}                           dtype: float16
+    models: [{model: PATH, parameters: {weight: 0.5, density: 0.3}}]     base_model: PATH
+    parameters: {normalize: true, lambda: 1.0}   merge_method: ties      dtype: float16
 
     linear             average of the models alone, or task_arithmetic of them without `normalize`
-    task_arithmetic    the same                                   slerp          of two models alone, weights 1 - t and t
-    ties               ties preset=mergekit                       model_stock    model_stock, by row with `filter_wise`
-    dare_linear        dare preset=mergekit then=linear           dare_ties      ... then=ties
-    breadcrumbs        breadcrumbs preset=mergekit then=linear    breadcrumbs_ties, della_linear, della: likewise
+    task_arithmetic    the same                  slerp         two models alone, weights 1 - t and t
+    ties               ties preset=mergekit      model_stock   model_stock, by row with `filter_wise`
+    dare_linear        dare preset=mergekit then=linear         dare_ties      ... then=ties
+    breadcrumbs        breadcrumbs preset=mergekit then=linear  breadcrumbs_ties, della likewise
     sce                sce, density being `select_topk`
 
-Differs from mergekit: slerp is taken of task vectors, which in the space of weights is all but the plain mean, and random masks
-are other ones. What has no counterpart is refused with what to write: numbers that differ from layer to layer are rules here.
+Differs from mergekit: slerp is of task vectors (of weights it is nearly the plain mean), and random
+masks differ. What has no counterpart is an error that says what to write: numbers that differ from
+layer to layer are rules here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from demerge.errors import UsageError
@@ -40,7 +41,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "della_linear": ("della", LINEAR | {"density": 1.0, "epsilon": 0.15}),
     "della": ("della", TIES | {"density": 1.0, "epsilon": 0.15}),
 }
-PLAIN = ("linear", "task_arithmetic", "slerp", "model_stock")
+WITHOUT_DENSITY = ("linear", "task_arithmetic", "slerp", "model_stock")
 NORMALIZED = ("linear", "ties", "della")  # by default
 SHARED = {
     "density": "density",
@@ -50,45 +51,56 @@ SHARED = {
     "lambda": "scale",
 }
 OTHERS = ("weight", "normalize", "rescale", "t", "filter_wise", "int8_mask")
+Models = list[tuple[str, dict[str, Any]]]  # (path, parameters)
 
 
 def from_mergekit(document: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return our document for one of mergekit.
+    """Return our document for one of mergekit; `where` names its file.
 
     Raises:
         UsageError: if something in it has no counterpart, with what to write instead.
     """
     for key in ("slices", "modules"):
         if key in document:
-            fix = "write models: [...], and what differs between layers as rules, for example rules: ['up weights=0.2..0.8,0.5']"
-            raise UsageError(
-                f"{where}: {key} of mergekit join layers, which denoisers cannot", fix=fix
-            )
+            fix = "write models: [...], and what differs between layers as rules: ['up scale=0.5']"
+            what = f"{where}: {key} of mergekit join layers, which denoisers cannot"
+            raise UsageError(what, fix=fix)
     check_known_keys(document, KEYS, f"{where} (mergekit's)")
     name = str(document[MARK])[:80]
     if name not in METHODS:
-        raise UsageError(
-            f"{where}: mergekit's method '{name}' is not here",
-            fix=f"use one of {', '.join(METHODS)}",
-        )
-    base, listed = (
-        typed(document, "base_model", str, where),
-        typed(document, "models", list, where) or [],
-    )
-    models = [_model(entry, where) for entry in listed]
-    shared = _plain(typed(document, "parameters", dict, where) or {}, where)
-    alone = name in ("linear", "slerp")
+        what = f"{where}: mergekit's method '{name}' does not exist here"
+        raise UsageError(what, fix=f"use one of {', '.join(METHODS)}")
+    base = typed(document, "base_model", str, where)
+    models = [_read_model(entry, where) for entry in typed(document, "models", list, where) or []]
+    shared = _check_parameters(typed(document, "parameters", dict, where) or {}, where)
+    is_alone = name in ("linear", "slerp")
     if name == "slerp":
-        models = _ends(models, base, shared, where)
-    elif not alone:
-        models = [(path, given) for path, given in models if path != base]
+        models = _read_slerp(models, base, shared, where)
+    elif not is_alone:
+        models = [(path, parameters) for path, parameters in models if path != base]
         if base is None:
             raise UsageError(f"{where}: {name} needs a base_model", fix="write base_model: PATH")
-    method, options = METHODS[name]
-    options = {**options, **_options(models, shared, where)}
-    if name in PLAIN and options.get("density") == 1:
+    method, options, weights = _read_method(name, models, shared, where)
+    recipe: dict[str, Any] = {"no_base": True} if is_alone else {"base": base}
+    recipe |= {"experts": [path for path, _ in models], "method": method, "options": options}
+    if weights:
+        recipe["weights"] = weights
+    dtype = document.get("out_dtype") or document.get("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        fix = f"write one of {', '.join(DTYPES)}"
+        raise UsageError(f"{where}: dtype {dtype!r} cannot be stored", fix=fix)
+    return recipe | ({"save_dtype": dtype} if dtype else {})
+
+
+def _read_method(
+    name: str, models: Models, shared: Mapping[str, Any], where: str
+) -> tuple[str, dict[str, Any], list[float] | None]:
+    """Return our method, its options and the weights."""
+    method, defaults = METHODS[name]
+    options = {**defaults, **_read_options(models, shared, where)}
+    if name in WITHOUT_DENSITY and options.get("density") == 1:
         del options["density"]  # all is kept anyway
-    weights = _weights(name, models, shared, where)
+    weights = _read_weights(name, models, shared, where)
     normalize = bool(shared.get("normalize", name in NORMALIZED))
     if name == "linear" and not normalize:
         method = "task_arithmetic"
@@ -102,89 +114,63 @@ def from_mergekit(document: Mapping[str, Any], where: str) -> dict[str, Any]:
         options["rescale"] = "l1"
     if shared.get("filter_wise") is True:
         options["by"] = "row"
-    dtype = document.get("out_dtype") or document.get("dtype")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(
-            f"{where}: dtype {dtype!r} cannot be stored", fix=f"write one of {', '.join(DTYPES)}"
-        )
-    return {
-        **({"no_base": True} if alone else {"base": base}),
-        "experts": [path for path, _ in models],
-        "method": method,
-        "options": options,
-        **({"weights": weights} if weights else {}),
-        **({"save_dtype": dtype} if dtype else {}),
-    }
+    return method, options, weights
 
 
-def _model(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+def _read_model(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
-        raise UsageError(
-            f"{where}: a model names no path", fix="write {model: PATH, parameters: {weight: 0.5}}"
-        )
+        fix = "write {model: PATH, parameters: {weight: 0.5}}"
+        raise UsageError(f"{where}: a model names no path", fix=fix)
     check_known_keys(entry, ("model", "parameters"), f"{where}: model {entry['model']}")
-    return entry["model"], _plain(typed(entry, "parameters", dict, where) or {}, where)
+    parameters = typed(entry, "parameters", dict, where) or {}
+    return entry["model"], _check_parameters(parameters, where)
 
 
-def _plain(parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _check_parameters(parameters: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return parameters that are one number or one truth each."""
     check_known_keys(parameters, (*SHARED, *OTHERS), f"{where}: parameters")
     for key, value in parameters.items():
         if not isinstance(value, int | float):
-            fix = "give one number, and write the rest as rules, for example rules: ['up.attn weights=0.2..0.8,0.5 density=0.3']"
-            raise UsageError(
-                f"{where}: {key} is {str(value)[:60]}, which differs from layer to layer", fix=fix
-            )
+            fix = "give one number, and write the rest as rules, for example"
+            fix = f"{fix} rules: ['up.attn weights=0.2..0.8,0.5 density=0.3']"
+            what = f"{where}: {key} is {str(value)[:60]}, which differs from layer to layer"
+            raise UsageError(what, fix=fix)
     return dict(parameters)
 
 
-def _ends(
-    models: Sequence[tuple[str, dict[str, Any]]],
-    base: str | None,
-    shared: Mapping[str, Any],
-    where: str,
-) -> list[tuple[str, dict[str, Any]]]:
-    """Return the two models of a slerp, that of t = 0 first."""
+def _read_slerp(models: Models, base: str | None, shared: Mapping[str, Any], where: str) -> Models:
+    """Return the two models of a slerp with their weights, that of t = 0 first."""
     paths = [base] if base else []
     paths += [path for path, _ in models if path != base]
     if len(paths) != 2 or "t" not in shared:
-        raise UsageError(
-            f"{where}: slerp is of two models, at a t",
-            fix="write base_model, one more model and parameters: {t: 0.5}",
-        )
+        fix = "write base_model, one more model and parameters: {t: 0.5}"
+        raise UsageError(f"{where}: slerp needs two models and a t", fix=fix)
     return [(paths[0], {"weight": 1 - shared["t"]}), (paths[1], {"weight": shared["t"]})]
 
 
-def _options(
-    models: Sequence[tuple[str, Mapping[str, Any]]], shared: Mapping[str, Any], where: str
-) -> dict[str, Any]:
+def _read_options(models: Models, shared: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the options that all models share."""
     options = {SHARED[key]: value for key, value in shared.items() if key in SHARED}
     for key, option in SHARED.items():
-        values = {given.get(key, shared.get(key)) for _, given in models}
+        values = {parameters.get(key, shared.get(key)) for _, parameters in models}
         if len(values) > 1:
-            told = ", ".join(str(value) for value in values)
-            raise UsageError(
-                f"{where}: {key} is another for each model ({told})",
-                fix=f"give all models one {key}",
-            )
+            what = f"{where}: {key} differs between models ({', '.join(map(str, values))})"
+            raise UsageError(what, fix=f"give all models one {key}")
         if values and (value := values.pop()) is not None:
             options[option] = value
     return options
 
 
-def _weights(
-    name: str,
-    models: Sequence[tuple[str, Mapping[str, Any]]],
-    shared: Mapping[str, Any],
-    where: str,
+def _read_weights(
+    name: str, models: Models, shared: Mapping[str, Any], where: str
 ) -> list[float] | None:
     if name in ("model_stock", "sce"):
         return None
-    lacking = [path for path, given in models if "weight" not in given and "weight" not in shared]
-    if lacking:
-        raise UsageError(
-            f"{where}: {lacking[0]} has no weight",
-            fix="write parameters: {weight: 0.5} for each model",
-        )
-    return [float(given.get("weight", shared.get("weight"))) for _, given in models]
+    weights = []
+    for path, parameters in models:
+        weight = parameters.get("weight", shared.get("weight"))
+        if weight is None:
+            fix = "write parameters: {weight: 0.5} for each model"
+            raise UsageError(f"{where}: {path} has no weight", fix=fix)
+        weights.append(float(weight))
+    return weights

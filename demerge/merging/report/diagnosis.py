@@ -19,7 +19,7 @@ Papers: effective rank (Roy and Vetterli, EUSIPCO 2007), sign conflict (TIES, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import Any
@@ -29,9 +29,7 @@ from torch import Tensor
 
 from demerge.merging.engine.job import MergedChunk
 from demerge.merging.methods.statistics import cosines, norms, row_grams
-from demerge.merging.output.storage import Storage
-from demerge.merging.output.writer import survivors
-from demerge.merging.recipe.blocks import block_of, grouped
+from demerge.merging.recipe.blocks import block_of, group_by_block
 
 FORMAT = "demerge.diagnosis/1"
 DIAGNOSIS = "diagnosis.json"  # the numbers, in the folder of a report
@@ -113,27 +111,26 @@ def effective_rank(gram: Tensor) -> float:
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
 
-def observer(storage: Storage, base: Mapping[str, Tensor]) -> Callable[[str, MergedChunk], Sums]:
-    """Return a function that sums up a chunk of one of the tensors that are written."""
+def sum_chunk(name: str, done: MergedChunk, changed: int, survived: int) -> Sums:
+    """Sum up a chunk that is written.
 
-    def observe(name: str, done: MergedChunk) -> Sums:
-        deltas = done.block.deltas.reshape(len(done.block.deltas), -1)
-        up, down = (deltas > 0).any(0), (deltas < 0).any(0)
-        step = done.merged.double() - done.block.base.reshape(-1).double()
-        stored = storage.stored(name, done.start, done.merged)
-        changed, survived = survivors(stored, done, storage.kept(name, done, base[name].dtype))
-        return Sums(
-            name=name,
-            entries=deltas.shape[1],
-            gram=row_grams(deltas.unsqueeze(1))[0].cpu(),
-            moved=int((up | down).count_nonzero()),
-            opposed=int((up & down).count_nonzero()),
-            changed=changed,
-            survived=survived,
-            squares=float(step.square().sum()),
-        )
-
-    return observe
+    Args:
+        changed: entries in which the merge differs from the base.
+        survived: those that still do once stored.
+    """
+    deltas = done.block.deltas.reshape(len(done.block.deltas), -1)
+    up, down = (deltas > 0).any(0), (deltas < 0).any(0)
+    step = done.merged.double() - done.block.base.reshape(-1).double()
+    return Sums(
+        name=name,
+        entries=deltas.shape[1],
+        gram=row_grams(deltas.unsqueeze(1))[0].cpu(),
+        moved=int((up | down).count_nonzero()),
+        opposed=int((up & down).count_nonzero()),
+        changed=changed,
+        survived=survived,
+        squares=float(step.square().sum()),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +150,7 @@ class Diagnosis:
             by_tensor.setdefault(chunk.name, []).append(chunk)
         tensors = {name: _total(parts, name) for name, parts in by_tensor.items()}
         blocks = []
-        for block, names in grouped(list(tensors)).items():
+        for block, names in group_by_block(list(tensors)).items():
             blocks.append(_total([tensors[n] for n in names], block))
         rows = list(tensors.values())
         return cls(experts, _total(rows, "model"), blocks, rows)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError, UsageError
-from demerge.merging import MergeSession, Recipe, merge, prepare, verify
+from demerge.merging import MergeSession, Recipe, merge, verify
+from demerge.merging import plan as plan_merge
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 VAE = Path("vae/diffusion_pytorch_model.safetensors")
@@ -114,15 +115,15 @@ def test_equal_parts_in_another_dtype_or_without_position_ids_are_equal(
     save_file({n: t.half() for n, t in load_file(expert / VAE).items()}, expert / VAE)
     held = load_file(expert / TEXT)
     save_file(held | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, expert / TEXT)
-    assert not prepare(Recipe.of(tiny_text, [expert], weights=[1])).notes
+    assert not plan_merge(Recipe.of(tiny_text, [expert], weights=[1])).notes
     edit(expert / "vae" / "config.json", scaling_factor=0.5)
     with pytest.raises(
         InputError, match=r"another vae than .* \(vae: scaling_factor 0\.5 for"
     ) as error:
-        prepare(Recipe.of(tiny_text, [expert], weights=[1]))
+        plan_merge(Recipe.of(tiny_text, [expert], weights=[1]))
     assert error.value.fix == "give --components denoiser to keep the base's"
     with pytest.raises(InputError, match=r"scaling_factor 0\.5 for"):
-        prepare(Recipe.of(tiny_text, [expert], weights=[1], components="all"))
+        plan_merge(Recipe.of(tiny_text, [expert], weights=[1], components="all"))
 
 
 def test_refusals(tiny_text: Path, tune: Tune) -> None:
@@ -131,16 +132,16 @@ def test_refusals(tiny_text: Path, tune: Tune) -> None:
         ({"components": "tokenizer_9,denoiser"}, "the base has no 'tokenizer_9'"),
         ({"components": "vae"}, "leaves the denoiser out"),
         ({"components": "all", "only": ["mid"]}, "--only merges a part"),
-        ({"components": "all", "out_rank": 2}, "an adapter is made for one denoiser"),
+        ({"components": "all", "lora_rank": 2}, "a LoRA is made for one denoiser"),
         ({"components": "all", "method": "fisher"}, "needs fisher"),
     ]
     for asked, message in cases:
         with pytest.raises(UsageError, match=message):
-            prepare(Recipe.of(tiny_text, [expert], **asked))
-    with pytest.raises(UsageError, match="--components is for pipeline folders"):
-        prepare(Recipe.of(tiny_text / UNET, [expert / UNET], components="denoiser"))
-    assert not prepare(Recipe.of(tiny_text, [expert], only=["mid"])).notes
-    assert not prepare(Recipe.of(tiny_text, [expert / "unet"], weights=[1])).notes
+            plan_merge(Recipe.of(tiny_text, [expert], **asked))
+    with pytest.raises(UsageError, match="--components is for folders"):
+        plan_merge(Recipe.of(tiny_text / UNET, [expert / UNET], components="denoiser"))
+    assert not plan_merge(Recipe.of(tiny_text, [expert], only=["mid"])).notes
+    assert not plan_merge(Recipe.of(tiny_text, [expert / "unet"], weights=[1])).notes
 
 
 @pytest.mark.parametrize("name", ["..", "../base", "a/b", "", "x" * 300, "\u4e00" * 99])
@@ -148,7 +149,7 @@ def test_a_part_with_a_hostile_name_is_refused(tiny_text: Path, tune: Tune, name
     expert = tune("expert", "unet")
     edit(expert / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
     with pytest.raises(InputError, match="is not a name of a component"):
-        prepare(Recipe.of(tiny_text, [expert]))
+        plan_merge(Recipe.of(tiny_text, [expert]))
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_another_schedule_is_refused(tiny: Path, tmp_path: Path, field: dict[str
     edit(expert / "scheduler" / "scheduler_config.json", **field)
     name, value = next(iter(field.items()))
     with pytest.raises(InputError, match="has another noise schedule than") as error:
-        prepare(Recipe.of(tiny, [expert], weights=[1]))
+        plan_merge(Recipe.of(tiny, [expert], weights=[1]))
     assert f"{name.replace('_', ' ')} {value}" in error.value.what
 
 
@@ -181,7 +182,7 @@ def test_another_sampler_is_no_other_schedule(tiny: Path, tmp_path: Path) -> Non
         "steps_offset": 1,
     }
     edit(expert / "scheduler" / "scheduler_config.json", **changed)
-    prepare(Recipe.of(tiny, [expert], weights=[1]))
+    plan_merge(Recipe.of(tiny, [expert], weights=[1]))
 
 
 def test_a_denoiser_of_another_function_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_a_denoiser_of_another_function_is_refused(tiny: Path, tmp_path: Path) -
     with pytest.raises(
         InputError, match=r"another denoiser than .*: the norm eps 0\.001, not 1e-05"
     ):
-        prepare(Recipe.of(tiny, [expert], weights=[1]))
+        plan_merge(Recipe.of(tiny, [expert], weights=[1]))
 
 
 # -- variants ---------------------------------------------------------------------------------------------------------

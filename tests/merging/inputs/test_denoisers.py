@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 
 from demerge.errors import InputError, UsageError
 from demerge.merging import merge
-from demerge.merging.inputs.denoisers import Denoiser, denoisers, index_of_two, split, tasks
+from demerge.merging.inputs.denoisers import (
+    Denoiser,
+    assign_experts,
+    find_denoisers,
+    make_pair_index,
+    split_timesteps,
+)
 from demerge.storage.layout import locate
 from demerge.timesteps import TimestepRange
 
@@ -54,7 +60,7 @@ def two(make: Make) -> Path:
 
 
 def of(path: Path) -> list[Denoiser]:
-    return denoisers(locate(path))
+    return find_denoisers(locate(path))
 
 
 def taken(
@@ -64,7 +70,7 @@ def taken(
     boundary: float | None = None,
 ) -> Any:
     """What each denoiser of the output is merged from: {folder: [(number, name), ...]}."""
-    found = tasks(of(base), [of(e) for e in experts], ranges, boundary)
+    found = assign_experts(of(base), [of(e) for e in experts], ranges, boundary)
     return {task.folder.as_posix(): [(i, d.name) for i, d in task.experts] for task in found}
 
 
@@ -78,11 +84,11 @@ def test_a_pipeline_has_one_denoiser_or_two_with_their_ranges(make: Make, two: P
 
 
 def test_the_boundary_is_the_one_of_diffusers() -> None:
-    assert split(0.9, 1000) == {
+    assert split_timesteps(0.9, 1000) == {
         "transformer": TimestepRange(900, 1000),
         "transformer_2": TimestepRange(0, 900),
     }
-    cut = split(0.1234, 1000)["transformer"].start
+    cut = split_timesteps(0.1234, 1000)["transformer"].start
     assert cut == 124 and cut >= 0.1234 * 1000 > cut - 1
 
 
@@ -91,7 +97,7 @@ def test_two_are_two_experts_of_a_base_of_one(make: Make, two: Path) -> None:
     assert taken(base, [other, two], [None, None]) == {
         "transformer": [(0, "transformer"), (1, "transformer"), (1, "transformer_2")]
     }
-    [task] = tasks(of(base), [of(two)], [None])
+    [task] = assign_experts(of(base), [of(two)], [None])
     assert [d.range for _, d in task.experts] == [HIGH, LOW] and task.range is None
 
 
@@ -122,13 +128,13 @@ def test_a_boundary_makes_two_of_one(make: Make, two: Path) -> None:
         "transformer": [(1, "transformer"), (2, "transformer")],
         "transformer_2": [(0, "transformer"), (2, "transformer_2")],
     }
-    index = index_of_two(locate(base), 0.875)
+    index = make_pair_index(locate(base), 0.875)
     assert index["transformer_2"] == index["transformer"] and index["boundary_ratio"] == 0.875
 
 
 def test_refuses_what_has_no_side(make: Make, two: Path, tmp_path: Path) -> None:
     base, one = make("base"), make("one")
-    with pytest.raises(UsageError, match="not known"):
+    with pytest.raises(UsageError, match="cannot tell which"):
         taken(two, [one], [None])
     with pytest.raises(UsageError, match="no expert reaches"):
         taken(base, [one], [TimestepRange(0, 100)], 0.5)
@@ -140,14 +146,14 @@ def test_refuses_what_has_no_side(make: Make, two: Path, tmp_path: Path) -> None
         with pytest.raises(UsageError, match="without timesteps"):
             taken(base, [one], [HIGH], boundary)
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(UsageError, match="no pipeline"):
-        index_of_two(locate(tmp_path / "a.safetensors"), 0.5)
+    with pytest.raises(UsageError, match="not a pipeline"):
+        make_pair_index(locate(tmp_path / "a.safetensors"), 0.5)
 
 
 def test_refuses_a_range_for_two(make: Make, two: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError,
-        match=r"two denoisers, whose timesteps its boundary_ratio tells; the range 0000-0500",
+        match=r"two denoisers with ranges of their own; the range 0000-0500",
     ):
         merge(
             make("one"), [two], tmp_path / "out", method="average", ranges=[TimestepRange(0, 500)]

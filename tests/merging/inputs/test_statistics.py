@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demerge.errors import InputError, UsageError
-from demerge.merging import MergeSession, Recipe, merge, prepare
+from demerge.merging import MergeSession, Recipe, merge
+from demerge.merging import plan as plan_merge
 from demerge.provenance import MEASURED, measured_on
 from demerge.statistics import Collected, commit_statistic
 from demerge.storage.atomic import sha256
@@ -63,7 +64,7 @@ def merged(
         if files is None
         else {name: files if isinstance(files, str) else ",".join(map(str, files))}
     )
-    prepare(
+    plan_merge(
         Recipe.of(
             tiny, experts, method={"fisher": "fisher", "gram": "regmean"}[name], options=options
         )
@@ -122,9 +123,11 @@ def test_ranges_of_options_count_as_those_of_records(
     for expert in experts:
         (expert / "expert.json").unlink()
     given = {"method": "fisher", "options": {"fisher": ",".join(map(str, files[::-1]))}}
-    prepare(Recipe.of(tiny, experts, **given))
+    plan_merge(Recipe.of(tiny, experts, **given))
     with pytest.raises(InputError, match="was measured on 0500-1000"):
-        prepare(Recipe.of(tiny, experts, ranges=[TimestepRange(*span) for span in SPANS], **given))
+        plan_merge(
+            Recipe.of(tiny, experts, ranges=[TimestepRange(*span) for span in SPANS], **given)
+        )
 
 
 def test_the_model_counts_where_ranges_are_alike(

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from demerge.diffusion.schedule import snr_of
 from demerge.errors import DemergeError, InputError, NumericalError, UsageError
-from demerge.merging import Recipe, merge, prepare, verify
-from demerge.merging.recipe.paths import found, stored
+from demerge.merging import Recipe, merge, verify
+from demerge.merging import plan as plan_merge
+from demerge.merging.recipe.source import read_path, write_path
 from demerge.storage.atomic import sha256
 from demerge.timesteps import TimestepRange
 
@@ -81,7 +82,7 @@ def test_yaml_and_flags_give_one_recipe(models: Path) -> None:
         seed=3,
         save_dtype="float16",
     )
-    one, other = prepare(read).run(models / "a"), prepare(asked).run(models / "b")
+    one, other = plan_merge(read, models / "a").run(), plan_merge(asked, models / "b").run()
     assert (models / "a" / "demerge.json").read_bytes() == (
         models / "b" / "demerge.json"
     ).read_bytes()
@@ -151,8 +152,8 @@ def test_weights_may_be_a_file(models: Path) -> None:
         ("base: b\nexperts: [{weight: 1}]\n", "expert 0 names no path", "PATH"),
         ("base: b\nexperts: [e]\nseed: one\n", "seed is 'one'", "a whole number"),
         ("base: b\nexperts: [e]\nseed: true\n", "seed is 'True'", "a whole number"),
-        ("base: b\nexperts: [e]\nseed: -1\n", "seed is -1", "0 or more"),
-        ("base: b\nexperts: [e]\nout_rank: 0\n", "out_rank is 0", "1 or more"),
+        ("base: b\nexperts: [e]\nseed: -1\n", "seed is -1", "at least 0"),
+        ("base: b\nexperts: [e]\nout_rank: 0\n", "lora_rank is 0", "at least 1"),
         ("base: b\nexperts: [e]\nonly: mid\n", "only is 'mid'", "a list"),
         (
             "base: b\nexperts: [e]\nformat: demerge.recipe/9\n",
@@ -233,8 +234,8 @@ def test_paths_name_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("owner/name", Path("/data"), "owner/name"),
         ("digits-base", Path("/data"), "digits-base"),
     ]:
-        assert stored(path, folder) == text
-        assert found(text, folder) == path
+        assert write_path(path, folder) == text
+        assert read_path(text, folder) == path
 
 
 def test_models_and_output_moved_together_give_the_same_bytes(
@@ -254,7 +255,7 @@ def test_models_and_output_moved_together_give_the_same_bytes(
 def test_ranges_of_experts(models: Path) -> None:
     (models / "expert0" / "expert.json").write_text('{"range": [0, 500]}')
     experts, spans = [models / "expert0", models / "expert1"], [None, TimestepRange(500, 1000)]
-    plan = prepare(Recipe.of(models / "base", experts, ranges=spans))
+    plan = plan_merge(Recipe.of(models / "base", experts, ranges=spans))
     assert [str(e.range) for e in plan.recipe.experts] == ["0000-0500", "0500-1000"]
     assert list(plan.parts[0].job.ranges) == [TimestepRange(0, 500), TimestepRange(500, 1000)]
     snr = plan.parts[0].job.snr
@@ -262,7 +263,7 @@ def test_ranges_of_experts(models: Path) -> None:
     with pytest.raises(
         UsageError, match=r"was trained on 0000-0500 as its expert\.json says, not on 0000-0250"
     ):
-        prepare(Recipe.of(models / "base", experts, ranges=[TimestepRange(0, 250), None]))
+        plan_merge(Recipe.of(models / "base", experts, ranges=[TimestepRange(0, 250), None]))
     with pytest.raises(UsageError, match="1 ranges for 2 experts"):
         Recipe.of(models / "base", experts, ranges=[None])
 
@@ -290,7 +291,7 @@ def test_a_merge_can_be_made_again(models: Path, out: str) -> None:
     assert not verified.versions and "equal" in verified.lines()[0]
     again = merge(models / "base", experts, models / f"again-{out}", **asked)
     assert result.recipe.canonical() == again.recipe.canonical()
-    prepare(Recipe.read(path)).run(models / f"third-{out}")
+    plan_merge(Recipe.read(path), models / f"third-{out}").run()
     assert verify(path, Recipe.read(path), models / f"third-{out}").files == verified.files
 
 
@@ -307,7 +308,7 @@ def test_a_changed_input_is_named(models: Path) -> None:
     )
     flip(models / "expert1" / WEIGHTS)
     recipe = Recipe.read(models / "out")
-    for call in (lambda: verify(models / "out", recipe), lambda: prepare(recipe)):
+    for call in (lambda: verify(models / "out", recipe), lambda: plan_merge(recipe)):
         with pytest.raises(
             InputError,
             match=r"expert1: diffusion_pytorch_model.safetensors is not what the recipe names",
@@ -326,10 +327,10 @@ def test_the_tensors_a_method_needs_are_inputs_too(models: Path) -> None:
     listed = write(
         models, text + "options: {fisher: [fisher-0.safetensors, fisher-1.safetensors]}\n"
     )
-    prepare(Recipe.read(listed)).run(models / "out")
+    plan_merge(Recipe.read(listed), models / "out").run()
     each = "[{path: expert0, inputs: {fisher: fisher-0.safetensors}}, {path: expert1, inputs: {fisher: fisher-1.safetensors}}]"
     named = write(models, text.replace("[expert0, expert1]", each), "named.yaml")
-    prepare(Recipe.read(named)).run(models / "same")
+    plan_merge(Recipe.read(named), models / "same").run()
     assert (models / "out" / "demerge.json").read_bytes() == (
         models / "same" / "demerge.json"
     ).read_bytes()
@@ -355,7 +356,7 @@ def test_other_versions_are_told(models: Path) -> None:
     document = json.loads(text)
     document["versions"]["torch"] = "1.0"
     (models / "out" / "demerge.json").write_text(json.dumps(document))
-    with pytest.raises(NumericalError, match=r"torch 1\.0 then"):
+    with pytest.raises(NumericalError, match=r"torch was 1\.0"):
         verify(models / "out", Recipe.read(models / "out"))
 
 
@@ -370,9 +371,9 @@ def test_there_must_be_something_to_verify(models: Path) -> None:
         method="average",
         weights=[1],
     )
-    document = json.loads(Recipe.read(models / "one.safetensors").stored(models).canonical())
+    document = json.loads(Recipe.read(models / "one.safetensors").relative_to(models).canonical())
     write(models, json.dumps(document), "bare.json")
-    with pytest.raises(UsageError, match="no output beside"):
+    with pytest.raises(UsageError, match="no output lies next to"):
         verify(models / "bare.json", Recipe.read(models / "bare.json"))
     with pytest.raises(InputError, match="has no"):
         verify(models / "bare.json", Recipe.read(models / "bare.json"), models / "nowhere")
@@ -443,7 +444,7 @@ def test_errors_are_ours(models: Path) -> None:
     for base, experts in pairs:
         path = write(models, f'{{"base": {base}, "experts": {experts}}}', "r.json")
         with pytest.raises(DemergeError):
-            prepare(Recipe.read(path))
+            plan_merge(Recipe.read(path))
 
 
 # -- as other programs write it ---------------------------------------------------------------------------------------
@@ -478,7 +479,7 @@ base_model: base.safetensors
 def test_a_recipe_of_mergekit_is_read(tmp_path: Path, text: str, expected: list[float]) -> None:
     one_tensor(tmp_path, base=0, a=2, b=4)
     recipe = Recipe.read(write(tmp_path, MERGEKIT + text, "m.yaml"))
-    prepare(recipe).run(tmp_path / "out.safetensors")
+    plan_merge(recipe, tmp_path / "out.safetensors").run()
     merged = load_file(tmp_path / "out.safetensors")["w"]
     assert merged.tolist() == expected and (merged.dtype == torch.float16) == ("float16" in text)
     assert verify(tmp_path / "out.safetensors", Recipe.read(tmp_path / "out.safetensors")).files
@@ -489,9 +490,9 @@ def test_recipes_of_mergekit_without_a_base(tmp_path: Path) -> None:
     models = "models: [{model: a.safetensors, parameters: {weight: 1}}, {model: b.safetensors, parameters: {weight: 3}}]\n"
     for name, text in (("l", models + "merge_method: linear\n"), ("s", "base_model: a.safetensors\n" + models
                        + "merge_method: slerp\nparameters: {t: 0.75}\n")):  # fmt: skip
-        prepare(Recipe.read(write(tmp_path, text, f"{name}.yaml"))).run(
-            tmp_path / f"{name}.safetensors"
-        )
+        plan_merge(
+            Recipe.read(write(tmp_path, text, f"{name}.yaml")), tmp_path / f"{name}.safetensors"
+        ).run()
         assert load_file(tmp_path / f"{name}.safetensors")["w"].tolist() == [3.5, 7.0]
 
 
@@ -499,7 +500,10 @@ def test_recipes_of_mergekit_without_a_base(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("slices: []\nmerge_method: slerp\n", "slices of mergekit"),
-        ("models: []\nmerge_method: passthrough\n", "mergekit's method 'passthrough' is not here"),
+        (
+            "models: []\nmerge_method: passthrough\n",
+            "mergekit's method 'passthrough' does not exist",
+        ),
         ("models: [{model: a}]\nmerge_method: ties\n", "ties needs a base_model"),
         (
             "models: [{model: a, parameters: {weight: [0, 1]}}]\nbase_model: b\nmerge_method: ties\n",
@@ -513,7 +517,7 @@ def test_recipes_of_mergekit_without_a_base(tmp_path: Path) -> None:
         (
             "models: [{model: a, parameters: {weight: 1, density: 0.5}}, {model: c, parameters: {weight: 1}}]\nbase_model: b\n"
             "merge_method: ties\n",
-            "density is another for each model",
+            "density differs between models",
         ),
     ],
 )
@@ -568,5 +572,5 @@ def test_a_folder_of_experts_stands_for_them(
         tmp_path, f"base: {tiny}\nexperts: [./experts]\nweights: [0.25, 0.75]\n", "r.yaml"
     )
     assert [expert.path for expert in Recipe.read(written).experts] == paths
-    plan = prepare(Recipe.of(tiny, [tmp_path / "experts"], weights=[0.5, 0.5]))
+    plan = plan_merge(Recipe.of(tiny, [tmp_path / "experts"], weights=[0.5, 0.5]))
     assert [str(expert.range) for expert in plan.recipe.experts] == ["0000-0500", "0500-1000"]

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demerge.errors import InputError, UsageError
-from demerge.merging import Recipe, find_method, merge_tensors, prepare
-from demerge.merging.recipe.blocks import alias, block_of, by_depth, is_kind
+from demerge.merging import Recipe, find_method, merge_tensors
+from demerge.merging import plan as plan_merge
+from demerge.merging.recipe.blocks import block_of, is_kind, sort_blocks, with_block
 from demerge.merging.recipe.coefficients import check_order, read_coefficients
-from demerge.merging.recipe.rules import Ramp, Rule, matcher, only, select, settle
+from demerge.merging.recipe.rules import Ramp, Rule, compile_pattern, resolve_rules, select
 
 UNET = (
     "conv_in.weight",
@@ -77,11 +78,11 @@ Found = dict[str, tuple[list[float], object]]
 )
 def test_each_tensor_has_a_block(name: str, block: str) -> None:
     assert block_of(name) == block
-    assert alias(name).startswith(block)
+    assert with_block(name).startswith(block)
 
 
 def test_blocks_are_ordered_from_input_to_output() -> None:
-    assert by_depth(reversed(UNET)) == [
+    assert sort_blocks(reversed(UNET)) == [
         "in",
         "time",
         "down.0",
@@ -91,8 +92,8 @@ def test_blocks_are_ordered_from_input_to_output() -> None:
         "up.1",
         "out",
     ]
-    assert by_depth(reversed(WAN)) == ["in", "blocks.0", "blocks.9", "blocks.10", "out"]
-    assert by_depth(["layers.10.w", "layers.9.w"]) == ["layers.9", "layers.10"]
+    assert sort_blocks(reversed(WAN)) == ["in", "blocks.0", "blocks.9", "blocks.10", "out"]
+    assert sort_blocks(["layers.10.w", "layers.9.w"]) == ["layers.9", "layers.10"]
 
 
 @pytest.mark.parametrize(
@@ -136,14 +137,14 @@ def test_what_patterns_match(pattern: str, names: tuple[str, ...], count: int) -
 
 
 def test_a_part_of_a_name_is_no_match() -> None:
-    assert not matcher("down_blocks.1")("down_blocks.10.resnets.0.conv1.weight")
-    assert not matcher("conv")("conv_norm_out.weight")
-    assert not matcher("*.weight")("time_embedding.linear_1.weight")
+    assert not compile_pattern("down_blocks.1")("down_blocks.10.resnets.0.conv1.weight")
+    assert not compile_pattern("conv")("conv_norm_out.weight")
+    assert not compile_pattern("*.weight")("time_embedding.linear_1.weight")
     assert not is_kind("attn", "down_blocks.1.attentions.0.transformer_blocks.0.norm1.weight")
 
 
 def setting(rules: list[str]) -> Found:
-    settings, _ = settle(
+    settings, _ = resolve_rules(
         [Rule.parse(r) for r in rules], UNET, find_method("task_arithmetic"), {}, [0.5, 0.5]
     )
     return {name: (list(s.weights), s.options.get("scale")) for name, s in settings.items()}
@@ -174,7 +175,7 @@ def test_a_ramp_is_linear_over_the_blocks_it_matches() -> None:
 
 
 def test_what_each_rule_took_is_told() -> None:
-    _, taken = settle(
+    _, taken = resolve_rules(
         [Rule.parse("attn scale=2"), Rule.parse("down scale=3")],
         UNET,
         find_method("task_arithmetic"),
@@ -202,9 +203,10 @@ def test_rules_change_the_merge(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / f"{name}.safetensors")
     paths = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
     rules = ["mid weights=0,1", "in scale=0.5"]
-    prepare(Recipe.of(paths[0], paths[1:], rules=rules, only=["mid", "in"])).run(
-        tmp_path / "out.safetensors"
-    )
+    plan_merge(
+        Recipe.of(paths[0], paths[1:], rules=rules, only=["mid", "in"]),
+        tmp_path / "out.safetensors",
+    ).run()
     merged = load_file(tmp_path / "out.safetensors")
     assert merged["mid_block.a.weight"].tolist() == [2.0] * 4
     assert merged["conv_in.weight"].tolist() == [0.75] * 4
@@ -213,10 +215,10 @@ def test_rules_change_the_merge(tmp_path: Path) -> None:
     assert plain["conv_out.weight"].tolist() == [1.5] * 4
 
 
-def test_only_gives_the_union_of_its_patterns() -> None:
-    assert only(["mid", "conv_in"], UNET) == {n for n in UNET if n.startswith(("mid", "conv_in"))}
+def test_a_pattern_that_selects_nothing_is_refused() -> None:
+    assert select("mid", UNET, "--only 'mid'") == [n for n in UNET if n.startswith("mid")]
     with pytest.raises(UsageError, match="--only 'middle' matches no tensor"):
-        only(["mid", "middle"], UNET)
+        select("middle", UNET, "--only 'middle'")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -261,10 +263,10 @@ def test_an_option_of_the_whole_model_is_no_option_of_a_part() -> None:
     with pytest.raises(
         UsageError, match="sets density for some tensors, but ties uses it over the whole model"
     ) as error:
-        settle([Rule.parse("mid density=0.5")], UNET, find_method("ties"), {}, [0.5, 0.5])
+        resolve_rules([Rule.parse("mid density=0.5")], UNET, find_method("ties"), {}, [0.5, 0.5])
     assert "scope=tensor" in error.value.fix
     with pytest.raises(UsageError, match="over the whole model"):
-        settle(
+        resolve_rules(
             [Rule.parse("mid scope=model")],
             UNET,
             find_method("ties"),
@@ -276,13 +278,17 @@ def test_an_option_of_the_whole_model_is_no_option_of_a_part() -> None:
         ("mid density=0.5 scope=tensor", {}),
         ("mid scale=2", {}),
     ):
-        settings, _ = settle([Rule.parse(rule)], UNET, find_method("ties"), options, [0.5, 0.5])
+        settings, _ = resolve_rules(
+            [Rule.parse(rule)], UNET, find_method("ties"), options, [0.5, 0.5]
+        )
         assert len(settings) == 2
 
 
 def test_a_ramp_needs_a_number() -> None:
     with pytest.raises(UsageError, match="scope takes no ramp"):
-        settle([Rule.of("mid", None, {"scope": "0..1"})], UNET, find_method("ties"), {}, [1.0])
+        resolve_rules(
+            [Rule.of("mid", None, {"scope": "0..1"})], UNET, find_method("ties"), {}, [1.0]
+        )
 
 
 # -- files of weights -------------------------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ def test_files_of_weights_are_rules(name: str, tmp_path: Path) -> None:
         ("c.json", '{"weights": 1}', "weights is '1'"),
         ("c.json", '{"weights": ["a"]}', "could not convert"),
         ("c.json", '{"blocks": {"mid": ["a"]}}', "are not numbers"),
-        ("c.csv", "name,a\n*,1\n*,2\n", "2 rows \\*"),
+        ("c.csv", "name,a\n*,1\n*,2\n", "more than one row \\*"),
         ("c.csv", "name,a\nmid,x\n", "are not numbers"),
         ("c.yaml", "weights: [1\n", "not valid YAML"),
         ("none.csv", None, "cannot be read"),
@@ -390,7 +396,7 @@ def test_blocks_of_single_files_are_counted_as_they_are_named() -> None:
 
 
 def test_counted_blocks_of_a_model_with_other_layers_are_refused() -> None:
-    with pytest.raises(UsageError, match="counts two layers to a block"):
+    with pytest.raises(UsageError, match="counts two layers per block"):
         select("IN04", [f"down_blocks.0.resnets.{i}.conv1.weight" for i in range(3)], "rule 'IN04'")
     with pytest.raises(UsageError) as error:
         select("IN12", SD, "rule")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from demerge.errors import UsageError
-from demerge.merging import Recipe, prepare
+from demerge.merging import Recipe
+from demerge.merging import plan as plan_merge
 from demerge.merging.report.diagnosis import Sums
 from demerge.merging.report.page import finding, to_csv
 from demerge.reporting.theme import Pictures
@@ -59,7 +60,7 @@ def files(tmp_path: Path) -> tuple[list[Path], list[Tensors]]:
 
 def run(paths: list[Path], out: Path, threads: int = 1, **asked: object) -> dict[str, object]:
     recipe = Recipe.of(paths[0], paths[1:], method="ties", options={"density": 0.3}, **asked)  # type: ignore[arg-type]
-    prepare(recipe, threads=threads).run(out, out.with_suffix(".report"))
+    plan_merge(recipe, num_workers=threads, out=out, report=out.with_suffix(".report")).run()
     document: dict[str, object] = json.loads(
         (out.with_suffix(".report") / "diagnosis.json").read_text()
     )
@@ -206,7 +207,9 @@ def test_a_pipeline_and_an_adapter_have_a_report_too(
     tiny: Path, add_expert: Callable[..., Path], tmp_path: Path, make_tiny: Callable[..., Path]
 ) -> None:
     other = make_tiny(seed=1)
-    prepare(Recipe.of(tiny, [other], weights=[1])).run(tmp_path / "out", tmp_path / "report")
+    plan_merge(
+        Recipe.of(tiny, [other], weights=[1]), tmp_path / "out", report=tmp_path / "report"
+    ).run()
     blocks = json.loads((tmp_path / "report" / "diagnosis.json").read_text())["blocks"]
     assert [row["name"] for row in blocks] == [
         "in",
@@ -218,11 +221,13 @@ def test_a_pipeline_and_an_adapter_have_a_report_too(
         "up.1",
         "out",
     ]
-    result = prepare(Recipe.of(tiny, [other], out_rank=2)).run(
-        tmp_path / "lora", tmp_path / "lora-report"
-    )
+    result = plan_merge(
+        Recipe.of(tiny, [other], lora_rank=2), tmp_path / "lora", report=tmp_path / "lora-report"
+    ).run()
     assert result.adapter is not None and 0 < result.adapter.share < 1
     assert (tmp_path / "lora-report" / "index.html").is_file()
     with pytest.raises(UsageError, match="report exists already"):
-        prepare(Recipe.of(tiny, [other], weights=[1])).run(tmp_path / "new", tmp_path / "report")
+        plan_merge(
+            Recipe.of(tiny, [other], weights=[1]), tmp_path / "new", report=tmp_path / "report"
+        ).run()
     assert not (tmp_path / "new").exists()
