@@ -1,4 +1,4 @@
-"""What the commands share: progress on stderr, the result on stdout, and signals that end in a checkpoint."""
+"""What the commands share: progress on stderr, the result on stdout, signals that end a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def show(text: str) -> None:
 
 
 def emit(result: dict[str, Any], path: Path | None, as_json: bool) -> None:
-    """Print a command's result on stdout: one JSON document, or the path of what was made."""
+    """Print a command's result on stdout: one JSON document, or the path of the output."""
     if as_json:
         text = json.dumps(result, indent=2, ensure_ascii=False, default=str)
         print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
@@ -72,7 +72,7 @@ def execute(plan: Plan[R], name: str, *, out: Path | None = None, json: bool = F
 
 
 def preview(plan: Preview, *, json: bool = False) -> None:
-    """Print what a planned stage will do, for `--dry-run`: lines on stderr, the document on stdout."""
+    """Print what a planned stage will do, for `--dry-run`: lines on stderr, JSON on stdout."""
     for line in plan.describe():
         say(line)
     emit(plan.document(), None, json)
@@ -101,7 +101,7 @@ def ranges_of(text: str) -> int | None:
 
 
 def data_words(split: str, skip_broken: bool) -> list[str]:
-    """Return the options that say how data is read as words of a command line, without those at their defaults."""
+    """Return the options of reading data that are not at their defaults, as command line words."""
     return [
         *(["--split", split] if split != "train" else []),
         *(["--skip-broken"] if skip_broken else []),
@@ -110,48 +110,50 @@ def data_words(split: str, skip_broken: bool) -> list[str]:
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Any]:
-    """Draw a bar on stderr; the value is a function (done, total, text) to call.
+    """Draw a bar on stderr; the value is a `demerge.progress.Progress`.
 
     Off a terminal it prints a line every few seconds instead, so that short work is silent.
     """
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda done, total, text="": bar.update(
-                task, completed=done, total=total, description=printable(f"{what} {text}")
-            )
+    if not sys.stderr.isatty():
+        yield _LineProgress(what)
         return
-    last = time.monotonic()
+    from rich import progress as bars
+    from rich.console import Console
 
-    def line(done: int, total: int, text: str = "") -> None:
-        nonlocal last
-        if time.monotonic() - last >= LINE_SECONDS:
-            last = time.monotonic()
-            say(f"{what} {done}/{total} {text}".rstrip())
+    columns = (
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
 
-    yield line
+        def update(done: int, total: int, text: str = "") -> None:
+            words = printable(f"{what} {text}")
+            bar.update(task, completed=done, total=total, description=words)
+
+        yield update
+
+
+class _LineProgress:
+    """Print a line of progress every few seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.last = what, time.monotonic()
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        if time.monotonic() - self.last >= LINE_SECONDS:
+            self.last = time.monotonic()
+            say(f"{self.what} {done}/{total} {text}".rstrip())
 
 
 @contextmanager
 def stop_signals() -> Iterator[Any]:
-    """Catch Ctrl-C, SIGTERM and SIGUSR1; the value is a function that says whether one came. A second one ends at once.
+    """Catch Ctrl-C, SIGTERM and SIGUSR1; the value is a function that returns whether one came.
 
-    Leaving the block after Ctrl-C raises KeyboardInterrupt in place of `Preempted`, for exit code 130.
+    A second signal ends the program at once. After Ctrl-C the block raises KeyboardInterrupt in
+    place of `Preempted`, for exit code 130.
     """
     from demerge.errors import Preempted
 
@@ -163,11 +165,9 @@ def stop_signals() -> Iterator[Any]:
         seen.append(number)
         say("stopping after this step; a second signal stops at once")
 
-    numbers = [
-        signal.SIGINT,
-        signal.SIGTERM,
-        *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []),
-    ]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGUSR1"):
+        numbers.append(signal.SIGUSR1)
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(seen)

@@ -1,4 +1,4 @@
-"""`demerge doctor`: whether this machine can run demerge; each line is ok, or says the one thing that mends it."""
+"""`demerge doctor`: whether this machine can run demerge, and one fix for each problem."""
 
 from __future__ import annotations
 
@@ -21,22 +21,15 @@ FAILED = 4
 DRIVER = Path("/proc/driver/nvidia/version")
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
 PACKAGES = (
-    "diffusers",
-    "safetensors",
-    "numpy",
-    "pandas",
-    "sklearn",
-    "seaborn",
-    "einops",
-    "PIL",
-    "typer",
+    *("diffusers", "safetensors", "numpy", "pandas", "sklearn", "seaborn"),
+    *("einops", "PIL", "typer"),
 )
 EXTRAS = {"transformers": "sd", "datasets": "data", "nbclient": "notebook"}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at; `fix` is empty where it is well."""
+    """One check of the machine; `fix` is empty if it passes."""
 
     name: str
     state: str
@@ -44,61 +37,57 @@ class Finding:
 
 
 def doctor(json: Json = False) -> None:
-    """Look at Python, torch, devices, packages, disk, memory, threads. Exit code 4 where something must be mended."""
-    findings = [finding for look in LOOKS for finding in look()]
+    """Check Python, torch, devices, packages, disk and memory.
+
+    The exit code is 4 if something must be fixed.
+    """
+    findings = [finding for check in CHECKS for finding in check()]
     healthy = not any(finding.fix for finding in findings)
     emit({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, None, json)
-    if not json:
-        for f in findings:
-            show(
-                f"{'FIX' if f.fix else 'ok':4}{f.name:14}{f.state}"
-                + (f"\n    {f.fix}" if f.fix else "")
-            )
+    for f in () if json else findings:
+        show(f"{'FIX' if f.fix else 'ok':4}{f.name:14}{f.state}")
+        if f.fix:
+            show(f"    {f.fix}")
     if not healthy:
         raise typer.Exit(FAILED)
 
 
 def _python() -> Iterator[Finding]:
-    fix = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer and make .venv again"
-    yield Finding(
-        "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", fix
-    )
+    state = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    is_old = sys.version_info < (3, 11)
+    yield Finding("python", state, "install Python 3.11 or newer" if is_old else "")
 
 
 def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:
-        yield Finding(
-            "torch", f"cannot be imported: {error}", "pip install --force-reinstall 'torch>=2.10'"
-        )
+        fix = "pip install --force-reinstall 'torch>=2.10'"
+        yield Finding("torch", f"cannot be imported: {error}", fix)
         return
-    old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10)
-    yield Finding("torch", torch.__version__, "pip install 'torch>=2.10'" if old else "")
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    fix = "pip install 'torch>=2.10'" if (major, minor) < (2, 10) else ""
+    yield Finding("torch", torch.__version__, fix)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    mps = ["Apple GPU"] if torch.backends.mps.is_available() else []
-    fix = "" if names or mps else _unused_gpu(torch.version.cuda)
-    yield Finding(
-        "devices",
-        "an NVIDIA GPU that torch cannot use" if fix else ", ".join([*names, *mps, "CPU"]),
-        fix,
-    )
+    if torch.backends.mps.is_available():
+        names.append("Apple GPU")
+    fix = "" if names else _unused_gpu(torch.version.cuda)
+    unused = "an NVIDIA GPU that torch cannot use"
+    yield Finding("devices", unused if fix else ", ".join([*names, "CPU"]), fix)
     threads, most = torch.get_num_threads(), cores()
-    over = threads > most
-    yield Finding(
-        "threads",
-        f"torch uses {threads} of {most} cores",
-        f"export OMP_NUM_THREADS={most}" if over else "",
-    )
+    fix = f"export OMP_NUM_THREADS={most}" if threads > most else ""
+    yield Finding("threads", f"torch uses {threads} of {most} cores", fix)
 
 
 def _unused_gpu(cuda: str | None) -> str:
-    """Return what lets torch use the NVIDIA GPU of this machine; empty if there is none."""
+    """Return the fix that lets torch use the NVIDIA GPU of this machine; empty without a GPU."""
     if not DRIVER.exists():
         return ""
     if cuda is None:
-        return f"this torch is built for the CPU: pip install --force-reinstall torch --index-url {CUDA_WHEELS}"
-    return f"this torch needs a driver for CUDA {cuda}: update the driver, or install a torch of an older CUDA"
+        install = f"pip install --force-reinstall torch --index-url {CUDA_WHEELS}"
+        return f"this torch is built for the CPU: {install}"
+    what = f"this torch needs a driver for CUDA {cuda}"
+    return f"{what}: update the driver, or install a torch of an older CUDA"
 
 
 def _packages() -> Iterator[Finding]:
@@ -113,10 +102,8 @@ def _extras() -> Iterator[Finding]:
         if find_spec(module):
             yield _imported(module)
         else:
-            yield Finding(
-                module,
-                f"not installed; the extra '{extra}' brings it: pip install 'demerge[{extra}]'",
-            )
+            install = f"pip install 'demerge[{extra}]'"
+            yield Finding(module, f"not installed; the extra '{extra}' brings it: {install}")
 
 
 def _imported(module: str) -> Finding:
@@ -125,33 +112,24 @@ def _imported(module: str) -> Finding:
 
     try:
         import_module(f"{module}.pipelines" if module == "diffusers" else module)
-        found = packages_distributions().get(module, [module])[0]
-        return Finding(module, version(found))
+        package = packages_distributions().get(module, [module])[0]
+        return Finding(module, version(package))
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        broken = "torchvision" in str(error)
-        fix = (
-            "pip uninstall torchvision (demerge does not need it)"
-            if broken
-            else f"pip install --force-reinstall {module}"
-        )
+        fix = f"pip install --force-reinstall {module}"
+        if "torchvision" in str(error):
+            fix = "pip uninstall torchvision (demerge does not need it)"
         return Finding(module, f"cannot be imported: {reason[0]}", fix)
 
 
 def _disk() -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
-    state = f"{free / GIB:.1f} GiB free in this folder"
-    yield Finding(
-        "disk",
-        state,
-        "" if free >= NEED_DISK else "free some space: a run of the demo's size takes 1 GiB",
-    )
-    writable = os.access(Path.cwd(), os.W_OK)
-    yield Finding(
-        "folder",
-        "writable" if writable else "read-only",
-        "" if writable else "change to a folder of yours",
-    )
+    fix = "" if free >= NEED_DISK else "free some space: a run of the demo's size takes 1 GiB"
+    yield Finding("disk", f"{free / GIB:.1f} GiB free in this folder", fix)
+    if os.access(Path.cwd(), os.W_OK):
+        yield Finding("folder", "writable")
+    else:
+        yield Finding("folder", "read-only", "change to a folder of yours")
 
 
 def _memory() -> Iterator[Finding]:
@@ -163,7 +141,7 @@ def _memory() -> Iterator[Finding]:
         yield Finding("memory", f"{free / GIB:.1f} GiB available", fix)
 
 
-LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _python,
     _torch,
     _packages,
