@@ -1,7 +1,7 @@
-"""Options dataclasses become the parameters of a command, and `--config FILE` gives them from a file.
+"""Options dataclasses become the parameters of a command, and `--config FILE` fills them in.
 
     @from_options
-    def finetune(inputs: FinetuneInputs, options: FinetuneOptions, *, json: Json = False) -> None: ...
+    def finetune(inputs: FinetuneInputs, options: FinetuneOptions, *, json: Json = False): ...
 
 Each field of the dataclasses is one parameter, described by its `Spec` alone. A flag wins over the
 config file, and the file over the default. The values that a command ran with are written to
@@ -22,7 +22,7 @@ import typer
 
 from demerge.options import Options, spec_of, types_of
 
-HOW_TO_RUN = {"config", "dry_run", "json"}  # not part of what a config file records
+HOW_TO_RUN = {"config", "context", "dry_run", "json"}  # not part of what a config file records
 
 
 def from_options(
@@ -37,16 +37,18 @@ def from_options(
     if command is None:
         return partial(from_options, record=record)
     hints = get_type_hints(command, include_extras=True)
-    given = inspect.signature(command).parameters.values()
     groups = {name: kind for name, kind in hints.items() if _is_options(kind)}
-    parameters = [
-        *(_parameter(kind, of) for kind in groups.values() for of in dataclasses.fields(kind)),
-        *(p.replace(annotation=hints[p.name]) for p in given if p.name not in groups),
-        _config_parameter(),
-    ]
-    keys = {
-        of.name: _key(_flags(of)) for kind in groups.values() for of in dataclasses.fields(kind)
-    }
+    parameters: list[inspect.Parameter] = []
+    keys: dict[str, str] = {}
+    for kind in groups.values():
+        types = types_of(kind)
+        for field in dataclasses.fields(kind):
+            parameters.append(_parameter(field, types[field.name]))
+            keys[field.name] = _key(_flags(field))
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in groups:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+    parameters.append(_config_parameter())
 
     @wraps(command)
     def run(**values: Any) -> None:
@@ -56,10 +58,10 @@ def from_options(
             if name not in HOW_TO_RUN and value is not None
         }
         del values["config"]
-        made = {name: _made(kind, values) for name, kind in groups.items()}
-        command(**made, **values)
+        options = {name: _build(kind, values) for name, kind in groups.items()}
+        command(**options, **values)
         if record and not values.get("dry_run"):
-            _write_beside(command.__name__, recorded)
+            _write_record(command.__name__, recorded)
 
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
@@ -82,20 +84,21 @@ def _is_options(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Options)
 
 
-def _made(kind: type[Options], values: dict[str, Any]) -> Options:
-    """Take the values of one dataclass out of all values; a text goes through the field's `parse`."""
-    taken = {of.name: values.pop(of.name) for of in dataclasses.fields(kind)}
-    for of in dataclasses.fields(kind):
-        spec = spec_of(of)
-        if spec.parse is not None and (spec.multiple or isinstance(taken[of.name], str)):
-            taken[of.name] = spec.parse(taken[of.name] or ())
-    return kind(**taken)
+def _build(kind: type[Options], values: dict[str, Any]) -> Options:
+    """Take the values of one dataclass out of all values; a text goes through `Spec.parse`."""
+    own = {}
+    for field in dataclasses.fields(kind):
+        value, spec = values.pop(field.name), spec_of(field)
+        if spec.parse is not None and (spec.multiple or isinstance(value, str)):
+            value = spec.parse(value or ())
+        own[field.name] = value
+    return kind(**own)
 
 
-def _parameter(kind: type[Options], of: dataclasses.Field[Any]) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field[Any], type_: Any) -> inspect.Parameter:
     """Return the Typer parameter of one field."""
-    spec, type_ = spec_of(of), types_of(kind)[of.name]
-    default = inspect.Parameter.empty if of.default is dataclasses.MISSING else of.default
+    spec = spec_of(field)
+    default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     help = f"{spec.help.removesuffix('.')} ({spec.rule})." if spec.rule else spec.help
     shown: dict[str, Any] = {"help": help, "metavar": spec.metavar}
     if spec.shown_default is not None:
@@ -113,18 +116,18 @@ def _parameter(kind: type[Options], of: dataclasses.Field[Any]) -> inspect.Param
     if spec.argument:
         annotation: Any = Annotated[type_, typer.Argument(**shown)]
     else:
-        annotation = Annotated[type_, typer.Option(*_flags(of), **shown)]
+        annotation = Annotated[type_, typer.Option(*_flags(field), **shown)]
     return inspect.Parameter(
-        of.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
 
 
-def _flags(of: dataclasses.Field[Any]) -> tuple[str, ...]:
+def _flags(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     """Return the names on the command line; a switch that is off has no `--no-` twin."""
-    name = "--" + of.name.replace("_", "-")
-    if spec_of(of).flags:
-        return spec_of(of).flags
-    return (f"{name}/--no-{name[2:]}",) if of.default is True else (name,)
+    name = field.name.replace("_", "-")
+    if spec_of(field).flags:
+        return spec_of(field).flags
+    return (f"--{name}/--no-{name}",) if field.default is True else (f"--{name}",)
 
 
 def _config_parameter() -> inspect.Parameter:
@@ -178,7 +181,7 @@ def _text(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-def _write_beside(command: str, values: dict[str, Any]) -> None:
+def _write_record(command: str, values: dict[str, Any]) -> None:
     """Write the values that a command ran with into its output folder, if it has one."""
     out = values.get("out")
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of a launcher

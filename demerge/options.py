@@ -5,8 +5,8 @@
         max_train_steps: int = option(1000, "Optimizer steps per expert.", ge=1, panel="Training")
 
 A field gives the name, the type, the default, the help text, the rule and the panel. The command
-line (`demerge.cli.options`), the Python API, `--config FILE` and the records all read it from there.
-A `Literal` type lists the choices.
+line (`demerge.cli.options`), the Python API, `--config FILE` and the records all read it there. A
+`Literal` type lists the choices.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def option(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, **
 
 
 def again(kind: type[Options], name: str, **changes: Any) -> Any:
-    """Return the option `name` of another class once more; `default` or attributes of `Spec` may change."""
+    """Return the option `name` of another class again, with a new `default` or changes of `Spec`."""
     of = kind.__dataclass_fields__[name]
     default = changes.pop("default", of.default)
     return field(default=default, metadata={"option": replace(spec_of(of), **changes)})

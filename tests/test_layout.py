@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LAYERS = {"demerge": "demerge", "demerge.analysis": "analysis", "demerge.cli": "cli"}
 LIGHT = {*sys.stdlib_module_names, "typer"}
+LIGHT_ROOMS = ("demerge.cli", "demerge.errors", "demerge.options", "demerge.stage")
+WRITERS = ("demerge.storage.atomic", "demerge.analysis.measurement.lock")
 WRITES = {"write_text", "write_bytes", "save_file", "symlink_to", "hardlink_to"}
 SAVES = {
     "savefig",
@@ -179,7 +181,7 @@ def test_commands_start_light(path):
         imported
         for imported in imports(tree(path), lazy=False)
         if imported.split(".")[0] not in LIGHT
-        and not imported.startswith(("demerge.cli", "demerge.errors", "demerge.options"))
+        and not imported.startswith(LIGHT_ROOMS)
         and ".options." not in imported
     ]
     assert heavy == []
@@ -261,7 +263,7 @@ def _is_a_place(given: ast.expr) -> bool:
 
 @each_module
 def test_only_files_writes(name, path):
-    if name != "demerge.storage.atomic":
+    if name not in WRITERS:
         assert list(writes(tree(path))) == []
 
 

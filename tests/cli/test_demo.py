@@ -49,4 +49,4 @@ def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:  # type: ignore
 
 def test_another_base_is_refused(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     done = run("demo", "--base", "digits", "-o", tmp_path / "out")
-    assert (done.code, "digits-early or digits-base" in done.err) == (2, True)
+    assert (done.code, "not one of 'digits-early', 'digits-base'" in done.err) == (2, True)
