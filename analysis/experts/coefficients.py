@@ -23,7 +23,7 @@ both than they are from each other, and no response was measured there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,36 +151,22 @@ class Objective:
         return changes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CrossFit:
-    """Weights for each group: W[m] is not fitted on group m, V[g, m] neither on m nor on g."""
+def cross_fit(objective: Objective, ridges: Sequence[float]) -> Array:
+    """Return weights for each group that it did not choose, [1+M M P].
 
-    W: Array
-    V: Array
-
-    @classmethod
-    def fit(cls, objective: Objective, ridges: Sequence[float]) -> CrossFit:
-        """Fit; W[m] and V[:, m] have the rho that serves the groups other than m best."""
-        M, P = objective.b.shape
-        pairs = {(m, g): objective.solve(ridges, m, g) for m in range(M) for g in range(m)}
-        W, V = np.zeros((M, P)), np.zeros((M, M, P))
-        for m in range(M):
-            left = {g: pairs[max(m, g), min(m, g)] for g in range(M) if g != m}
-            i = _best_ridge([objective.changes(g, rows) for g, rows in left.items()])
-            W[m] = V[m, m] = objective.solve(ridges[i : i + 1], m)[0]
-            for g, rows in left.items():
-                V[g, m] = rows[i]
-        return cls(W, V)
-
-    @classmethod
-    def fixed(cls, w: Array, M: int) -> CrossFit:
-        """Return weights [P] that no sample chose."""
-        return cls(np.broadcast_to(w, (M, len(w))), np.broadcast_to(w, (M, M, len(w))))
-
-    @property
-    def rows(self) -> list[Array]:
-        """W, then V[g] for each g."""
-        return [self.W, *self.V]
+    Row 0 has for each group m weights that are not fitted on m. Row 1 + g has weights fitted
+    neither on m nor on g. Those of m have the rho that serves the groups other than m best.
+    """
+    M, P = objective.b.shape
+    pairs = {(m, g): objective.solve(ridges, m, g) for m in range(M) for g in range(m)}
+    W = np.zeros((1 + M, M, P))
+    for m in range(M):
+        left = {g: pairs[max(m, g), min(m, g)] for g in range(M) if g != m}
+        i = _best_ridge([objective.changes(g, rows) for g, rows in left.items()])
+        W[0, m] = W[1 + m, m] = objective.solve(ridges[i : i + 1], m)[0]
+        for g, rows in left.items():
+            W[1 + g, m] = rows[i]
+    return W
 
 
 def solve_coefficients(
@@ -207,20 +193,18 @@ def solve_coefficients(
     b = np.einsum("r,rmp->mp", q, responses.slope)
     objective = Objective(b, np.einsum("r,rmpq->mpq", q, responses.products))
     ridges = RIDGES if ridge is None else (ridge,)
-    cross = CrossFit.fit(objective, ridges)
+    cross = cross_fit(objective, ridges)
     groups = range(responses.M)
     rho = ridges[_best_ridge([objective.changes(m, objective.solve(ridges, m)) for m in groups])]
     w = objective.solve((rho,))[0]
     larger = [rho, *(ridge for ridge in RIDGES if ridge > rho)]
     inner = _is_inside(objective.solve(larger)).all(1)
-    average = CrossFit.fixed(np.full(responses.P, 1 / responses.K), responses.M)
+    average = np.full(responses.P, 1 / responses.K)
     own_bend, average_bend = (
-        np.zeros_like(loss) if bend is None else bend(x) for x in (w, average.W[0])
+        np.zeros_like(loss) if bend is None else bend(x) for x in (w, average)
     )
-    rows = [
-        q @ (responses.change(one) + own_bend - responses.change(other) - average_bend)
-        for one, other in zip(cross.rows, average.rows, strict=True)
-    ]
+    of_average = responses.change(average)
+    rows = [q @ (responses.change(W) + own_bend - of_average - average_bend) for W in cross]
     return Coefficients(
         responses=responses,
         w=w.reshape(len(responses.blocks), responses.K) if responses.blocks else w,
@@ -228,7 +212,7 @@ def solve_coefficients(
         predicted=_predict(responses, cross, q, own_bend),
         fitted=float((q @ responses.change(w)).sum() / (q @ loss).sum()),
         bend=Change.of(q @ own_bend, q @ loss),
-        average=_predict(responses, average, q, average_bend),
+        average=_predict(responses, [average] * len(cross), q, average_bend),
         against_average=Change.of(rows[0], q @ loss, np.stack(rows[1:])),
         inner_ridge=larger[int(inner.argmax())] if inner.any() else None,
     )
@@ -236,14 +220,14 @@ def solve_coefficients(
 
 def predict(responses: Responses, w: Array) -> Prediction:
     """Predict what weights [P] change that these samples did not choose; ranges count by shares."""
-    fixed = CrossFit.fixed(w, responses.M)
-    return _predict(responses, fixed, responses.shares, np.zeros_like(responses.loss))
+    rows = [w] * (1 + responses.M)
+    return _predict(responses, rows, responses.shares, np.zeros_like(responses.loss))
 
 
-def _predict(responses: Responses, weights: CrossFit, q: Array, bend: Array) -> Prediction:
+def _predict(responses: Responses, W: Iterable[Array], q: Array, bend: Array) -> Prediction:
     """Return the changes of the ranges and of all, counted by q [R], with the bend [R M]."""
     loss = responses.loss
-    change, *without = (responses.change(W) + bend for W in weights.rows)
+    change, *without = (responses.change(row) + bend for row in W)
     rows = np.stack(without, 1)
     ranges: dict[str, Change] = {}
     for r, span in enumerate(responses.ranges):

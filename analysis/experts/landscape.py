@@ -34,8 +34,6 @@ from demerge.merging.session import MergeSession, Model
 from demerge.progress import Progress, silent
 from demerge.timesteps import Partition
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-STEPS = (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 PATH, PLANE = ("s",), ("w_i", "w_j")
 Point = tuple[float, ...]
 
@@ -125,61 +123,32 @@ class Probe:
         )
 
 
-def measure_path(
+def measure_landscape(
     probe: Probe,
-    merged: Model | Diffusion,
-    scales: Sequence[float] = SCALES,
+    ends: Sequence[Model | Diffusion],
+    points: Sequence[Point],
     progress: Progress = silent,
 ) -> Landscape:
-    """Measure the loss of each range on the way from the base to `merged`, and beyond.
+    """Measure the loss of each range on the way to one model, or on the plane of two experts.
+
+    The base is measured once.
 
     Args:
-        merged: a merged model or an expert: a path, a state dict, a module or a `Diffusion`.
-        scales: the values of s.
+        ends: one merged model or two experts: paths, state dicts, modules or `Diffusion`s.
+        points: the coordinates (s,) or (w_i, w_j).
         progress: called after each point.
 
     Raises:
-        UsageError: if an argument is out of its range.
-        InputError: if the two models do not fit each other.
+        UsageError: if a point is given twice or not finite, or an argument is out of its range.
+        InputError: if the models do not fit each other.
         NumericalError: if a loss is not finite.
     """
-    return _measure(probe, [merged], PATH, [(float(s),) for s in scales], progress)
-
-
-def measure_plane(
-    probe: Probe,
-    first: Model | Diffusion,
-    second: Model | Diffusion,
-    steps: Sequence[float] = STEPS,
-    progress: Progress = silent,
-) -> Landscape:
-    """Measure the loss of each range on the plane of the task vectors of two experts.
-
-    Args:
-        first, second: experts i and j, as `measure_path` takes a model.
-        steps: the values of w_i and of w_j; all pairs are measured.
-
-    Raises:
-        UsageError, InputError, NumericalError: as `measure_path` does.
-    """
-    points = [(float(w_i), float(w_j)) for w_j in steps for w_i in steps]
-    return _measure(probe, [first, second], PLANE, points, progress)
-
-
-def _measure(
-    probe: Probe,
-    ends: Sequence[Model | Diffusion],
-    axes: tuple[str, ...],
-    points: Sequence[Point],
-    progress: Progress,
-) -> Landscape:
-    """Write theta at each point into a copy of the denoiser; the base is measured once."""
     if not points or len(set(points)) != len(points) or not np.isfinite(points).all():
         what = "there is no point, or one is given twice or not finite"
         raise UsageError(what, fix="give distinct finite numbers")
     if probe.batch_size < 1:
         raise UsageError(f"a batch size of {probe.batch_size} is too small", fix="give at least 1")
-    model = probe.model
+    model, axes = probe.model, PATH if len(ends) == 1 else PLANE
     experts = [end.denoiser if isinstance(end, Diffusion) else end for end in ends]
     session = MergeSession(model.denoiser, experts, model.device)
     live = model.with_denoiser(copy.deepcopy(model.denoiser).eval())

@@ -155,47 +155,35 @@ def _apart(map: ConflictMap, partition: Partition) -> Array:
     return apart
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HeldOutLayers:
-    """Gains of the layers that each order takes, as shares of that of all, on groups that did not rank them.
+def held_out_gains(layers: LayerGains, shares: Sequence[float]) -> dict[str, Array]:
+    """Return what layers gain, as shares of all, on groups that did not rank them.
 
-    Attributes:
-        shares: of the parameters, ascending, [C].
-        gains: by order, of all groups and then without each, [1+M C].
+    Layers are ranked on halves of the groups and judged on the others.
+
+    Returns for each order the gains of all groups and then without each, [1+M C].
     """
+    everyone, stream = list(range(layers.M)), generator(layers.seed, "analysis-layers")
+    fixed = {
+        "size": np.argsort(layers.sizes, kind="stable")[None],
+        "random": np.stack([stream.permutation(len(layers.sizes)) for _ in range(RANDOM)]),
+    }
+    taken = {name: layers.take(orders, shares).mean(0) for name, orders in fixed.items()}
+    rows: dict[str, list[Array]] = {name: [] for name in ORDERS}
+    for left_out in (None, *everyone):
+        groups = [g for g in everyone if g != left_out]
+        ranked, judged = (
+            layers.gains(weighted(half)) for half in halves(groups, layers.M, layers.seed)
+        )
+        chosen = layers.take(layers.rank(ranked), shares)
+        rows["ranked"].append(np.einsum("scl,sl->c", chosen, judged) / judged.sum())
+        for name, which in taken.items():
+            rows[name].append(which @ judged.sum(0) / judged.sum())
+    return {name: np.stack(row) for name, row in rows.items()}
 
-    shares: tuple[float, ...]
-    gains: dict[str, Array]
 
-    @classmethod
-    def of(cls, layers: LayerGains, shares: Sequence[float]) -> HeldOutLayers:
-        """Rank on halves of the groups, judge on the others."""
-        everyone = list(range(layers.M))
-        stream = generator(layers.seed, "analysis-layers")
-        fixed = {
-            "size": np.argsort(layers.sizes, kind="stable")[None],
-            "random": np.stack([stream.permutation(len(layers.sizes)) for _ in range(RANDOM)]),
-        }
-        taken = {name: layers.take(orders, shares).mean(0) for name, orders in fixed.items()}
-        rows: dict[str, list[Array]] = {name: [] for name in ORDERS}
-        for left_out in (None, *everyone):
-            groups = [g for g in everyone if g != left_out]
-            ranked, judged = (
-                layers.gains(weighted(half)) for half in halves(groups, layers.M, layers.seed)
-            )
-            chosen = layers.take(layers.rank(ranked), shares)
-            rows["ranked"].append(np.einsum("scl,sl->c", chosen, judged) / judged.sum())
-            for name, which in taken.items():
-                rows[name].append(which @ judged.sum(0) / judged.sum())
-        return cls(tuple(shares), {name: np.stack(row) for name, row in rows.items()})
-
-    def estimate(self, order: str, share: float, against: str | None = None) -> Estimate:
-        """Return the gain of an order at a share, or by how much it exceeds that of another order."""
-        column = self.shares.index(share)
-        values = self.gains[order][:, column]
-        if against is not None:
-            values = values - self.gains[against][:, column]
-        return Estimate(float(values[0]), float(standard_error(values[1:])))
+def _estimate(values: Array) -> Estimate:
+    """Return an estimate from its value and then those without each group, [1+M]."""
+    return Estimate(float(values[0]), float(standard_error(values[1:])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,13 +297,17 @@ def choose_layers(map: ConflictMap, partition: Partition, *, share: float = 0.1)
     if not chosen.any():
         what = f"no layer fits into {share:g} of {parameters:,} parameters"
         raise UsageError(what, fix=f"give --share {found.sizes.min() / parameters:.1g} or more")
-    held_out = None
     curve: dict[float, dict[str, Estimate]] = {}
+    is_supported, reason = False, "no conflict between these ranges is resolved"
     if found.is_resolved():
-        held_out = HeldOutLayers.of(found, sorted({*SHARES, share}))
-        for each in held_out.shares:
-            curve[each] = {name: _short(held_out.estimate(name, each)) for name in ORDERS}
-    is_supported, reason = _verdict(held_out, share, map.M)
+        shares = sorted({*SHARES, share})
+        held_out = held_out_gains(found, shares)
+        for column, each in enumerate(shares):
+            row = {name: _estimate(rows[:, column]) for name, rows in held_out.items()}
+            curve[each] = {name: _short(estimate) for name, estimate in row.items()}
+        at_share = {name: rows[:, shares.index(share)] for name, rows in held_out.items()}
+        more = _estimate(at_share["ranked"] - at_share["random"])
+        is_supported, reason = _verdict(_estimate(at_share["ranked"]), more, share, map.M)
     layers = []
     for i in order:
         gain = _short(Estimate(gains[i], errors[i]))
@@ -337,13 +329,10 @@ def choose_layers(map: ConflictMap, partition: Partition, *, share: float = 0.1)
     )
 
 
-def _verdict(held_out: HeldOutLayers | None, share: float, M: int) -> tuple[bool, str]:
-    """Say whether a ranking is supported at a share, and why."""
-    if held_out is None:
-        return False, "no conflict between these ranges is resolved"
+def _verdict(gain: Estimate, more: Estimate, share: float, M: int) -> tuple[bool, str]:
+    """Say whether a ranking is supported at a share, and why, from its gain and that over random."""
     if share == 1:
         return False, "a share of 1 leaves nothing to choose"
-    gain, more = held_out.estimate("ranked", share), held_out.estimate("ranked", share, "random")
     own, extra = (f"{100 * e.value:.0f} ± {100 * e.se:.0f} %" for e in (gain, more))
     unclear = "which is not distinguishable from 0"
     if not gain.above(t_quantile(M)):

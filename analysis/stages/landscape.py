@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from demerge.analysis.experts.inputs import OpenedExperts, open_experts
-from demerge.analysis.experts.landscape import Landscape, Probe, measure_path, measure_plane
+from demerge.analysis.experts.landscape import Landscape, Probe, measure_landscape
 from demerge.analysis.experts.options import LandscapeOptions
 from demerge.analysis.experts.task_vectors import TaskVectors, compare_task_vectors
 from demerge.analysis.similarity import t_quantile
@@ -154,20 +155,15 @@ class LandscapeResult:
             yield f"{name[:16]:16s}{_columns(norms)}{shares}"
         whole = _columns(vectors.whole_norms())
         yield f"{'whole':16s}{whole}{'':19s}  {vectors.effective_rank:4.1f}"
-        for k in range(1, len(labels)):
-            cosines = (f"  {labels[n]} {vectors.cosine[k, n]:.2f}" for n in range(k))
-            yield f"cosine  {labels[k]:12s}{''.join(cosines)}"
-        for k in range(1, len(labels)):
-            shares = "".join(f"  {labels[n]} {vectors.sign_conflict[k, n]:.0%}" for n in range(k))
-            yield f"opposed {labels[k]:12s}{shares}"
+        for n, k in combinations(range(len(labels)), 2):
+            cosine, opposed = vectors.cosine[k, n], vectors.sign_conflict[k, n]
+            yield f"{labels[n]} and {labels[k]}: cosine {cosine:.2f}, opposed {opposed:.0%}"
 
     def _along(self) -> Iterator[str]:
         for name, path in self.paths.items():
             for span, rows, best in _best_points(path):
                 end = _format(rows[rows.s == 1].iloc[0])
-                lowest = "the base"
-                if best.s:
-                    lowest = f"s = {best.s:g}: {_format(best)}"
+                lowest = f"s = {best.s:g}: {_format(best)}" if best.s else "the base"
                 yield f"path to {name[:20]:12s}  loss in {span}: {end}, lowest at {lowest}"
 
     def _on_plane(self) -> Iterator[str]:
@@ -201,15 +197,16 @@ class LandscapePlan:
     seconds: float
 
     @property
-    def scales(self) -> list[float]:
+    def path_points(self) -> list[tuple[float, ...]]:
         """The points of a path."""
         points = self.options.points
-        return [i / points for i in range(points + math.ceil(points / 2) + 1)]
+        return [(i / points,) for i in range(points + math.ceil(points / 2) + 1)]
 
     @property
-    def steps(self) -> list[float]:
-        """The coefficients of the plane's experts."""
-        return [i / self.options.points for i in range(-1, self.options.points + 2)]
+    def plane_points(self) -> list[tuple[float, ...]]:
+        """The points of the plane, if there is one."""
+        steps = [i / self.options.points for i in range(-1, self.options.points + 2)]
+        return [(i, j) for j in steps for i in steps] if self.pair is not None else []
 
     @property
     def passes(self) -> int:
@@ -221,7 +218,7 @@ class LandscapePlan:
         data, condition = self.probe.data, self.probe.model.describe_condition(self.probe.data)
         plane = "none"
         if self.pair is not None:
-            names, side = " and ".join(self.labels[k] for k in self.pair), len(self.steps)
+            names, side = " and ".join(self.labels[k] for k in self.pair), self.options.points + 3
             plane = f"{names}, {side} x {side} points"
         return [
             *(f"note    {path} was trained on these images" for path in self.inputs["trained_on"]),
@@ -229,14 +226,14 @@ class LandscapePlan:
             f"data    {data.name}, {data.split}: {len(data):,} images"
             + (f"; {condition}" if condition else ""),
             f"ranges  {self.probe.ranges}",
-            f"paths   from the base to {', '.join(self.ends)}, {len(self.scales)} points each",
+            f"paths   from the base to {', '.join(self.ends)}, {len(self.path_points)} points each",
             f"plane   {plane}",
             f"cost    {self.passes:,} forward passes of a sample: some {self.seconds:.0f} s",
         ]
 
     def cost(self) -> Cost:
         """Return the points of all paths and of the plane, and the time."""
-        points = len(self.ends) * len(self.scales) + (len(self.steps) ** 2 if self.pair else 0)
+        points = len(self.ends) * len(self.path_points) + len(self.plane_points)
         return Cost(steps=points, seconds=self.seconds)
 
     def run(self, progress: Progress = silent) -> LandscapeResult:
@@ -252,12 +249,12 @@ class LandscapePlan:
 
         paths: dict[str, Landscape] = {}
         for name, end in self.ends.items():
-            paths[name] = measure_path(self.probe, end, self.scales, count)
-            before += len(self.scales)
+            paths[name] = measure_landscape(self.probe, [end], self.path_points, count)
+            before += len(self.path_points)
         plane = None
         if self.pair is not None:
-            i, j = (self.opened.models[k] for k in self.pair)
-            plane = measure_plane(self.probe, i, j, self.steps, count)
+            pair = [self.opened.models[k] for k in self.pair]
+            plane = measure_landscape(self.probe, pair, self.plane_points, count)
         record = {
             "inputs": dict(self.inputs),
             "options": {"points": options.points, "samples": options.samples},
@@ -341,7 +338,7 @@ def _parse_pair(text: str, K: int) -> Pair | str:
 def _least_alike(vectors: TaskVectors) -> Pair | str:
     """Return the two experts of the least cosine; no plane for one expert."""
     K = vectors.gram.shape[1]
-    pairs = [(i, j) for j in range(K) for i in range(j)]
+    pairs = sorted(combinations(range(K), 2), key=lambda pair: pair[1])
     cosine = np.nan_to_num(vectors.cosine, nan=0.0)  # of an expert that is the base
     return min(pairs, key=lambda pair: float(cosine[pair])) if pairs else NONE
 

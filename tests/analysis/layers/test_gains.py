@@ -10,7 +10,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from demerge.analysis.layers.gains import HeldOutLayers, LayerGains, choose_layers
+from demerge.analysis.layers.gains import LayerGains, choose_layers, held_out_gains
 from demerge.analysis.layers.plots import draw_gains
 from demerge.analysis.partitioning.objective import Objective, cover
 from demerge.analysis.similarity import cross, halves, similarity, weighted
@@ -138,7 +138,7 @@ def test_held_out_gains_are_judged_on_the_other_half() -> None:
             if used + SIZES[layer] <= 0.4 * sum(SIZES):
                 used, top = used + SIZES[layer], top + judge[layer]
         bottom += judge.sum()
-    assert HeldOutLayers.of(found, [0.4]).gains["ranked"][0, 0] == pytest.approx(top / bottom)
+    assert held_out_gains(found, [0.4])["ranked"][0, 0] == pytest.approx(top / bottom)
 
 
 def test_layers_are_taken_while_they_fit() -> None:
