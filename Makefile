@@ -33,7 +33,7 @@ coverage: .venv/installed-dev
 	$(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage/html
 
 docs: .venv/installed-docs
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 	@echo "The documentation: $(CURDIR)/build/docs/index.html"
 
 bench: .venv/installed-dev

@@ -200,18 +200,29 @@ def help_of(words: list[str]) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """Return one page per public package."""
-    return {f"reference/{package}.md": _api_page(package) for package in PACKAGES}
+    """Return one page per public package; a name of several packages is described on the first page."""
+    homes: dict[str, str] = {}
+    return {f"reference/{package}.md": _api_page(package, homes) for package in PACKAGES}
 
 
-def _api_page(package: str) -> str:
-    parts = [f"# {package}", _summary(import_module(package))]
+def _api_page(package: str, homes: dict[str, str]) -> str:
+    """Return a page; `homes` has the link to each name that is described, and gets those of this page."""
+    sections: list[str] = []
+    links: list[str] = []
     for name, value in public_names(package):
-        if inspect.isclass(value) and issubclass(value, Options) and is_dataclass(value):
-            parts.append(_options_section(name, value))
-        elif inspect.isclass(value) or inspect.isfunction(value):
-            parts.append(f"::: {value.__module__}.{value.__qualname__}")
-    return "\n\n".join(parts) + "\n"
+        place = f"{value.__module__}.{value.__qualname__}"
+        is_options = inspect.isclass(value) and issubclass(value, Options) and is_dataclass(value)
+        if place in homes:
+            links.append(f"[`{name}`]({homes[place]})")
+        elif is_options:
+            homes[place] = f"{package}.md#{name.lower()}"
+            sections.append(_options_section(name, value))
+        else:
+            homes[place] = f"{package}.md#{place}"
+            sections.append(f"::: {place}")
+    also = [f"Described on another page: {', '.join(links)}."] if links else []
+    summary = _summary(import_module(package))
+    return "\n\n".join([f"# {package}", summary, *also, *sections]) + "\n"
 
 
 def public_names(package: str) -> Iterator[tuple[str, Any]]:
@@ -221,7 +232,8 @@ def public_names(package: str) -> Iterator[tuple[str, Any]]:
     for name in names:
         value = getattr(module, name)
         own = getattr(value, "__module__", "") == package or hasattr(module, "__all__")
-        if own and not name.startswith("_") and (inspect.isclass(value) or callable(value)):
+        is_described = inspect.isclass(value) or inspect.isfunction(value)
+        if own and is_described and not name.startswith("_"):
             yield name, value
 
 
@@ -375,9 +387,13 @@ def generated_pages() -> dict[str, str]:
     return method_pages() | api_pages() | {"reference/cli.md": command_page()}
 
 
+def on_startup(**_: Any) -> None:
+    """Make the folder of sources before plugins look for it."""
+    link_sources()
+
+
 def on_config(config: Any) -> Any:
     """Put the generated pages into the navigation, after those of the file mkdocs.yml."""
-    link_sources()
     methods = [{name: f"methods/{name}.md"} for name in all_methods()]
     api = [{package: f"reference/{package}.md"} for package in PACKAGES]
     config.nav = [
