@@ -211,10 +211,9 @@ def _api_page(package: str, homes: dict[str, str]) -> str:
     links: list[str] = []
     for name, value in public_names(package):
         place = f"{value.__module__}.{value.__qualname__}"
-        is_options = inspect.isclass(value) and issubclass(value, Options) and is_dataclass(value)
         if place in homes:
             links.append(f"[`{name}`]({homes[place]})")
-        elif is_options:
+        elif _is_options(value):
             homes[place] = f"{package}.md#{name.lower()}"
             sections.append(_options_section(name, value))
         else:
@@ -223,6 +222,13 @@ def _api_page(package: str, homes: dict[str, str]) -> str:
     also = [f"Described on another page: {', '.join(links)}."] if links else []
     summary = _summary(import_module(package))
     return "\n\n".join([f"# {package}", summary, *also, *sections]) + "\n"
+
+
+def _is_options(value: Any) -> bool:
+    """Say whether a value is a class all of whose fields are options."""
+    is_kind_of_options = inspect.isclass(value) and issubclass(value, Options)
+    values = getattr(value, "__dataclass_fields__", {}).values()
+    return is_kind_of_options and bool(values) and all("option" in v.metadata for v in values)
 
 
 def public_names(package: str) -> Iterator[tuple[str, Any]]:
@@ -241,7 +247,9 @@ def _options_section(name: str, kind: type[Options]) -> str:
     rows = []
     for field in fields(kind):
         spec, type_ = spec_of(field), types_of(kind)[field.name]
-        default = "required" if field.default is MISSING else f"`{field.default!r}`"
+        default = f"`{field.default!r}`"
+        if field.default is MISSING:
+            default = "required" if field.default_factory is MISSING else "empty"
         values = " or ".join(f"`{choice}`" for choice in choices_of(type_)) or spec.rule
         text = f"{spec.help.rstrip('.')}{f': {values}' if values else ''}."
         rows.append(f"| `{field.name}` | {default} | {_cell(text)} |")
