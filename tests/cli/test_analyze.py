@@ -14,6 +14,16 @@ from demerge.timesteps import Partition
 SMALL = ("--data", "digits", "--bins", 6, "--groups", 5, "--batch-size", 2, "--device", "cpu")
 
 
+@pytest.fixture
+def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out plots and page, which take most of the time."""
+
+    def write(*arguments: Any, **names: Any) -> list[Path]:
+        return []
+
+    monkeypatch.setattr("demerge.analysis.stages.analyze.write", write)
+
+
 def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "conflict"
     done = run("analyze", tiny, *SMALL, "--ranges", 3, "-o", out)
@@ -21,29 +31,39 @@ def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> Non
     assert "30 backward passes" in done.err and "advice" in done.err
     assert ConflictMap.load(out / "conflict.safetensors").N == 6
     assert len(Partition.load(out / "partition.json")) == 3
-    assert {path.suffix for path in out.iterdir()} == {
-        ".safetensors",
-        ".json",
-        ".svg",
-        ".png",
-        ".html",
-        ".yaml",
-    }
-    kept = (out / "conflict.safetensors").read_bytes()
-    again = run("analyze", tiny, *SMALL, "--ranges", 2, "--method", "uniform", "-o", out, "--json")
-    said = json.loads(again.out)
-    assert said["taken"] == "uniform" and said["cuts"]["uniform"]["cuts"] == [500]
-    assert "exists already" in again.err and (out / "conflict.safetensors").read_bytes() == kept
-    found = run(
-        "analyze", tiny, *SMALL, "--ranges", "auto", "--method", "hierarchical", "-o", out, "--json"
-    )
-    assert found.code == 0 and json.loads(found.out)["ranges"] == len(
-        Partition.load(out / "partition.json")
-    )
-    other = run("analyze", tiny, *SMALL, "--seed", 1, "-o", out)
+    kinds = {".safetensors", ".json", ".svg", ".png", ".html", ".yaml"}
+    assert {path.suffix for path in out.iterdir()} == kinds
+
+
+@pytest.mark.usefixtures("no_files")
+def test_a_stored_map_is_only_partitioned_anew(run: Any, tiny: Path, tmp_path: Path) -> None:
+    assert run("analyze", tiny, *SMALL, "--ranges", 3, "-o", tmp_path).code == 0
+    kept = (tmp_path / "conflict.safetensors").read_bytes()
+    uniform = ("--ranges", 2, "--method", "uniform", "--json")
+    again = run("analyze", tiny, *SMALL, *uniform, "-o", tmp_path)
+    document = json.loads(again.out)
+    assert document["taken"] == "uniform" and document["cuts"]["uniform"]["cuts"] == [500]
+    assert "exists already" in again.err
+    assert (tmp_path / "conflict.safetensors").read_bytes() == kept
+    auto = ("--ranges", "auto", "--method", "hierarchical", "--json")
+    counted = json.loads(run("analyze", tiny, *SMALL, *auto, "-o", tmp_path).out)
+    assert counted["ranges"] == len(counted["cuts"][counted["taken"]]["cuts"]) + 1
+    other = run("analyze", tiny, *SMALL, "--seed", 1, "-o", tmp_path)
     assert other.code == 2 and "seed was 0, now 1" in other.err
 
 
+@pytest.mark.usefixtures("no_files")
+def test_a_config_file_gives_the_same_run(run: Any, tiny: Path, tmp_path: Path) -> None:
+    given = ("--ranges", 2, "--budget", "1h", "--antithetic", "on", "-o", tmp_path / "a", "--json")
+    first = run("analyze", tiny, *SMALL, *given)
+    config = ("--config", tmp_path / "a" / "analyze.yaml", "-o", tmp_path / "b", "--json")
+    second = run("analyze", tiny, *config)
+    assert (first.code, second.code) == (0, 0), second.err
+    maps = [ConflictMap.load(tmp_path / name / "conflict.safetensors") for name in "ab"]
+    assert maps[0].origin == maps[1].origin and maps[1].origin.antithetic is True
+
+
+@pytest.mark.usefixtures("no_files")
 def test_sketches_of_chosen_parameters(run: Any, tiny: Path, tmp_path: Path) -> None:
     given = ("--ranges", 2, "--engine", "sketch", "--params", "attentions", "--budget", "1h")
     done = run("analyze", tiny, *SMALL, *given, "-o", tmp_path / "out")
@@ -64,6 +84,7 @@ def test_a_damaged_map_is_refused_before_anything_is_measured(
     assert [path.name for path in tmp_path.iterdir()] == ["conflict.safetensors"]
 
 
+@pytest.mark.usefixtures("no_files")
 def test_the_document_names_the_files_of_the_fisher(run: Any, tiny: Path, tmp_path: Path) -> None:
     for _ in range(2):
         done = run(

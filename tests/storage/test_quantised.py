@@ -332,10 +332,9 @@ def test_a_pipeline_in_scaled_fp8_loads_and_merges_as_numbers(
     plain_file(
         tmp_path / "plain.safetensors", folders[0] / "unet" / "diffusion_pytorch_model.safetensors"
     )
+    loaded = Diffusion.load(folders[0]).denoiser.state_dict()
     for name, tensor in load_file(tmp_path / "plain.safetensors").items():
-        assert torch.equal(
-            Diffusion.load(folders[0]).denoiser.state_dict()[name], tensor.float()
-        ), name
+        assert torch.equal(loaded[name], tensor.float()), name
     merge(folders[0], folders[1:], tmp_path / "out", weights=[0.5])
     assert "scaled fp8: rounding errs by" in (tmp_path / "out" / "README.md").read_text()
     assert Diffusion.load(tmp_path / "out").denoiser.conv_in.weight.isfinite().all()

@@ -196,12 +196,15 @@ def test_one_process_is_alone() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"antithetic": "auto"},
-        {"antithetic": "auto", "target_se": 1e-6},
-        {"bins": 4, "fisher": "uniform:2"},
-        {"bins": 4, "fisher": "joint", "target_se": 1e-6},
+        pytest.param({"antithetic": "auto"}, id="fixed", marks=pytest.mark.slow),
+        pytest.param({"antithetic": "auto", "target_se": 1e-6}, id="open"),
+        pytest.param({"bins": 4, "fisher": "uniform:2"}, id="fisher"),
+        pytest.param(
+            {"bins": 4, "fisher": "joint", "target_se": 1e-6},
+            id="open fisher",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["fixed", "open", "fisher", "open fisher"],
 )
 def test_two_processes_make_the_map_of_one(
     tiny: Path, tmp_path: Path, settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
