@@ -135,8 +135,8 @@ class ConflictMap:
             (see `layers_of`).
 
     Raises:
-        InputError: if shapes do not fit, a value is not finite, G is not a Gram matrix, or there are
-            fewer than 5 groups.
+        InputError: if shapes do not fit, a value is not finite, G is not a Gram matrix, or there
+            are fewer than 5 groups.
     """
 
     bins: Partition
@@ -317,5 +317,5 @@ def layer_of(name: str) -> str:
 
 
 def layer_widths(layout: Mapping[str, int]) -> list[int]:
-    """Return how many numbers the sketch of each layer has, side by side in `ConflictMap.layers`."""
+    """Return how many numbers each layer's sketch has, side by side in `ConflictMap.layers`."""
     return [min(LAYER_K, size) for size in layers_of(layout).values()]

@@ -1,4 +1,4 @@
-"""What the records of all stages share: versions, differences of settings, and what a statistic is of."""
+"""What the records of all stages share: versions, settings, and what a statistic is of."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return in words which settings changed; those that only nested values of `before` have count."""
+    """Return in words which settings changed; those of nested values in `before` alone count."""
     before, now = dict(_flatten(before)), dict(_flatten(now))
     removed = sorted({name for name in before if "." in name} - now.keys())
     return [
@@ -48,7 +48,7 @@ def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def check_same_settings(
     path: Path, record: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> None:
-    """Check that recorded work has the same options and inputs, so that it may be continued or reused.
+    """Check that recorded work has the same options and inputs, and may be continued or reused.
 
     Raises:
         UsageError: if not, naming each difference with both values.

@@ -1,8 +1,9 @@
 """Keyed random streams: value = f(seed, purpose, step, sample).
 
-No generator is ever carried from one draw to the next, so there is no state to store in a checkpoint, and a value does
-not depend on batch size, order, process or device. The key is hashed (BLAKE2b) into a 128-bit key of numpy's counter-based
-Philox generator; each (seed, purpose, key) has a stream of its own.
+No generator is ever carried from one draw to the next, so there is no state to store in a
+checkpoint, and a value does not depend on batch size, order, process or device. The key is hashed
+(BLAKE2b) into a 128-bit key of numpy's counter-based Philox generator; each (seed, purpose, key)
+has a stream of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def generator(seed: int, purpose: str, *key: int | str) -> np.random.Generator:
 def normal(
     shape: Sequence[int], seed: int, purpose: str, *, samples: Sequence[int], step: int = 0
 ) -> Tensor:
-    """Draw standard normal values [B *shape], float32 on the CPU; row b depends on (seed, purpose, step, samples[b])."""
+    """Draw standard normal values [B *shape], float32 on the CPU.
+
+    Row b depends on (seed, purpose, step, samples[b]) alone.
+    """
     rows = [
         generator(seed, purpose, step, i).standard_normal(tuple(shape), dtype=np.float32)
         for i in samples
@@ -38,7 +42,7 @@ def normal(
 
 
 def uniform(seed: int, purpose: str, *, samples: Sequence[int], step: int = 0) -> Tensor:
-    """Draw uniform values in [0, 1), [B] float64; value b depends on (seed, purpose, step, samples[b])."""
+    """Draw uniform values in [0, 1), [B] float64; value b depends on samples[b], as in `normal`."""
     return torch.tensor(
         [generator(seed, purpose, step, i).random() for i in samples], dtype=torch.float64
     )

@@ -70,7 +70,7 @@ def by_cell(gram: Array, M: int) -> Array:
 
 
 def neighbour_se(map: ConflictMap) -> float:
-    """Return the median SE of the similarity of neighbouring bins; infinite if half are unresolved."""
+    """Return the median SE of neighbouring bins' similarity; infinite if half are unresolved."""
     se = np.diagonal(similarity(map).cosine_se, 1)
     return float(np.median(np.where(np.isfinite(se), se, np.inf)))
 

@@ -2,8 +2,8 @@
 
 A row is the gradient of the cell's loss, or a count sketch of it; in the adam metric the gradient
 is scaled by v^(-1/4) first. Rows of a finished group are committed, so that a killed measurement
-loses one group at most (of each process). Whatever the precision of the model's arithmetic, rows are
-summed in float64 and stored in float32.
+loses one group at most (of each process). Whatever the precision of the model's arithmetic, rows
+are summed in float64 and stored in float32.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Draws (x0, eps, position of t in its bin) are shared between the bins of a group
 groups. Differences between bins are then not those of their samples, and the statistic that pairs
 different groups stays unbiased (similarity.py). Images are drawn with replacement: the estimated
 mean gradient is the one over the data set, which a base was trained for. Positions are stratified:
-of B draws, draw b lies in [b/B, (b+1)/B) of its bin. With `antithetic`, B/2 draws are each used with
-eps and -eps, which removes the noise that is odd in eps and doubles what is even. Every draw is a
-function of (seed, its key) alone, and no key depends on how many groups there are.
+of B draws, draw b lies in [b/B, (b+1)/B) of its bin. With `antithetic`, B/2 draws are each used
+with eps and -eps, which removes the noise that is odd in eps and doubles what is even. Every draw
+is a function of (seed, its key) alone, and no key depends on how many groups there are.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ Hence
 without bias and never below 0, by each cell alone; k = B gives the mean of the squares of all
 examples. Over the cells of a range it is averaged by the widths of their bins. An estimate from the
 M gradients s of a bin instead of within a cell would need their sum for each bin, [N D]; here each
-range has one accumulator, [R D] in all, and each cell adds k - 1 degrees of freedom. Bins have means
-of their own in either case.
+range has one accumulator, [R D] in all, and each cell adds k - 1 degrees of freedom. Bins have
+means of their own in either case.
 
-What is not seen is how mu varies within a bin, since all microbatches have timesteps from all of it:
-F lacks the variance of mu over the bin. Samples that are not independent within a cell are refused.
-Draws that bins share make their errors alike, so that more microbatches are worth more: digits base,
-20 bins, 8 groups of 16, against 2048 examples one by one:
+What is not seen is how mu varies within a bin, since all microbatches have timesteps from all of
+it: F lacks the variance of mu over the bin. Samples that are not independent within a cell are
+refused. Draws that bins share make their errors alike, so that more microbatches are worth more:
+digits base, 20 bins, 8 groups of 16, against 2048 examples one by one:
 
     k                      2            4            8            256 examples one by one (`stats`)
     trace, 4 ranges        0.60-1.10    0.70-0.98    0.94-1.04    0.96-1.04

@@ -244,7 +244,7 @@ def begin(
 
     Args:
         world: the processes among which the groups are shared.
-        fisher: gets its share of each cell; what it lacks is measured again, whatever `start` holds.
+        fisher: gets its share of each cell; what it lacks is measured again, whatever `start` has.
         timed: whether a backward pass is timed for the cost; for a budget it always is.
 
     Raises:

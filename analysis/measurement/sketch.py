@@ -1,6 +1,6 @@
 """Count sketch of gradients: k numbers in place of D, whose inner products stay.
 
-    h(x)_j = sum_{p = j mod k} sigma(p) x_p,     E <h(x), h(y)> = <x, y>,     SD <= sqrt(2/k) |x| |y|
+    h(x)_j = sum_{p = j mod k} sigma(p) x_p,     E <h(x), h(y)> = <x, y>,    SD <= sqrt(2/k) |x| |y|
 
 A layer has a shorter sketch of its own, of its coordinates alone: k = 509, or all if it has fewer.
 
@@ -88,7 +88,7 @@ class CountSketch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSketches:
-    """The sketches of layers side by side; `parts`: the first coordinate of each, and its sketch."""
+    """The sketches of layers side by side; `parts`: first coordinate and sketch of each."""
 
     parts: Sequence[tuple[int, CountSketch]]
 

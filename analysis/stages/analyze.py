@@ -1,4 +1,4 @@
-"""The stage of `demerge analyze`: an earlier map is used, extended or refused, the rest measured."""
+"""The stage of `demerge analyze`: an earlier map is used or extended, the rest measured."""
 
 from __future__ import annotations
 
@@ -225,8 +225,9 @@ def plan(
     """Load what an analysis needs and check it, and time a few backward passes.
 
     A map in OUT of the same measurement is used as it is if it has as many groups as wanted, if
-    their number is open, or if it reaches the target SE; it is extended if more are wanted. A Fisher
-    is one of all groups of the map; if it exists of fewer, or not at all, all are measured for it.
+    their number is open, or if it reaches the target SE; it is extended if more are wanted. A
+    Fisher is one of all groups of the map; if it exists of fewer, or not at all, all are measured
+    for it.
 
     Raises:
         UsageError: if an option is wrong, or OUT holds parts of another measurement.

@@ -1,1 +1,1 @@
-"""Bytes on disk: files written whole or not at all, safetensors headers and weights, where a model lies, hashes."""
+"""Bytes on disk: atomic writes, safetensors, weights, where a model lies, hashes."""

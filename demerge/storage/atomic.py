@@ -1,9 +1,9 @@
 """The only writer: what demerge leaves on disk is whole or absent.
 
-A file or folder is written next to its place under a temporary name, synced, renamed into place, and
-the folder that holds it is synced. A program that is killed at any moment leaves the old content or
-the new, and at most a stray `.NAME.PID.tmp`. The next write to the same place by any process removes
-it once its writer is dead.
+A file or folder is written next to its place under a temporary name, synced, renamed into place,
+and the folder that holds it is synced. A program that is killed at any moment leaves the old
+content or the new, and at most a stray `.NAME.PID.tmp`. The next write to the same place by any
+process removes it once its writer is dead.
 """
 
 from __future__ import annotations

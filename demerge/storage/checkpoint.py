@@ -1,8 +1,8 @@
 """Weights on disk: lazy, checked safetensors, and the hash of their content.
 
-A `Checkpoint` is a mapping from names to tensors that share memory with the mapped files: nothing is
-read before an element is used, so a model larger than memory costs nothing to open. Headers, shard
-indexes and paths are checked on opening.
+A `Checkpoint` is a mapping from names to tensors that share memory with the mapped files: nothing
+is read before an element is used, so a model larger than memory costs nothing to open. Headers,
+shard indexes and paths are checked on opening.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.
 
 
 def modern(name: str) -> str:
-    """Return the name that diffusers has today for a tensor or module with attention names of 2022."""
+    """Return today's name in diffusers of a tensor or module with attention names of 2022."""
     return OLD_ATTENTION.sub(lambda match: NEW_ATTENTION[match[1]], name)
 
 
@@ -71,9 +71,9 @@ class Named(Foreign):
 class Checkpoint(Mapping[str, "Tensor"]):
     """The tensors of a denoiser on disk, in the order of the files, mapped and not read.
 
-    A tensor shares the private mapping of its file; treat it as read-only. Weights in scaled fp8 are
-    read as the numbers that they stand for, in float32; their scales are not tensors of the model
-    (`storage` has them).
+    A tensor shares the private mapping of its file; treat it as read-only. Weights in scaled fp8
+    are read as the numbers that they stand for, in float32; their scales are not tensors of the
+    model (`storage` has them).
 
     Attributes:
         place: where it lies.
@@ -286,7 +286,7 @@ def finite(tensor: Tensor) -> bool:
 def commit_tensors(
     path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write tensors as one safetensors file, atomically; equal tensors and metadata give equal bytes."""
+    """Write tensors as one safetensors file, atomically; equal input gives equal bytes."""
     from safetensors.torch import save
 
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """Documents that people write: recipes and config files in YAML, TOML or JSON, read without trust.
 
-A YAML file may hold plain values only: at most 1 MB, 16 levels deep, no anchors, aliases or tags, no
-key twice. The keys of a table are checked: an unknown one is refused with the nearest known one.
+A YAML file may hold plain values only: at most 1 MB, 16 levels deep, no anchors, aliases or tags,
+no key twice. The keys of a table are checked: an unknown one is refused with the nearest known one.
 """
 
 from __future__ import annotations

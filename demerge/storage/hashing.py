@@ -90,7 +90,7 @@ def _key(kind: str, files: Sequence[Path]) -> str:
 
 
 def _is_settled(kind: str, files: Sequence[Path], key: str) -> bool:
-    """Return whether the files are those that were read, and old enough for their time to say so."""
+    """Return whether the files are unchanged, and old enough for their time to say so."""
     newest = max(file.stat().st_mtime_ns for file in files)
     return _key(kind, files) == key and time.time_ns() - newest > SETTLED
 

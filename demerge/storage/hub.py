@@ -1,15 +1,15 @@
 r"""What a user's name of a model stands for: a path, an embedded model, or a Hub id to fetch.
 
-`digits-base` is a UNet of 0.2 M parameters. It was trained from a random start on the train split of
-scikit-learn's digits by
+`digits-base` is a UNet of 0.2 M parameters. It was trained from a random start on the train split
+of scikit-learn's digits by
 
     demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint \
         -o runs/digits-base --max-train-steps 5000 --train-batch-size 64 --learning-rate 1e-3 \
         --lr-scheduler cosine --lr-warmup-steps 200 --adam-beta1 0.9 --global-prob 1 \
         --ema-decay 0.999 --save-dtype float16 --seed 0
 
-and is what that command leaves in runs/digits-base/0000-1000, without its records. `digits-early` is
-the same early in its training, when gradients of timesteps still conflict:
+and is what that command leaves in runs/digits-base/0000-1000, without its records. `digits-early`
+is the same early in its training, when gradients of timesteps still conflict:
 
     demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint \
         -o runs/digits-early --max-train-steps 400 --train-batch-size 64 --learning-rate 1e-3 \
@@ -37,13 +37,14 @@ PARTS = ("unet", "transformer*", "vae", "scheduler", "text_encoder*", "tokenizer
 
 
 def resolve_model_path(model: str | Path, variant: str | None = None) -> Path:
-    """Return the local path of a model; a name `owner/name` that is not a path is fetched from the Hub.
+    """Return the local path of a model; `owner/name` that is not a path is fetched from the Hub.
 
     An embedded name wins over a folder of that name, which is written `./digits-base`. Of the Hub's
     variants only the wanted one is fetched, next to the plain weights.
 
     Raises:
-        InputError: if the Hub has no such model or cannot be reached, or no path can have this name.
+        InputError: if the Hub has no such model or cannot be reached, or no path can have this
+            name.
     """
     if str(model) in EMBEDDED:
         return ASSETS / str(model)

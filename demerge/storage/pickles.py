@@ -56,7 +56,7 @@ def convert(
 
 
 def unpickled(source: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Read the tensors of a pickled state dict, each with memory of its own; `key` as for `convert`.
+    """Read the tensors of a pickled state dict, each with its own memory; `key` as for `convert`.
 
     Raises:
         InputError: if the file holds more than tensors and plain values, or no table of tensors.

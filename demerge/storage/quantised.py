@@ -1,10 +1,12 @@
-"""Which tensors of a file are codes of numbers, told by names and dtypes alone: scaled fp8 is read, the rest refused.
+"""Quantised weights, known by names and dtypes: scaled fp8 is read, all else refused.
 
-    scaled fp8    W = weight * scale_weight, or weight * weight_scale; weight in float8, one scale or one for each output
+    scaled fp8    W = weight * scale_weight, or weight * weight_scale
 
-The keys next to such a weight (its scale, the scale of its input, `comfy_quant`) and the marker `scaled_fp8` are not tensors
-of the model. float8 without a scale is a float like any other. Everything else that stores codes is refused by its name:
-no arithmetic on codes means anything.
+The weight is in float8 and has one scale, or one for each output.
+
+The keys next to such a weight (its scale, the scale of its input, `comfy_quant`) and the marker
+`scaled_fp8` are not tensors of the model. float8 without a scale is a float like any other.
+Everything else that stores codes is refused by its name: no arithmetic on codes means anything.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ Specs = dict[str, Spec]
 def numbers(
     specs: Specs, metadata: Mapping[str, str], read: Callable[[Spec], bytes]
 ) -> tuple[Specs, Specs]:
-    """Return the tensors that hold numbers, each weight in scaled fp8 with its scale; and the markers.
+    """Return the tensors that hold numbers, scaled fp8 with its scale; and the markers.
 
     Args:
         read: returns the bytes of a tensor.
@@ -108,11 +110,12 @@ def _scale(
         or scale.dtype in FP8
         or not (scale.numel == 1 or for_each_output)
     ):
-        kind = f"fp8 whose {' and '.join(names)} {scale.dtype} {list(scale.shape)} is not one scale or one for each output"
+        what = f"{' and '.join(names)} {scale.dtype} {list(scale.shape)}"
+        kind = f"fp8 whose {what} is not one scale or one for each output"
         raise _refused(spec, weight, kind)
     if "comfy_quant" in found:
-        said = found["comfy_quant"]
-        _check_format(_parsed(read(said)) if said.numel < MOST else None, spec.file, weight)
+        quant = found["comfy_quant"]
+        _check_format(_parsed(read(quant)) if quant.numel < MOST else None, spec.file, weight)
     return Scale(names[0], scale, {name: found[name] for name in BESIDE if name in found})
 
 
@@ -131,7 +134,7 @@ def _check_kinds(specs: Specs) -> None:
 
 
 def _check_formats(metadata: Mapping[str, str], file: Path) -> None:
-    """Refuse a table of layers, in the metadata of a file, in which one has another format."""
+    """Check that each layer of a table in the metadata has a known format."""
     if METADATA in metadata:
         table = _parsed(metadata[METADATA])
         layers = table.get("layers") if isinstance(table, dict) else None
@@ -141,8 +144,8 @@ def _check_formats(metadata: Mapping[str, str], file: Path) -> None:
 
 def _check_format(entry: Any, file: Path, layer: str) -> None:
     if not isinstance(entry, dict) or entry.get("format") not in FORMATS or set(entry) - HARMLESS:
-        what = f"{file}: {layer[:200] or METADATA} is stored as {json.dumps(entry)[:120]}, not as scaled fp8"
-        raise InputError(what, fix=FIX)
+        stored = f"{layer[:200] or METADATA} is stored as {json.dumps(entry)[:120]}"
+        raise InputError(f"{file}: {stored}, not as scaled fp8", fix=FIX)
 
 
 def _parsed(text: str | bytes) -> Any:
@@ -154,5 +157,6 @@ def _parsed(text: str | bytes) -> Any:
 
 def _refused(spec: Spec, name: str, kind: str, n: int = 1) -> InputError:
     more = f" and {n - 1} more" if n > 1 else ""
-    what = f"{spec.file}: {name[:200]} {spec.dtype} {list(spec.shape)}{more}: quantised ({kind}), codes are not numbers"
+    tensor = f"{name[:200]} {spec.dtype} {list(spec.shape)}{more}"
+    what = f"{spec.file}: {tensor}: quantised ({kind}), codes are not numbers"
     return InputError(what, fix=FIX)

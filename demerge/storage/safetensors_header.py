@@ -1,10 +1,11 @@
 """The header of a safetensors file, read without torch and without trust.
 
-    8 bytes n, little-endian | n bytes JSON {"name": {"dtype", "shape", "data_offsets": [start, stop]}, ...} | data
+    8 bytes n, little-endian | n bytes JSON | data
+    JSON: {"name": {"dtype", "shape", "data_offsets": [start, stop]}, ...}
 
-What is refused: files that are something else (an LFS pointer, a web page, a pickle), truncated or padded files,
-headers over 16 MB or of more than 65,536 tensors, duplicate names, offsets that overlap, leave holes or disagree with
-dtype and shape.
+What is refused: files that are something else (an LFS pointer, a web page, a pickle), truncated or
+padded files, headers over 16 MB or of more than 65,536 tensors, duplicate names, offsets that
+overlap, leave holes or disagree with dtype and shape.
 """
 
 from __future__ import annotations
@@ -32,18 +33,12 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 CONVERT = "demerge convert FILE OUT.safetensors --allow-pickle"
-CODES = (
-    "F4",
-    "F6_E2M3",
-    "F6_E3M2",
-    "F8_E8M0",
-    "F8_E4M3FNUZ",
-    "F8_E5M2FNUZ",
-)  # dtypes of quantised layers alone
+# dtypes of quantised layers alone
+CODES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 DISGUISES: Mapping[bytes, str] = {
-    b"version https://git-lfs": "a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself",
-    b"<!doctype": "a web page, not weights; the download went wrong, fetch the file again",
-    b"<html": "a web page, not weights; the download went wrong, fetch the file again",
+    b"version https://git-lfs": "a Git LFS pointer, not weights; run `git lfs pull`",
+    b"<!doctype": "a web page, not weights; fetch the file again",
+    b"<html": "a web page, not weights; fetch the file again",
     b"PK\x03\x04": f"a zip archive, most likely a PyTorch pickle; {CONVERT}",
     b"\x80": f"a pickle, which may run code when opened; {CONVERT}",
     b"GGUF": "a GGUF file; name the safetensors original",
@@ -52,7 +47,7 @@ DISGUISES: Mapping[bytes, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Where a tensor lies: dtype by its safetensors name, shape, and the bytes [start, stop) of the file.
+    """Where a tensor lies: safetensors dtype, shape, and the bytes [start, stop) of the file.
 
     Attributes:
         scale: what its codes are multiplied with, for a weight in scaled fp8.
@@ -133,7 +128,7 @@ def header_bytes(table: Mapping[str, Any]) -> bytes:
 
 
 def format_of(path: Path) -> Any:
-    """Return what a JSON document says it is, its `format`; None where it says nothing or is damaged."""
+    """Return the `format` of a JSON document; None if it has none or is damaged."""
     try:
         return read_json(path).get("format")
     except InputError:
@@ -144,13 +139,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of at most 16 MB, duplicate keys refused.
 
     Raises:
-        InputError: where the file is missing, too large or no JSON object.
+        InputError: if the file is missing, too large or not a JSON object.
     """
     return _parse(path, read_bytes(path, MAX_HEADER))
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:
-    """Read a scheduler_config.json; diffusers writes -Infinity into that of a DPM-Solver (`lambda_min_clipped`).
+    """Read a scheduler_config.json, in which diffusers may write -Infinity.
 
     Raises:
         InputError: as `read_json` does.
@@ -162,7 +157,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     """Read a file of at most `most` bytes; a pipe or a device, which may have no end, is refused.
 
     Raises:
-        InputError: where the file is missing, something else, or larger.
+        InputError: if the file is missing, something else, or larger.
     """
     try:
         if not path.is_file() and path.exists():
@@ -170,9 +165,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         with path.open("rb") as stream:
             text = stream.read(most + 1)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}", fix="check the path"
-        ) from error
+        raise _unreadable(path, error) from error
     if len(text) > most:
         raise _damaged(path, f"larger than {most >> 20} MB")
     return text
@@ -188,19 +181,15 @@ def _header_bytes(path: Path) -> tuple[bytes, int, int]:
                 raise _damaged(path, f"truncated: {size} bytes")
             length: int = struct.unpack("<Q", beginning[:8])[0]
             if length > MAX_HEADER:
-                raise _damaged(
-                    path, f"the header claims {length:,} bytes, more than {MAX_HEADER:,}"
-                )
+                what = f"the header claims {length:,} bytes, more than {MAX_HEADER:,}"
+                raise _damaged(path, what)
             if 8 + length > size:
-                raise _damaged(
-                    path, f"truncated: {size:,} bytes, the header alone needs {8 + length:,}"
-                )
+                what = f"truncated: {size:,} bytes, the header alone needs {8 + length:,}"
+                raise _damaged(path, what)
             stream.seek(8)
             return stream.read(length), 8 + length, size
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}", fix="check the path"
-        ) from error
+        raise _unreadable(path, error) from error
 
 
 def _check_real_name(path: Path, beginning: bytes) -> None:
@@ -217,8 +206,9 @@ def parse_json(text: bytes | str, *, infinite: bool = False) -> dict[str, Any]:
         infinite: take Infinity and -Infinity, which are not JSON.
 
     Raises:
-        ValueError: where it is no object, a key occurs twice, it is more than 32 levels deep, or holds NaN, a number beyond
-            64 bits, or text that no file name can hold (NUL, half of a surrogate pair).
+        ValueError: if it is not an object, a key occurs twice, it is more than 32 levels deep, or
+            holds NaN, a number beyond 64 bits, or text that no file name can hold (NUL, half of a
+            surrogate pair).
     """
     text = text.encode() if isinstance(text, str) else text
     try:
@@ -323,6 +313,10 @@ def _check_no_gaps(path: Path, specs: Mapping[str, Spec], data_start: int, size:
         raise _damaged(path, f"truncated: {size:,} bytes of {position:,}")
     if position < size:
         raise _damaged(path, f"{size - position:,} bytes behind the last tensor belong to nothing")
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be read: {error.strerror}", fix="check the path")
 
 
 def _damaged(path: Path, what: str) -> InputError:

@@ -1,4 +1,4 @@
-"""A weight in scaled fp8 as a tensor of its true values, which are made where they are used.
+"""A weight in scaled fp8 as a tensor of its true values, which are made when they are used.
 
 W = codes * s,   s [] or one for each output [m], in float32
 """
@@ -16,15 +16,17 @@ from torch import Tensor
 TINY = 2.0**-60
 FLAT = (Tensor.reshape, Tensor.view)
 SHAPED: tuple[Any, ...] = (
-    Tensor.shape, Tensor.dtype, Tensor.ndim, Tensor.nbytes, Tensor.itemsize, Tensor.layout, Tensor.requires_grad,
-    Tensor.size, Tensor.numel, Tensor.dim, Tensor.element_size, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.__len__,
+    Tensor.shape, Tensor.dtype, Tensor.ndim, Tensor.nbytes, Tensor.itemsize, Tensor.layout,
+    Tensor.requires_grad, Tensor.size, Tensor.numel, Tensor.dim, Tensor.element_size,
+    Tensor.is_floating_point, Tensor.is_contiguous, Tensor.__len__,
 )  # fmt: skip
 
 
 class Scaled(Tensor):
     """Codes [*] and their scale as a float32 tensor [*] on the CPU; treat it as read-only.
 
-    Its shape and dtype cost nothing, and a span of it flattened stays codes. Everything else is done on the values.
+    Its shape and dtype cost nothing, and a span of it flattened stays codes. Everything else is
+    done on the values.
     """
 
     codes: Tensor
@@ -55,7 +57,7 @@ class Scaled(Tensor):
         return self.times(decoded(self.codes.reshape(-1)), 0).view(self.codes.shape)
 
     def grown(self, k: Tensor) -> Scaled:
-        """Return the same codes with scales of 2^k s, k one for each scale, for values that are larger."""
+        """Return the same codes with scales of 2^k s, one k for each scale, for larger values."""
         return self._at(
             self.codes,
             torch.where(k > 0, self._nonzero, self.scale) * 2.0**k,
@@ -72,7 +74,7 @@ class Scaled(Tensor):
         return chunk / self._spread(self._nonzero, start, len(chunk))
 
     def largest(self, chunk: Tensor, start: int) -> Tensor:
-        """Return the largest |chunk| for each scale, 0 for those that no element of the chunk has."""
+        """Return the largest |chunk| for each scale, 0 if no element of the chunk has it."""
         found = chunk.new_zeros(len(self.scale))
         rows = self._spread(torch.arange(len(self.scale)), start, len(chunk)).expand(len(chunk))
         return found.scatter_reduce_(0, rows, chunk.abs(), "amax")
@@ -83,7 +85,7 @@ class Scaled(Tensor):
         return torch.where(self.scale == 0, TINY, self.scale)
 
     def _spread(self, of_scale: Tensor, start: int, n: int) -> Tensor:
-        """Return what each element [n] from `start` on has of something that each scale has; [1] if there is one scale."""
+        """Return for each element [n] from `start` on its scale's value; [1] for one scale."""
         if len(of_scale) == 1:
             return of_scale
         start += self._start
@@ -94,10 +96,11 @@ class Scaled(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Answer for shape and dtype, stay codes in what takes spans, and make the values for all else."""
+        """Answer shape and dtype, keep codes in spans, and make the values for all else."""
         kwargs = kwargs or {}
         if getattr(function, "__self__", function) in SHAPED:
-            return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
+            parent: Any = super()
+            return parent.__torch_function__(function, types, args, kwargs)
         first = args[0] if args else None
         if isinstance(first, Scaled) and not kwargs:
             if function is Tensor.detach:
@@ -117,7 +120,7 @@ class Scaled(Tensor):
 
 
 def decoded(codes: Tensor) -> Tensor:
-    """Return the float32 values [n] of codes [n] in float8; by a table, several times faster than torch's conversion."""
+    """Return the float32 values [n] of codes [n] in float8, by a table: faster than torch."""
     if codes.device.type != "cpu":
         return codes.float()
     return torch.from_numpy(

@@ -1,8 +1,9 @@
-"""The one reader of records: JSON in, a checked value out, or one sentence that says what is wrong with it.
+"""The only reader of records: JSON in, a checked value out, or one sentence on what is wrong.
 
-A format is a type: a `Record` for what only a file holds, or the frozen dataclass that the value is in memory. A record of
-demerge's own may hold no key that its type does not name; a `Foreign` one (of diffusers, transformers, peft) may, but what
-is read of it has a type and a range too. Types are strict: true is not 1, "8" is not 8, and NaN is not JSON.
+A format is a type: a `Record` for what only a file holds, or the frozen dataclass that the value is
+in memory. A record of demerge's own may hold no key that its type does not name; a `Foreign` one
+(of diffusers, transformers, peft) may, but what is read of it has a type and a range too. Types are
+strict: true is not 1, "8" is not 8, and NaN is not JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -64,14 +65,15 @@ def read_record(path: Path, kind: type[T], *, fix: str) -> T:
         fix: what a user does about a file that is refused.
 
     Raises:
-        InputError: where the file is missing, no regular file, larger than 16 MB, more than 32 levels deep, not JSON, or
-            not of the type; it names the file, the key, the rule and the value.
+        InputError: if the file is missing, not a regular file, larger than 16 MB, more than 32
+            levels deep, not JSON, or not of the type; it names the file, the key, the rule and the
+            value.
     """
     return checked(read_json(path), kind, str(path), fix=fix)
 
 
 def parse_record(text: str | bytes, kind: type[T], where: str, *, fix: str) -> T:
-    """Read JSON text, such as a file's metadata, as `read_record` does; `where` says whose it is."""
+    """Read JSON text, such as a file's metadata, as `read_record` does; `where` names its owner."""
     try:
         return checked(parse_json(text), kind, where, fix=fix)
     except ValueError as error:
@@ -87,10 +89,11 @@ def checked(
     error: type[DemergeError] = InputError,
 ) -> T:
     """Return JSON values as a value of a type; for all else see `read_record`."""
-    extra = "ignore" if issubclass(kind, Foreign) else "forbid"
+    extra: Literal["ignore", "forbid"] = "ignore" if issubclass(kind, Foreign) else "forbid"
     try:
-        found: T = _adapter(kind).validate_json(json.dumps(document), strict=True, extra=extra)  # type: ignore[arg-type]
-        return found
+        adapter = _adapter(kind)  # type: ignore[arg-type]
+        value: T = adapter.validate_json(json.dumps(document), strict=True, extra=extra)
+        return value
     except ValidationError as refused:
         what, near = _sentence(document, refused, kind)
         raise error(f"{where}: {what}", fix=near or fix) from refused
@@ -123,10 +126,8 @@ def _sentence(document: Any, refused: ValidationError, kind: type) -> tuple[str,
         near = get_close_matches(key, known, 1)
         return f"unknown key '{short(field)}'", f"did you mean '{near[0]}'?" if near else ""
     rule = first["msg"].removeprefix("Value error, ").replace("Input should ", "must ")
-    return (
-        f"{short(field) or 'the document'}: {rule}, found {short(json.dumps(here, ensure_ascii=False))}",
-        "",
-    )
+    value = short(json.dumps(here, ensure_ascii=False))
+    return f"{short(field) or 'the document'}: {rule}, found {value}", ""
 
 
 def short(text: str) -> str:

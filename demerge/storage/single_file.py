@@ -1,10 +1,12 @@
-"""Single files in the layout of the original Stable Diffusion code (LDM), and pipeline folders of diffusers.
+"""Single files in the layout of Stable Diffusion's first code (LDM), and pipeline folders.
 
-    model.diffusion_model.*   first_stage_model.*   cond_stage_model.transformer.*       unet/   vae/   text_encoder/
+    model.diffusion_model.*   first_stage_model.*   cond_stage_model.transformer.*
+    unet/                     vae/                  text_encoder/
 
-A file becomes a folder by diffusers' own converters; configs, scheduler and tokenizer come from a local pipeline of the same
-kind. diffusers has no way back: names and shapes are inverted here, and what is written is held against its converters, which
-must give the pipeline back to the bit. Stable Diffusion 1.x, and those that have its parts.
+A file becomes a folder by diffusers' own converters; configs, scheduler and tokenizer come from a
+local pipeline of the same kind. diffusers has no way back: names and shapes are inverted here, and
+what is written is held against its converters, which must give the pipeline back to the bit. Stable
+Diffusion 1.x, and those that have its parts.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demerge.errors import InputError, UsageError
-from demerge.storage.atomic import check_disk_space, check_is_new, commit_dir, commit_json
+from demerge.storage.atomic import (
+    check_disk_space,
+    check_is_new,
+    commit_dir,
+    commit_json,
+    place_for,
+)
 from demerge.storage.checkpoint import PREFIXES, WRAPPER, Checkpoint, commit_tensors
 from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import PART_NAME, inside, locate, read_index
@@ -30,12 +38,18 @@ PREFIX = {UNET: PREFIXES[0], VAE: "first_stage_model.", TEXT: "cond_stage_model.
 CLASSES = {UNET: "UNet2DConditionModel", VAE: "AutoencoderKL", TEXT: "CLIPTextModel"}
 FILES = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT: "model"}
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".ckpt", ".onnx")
-CLIP = "quick_gelu"  # the activation of the text encoder of 1.x; OpenCLIP's, of 2.x, has other names in single files
+CLIP = "quick_gelu"  # the text encoder's activation in 1.x; that of 2.x, OpenCLIP, has other names
 Tensors = dict[str, "Tensor"]
 
-# diffusers' name -> LDM's, in order; a number is computed from the groups and the layers per block L
-UNET_RESNET = (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
-               ("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection"))  # fmt: skip
+# diffusers' name -> LDM's, in order; numbers follow from groups and layers per block
+UNET_RESNET = (
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("conv_shortcut", "skip_connection"),
+)
 VAE_ATTENTION = (
     ("group_norm", "norm"),
     ("to_q", "q"),
@@ -45,17 +59,22 @@ VAE_ATTENTION = (
 )
 
 
-def to_folder(source: Path, out: Path, config: str | Path) -> dict[str, int]:
-    """Write a single file as a pipeline folder; return the number of tensors of each part, 0 if it is the config's.
+def to_folder(source: str | Path, out: str | Path, config: str | Path) -> dict[str, int]:
+    """Write a single file as a pipeline folder; return how many tensors each part has.
+
+    A part that is taken from the config counts 0.
 
     Args:
-        config: a pipeline folder or Hub id of the same kind; a VAE or text encoder that the file lacks is taken from it.
+        config: a pipeline folder or Hub id of the same kind; a VAE or text encoder that the file
+            lacks is taken from it.
 
     Raises:
         UsageError: if `out` exists.
-        InputError: if the file is damaged or of another kind than the config, or lacks or has tensors that it should not.
+        InputError: if the file is damaged or of another kind than the config, or lacks or has
+            tensors that it should not.
         ResourceError: if the disk does not suffice.
     """
+    source, out = Path(source), place_for(out)
     check_is_new(out)
     home = resolve_model_path(config)
     index = _index(home)
@@ -80,14 +99,16 @@ def to_folder(source: Path, out: Path, config: str | Path) -> dict[str, int]:
     return {part: len(tensors) for part, tensors in found.items()}
 
 
-def to_file(source: Path, out: Path) -> int:
+def to_file(source: str | Path, out: str | Path) -> int:
     """Write a pipeline folder as one file in the LDM layout; return the number of its tensors.
 
     Raises:
         UsageError: if `out` exists or does not end in .safetensors.
-        InputError: if the pipeline is of another kind, or diffusers' converters do not give it back from what was made.
+        InputError: if the pipeline is of another kind, or diffusers' converters do not give it
+            back from what was made.
         ResourceError: if the disk does not suffice.
     """
+    source, out = Path(source), place_for(out)
     if out.suffix != ".safetensors":
         raise UsageError(
             f"'{out}' does not end in .safetensors", fix=f"for example {out}.safetensors"
@@ -106,16 +127,14 @@ def to_file(source: Path, out: Path) -> int:
             n for n in back if n not in tensors
         ]
         if lost:
-            what = f"{source}/{part}: the LDM layout does not hold {len(lost)} tensors as they are: {', '.join(lost[:5])}"
+            names = f"{len(lost)} tensors as they are: {', '.join(lost[:5])}"
             raise InputError(
-                what, fix="keep the folder; single files are written of Stable Diffusion 1.x alone"
+                f"{source}/{part}: the LDM layout does not hold {names}",
+                fix="keep the folder; only Stable Diffusion 1.x can be written as a single file",
             )
     check_disk_space(out, sum(tensor.nbytes for tensor in made.values()))
     commit_tensors(out, made, {"format": "pt"})
     return len(made)
-
-
-# -- what is converted ---------------------------------------------------------------------------------------------------
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -126,7 +145,7 @@ def _index(folder: Path) -> dict[str, Any]:
     """
     fix = "name a pipeline folder of Stable Diffusion 1.x"
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder}: no pipeline folder with a model_index.json", fix=fix)
+        raise InputError(f"{folder}: not a pipeline folder with a model_index.json", fix=fix)
     index = {
         n: v
         for n, v in read_index(folder).items()
@@ -158,17 +177,15 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
 
 
 def _check_markers(source: Path, file: Checkpoint, config: Path) -> None:
-    """Refuse a file that says that it predicts v for a config that says something else."""
+    """Check that a file that is marked as predicting v has such a config."""
     scheduler = config / "scheduler" / "scheduler_config.json"
     predicts = (read_scheduler(scheduler) if scheduler.is_file() else {}).get(
         "prediction_type", "epsilon"
     )
     if "v_pred" in file and predicts != "v_prediction":
         what = f"{source} is marked v_pred, the scheduler of {config} says {predicts}"
-        raise InputError(
-            what,
-            fix='give a --config whose scheduler_config.json says "prediction_type": "v_prediction"',
-        )
+        fix = 'give a --config whose scheduler has "prediction_type": "v_prediction"'
+        raise InputError(what, fix=fix)
 
 
 def _ldm_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -184,7 +201,7 @@ def _ldm_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[str]) -> None:
-    """Copy what is no weight of the parts that are kept, and all of those in `whole`."""
+    """Copy the parts that are kept without their weights; those in `whole` with them."""
     parts = {
         n
         for n, value in index.items()
@@ -231,11 +248,8 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-# -- names ---------------------------------------------------------------------------------------------------------------
-
-
 def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
-    """Return a part of an LDM file in diffusers' names, by diffusers' converters; nothing if the file lacks it."""
+    """Return a part of an LDM file in diffusers' names, by its converters; empty if absent."""
     from diffusers.loaders import single_file_utils as stock
 
     mine = {name: tensor for name, tensor in held.items() if name.startswith(PREFIX[part])}
@@ -254,13 +268,14 @@ def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
     try:
         found = converters[part](mine, config={"layers_per_block": 2, **config})
     except Exception as error:  # of any kind: the converters take names and config as they come
-        what = f"diffusers cannot convert the {part} by {home}/{part}/config.json: {type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        what = f"diffusers cannot convert the {part} by {home}/{part}/config.json: {reason}"
         raise InputError(what, fix="give file and config of the same model") from error
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 def _is_wrapped(home: Path) -> bool:
-    """Whether the names of a pipeline's text encoder begin with text_model, as transformers wrote them before 5.6."""
+    """Return whether a text encoder's names begin with text_model, as before transformers 5.6."""
     weights = sorted((home / TEXT).glob("*.safetensors"))
     return not weights or any(
         name.startswith("text_model.") for name in Checkpoint(locate(home, None, TEXT))
@@ -300,7 +315,8 @@ def _unet_name(name: str, layers: int, with_attention: set[str]) -> str:
     if name in whole:
         return whole[name]
     match = re.fullmatch(
-        r"(down|up|mid)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
+        r"(down|up|mid)_blocks?(?:\.(\d+))?"
+        r"\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
         name,
     )
     if match is None:
@@ -343,7 +359,7 @@ def _vae_name(name: str, blocks: int) -> str:
 
 
 def _as_convolution(name: str, tensor: Tensor) -> Tensor:
-    """Return the linear layers of the VAE's attention as the convolutions of size 1 that LDM has."""
+    """Return linear layers of the VAE's attention as the 1 x 1 convolutions that LDM has."""
     linear = re.search(r"\.attentions\.\d+\.to_(?:q|k|v|out\.0)\.weight\Z", name)
     return tensor[:, :, None, None] if linear and tensor.ndim == 2 else tensor
 
