@@ -497,18 +497,18 @@ def bounded() -> Iterator[None]:
 
 @contextmanager
 def soon() -> Iterator[None]:
-    """End what takes too long."""
+    """End what takes too many seconds of the processor, however busy it is."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def attempt(

@@ -14,11 +14,7 @@ from demerge.analysis.measurement.budget import StopRule, describe_se, neighbour
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.collector import GradientCollector
 from demerge.analysis.measurement.gradients import Measurement
-from demerge.analysis.measurement.options import (
-    MeasurementOptions,
-    format_seconds,
-    parse_seconds,
-)
+from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.run import begin, measure
 from demerge.analysis.similarity import similarity
 from demerge.conflict import ConflictMap
@@ -33,28 +29,6 @@ def measured(
 ) -> ConflictMap:
     """Measure with options by name."""
     return measure(model, data, MeasurementOptions(**options), mode=mode, progress=progress)
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
-def test_durations_are_read(text: str, seconds: float) -> None:
-    assert parse_seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "10", "m", "0s", "-1m", "10 min", "1e3s", "٣s", "nan"])
-def test_other_texts_are_no_durations(text: str) -> None:
-    with pytest.raises(UsageError, match="not a duration"):
-        parse_seconds(text)
-
-
-def test_durations_are_said_for_a_person() -> None:
-    assert [format_seconds(s) for s in (0.04, 3.21, 42, 119, 600, 9000)] == [
-        "0.0 s",
-        "3.2 s",
-        "42 s",
-        "119 s",
-        "10 min",
-        "2.5 h",
-    ]
 
 
 def test_a_budget_holds_as_many_groups_as_fit(
@@ -146,17 +120,3 @@ def test_open_groups_fit_the_memory(linear: Any, images: Any) -> None:
         most(groups=64, target_se=0.1, memory=3 * cell * 4 / 1e9)
     with pytest.raises(UsageError, match="16,384 of a map"):
         most(groups=6000)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"budget": 0.0},
-        {"target_se": -1.0},
-        {"target_se": float("nan")},
-        {"target_se": 0.1, "bins": 1},
-    ],
-)
-def test_wrong_targets_are_usage_errors(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
-        MeasurementOptions(**{**SMALL, **wrong})

@@ -1,0 +1,71 @@
+"""The options of a measurement: durations, what may not go together, and how many groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from demerge.analysis.measurement.options import (
+    GROUPS,
+    MAX_GROUPS,
+    MeasurementOptions,
+    format_seconds,
+    parse_seconds,
+)
+from demerge.analysis.partitioning.options import PartitionOptions, parse_range_count
+from demerge.conflict import MIN_GROUPS
+from demerge.errors import UsageError
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "m", "0s", "-1m", "10 min", "1e3s", "٣s", "nan"])
+def test_other_texts_are_no_durations(text: str) -> None:
+    with pytest.raises(UsageError, match="not a duration"):
+        parse_seconds(text)
+
+
+def test_durations_are_said_for_a_person() -> None:
+    assert [format_seconds(s) for s in (0.04, 3.21, 42, 119, 600, 9000)] == [
+        "0.0 s",
+        "3.2 s",
+        "42 s",
+        "119 s",
+        "10 min",
+        "2.5 h",
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"budget": 0.0},
+        {"target_se": -1.0},
+        {"target_se": float("nan")},
+        {"target_se": 0.1, "bins": 1},
+    ],
+)
+def test_wrong_targets_are_usage_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        MeasurementOptions(**wrong)
+
+
+def test_the_number_of_groups_is_fixed_or_open() -> None:
+    assert MeasurementOptions().most_groups == GROUPS
+    assert MeasurementOptions(budget=60.0).most_groups == MAX_GROUPS
+    assert MeasurementOptions(target_se=0.1, groups=MIN_GROUPS).most_groups == MIN_GROUPS
+    with pytest.raises(UsageError):
+        MeasurementOptions(groups=MIN_GROUPS - 1)
+
+
+def test_a_number_of_ranges_or_auto() -> None:
+    assert (parse_range_count("3"), parse_range_count("auto")) == (3, None)
+    for text in ("some", "-1", "1.5", ""):
+        with pytest.raises(UsageError, match="auto"):
+            parse_range_count(text)
+    with pytest.raises(UsageError, match="at least 1"):
+        PartitionOptions(ranges=0)
