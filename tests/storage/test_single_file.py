@@ -164,7 +164,7 @@ def test_a_config_that_the_converters_cannot_use_is_named(
 def test_other_pipelines_are_refused_by_name(
     deep: Path, tiny: Path, file: Path, tmp_path: Path
 ) -> None:
-    for source, message in ((tiny, "unet UNet2DModel"), (tmp_path, "no pipeline folder")):
+    for source, message in ((tiny, "unet UNet2DModel"), (tmp_path, "not a pipeline folder")):
         with pytest.raises(InputError, match=message):
             to_file(source, tmp_path / "out.safetensors")
         with pytest.raises(InputError, match=message):
