@@ -242,5 +242,3 @@ def _drawn(rows: Sequence[Row], floors: Sequence[Row]) -> Iterator[tuple[str, Dr
         yield "losses", partial(plots.losses, [row for row in rows if row is not base], base.losses)
 
 
-def _commit(path: Path, data: bytes) -> None:
-    commit_bytes(path, data)
