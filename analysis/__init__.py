@@ -1,63 +1,59 @@
-"""Gradient analysis: measure the conflict map of a base, read it, cut it, draw it.
+"""Gradient analysis: measure the conflict map of a base, read it, partition it, draw it.
 
-measurement/   gradients by bin and group       measure(model, data) -> ConflictMap
-similarity     of bins, unbiased, with errors
-cutting/       into ranges, and its evidence     cut(map, n) -> Partition, count(map) -> how many ranges
-report         what to believe, and its files    summary(map, n), write(map, out, summary)
-verdict        what a map says and what to do, from one rule, for analyze, ranges and the page
-page, next     conflict.html: all of it for a person, and what to do next
-plots          of a map                          figures(map, partition) -> matplotlib
-experts/       what experts do to their base: task vectors, losses, outputs, weights to merge by
-study/         which estimator is to be believed
+measurement/    gradients by bin and group       measure(model, data) -> ConflictMap
+similarity      of bins, unbiased, with errors   similarity(map) -> Similarity
+partitioning/   into ranges, and its evidence    partition(map, n) -> Partition
+report/         the conclusion and its files     summarize(Reading(map), n) -> ConflictSummary
+layers/         which layers conflict
+experts/        what experts do to their base: task vectors, losses, outputs, weights to merge by
+stages/         commands that need only a stored map and experts
+study/          which estimator is to be believed
 
-Names below are imported when first used: a stored map is read and cut without what measures one.
+The names below are imported when first used: reading a stored map does not import torch models.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from demerge.lazy import lazily
 
 if TYPE_CHECKING:
     from demerge.analysis.measurement.gradients import Measurement
     from demerge.analysis.measurement.options import MeasurementOptions
     from demerge.analysis.measurement.run import measure
-    from demerge.analysis.partitioning.cross_validation import count
-    from demerge.analysis.partitioning.objective import METHODS, SCORES, cut
-    from demerge.analysis.report.text import lines, summary, write
+    from demerge.analysis.partitioning.cross_validation import count_ranges
+    from demerge.analysis.partitioning.objective import METHODS, SCORES
+    from demerge.analysis.partitioning.reading import Reading, partition
+    from demerge.analysis.report.page import write_report
+    from demerge.analysis.report.summary import ConflictSummary, summarize
 
 HOMES = {
     "METHODS": "partitioning.objective",
     "SCORES": "partitioning.objective",
+    "ConflictSummary": "report.summary",
     "Measurement": "measurement.gradients",
     "MeasurementOptions": "measurement.options",
-    "count": "partitioning.cross_validation",
-    "cut": "partitioning.objective",
-    "lines": "report.text",
+    "Reading": "partitioning.reading",
+    "count_ranges": "partitioning.cross_validation",
     "measure": "measurement.run",
-    "summary": "report.text",
-    "write": "report.text",
+    "partition": "partitioning.reading",
+    "summarize": "report.summary",
+    "write_report": "report.page",
 }
 
 __all__ = [
     "METHODS",
     "SCORES",
+    "ConflictSummary",
     "Measurement",
     "MeasurementOptions",
-    "count",
-    "cut",
-    "lines",
+    "Reading",
+    "count_ranges",
     "measure",
-    "summary",
-    "write",
+    "partition",
+    "summarize",
+    "write_report",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module 'demerge.analysis' has no attribute {name!r}")
-    return getattr(import_module(f"demerge.analysis.{HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazily(__name__, HOMES)

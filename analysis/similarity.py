@@ -1,39 +1,46 @@
 """Similarity of gradients between bins of timesteps, unbiased, with errors.
 
-The gradient of bin i on group m is s_i^m = mu_i + noise. The noise of different groups is independent, that of one group is
-not (its draws are shared between the bins), so only pairs of different groups count: the U-statistic
+The gradient of bin i on group m is s_i^m = mu_i + noise. The noise of different groups is
+independent. That of one group is not, as its draws are shared between the bins. So only pairs of
+different groups count: the U-statistic
 
-    K_ij = [ <S_i, S_j> - sum_m <s_i^m, s_j^m> ] / (M (M - 1)),    S_i = sum_m s_i^m,    E K_ij = <mu_i, mu_j>
+    K_ij = [ <S_i, S_j> - sum_m <s_i^m, s_j^m> ] / (M (M - 1)),  S_i = sum_m s_i^m
+    E K_ij = <mu_i, mu_j>
 
-    rho_ij = K_ij / sqrt(K_ii K_jj),      for bins whose own signal is resolved, K_ii > 3 SE(K_ii), NaN elsewhere
-    naive_ij = cos(S_i, S_j),             biased: shared noise invents similarity, independent noise hides it
-    reliability_i = cos(s_i^A, s_i^B),    A, B the halves of the groups, averaged over ways to halve
+    rho_ij = K_ij / sqrt(K_ii K_jj),      for resolved bins, K_ii > 3 SE(K_ii); NaN elsewhere
+    naive_ij = cos(S_i, S_j),             biased: shared noise invents similarity, other hides it
+    reliability_i = cos(s_i^A, s_i^B),    A, B halves of the groups, averaged over ways to halve
     nu_i = tr Sigma_i / |mu_i|^2,         the number of samples at which noise equals signal
 
-Everything here is K for some weights on pairs of groups: all for the naive, unequal for K, all but one pair for errors, A x B
-for halves, random for the bootstrap.
+Everything here is K for some weights on pairs of groups: all for the naive, unequal for K, all but
+one pair for errors, A x B for halves, random for the bootstrap.
 
-A statistic f(K) is, to first order, the mean over pairs of groups of h_mn, which leaving out the pair (m, n) shows:
+A statistic f(K) is, to first order, the mean over pairs of groups of h_mn. Leaving out the pair
+(m, n) shows it:
 
-    h_mn = P f(K) - (P - 1) f(K without the pair),      P = M (M - 1)/2; for K itself h_mn = <s_i^m, s_j^n>
+    h_mn = P f(K) - (P - 1) f(K without the pair),  P = M (M - 1)/2; for K it is <s_i^m, s_j^n>
 
-The variance of such a mean is that of Hoeffding's decomposition h_mn = h + a_m + a_n + e_mn, by the mean squares of an
-analysis of variance, MS_a (M - 1 degrees of freedom) and MS_e (M (M - 3)/2):
+The variance of such a mean is that of Hoeffding's decomposition h_mn = h + a_m + a_n + e_mn. It
+comes from the mean squares of an analysis of variance, MS_a (M - 1 degrees of freedom) and MS_e
+(M (M - 3)/2):
 
-    SE^2 = 4 MS_a / (M (M - 2))  -  2 MS_e / ((M - 1) (M - 2))                   unbiased; equal to U^2 - mean of h_ij h_kl
-           the jackknife over groups  what it counts twice                       over unequal i, j, k, l
+    SE^2 = 4 MS_a / (M (M - 2)) - 2 MS_e / ((M - 1) (M - 2))
 
-Where MS_a < MS_e the variance of a_m is estimated as negative. It is taken as 0: the pairs are then as good as independent,
-and SE^2 is the variance of h_mn over P. Intervals take Student's t at the degrees of freedom of Satterthwaite. If mean
-gradients are near 0, the jackknife alone is 1.5 to 1.6 times too large, and a bin needs twice the groups to be resolved.
+The first term is the jackknife over groups, the second what it counts twice. SE^2 is unbiased, and
+equal to U^2 - mean of h_ij h_kl over unequal i, j, k, l. If MS_a < MS_e, the variance of a_m is
+estimated as negative and taken as 0: the pairs are then as good as independent, and SE^2 is the
+variance of h_mn over P. Intervals take Student's t at the degrees of freedom of Satterthwaite.
+Near mean gradients of 0 the jackknife alone is 1.5 to 1.6 times too large, and a bin needs twice
+the groups to be resolved.
 
-What that is worth, in simulations with 5 to 16 groups: intervals of K_ii cover 93 to 97 % if mu_i is not 0, and 97 to 99 % if
-it is. A bin without any gradient passes for resolved in fewer than 1 % of maps. A bin that passes by luck has too large a K_ii,
-so its cosines lean towards 0 or, with shared draws, towards 1. This matters where the signal is below some 5 SE, and there
-a bin would often not pass again. Bins below 3 + 1.64 SE are marked as `weak`: read their cosines as a hint.
+What that is worth, in simulations with 5 to 16 groups: intervals of K_ii cover 93 to 97 % if mu_i
+is not 0, and 97 to 99 % if it is. A bin without any gradient passes for resolved in fewer than 1 %
+of maps. A bin that passes by luck has too large a K_ii. Its cosines lean towards 0 or, with shared
+draws, towards 1. This matters for signals below some 5 SE: such a bin would often not pass again.
+Bins below 3 + 1.64 SE are marked as `weak`: read their cosines as a hint.
 
-Papers: Hoeffding, A class of statistics with asymptotically normal distribution, 1948; Satterthwaite, Biometrics Bulletin 2,
-1946; of the noise scale McCandlish et al., arXiv 1812.06162.
+Papers: Hoeffding, A class of statistics with asymptotically normal distribution, 1948;
+Satterthwaite, Biometrics Bulletin 2, 1946; of the noise scale McCandlish et al., arXiv 1812.06162.
 """
 
 from __future__ import annotations
@@ -63,12 +70,13 @@ class Similarity:
 
     Attributes:
         K, K_se, K_half: estimate of <mu_i, mu_j>, its SE, and half its 95 % interval, [N N].
-        cosine, cosine_se, cosine_half: rho and the same of it, [N N], NaN if a bin is unresolved; not clipped to [-1, 1].
+        cosine, cosine_se, cosine_half: rho and the same of it, [N N], not clipped to [-1, 1];
+            NaN if a bin is unresolved.
         resolved: whether K_ii > 3 SE, [N].
         weak: whether a bin is resolved, but may have passed by luck: K_ii < 4.64 SE, [N].
         naive: cosine of the mean gradients, [N N], biased.
         reliability: cosine of two halves of the groups, [N].
-        noise: nu in samples, [N], NaN where a bin is unresolved.
+        noise: nu in samples, [N], NaN if a bin is unresolved.
     """
 
     K: Array
@@ -86,11 +94,12 @@ class Similarity:
 
 def similarity(map: ConflictMap) -> Similarity:
     """Estimate similarity, its errors, and how far each can be trusted."""
-    K, pairs = kernel(map, cross(map.M)), without_pair(map)
-    K_error = error(pairs)
+    K, pairs = pair_weighted_gram(map, all_cross_pairs(map.M)), without_pair(map)
+    K_error = estimate_error(pairs)
     signal, se = np.diagonal(K), np.diagonal(K_error.se)
     resolved = signal > RESOLVED * se
-    cosine_error = error(normalised(pairs, resolved))
+    cosine_error = estimate_error(normalised(pairs, resolved))
+    naive = pair_weighted_gram(map, np.ones((map.M, map.M)))
     return Similarity(
         K=K,
         K_se=K_error.se,
@@ -100,40 +109,38 @@ def similarity(map: ConflictMap) -> Similarity:
         cosine_half=cosine_error.half(),
         resolved=resolved,
         weak=resolved & (signal < SURE * se),
-        naive=normalised(kernel(map, np.ones((map.M, map.M))), np.ones(map.N, dtype=bool)),
+        naive=normalised(naive, np.ones(map.N, dtype=bool)),
         reliability=reliability(map),
         noise=_noise_scale(map, K, resolved),
     )
 
 
-# -- K for any weights on pairs of groups --------------------------------------------------------------------------------
+# -- K for any weights on pairs of groups ----------------------------------------------------------
 
 
-def kernel(map: ConflictMap, pairs: Array) -> Array:
-    """Return sum_mn p_mn <s_i^m, s_j^n> / sum_mn p_mn, [* N N], for weights p on pairs of groups [* M M], symmetric."""
+def pair_weighted_gram(map: ConflictMap, pairs: Array) -> Array:
+    """Return sum_mn p_mn <s_i^m, s_j^n> / sum_mn p_mn, [* N N], for symmetric weights p [* M M]."""
     N, M = map.N, map.M
     flat = map.gram.transpose(0, 2, 1, 3).reshape(N * N, M * M)
-    sums = pairs.reshape(-1, M * M) @ flat.T
-    K: Array = (sums / pairs.reshape(-1, M * M).sum(1, keepdims=True)).reshape(
-        *pairs.shape[:-2], N, N
-    )
-    return K
+    weights = pairs.reshape(-1, M * M)
+    K: Array = (weights @ flat.T) / weights.sum(1, keepdims=True)
+    return K.reshape(*pairs.shape[:-2], N, N)
 
 
-def cross(M: int) -> Array:
+def all_cross_pairs(M: int) -> Array:
     """Return weights [M M] that pair each group with all others."""
     return np.ones((M, M)) - np.eye(M)
 
 
-def weighted(weights: Array) -> Array:
+def group_weights_to_pairs(weights: Array) -> Array:
     """Return weights on pairs of unequal groups [* M M] from weights on groups [* M]."""
-    pairs: Array = weights[..., :, None] * weights[..., None, :] * cross(weights.shape[-1])
-    return pairs
+    pairs: Array = weights[..., :, None] * weights[..., None, :]
+    return pairs * all_cross_pairs(weights.shape[-1])
 
 
 def leave_one_out(map: ConflictMap) -> Array:
     """Return K without group m, for each m, [M N N]."""
-    return kernel(map, weighted(1 - np.eye(map.M)))
+    return pair_weighted_gram(map, group_weights_to_pairs(1 - np.eye(map.M)))
 
 
 def without_pair(map: ConflictMap) -> Array:
@@ -146,24 +153,27 @@ def without_pair(map: ConflictMap) -> Array:
 
 
 def halves(groups: Sequence[int], M: int, seed: int) -> tuple[Array, Array]:
-    """Return weights on groups [S M] of up to 20 ordered ways to halve `groups`, and those of the other halves."""
+    """Halve `groups` in up to 20 ordered ways.
+
+    Returns the weights on groups [S M] of the first halves, and those of the second.
+    """
     stream, half = generator(seed, "analysis-halves", len(groups)), len(groups) // 2
     if len(groups) > LISTED:
         firsts = [tuple(stream.permutation(list(groups))[:half]) for _ in range(MAX_SPLITS)]
     elif len(firsts := list(combinations(groups, half))) > MAX_SPLITS:
         firsts = [firsts[i] for i in sorted(stream.choice(len(firsts), MAX_SPLITS, replace=False))]
-    A, whole = np.zeros((len(firsts), M)), np.zeros(M)
+    A, everyone = np.zeros((len(firsts), M)), np.zeros(M)
     for row, first in zip(A, firsts, strict=True):
         row[list(first)] = 1
-    whole[list(groups)] = 1
-    return A, whole - A
+    everyone[list(groups)] = 1
+    return A, everyone - A
 
 
-# -- errors --------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Error:
+class ErrorEstimate:
     """The standard error of an estimate [*], and the degrees of freedom that it rests on, [*]."""
 
     se: Array
@@ -175,8 +185,8 @@ class Error:
         return half
 
 
-def error(values: Array) -> Error:
-    """Return the error of a statistic of K, [*], from its values without one pair of groups, [P *]: see `without_pair`."""
+def estimate_error(values: Array) -> ErrorEstimate:
+    """Estimate the error of a statistic of K, [*], from its values without each pair, [P *]."""
     P = len(values)
     M = (1 + math.isqrt(1 + 8 * P)) // 2
     h = (P - 1) * (values - values.mean(0)).reshape(P, -1)
@@ -187,33 +197,56 @@ def error(values: Array) -> Error:
     a_df, e_df = M - 1, M * (M - 3) / 2
     a, e = a_squares / a_df, np.clip(squares - a_squares, 0, None) / e_df
     plus, minus = 4 * a / (M * (M - 2)), 2 * e / ((M - 1) * (M - 2))
-    apart = a > e
-    variance = np.where(apart, plus - minus, squares / (P - 1) / P)
+    groups_differ = a > e
+    variance = np.where(groups_differ, plus - minus, squares / (P - 1) / P)
     scale = plus**2 / a_df + minus**2 / e_df
-    df = np.where(
-        apart, np.divide(variance**2, scale, out=np.ones_like(scale), where=scale > 0), P - 1
-    )
+    satterthwaite = np.divide(variance**2, scale, out=np.ones_like(scale), where=scale > 0)
+    df = np.where(groups_differ, satterthwaite, P - 1)
     shape = values.shape[1:]
-    return Error(np.sqrt(variance).reshape(shape), df.reshape(shape))
+    return ErrorEstimate(np.sqrt(variance).reshape(shape), df.reshape(shape))
 
 
 def standard_error(left_out: Array) -> Array:
-    """Return the jackknife's SE [*] from the values without group m [M *], right for what is a mean over groups."""
+    """Return the jackknife's SE [*] of a mean over groups from the values without group m [M *]."""
     M = len(left_out)
     se: Array = np.sqrt((M - 1) / M * ((left_out - left_out.mean(0)) ** 2).sum(0))
     return se
 
 
 def t_quantile(M: int, level: float = 0.95) -> float:
-    """Return the factor on the jackknife's SE that makes a two-sided interval of a mean of M groups."""
+    """Return the factor on the jackknife's SE that makes the interval of a mean of M groups."""
     return float(stdtrit(M - 1, (1 + level) / 2))
 
 
-# -- what is made of K ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and its standard error."""
+
+    value: float
+    se: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.se:.3f}"
+
+    def above(self, factor: float) -> bool:
+        """Return whether the value lies more than `factor` standard errors above 0."""
+        return self.value > factor * self.se
+
+    def document(self) -> dict[str, float | None]:
+        """Return JSON values."""
+        return {"value": json_number(self.value), "se": json_number(self.se)}
+
+
+def json_number(value: float) -> float | None:
+    """Return a number for JSON, of six digits; None if it is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+# -- what is made of K -----------------------------------------------------------------------------
 
 
 def normalised(K: Array, resolved: NDArray[np.bool_]) -> Array:
-    """Return K_ij / sqrt(K_ii K_jj), [* N N], NaN where bin i or j is not resolved or its K_ii not positive."""
+    """Return K_ij / sqrt(K_ii K_jj), [* N N], NaN if K_ii or K_jj is unresolved or not positive."""
     signal = np.diagonal(K, axis1=-2, axis2=-1)
     norms = np.sqrt(np.where(resolved & (signal > 0), signal, np.nan))
     rho: Array = K / (norms[..., :, None] * norms[..., None, :])
@@ -223,12 +256,13 @@ def normalised(K: Array, resolved: NDArray[np.bool_]) -> Array:
 def reliability(map: ConflictMap) -> Array:
     """Return cos(s_i^A, s_i^B) [N], the mean over ways to halve the groups."""
     A, B = halves(range(map.M), map.M, map.origin.seed)
-    square = [
-        np.diagonal(kernel(map, h[:, :, None] * h[:, None, :]), axis1=1, axis2=2) for h in (A, B)
+    products = [
+        np.diagonal(pair_weighted_gram(map, a[:, :, None] * b[:, None, :]), axis1=1, axis2=2)
+        for a, b in ((A, A), (B, B), (A, B))
     ]
-    both = np.diagonal(kernel(map, A[:, :, None] * B[:, None, :]), axis1=1, axis2=2)
-    norms = np.sqrt(square[0] * square[1])
-    mean: Array = np.divide(both, norms, out=np.zeros_like(both), where=norms > 0).mean(0)
+    norms = np.sqrt(products[0] * products[1])
+    cosines = np.divide(products[2], norms, out=np.zeros_like(norms), where=norms > 0)
+    mean: Array = cosines.mean(0)
     return mean
 
 
@@ -240,66 +274,67 @@ def _noise_scale(map: ConflictMap, K: Array, resolved: NDArray[np.bool_]) -> Arr
     return nu
 
 
-def by_lag(map: ConflictMap) -> pd.DataFrame:
-    """Return the mean rho of resolved pairs, and naive of all, at each lag of bins.
-
-    Columns lag, cosine, se, half (of its 95 % interval), naive, pairs.
-    """
-    found = similarity(map)
-    rho, replicates = found.cosine, normalised(without_pair(map), found.resolved)
-    rows = []
-    for lag in range(1, map.N):
-        known = np.flatnonzero(np.isfinite(np.diagonal(rho, lag)))
-        naive = np.diagonal(found.naive, lag).mean()
-        if not len(known):
-            rows.append((lag, np.nan, np.nan, np.nan, naive, 0))
-            continue
-        mean = error(np.diagonal(replicates, lag, axis1=1, axis2=2)[:, known].mean(1))
-        rows.append(
-            (
-                lag,
-                np.diagonal(rho, lag)[known].mean(),
-                float(mean.se),
-                float(mean.half()),
-                naive,
-                len(known),
-            )
-        )
-    return pd.DataFrame(
-        rows, columns=["lag", "cosine", "se", "half", "naive", "pairs"], dtype=np.float64
-    )
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def frame(map: ConflictMap) -> pd.DataFrame:
     """Return rho of each pair of bins, a row each, [N^2 rows].
 
-    Columns bin_i, bin_j (indices), t_i, t_j (the middles of the bins), cosine, se, resolved (both bins), weak (one of them).
+    Columns bin_i, bin_j (indices), t_i, t_j (the middles of the bins), cosine, se, resolved (both
+    bins), weak (one of them).
     """
-    found = similarity(map)
+    bins = similarity(map)
     i, j = (index.ravel() for index in np.indices((map.N, map.N)))
+    both = bins.resolved[i] & bins.resolved[j]
     columns = {
         "bin_i": i,
         "bin_j": j,
         "t_i": map.timesteps[i],
         "t_j": map.timesteps[j],
-        "cosine": found.cosine[i, j],
-        "se": found.cosine_se[i, j],
-        "resolved": found.resolved[i] & found.resolved[j],
-        "weak": found.resolved[i] & found.resolved[j] & (found.weak[i] | found.weak[j]),
+        "cosine": bins.cosine[i, j],
+        "se": bins.cosine_se[i, j],
+        "resolved": both,
+        "weak": both & (bins.weak[i] | bins.weak[j]),
     }
     return pd.DataFrame(columns)
 
 
-def by_log_snr(map: ConflictMap) -> pd.DataFrame:
-    """Return rho of each resolved pair with its distance in log SNR: columns distance, cosine, se, t (the lower bin's)."""
-    found = similarity(map)
+def by_lag(bins: Similarity, pairs: Array) -> pd.DataFrame:
+    """Return the mean rho of resolved pairs, and naive of all, at each lag of bins.
+
+    Args:
+        pairs: K without each pair of groups, [P N N].
+
+    Columns lag, cosine, se, half (of its 95 % interval), naive, pairs.
+    """
+    replicates, rows = normalised(pairs, bins.resolved), []
+    for lag in range(1, len(bins.K)):
+        cosines, naive = np.diagonal(bins.cosine, lag), np.diagonal(bins.naive, lag).mean()
+        known = np.flatnonzero(np.isfinite(cosines))
+        row = {"lag": lag, "naive": naive, "pairs": len(known)}
+        if len(known):
+            left_out = np.diagonal(replicates, lag, axis1=1, axis2=2)[:, known].mean(1)
+            error = estimate_error(left_out)
+            row |= {"cosine": cosines[known].mean(), "se": float(error.se)}
+            row |= {"half": float(error.half())}
+        rows.append(row)
+    columns = ["lag", "cosine", "se", "half", "naive", "pairs"]
+    return pd.DataFrame(rows, columns=columns, dtype=np.float64)
+
+
+def by_log_snr(map: ConflictMap, bins: Similarity) -> pd.DataFrame:
+    """Return rho of each resolved pair of bins with their distance in log SNR.
+
+    Columns distance, cosine, se, t (of the lower bin).
+    """
     level = np.array([map.log_snr[span.start : span.stop].mean() for span in map.bins])
     i, j = np.triu_indices(map.N, 1)
-    known = np.isfinite(found.cosine[i, j])
+    known = np.isfinite(bins.cosine[i, j])
     i, j = i[known], j[known]
     columns = {
         "distance": abs(level[i] - level[j]),
-        "cosine": found.cosine[i, j],
-        "se": found.cosine_se[i, j],
+        "cosine": bins.cosine[i, j],
+        "se": bins.cosine_se[i, j],
+        "t": map.timesteps[i],
     }
-    return pd.DataFrame({**columns, "t": map.timesteps[i]})
+    return pd.DataFrame(columns)

@@ -83,31 +83,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ranges_of(text: str) -> int | None:
-    """Return the number of ranges that is asked for, None for `auto`.
-
-    Raises:
-        UsageError: where the text is neither.
-    """
-    from demerge.errors import UsageError
-
-    if text == "auto":
-        return None
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise UsageError(
-            f"-n '{text}' is not a number of ranges", fix="give a whole number from 1 on, or auto"
-        )
-    return int(text)
-
-
-def data_words(split: str, skip_broken: bool) -> list[str]:
-    """Return the options of reading data that are not at their defaults, as command line words."""
-    return [
-        *(["--split", split] if split != "train" else []),
-        *(["--skip-broken"] if skip_broken else []),
-    ]
-
-
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Any]:
     """Draw a bar on stderr; the value is a `demerge.progress.Progress`.

@@ -40,7 +40,13 @@ from numpy.typing import NDArray
 
 from demerge.analysis.experts.sketched import Model, SketchedVectors, sketch_vectors
 from demerge.analysis.partitioning.objective import cover
-from demerge.analysis.similarity import cross, kernel, leave_one_out, standard_error, t_quantile
+from demerge.analysis.similarity import (
+    all_cross_pairs,
+    leave_one_out,
+    pair_weighted_gram,
+    standard_error,
+    t_quantile,
+)
 from demerge.conflict import Array, ConflictMap, Sketches, layer_widths, layers_of
 from demerge.errors import InputError, UsageError
 from demerge.progress import Progress, silent
@@ -175,7 +181,7 @@ def _products(
 ) -> Products:
     """Return <gbar_r, tau_n> [K R] for weights of the bins [R N]."""
     each = np.stack([rows.astype(np.float64) @ vectors.sketch.T for rows in sketches])
-    square = _squares(kernel(map, cross(map.M)), weights)
+    square = _squares(pair_weighted_gram(map, all_cross_pairs(map.M)), weights)
     square = square + standard_error(_squares(leave_one_out(map), weights))
     kept, D = sketches.shape[-1], map.origin.parameters
     factor = np.sqrt(2 / kept) if kept < D else 0.0

@@ -39,9 +39,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from demerge.analysis.partitioning.bootstrap import Estimate
 from demerge.analysis.partitioning.objective import cover
-from demerge.analysis.similarity import cross, error, halves, standard_error, t_quantile, weighted
+from demerge.analysis.similarity import (Estimate, all_cross_pairs, estimate_error, group_weights_to_pairs, halves, standard_error, t_quantile)
 from demerge.conflict import Array, ConflictMap, layer_widths, layers_of
 from demerge.errors import InputError, UsageError
 from demerge.randomness import generator
@@ -110,12 +109,12 @@ class LayerGains:
 
     def total(self) -> Estimate:
         """Return J, the gain of all layers."""
-        total = float(self.gains(cross(self.M)).sum())
-        return Estimate(total, float(error(self.without_pair().sum(1)).se))
+        total = float(self.gains(all_cross_pairs(self.M)).sum())
+        return Estimate(total, float(estimate_error(self.without_pair().sum(1)).se))
 
     def is_resolved(self) -> bool:
         """Whether the 95 % interval of J lies above 0."""
-        return bool(self.total().value > error(self.without_pair().sum(1)).half())
+        return bool(self.total().value > estimate_error(self.without_pair().sum(1)).half())
 
     def rank(self, gains: Array) -> Indices:
         """Return the layers in the order of their gain per parameter [* L], from gains [* L]."""
@@ -172,7 +171,7 @@ def held_out_gains(layers: LayerGains, shares: Sequence[float]) -> dict[str, Arr
     for left_out in (None, *everyone):
         groups = [g for g in everyone if g != left_out]
         ranked, judged = (
-            layers.gains(weighted(half)) for half in halves(groups, layers.M, layers.seed)
+            layers.gains(group_weights_to_pairs(half)) for half in halves(groups, layers.M, layers.seed)
         )
         chosen = layers.take(layers.rank(ranked), shares)
         rows["ranked"].append(np.einsum("scl,sl->c", chosen, judged) / judged.sum())
@@ -291,7 +290,7 @@ def choose_layers(map: ConflictMap, partition: Partition, *, share: float = 0.1)
     if not 0 < share <= 1:
         raise UsageError(f"share {share:g} is not in (0, 1]", fix="for example --share 0.1")
     found = LayerGains.of(map, partition)
-    gains, errors = found.gains(cross(map.M)), error(found.without_pair()).se
+    gains, errors = found.gains(all_cross_pairs(map.M)), estimate_error(found.without_pair()).se
     order, parameters = found.rank(gains), found.sizes.sum()
     (chosen,) = found.take(order, [share])
     if not chosen.any():

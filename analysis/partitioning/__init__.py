@@ -1,7 +1,9 @@
-"""Cutting a map into ranges, and how far to believe the cut; a map on disk is enough.
+"""Partitioning: where to cut [0, T) into ranges by a map, and how far to believe it.
 
-`segmentation` makes a cut out of scores, `search` finds the best one exactly, `blocks` says where noise leaves one to be found,
-`evidence` and `crossfit` what samples that did not choose it say of it, `ranges` is the command `demerge ranges`.
-`benefit` says what training experts of a cut promises, `needed` how many groups would resolve what noise hides, `layers` which
-layers gain from it; that is the command `demerge layers`. `cut_plots` and `layer_plots` draw them.
+reading            a map with one score, read once: what all questions about it share
+resolution         the blocks of bins that noise leaves to be told apart
+objective, search  what a partition gains, and the best one, exactly
+bootstrap, cross_validation   what samples that did not choose the cuts say of them
+expected_gain      what training experts of the ranges promises
+sample_size        how many groups would resolve what noise hides
 """

@@ -1,120 +1,121 @@
-"""What cuts explain on samples that did not choose them, and how many ranges that supports.
+"""What partitions explain on samples that did not choose them, and how many ranges that supports.
 
-For halves (A, B) of the groups, with the cut found on A and judged on B,
+For halves (A, B) of the groups, with the partition found on A and judged on B,
 
-    ES_x(n) = mean over (A, B) of J_B(cut of K_A into n ranges) / J(blocks)
-    gain    = ES_x of the cut found - ES_x of another one, on the same halves
+    ES_x(n) = mean over (A, B) of J_B(partition of K_A into n ranges) / J(blocks)
+    gain    = ES_x of the partition found - ES_x of another one, on the same halves
     n*      = the fewest ranges with ES_x(n) >= ES_x(best) - SE(ES_x(best))
 
-ES on the data that chose the cut rises with n, noise or not. ES_x stops where the halves no longer agree where to cut, and may
-be negative; only it decides on n and on the advice. Errors are the jackknife's over groups, of the whole procedure: to halve,
-to cut, to judge. They are 0.7 to 1.1 times the spread over planted maps; those of similarity.py hold for a fixed cut, and
-are half of it. J(blocks) alone is that of all groups: errors of the ratio vanish if all blocks are apart, and then let noise
-choose n (on planted ranges 1 map in 8 had 8 for 2; none had so).
+ES on the data that chose the partition rises with n, noise or not. ES_x stops if the halves no
+longer agree where to cut, and may be negative. Only it decides on n and on the advice. Errors are
+the jackknife's over groups, of the whole procedure: to halve, to cut, to judge. They are 0.7 to 1.1
+times the spread over planted maps. Those of similarity.py hold for a fixed partition, and are half
+of it. J(blocks) alone is that of all groups: errors of the ratio vanish if all blocks are apart,
+and then let noise choose n (on planted ranges 1 map in 8 had 8 for 2; none had so).
 
-Cuts that do not look at the map are judged on the same halves B, and all cuts at edges of bins: a uniform cut off the grid at
-the nearest ones. Otherwise a cut found on the grid would win by the bins that uniform splits.
+Methods that do not look at the map are judged on the same halves B, and all cuts at edges of bins:
+a uniform cut off the grid at the nearest ones. Otherwise a cut found on the grid would win by the
+bins that uniform splits.
 
-Where gradients turn smoothly with t, each range more does gain something, and n* grows with the samples; what a range costs,
-an expert to train, is not in it. So 10 is the most that is tried.
+If gradients turn smoothly with t, each range more does gain something, and n* grows with the
+samples. What a range costs, an expert to train, is not in it. So 10 is the most that is tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from demerge.analysis.partitioning.bootstrap import Estimate, Evidence
 from demerge.analysis.partitioning.objective import (
-    FOUND,
-    GIVEN,
+    ADAPTIVE,
+    FIXED,
     METHODS,
-    cut,
-    least_width,
+    check_choice,
+    fixed_partition,
     nearest_edges,
 )
-from demerge.analysis.partitioning.resolution import LEAST_KNOWN
-from demerge.analysis.partitioning.search import no_cut, total
-from demerge.analysis.similarity import halves, kernel, standard_error, weighted
+from demerge.analysis.partitioning.reading import Reading, once
+from demerge.analysis.partitioning.search import Edges, no_partition, total
+from demerge.analysis.similarity import (
+    Estimate,
+    group_weights_to_pairs,
+    halves,
+    pair_weighted_gram,
+    standard_error,
+)
 from demerge.conflict import Array, ConflictMap
-from demerge.errors import NumericalError, UsageError
+from demerge.errors import NumericalError
 from demerge.timesteps import Partition
 
 MOST = 10
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HeldOut:
-    """The halves of a map's groups, and J on them as a share of the conflict.
+@once
+def halved(reading: Reading) -> list[tuple[Array, Array]]:
+    """Return K_A and K_B [S N N] of the halves of all groups, then of those without each group."""
+    map, everyone = reading.map, list(range(reading.map.M))
+    splits = []
+    for groups in (everyone, *([g for g in everyone if g != m] for m in everyone)):
+        weights = halves(groups, map.M, map.origin.seed)
+        K_A, K_B = (pair_weighted_gram(map, group_weights_to_pairs(half)) for half in weights)
+        splits.append((K_A, K_B))
+    return splits
 
-    Attributes:
-        evidence: the map with its score.
-        splits: K_A and K_B [S N N], of all groups and then without each group, 1 + M pairs.
-        conflict: J of all blocks apart, of all groups.
+
+@once
+def held_out_edges(reading: Reading, counts: tuple[int, ...], method: str) -> list[list[Edges]]:
+    """Return the edges [S n+1] found on the halves A for each n, of all groups and without each."""
+    table = reading.objective.table
+    return [reading.edges(table(K_A), counts, method) for K_A, _ in halved(reading)]
+
+
+@once
+def held_out_gains(reading: Reading, counts: tuple[int, ...], method: str = "gradient") -> Array:
+    """Return the mean J_B of partitions into n ranges for each n, of all groups and without each.
+
+    Returns [1+M C].
     """
-
-    evidence: Evidence
-    splits: tuple[tuple[Array, Array], ...]
-    conflict: float
-
-    @classmethod
-    def of(cls, evidence: Evidence) -> HeldOut:
-        """Halve the groups."""
-        map, everyone = evidence.map, list(range(evidence.map.M))
-        kept = [everyone, *([g for g in everyone if g != m] for m in everyone)]
-        pairs = [halves(groups, map.M, map.origin.seed) for groups in kept]
-        splits = tuple((kernel(map, weighted(A)), kernel(map, weighted(B))) for A, B in pairs)
-        return cls(
-            evidence, splits, float(evidence.objective.gain(evidence.found.K, evidence.apart))
-        )
-
-    def gains(
-        self, counts: Sequence[int], method: str = "gradient", minimum: int | None = None
-    ) -> Array:
-        """Return the mean J_B of cuts into n ranges for each n, of all groups and without each, [1+M C]."""
-        if method in FOUND:
-            return self._judged(lambda A: self.evidence.edges(A, counts, method, minimum))
-        fixed = [
-            nearest_edges(self.evidence.map, cut(self.evidence.map, n, method)) for n in counts
-        ]
-        return self._judged(lambda A: fixed)
-
-    def given(self, partition: Partition) -> Array:
-        """Return the mean J_B of one partition at the nearest edges of bins, of all groups and without each, [1+M]."""
-        edges = nearest_edges(self.evidence.map, partition)
-        return self._judged(lambda A: [edges])[:, 0]
-
-    def _judged(self, find: Callable[[Array], list[list[int]]]) -> Array:
-        """Return the mean J_B of the cuts that `find` makes of each K_A, of all groups and without each, [1+M C]."""
-        table = self.evidence.objective.table
-        rows = []
-        for A, B in self.splits:
-            split = [
-                [total(judge, edges) - judge[0, -1] for edges in find(a)]
-                for a, judge in zip(A, table(B), strict=True)
-            ]
-            rows.append(np.mean(split, axis=0))
-        return np.array(rows)
-
-    def share(self, gains: Array) -> Estimate:
-        """Return gains [1+M] as a share of the conflict, with the jackknife's error."""
-        shares = gains / self.conflict
-        return Estimate(float(shares[0]), float(standard_error(shares[1:])))
+    if method in ADAPTIVE:
+        return _judged(reading, held_out_edges(reading, counts, method))
+    map = reading.map
+    edges = [nearest_edges(map, fixed_partition(map, n, method)) for n in counts]
+    return _judged(reading, [edges] * (map.M + 1))
 
 
-# -- how many ranges -----------------------------------------------------------------------------------------------------
+def held_out_gain(reading: Reading, partition: Partition) -> Array:
+    """Return the mean J_B of one partition, of all groups and without each, [1+M]."""
+    edges = nearest_edges(reading.map, partition)
+    return _judged(reading, [[edges]] * (reading.map.M + 1))[:, 0]
+
+
+def _judged(reading: Reading, edges: Sequence[Sequence[Edges | Sequence[int]]]) -> Array:
+    rows = []
+    for (_, K_B), found in zip(halved(reading), edges, strict=True):
+        table = reading.objective.table(K_B)
+        rows.append([(total(table, each) - table[:, 0, -1]).mean() for each in found])
+    return np.array(rows)
+
+
+def held_out_share(reading: Reading, gains: Array) -> Estimate:
+    """Return gains [1+M] as a share of the conflict, with the jackknife's error."""
+    shares = gains / reading.conflict.value
+    return Estimate(float(shares[0]), float(standard_error(shares[1:])))
+
+
+# -- how many ranges -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class RangeCount:
     """How many ranges a map supports.
 
     Attributes:
         chosen: n*.
         reason: why, in words.
-        shares: ES_x for 1, 2, ... ranges by method: one that looks at the map, and those that do not.
+        shares: ES_x for 1, 2, ... ranges by method: one that looks at the map, and those that do
+            not.
     """
 
     chosen: int
@@ -122,62 +123,79 @@ class Count:
     shares: dict[str, list[Estimate]]
 
 
-def count(
-    map: ConflictMap, *, method: str = "gradient", score: str = "step", minimum: int | None = None
-) -> Count:
-    """Find how many ranges a map supports by cross-fit and the one-SE rule; 1 where no conflict is resolved.
+@once
+def cross_validation(reading: Reading, method: str = "gradient") -> RangeCount:
+    """Find how many ranges a map supports, by the one-SE rule; 1 if no conflict is resolved.
 
     Raises:
-        UsageError: where a score or method is unknown.
-        NumericalError: where the map is not as wide as `minimum`.
+        UsageError: if the method is unknown.
+        NumericalError: if the map is not as wide as the least width.
     """
-    if method not in METHODS:
-        raise UsageError(f"method '{method}' is unknown", fix=f"use one of {', '.join(METHODS)}")
-    evidence = Evidence.of(map, score)
-    if not evidence.sure:
-        return Count(1, unsure(evidence), {})
-    looks = method if method in FOUND else "gradient"
-    held_out, counts, shares = HeldOut.of(evidence), _counts(evidence, looks, minimum), {}
-    for each in (looks, *GIVEN):
-        gains = held_out.gains(counts, each, minimum)
-        shares[each] = [held_out.share(column) for column in gains.T]
+    check_choice("method", method, METHODS)
+    if not reading.is_sure:
+        return RangeCount(1, reading.doubt, {})
+    adaptive = method if method in ADAPTIVE else "gradient"
+    counts, shares = _counts(reading, adaptive), {}
+    for each in (adaptive, *FIXED):
+        gains = held_out_gains(reading, counts, each)
+        shares[each] = [held_out_share(reading, column) for column in gains.T]
     if len(counts) == 1:
-        width = least_width(map.N) if minimum is None else minimum
-        return Count(1, no_cut(evidence.blocks.edges, 2, width).what, shares)
-    return Count(*one_se(shares[method]), shares)
+        reason = no_partition(reading.blocks.edges, 2, reading.least_width).what
+        return RangeCount(1, reason, shares)
+    return RangeCount(*one_se(shares[method]), shares)
+
+
+def count_ranges(
+    map: ConflictMap, *, method: str = "gradient", score: str = "step", minimum: int | None = None
+) -> RangeCount:
+    """Find how many ranges a map supports: `cross_validation` of its reading."""
+    return cross_validation(Reading(map, score, minimum), method)
 
 
 def one_se(shares: Sequence[Estimate]) -> tuple[int, str]:
-    """Return the fewest ranges whose share, the k-th for k+1 ranges, is within one SE of the best, and why."""
+    """Return the fewest ranges whose share is within one SE of the best, and why.
+
+    The k-th share is that of k + 1 ranges.
+    """
     best = max(range(len(shares)), key=lambda k: shares[k].value)
-    limit = shares[best].value - shares[best].se
-    chosen = next(k for k, share in enumerate(shares) if share.value >= limit)
     if best == 0:
         return 1, "on held-out groups no cut explains anything"
+    limit = shares[best].value - shares[best].se
+    chosen = next(k for k, share in enumerate(shares) if share.value >= limit)
     ties = "the best" if chosen == best else f"the fewest within one SE of the best, {best + 1}"
     most = f"; {MOST} is the most that is tried" if best + 1 == MOST else ""
     return chosen + 1, f"by cross-fit {ties} (explains {shares[best]} on held-out groups){most}"
 
 
-def unsure(evidence: Evidence) -> str:
-    """Say why a map that is not sure of its conflict has nothing to cut by."""
-    if evidence.blocks.known < LEAST_KNOWN:
-        return f"gradients are resolved on {evidence.blocks.known:.0%} of [0, T), and a cut needs {LEAST_KNOWN:.0%}"
-    return "no conflict between bins is resolved"
-
-
-def _counts(evidence: Evidence, method: str, minimum: int | None) -> list[int]:
-    """Return 1, 2, ... as far as a method can cut the map, but no further than its bins and 10."""
-    evidence.edges(
-        evidence.found.K, [1], method, minimum
-    )  # raises where not even one range is wide enough
-    counts = [1]
-    for n in range(2, min(MOST, evidence.map.N) + 1):
+def _counts(reading: Reading, method: str) -> tuple[int, ...]:
+    """Return 1, 2, ... as far as a method can cut the map, at most its bins and 10."""
+    table, counts = reading.tables[0], [1]
+    reading.edges(table, [1], method)  # raises if not even one range is wide enough
+    for n in range(2, min(MOST, reading.map.N) + 1):
         try:
-            finest = evidence.edges(evidence.found.K, [n], method, minimum)[0]
+            (finest,) = reading.edges(table, [n], method)
         except NumericalError:
             break
-        if len(finest) <= n:
+        if finest[-2] == finest[-1]:
             break
         counts.append(n)
-    return counts
+    return tuple(counts)
+
+
+# -- the partition that was found against those that do not look -----------------------------------
+
+
+@once
+def gains_over_fixed(
+    reading: Reading, partition: Partition, method: str = "given"
+) -> dict[str, Estimate]:
+    """Return how much more of J a partition explains than each fixed one, on held-out groups.
+
+    A `given` partition was chosen elsewhere, and is judged as it is.
+    """
+
+    def gains_of(method: str) -> Array:
+        return held_out_gains(reading, (len(partition),), method)[:, 0]
+
+    gains = held_out_gain(reading, partition) if method == "given" else gains_of(method)
+    return {other: held_out_share(reading, gains - gains_of(other)) for other in FIXED}

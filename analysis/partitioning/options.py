@@ -1,14 +1,17 @@
-"""The options of a partition into ranges."""
+"""The options of a partition into ranges, and those of `demerge ranges`."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 from demerge.errors import UsageError
-from demerge.options import Options, option
+from demerge.options import DataOptions, Options, Split, again, option
 
-PANEL = "Partition"
+PANEL, PAGE = "Partition", "Commands on the page"
 Method = Literal["gradient", "hierarchical", "uniform", "logsnr"]
 Score = Literal["step", "energy", "cosine"]
 
@@ -41,3 +44,67 @@ class PartitionOptions(Options):
     )
     method: Method = option("gradient", "How boundaries are chosen.", panel=PANEL)
     score: Score = option("step", "What gradient and hierarchical maximise.", panel=PANEL)
+
+
+def parse_cuts(text: str) -> tuple[int, ...]:
+    """Read a list of timesteps: `125,500`.
+
+    Raises:
+        UsageError: if the text is not a list of ascending timesteps above 0.
+    """
+    fix = "give ascending timesteps above 0, for example --cuts 125,500"
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text, re.ASCII):
+        raise UsageError(f"cuts '{text}' are not a list of timesteps", fix=fix)
+    cuts = tuple(int(word) for word in text.split(","))
+    if not all(a < b for a, b in pairwise([0, *cuts])):
+        raise UsageError(f"cuts '{text}' do not ascend from above 0", fix=fix)
+    return cuts
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RangesOptions(Options):
+    """What `demerge ranges` reads, how it partitions, and what it writes."""
+
+    map: Path = option(
+        help="conflict.safetensors of `demerge analyze`, or its folder.", argument=True
+    )
+    ranges: int | None = again(PartitionOptions, "ranges", default=None, shown_default="auto")
+    method: Literal["advised", "gradient", "hierarchical", "uniform", "logsnr"] | None = option(
+        None,
+        "How boundaries are chosen; advised is gradient if that beats uniform, else uniform.",
+        shown_default="advised",
+        panel=PANEL,
+    )
+    score: Score = again(PartitionOptions, "score")
+    cuts: tuple[int, ...] | None = option(
+        None,
+        "Cuts of your own in place of a method, for example 125,500.",
+        parse=parse_cuts,
+        metavar="T,T,...",
+        panel=PANEL,
+    )
+    minimum: int | None = option(
+        None,
+        "Least width of a range in bins, for gradient and hierarchical.",
+        ge=1,
+        shown_default="a twentieth of [0, T)",
+        panel=PANEL,
+    )
+    model: str | None = option(None, "The base. A map of other weights is an error.", panel=PAGE)
+    data: str | None = again(DataOptions, "data", default=None, panel=PAGE)
+    split: Split = again(DataOptions, "split", panel=PAGE)
+    out: Path | None = option(
+        None,
+        "File that gets the ranges, for example partition.json; conflict.html goes next to it.",
+        flags=("-o", "--out"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cuts is None:
+            return
+        if self.method is not None or self.ranges not in (None, len(self.cuts) + 1):
+            raise UsageError(
+                f"cuts {','.join(map(str, self.cuts))} fix the method and {len(self.cuts) + 1} ranges",
+                fix="leave out --method and --ranges",
+            )

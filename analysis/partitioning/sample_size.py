@@ -1,12 +1,13 @@
 """How many groups would resolve the bins that noise hides, from the noise that was seen.
 
-A bin is resolved where K_ii > 3 SE(K_ii). K_ii is a U-statistic of pairs of groups, whose variance at M groups is
+A bin is resolved if K_ii > 3 SE(K_ii). K_ii is a U-statistic of pairs of groups. Its variance at M
+groups is
 
     Var(M) = [4 (M - 2) sigma_1^2 + 2 sigma_2^2] / (M (M - 1)),
 
-sigma_2^2 that of one pair <s_i^m, s_i^n>, sigma_1^2 <= sigma_2^2 / 2 that of its mean over n. The first comes from all pairs,
-the second from the SE at the M that were measured. The signal is itself uncertain: where K_ii is below its SE, the
-SE is taken in its place, and the number is one that is needed at least.
+sigma_2^2 that of one pair <s_i^m, s_i^n>, sigma_1^2 <= sigma_2^2 / 2 that of its mean over n. The
+first comes from all pairs, the second from the SE at the M that were measured. The signal is itself
+uncertain: if K_ii is below its SE, the SE takes its place, and the number is a lower bound.
 
 Paper: Hoeffding, A class of statistics with asymptotically normal distribution, 1948.
 """
@@ -21,22 +22,22 @@ from demerge.conflict import ConflictMap
 MOST = 100_000
 
 
-def groups_needed(map: ConflictMap, found: Similarity, known: float = 1.0) -> int:
-    """Return the fewest groups at which bins that cover the share `known` of [0, T) would likely be resolved.
+def sample_size(map: ConflictMap, bins: Similarity, known: float = 1.0) -> int:
+    """Return the fewest groups that would likely resolve bins covering the share `known` of [0, T).
 
-    It is M if they are already, and 100,000 at most.
+    It is M if they are resolved already, and 100,000 at most.
     """
-    needed = np.array(
-        [map.M if resolved else _of_bin(map, found, i) for i, resolved in enumerate(found.resolved)]
-    )
+    needed = np.full(map.N, map.M)
+    for i in np.flatnonzero(~bins.resolved):
+        needed[i] = _of_bin(map, bins, int(i))
     order = np.argsort(needed, kind="stable")
     enough = np.searchsorted(np.cumsum(map.widths[order]), known - 1e-9)
     return int(needed[order[enough]])
 
 
-def _of_bin(map: ConflictMap, found: Similarity, i: int) -> int:
-    M, se = map.M, float(found.K_se[i, i])
-    signal = max(float(found.K[i, i]), se)
+def _of_bin(map: ConflictMap, bins: Similarity, i: int) -> int:
+    M, se = map.M, float(bins.K_se[i, i])
+    signal = max(float(bins.K[i, i]), se)
     if signal <= 0:
         return MOST
     pair = float(map.gram[i, :, i, :][np.triu_indices(M, 1)].var(ddof=1))

@@ -1,8 +1,9 @@
-"""Contiguous partitions of N bins that make a sum over ranges large, sum_R v(R) with v in a table [N+1 N+1].
+"""Contiguous partitions of N bins that maximise a sum over ranges, sum_R v(R), v in a table.
 
-program     the best partition into n ranges, exactly, by dynamic programming, O(n N^2); `programs` for several n at once
-nested      from one range on, the split that gains most, again and again: each partition refines the one before it, so that
-            cuts for fewer ranges stay when more are wanted. Never better than the program at the same least width.
+best_edges     the best partition into n ranges, exactly, by dynamic programming, O(n N^2), for
+               several n and many tables [* N+1 N+1] at once
+nested_edges   from one range on, the split that gains most, again and again: each partition refines
+               the one before it, so that cuts for fewer ranges stay if more are wanted
 """
 
 from __future__ import annotations
@@ -16,77 +17,79 @@ from numpy.typing import NDArray
 from demerge.conflict import Array
 from demerge.errors import NumericalError
 
-
-def program(table: Array, n: int, allowed: Sequence[int], minimum: int = 1) -> list[int]:
-    """Return the n + 1 edges that maximise the sum of table[a, b] over ranges, exactly; of equals those of lower t.
-
-    See `programs` for the arguments.
-    """
-    return programs(table, [n], allowed, minimum)[0]
+Edges = NDArray[np.intp]
 
 
-def programs(
+def best_edges(
     table: Array, counts: Sequence[int], allowed: Sequence[int], minimum: int = 1
-) -> list[list[int]]:
-    """Return the edges of the best partitions into n ranges for each n, of one dynamic program.
+) -> list[Edges]:
+    """Return the edges [* n+1] of the best partitions into n ranges, for each n of `counts`.
+
+    Of partitions that are equally good it is the one of lower t.
 
     Args:
-        table: value of the range [a, b), [N+1 N+1].
+        table: value of the range of bins [a, b), [* N+1 N+1].
         allowed: indices where an edge may lie, ascending from 0 to N.
         minimum: least width of a range, in bins.
 
     Raises:
-        NumericalError: where no such cut exists.
+        NumericalError: if there is no such partition.
     """
-    edges, found = np.asarray(allowed), {}
-    steps = np.where(
-        edges[None, :] - edges[:, None] >= max(1, minimum), table[np.ix_(edges, edges)], -np.inf
-    )
-    best = np.where(np.arange(len(edges)) == 0, 0.0, -np.inf)
-    came: list[NDArray[np.intp]] = []
+    places, found = np.asarray(allowed), {}
+    wide = places[None, :] - places[:, None] >= max(1, minimum)
+    steps = np.where(wide, table[..., places[:, None], places[None, :]], -np.inf)
+    best = np.broadcast_to(np.where(places == places[0], 0.0, -np.inf), steps.shape[:-1])
+    came: list[Edges] = []
     for n in range(1, max(counts) + 1):
-        totals = best[:, None] + steps
-        came.append(totals.argmax(0))
-        best = totals.max(0)
+        totals = best[..., :, None] + steps
+        came.append(totals.argmax(-2))
+        best = totals.max(-2)
         if n not in counts:
             continue
-        if not np.isfinite(best[-1]):
-            raise no_cut(allowed, n, minimum)
-        path = [len(edges) - 1]
+        if not np.isfinite(best[..., -1]).all():
+            raise no_partition(allowed, n, minimum)
+        path = [np.full(best.shape[:-1], len(places) - 1)]
         for step in reversed(came):
-            path.append(int(step[path[-1]]))
-        found[n] = [int(edges[i]) for i in reversed(path)]
+            path.append(np.take_along_axis(step, path[-1][..., None], -1)[..., 0])
+        found[n] = places[np.stack(path[::-1], -1)]
     return [found[n] for n in counts]
 
 
-def nested(table: Array, n: int, allowed: Sequence[int], minimum: int = 1) -> list[list[int]]:
-    """Return the edges of nested partitions into 1, 2, ..., n ranges; fewer where no range can be split any more.
+def nested_edges(table: Array, n: int, allowed: Sequence[int], minimum: int = 1) -> list[list[int]]:
+    """Return the edges of nested partitions into 1, 2, ..., n ranges; fewer if none can be split.
 
-    Each is the one before it with the one edge more that gains most, table[a, c] + table[c, b] - table[a, b]; of equals the one
-    of lower t. Arguments as those of `program`.
+    Each adds the one edge that gains most, table[a, c] + table[c, b] - table[a, b], to the one
+    before it; of equals the one of lower t. Arguments as those of `best_edges`, table [N+1 N+1].
     """
-    found = [[int(allowed[0]), int(allowed[-1])]]
+    width, found = max(1, minimum), [[int(allowed[0]), int(allowed[-1])]]
     while len(found) < n:
-        gains = [
+        splits = [
             (table[a, c] + table[c, b] - table[a, b], -c)
             for a, b in pairwise(found[-1])
             for c in allowed
-            if c - a >= max(1, minimum) and b - c >= max(1, minimum)
+            if c - a >= width and b - c >= width
         ]
-        if not gains:
+        if not splits:
             break
-        found.append(sorted([*found[-1], int(-max(gains)[1])]))
+        found.append(sorted([*found[-1], int(-max(splits)[1])]))
     return found
 
 
-def no_cut(allowed: Sequence[int], n: int, minimum: int) -> NumericalError:
-    """Return the error that says that no such cut exists."""
+def no_partition(allowed: Sequence[int], n: int, minimum: int) -> NumericalError:
+    """Return the error that says that no such partition exists."""
     return NumericalError(
         f"{len(allowed) - 1} blocks of bins give no {n} ranges of {minimum} bins or more",
-        fix="give fewer ranges or a smaller --minimum, measure more groups, or take the uniform cut",
+        fix="give fewer ranges or a smaller --minimum, measure more groups, or cut uniformly",
     )
 
 
-def total(table: Array, edges: Sequence[int]) -> float:
-    """Return the sum of table[a, b] over the ranges between edges."""
-    return float(table[list(edges[:-1]), list(edges[1:])].sum())
+def total(table: Array, edges: Edges | Sequence[int]) -> Array:
+    """Return the sum [*] of table[a, b] over the ranges between edges [* n+1] or [n+1]."""
+    edges = np.asarray(edges)
+    starts, stops = edges[..., :-1], edges[..., 1:]
+    if table.ndim == 2 or edges.ndim == 1:
+        values: Array = table[..., starts, stops]
+    else:
+        values = table[np.arange(len(table))[:, None], starts, stops]
+    sums: Array = values.sum(-1)
+    return sums

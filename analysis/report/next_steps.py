@@ -1,4 +1,4 @@
-"""What to do after an analysis, as commands that can be copied: train, measure more, look at layers.
+"""What to do after an analysis, as commands that can be copied: train, measure more, see layers.
 
 Names of models and files are quoted for a shell, whatever they are.
 """
@@ -7,40 +7,32 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from demerge.analysis.measurement.options import GROUPS, MeasurementOptions
 from demerge.analysis.partitioning.sample_size import MOST
+from demerge.analysis.report.summary import ConflictSummary
 from demerge.conflict import MAX_CELLS, ConflictMap
-from demerge.timesteps import Partition
 
-USUAL = MeasurementOptions()
-DEFAULTS = {
-    "bins": USUAL.bins,
-    "groups": GROUPS,
-    "batch-size": USUAL.batch_size,
-    "draws": USUAL.draws,
-    "antithetic": USUAL.antithetic,
-    "metric": USUAL.metric,
-    "engine": "exact",  # what auto comes to where it fits
-    "params": USUAL.params,
-    "mixed-precision": USUAL.mixed_precision,
-    "seed": USUAL.seed,
-}
-Step = tuple[str, list[str]]
+
+class Step(NamedTuple):
+    """What to do, and the commands that do it."""
+
+    text: str
+    commands: list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class CommandNames:
     """What the commands on the page are about.
 
     Attributes:
         model, data: as they were named on the command line.
-        options: words of the command line that say how data is read, known to `analyze` and `finetune`.
-        map, partition: the files of the map, or its folder, and of its cut.
+        options: words of the command line that say how data is read, known to `analyze` and
+            `finetune`.
+        map, partition: the files of the map, or its folder, and of its partition.
     """
 
     model: str = "MODEL"
@@ -49,8 +41,9 @@ class Names:
     map: Path = Path("conflict.safetensors")
     partition: Path = Path("partition.json")
 
-    def on(self) -> str:
-        """Return model and data as words of a command."""
+    @property
+    def inputs(self) -> str:
+        """Model and data as words of a command."""
         return shlex.join([self.model, "--data", self.data, *self.options])
 
     @property
@@ -58,100 +51,89 @@ class Names:
         """The folder of the map."""
         return self.map.parent if self.map.suffix == ".safetensors" else self.map
 
-    def beside(self, name: str) -> str:
+    def next_to(self, name: str) -> str:
         """Return a place in the run, next to the folder of the map, as a word of a command."""
         return shlex.quote(str(self.folder.parent / name))
 
 
-def steps(
-    map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names
-) -> list[Step]:
-    """Return what to do next, each with the commands that do it; without a promise, seeing more comes first."""
-    experts = _experts(map, partition, said, names) if len(partition) > 1 else []
-    hidden, known = _hidden(map, said, names), len(said["unresolved"]) < map.N
-    ordered = [*experts, *hidden] if said["benefit"]["promised"] else [*hidden, *experts]
-    return [*ordered, *(_layers(map, names) if known and len(partition) > 1 else [])]
+def next_steps(summary: ConflictSummary, names: CommandNames) -> list[Step]:
+    """Return what to do next; without a promise, measuring more comes first."""
+    map, is_split = summary.reading.map, len(summary.partition) > 1
+    train = _train(summary, names) if is_split else []
+    more = _measure_more(summary, names)
+    steps = [*train, *more] if summary.expected_gain.is_promised else [*more, *train]
+    if is_split and summary.reading.bins.resolved.any():
+        steps.append(_layers(map, names))
+    return steps
 
 
-def _experts(
-    map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names
-) -> list[Step]:
-    file = shlex.quote(str(names.partition))
-    what = (
-        "Train an expert for each range"
-        if said["benefit"]["promised"]
-        else "To try all the same: an expert for each range"
-    )
-    train = [
-        f"demerge finetune {names.on()} --ranges {file} -o {names.beside('experts')}",
-        f"demerge finetune {names.on()} --ranges joint:{len(partition)} -o {names.beside('joint')}",
+def _train(summary: ConflictSummary, names: CommandNames) -> list[Step]:
+    partition, file = summary.partition, shlex.quote(str(names.partition))
+    is_promised = summary.expected_gain.is_promised
+    text = "Train" if is_promised else "To try all the same: train"
+    finetune = f"demerge finetune {names.inputs} --ranges"
+    commands = [
+        f"{finetune} {file} -o {names.next_to('experts')}",
+        f"{finetune} joint:{len(partition)} -o {names.next_to('joint')}",
     ]
-    found = [(f"{what}, and the control that gets as many steps without ranges.", train)]
-    if map.sketches is not None:
-        folders = " ".join(names.beside(f"experts/{span}") for span in partition)
-        moved = f"demerge transfer {shlex.quote(str(names.map))} {folders} --base {shlex.quote(names.model)}"
-        found.append(
-            (
-                "Once they are trained: what each does to each range, predicted from the map alone.",
-                [moved],
-            )
-        )
-    return found
+    control = "and the control that gets as many steps without ranges"
+    steps = [Step(f"{text} an expert for each range, {control}.", commands)]
+    if summary.reading.map.sketches is not None:
+        experts = " ".join(names.next_to(f"experts/{span}") for span in partition)
+        base = f"--base {shlex.quote(names.model)}"
+        transfer = f"demerge transfer {shlex.quote(str(names.map))} {experts} {base}"
+        text = "After training: predict what each expert does to each range, from the map alone."
+        steps.append(Step(text, [transfer]))
+    return steps
 
 
-def _hidden(map: ConflictMap, said: Mapping[str, Any], names: Names) -> list[Step]:
-    """Say what resolves more: more groups of the same map or, if it cannot hold as many, larger batches in another."""
-    groups, most = said["groups_needed"], MAX_CELLS // map.N
-    if not said["unresolved"] or groups >= MOST:
+def _measure_more(summary: ConflictSummary, names: CommandNames) -> list[Step]:
+    """Return what resolves more bins: more groups or, if the map cannot hold them, larger batches."""
+    map, groups = summary.reading.map, summary.groups_needed
+    if not summary.unresolved or groups >= MOST:
         return []
-    why = f"{len(said['unresolved'])} of {map.N} bins are unresolved; some {groups:,} groups or more would do"
-    if groups <= most:
-        return [
-            (
-                f"{why}. They are added to the map.",
-                [_again(map, names, shlex.quote(str(names.folder)), groups=groups)],
-            )
-        ]
+    hidden = f"{len(summary.unresolved)} of {map.N} bins are unresolved"
+    text = f"{hidden}. Some {groups:,} groups or more would resolve them"
+    if groups <= MAX_CELLS // map.N:
+        again = _measure_again(map, names, shlex.quote(str(names.folder)), groups=groups)
+        return [Step(f"{text}. They are added to the map.", [again])]
     batch = 2 * math.ceil(map.origin.batch_size * groups / map.M / 2)
-    larger = _again(map, names, names.beside(f"{names.folder.name}-more"), **{"batch-size": batch})
-    return [(f"{why}, or as many as there are with batches of {batch:,}.", [larger])]
+    out = names.next_to(f"{names.folder.name}-more")
+    larger = _measure_again(map, names, out, batch_size=batch)
+    return [Step(f"{text}, or the present {map.M} with batches of {batch:,}.", [larger])]
 
 
-def _layers(map: ConflictMap, names: Names) -> list[Step]:
-    stored, measure = shlex.quote(str(names.map)), []
+def _layers(map: ConflictMap, names: CommandNames) -> Step:
+    stored, commands = shlex.quote(str(names.map)), []
     if map.layers is None:
-        stored = names.beside(f"{names.folder.name}-layers")
-        measure = [_again(map, names, stored, layers=True, metric="adam")]
-    rank = f"demerge layers {stored} --ranges {shlex.quote(str(names.partition))} -o {names.beside('layers.json')}"
-    return [
-        (
-            "Which layers conflict, to train only these with finetune --train-layers layers.json.",
-            [*measure, rank],
-        )
-    ]
+        stored = names.next_to(f"{names.folder.name}-layers")
+        commands = [_measure_again(map, names, stored, layers=True, metric="adam")]
+    ranges = shlex.quote(str(names.partition))
+    commands.append(f"demerge layers {stored} --ranges {ranges} -o {names.next_to('layers.json')}")
+    text = "Find the layers that conflict. `finetune --train-layers layers.json` trains only these."
+    return Step(text, commands)
 
 
-def _again(
-    map: ConflictMap, names: Names, out: str, *, layers: bool = False, **changes: object
-) -> str:
-    """Return the command that measures the map again into `out`, a word of a command, but for `changes`."""
-    origin = map.origin
-    asked = {
-        "bins": map.N,
-        "groups": map.M,
-        "batch-size": origin.batch_size,
-        "draws": origin.draws,
-        "antithetic": origin.noise,
-        "metric": origin.metric,
-        "engine": origin.kept,
-        "params": origin.params,
-        "mixed-precision": origin.precision,
-        "seed": origin.seed,
+def _measure_again(map: ConflictMap, names: CommandNames, out: str, **changes: object) -> str:
+    """Return the command that measures the map again into `out`, a word, with some changes."""
+    origin, usual = map.origin, MeasurementOptions()
+    options = {
+        "bins": (map.N, usual.bins),
+        "groups": (map.M, GROUPS),
+        "batch_size": (origin.batch_size, usual.batch_size),
+        "draws": (origin.draws, usual.draws),
+        "antithetic": (origin.noise, usual.antithetic),
+        "metric": (origin.metric, usual.metric),
+        "engine": (origin.kept, "exact"),  # what auto comes to if that fits
+        "params": (origin.params, usual.params),
+        "mixed_precision": (origin.precision, usual.mixed_precision),
+        "seed": (origin.seed, usual.seed),
     }
-    words = [
-        f"--{name} {shlex.quote(str(value))}"
-        for name, value in {**asked, **changes}.items()
-        if value != DEFAULTS[name]
-    ]
-    words += ["--layers"] if layers or map.layers is not None else []
-    return " ".join(["demerge analyze", names.on(), *words, "-o", out])
+    words = []
+    for name, (value, default) in options.items():
+        value = changes.get(name, value)
+        if value != default:
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
+    if changes.get("layers") or map.layers is not None:
+        words.append("--layers")
+    return " ".join(["demerge analyze", names.inputs, *words, "-o", out])

@@ -1,330 +1,283 @@
-"""The page of an analysis, `conflict.html`: verdict, heat map, the few numbers, what to do next, how it was measured.
+"""The page of an analysis, `conflict.html`, and all files of an analysis.
 
-It loads nothing, runs nothing, and is light or dark as the reader's screen is. Commands on it can be copied as they stand where
-the model and the data are known by name.
+OUT/conflict.safetensors   the map
+OUT/partition.json         the ranges that were asked for; uniform if noise leaves no gradient cut
+OUT/summary.json           the conclusion, see summary.py
+OUT/*.svg, *.png           plots; *.dark.svg for dark pages
+OUT/conflict.html          all of it on one page, and what to do next
+
+The page says first what was found and what to do. It loads nothing, runs nothing, and is light or
+dark as the reader's screen is. Its commands can be copied as they stand if the model and the data
+are known by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from demerge.analysis.partitioning.cross_validation import count
-from demerge.analysis.partitioning.objective import FOUND
-from demerge.analysis.report.next_steps import Names, steps
-from demerge.analysis.report.plots import figures
-from demerge.analysis.report.verdict import listed
-from demerge.analysis.similarity import similarity
+from demerge.analysis.partitioning.expected_gain import BATCH, Interval
+from demerge.analysis.report.next_steps import CommandNames, Step, next_steps
+from demerge.analysis.report.plots import report_plots
+from demerge.analysis.report.summary import ConflictSummary, RowSums
+from demerge.analysis.report.verdict import HEADLINES, list_cuts
 from demerge.conflict import ConflictMap
-from demerge.errors import UsageError
 from demerge.reporting.html import PageFigure, escape, figure, render_page, section, table
-from demerge.reporting.theme import DARK, render
-from demerge.storage.atomic import commit_text
-from demerge.timesteps import Partition
+from demerge.reporting.theme import Pictures, pictures
+from demerge.storage.atomic import commit_bytes, commit_json, commit_text, place_for
+from demerge.timesteps import TimestepRange
 
 NAME = "conflict.html"
-FOOTER = "Made by demerge from a conflict map. The same numbers lie beside it in conflict.safetensors; `demerge ranges` cuts anew."
+FOOTER = (
+    "Made by demerge from a conflict map. The same numbers are in conflict.safetensors next to it;"
+    " `demerge ranges` partitions it again."
+)
 CAPTIONS = {
-    "heatmap": "Cosine of the mean gradients of two bins of timesteps: warm, one step helps both; cold, what helps one "
-    "harms the other. Above the diagonal its standard error; hatched, noise hides it; dotted, a "
-    "bin may be resolved by luck; dashed, the cuts.",
-    "curve": "Share of the conflict that cuts resolve, judged on groups that did not choose them, with standard errors; pale, "
-    "the same judged on the groups that did, which flatters it.",
-    "support": "Where cuts land when the groups are resampled: tall bars are places that do not hang on a few samples.",
-    "similarity": "How similarity falls with the distance of timesteps. The naive cosine, as the literature takes it, is "
-    "bent by noise that bins share.",
-    "strength": "Left, how strongly each bin pulls; right, the number of samples at which noise is as large as that pull.",
+    "heatmap": "Cosine of the mean gradients of two bins of timesteps. Warm: one step helps both. Cold:"
+    " what helps one harms the other. Above the diagonal: its standard error. Hatched: noise hides it."
+    " Dotted: a bin may be resolved by luck. Dashed: the cuts.",
+    "curve": "Share of the conflict that cuts resolve, judged on groups that did not choose them, with"
+    " standard errors. Pale: judged on the groups that chose them, which flatters the cuts.",
+    "support": "Where cuts land if the groups are resampled. Tall bars are places that do not depend on"
+    " a few samples.",
+    "similarity": "How similarity falls with the distance of timesteps. The naive cosine of the"
+    " literature is biased by noise that bins share.",
+    "strength": "Left: how strongly each bin pulls. Right: the number of samples at which noise is as"
+    " large as that pull.",
 }
-
-
-def page(
-    map: ConflictMap,
-    partition: Partition,
-    said: Mapping[str, Any],
-    shown: Mapping[str, PageFigure],
-    names: Names,
-) -> str:
-    """Return the page of a map and its summary; `shown` are pictures by name, as in CAPTIONS."""
-    sections = [
-        _verdict(partition, said),
-        section("The map", "", figure(shown["heatmap"])),
-        _tiles(map, said),
-        section("The ranges", RANGES, _ranges(map, partition, said)),
-        section("What to do next", "", _steps(map, partition, said, names)),
-        _sure(said, shown),
-        section("How the gradients change", "", _figures(shown, "similarity", "strength")),
-        section("How it was measured", MEASURED, _origin(map)),
-    ]
-    subtitle = (
-        f"{names.model} on {names.data}"
-        if (names.model, names.data) != ("MODEL", "DATA")
-        else _bare(map)
-    )
-    return render_page("How the timesteps conflict", subtitle, sections, FOOTER)
-
-
 RANGES = (
-    "Missed: the part of what a first AdamW step along the range's own gradient gains there that a joint step of the same "
-    "length does not, with its 95 % interval. It is 1 - the cosine of the two: above 100 % the joint step does harm there. "
-    "Pull: the length of the range's gradient against the mean; unequal pulls alone are no conflict. Support: how often "
-    "resampled groups put a cut near the end of the range."
+    "Missed: the part of what a first AdamW step along the range's own gradient gains there that a"
+    " joint step of the same length does not, with its 95 % interval. It is 1 - the cosine of the two:"
+    " above 100 % the joint step does harm there. Pull: the length of the range's gradient against the"
+    " mean. Unequal pulls alone are no conflict. Support: how often resampled groups put a cut near"
+    " the end of the range."
 )
 MEASURED = (
-    "Gradients of one base on groups of samples; products of different groups alone count, so that noise neither invents "
-    "similarity nor hides it. Errors come from the spread between pairs of groups, or, of held-out shares, between groups."
+    "Gradients of one base on groups of samples. Only products of different groups count, so that"
+    " noise neither invents similarity nor hides it. Errors come from the spread between pairs of"
+    " groups or, for held-out shares, between groups."
+)
+HEADS = (
+    "timesteps",
+    "of all",
+    "pull",
+    "missed by a joint step",
+    "95 % interval",
+    "support of its end",
 )
 
 
-def _sure(said: Mapping[str, Any], shown: Mapping[str, PageFigure]) -> str:
-    """Return what the cut explains and where it lands again; nothing where noise hides it."""
-    if said["cuts"][said["taken"]]["share"] is None:
-        return ""
-    found = _figures(shown, "curve", "support")
-    return (
-        section("How sure the cut is", "", f'<div class="gallery">{found}</div>') if found else ""
-    )
-
-
-def _figures(shown: Mapping[str, PageFigure], *names: str) -> str:
-    return "".join(figure(shown[name]) for name in names if name in shown)
-
-
-def _bare(map: ConflictMap) -> str:
-    return f"model of sha256 {map.origin.model[:16]}"
-
-
-# -- the verdict ---------------------------------------------------------------------------------------------------------
-
-
-EYEBROWS = {
-    "conflict": "Separate experts promise a gain",
-    "alike": "No promise: train jointly",
-    "unresolved": "No promise: too little is resolved",
-}
-
-
-def _verdict(partition: Partition, said: Mapping[str, Any]) -> str:
-    verdict = said["verdict"]
-    kind = "better" if verdict["promised"] else "inconclusive"
-    more = _cut(partition, said)
-    if len(partition) > 1 and partition.cuts != verdict["cuts"]:
-        more = f"{more} {_promise(said)}"
-    return (
-        f'<section class="verdict {kind}"><div class="eyebrow">{escape(EYEBROWS[verdict["kind"]])}</div>\n'
-        f"<p>{escape(verdict['found'])} {escape(verdict['do'])}</p>\n<p>{escape(more)}</p></section>"
-    )
-
-
-def _cut(partition: Partition, said: Mapping[str, Any]) -> str:
-    """Say what was cut and why, in one sentence."""
-    reason = said.get("supported", said)["reason"] if len(partition) == 1 else said["reason"]
-    if len(partition) == 1:
-        return f"The timesteps stay in one range: {reason}."
-    taken, advice = said["taken"], said["advice"]
-    why = reason if taken == advice else f"as was asked; advised is {advice}, as {reason}"
-    return f"The timesteps are cut at {listed(partition)} into {len(partition)} ranges, the {taken} cut: {why}."
-
-
-def _promise(said: Mapping[str, Any]) -> str:
-    sentence = said["benefit"]["sentence"]
-    judged = (
-        ", judged on samples that did not choose the cut" if said["benefit"]["held_out"] else ""
-    )
-    return f"Of this cut: {sentence}{judged}."
-
-
-# -- the numbers ---------------------------------------------------------------------------------------------------------
-
-
-def _tiles(map: ConflictMap, said: Mapping[str, Any]) -> str:
-    promise, explained = said["benefit"], said["cuts"][said["taken"]]
-    shown = [
-        (
-            f"{map.N - len(said['unresolved'])} of {map.N}",
-            "bins whose mean gradient stands out from noise",
-        ),
-        _opposed(map),
-        (
-            _percent(explained["share"]),
-            f"of the conflict is resolved by this cut{_error(explained['se'])}",
-        ),
-        (
-            _percent(promise["share"]["value"]),
-            "of what separate AdamW steps gain is missed by a joint one, by direction alone",
-        ),
-        (
-            _percent(promise["batch"]["value"]),
-            f"with the noise of batches of {promise['batch']['size']} and unequal lengths too",
-        ),
-        _joint(said["row_sums"]),
+def conflict_page(
+    summary: ConflictSummary, plots: Mapping[str, PageFigure], names: CommandNames
+) -> str:
+    """Return the page of a summary; `plots` are pictures by name, as in CAPTIONS."""
+    map = summary.reading.map
+    gallery = _figures(plots, "curve", "support") if summary.share is not None else ""
+    sections = [
+        _verdict(summary),
+        section("The map", "", figure(plots["heatmap"])),
+        _tiles(summary),
+        section("The ranges", RANGES, table(HEADS, _ranges(summary))),
+        section("What to do next", "", _steps(next_steps(summary, names))),
+        section("How sure the cut is", "", f'<div class="gallery">{gallery}</div>')
+        if gallery
+        else "",
+        section("How the gradients change", "", _figures(plots, "similarity", "strength")),
+        section("How it was measured", MEASURED, _origin(map)),
     ]
-    if "supported" in said:
-        shown.append((str(said["supported"]["ranges"]), "ranges are supported by held-out samples"))
-    return '<div class="tiles">' + "".join(_tile(*tile) for tile in shown) + "</div>"
+    is_named = (names.model, names.data) != ("MODEL", "DATA")
+    bare = f"model of sha256 {map.origin.model[:16]}"
+    subtitle = f"{names.model} on {names.data}" if is_named else bare
+    return render_page(HEADLINES[summary.verdict.kind], subtitle, sections, FOOTER)
 
 
-def _tile(number: str, meaning: str) -> str:
-    return f'<div class="tile"><b>{escape(number)}</b><span>{escape(meaning)}</span></div>'
+def _figures(plots: Mapping[str, PageFigure], *names: str) -> str:
+    return "".join(figure(plots[name]) for name in names if name in plots)
 
 
-def _joint(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return |gbar|^2 / sum_i w_i |mu_i|^2, a ratio that noise can carry anywhere."""
-    if row["ratio"] is None or row["se"] is None or row["se"] > 0.5:
-        return "?", "of all pull is joint: noise hides it"
+# -- the verdict -----------------------------------------------------------------------------------
+
+
+def _verdict(summary: ConflictSummary) -> str:
+    verdict, partition = summary.verdict, summary.partition
+    kind = "better" if verdict.is_promised else "inconclusive"
+    more = _reason(summary)
+    if len(partition) > 1 and partition != verdict.partition:
+        promise = summary.expected_gain
+        held_out = ", judged on samples that did not choose the cut" if promise.is_held_out else ""
+        more += f" Of this cut: {promise.sentence}{held_out}."
     return (
-        _percent(row["ratio"]),
-        f"of all pull is joint{_error(row['se'])}; near 0 the base has converged, and bins must oppose",
+        f'<section class="verdict {kind}">\n'
+        f"<p>{escape(verdict)}</p>\n<p>{escape(more)}</p></section>"
     )
 
 
-def _opposed(map: ConflictMap) -> tuple[str, str]:
-    """Return the lowest cosine of two resolved bins, and where it is."""
-    rho = similarity(map).cosine
+def _reason(summary: ConflictSummary) -> str:
+    """Return which ranges were taken and why, in a sentence."""
+    if len(summary.partition) == 1:
+        reason = summary.supported.reason if summary.supported else summary.reason
+        return f"The timesteps stay in one range: {reason}."
+    why = summary.reason
+    if summary.taken != summary.advice:
+        why = f"as was asked; advised is {summary.advice}, as {summary.reason}"
+    cuts, n = list_cuts(summary.partition), len(summary.partition)
+    return f"The timesteps are cut at {cuts} into {n} ranges, the {summary.taken} cut: {why}."
+
+
+# -- the numbers -----------------------------------------------------------------------------------
+
+
+def _tiles(summary: ConflictSummary) -> str:
+    map, share, promise = summary.reading.map, summary.share, summary.expected_gain
+    resolved = f"{map.N - len(summary.unresolved)} of {map.N}"
+    joint = "of what separate AdamW steps gain is missed by a joint one, by direction alone"
+    noisy = f"with the noise of batches of {BATCH} and unequal lengths too"
+    explained = f"of the conflict is resolved by this cut{_error(share.se if share else math.nan)}"
+    tiles = [
+        (resolved, "bins whose mean gradient stands out from noise"),
+        _lowest_cosine(summary),
+        (_percent(share.value if share else math.nan), explained),
+        (_percent(promise.share.value), joint),
+        (_percent(promise.batch.value), noisy),
+        _joint(summary.row_sums),
+    ]
+    if summary.supported is not None:
+        supported = str(summary.supported.chosen)
+        tiles.append((supported, "ranges are supported by held-out samples"))
+    boxes = [
+        f'<div class="tile"><b>{escape(number)}</b><span>{escape(meaning)}</span></div>'
+        for number, meaning in tiles
+    ]
+    return f'<div class="tiles">{"".join(boxes)}</div>'
+
+
+def _joint(sums: RowSums) -> tuple[str, str]:
+    """Return |gbar|^2 / sum_i w_i |mu_i|^2, a ratio that noise can carry anywhere."""
+    ratio = sums.ratio
+    if not math.isfinite(ratio.value) or not ratio.se <= 0.5:
+        return "?", "of all pull is joint: noise hides it"
+    meaning = f"of all pull is joint{_error(ratio.se)}"
+    return _percent(ratio.value), f"{meaning}; near 0 the base has converged, and bins must oppose"
+
+
+def _lowest_cosine(summary: ConflictSummary) -> tuple[str, str]:
+    """Return the lowest cosine of two resolved bins, and which they are."""
+    map, rho = summary.reading.map, summary.reading.bins.cosine
     if not np.isfinite(rho).any() or map.N == 1:
         return "?", "lowest cosine of two bins: none is resolved"
     i, j = sorted(divmod(int(np.nanargmin(rho)), map.N))
-    return (
-        f"{np.clip(rho[i, j], -1, 1):.2f}",
-        f"lowest cosine, of the bins {_span(map.bins[i])} and {_span(map.bins[j])}",
-    )
+    meaning = f"lowest cosine, of the bins {_span(map.bins[i])} and {_span(map.bins[j])}"
+    return f"{np.clip(rho[i, j], -1, 1):.2f}", meaning
 
 
-def _ranges(map: ConflictMap, partition: Partition, said: Mapping[str, Any]) -> str:
-    support = {
-        row["cut"]: f"{row['support']:.0%}"
-        for row in said["support"]
-        if said["taken"] == said["judged"]
-    }
-    rows = [
-        [
-            _span(span),
-            f"{len(span) / map.T:.0%}",
-            _times(row["length"]["value"]),
-            _percent(row["missed"]["value"]),
-            _between(row["missed"]),
-            support.get(span.stop, ""),
+def _ranges(summary: ConflictSummary) -> Iterable[list[str]]:
+    """Return a row of the table for each range."""
+    is_judged = summary.taken == summary.judged
+    support = {each.cut: f"{each.support:.0%}" for each in summary.support if is_judged}
+    for gain in summary.expected_gain.ranges:
+        length = gain.length.value
+        yield [
+            _span(gain.span),
+            f"{len(gain.span) / summary.reading.map.T:.0%}",
+            f"{length:.1f} ×" if math.isfinite(length) else "?",
+            _percent(gain.missed.value),
+            _between(gain.missed),
+            support.get(gain.span.stop, ""),
         ]
-        for span, row in zip(partition, said["benefit"]["ranges"], strict=True)
-    ]
-    return table(
-        [
-            "timesteps",
-            "of all",
-            "pull",
-            "missed by a joint step",
-            "95 % interval",
-            "support of its end",
-        ],
-        rows,
-    )
 
 
-def _span(span: Any) -> str:
+def _span(span: TimestepRange) -> str:
     return f"{span.start}–{span.stop}"
 
 
-def _percent(value: float | None) -> str:
-    return "?" if value is None else f"{value:.0%}"
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if math.isfinite(value) else "?"
 
 
-def _times(value: float | None) -> str:
-    return "?" if value is None else f"{value:.1f} ×"
+def _error(se: float) -> str:
+    return f", ± {se:.0%}" if math.isfinite(se) else ""
 
 
-def _error(se: float | None) -> str:
-    return "" if se is None else f", ± {se:.0%}"
+def _between(interval: Interval) -> str:
+    if not interval.is_known:
+        return "noise hides it"
+    return f"{interval.low:.0%} to {interval.high:.0%}"
 
 
-def _between(share: Mapping[str, float | None]) -> str:
-    low, high = share["low"], share["high"]
-    return "noise hides it" if low is None or high is None else f"{low:.0%} to {high:.0%}"
+# -- what to do next, how it was measured ----------------------------------------------------------
 
 
-# -- what to do next -----------------------------------------------------------------------------------------------------
-
-
-def _steps(map: ConflictMap, partition: Partition, said: Mapping[str, Any], names: Names) -> str:
-    found = steps(map, partition, said, names)
-    return "\n".join(
-        f'<p class="step">{escape(why)}</p>\n<pre>{escape(chr(10).join(run))}</pre>'
-        for why, run in found
-    )
-
-
-# -- how it was measured -------------------------------------------------------------------------------------------------
+def _steps(steps: Sequence[Step]) -> str:
+    blocks = []
+    for step in steps:
+        commands = "\n".join(step.commands)
+        blocks.append(f'<p class="step">{escape(step.text)}</p>\n<pre>{escape(commands)}</pre>')
+    return "\n".join(blocks)
 
 
 def _origin(map: ConflictMap) -> str:
     facts = {"bins": map.N, "groups": f"{map.M} of {map.origin.batch_size} samples"}
-    facts |= {
-        f.name.replace("_", " "): getattr(map.origin, f.name)
-        for f in fields(map.origin)
-        if f.name != "batch_size"
-    }
-    facts |= {"antithetic": map.origin.noise}
-    rows = (
-        f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>"
-        for key, value in facts.items()
+    for each in fields(map.origin):
+        if each.name != "batch_size":
+            facts[each.name.replace("_", " ")] = getattr(map.origin, each.name)
+    facts["antithetic"] = map.origin.noise
+    rows = [
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        for name, value in facts.items()
         if value != ""
-    )
+    ]
     return f"<dl>{''.join(rows)}</dl>"
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
-def pictures(
-    map: ConflictMap, partition: Partition, said: Mapping[str, Any], minimum: int | None = None
-) -> tuple[dict[str, Figure], dict[str, PageFigure]]:
-    """Draw the plots of a summary: figures on white, and the page's pictures for light and dark."""
-    method, score = said["judged"] if said["judged"] in FOUND else "gradient", said["score"]
-    counted = count(map, method=method, score=score, minimum=minimum)
-    given: dict[str, Any] = {
-        "score": score,
-        "method": method,
-        "minimum": minimum,
-        "counted": counted,
-    }
-    light, dark = figures(map, partition, **given), figures(map, partition, **given, theme=DARK)
-    shown = {
-        name: PageFigure(CAPTIONS[name], render(each), dark=render(dark[name]))
-        for name, each in light.items()
-    }
-    return light, shown
+def draw_plots(summary: ConflictSummary) -> dict[str, Pictures]:
+    """Draw the plots of a summary, by file name."""
+    return {name: pictures(draw) for name, draw in report_plots(summary).items()}
 
 
 def write_page(
-    map: ConflictMap,
-    partition: Partition,
-    said: Mapping[str, Any],
+    summary: ConflictSummary,
     path: Path,
-    names: Names,
-    minimum: int | None = None,
+    names: CommandNames,
+    plots: Mapping[str, Pictures] | None = None,
 ) -> Path:
-    """Draw the plots and write the page.
+    """Write the page; the plots are drawn if they are not given."""
+    plots = draw_plots(summary) if plots is None else plots
+    figures = {
+        name: PageFigure(CAPTIONS[name], plot.svg, dark=plot.dark) for name, plot in plots.items()
+    }
+    return commit_text(path, conflict_page(summary, figures, names))
 
-    Raises:
-        UsageError: where the place holds something else.
+
+def write_report(
+    summary: ConflictSummary,
+    out: Path | str,
+    names: CommandNames = CommandNames(),
+    *,
+    is_stored: bool = False,
+) -> list[Path]:
+    """Write map, partition, summary, plots and page into the folder OUT; return what was written.
+
+    Args:
+        names: the model and the data that the commands on the page name.
+        is_stored: whether the map lies in OUT already, where another process may have extended it
+            since. It is left alone then.
     """
-    check_replaceable(path)
-    return commit_text(
-        path, page(map, partition, said, pictures(map, partition, said, minimum)[1], names)
-    )
-
-
-def check_replaceable(path: Path) -> None:
-    """Refuse a place for the page that holds something else.
-
-    Raises:
-        UsageError: naming it.
-    """
-    if path.exists() and (not path.is_file() or FOOTER.encode() not in path.read_bytes()):
-        raise UsageError(
-            f"{path} is there and is not a page of a conflict map",
-            fix="name a file in another folder",
-        )
+    out = place_for(out)
+    map, partition = out / "conflict.safetensors", out / "partition.json"
+    if not is_stored:
+        summary.reading.map.save(map)
+    summary.partition.save(partition)
+    commit_json(out / "summary.json", summary.document())
+    written, plots = [map, partition, out / "summary.json"], draw_plots(summary)
+    for name, plot in plots.items():
+        for file, picture in plot.files(name).items():
+            written.append(commit_bytes(out / file, picture))
+    names = replace(names, map=out, partition=partition)
+    return [*written, write_page(summary, out / NAME, names, plots)]

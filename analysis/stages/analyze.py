@@ -22,13 +22,13 @@ from demerge.analysis.measurement.options import (
 from demerge.analysis.measurement.parallel import ALONE, World, join
 from demerge.analysis.measurement.run import Run, begin
 from demerge.analysis.measurement.schedule import describe_schedule
-from demerge.analysis.partitioning.bootstrap import Evidence
-from demerge.analysis.partitioning.cross_validation import count
 from demerge.analysis.partitioning.options import PartitionOptions
+from demerge.analysis.partitioning.reading import Reading
 from demerge.analysis.partitioning.resolution import LEAST_KNOWN
-from demerge.analysis.partitioning.sample_size import MOST, groups_needed
-from demerge.analysis.report.text import lines, summary, write
-from demerge.analysis.report.verdict import converged
+from demerge.analysis.partitioning.sample_size import MOST, sample_size
+from demerge.analysis.report.next_steps import CommandNames
+from demerge.analysis.report.page import write_report
+from demerge.analysis.report.summary import ConflictSummary, summarize
 from demerge.conflict import ConflictMap
 from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
@@ -50,21 +50,21 @@ class AnalysisResult:
     """
 
     map: ConflictMap
-    summary: dict[str, Any]
+    summary: ConflictSummary
     out: Path
     files: list[Path]
     target_se: float | None = None
 
     def lines(self) -> list[str]:
         """Return the result for a person."""
-        text = lines(self.summary)
+        text = self.summary.lines()
         if self.target_se is not None:
             text.append(f"{'target SE':12}  {describe_se(self.map, self.target_se)}")
         return text
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON values."""
-        return {"out": self.out, "files": self.files, **self.summary}
+        return {"out": self.out, "files": self.files, **self.summary.document()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +146,15 @@ class Plan:
             UsageError: if another process is working in OUT.
             NumericalError: if a gradient is not finite.
         """
-        map, cut = self.measure(progress), self.partition
-        n = cut.ranges or count(map, method=cut.method, score=cut.score).chosen
-        found = summary(map, n, method=cut.method, score=cut.score)
-        inputs = self.inputs
+        map, inputs = self.measure(progress), self.inputs
+        reading = Reading(map, self.partition.score)
+        summary = summarize(reading, self.partition.ranges, self.partition.method)
         words = ["--split", inputs.split] if inputs.split != "train" else []
         words += ["--skip-broken"] if inputs.skip_broken else []
-        files = write(
-            map, self.out, found, model=inputs.model, data=inputs.data, options=words, stored=True
-        )
+        names = CommandNames(inputs.model, inputs.data, tuple(words))
+        files = write_report(summary, self.out, names, is_stored=True)
         files += [] if self.fisher is None else self.fisher.paths
-        return AnalysisResult(map, found, self.out, files, self.measurement.options.target_se)
+        return AnalysisResult(map, summary, self.out, files, self.measurement.options.target_se)
 
     def measure(self, progress: Progress = silent) -> ConflictMap:
         """Return the existing map, or measure and save it; finished groups are not measured again.
@@ -182,9 +180,9 @@ class Plan:
 
     def early_note(self, map: ConflictMap) -> str | None:
         """Return a line if the first groups show that the map will say little, else None."""
-        evidence, o = Evidence.of(map), self.measurement.options
-        needed = groups_needed(map, evidence.found, LEAST_KNOWN)
-        if evidence.blocks.known >= LEAST_KNOWN or needed <= self.measurement.most_groups:
+        reading, o = Reading(map), self.measurement.options
+        needed = sample_size(map, reading.bins, LEAST_KNOWN)
+        if reading.blocks.is_enough or needed <= self.measurement.most_groups:
             return None
         seconds = None if self.pending is None else self.pending.seconds
         advice = "No affordable number of groups would resolve half of it."
@@ -194,7 +192,7 @@ class Plan:
         state = " The joint gradient is not told from 0: the base has converged or was annealed."
         return (
             f"early     after {map.M} groups, gradients are resolved on"
-            f" {evidence.blocks.known:.0%} of [0, T).{state if converged(evidence) else ''}"
+            f" {reading.blocks.known:.0%} of [0, T).{state if reading.is_converged else ''}"
             f" {advice} Ctrl-C keeps the groups that are measured."
         )
 

@@ -1,128 +1,133 @@
-"""Ranges from a map on disk: how many it supports, where they lie, what they gain, and what else there is.
+"""Ranges from a stored map: how many it supports, where they lie, what they gain.
 
-The summary of report.py with the number of ranges by cross-fit (crossfit.py) where none is asked for, and with a cut of one's
-own where one is given. The map alone is needed: no model, no data, no accelerator.
+The map alone is needed: no model, no data, no accelerator.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demerge.analysis.partitioning.bootstrap import Estimate
-from demerge.analysis.partitioning.cross_validation import count
-from demerge.analysis.partitioning.objective import METHODS, SCORES
-from demerge.analysis.report.text import lines as summary_lines
-from demerge.analysis.report.text import summary, taken
+from demerge.analysis.partitioning.options import RangesOptions
+from demerge.analysis.partitioning.reading import Reading
+from demerge.analysis.report.summary import ADVISED, ConflictSummary, summarize
 from demerge.conflict import ConflictMap
 from demerge.errors import InputError, UsageError
+from demerge.progress import Progress, silent
+from demerge.reporting.html import is_page
+from demerge.stage import Cost
+from demerge.storage.documents import check_replaceable
 from demerge.timesteps import Partition
 
-ADVISED = "advised"
+PAGE = "conflict.html"
 
 
-def ranges(
-    map: ConflictMap,
-    n: int | None = None,
-    *,
-    method: str = ADVISED,
-    score: str = "step",
-    minimum: int | None = None,
-    given: Partition | None = None,
-) -> dict[str, Any]:
-    """Say into which ranges to cut and why: JSON values only.
+@dataclass(frozen=True, slots=True, eq=False)
+class RangesPlan:
+    """A map that is open, and what is asked of it."""
 
-    Args:
-        n: number of ranges; None is the number that cross-fit finds, or that of `given`.
-        method: one of METHODS, or `advised`: `gradient` where it beats uniform on held-out groups, else `uniform`.
-        score: `step`, `energy` or `cosine`.
-        minimum: least width of a range in bins for cuts that look at the map.
-        given: a cut of one's own, to be judged and taken.
+    options: RangesOptions
+    reading: Reading
+    given: Partition | None = None
 
-    Returns the keys of `summary` and `partition`, the ranges that were taken; `timesteps`, T; `automatic`, whether n was found;
-    `supported`, n by cross-fit and its `reason`; `held_out_shares`, for each number of ranges what each method explains.
+    def describe(self) -> list[str]:
+        """Return what will be done, for a person."""
+        return [f"map       {self.reading.map!r}"]
+
+    def cost(self) -> Cost:
+        """Return what it will take."""
+        return Cost()
+
+    def run(self, progress: Progress = silent) -> RangesResult:
+        """Read the map; write the ranges and the page if OUT is given."""
+        o = self.options
+        summary = summarize(
+            self.reading, o.ranges, o.method or ADVISED, given=self.given, with_counts=True
+        )
+        if o.out is None:
+            return RangesResult(summary, None)
+        summary.partition.save(o.out)
+        from demerge.analysis.report.next_steps import CommandNames
+        from demerge.analysis.report.page import write_page
+
+        words = ("--split", o.split) if o.split != "train" else ()
+        names = CommandNames(o.model or "MODEL", o.data or "DATA", words, o.map, o.out)
+        write_page(summary, o.out.parent / PAGE, names)
+        return RangesResult(summary, o.out)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RangesResult:
+    """What a map says, and the file that holds its ranges."""
+
+    summary: ConflictSummary
+    out: Path | None
+
+    def lines(self) -> list[str]:
+        """Return the result for a person."""
+        return self.summary.lines()
+
+    def document(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        page = None if self.out is None else self.out.parent / PAGE
+        return {"out": self.out, "page": page, **self.summary.document()}
+
+
+def plan(options: RangesOptions) -> RangesPlan:
+    """Open the map and check what is asked of it.
 
     Raises:
-        UsageError: where an argument is out of its range.
+        InputError: if the map cannot be read, or was measured on other weights.
+        UsageError: if the options do not fit the map, or OUT holds something else.
     """
-    _check(map, n, method, score, minimum)
-    found = count(
-        map, method="gradient" if method == ADVISED else method, score=score, minimum=minimum
-    )
-    counted = found if method in (ADVISED, "gradient") else None
-    said = summary(
-        map,
-        n or found.chosen,
-        method=method,
-        score=score,
-        minimum=minimum,
-        given=given,
-        counted=counted,
-    )
-    return {
-        "partition": [[r.start, r.stop] for r in taken(map, said)],
-        "timesteps": map.T,
-        "automatic": n is None and given is None,
-        "supported": {"ranges": found.chosen, "reason": found.reason},
-        **said,
-        "held_out_shares": _by_count(found.shares),
-    }
+    map = load_map(options.map, options.model)
+    _check_fit(map, options.ranges, options.minimum)
+    if options.out is not None:
+        fix = "name another file, for example partition.json"
+        check_replaceable(options.out, "a partition", is_partition, fix)
+        page, fix = options.out.parent / PAGE, "name a file in another folder"
+        check_replaceable(page, "a page of a conflict map", is_page, fix)
+    given = None if options.cuts is None else partition_at(options.cuts, map.T)
+    return RangesPlan(options, Reading(map, options.score, options.minimum), given)
 
 
-def _check(map: ConflictMap, n: int | None, method: str, score: str, minimum: int | None) -> None:
-    for name, value, known in (("method", method, (ADVISED, *METHODS)), ("score", score, SCORES)):
-        if value not in known:
-            raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(known)}")
-    if n is not None and not 1 <= n <= map.N:
-        raise UsageError(
-            f"{n} ranges, and the map has {map.N} bins", fix=f"give 1 <= n <= {map.N}, or auto"
-        )
+def _check_fit(map: ConflictMap, n: int | None, minimum: int | None) -> None:
+    if n is not None and n > map.N:
+        fix = f"give --ranges {map.N} or fewer, or auto"
+        raise UsageError(f"{n} ranges, and the map has {map.N} bins", fix=fix)
     parts = n or min(2, map.N)
-    if minimum is not None and not 1 <= minimum <= map.N // parts:
+    if minimum is not None and minimum > map.N // parts:
         raise UsageError(
             f"minimum {minimum}: {parts} ranges of {minimum} bins or more do not fit the map's {map.N} bins",
             fix=f"give 1 <= minimum <= {map.N // parts}",
         )
 
 
-def _by_count(shares: dict[str, list[Estimate]]) -> list[dict[str, Any]]:
-    rows = zip(*shares.values(), strict=True)
-    return [
-        {
-            "ranges": k + 1,
-            **{name: {"value": e.value, "se": e.se} for name, e in zip(shares, row, strict=True)},
-        }
-        for k, row in enumerate(rows)
-    ]
-
-
-def given_cuts(text: str, total: int) -> Partition:
-    """Read a list of inner cuts, `125,500`, for [0, total).
+def partition_at(cuts: Sequence[int], total: int) -> Partition:
+    """Return [0, total) cut at ascending timesteps.
 
     Raises:
-        UsageError: where it is no list of ascending timesteps between 0 and total.
+        UsageError: if the last one is not below `total`.
     """
-    fix = f"give timesteps between 0 and {total}, ascending, for example --cuts {total // 8},{total // 2}"
-    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text, re.ASCII):
-        raise UsageError(f"cuts '{text}' are no list of timesteps", fix=fix)
-    cuts = [int(word) for word in text.split(",")]
-    if not all(a < b for a, b in pairwise([0, *cuts, total])):
-        raise UsageError(f"cuts {cuts} do not ascend within ({0}, {total})", fix=fix)
+    if cuts[-1] >= total:
+        fix = f"give timesteps between 0 and {total}, ascending"
+        raise UsageError(f"cuts {list(cuts)} do not ascend within (0, {total})", fix=fix)
     return Partition.from_cuts(total, cuts)
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
-def load_map(path: Path, model: str | None = None) -> ConflictMap:
-    """Read a conflict.safetensors, or the one in a folder; refuse one of another model than `model`, where one is named.
+def load_map(path: Path | str, model: str | None = None) -> ConflictMap:
+    """Read a conflict.safetensors, or the one in a folder.
 
     Raises:
-        InputError: where there is no map, or it was measured on other weights or another schedule.
+        InputError: if there is no map, or it was measured on another model than `model`, if that is
+            given, or on another schedule.
     """
+    path = Path(path)
     map = ConflictMap.load(path / "conflict.safetensors" if path.is_dir() else path)
     if model is None:
         return map
@@ -132,92 +137,19 @@ def load_map(path: Path, model: str | None = None) -> ConflictMap:
 
     sha256 = remembered_content(Checkpoint.open(model))
     if sha256 != map.origin.model:
+        measured = f"{path} was measured on a model of sha256 {map.origin.model[:16]}..."
         raise InputError(
-            f"{path} was measured on a model of sha256 {map.origin.model[:16]}..., {model} has {sha256[:16]}...",
+            f"{measured}, {model} has {sha256[:16]}...",
             fix="name the base that the map was measured on, or measure this one with `demerge analyze`",
         )
     check_same_schedule(map, path, model)
     return map
 
 
-def check_replaceable(out: Path) -> None:
-    """Refuse a place for a partition that holds something else.
-
-    Raises:
-        UsageError: naming it.
-    """
-    if not out.exists():
-        return
+def is_partition(path: Path) -> bool:
+    """Return whether a file holds a partition."""
     try:
-        Partition.load(out)
-    except InputError as error:
-        raise UsageError(
-            f"{out} is there and is not a partition",
-            fix="name another file, for example partition.json",
-        ) from error
-
-
-def page_beside(out: Path) -> Path:
-    """Return the place of the page beside a partition: conflict.html in its folder.
-
-    Raises:
-        UsageError: where something else is there.
-    """
-    from demerge.analysis.report.page import NAME, check_replaceable
-
-    check_replaceable(out.parent / NAME)
-    return out.parent / NAME
-
-
-def write_beside(
-    map: ConflictMap,
-    said: Mapping[str, Any],
-    page: Path,
-    *,
-    stored: Path,
-    out: Path,
-    model: str | None = None,
-    data: str | None = None,
-    options: Sequence[str] = (),
-    minimum: int | None = None,
-) -> None:
-    """Write the page of what `ranges` said of the map in `stored` and wrote to `out`; its commands name model and data."""
-    from demerge.analysis.report.next_steps import Names
-    from demerge.analysis.report.page import write_page
-
-    names = Names(model or "MODEL", data or "DATA", tuple(options), stored, out)
-    write_page(map, taken(map, said), said, page, names, minimum)
-
-
-# -- for a person --------------------------------------------------------------------------------------------------------
-
-
-def lines(said: dict[str, Any]) -> list[str]:
-    """Return what `ranges` says, for a person: verdict, evidence, the table of numbers of ranges, and the result at the end."""
-    supported = said["supported"]
-    spans = " ".join(f"[{a}, {b})" for a, b in said["partition"])
-    auto = f"{supported['ranges']}: {supported['reason']}"
-    return [
-        *summary_lines(said),
-        *_table(said["held_out_shares"], said["ranges"]),
-        f"{'supported':12}  {auto}",
-        f"{'ranges':12}  {spans}, {said['taken']}",
-    ]
-
-
-def _table(rows: Sequence[dict[str, Any]], chosen: int) -> list[str]:
-    if not rows:
-        return []
-    methods = [name for name in rows[0] if name != "ranges"]
-    head = (
-        f"{'ranges':>12}  "
-        + "  ".join(f"{name:>13}" for name in methods)
-        + "   explained on held-out groups"
-    )
-    body = [
-        f"{row['ranges']:12}  "
-        + "  ".join(f"{row[name]['value']:6.2f} ± {row[name]['se']:.2f}" for name in methods)
-        + ("   <" if row["ranges"] == chosen else "")
-        for row in rows
-    ]
-    return [head, *body]
+        Partition.load(path)
+    except InputError:
+        return False
+    return True

@@ -20,10 +20,10 @@ import pandas as pd
 
 from demerge.analysis.measurement.options import DRAWS
 from demerge.analysis.similarity import (
-    cross,
-    error,
-    kernel,
+    all_cross_pairs,
+    estimate_error,
     normalised,
+    pair_weighted_gram,
     similarity,
     standard_error,
     t_quantile,
@@ -122,7 +122,7 @@ def compare_by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -
             half = t_quantile(count) * float(standard_error(left_out))
             rows.append((kind, PLUG_IN, samples, _mean_neighbour(found.naive), half, 0))
             pairs = normalised(without_pair(part), found.resolved)
-            half = float(error(np.array([_mean_neighbour(each) for each in pairs])).half())
+            half = float(estimate_error(np.array([_mean_neighbour(each) for each in pairs])).half())
             unresolved = int((~found.resolved).sum())
             mean = _mean_neighbour(found.cosine)
             rows.append((kind, UNBIASED, samples, mean, half, unresolved))
@@ -171,8 +171,8 @@ def _plug_in_pair_mean(map: ConflictMap) -> tuple[float, float]:
 
 def _unbiased_pair_mean(map: ConflictMap) -> tuple[float, float]:
     i, j = np.triu_indices(map.N, 1)
-    mean = kernel(map, cross(map.M))[i, j].mean()
-    return float(mean), float(error(without_pair(map)[:, i, j].mean(1)).se)
+    mean = pair_weighted_gram(map, all_cross_pairs(map.M))[i, j].mean()
+    return float(mean), float(estimate_error(without_pair(map)[:, i, j].mean(1)).se)
 
 
 def _mean_neighbour(cosine: Array) -> float:
@@ -198,4 +198,6 @@ def _plug_in_without(map: ConflictMap) -> Array:
 def _plug_in_kernels(map: ConflictMap) -> tuple[Array, Array]:
     """Return <S_i, S_j> / M^2 [N N], and the same without group m, for each m, [M N N]."""
     left = 1 - np.eye(map.M)
-    return kernel(map, np.ones((map.M, map.M))), kernel(map, left[:, :, None] * left[:, None, :])
+    return pair_weighted_gram(map, np.ones((map.M, map.M))), pair_weighted_gram(
+        map, left[:, :, None] * left[:, None, :]
+    )

@@ -105,8 +105,12 @@ class Pictures:
 
 def pictures(draw: Draw) -> Pictures:
     """Draw a plot with both themes; `draw` is a `styled` function of a theme."""
-    light = draw(LIGHT)
-    return Pictures(render(light), render(draw(DARK)), render(light, "png"))
+    light, dark = draw(LIGHT), draw(DARK)
+    svg, png = render(light), render(light, "png")
+    dark.set_layout_engine("none")
+    for axes, like in zip(dark.axes, light.axes, strict=True):  # one layout serves both
+        axes.set_position(like.get_position(original=True))
+    return Pictures(svg, render(dark), png)
 
 
 def _style(theme: Theme) -> dict[Any, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -134,3 +134,13 @@ def _check_unique_keys(path: Path, node: Any) -> None:
 
 def _damaged(path: Path, what: str) -> InputError:
     return InputError(f"{path}: {what}", fix="fix the file")
+
+
+def check_replaceable(path: Path, kind: str, is_own: Callable[[Path], bool], fix: str) -> None:
+    """Check that a place is free or holds an older file of the same kind.
+
+    Raises:
+        UsageError: if it holds something else.
+    """
+    if path.exists() and not (path.is_file() and is_own(path)):
+        raise UsageError(f"{path} exists and is not {kind}", fix=fix)

@@ -11,17 +11,18 @@ import pytest
 from demerge.analysis.similarity import (
     RESOLVED,
     SURE,
+    all_cross_pairs,
     by_lag,
     by_log_snr,
-    cross,
-    error,
+    estimate_error,
+    group_weights_to_pairs,
     halves,
-    kernel,
     leave_one_out,
+    pair_weighted_gram,
     similarity,
     standard_error,
     t_quantile,
-    weighted,
+    without_pair,
 )
 from demerge.conflict import Array
 
@@ -45,8 +46,8 @@ def test_the_statistic_is_unbiased_and_the_naive_one_is_biased_as_predicted(
 ) -> None:
     rng = np.random.default_rng(0)
     maps = [map_of(draw(rng, draws)) for _ in range(1500)]
-    unbiased = np.array([kernel(map, cross(M)) for map in maps])
-    naive = np.array([kernel(map, np.ones((M, M))) for map in maps])
+    unbiased = np.array([pair_weighted_gram(map, all_cross_pairs(M)) for map in maps])
+    naive = np.array([pair_weighted_gram(map, np.ones((M, M))) for map in maps])
     bias = np.trace(ROOT @ ROOT.T) / M * (np.ones((N, N)) if draws == "shared" else np.eye(N))
     for values, expected in ((unbiased, MU @ MU.T), (naive, MU @ MU.T + bias)):
         z = (values.mean(0) - expected) / (values.std(0) / len(maps) ** 0.5)
@@ -111,7 +112,7 @@ def test_the_variance_is_the_mean_over_unequal_quadruples_and_positive() -> None
     h = s @ s.transpose(0, 2, 1)
     m, n = np.triu_indices(6, 1)
     pairs = h[:, m, n].T
-    found = error((pairs.sum(0) - pairs) / (len(pairs) - 1))
+    found = estimate_error((pairs.sum(0) - pairs) / (len(pairs) - 1))
     i, j, k, l = np.array(list(permutations(range(6), 4))).T  # noqa: E741
     slow = pairs.mean(0) ** 2 - (h[:, i, j] * h[:, k, l]).mean(1)
     free = pairs.var(0, ddof=1) / len(pairs)
@@ -126,7 +127,7 @@ def test_the_variance_of_a_mean_over_groups_is_the_jackknifes() -> None:
     x = np.random.default_rng(0).standard_normal(9)
     m, n = np.triu_indices(9, 1)
     h = (x[m] + x[n]) / 2
-    found = error((h.sum() - h) / (len(h) - 1))
+    found = estimate_error((h.sum() - h) / (len(h) - 1))
     assert found.se == pytest.approx(x.std(ddof=1) / 3) and found.df == pytest.approx(8)
     assert found.half() == pytest.approx(t_quantile(9) * found.se)
 
@@ -137,11 +138,11 @@ def test_intervals_of_a_signal_cover_95_percent(groups: int) -> None:
     covered = []
     for strength in (1, 2, 4, 8, 16, 32):
         K, left, truth = bins(groups, strength)
-        covered.append(np.mean(abs(K - truth) <= error(left).half()))
+        covered.append(np.mean(abs(K - truth) <= estimate_error(left).half()))
     assert 0.94 - 0.005 <= np.mean(covered) <= 0.96 + 0.005
     assert min(covered) > 0.92 and max(covered) < 0.98
     K, left, _ = bins(groups, 0)
-    assert 0.95 <= np.mean(abs(K) <= error(left).half()) <= 0.985
+    assert 0.95 <= np.mean(abs(K) <= estimate_error(left).half()) <= 0.985
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -149,14 +150,14 @@ def test_bins_without_gradient_are_hardly_ever_resolved_and_others_with_half_of_
     groups: int,
 ) -> None:
     K, left, _ = bins(groups, 0)
-    assert np.mean(RESOLVED * error(left).se < K) < 0.01
+    assert np.mean(RESOLVED * estimate_error(left).se < K) < 0.01
     K, left, _ = bins(groups, 5)
     m, n = np.triu_indices(groups, 1)
     pairs = K - (len(left) - 1) * (left - K)
     sums = np.array([pairs[(m == g) | (n == g)].sum(0) for g in range(groups)])
     without = (pairs.sum(0) - sums) / (len(pairs) - groups + 1)
     ours, jackknife = (
-        np.mean(RESOLVED * se < K) for se in (error(left).se, standard_error(without))
+        np.mean(RESOLVED * se < K) for se in (estimate_error(left).se, standard_error(without))
     )
     assert ours > 0.55 and ours > 1.3 * jackknife
 
@@ -166,7 +167,7 @@ def test_bins_that_pass_by_luck_are_marked(groups: int) -> None:
     """Three of four that pass with a power below one half are marked, and hardly any with a signal of 15 SE."""
     for strength, least, most in ((2, 0.75, 1), (3, 0.7, 1), (20, 0, 0.1)):
         K, left, truth = bins(groups, strength)
-        se = error(left).se
+        se = estimate_error(left).se
         resolved, weak = RESOLVED * se < K, SURE * se > K
         assert least <= weak[resolved].mean() <= most
         if strength == 2:
@@ -180,12 +181,15 @@ def test_kernel_is_the_sum_it_says(map_of: Any) -> None:
     slow = np.zeros((2, N, N))
     for b, m, n in np.ndindex(2, M, M):
         slow[b] += p[b, m, n] * s[:, m] @ s[:, n].T / p[b].sum()
-    assert np.allclose(kernel(map, p), slow)
+    assert np.allclose(pair_weighted_gram(map, p), slow)
     S = s.sum(1)
     u = (S @ S.T - np.einsum("imd,jmd->ij", s, s)) / (M * (M - 1))
-    assert np.allclose(kernel(map, cross(M)), u)
-    assert np.allclose(leave_one_out(map)[2], kernel(map_of(np.delete(s, 2, axis=1)), cross(M - 1)))
-    assert np.allclose(kernel(map, weighted(np.ones(M))), u)
+    assert np.allclose(pair_weighted_gram(map, all_cross_pairs(M)), u)
+    assert np.allclose(
+        leave_one_out(map)[2],
+        pair_weighted_gram(map_of(np.delete(s, 2, axis=1)), all_cross_pairs(M - 1)),
+    )
+    assert np.allclose(pair_weighted_gram(map, group_weights_to_pairs(np.ones(M))), u)
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
@@ -250,9 +254,12 @@ def test_reliability_and_noise_scale_of_known_noise(map_of: Any) -> None:
 
 def test_tables_by_distance(map_of: Any) -> None:
     map = map_of(10 * MU[:, None] + draw(np.random.default_rng(8), "shared"))
-    lags, pairs, rho = by_lag(map), by_log_snr(map), similarity(map).cosine
+    bins = similarity(map)
+    lags, pairs, rho = by_lag(bins, without_pair(map)), by_log_snr(map, bins), bins.cosine
     assert lags.lag.tolist() == [1, 2, 3] and lags.pairs.tolist() == [3, 2, 1]
     assert lags.cosine[1] == pytest.approx((rho[0, 2] + rho[1, 3]) / 2)
     assert len(pairs) == 6 and pairs.distance.min() == pytest.approx(19 * 250 / 999)
     empty = map_of(np.zeros((N, M, D)))
-    assert by_lag(empty).cosine.isna().all() and len(by_log_snr(empty)) == 0
+    none = similarity(empty)
+    assert by_lag(none, without_pair(empty)).cosine.isna().all()
+    assert len(by_log_snr(empty, none)) == 0

@@ -40,7 +40,7 @@ def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> 
     ):
         assert word in done.err
     out = tmp_path / "new" / "partition.json"
-    wrote = run("ranges", tmp_path, "-n", "auto", "-o", out)
+    wrote = run("ranges", tmp_path, "--ranges", "auto", "-o", out)
     assert (wrote.code, wrote.out.strip()) == (0, str(out)) and Partition.load(out).cuts == [
         125,
         250,
@@ -51,7 +51,7 @@ def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> 
         "125, 250 and 375 into 4 ranges" in page and f"--ranges {out}" in page and "joint:4" in page
     )
     said = json.loads(
-        run("ranges", conflict, "-n", 2, "--method", "hierarchical", "-o", out, "--json").out
+        run("ranges", conflict, "--ranges", 2, "--method", "hierarchical", "-o", out, "--json").out
     )
     assert said["ranges"] == 2 and said["taken"] == "hierarchical" and len(Partition.load(out)) == 2
     assert said["partition"] == [[r.start, r.stop] for r in Partition.load(out)]
@@ -59,7 +59,7 @@ def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> 
 
 
 def test_one_range_says_why_there_are_no_more(run: Any, conflict: Path) -> None:
-    done = run("ranges", conflict, "-n", 1, "--minimum", 16)
+    done = run("ranges", conflict, "--ranges", 1, "--minimum", 16)
     assert (
         done.code,
         "supported     1: 16 blocks of bins give no 2 ranges of 16 bins or more" in done.err,
@@ -72,7 +72,7 @@ def test_a_list_of_cuts_is_judged_and_written(run: Any, conflict: Path, tmp_path
         conflict,
         "--cuts",
         "100,500",
-        "-n",
+        "--ranges",
         3,
         "--score",
         "cosine",
@@ -94,28 +94,28 @@ def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("-n", 17), 2, "17 ranges, and the map has 16 bins"),
-        (("-n", "many"), 2, "'many' is not a number of ranges"),
-        (("-n", 0), 2, "'0' is not a number of ranges"),
-        (("--minimum", 9, "-n", 2), 2, "2 ranges of 9 bins"),
+        (("--ranges", 17), 2, "17 ranges, and the map has 16 bins"),
+        (("--ranges", "many"), 2, "'many' is not a number of ranges"),
+        (("--ranges", 0), 2, "at least 1"),
+        (("--minimum", 9, "--ranges", 2), 2, "2 ranges of 9 bins"),
         (
             ("--minimum", 9),
             2,
             "minimum 9: 2 ranges of 9 bins or more do not fit the map's 16 bins",
         ),
-        (("--minimum", 5, "-n", 4), 2, "fix: give 1 <= minimum <= 4\n"),
-        (("--minimum", 0), 2, "--minimum"),
+        (("--minimum", 5, "--ranges", 4), 2, "fix: give 1 <= minimum <= 4\n"),
+        (("--minimum", 0), 2, "minimum is 0"),
         (("--method", "best"), 2, "hierarchical"),
-        (("--score", "sum"), 2, "step, energy, cosine"),
+        (("--score", "sum"), 2, "'step', 'energy', 'cosine'"),
         (("--cuts", "500,125"), 2, "ascend"),
-        (("--cuts", "125", "-n", 4), 2, "2 ranges"),
+        (("--cuts", "125", "--ranges", 4), 2, "2 ranges"),
         (("--cuts", "125", "--method", "uniform"), 2, "leave out --method"),
         (("-o", "."), 2, "is not a partition"),
         (("-o", "conflict.safetensors"), 2, "is not a partition"),
         (("-o", "conflict.safetensors/p.json"), 2, "cannot exist"),
         (("--cuts", "125,125"), 2, "ascend"),
         (("--cuts", "125,1000"), 2, "ascend"),
-        (("--cuts", "125,"), 2, "no list of timesteps"),
+        (("--cuts", "125,"), 2, "not a list of timesteps"),
     ],
 )
 def test_mistakes_end_in_one_message(

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from demerge.analysis.layers.gains import choose_layers
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.schedule import check_same_schedule, log_snr
+from demerge.analysis.partitioning.options import RangesOptions
 from demerge.analysis.stages import ranges as ranges_stage
 from demerge.conflict import LAYER_K, Array, ConflictMap, Origin
 from demerge.data import load_images
@@ -422,8 +423,10 @@ def targets(
         recipe(),
     ]
     ranged = [
-        lambda: ranges_stage.lines(
-            ranges_stage.ranges(ranges_stage.load_map(file_of_map, str(base)), 2)
+        lambda: (
+            ranges_stage.plan(RangesOptions(map=file_of_map, model=str(base), ranges=2))
+            .run()
+            .lines()
         )
     ]
     layered = [

@@ -240,5 +240,3 @@ def _drawn(rows: Sequence[Row], floors: Sequence[Row]) -> Iterator[tuple[str, Dr
         and any(row.losses for row in rows if row is not base)
     ):
         yield "losses", partial(plots.losses, [row for row in rows if row is not base], base.losses)
-
-

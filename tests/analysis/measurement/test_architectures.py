@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demerge.analysis import MeasurementOptions, lines, measure, summary
+from demerge.analysis import MeasurementOptions, Reading, measure, summarize
 from demerge.analysis.measurement.draws import draw
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import ConflictMap, K, layers_of
@@ -74,8 +74,8 @@ def test_a_map_is_measured_read_and_kept(case: Case, tmp_path: Path) -> None:
     assert map.layout == named and list(map.layout) == list(named)
     assert sum(layers_of(map.layout).values()) == map.origin.parameters == model.parameters
     assert (np.diagonal(map.gram.reshape(15, 15)) > 0).all()
-    said = summary(map, 2)
-    assert said["bins"] == 3 and all(isinstance(line, str) for line in lines(said))
+    summary = summarize(Reading(map), 2)
+    assert summary.document()["bins"] == 3 and summary.lines()
     again = ConflictMap.load(map.save(tmp_path / "conflict.safetensors"))
     assert np.array_equal(again.gram, map.gram) and dict(again.layout) == map.layout
 

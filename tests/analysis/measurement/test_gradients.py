@@ -18,7 +18,7 @@ from demerge.analysis.measurement.gradients import Measurement
 from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.run import begin, measure
 from demerge.analysis.measurement.sketch import CountSketch
-from demerge.analysis.similarity import cross, kernel, similarity
+from demerge.analysis.similarity import all_cross_pairs, pair_weighted_gram, similarity
 from demerge.conflict import Array, ConflictMap
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
@@ -57,7 +57,7 @@ def test_a_linear_problem_is_measured_without_bias(
 ) -> None:
     maps = [measured(linear, images, **SMALL, **options, seed=seed) for seed in range(60)]
     mu = truth(linear, images, maps[0].edges)
-    values = np.array([kernel(map, cross(5)) for map in maps])
+    values = np.array([pair_weighted_gram(map, all_cross_pairs(5)) for map in maps])
     z = (values.mean(0) - mu @ mu.T) / (values.std(0, ddof=1) / len(maps) ** 0.5)
     assert abs(z).max() < 3.5
 
@@ -68,7 +68,7 @@ def test_antithetic_noise_takes_away_noise(linear: Any, images: Any) -> None:
     def noise(antithetic: str) -> float:
         map = measured(linear, images, bins=30, groups=40, batch_size=2, antithetic=antithetic)
         squares = np.einsum("imim->i", map.gram) / map.M
-        return float(squares[0] - kernel(map, cross(map.M))[0, 0])
+        return float(squares[0] - pair_weighted_gram(map, all_cross_pairs(map.M))[0, 0])
 
     assert noise("on") < 0.8 * noise("off")
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis import MeasurementOptions, lines, measure, summary
-from demerge.analysis.partitioning.bootstrap import Evidence
-from demerge.analysis.partitioning.expected_gain import Benefit, benefit
-from demerge.analysis.partitioning.objective import cut
-from demerge.analysis.partitioning.sample_size import MOST, groups_needed
+from demerge.analysis import MeasurementOptions, measure, summarize
+from demerge.analysis.partitioning.expected_gain import ExpectedGain, expected_gain
+from demerge.analysis.partitioning.reading import Reading
+from demerge.analysis.partitioning.sample_size import MOST, sample_size
 from demerge.analysis.similarity import similarity
 from demerge.analysis.study.known import KnownProblem
 from demerge.conflict import Array, ConflictMap
@@ -24,8 +23,8 @@ from demerge.evaluation.metrics.range_losses import range_losses
 from demerge.timesteps import Partition, TimestepRange
 
 
-def of(map: ConflictMap, partition: Partition, **options: Any) -> Benefit:
-    return benefit(Evidence.of(map), partition, **options)
+def of(map: ConflictMap, partition: Partition, **options: Any) -> ExpectedGain:
+    return expected_gain(Reading(map), partition, **options)
 
 
 def truth(
@@ -65,7 +64,9 @@ def test_exact_gradients_give_the_definition(map_of: Any) -> None:
     )
     assert (found.gain.value, found.share.value) == pytest.approx((J, share))
     assert (found.sgd.value, found.sgd_length.value) == pytest.approx((sgd, by_length))
-    assert found.gain.se == pytest.approx(0, abs=1e-9) and found.promised and not found.held_out
+    assert (
+        found.gain.se == pytest.approx(0, abs=1e-9) and found.is_promised and not found.is_held_out
+    )
     own = np.array([row.missed.value * row.length.value for row in found.ranges])
     assert share == pytest.approx(w @ own), "the ranges add up"
 
@@ -80,9 +81,9 @@ def test_cuts_within_bins_take_their_part(map_of: Any) -> None:
 
 def test_a_doubt_forbids_a_promise(planted: Any) -> None:
     map = planted([0, 4, 8])
-    assert of(map, Partition.uniform(1000, 2)).promised
+    assert of(map, Partition.uniform(1000, 2)).is_promised
     doubted = of(map, Partition.uniform(1000, 2), doubt="too little is resolved")
-    assert not doubted.promised and doubted.sentence == "no promise: too little is resolved"
+    assert not doubted.is_promised and doubted.sentence == "no promise: too little is resolved"
 
 
 @pytest.mark.parametrize("draws", ["shared", "independent"])
@@ -104,7 +105,7 @@ def test_parallel_gradients_of_unequal_length_promise_nothing(
             map_of(lengths[:, None, None] * (np.eye(1, 100) + noise * z)),
             Partition.uniform(1000, 4),
         )
-        promises += found.promised
+        promises += found.is_promised
         length.append(found.sgd_length.value)
         direction.append(found.share.value)
     assert promises <= 0.05 * runs
@@ -116,8 +117,9 @@ def test_parallel_gradients_are_no_conflict_to_any_report(map_of: Any) -> None:
     promised = 0
     for seed in range(20):
         noise = 0.5 * np.random.default_rng(seed).standard_normal((8, 8, 100)) / 10
-        said = summary(map_of(lengths[:, None, None] * (np.eye(1, 100) + noise)), 4)
-        promised += said["verdict"]["promised"] or said["benefit"]["promised"]
+        map = map_of(lengths[:, None, None] * (np.eye(1, 100) + noise))
+        summary = summarize(Reading(map), 4)
+        promised += summary.verdict.is_promised or summary.expected_gain.is_promised
     assert promised <= 1
 
 
@@ -172,16 +174,20 @@ def test_steps_on_a_quadratic_gain_what_is_predicted(map_of: Any, steps: str) ->
 def test_one_direction_and_one_range_promise_nothing(planted: Any) -> None:
     alike = of(planted([0, 8]), Partition.uniform(1000, 4))
     assert (
-        not alike.promised and alike.sentence.startswith("no promise") and alike.share.value < 0.05
+        not alike.is_promised
+        and alike.sentence.startswith("no promise")
+        and alike.share.value < 0.05
     )
     single = of(planted([0, 4, 8]), Partition.uniform(1000, 1), method="gradient")
-    assert not single.promised and "one range" in single.sentence and abs(single.gain.value) < 1e-12
+    assert (
+        not single.is_promised and "one range" in single.sentence and abs(single.gain.value) < 1e-12
+    )
 
 
 def test_noise_promises_nothing(map_of: Any) -> None:
     maps = [map_of(np.random.default_rng(k).standard_normal((8, 6, 200))) for k in range(40)]
     found = [of(map, Partition.uniform(1000, 4)) for map in maps]
-    assert sum(each.promised for each in found) <= 2
+    assert sum(each.is_promised for each in found) <= 2
     hidden = next(each for each in found if np.isnan(each.share.value))
     assert "noise hides" in hidden.sentence and hidden.document()["share"]["value"] is None
 
@@ -189,12 +195,12 @@ def test_noise_promises_nothing(map_of: Any) -> None:
 def test_a_found_cut_is_judged_on_groups_that_did_not_choose_it(planted: Any) -> None:
     seen, honest = [], []
     for seed in range(12):
-        evidence = Evidence.of(planted([0, 5, 16], noise=0.5, seed=seed))
-        partition = cut(evidence.map, 3, minimum=1)
-        judged = benefit(evidence, partition, "gradient", minimum=1)
-        seen.append(benefit(evidence, partition).gain.value)
+        reading = Reading(planted([0, 5, 16], noise=0.5, seed=seed), minimum=1)
+        partition = reading.partition(3)
+        judged = expected_gain(reading, partition, "gradient")
+        seen.append(expected_gain(reading, partition).gain.value)
         honest.append(judged.gain.value)
-        assert judged.held_out
+        assert judged.is_held_out
     assert np.mean(honest) < np.mean(seen) - 0.002, "a cut that was found flatters itself"
 
 
@@ -250,7 +256,7 @@ def test_predicted_benefit_is_what_first_adamw_steps_gain() -> None:
     print(
         f"fixed length {found.share}, batches of 64 {found.batch}, plain {found.sgd}; {share:.0%} measured"
     )
-    assert found.promised and abs(share - found.batch.value) < 0.12
+    assert found.is_promised and abs(share - found.batch.value) < 0.12
 
 
 def trained(
@@ -290,7 +296,7 @@ def test_the_groups_that_are_named_would_do() -> None:
     for seed in range(20):
         map = known.measure(groups=8, batch_size=1, draws="independent", seed=seed)
         found = similarity(map)
-        needed = groups_needed(map, found)
+        needed = sample_size(map, found)
         assert (needed == map.M) == bool(found.resolved.all())
         resolved.append(
             similarity(
@@ -304,5 +310,5 @@ def test_a_bin_without_any_gradient_needs_more_than_can_be_said(map_of: Any) -> 
     s = np.random.default_rng(0).standard_normal((3, 6, 20))
     s[1] = 0
     map = map_of(s)
-    assert groups_needed(map, similarity(map)) == MOST
-    assert "would do" not in lines(summary(map, 2))[0]
+    assert sample_size(map, similarity(map)) == MOST
+    assert "would do" not in summarize(Reading(map), 2).lines()[0]

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
 from demerge.analysis.partitioning.objective import (
-    FOUND,
+    ADAPTIVE,
     METHODS,
     SCORES,
-    Objective,
     cover,
-    cut,
     equal_log_snr,
     least_width,
     nearest_edges,
 )
-from demerge.analysis.partitioning.resolution import blocks
+from demerge.analysis.partitioning.reading import Reading, partition
+from demerge.analysis.partitioning.search import total
 from demerge.analysis.similarity import similarity
 from demerge.errors import NumericalError, UsageError
 from demerge.timesteps import Partition
 
 
-@pytest.mark.parametrize("method", FOUND)
+@pytest.mark.parametrize("method", ADAPTIVE)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
     "edges", [[0, 3, 8], [0, 2, 7, 12], [0, 4, 8, 10, 16], [0, 1, 2, 3], [0, 5]]
@@ -34,7 +32,7 @@ def test_planted_cuts_are_recovered(
     planted: Any, method: str, score: str, edges: list[int]
 ) -> None:
     map = planted(edges)
-    assert cut(map, len(edges) - 1, method, score=score, minimum=1).cuts == [
+    assert partition(map, len(edges) - 1, method, score=score, minimum=1).cuts == [
         map.edges[i] for i in edges[1:-1]
     ]
 
@@ -44,21 +42,19 @@ def test_hierarchical_cuts_are_nested_and_the_program_is_no_worse(map_of: Any, s
     rng = np.random.default_rng(5)
     mu = np.cumsum(rng.standard_normal((12, 20)), axis=0)
     map = map_of(3 * mu[:, None] + rng.standard_normal((12, 6, 20)))
-    found = similarity(map)
-    objective, before = Objective.of(map, score, found), set()
+    reading, before = Reading(map, score, minimum=1), set()
     for n in range(1, 9):
-        greedy = cut(map, n, "hierarchical", score=score)
-        exact = cut(map, n, score=score, minimum=1)
-        J = [objective.gain(found.K, cover(map, partition)) for partition in (greedy, exact)]
+        greedy, exact = reading.partition(n, "hierarchical"), reading.partition(n)
+        J = [total(reading.tables[0], nearest_edges(map, each)) for each in (greedy, exact)]
         assert len(greedy) == n and before < {0, *greedy.cuts} and J[0] <= J[1] + 1e-12 * abs(J[1])
         before = {0, *greedy.cuts}
 
 
 def test_hierarchical_says_where_it_can_split_no_more(planted: Any) -> None:
     map = planted([0, 4, 9])
-    assert cut(map, 3, minimum=3).cuts == [333, 667]
+    assert partition(map, 3, minimum=3).cuts == [333, 667]
     with pytest.raises(NumericalError, match="no 3 ranges of 3 bins"):
-        cut(map, 3, "hierarchical", minimum=3)
+        partition(map, 3, "hierarchical", minimum=3)
 
 
 def test_the_default_least_width() -> None:
@@ -66,33 +62,31 @@ def test_the_default_least_width() -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_the_table_and_the_gain_agree(planted: Any, score: str) -> None:
+def test_the_table_holds_what_the_definition_says(planted: Any, score: str) -> None:
     map = planted([0, 3, 5, 9])
-    found = similarity(map)
-    objective = Objective.of(map, score, found)
-    table = objective.table(found.K)
-    edges = [0, 2, 6, 9]
-    partition = Partition.from_cuts(1000, [map.edges[i] for i in edges[1:-1]])
-    direct = sum(table[a, b] for a, b in pairwise(edges)) - table[0, 9]
-    assert objective.gain(found.K, cover(map, partition)) == pytest.approx(direct)
-    K, w = found.K, map.widths
-    if score == "step":
-        assert table[2, 6] == pytest.approx(np.sqrt(w[2:6] @ K[2:6, 2:6] @ w[2:6]))
-    if score == "cosine":
-        assert table[2, 6] == pytest.approx(found.cosine[2:6, 2:6].sum() / 4 / 9)
-    assert objective.gain(K, np.ones((1, 9))) == pytest.approx(0)
+    reading = Reading(map, score)
+    table, bins, w = reading.tables[0], reading.bins, map.widths
+    for a, b in ((2, 6), (0, 9), (3, 4)):
+        square = w[a:b] @ bins.K[a:b, a:b] @ w[a:b]
+        expected = {
+            "step": np.sqrt(square),
+            "energy": square / w[a:b].sum(),
+            "cosine": bins.cosine[a:b, a:b].sum() / (b - a) / 9,
+        }
+        assert table[a, b] == pytest.approx(expected[score])
+    assert not np.tril(table).any()
 
 
 def test_the_least_width_holds(planted: Any) -> None:
     map = planted([0, 1, 2, 16])
-    assert cut(map, 3).cuts == cut(map, 3, minimum=1).cuts == [62, 125]
-    for method in FOUND:
+    assert partition(map, 3).cuts == partition(map, 3, minimum=1).cuts == [62, 125]
+    for method in ADAPTIVE:
         widths = np.diff(
-            [map.edges.index(e) for e in [0, *cut(map, 3, method, minimum=4).cuts, 1000]]
+            [map.edges.index(e) for e in [0, *partition(map, 3, method, minimum=4).cuts, 1000]]
         )
         assert widths.min() >= 4
         fine = planted([0, 1, 2, 42])
-        widths = np.diff([fine.edges.index(e) for e in [0, *cut(fine, 3, method).cuts, 1000]])
+        widths = np.diff([fine.edges.index(e) for e in [0, *partition(fine, 3, method).cuts, 1000]])
         assert widths.min() == least_width(42) == 3
 
 
@@ -119,12 +113,12 @@ def test_no_cut_separates_two_unresolved_bins(map_of: Any) -> None:
     s[[0, 1, 2, 7, 8, 9]] = np.eye(6, 12)[:, None] + 0.05 * rng.standard_normal((6, 8, 12))
     s[3:7] = 3 * rng.standard_normal((4, 8, 12))
     map = map_of(s)
-    assert blocks(map).edges == (0, 1, 2, 3, 7, 8, 9, 10) and blocks(map).known == pytest.approx(
-        0.6
-    )
-    assert set(cut(map, 4, minimum=1).cuts) <= {100, 200, 300, 700, 800, 900}
+    assert Reading(map).blocks.edges == (0, 1, 2, 3, 7, 8, 9, 10) and Reading(
+        map
+    ).blocks.known == pytest.approx(0.6)
+    assert set(partition(map, 4, minimum=1).cuts) <= {100, 200, 300, 700, 800, 900}
     with pytest.raises(NumericalError, match="7 blocks") as error:
-        cut(map, 8, minimum=1)
+        partition(map, 8, minimum=1)
     assert "groups" in error.value.fix
 
 
@@ -133,7 +127,7 @@ def test_no_cut_is_made_where_most_is_unresolved(map_of: Any) -> None:
     s[6:] = np.eye(4, 12)[:, None] + 0.05 * rng.standard_normal((4, 8, 12))
     s[:6] = 3 * rng.standard_normal((6, 8, 12))
     with pytest.raises(NumericalError, match="resolved on 40%"):
-        cut(map_of(s), 2, minimum=1)
+        partition(map_of(s), 2, minimum=1)
 
 
 def test_unresolved_neighbours_are_merged_until_they_are_resolved(map_of: Any) -> None:
@@ -141,16 +135,16 @@ def test_unresolved_neighbours_are_merged_until_they_are_resolved(map_of: Any) -
     s = 0.8 * np.eye(1, 30)[:, None] + 0.6 * rng.standard_normal((12, 8, 30))
     map = map_of(s)
     single = similarity(map).resolved.sum()
-    assert 2 <= len(blocks(map)) < 12 and blocks(map).known > 0.9 > single / 12
+    assert 2 <= len(Reading(map).blocks) < 12 and Reading(map).blocks.known > 0.9 > single / 12
 
 
 def test_noise_alone_gives_one_block_and_no_cut(map_of: Any) -> None:
     map = map_of(np.random.default_rng(0).standard_normal((8, 6, 200)))
-    assert blocks(map).edges == (0, 8) and blocks(map).known == 0
+    assert Reading(map).blocks.edges == (0, 8) and Reading(map).blocks.known == 0
     with pytest.raises(NumericalError):
-        cut(map, 2)
-    assert cut(map, 1).cuts == []
-    assert cut(map, 4, "uniform").cuts == [250, 500, 750]
+        partition(map, 2)
+    assert partition(map, 1).cuts == []
+    assert partition(map, 4, "uniform").cuts == [250, 500, 750]
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 30, 1000])
@@ -182,9 +176,9 @@ def test_cover_splits_a_bin_by_the_share_of_its_timesteps(map_of: Any) -> None:
 @pytest.mark.parametrize("arguments", [{"n": 0}, {"n": 1001}, {"method": "best"}, {"score": "sum"}])
 def test_wrong_arguments_are_usage_errors(planted: Any, arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        cut(planted([0, 4, 8]), **arguments)
+        partition(planted([0, 4, 8]), **arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_n_ranges(planted: Any, method: str) -> None:
-    assert len(cut(planted([0, 2, 5, 7, 12]), 4, method)) == 4
+    assert len(partition(planted([0, 2, 5, 7, 12]), 4, method)) == 4

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from demerge.analysis.partitioning.search import nested, program, total
+from demerge.analysis.partitioning.search import best_edges, nested_edges, total
 from demerge.errors import NumericalError
 
 
@@ -23,10 +23,11 @@ def test_the_program_equals_brute_force(N: int, n: int, minimum: int, seed: int)
     ways = [way for way in ways if min(np.diff(way)) >= minimum]
     if not ways:
         with pytest.raises(NumericalError, match="give no"):
-            program(table, n, allowed, minimum)
+            best_edges(table, [n], allowed, minimum)
         return
     best = max(ways, key=lambda way: sum(table[a, b] for a, b in pairwise(way)))
-    assert program(table, n, allowed, minimum) == best
+    (found,) = best_edges(table, [n], allowed, minimum)
+    assert found.tolist() == best
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,7 +38,7 @@ def test_nested_is_the_greedy_refinement_and_never_better_than_the_program(
     rng = np.random.default_rng(seed)
     table = rng.standard_normal((N + 1, N + 1))
     allowed = [0, *[i for i in range(1, N) if rng.random() < 0.8], N]
-    found = nested(table, n, allowed, minimum)
+    found = nested_edges(table, n, allowed, minimum)
     assert found[0] == [0, N] and len(found) <= n
     for before, after in pairwise(found):
         (new,) = set(after) - set(before)
@@ -51,7 +52,7 @@ def test_nested_is_the_greedy_refinement_and_never_better_than_the_program(
     for edges in found[1:]:
         assert (
             total(table, edges)
-            <= total(table, program(table, len(edges) - 1, allowed, minimum)) + 1e-12
+            <= total(table, best_edges(table, [len(edges) - 1], allowed, minimum)[0]) + 1e-12
         )
     if len(found) < n:
         ways = [sorted([*found[-1], c]) for c in set(allowed) - set(found[-1])]
@@ -62,7 +63,19 @@ def test_nested_takes_the_split_that_gains_most_and_of_equals_the_first() -> Non
     table = np.zeros((5, 5))
     table[0, 3] = table[1, 4] = 1
     table[1, 3] = 0.5
-    assert nested(table, 4, range(5)) == [[0, 4], [0, 1, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4]]
-    assert nested(table, 4, [0, 2, 4]) == [[0, 4], [0, 2, 4]]
-    assert nested(table, 4, range(5), minimum=2) == [[0, 4], [0, 2, 4]]
+    assert nested_edges(table, 4, range(5)) == [[0, 4], [0, 1, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4]]
+    assert nested_edges(table, 4, [0, 2, 4]) == [[0, 4], [0, 2, 4]]
+    assert nested_edges(table, 4, range(5), minimum=2) == [[0, 4], [0, 2, 4]]
     assert total(table, [0, 3, 4]) == 1
+
+
+def test_many_tables_at_once_give_what_each_gives_alone() -> None:
+    tables = np.random.default_rng(0).standard_normal((2, 3, 8, 8))
+    for n, edges in zip((2, 4), best_edges(tables, [2, 4], range(8), 1), strict=True):
+        assert edges.shape == (2, 3, n + 1)
+        for at in np.ndindex(2, 3):
+            (alone,) = best_edges(tables[at], [n], range(8), 1)
+            assert edges[at].tolist() == alone.tolist()
+    (edges,) = best_edges(tables[0], [3], range(8), 1)
+    alone = [total(table, each) for table, each in zip(tables[0], edges, strict=True)]
+    assert total(tables[0], edges) == pytest.approx(alone)

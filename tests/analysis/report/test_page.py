@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demerge.analysis.report.next_steps import Names, steps
-from demerge.analysis.report.page import CAPTIONS, EYEBROWS, check_replaceable, page, write_page
-from demerge.analysis.report.text import lines, summary, taken
-from demerge.analysis.stages.ranges import lines as range_lines
-from demerge.analysis.stages.ranges import ranges
+from demerge.analysis.partitioning.reading import Reading
+from demerge.analysis.report.next_steps import CommandNames, next_steps
+from demerge.analysis.report.page import CAPTIONS, conflict_page, write_page
+from demerge.analysis.report.summary import ConflictSummary, summarize
+from demerge.analysis.report.verdict import HEADLINES
 from demerge.conflict import ConflictMap
-from demerge.errors import UsageError
 from demerge.reporting.html import PageFigure
 
 SHOWN = {name: PageFigure(caption, b"<svg/>", dark=b"<svg/>") for name, caption in CAPTIONS.items()}
@@ -54,17 +54,21 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def read(map: ConflictMap, said: dict[str, Any], names: Names = Names()) -> Reader:
-    found = Reader(page(map, taken(map, said), said, SHOWN, names))
+def summary(map: ConflictMap, n: int, method: str = "gradient") -> ConflictSummary:
+    return summarize(Reading(map), n, method)
+
+
+def read(summary: ConflictSummary, names: CommandNames = CommandNames()) -> Reader:
+    found = Reader(conflict_page(summary, SHOWN, names))
     assert not found.open and not found.tags & {"script", "link", "iframe", "object"}
     return found
 
 
 def test_a_promise_is_said_first_then_the_map_the_numbers_and_what_to_do(planted: Any) -> None:
     map = planted([0, 2, 4, 6, 16])
-    text = read(map, summary(map, 4)).text
+    text = read(summary(map, 4)).text
     order = [
-        "Separate experts promise a gain",
+        "The timesteps conflict: train an expert for each range",
         "The timesteps conflict: in 4 ranges cut at 125, 250 and 375 a joint AdamW step misses",
         "Train an expert for each range",
         "cut at 125, 250 and 375 into 4 ranges, the gradient cut: on held-out groups",
@@ -81,42 +85,38 @@ def test_a_promise_is_said_first_then_the_map_the_numbers_and_what_to_do(planted
 def test_noise_is_no_promise_and_more_groups_come_first(map_of: Any) -> None:
     map = map_of(np.random.default_rng(0).standard_normal((8, 6, 200)))
     said = summary(map, 4)
-    text = read(map, said).text
+    text = read(said).text
     assert (
-        "No promise" in text
+        "Too little is resolved: measure more" in text
         and "0 of 8" in text
         and "none is resolved" in text
-        and "Separate" not in text
+        and "promise a gain" not in text
     )
-    why, commands = steps(map, taken(map, said), said, Names())[0]
-    assert (
-        "8 of 8 bins are unresolved" in why and f"--groups {said['groups_needed']}" in commands[0]
-    )
+    why, commands = next_steps(said, CommandNames())[0]
+    assert "8 of 8 bins are unresolved" in why and f"--groups {said.groups_needed}" in commands[0]
 
 
 def test_one_range_gives_nothing_to_train(planted: Any) -> None:
     map = planted([0, 8])
     said = summary(map, 1)
-    assert "stay in one range" in read(map, said).text
+    assert "stay in one range" in read(said).text
     assert not any(
-        "finetune" in command
-        for _, run in steps(map, taken(map, said), said, Names())
-        for command in run
+        "finetune" in command for _, run in next_steps(said, CommandNames()) for command in run
     )
 
 
 def test_what_was_asked_for_against_the_advice_is_told(planted: Any) -> None:
     map = planted([0, 4, 8, 12, 16], noise=0.15)
-    text = read(map, summary(map, 4, method="gradient")).text
+    text = read(summary(map, 4)).text
     assert "the gradient cut: as was asked; advised is uniform, as" in text
 
 
 def test_hostile_names_stay_text_and_one_word(planted: Any) -> None:
     map = planted([0, 2, 4, 6, 16])
     said = summary(map, 4)
-    names = Names(HOSTILE, HOSTILE, ("--split", HOSTILE), Path(HOSTILE), Path(HOSTILE))
-    assert HOSTILE in read(map, said, names).text
-    (_, commands), *_ = steps(map, taken(map, said), said, names)
+    names = CommandNames(HOSTILE, HOSTILE, ("--split", HOSTILE), Path(HOSTILE), Path(HOSTILE))
+    assert HOSTILE in read(said, names).text
+    (_, commands), *_ = next_steps(said, names)
     assert shlex.split(commands[0])[:4] == ["demerge", "finetune", HOSTILE, "--data"]
     assert shlex.split(commands[0])[4:9] == [
         HOSTILE,
@@ -127,14 +127,14 @@ def test_hostile_names_stay_text_and_one_word(planted: Any) -> None:
     ]
 
 
-def commands(map: ConflictMap, said: dict[str, Any], names: Names) -> list[list[str]]:
+def commands(said: ConflictSummary, names: CommandNames) -> list[list[str]]:
     """Return the commands of a page as words, each held against the program's own parser."""
     from typer.main import get_command
 
     from demerge.cli.main import app
 
     known, found = get_command(app), []
-    for _, run in steps(map, taken(map, said), said, names):
+    for _, run in next_steps(said, names):
         for line in run:
             program, name, *words = shlex.split(line)
             assert program == "demerge"
@@ -160,15 +160,15 @@ def test_commands_parse_repeat_the_data_and_stay_in_the_run(
         np.ones((16, 8, 10), dtype=np.float32),
     )
     said = summary(sketched, 4)
-    assert 0 < len(said["unresolved"]) < 16
-    names = Names(
+    assert 0 < len(said.unresolved) < 16
+    names = CommandNames(
         model,
         "my data",
         ("--split", "test", "--skip-broken"),
         stored,
         Path("run/conflict/partition.json"),
     )
-    found = commands(sketched, said, names)
+    found = commands(said, names)
     assert {name for name, *_ in found} == {"analyze", "finetune", "layers", "transfer"}
     for name, *words in found:
         if name in ("analyze", "finetune"):
@@ -178,7 +178,7 @@ def test_commands_parse_repeat_the_data_and_stay_in_the_run(
         if "-o" in words:
             assert words[words.index("-o") + 1].startswith("run/"), words
     (more,) = (words for name, *words in found if name == "analyze" and "--layers" not in words)
-    assert more[-2:] == ["-o", "run/conflict"] and f"{said['groups_needed']}" in more, (
+    assert more[-2:] == ["-o", "run/conflict"] and f"{said.groups_needed}" in more, (
         "the map is extended"
     )
     (moved,) = (words for name, *words in found if name == "transfer")
@@ -187,8 +187,8 @@ def test_commands_parse_repeat_the_data_and_stay_in_the_run(
 
 def test_a_map_that_cannot_hold_as_many_groups_gets_larger_batches(map_of: Any) -> None:
     map = map_of(np.random.default_rng(0).standard_normal((8, 6, 200)))
-    said = {**summary(map, 4), "groups_needed": 60_000}
-    (analyze, *words), *_ = commands(map, said, Names(map=Path("run/conflict")))
+    said = replace(summary(map, 4), groups_needed=60_000)
+    (analyze, *words), *_ = commands(said, CommandNames(map=Path("run/conflict")))
     assert (
         analyze == "analyze"
         and words[-2:] == ["-o", "run/conflict-more"]
@@ -200,7 +200,7 @@ def test_layers_are_kept_where_the_map_has_them(planted: Any) -> None:
     map = planted([0, 2, 4, 6, 16], noise=0.5)
     kept = np.ones((16, 8, 10), dtype=np.float32)
     layered = ConflictMap(map.bins, map.gram, map.log_snr, map.origin, {"a.w": 10}, kept, kept)
-    found = commands(layered, summary(layered, 4), Names(map=Path("run/conflict")))
+    found = commands(summary(layered, 4), CommandNames(map=Path("run/conflict")))
     assert ["--layers" in words for name, *words in found if name == "analyze"] == [True]
 
 
@@ -220,26 +220,20 @@ def test_analyze_ranges_and_the_page_have_one_verdict(
     planted: Any, edges: list[int], noise: float, kind: str
 ) -> None:
     map = planted(edges, noise=noise)
-    analysed, cut = summary(map, 4), ranges(map)
-    verdict = analysed["verdict"]
-    assert (
-        verdict == cut["verdict"]
-        and verdict["kind"] == kind
-        and verdict["promised"] == (kind == "conflict")
-    )
-    first = f"verdict       {verdict['found']} {verdict['do']}"
-    assert lines(analysed)[0] == range_lines(cut)[0] == first
-    for said in (analysed, cut, summary(map, 2, method="uniform")):
-        text = read(map, said).text
-        assert text.index(EYEBROWS[kind]) < text.index(verdict["found"]) < text.index("The map")
-        promised = [line for line in lines(said) if "misses" in line and "no promise" not in line]
-        assert (
-            said["benefit"]["promised"] <= verdict["promised"]
-            and bool(promised) == verdict["promised"]
-        )
-    assert (
-        cut["ranges"] == verdict["ranges"] and cut["cuts"][cut["taken"]]["cuts"] == verdict["cuts"]
-    )
+    analysed = summary(map, 4)
+    ranges = summarize(Reading(map), None, "advised", with_counts=True)
+    verdict = analysed.verdict
+    assert verdict == ranges.verdict and verdict.kind == kind
+    first = f"verdict       {verdict.finding} {verdict.advice}"
+    assert analysed.lines()[0] == ranges.lines()[0] == first
+    for said in (analysed, ranges, summary(map, 2, "uniform")):
+        page = read(said)
+        body = page.text.split("}")[-1]
+        assert body.strip().startswith(HEADLINES[kind]), "what was found and what to do, first"
+        assert body.index(verdict.finding) < body.index("The map")
+        promised = [each for each in said.lines() if "misses" in each and "no promise" not in each]
+        assert said.expected_gain.is_promised <= verdict.is_promised == bool(promised)
+    assert ranges.partition == verdict.partition
 
 
 def test_equal_runs_make_equal_files(planted: Any, tmp_path: Path) -> None:
@@ -248,13 +242,13 @@ def test_equal_runs_make_equal_files(planted: Any, tmp_path: Path) -> None:
     code = """
 import sys, numpy as np
 from pathlib import Path
-from demerge.analysis import summary, write
+from demerge.analysis import Reading, summarize, write_report
 from demerge.conflict import ConflictMap
 map = ConflictMap.load(Path(sys.argv[1]))
 if sys.argv[2] == "strided":  # as a measurement leaves it
     gram = np.ascontiguousarray(map.gram.transpose(1, 0, 3, 2)).transpose(1, 0, 3, 2)
     map = ConflictMap(map.bins, gram, map.log_snr, map.origin)
-write(map, Path("out"), summary(map, 4))
+write_report(summarize(Reading(map)), "out")
 """
     written = []
     for seed, memory in (("1", "file"), ("2", "strided")):
@@ -272,16 +266,11 @@ write(map, Path("out"), summary(map, 4))
     assert [name for name in written[0] if written[0][name] != written[1][name]] == []
 
 
-def test_the_page_is_written_whole_and_replaces_only_itself(planted: Any, tmp_path: Path) -> None:
-    map, path = planted([0, 2, 4]), tmp_path / "new" / "conflict.html"
-    said = summary(map, 2)
-    html = write_page(map, taken(map, said), said, path, Names()).read_text(encoding="utf-8")
+def test_the_page_is_written_whole(planted: Any, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "conflict.html"
+    said = summary(planted([0, 2, 4]), 2)
+    html = write_page(said, path, CommandNames()).read_text(encoding="utf-8")
     assert not Reader(html).open
     assert (
         len(re.findall("<picture>", html)) == len(CAPTIONS) and "prefers-color-scheme: dark" in html
     )
-    check_replaceable(path)
-    path.write_text("<html>mine</html>")
-    for place in (path, tmp_path):
-        with pytest.raises(UsageError, match="is not a page of a conflict map"):
-            check_replaceable(place)
