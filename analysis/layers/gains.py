@@ -40,7 +40,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from demerge.analysis.partitioning.objective import cover
-from demerge.analysis.similarity import (Estimate, all_cross_pairs, estimate_error, group_weights_to_pairs, halves, standard_error, t_quantile)
+from demerge.analysis.similarity import (
+    Estimate,
+    all_cross_pairs,
+    estimate_error,
+    group_weights_to_pairs,
+    halves,
+    standard_error,
+    t_quantile,
+)
 from demerge.conflict import Array, ConflictMap, layer_widths, layers_of
 from demerge.errors import InputError, UsageError
 from demerge.randomness import generator
@@ -171,7 +179,8 @@ def held_out_gains(layers: LayerGains, shares: Sequence[float]) -> dict[str, Arr
     for left_out in (None, *everyone):
         groups = [g for g in everyone if g != left_out]
         ranked, judged = (
-            layers.gains(group_weights_to_pairs(half)) for half in halves(groups, layers.M, layers.seed)
+            layers.gains(group_weights_to_pairs(half))
+            for half in halves(groups, layers.M, layers.seed)
         )
         chosen = layers.take(layers.rank(ranked), shares)
         rows["ranked"].append(np.einsum("scl,sl->c", chosen, judged) / judged.sum())
