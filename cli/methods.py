@@ -14,24 +14,19 @@ def methods(json: Json = False) -> None:
     emit({"methods": documents}, None, json)
     if json:
         return
-    for d in documents:
-        aliases = f" (also {', '.join(d['aliases'])})" if d["aliases"] else ""
-        show(f"{d['name']}{aliases}, {d['paper'] or 'no paper'}\n    {d['summary']}")
-        for name, option in d["options"].items():
+    for method in documents:
+        aliases = f" (also {', '.join(method['aliases'])})" if method["aliases"] else ""
+        show(f"{method['name']}{aliases}, {method['paper'] or 'no paper'}\n    {method['summary']}")
+        for name, option in method["options"].items():
             show(f"    --option {name}={option['default']}    {option['rule']}")
-        for name, options in d["presets"].items():
-            show(
-                f"    --option preset={name}    {', '.join(f'{n}={v}' for n, v in options.items()) or 'the defaults'}"
-            )
-        if d["needs"]:
-            show(f"    needs {', '.join(d['needs'])}")
-    for name, (m, signs, models) in DIFFERENCES.items():
+        for name, options in method["presets"].items():
+            values = ", ".join(f"{n}={value}" for n, value in options.items()) or "the defaults"
+            show(f"    --option preset={name}    {values}")
+        if method["needs"]:
+            show(f"    needs {', '.join(method['needs'])}")
+    for name, (multiplier, signs, models) in DIFFERENCES.items():
         weights = " and ".join("m" if sign > 0 else "-m" for sign in signs)
-        show(
-            f"{name}: task_arithmetic of the models {models}, weights {weights}\n    --option multiplier={m}"
-        )
-    show(
-        "\n".join(
-            f"{name}: {method} then={options['then']}" for name, (method, options) in STAGES.items()
-        )
-    )
+        show(f"{name}: task_arithmetic of the models {models}, weights {weights}")
+        show(f"    --option multiplier={multiplier}")
+    for name, (base, options) in STAGES.items():
+        show(f"{name}: {base} then={options['then']}")

@@ -1,4 +1,4 @@
-"""What a model is, from its headers and configs alone: no weight is read and torch is not imported."""
+"""What a model is, from its headers and configs alone: no weight is read, torch is not imported."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FACTORS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of a model; what its files do not say is None.
+class ModelFacts:
+    """What is known of a model; None if its files do not say it.
 
     Attributes:
         range: [start, stop) of an expert.
-        merged_by: the method, where demerge made it.
-        mergeable: whether `demerge merge` takes it.
+        merged_by: the method, if demerge merged it.
+        mergeable: whether `demerge merge` accepts it.
         note: what else a user should know, for example what the other commands need.
     """
 
@@ -54,15 +54,15 @@ class Facts:
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the known facts for a person, as (name, value)."""
-        known = [(n, v) for n, v in self.document().items() if v not in (None, "", [])]
-        return [(name.replace("_", " "), _text(value)) for name, value in known]
+        facts = self.document().items()
+        return [(n.replace("_", " "), _as_text(v)) for n, v in facts if v not in (None, "", [])]
 
 
-def inspect_model(path: Path) -> Facts:
+def inspect_model(path: str | Path) -> ModelFacts:
     """Read what a model is.
 
     Raises:
-        InputError: where a file is missing, damaged or hostile.
+        InputError: if a file is missing, damaged or hostile.
     """
     checkpoint = Checkpoint.open(path)
     place = checkpoint.place
@@ -75,8 +75,8 @@ def inspect_model(path: Path) -> Facts:
     recipe = _read(place.beside("demerge.json"))
     model_class = config.get("_class_name")
     latents = _read(folder / "vae" / "config.json" if folder else None).get("latent_channels")
-    mergeable, note = _verdict(checkpoint, model_class, latents, has_pipeline=folder is not None)
-    return Facts(
+    mergeable, note = _judge(checkpoint, model_class, latents, has_pipeline=folder is not None)
+    return ModelFacts(
         path=str(path),
         kind="pipeline" if folder else "component" if place.component else "file",
         model_class=model_class,
@@ -96,27 +96,29 @@ def inspect_model(path: Path) -> Facts:
     )
 
 
-def other_input(config: Mapping[str, Any], latents: Any) -> str:
-    """Say how a denoiser takes or gives something else than x_t, empty if it does not; a learned variance is allowed.
+def find_other_input(config: Mapping[str, Any], latents: Any) -> str:
+    """Say how a denoiser does more than x_t -> x_t, empty if it does not; it may learn a variance.
 
     Args:
         config: the denoiser's.
         latents: the channels that its VAE makes, None without one.
     """
-    taken, given = config.get("in_channels"), config.get("out_channels")
-    if taken is None:
+    inputs, outputs = config.get("in_channels"), config.get("out_channels")
+    if inputs is None:
         return ""
-    known = given if latents is None else latents
-    if known is not None and taken != known and not (latents is None and 2 * taken == known):
+    channels = outputs if latents is None else latents
+    learns_variance = latents is None and channels == 2 * inputs
+    if channels not in (None, inputs) and not learns_variance:
         kind = {9: "an inpainting model: x_t, a mask and a masked image", 8: "x_t and an image"}
-        what = "its images have" if latents is None else "the latents of its VAE have"
-        return f"it takes {taken} input channels ({kind.get(taken, 'x_t and something else')}), {what} {known}"
-    if given not in (None, taken, 2 * taken):
-        return f"it takes {taken} input channels and gives {given}"
+        what = f"it takes {inputs} input channels ({kind.get(inputs, 'x_t and something else')})"
+        owner = "its images have" if latents is None else "the latents of its VAE have"
+        return f"{what}, {owner} {channels}"
+    if outputs not in (None, inputs, 2 * inputs):
+        return f"it takes {inputs} input channels and gives {outputs}"
     return ""
 
 
-def _verdict(
+def _judge(
     checkpoint: Checkpoint, model_class: Any, latents: Any, *, has_pipeline: bool
 ) -> tuple[bool, str]:
     if checkpoint.parameters == 0:
@@ -127,7 +129,7 @@ def _verdict(
         return True, "merges; analyze, finetune and sample need a whole pipeline folder"
     if model_class not in MERGED_CLASSES:
         return True, f"merges; analyze, finetune and sample do not know the class {model_class}"
-    other = other_input(checkpoint.config or {}, latents)
+    other = find_other_input(checkpoint.config or {}, latents)
     if other:
         return True, f"merges; analyze, finetune and sample do not take it: {other}"
     return True, "merges with models of equal keys and shapes finetuned from one base"
@@ -139,7 +141,7 @@ def _read(
     return reader(path) if path is not None and path.is_file() else {}
 
 
-def _text(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

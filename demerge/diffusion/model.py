@@ -48,7 +48,7 @@ from demerge.diffusion.loading import (
     running,
 )
 from demerge.errors import InputError, UsageError
-from demerge.inspection import other_input
+from demerge.inspection import find_other_input
 from demerge.storage.atomic import commit_json
 from demerge.storage.checkpoint import content_sha256, finite
 from demerge.storage.hashing import Hashing
@@ -88,7 +88,7 @@ class Diffusion:
             what = f"prediction type '{self.prediction_type}' is unknown"
             raise UsageError(what, fix=f"use one of {', '.join(PREDICTION_TYPES)}")
         latents = None if self.vae is None else self.vae.config.latent_channels
-        if other := other_input(self.config, latents):
+        if other := find_other_input(self.config, latents):
             fix = "use a base that takes x_t alone, as its text-to-image model; merge takes both"
             raise UsageError(f"{self.folder or 'the denoiser'}: {other}", fix=fix)
         classes_of(self.config)

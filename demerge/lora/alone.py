@@ -1,8 +1,9 @@
-"""LoRA files without their base: zeros in the place of the weights that they change, so that a merge of their deltas is a LoRA.
+"""LoRA files without their base: zeros stand for the weights that they change.
 
-The factors of two LoRA files must not be merged: B_1 A_1 + B_2 A_2 is not (B_1 + B_2) (A_1 + A_2). Their deltas may, and have
-a rank of at most the sum of the ranks. Modules are one if their names are, by whatever program they were written. The merge
-has the names of the first file; it has kohya's if some module has no other.
+The factors of two LoRA files must not be merged: B_1 A_1 + B_2 A_2 is not (B_1 + B_2) (A_1 + A_2).
+Their deltas may, and their rank is at most the sum of the ranks. Modules are the same if their names
+are, whatever program wrote them. The merge has the names of the first file; it has kohya's if some
+module has no other.
 """
 
 from __future__ import annotations
@@ -14,19 +15,14 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError
-from demerge.lora.adapter import product_shape
-from demerge.lora.names import Keys, flat, original, stripped
+from demerge.lora.adapter import Shape, product_shape
+from demerge.lora.names import Keys, flat, original, strip_prefixes
 from demerge.storage.checkpoint import Checkpoint, modern
 from demerge.storage.safetensors_header import Spec
 
 RESNETS = 2  # in a block of Stable Diffusion 1, 2 and XL: for kohya's two ways to name a module
-DOTTED = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "unet.",
-    "transformer.",
-)
+PEFT = "base_model.model."
+DOTTED = (PEFT, "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 FIX = "name the base that they were trained on: demerge merge BASE LORA LORA --lora-rank R"
 
 
@@ -36,47 +32,41 @@ class NoBase(Mapping[str, Tensor]):
     Attributes:
         place: where the first file lies.
         specs: shapes, as a checkpoint has them.
-        prefix: what a file of the merge names its modules with: unet, or lora_unet_ for kohya's names; empty if no file says.
+        prefix: of the modules in a file of the merge: unet, or lora_unet_ for kohya's names.
         rank: the rank that holds every sum of the deltas.
 
     Raises:
-        InputError: if a delta depends on the base, as DoRA's does, or is not one of a LoRA.
+        InputError: if a delta depends on the base, as DoRA's does, or is not that of a LoRA.
     """
 
     config: dict[str, Any] | None = None
 
     def __init__(self, files: Sequence[Checkpoint]) -> None:
         self.place = files[0].place
-        found: dict[
-            str, tuple[str, tuple[int, ...]]
-        ] = {}  # one name for all programs -> name here, shape
+        modules: dict[str, tuple[str, Shape]] = {}  # one name for all programs -> name here, shape
         ranks: dict[str, int] = {}
         prefixes: list[str] = []
-        flat_alone: dict[
-            str, str
-        ] = {}  # modules without a name in dots -> what kohya has in front of it
+        kohya: dict[str, str] = {}  # modules without a dotted name -> kohya's prefix of it
         for file in files:
             for named, parts in Keys.of(file).parts.items():
-                shape, rank = _size(file, named, parts)
-                plain = list(stripped(flat(modern(named))))[-1]
-                one = original(plain, RESNETS)
-                ranks[one] = ranks.get(one, 0) + rank
+                shape, rank = _measure(file, named, parts)
+                plain = list(strip_prefixes(flat(modern(named))))[-1]
+                key = original(plain, RESNETS)
+                ranks[key] = ranks.get(key, 0) + rank
+                name = plain
                 if named.startswith("lora_") and "." not in named:
-                    name = plain
-                    if one not in found:
-                        flat_alone[one] = named.removesuffix(plain)
+                    if key not in modules:
+                        kohya[key] = named.removesuffix(plain)
                 else:
-                    name, prefix = _undotted(modern(named))
+                    name, prefix = _split_prefix(modern(named))
                     prefixes.append(prefix)
-                    flat_alone.pop(one, None)
-                if one not in found or one not in flat_alone:
-                    found[one] = (name, found[one][1] if one in found else shape)
-        self._shapes = {f"{name}.weight": shape for name, shape in found.values()}
-        self.specs = {
-            name: Spec(self.place.files[0], "F32", shape, 0, 0)
-            for name, shape in self._shapes.items()
-        }
-        self.prefix = next(iter(flat_alone.values()), prefixes[0] if prefixes else "")
+                    kohya.pop(key, None)
+                if key not in modules or key not in kohya:
+                    modules[key] = (name, modules[key][1] if key in modules else shape)
+        self._shapes = {f"{name}.weight": shape for name, shape in modules.values()}
+        first = self.place.files[0]
+        self.specs = {n: Spec(first, "F32", shape, 0, 0) for n, shape in self._shapes.items()}
+        self.prefix = next(iter(kohya.values()), prefixes[0] if prefixes else "")
         self.rank = max(ranks.values(), default=0)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -97,33 +87,28 @@ def is_lora(checkpoint: Mapping[str, Any]) -> bool:
     return Keys.of(checkpoint).is_adapter
 
 
-def _size(file: Checkpoint, named: str, parts: Mapping[str, str]) -> tuple[tuple[int, ...], int]:
+def _measure(file: Checkpoint, named: str, parts: Mapping[str, str]) -> tuple[Shape, int]:
     """Return the shape of a delta and its rank."""
-    where = file.place.path
+    where = f"{file.place.path}: {named[:200]}"
     dora = parts.get("magnitude") or parts.get("dora_scale")
     if dora is not None:
-        raise InputError(f"{where}: {dora[:200]}: a DoRA's delta depends on its base", fix=FIX)
+        what = f"{file.place.path}: {dora[:200]}: a DoRA's delta depends on its base"
+        raise InputError(what, fix=FIX)
     if "up" not in parts or "down" not in parts:
-        raise InputError(
-            f"{where}: {named[:200]} lacks one of its factors", fix="fetch the file again"
-        )
+        raise InputError(f"{where} lacks one of its factors", fix="fetch the file again")
     shapes = [file.specs[parts[part]].shape for part in ("up", "mid", "down") if part in parts]
     shape = product_shape(shapes)
     if not shape:
-        raise InputError(
-            f"{where}: {named[:200]}: {' times '.join(map(str, map(list, shapes)))}",
-            fix="fetch the file again",
-        )
+        factors = " times ".join(str(list(shape)) for shape in shapes)
+        raise InputError(f"{where}: {factors}", fix="fetch the file again")
     return shape, shapes[0][1]
 
 
-def _undotted(name: str) -> tuple[str, str]:
-    """Return a name without what is in front of the denoiser's own, and the part of a pipeline that this names."""
+def _split_prefix(name: str) -> tuple[str, str]:
+    """Return a module's name inside the denoiser, and the part of a pipeline before it."""
     part = ""
     for prefix in DOTTED:
         if name.startswith(prefix):
-            part, name = (
-                ("" if prefix == DOTTED[0] else prefix.removesuffix(".")),
-                name.removeprefix(prefix),
-            )
+            part = "" if prefix == PEFT else prefix.removesuffix(".")
+            name = name.removeprefix(prefix)
     return name, part

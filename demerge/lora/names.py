@@ -1,14 +1,17 @@
 """What the keys of a LoRA file mean: which module of the base, and which part of its delta.
 
-Three families of names are read, and the module's part of a key is compared without regard to dots and underscores:
+Three families of names are read. Dots and underscores in a module's name do not matter:
 
-    diffusers, peft   unet.down_blocks.0.attentions.0.to_q.lora_A.weight, base_model.model.transformer_blocks.0.ff.lora_B.weight
-    older diffusers   down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight, unet.conv_in.lora.up.weight
-    kohya             lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight, .alpha; or by the blocks of the original
-                      Stable Diffusion, lora_unet_input_blocks_4_1_proj_in.lora_up.weight
+    diffusers, peft   unet.down_blocks.0.attentions.0.to_q.lora_A.weight,
+                      base_model.model.transformer_blocks.0.ff.lora_B.weight
+    older diffusers   down_blocks.0.attentions.0.attn1.processor.to_q_lora.down.weight,
+                      unet.conv_in.lora.up.weight
+    kohya             lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight, .alpha; or by the
+                      blocks of the original Stable Diffusion,
+                      lora_unet_input_blocks_4_1_proj_in.lora_up.weight
 
-A base may have diffusers' names or, as a single file, those of the original (model.diffusion_model.input_blocks.4.1.proj_in);
-either is found by either.
+A base may have diffusers' names or, as a single file, those of the original
+(model.diffusion_model.input_blocks.4.1.proj_in); either is found by either.
 """
 
 from __future__ import annotations
@@ -47,8 +50,10 @@ TEXT = re.compile(
     r"(?:lora_(?:prior_)?te\d?_|te\d?\.|(?:text_encoders?|cond_stage_model)(?:_\d)?\.|clip_[lg]\.)"
 )
 DOWNSAMPLER = re.compile(r"(?:\A|\.)input_blocks\.(\d{1,3})\.0\.op\Z")
-PREFIXES = ("base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_unet_", "lora_transformer_", "lora_",
-            "unet_", "transformer_")  # fmt: skip
+PREFIXES = (
+    "base_model_model_", "model_diffusion_model_", "diffusion_model_", "lora_unet_",
+    "lora_transformer_", "lora_", "unet_", "transformer_",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +77,13 @@ class Keys:
         """Sort the keys of a file."""
         keys = cls()
         for name in names:
+            kinds = [kind for kind, pattern in FOREIGN.items() if pattern.search(name)]
             if TEXT.match(name):
                 keys.text.append(name)
-            elif kind := next(
-                (kind for kind, pattern in FOREIGN.items() if pattern.search(name)), None
-            ):
-                keys.foreign.setdefault(kind, []).append(name)
-            elif found := _part(name):
-                module, role = found
+            elif kinds:
+                keys.foreign.setdefault(kinds[0], []).append(name)
+            elif part := _split_part(name):
+                module, role = part
                 keys.parts.setdefault(module, {})[role] = name
             else:
                 keys.unknown.append(name)
@@ -87,19 +91,21 @@ class Keys:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the file is an adapter rather than a model, some of whose names may look like an adapter's."""
-        known = [name for parts in self.parts.values() for name in parts.values()]
-        known += [*self.text, *(name for names in self.foreign.values() for name in names)]
-        factors = any("down" in parts or "up" in parts for parts in self.parts.values())
-        return len(known) >= len(self.unknown) and (
-            factors or bool(self.foreign) or any(_part(name) for name in self.text)
-        )
+        """Whether the file is an adapter; some names of a model may look like an adapter's."""
+        known = sum(map(len, self.parts.values())) + sum(map(len, self.foreign.values()))
+        if known + len(self.text) < len(self.unknown):
+            return False
+        has_factors = any("down" in parts or "up" in parts for parts in self.parts.values())
+        return has_factors or bool(self.foreign) or any(map(_split_part, self.text))
 
 
-def _part(name: str) -> tuple[str, str] | None:
-    plain = PROCESSOR.sub(
-        lambda match: f".{'to_out.0' if match[1] == 'to_out' else match[1]}.lora.", name
-    )
+def _split_part(name: str) -> tuple[str, str] | None:
+    """Return the module and the role of a key, None if it is not a part of a delta."""
+
+    def rename(match: re.Match[str]) -> str:
+        return f".{'to_out.0' if match[1] == 'to_out' else match[1]}.lora."
+
+    plain = PROCESSOR.sub(rename, name)
     for role, pattern in ROLES.items():
         if match := pattern.search(plain):
             return plain[: match.start()], role
@@ -112,7 +118,7 @@ class Modules:
     def __init__(self, weights: Iterable[str]) -> None:
         """Take the names of the base's tensors that have two dimensions or more."""
         self._modules = {name: modern(name.removesuffix(".weight")) for name in weights}
-        self._layers = _layers(self._modules.values())
+        self._layers = _count_layers(self._modules.values())
         self._tensors: dict[str, set[str]] = {}
         for name, module in self._modules.items():
             plain = flat(canonical(name).removesuffix(".weight"))
@@ -124,17 +130,17 @@ class Modules:
         return self._modules[tensor]
 
     def find(self, named: str) -> str | None:
-        """Return the base's tensor for a module as a file names it, or None where there is none or more than one."""
-        for name in stripped(flat(modern(named))):
+        """Return the base's tensor of a module as a file names it; None if it is not exactly one."""
+        for name in strip_prefixes(flat(modern(named))):
             for candidate in (name, original(name, self._layers)):
-                found = self._tensors.get(candidate, set())
-                if len(found) == 1:
-                    return next(iter(found))
+                tensors = self._tensors.get(candidate, set())
+                if len(tensors) == 1:
+                    return next(iter(tensors))
         return None
 
 
-def _layers(modules: Iterable[str]) -> int:
-    """Return how many resnets a block of a UNet has, by diffusers' names or by the place of the original's downsamplers."""
+def _count_layers(modules: Iterable[str]) -> int:
+    """Return how many resnets a block of a UNet has, by either family of names."""
     resnets, downsamplers = set(), []
     for module in modules:
         if module.startswith("down_blocks.0.resnets."):
@@ -144,7 +150,7 @@ def _layers(modules: Iterable[str]) -> int:
     return len(resnets) or min(downsamplers, default=1) - 1
 
 
-def in_names_of_peft(names: Iterable[str]) -> bool:
+def has_peft_names(names: Iterable[str]) -> bool:
     """Whether a file has the names that peft and diffusers give to factors."""
     return any(".lora_A." in name for name in names)
 
@@ -154,12 +160,12 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def stripped(name: str) -> Iterator[str]:
+def strip_prefixes(name: str) -> Iterator[str]:
     """Yield a name, then the name less each prefix that it has, one after the other."""
     yield name
     for prefix in PREFIXES:
         if name.startswith(prefix):
-            yield from stripped(name.removeprefix(prefix))
+            yield from strip_prefixes(name.removeprefix(prefix))
             return
 
 
@@ -180,10 +186,11 @@ INSIDE: Mapping[str, str] = {
 
 
 def original(name: str, layers: int) -> str:
-    """Return diffusers' name for a module of the original Stable Diffusion UNet, `layers` resnets to a block.
+    """Return diffusers' name for a module of the original UNet with `layers` resnets per block.
 
-    Input block 0 is the first convolution; then each block has `layers` resnets, with their attentions, and a downsampler.
-    Output blocks have one resnet more, the last of which has the upsampler. A name that is none of these stays.
+    Input block 0 is the first convolution; then each block has `layers` resnets, with their
+    attentions, and a downsampler. Output blocks have one resnet more, the last of which has the
+    upsampler. Another name stays as it is.
     """
     if name in OUTSIDE:
         return OUTSIDE[name]

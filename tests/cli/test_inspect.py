@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
-from demerge.inspection import other_input
+from demerge.inspection import find_other_input
 
 
 def test_two_files_merge_or_it_says_why_not(run: Any, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_pipeline_with_another_schedule_does_not_merge(
 def test_what_takes_more_than_x_t_is_told(
     taken: int, given: int | None, latents: int | None, message: str
 ) -> None:
-    found = other_input({"in_channels": taken, "out_channels": given}, latents)
+    found = find_other_input({"in_channels": taken, "out_channels": given}, latents)
     assert message in found and bool(message) == bool(found)
 
 

@@ -480,7 +480,7 @@ BAD: dict[str, tuple[Tensors, str]] = {
     "OFT": ({"lora_unet_conv_in.oft_blocks": torch.ones(2)}, "OFT"),
     "bias": (PAIR | {f"{TO_Q}.lora_B.bias": torch.ones(4)}, "trained biases"),
     "full difference": (PAIR | {"conv_in.diff": torch.ones(4)}, "full difference"),
-    "other keys": (PAIR | {"base_model.model.conv_norm_out.weight": torch.ones(4)}, "no factors"),
+    "other keys": (PAIR | {"base_model.model.conv_norm_out.weight": torch.ones(4)}, "not factors"),
     "text encoder": (
         PAIR | {"lora_te_text_model_q.lora_down.weight": torch.ones(2, 2)},
         "text encoder",
