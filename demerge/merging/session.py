@@ -272,11 +272,7 @@ def _check_memory(needed: int, device: str) -> None:
 def _assign_groups(
     groups: Literal["blocks"] | Sequence[str] | None, names: Sequence[str]
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return the groups' names, and the group of each tensor.
-
-    Raises:
-        UsageError: if a pattern matches nothing that is left, or a tensor is in no group.
-    """
+    """Return the groups' names, and the group of each tensor."""
     if groups is None:
         return (), {}
     if groups == "blocks":

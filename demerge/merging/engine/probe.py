@@ -96,11 +96,7 @@ def find_copies(job: MergeJob, no_base: bool = False) -> set[int]:
 
 
 def check_equal_shares(job: MergeJob) -> None:
-    """Refuse a merge without a base if its result depends on which model is named first.
-
-    Raises:
-        UsageError: naming the method.
-    """
+    """Refuse a merge without a base if its result depends on which model is named first."""
     if len(job.experts) < 2:
         what = "--no-base merges models with each other, and only one is given"
         raise UsageError(what, fix="name two models or more")

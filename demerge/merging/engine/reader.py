@@ -59,12 +59,7 @@ class Reader:
         return spans(self.base[name].numel(), step, self.method.needs_full_tensor)
 
     def block(self, name: str, span: slice, weights: Tensor, offset: int = 0) -> Block:
-        """Read the block of a span; `offset` is the number of elements before this tensor.
-
-        Raises:
-            InputError: if a tensor holds NaN or Inf.
-            NumericalError: if a difference is too large for the arithmetic.
-        """
+        """Read the block of a span; `offset` is the number of elements before this tensor."""
         source = self.base[name]
         base = self._read(source, span)
         deltas = self._deltas(base, name, span)

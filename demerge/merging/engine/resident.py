@@ -158,11 +158,7 @@ def bytes_needed(
 def load(
     reader: Reader, constants: Mapping[str, Any], device: torch.device, dtype: Dtype
 ) -> Resident:
-    """Read all tensors that are merged onto a device, the deltas rounded to `dtype`.
-
-    Raises:
-        InputError: if a tensor holds NaN or Inf.
-    """
+    """Read all tensors that are merged onto a device, the deltas rounded to `dtype`."""
     tensors: dict[str, ResidentTensor] = {}
     start, arithmetic = 0, torch.float32
     for name, base in reader.base.items():

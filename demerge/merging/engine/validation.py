@@ -26,11 +26,7 @@ MAKE: Mapping[str, str] = {  # how to make the tensors that the built-in methods
 
 
 def resolve_weights(weights: Sequence[float] | None, K: int) -> list[float]:
-    """Return K finite weights, 1/K each by default.
-
-    Raises:
-        UsageError: if there is no expert, or not one finite weight for each.
-    """
+    """Return K finite weights, 1/K each by default."""
     if K == 0:
         raise UsageError("there is no expert to merge", fix="name at least one")
     resolved = [1 / K] * K if weights is None else [float(w) for w in weights]
@@ -46,11 +42,7 @@ def holds_deltas(expert: Tensors) -> bool:
 
 
 def check_same_tensors(base: Tensors, experts: Sequence[Tensors], names: Sequence[str]) -> None:
-    """Refuse experts with missing, extra or different tensors.
-
-    Raises:
-        InputError: with one clause for each kind of difference.
-    """
+    """Refuse experts with missing, extra or different tensors."""
     for expert, label in zip(experts, names[1:], strict=True):
         if holds_deltas(expert):
             continue
@@ -94,12 +86,7 @@ def find_differences(
 def check_inputs(
     method: Method, base: Tensors, inputs: Mapping[str, Sequence[Tensors]], K: int
 ) -> None:
-    """Refuse a merge whose method needs tensors that are missing or do not fit.
-
-    Raises:
-        UsageError: if an input is not given for each expert.
-        InputError: if one lacks a tensor, has another shape, or belongs to another model.
-    """
+    """Refuse a merge whose method needs tensors that are missing or do not fit."""
     for name in method.inputs:
         sources = inputs.get(name, ())
         if len(sources) != K:
@@ -125,11 +112,7 @@ def _unfit(tensors: Tensors, base: Tensors) -> list[str]:
 
 @contextlib.contextmanager
 def name_method_in_errors(method: Method, name: str | None) -> Iterator[None]:
-    """Name the method and the tensor if a function of another package fails.
-
-    Raises:
-        UsageError: with what the function raised; a fault of a built-in method stays what it is.
-    """
+    """Name the method and the tensor if a function of another package fails."""
     try:
         yield
     except (DemergeError, MemoryError, torch.OutOfMemoryError):
@@ -144,11 +127,7 @@ def name_method_in_errors(method: Method, name: str | None) -> Iterator[None]:
 
 
 def check_same_size(method: Method, name: str, base: Tensor, merged: object) -> None:
-    """Refuse a result that cannot take the base's place.
-
-    Raises:
-        UsageError: naming what the method returned.
-    """
+    """Refuse a result that cannot take the base's place."""
     if not isinstance(merged, Tensor) or merged.numel() != base.numel():
         found = list(merged.shape) if isinstance(merged, Tensor) else type(merged).__name__
         what = f"method {method.name} returns {found} for {list(base.shape)} of tensor {name}"
@@ -156,11 +135,7 @@ def check_same_size(method: Method, name: str, base: Tensor, merged: object) -> 
 
 
 def round_chunk(chunk: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Round a chunk to the dtype it is stored in, on the CPU.
-
-    Raises:
-        NumericalError: if a value is too large for the dtype.
-    """
+    """Round a chunk to the dtype it is stored in, on the CPU."""
     stored = chunk.to("cpu", dtype)
     if stored.dtype == chunk.dtype:
         return stored

@@ -53,11 +53,7 @@ class WorkerPool:
     size: int = 1
 
     def imap(self, function: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[Value]:
-        """Yield function(item) in the order of the items; nothing in a worker.
-
-        Raises:
-            ResourceError: if a worker was killed.
-        """
+        """Yield function(item) in the order of the items; nothing in a worker."""
         yield from map(function, items)
 
     def reduce_and_broadcast(
@@ -66,11 +62,7 @@ class WorkerPool:
         items: Sequence[Item],
         combine: Callable[[Iterator[Value]], Result],
     ) -> Result:
-        """Return combine(function(item) in the order of the items), made once and known to all.
-
-        Raises:
-            ResourceError: if a worker was killed.
-        """
+        """Return combine(function(item) in the order of the items), made once and known to all."""
         return combine(map(function, items))
 
 

@@ -52,10 +52,6 @@ def fisher(
 
     Args:
         normalise: what each Fisher is divided by: nothing, its norm over the model, or the tensor
-
-    Raises:
-        UsageError: if a weight is negative, or they sum to 0.
-        InputError: if a Fisher is negative.
     """
     nonzero_sum(weights)
     check_weights_not_negative(weights, "fisher")
@@ -73,11 +69,7 @@ def fisher(
 
 
 def check_weights_not_negative(weights: Tensor, what: str) -> None:
-    """Refuse weights under which the divisor, another sum for each entry, may come close to 0.
-
-    Raises:
-        UsageError: if a weight is negative.
-    """
+    """Refuse weights under which the divisor, another sum for each entry, may come close to 0."""
     if bool((weights < 0).any()):
         least = float(weights.min())
         fix = "give weights of 0 or more, or use task_arithmetic, which takes any sign"
@@ -86,11 +78,7 @@ def check_weights_not_negative(weights: Tensor, what: str) -> None:
 
 
 def check_not_negative(fisher: Tensor) -> None:
-    """Refuse what is not a mean of squares.
-
-    Raises:
-        InputError: if an entry is negative.
-    """
+    """Refuse what is not a mean of squares."""
     if fisher.numel() and bool(fisher.min() < 0):
         what = "a Fisher has negative entries; it is a mean of squares"
         raise InputError(what, fix="make fisher.safetensors again")

@@ -43,11 +43,7 @@ def weighted_sum(deltas: Iterable[Tensor], weights: Tensor) -> Tensor:
 
 
 def nonzero_sum(weights: Tensor) -> Tensor:
-    """Return the sum of the weights [].
-
-    Raises:
-        UsageError: if it is 0, since a mean then has no meaning.
-    """
+    """Return the sum of the weights []."""
     total = weights.sum()
     if total == 0:
         fix = "give weights with another sum, or use task_arithmetic"

@@ -36,12 +36,7 @@ By = Literal["mass", "snr", "min_snr", "fisher", "conflict"]
 
 
 def traces(blocks: Blocks, *, weights: Tensor) -> Tensor:
-    """Return tr F_i for each expert [K].
-
-    Raises:
-        UsageError: if the experts have no Fisher.
-        InputError: if it has negative entries.
-    """
+    """Return tr F_i for each expert [K]."""
 
     def trace(block: Block) -> Tensor:
         fisher = block.inputs.get("fisher")
@@ -66,12 +61,7 @@ def shares(
     gram: Tensor | None,
     trace: Tensor | None,
 ) -> Tensor:
-    """Return m_i f_i [K].
-
-    Raises:
-        UsageError: if a range is not known, or the schedule that `by` needs; or if a weight is
-            negative and f_i differs from tensor to tensor, so that the sum of the v_i may vanish.
-    """
+    """Return m_i f_i [K]."""
     known = check_ranges(ranges, len(weights))
     mass = [float(len(r)) for r in known]
     if by in ("snr", "min_snr"):
@@ -85,11 +75,7 @@ def shares(
 
 
 def check_ranges(ranges: Sequence[TimestepRange | None], K: int) -> list[TimestepRange]:
-    """Return the ranges of all K experts.
-
-    Raises:
-        UsageError: if one is not known.
-    """
+    """Return the ranges of all K experts."""
     known = [r for r in ranges if r is not None]
     if len(known) != K or len(ranges) != K:
         unknown = ", ".join(str(i) for i, r in enumerate(ranges) if r is None) or "all"
@@ -104,11 +90,7 @@ def check_ranges(ranges: Sequence[TimestepRange | None], K: int) -> list[Timeste
 def snr_masses(
     ranges: Sequence[TimestepRange], snr: Tensor | None, by: By, gamma: float
 ) -> list[float]:
-    """Return m_i for `snr` and `min_snr`.
-
-    Raises:
-        UsageError: if the schedule is not known, or has fewer timesteps than the ranges.
-    """
+    """Return m_i for `snr` and `min_snr`."""
     if snr is None:
         fix = "use by=mass, or merge into a pipeline folder with scheduler/scheduler_config.json"
         raise UsageError(f"option by={by} needs the noise schedule of the base", fix=fix)
@@ -166,9 +148,6 @@ def range_weighted(
         by: what an expert's range counts for
         scope: whether Fisher trace and conflict are taken over each tensor or the model
         gamma: the gamma of min_snr
-
-    Raises:
-        UsageError: if the weighted shares sum to 0.
     """
     v = weights.double() * share
     return base + weighted_sum(deltas, (scale * v / nonzero_sum(v)).to(base.dtype))
