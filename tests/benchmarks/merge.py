@@ -1,15 +1,16 @@
-"""How fast the merge engine is and how much memory it takes, beside a floor and beside others, in one run.
+"""How fast the merge engine is and how much memory it takes, beside a floor and beside others, in
+one run.
 
     .venv/bin/python tests/benchmarks/merge.py --size sd15-half --repeat 3
 
-makes a base and four experts in float16, random weights in the shapes of a real model, and runs each row in a process of
-its own: the floor (`cat` of the inputs, `cp` of one), naive torch loops (`peers.py`), ours with hashes known and unknown,
-and mergekit 0.1.5 and sd-mecha 1.1.8 where `--mergekit PYTHON` and `--sd-mecha PYTHON` name interpreters that have them.
-`demerge-two` is ours with `--threads 2`, `demerge-pair` two merges of one thread at once: what two cores give at all.
-The table holds medians of CPU seconds with start-up, wall seconds, the peak of anonymous memory (of several processes at
-most this, since they share some), gigabytes read and written per CPU second, and the CPU seconds relative to the naive
-streamed loop.
-"""
+makes a base and four experts in float16, random weights in the shapes of a real model, and runs
+each row in a process of its own: the floor (`cat` of the inputs, `cp` of one), naive torch loops
+(`peers.py`), ours with hashes known and unknown, and mergekit 0.1.5 and sd-mecha 1.1.8 where
+`--mergekit PYTHON` and `--sd-mecha PYTHON` name interpreters that have them. `demerge-two` is ours
+with `--threads 2`, `demerge-pair` two merges of one thread at once: what two cores give at all. The
+table holds medians of CPU seconds with start-up, wall seconds, the peak of anonymous memory (of
+several processes at most this, since they share some), gigabytes read and written per CPU second,
+and the CPU seconds relative to the naive streamed loop."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ class Cost:
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of google/ddpm-ema-church-256 (`church`) or of Stable Diffusion 1.5 (`sd15`; the first 425 M)."""
+    """Return the tensors of google/ddpm-ema-church-256 or Stable Diffusion 1.5."""
     import diffusers
     import torch
 
@@ -127,7 +128,7 @@ def rows(folder: Path, methods: list[str], peers: dict[str, str]) -> Iterator[Ro
         for name in ("base", *(f"expert{i}" for i in range(EXPERTS)))
     ]
     fishers = ",".join(str(folder / f"fisher{i}.safetensors") for i in range(EXPERTS))
-    out = str(folder / "out.safetensors")
+    out, second = str(folder / "out.safetensors"), str(folder / "out2.safetensors")
     yield Row(
         "floor",
         "cat + cp",
@@ -163,7 +164,7 @@ def rows(folder: Path, methods: list[str], peers: dict[str, str]) -> Iterator[Ro
             (
                 "sh",
                 "-c",
-                f"{shlex.join(one)} & {shlex.join((*one, '-o', out.replace('out.', 'out2.')))} && wait $!",
+                f"{shlex.join(one)} & {shlex.join((*one, '-o', second))} && wait $!",
             ),
         )
 
@@ -198,7 +199,7 @@ def measure(row: Row, folder: Path) -> Cost | None:
 
 
 def anonymous(pid: int) -> int:
-    """Return the anonymous memory of a process and its children in bytes: what they hold themselves, not files they map."""
+    """Return the anonymous memory of a process and its children in bytes."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -209,7 +210,7 @@ def anonymous(pid: int) -> int:
 
 
 def table(runs: dict[Row, list[Cost]], traffic: dict[str, float]) -> list[dict[str, object]]:
-    """Return a line for each row: medians, and how they compare with the naive streamed loop of the same method."""
+    """Return a line for each row: medians, also relative to the naive streamed loop."""
     medians = {
         row: Cost(*map(statistics.median, zip(*map(astuple, costs), strict=True)))
         for row, costs in runs.items()
@@ -228,7 +229,7 @@ def table(runs: dict[Row, list[Cost]], traffic: dict[str, float]) -> list[dict[s
 
 
 def main() -> None:
-    """Make the workload, measure the rows in turns, print the table on stderr and, with --json, as a document on stdout."""
+    """Measure the rows in turns; print a table on stderr, with --json a document on stdout."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,10 @@
-"""What the merge engine is measured against: naive torch loops, mergekit 0.1.5 and sd-mecha 1.1.8, one merge per process.
+"""What the merge engine is measured against: naive torch loops, mergekit 0.1.5 and sd-mecha 1.1.8,
+one merge per process.
 
     python peers.py WHO METHOD OUT FISHERS BASE EXPERT...
 
-It imports nothing of demerge, so that it runs in the interpreters of the others. It exits with 99 where WHO has no METHOD.
-"""
+It imports nothing of demerge, so that it runs in the interpreters of the others. It exits with 99
+where WHO has no METHOD."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def task_arithmetic(base: Tensor, experts: list[Tensor]) -> Tensor:
 
 
 def ties(base: Tensor, experts: list[Tensor], thresholds: list[Tensor] | None = None) -> Tensor:
-    """Trim below the thresholds, those of the tensor by default, elect by mass, average what agrees."""
+    """Trim below the thresholds (default: the tensor's), elect by mass, average what agrees."""
     origin = base.float()
     deltas = torch.stack([expert.float() - origin for expert in experts])
     magnitudes = deltas.abs()
@@ -186,7 +187,7 @@ def mergekit(method: str, out: Path, fishers: list[Path], base: Path, experts: l
 
 
 def sd_mecha(method: str, out: Path, fishers: list[Path], base: Path, experts: list[Path]) -> None:
-    """Merge with sd-mecha, told which tensors there are: of a model it does not know it writes only some."""
+    """Merge with sd-mecha, which must be told the tensors: else it writes only some."""
     import sd_mecha as mecha
     from safetensors import safe_open
     from sd_mecha.extensions.builtin.merge_methods import linear, ties

@@ -1,4 +1,5 @@
-"""The session: what merge_tensors gives, in place, differentiable in w, with the base restored; memory said first."""
+"""The session: what merge_tensors gives, in place, differentiable in w, with the base restored;
+memory said first."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], rtol: float, a
         torch.testing.assert_close(one[name], tensor, rtol=rtol, atol=atol)
 
 
-# -- the same as the engine -------------------------------------------------------------------------------------------
+# -- the same as the engine ------------------------------------------------------------------------
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in all_methods()),
@@ -120,7 +121,7 @@ def test_masks_are_those_of_the_seed() -> None:
     )
 
 
-# -- statistics -------------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------
 
 
 def test_statistics_that_do_not_use_the_weights_are_computed_once(
@@ -141,7 +142,7 @@ def test_statistics_that_do_not_use_the_weights_are_computed_once(
     assert computed[2:] == ["majority"]
 
 
-# -- gradients --------------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["task_arithmetic", "average", "ties", "fisher"])
@@ -220,7 +221,7 @@ def test_gradient_descent_recovers_known_coefficients() -> None:
     assert all(p.grad is None for p in base.parameters())
 
 
-# -- modules ----------------------------------------------------------------------------------------------------------
+# -- modules ---------------------------------------------------------------------------------------
 
 
 def test_apply_writes_in_place_and_zero_is_the_base() -> None:
@@ -298,7 +299,7 @@ def test_modules_that_do_not_fit_are_refused(broken: nn.Module, message: str) ->
         MergeSession(base, experts).apply([1, 1], broken)
 
 
-# -- groups -----------------------------------------------------------------------------------------------------------
+# -- groups ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("groups", ["blocks", ["down.**", "up.**"], ["down.linear", "**"]])
@@ -340,7 +341,7 @@ def test_groups_that_are_no_partition_are_refused(groups: list[str], message: st
         session_of("average", groups=groups)
 
 
-# -- refusals and memory ----------------------------------------------------------------------------------------------
+# -- refusals and memory ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("w", [[1.0, 2.0], [[1.0, 2.0, 3.0]], [1.0, 2.0, float("nan")]])
@@ -374,7 +375,7 @@ def test_experts_that_do_not_fit_are_refused() -> None:
         MergeSession(base, [{n: t * torch.nan for n, t in experts[0].items()}])
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_paths_bring_their_inputs_and_ranges(

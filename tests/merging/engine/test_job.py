@@ -1,4 +1,5 @@
-"""The engine: exact at its corners, the same in any chunks, right against a slow oracle, and strict about its input."""
+"""The engine: exact at its corners, the same in any chunks, right against a slow oracle, and strict
+about its input."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def states(K: int = 3, dtype: torch.dtype = torch.float32) -> tuple[State, list[
     base |= {"count": torch.arange(5)}
 
     def expert() -> State:
-        # distances from far below to far above the base's own size: adding the difference back does not give the expert
+        # distances from far below to far above the base's own size: adding the difference back does
+        # not give the expert
         moved = {
             n: (t + torch.randn(t.shape, generator=g) * 10 ** torch.randn(t.shape, generator=g)).to(
                 dtype
@@ -177,7 +179,7 @@ def test_whole_methods_see_tensors_in_their_shape() -> None:
     assert shapes == [((40, 30), (2, 40, 30)), ((17,), (2, 17))]
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,7 @@ def test_inputs_must_be_what_they_are_named(name: str, wrong: State, message: st
         merge_tensors(base, experts, name, inputs=inputs)
 
 
-# -- methods of other people ------------------------------------------------------------------------------------------
+# -- methods of other people -----------------------------------------------------------------------
 
 
 def test_options_are_read_from_the_signature() -> None:
@@ -429,11 +431,11 @@ def test_other_packages_register_modules_and_functions(
         registry._load.__wrapped__()
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def saved(folder: Path) -> tuple[Path, list[Path]]:
-    """Save a base and experts of several dtypes, larger than a chunk, with tensors that are not merged."""
+    """Save a base and experts: larger than a chunk, with tensors that are not merged."""
     base, experts = states(K=2)
     g = torch.Generator().manual_seed(1)
     large = [torch.randn(CHUNK + 5, generator=g).half() for _ in range(3)]

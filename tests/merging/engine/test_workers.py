@@ -1,4 +1,5 @@
-"""Work shared by forked processes: the order, the values, the errors, and that nobody is left behind."""
+"""Work shared by forked processes: the order, the values, the errors, and that nobody is left
+behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The methods entry by entry: lines computed by hand, slow oracles in float64, and the edges of each formula."""
+"""The methods entry by entry: lines computed by hand, slow oracles in float64, and the edges of
+each formula."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ GOLDEN: list[tuple[str, dict[str, Any], list[list[float]], list[float], list[flo
     ("consensus", {"threshold": 0.5}, [[2, 2, 4], [2, -2, 0]], [1, 1], [5, 1, 1]),
     ("consensus", {"threshold": 0.5, "k": 1}, [[2, 2, 4], [2, -2, 0]], [1, 1], [5, 1, 5]),
     ("consensus", {"threshold": 3}, [[2, 2, 4], [2, -2, 0]], [1, 1], [1, 1, 1]),
-    # four that agree need it, for each threshold below 1; against their sum, as in the paper, none does
+    # four that agree need it, for each threshold below 1; against their sum, as in the paper, none
+    # does
     ("consensus", {"k": 4}, [[2, -2]] * 4, [1, 1, 1, 1], [9, -7]),
     ("consensus", {"preset": "paper"}, [[2, -2]] * 4, [1, 1, 1, 1], [1, 1]),
     # disjoint means [2 2 4], the even column by the majority +
@@ -152,7 +154,7 @@ def test_golden(name: str, options: Any, deltas: Any, weights: Any, expected: An
     )
 
 
-# -- oracles: tau [*] of the merged tensor, from its deltas [K n] in float64 ------------------------------------------------
+# -- oracles: tau [*] of the merged tensor, from its deltas [K n] in float64 -----------------------
 
 
 def relative(weights: Rows) -> Rows:
@@ -384,7 +386,7 @@ def test_chunks_do_not_change_a_bit_and_blocks_only_rounding(
 
 @pytest.mark.parametrize(("name", "options"), [*OPTIONS, *VARIANTS], ids=str)
 def test_equal_experts_one_expert_and_none(name: str, options: dict[str, Any]) -> None:
-    """Experts equal to the base give it; one of weight 1 among others of weight 0 counts as if it were alone."""
+    """Equal to the base, they give it; one of weight 1 among weights 0 counts as if alone."""
     base, experts, _ = drawn(9, 3, torch.float32)
     given: dict[str, Any] = {"options": options, "snr": SNR}
     still = merge_tensors(base, [base] * 3, name, ranges=ranges_of(3), **given)
@@ -432,7 +434,7 @@ def test_any_finite_numbers_give_finite_ones_in_any_chunks(
             assert torch.equal(tensor, same)
 
 
-# -- what only one of them does --------------------------------------------------------------------------------------------
+# -- what only one of them does --------------------------------------------------------------------
 
 
 def test_gram_over_rows_and_pieces_is_the_product() -> None:
@@ -481,7 +483,7 @@ def test_della_ranks_by_row_and_drops_the_small_ones_more_often() -> None:
 
 
 def test_della_as_in_mergekit_ranks_a_kernel_along_its_second_axis() -> None:
-    """Of entries that differ along the second axis alone the larger are kept more often, at each place of a kernel."""
+    """The larger along the second axis are kept more often, at each place of a kernel."""
     delta = torch.arange(1.0, 1001).view(1, 1000, 1, 1).expand(5, 1000, 3, 3).contiguous()
     options = {"preset": "mergekit", "density": 0.5, "epsilon": 0.3, "then": "linear"}
     merged = merge_tensors(

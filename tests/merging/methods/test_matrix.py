@@ -1,4 +1,5 @@
-"""The methods that see weights as matrices: golden lines by hand, and the papers' algorithms by torch.linalg.svd and lstsq."""
+"""The methods that see weights as matrices: golden lines by hand, and the papers' algorithms by
+torch.linalg.svd and lstsq."""
 
 from __future__ import annotations
 
@@ -22,13 +23,14 @@ def diagonal(*values: float) -> Matrix:
     return torch.diag(torch.tensor(values, dtype=torch.float64)).tolist()
 
 
-# -- worked out by hand --------------------------------------------------------------------------------------------------
+# -- worked out by hand ----------------------------------------------------------------------------
 
 GOLDEN: list[tuple[str, dict[str, Any], list[Matrix], list[float], Matrix]] = [
     # method, options, deltas on a base of 0, weights, merged
     # r = 1: 4 e1 e1' and 3 e2 e2', orthogonal as they are
     ("tsv", {}, [diagonal(4, 1), diagonal(2, 3)], [1, 1], diagonal(4, 3)),
-    # both lead with e1: polar([e1 e1]) = [e1 e1] / sqrt 2 on both sides, (4 + 3) / 2; c = 1, 0.5 then (4 + 1.5) / 2
+    # both lead with e1: polar([e1 e1]) = [e1 e1] / sqrt 2 on both sides, (4 + 3) / 2; c = 1, 0.5
+    # then (4 + 1.5) / 2
     ("tsv", {}, [diagonal(4, 1), diagonal(3, 2)], [1, 1], diagonal(3.5, 0)),
     ("tsv", {"scale": 2}, [diagonal(4, 1), diagonal(3, 2)], [2, 1], diagonal(5.5, 0)),
     # the sum is diag(5, -3), its mean singular value 4
@@ -40,7 +42,8 @@ GOLDEN: list[tuple[str, dict[str, Any], list[Matrix], list[float], Matrix]] = [
         [1, 0.5],
         diagonal(2, -2),
     ),  # diag(5, -3) again
-    # sum diag(12 8 4 1 3); 3 common dimensions; beyond them the experts lead with 2 at e4 and 3 at e5: 29 / 5
+    # sum diag(12 8 4 1 3); 3 common dimensions; beyond them the experts lead with 2 at e4 and 3 at
+    # e5: 29 / 5
     (
         "iso_cts",
         {"common": 0.6},
@@ -55,7 +58,8 @@ GOLDEN: list[tuple[str, dict[str, Any], list[Matrix], list[float], Matrix]] = [
         [1, 1],
         diagonal(*[5.6] * 5),
     ),
-    # U = [[.6 -.8] [.8 .6]], S V_i' = diag(4, 1) and diag(2, -3): means 3 and -3, the mass of the latter being negative
+    # U = [[.6 -.8] [.8 .6]], S V_i' = diag(4, 1) and diag(2, -3): means 3 and -3, the mass of the
+    # latter being negative
     (
         "knots",
         {"density": 1},
@@ -81,9 +85,11 @@ GOLDEN: list[tuple[str, dict[str, Any], list[Matrix], list[float], Matrix]] = [
     # nuclear norms 4 and 8, of which 3 and 6 are the least kept: times 4/3 each, then the mean
     ("star", {"eta": 0.5}, [diagonal(3, 1), diagonal(2, 6)], [0.5, 0.5], diagonal(2, 4)),
     ("star", {"eta": 0.8}, [diagonal(3, 1), diagonal(2, 6)], [1, 1], diagonal(5, 7)),
-    # tau C = (2 1) with C = [[1.5 .5] [.5 .5]], in the first row; the second is free, its least norm 0
+    # tau C = (2 1) with C = [[1.5 .5] [.5 .5]], in the first row; the second is free, its least
+    # norm 0
     ("wudi", {}, [[[1, 0], [0, 0]], [[1, 1], [0, 0]]], [1, 1], [[1, 1], [0, 0]]),
-    # c = 1, 0.5: tau (C_1 + C_2 / 4) = tau_1 C_1 + tau_2 C_2 / 8; the norms are sqrt(2 1) and all rows are e1
+    # c = 1, 0.5: tau (C_1 + C_2 / 4) = tau_1 C_1 + tau_2 C_2 / 8; the norms are sqrt(2 1) and all
+    # rows are e1
     ("wudi", {}, [[[2, 0], [0, 0]], [[6, 0], [0, 0]]], [2, 1], [[2.2, 0], [0, 0]]),
 ]
 
@@ -130,7 +136,7 @@ def merge_of(
     )["w"]
 
 
-# -- the papers' algorithms, by LAPACK in float64 -------------------------------------------------------------------------
+# -- the papers' algorithms, by LAPACK in float64 --------------------------------------------------
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,7 +279,7 @@ def test_finite_matrices_give_finite_matrices(
 
 @pytest.mark.parametrize("name", ["tsv", "iso_c", "iso_cts", "knots", "star", "wudi"])
 def test_experts_of_low_rank_stay_in_their_span(name: str) -> None:
-    """What a singular value decomposition invents for singular values of 0 does not reach the result."""
+    """What an SVD invents for singular values of 0 does not reach the result."""
     g = torch.Generator().manual_seed(5)
     left, right = torch.randn(9, 2, generator=g), torch.randn(2, 30, generator=g)
     deltas = [
@@ -340,7 +346,7 @@ def test_regmean_without_gram_is_the_mean_and_a_gram_that_does_not_fit_is_refuse
         merge_of(deltas, "regmean", [1, -1], gram=[torch.eye(27)] * 2)
 
 
-# -- the shared parts ----------------------------------------------------------------------------------------------------
+# -- the shared parts ------------------------------------------------------------------------------
 
 
 def test_views_as_matrices() -> None:

@@ -264,11 +264,11 @@ def test_weights_that_sum_to_zero_are_no_mean() -> None:
             merge_tensors(base, experts, name, weights=[1, -1], inputs={"fisher": experts})
 
 
-# -- what other programs make of the same ------------------------------------------------------------------------------
+# -- what other programs make of the same ----------------------------------------------------------
 
 
 def as_mergekit(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
-    """TIES of one tensor as in mergekit: exactly k entries, weighted votes, even votes positive, a mean over weights."""
+    """mergekit: exactly k entries, weighted votes, even votes positive, a mean over weights."""
     kept = torch.zeros_like(deltas)
     for row, delta in zip(kept, deltas, strict=True):
         chosen = delta.abs().argsort(descending=True)[: max(1, int(density * delta.numel()))]
@@ -280,7 +280,7 @@ def as_mergekit(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
 
 
 def as_peft(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
-    """TIES of one tensor as in peft: votes without weights, the weighted sum over the count of those that agree."""
+    """peft: votes without weights, the weighted sum over the count of those that agree."""
     kept = torch.stack(
         [
             torch.where(d.abs() >= d.abs().topk(int(density * d.numel())).values[-1], d, 0)
@@ -292,7 +292,7 @@ def as_peft(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
 
 
 def as_authors(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
-    """TIES of a model as by its authors: k + 1 entries, no weights, even votes as the majority, a mean over the count."""
+    """The authors: k + 1 entries, no weights, even votes as the majority, a mean."""
     n = deltas.shape[1]
     kept = torch.stack(
         [

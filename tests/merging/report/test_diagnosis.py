@@ -1,4 +1,5 @@
-"""Diagnostics: against direct computation in float64, the same for any number of threads, and a report that loads nothing."""
+"""Diagnostics: against direct computation in float64, the same for any number of threads, and a
+report that loads nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[list[Path], list[Tensors]]:
-    """A base and three experts, of which the third moves nothing in the middle, as files and in memory."""
+    """A base and three experts, the third of which moves nothing in the middle."""
     g = torch.Generator().manual_seed(0)
     base = {n: torch.randn(s, generator=g) for n, s in SHAPES.items()}
     experts = [
