@@ -1,4 +1,4 @@
-"""How fast the merge engine is and how much memory it takes, beside a floor and beside others, in
+"""How fast the merge engine is and how much memory it takes, next to a floor and to others, in
 one run.
 
     .venv/bin/python tests/benchmarks/merge.py --size sd15-half --repeat 3
@@ -7,7 +7,7 @@ makes a base and four experts in float16, random weights in the shapes of a real
 each row in a process of its own: the floor (`cat` of the inputs, `cp` of one), naive torch loops
 (`peers.py`), ours with hashes known and unknown, and mergekit 0.1.5 and sd-mecha 1.1.8 where
 `--mergekit PYTHON` and `--sd-mecha PYTHON` name interpreters that have them. `demerge-two` is ours
-with `--threads 2`, `demerge-pair` two merges of one thread at once: what two cores give at all. The
+with `--num-workers 2`, `demerge-pair` two merges of one worker at once: what two cores give at all. The
 table holds medians of CPU seconds with start-up, wall seconds, the peak of anonymous memory (of
 several processes at most this, since they share some), gigabytes read and written per CPU second,
 and the CPU seconds relative to the naive streamed loop."""
@@ -153,11 +153,11 @@ def rows(folder: Path, methods: list[str], peers: dict[str, str]) -> Iterator[Ro
             "-o",
             out,
         )
-        one = (*ours, "--threads", "1")
+        one = (*ours, "--num-workers", "1")
         if method in (methods[0], "fisher"):  # which reads other files too
             yield Row("demerge-hashing", method, one, forgets=True)
         yield Row("demerge", method, one)
-        yield Row("demerge-two", method, (*ours, "--threads", "2"))
+        yield Row("demerge-two", method, (*ours, "--num-workers", "2"))
         yield Row(
             "demerge-pair",
             method,
