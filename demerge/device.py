@@ -1,4 +1,4 @@
-"""The machine: which device to compute on, and how much memory is left there."""
+"""The machine: which device to compute on, and how much memory is free there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def resolve_device(name: str) -> str:
 
 
 def free_bytes(device: str = "cpu") -> int | None:
-    """Return the bytes of a device that may still be used; None where that cannot be told."""
+    """Return the bytes of a device that are free; None if that is unknown."""
     if device.startswith("cuda"):
         import torch
 
@@ -37,7 +37,7 @@ def free_bytes(device: str = "cpu") -> int | None:
 
 
 def _free_on_this_machine() -> int | None:
-    """Return the bytes that the machine and the control group this process is in still give."""
+    """Return the bytes that the machine and the control group of this process leave free."""
     try:
         free = _field(Path("/proc/meminfo"), "MemAvailable:") * 1024
     except OSError:

@@ -5,10 +5,11 @@
     ├── InputError          3   a file that was read is wrong
     ├── ResourceError       4   not enough disk, memory or accelerator
     ├── NumericalError      5   NaN or Inf, a loss that diverged
-    ├── ComparisonError     6   scores of unlike protocols
+    ├── ComparisonError     6   scores of different protocols
     └── Preempted          75   stopped after a valid checkpoint; run the same command again
 
-Every message says what is wrong (which argument or file, the rule, the value found) and, in `fix`, what to do about it.
+Every message says what is wrong: the argument or file, the value and the rule. `fix` says what to
+do.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LONGEST = 1900  # characters of a sentence: hostile files have names and values of any length
-
 LISTED = 5
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first five names, each cut to 120 characters, and how many more there are."""
+    """Return the first five names, each cut to 120 characters, and the number of the others."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(name[:120] for name in names[:LISTED]) + more
 
 
 class DemergeError(Exception):
-    """The base of all errors that demerge raises on purpose: one sentence what, one sentence what to do."""
+    """Base of the errors that demerge raises on purpose: what is wrong, and what to do."""
 
     exit_code = 1
 
@@ -48,7 +48,7 @@ class UsageError(DemergeError):
 
 
 class InputError(DemergeError):
-    """A file that was read is missing, damaged, hostile or not what it should be."""
+    """A file is missing, damaged, hostile or of another kind."""
 
     exit_code = 3
 
@@ -60,18 +60,18 @@ class ResourceError(DemergeError):
 
 
 class NumericalError(DemergeError):
-    """A computation left the finite numbers."""
+    """A computation produced NaN or Inf."""
 
     exit_code = 5
 
 
 class ComparisonError(DemergeError):
-    """Scores of unlike protocols were asked to be compared."""
+    """Scores of different protocols cannot be compared."""
 
     exit_code = 6
 
 
 class Preempted(DemergeError):
-    """The work stopped after a valid checkpoint; the same command again continues it."""
+    """The work stopped after a checkpoint; the same command continues it."""
 
     exit_code = 75

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that a command starts at once."""
+"""Names of a package that are imported when they are first used, so that commands start fast."""
 
 from __future__ import annotations
 

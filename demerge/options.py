@@ -76,7 +76,7 @@ def option(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, **
 
 
 def again(kind: type[Options], name: str, **changes: Any) -> Any:
-    """Return the option `name` of another class again, with a new `default` or changes of `Spec`."""
+    """Return the option `name` of another class, with another `default` or changes of `Spec`."""
     of = kind.__dataclass_fields__[name]
     default = changes.pop("default", of.default)
     return field(default=default, metadata={"option": replace(spec_of(of), **changes)})

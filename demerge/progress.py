@@ -1,4 +1,4 @@
-"""How a stage tells how far it is."""
+"""How a stage reports its progress."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ class Progress(Protocol):
     """A function that is called after each piece of work."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
-        """Take the pieces done, the pieces in all, and a few words on the current one."""
+        """Take the number of pieces done, that of all pieces, and a text on the current one."""
 
 
 def silent(done: int, total: int, text: str = "") -> None:
-    """Tell nobody."""
+    """Report nothing."""

@@ -1,4 +1,4 @@
-"""What all stages have in common: options in, a plan that can be read, a result.
+"""The protocol of all stages: options in, a plan that can be read, a result.
 
 plan(options) -> Plan       checks everything, loads what it must, computes nothing lasting
 Plan.describe() -> lines    what will be done; it prints what is known and computes nothing
@@ -36,7 +36,7 @@ class Cost:
 
 
 class Result(Protocol):
-    """What a stage made or found."""
+    """The result of a stage."""
 
     def lines(self) -> list[str]:
         """Return the result for a person."""

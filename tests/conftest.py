@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: tiny models of the stock classes, made from a fixed seed."""
+"""Fixtures of several test modules: tiny models of the stock classes, made from a fixed seed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny StableDiffusionPipeline: UNet2DConditionModel, CLIP text model, AutoencoderKL; 16 x 16 x 3 images."""
+    """A tiny StableDiffusionPipeline with an AutoencoderKL; 16 x 16 x 3 images."""
     import diffusers
     import transformers
 
@@ -113,7 +113,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny DiTPipeline: DiTTransformer2DModel of 10 classes with a learned variance, AutoencoderKL; 16 x 16 x 3 images."""
+    """A tiny DiTPipeline of 10 classes with a learned variance; 16 x 16 x 3 images."""
     import diffusers
 
     torch.manual_seed(0)
@@ -207,7 +207,7 @@ def protocol(**changes: object) -> Any:
 
 @pytest.fixture(scope="session")
 def make_scores() -> Callable[..., list[Any]]:
-    """Make scores of one model, one for each distance: make_scores("ties", "merge", [7.1, 7.2, 7.0])."""
+    """Make scores of a model, one per distance: make_scores("ties", "merge", [7.1, 7.2])."""
     from demerge.evaluation.metrics.range_losses import RangeLosses
     from demerge.evaluation.scores import Scores
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 
-def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:
     out = tmp_path / "my run"
     small = (
         "--steps",
@@ -47,6 +47,6 @@ def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:  # type: ignore
     assert run("demo", "-o", out, *small).code == 0
 
 
-def test_another_base_is_refused(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_another_base_is_refused(run, tmp_path: Path) -> None:
     done = run("demo", "--base", "digits", "-o", tmp_path / "out")
     assert (done.code, "not one of 'digits-early', 'digits-base'" in done.err) == (2, True)

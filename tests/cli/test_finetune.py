@@ -11,7 +11,7 @@ from PIL import Image
 FAST = ("--data", "digits", "--max-train-steps", 2, "--train-batch-size", 2, "--device", "cpu")
 
 
-def test_experts_land_where_scripts_expect_them(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_experts_land_where_scripts_expect_them(run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "e"
     done = run("finetune", tiny, "--ranges", "uniform:4", "-o", out, *FAST)
     assert (done.code, done.out.strip()) == (0, str(out))
@@ -34,12 +34,12 @@ def test_experts_land_where_scripts_expect_them(run, tiny: Path, tmp_path: Path)
     assert Image.open(images / "000000.png").size == (8, 8)
 
 
-def test_joint_counts_the_steps_of_all_experts(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_joint_counts_the_steps_of_all_experts(run, tiny: Path, tmp_path: Path) -> None:
     assert run("finetune", tiny, "--ranges", "joint:3", "-o", tmp_path, *FAST).code == 0
     assert json.loads((tmp_path / "0000-1000" / "expert.json").read_text())["steps"] == 6
 
 
-def test_random_start_needs_no_base(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_random_start_needs_no_base(run, tmp_path: Path) -> None:
     config = tmp_path / "c.json"
     unet = {
         "sample_size": 8,
@@ -111,7 +111,7 @@ def test_random_start_needs_no_base(run, tmp_path: Path) -> None:  # type: ignor
     )
 
 
-def test_dry_run_writes_nothing(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_dry_run_writes_nothing(run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "e"
     done = run("finetune", tiny, "-o", out, *FAST, "--dry-run", "--json")
     plan = json.loads(done.out)
@@ -135,7 +135,7 @@ def test_dry_run_writes_nothing(run, tiny: Path, tmp_path: Path) -> None:  # typ
 )
 def test_mistakes_are_named(
     run, tiny: Path, tmp_path: Path, changes, code: int, message: str
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     done = run("finetune", tiny, "-o", tmp_path / "e", *FAST, *changes)
     assert done.code == code
     assert message in done.err
@@ -143,14 +143,14 @@ def test_mistakes_are_named(
     assert not (tmp_path / "e").exists()
 
 
-def test_other_options_in_the_same_folder_are_refused(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_other_options_in_the_same_folder_are_refused(run, tiny: Path, tmp_path: Path) -> None:
     assert run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST).code == 0
     done = run("finetune", tiny, "--ranges", "joint", "-o", tmp_path, *FAST, "--global-prob", "0.5")
     assert done.code == 2
     assert "global_prob was 0.3, now 0.5" in done.err
 
 
-def test_a_folder_that_is_no_model(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_folder_that_is_no_model(run, tmp_path: Path) -> None:
     done = run("sample", tmp_path, "-o", tmp_path / "i")
     assert done.code == 3
     assert "model_index.json" in done.err
@@ -158,7 +158,7 @@ def test_a_folder_that_is_no_model(run, tmp_path: Path) -> None:  # type: ignore
 
 def test_broken_images_are_named_and_can_be_left_out(
     run, tiny: Path, image_folder: Path, tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     (image_folder / "broken.png").write_text("<html>404</html>")
     train = (
         "--data",
@@ -184,11 +184,11 @@ def test_broken_images_are_named_and_can_be_left_out(
     )
 
 
-def test_captions_that_are_not_there(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_captions_that_are_not_there(run, tiny: Path, tmp_path: Path) -> None:
     assert run("sample", tiny, "--captions", tmp_path / "none.txt", "-o", tmp_path / "i").code == 2
 
 
-def test_dry_run_compares_with_what_is_there(run, tiny: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_dry_run_compares_with_what_is_there(run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "e"
     assert run("finetune", tiny, "-o", out, *FAST).code == 0
     assert run("finetune", tiny, "-o", out, *FAST, "--dry-run").code == 0

@@ -51,13 +51,13 @@ def test_help_names_every_command_and_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "data"])
-def test_every_command_explains_itself(run, command: str) -> None:  # type: ignore[no-untyped-def]
+def test_every_command_explains_itself(run, command: str) -> None:
     done = run(command, "--help")
     assert done.code == 0
     assert command in done.out
 
 
-def test_version(run) -> None:  # type: ignore[no-untyped-def]
+def test_version(run) -> None:
     done = run("--version")
     assert (done.code, done.out.strip()) == (0, "0.1.0")
 
@@ -76,7 +76,7 @@ def test_version(run) -> None:  # type: ignore[no-untyped-def]
 )
 def test_each_error_has_its_exit_code(
     run, monkeypatch, error: type[DemergeError], code: int
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     def fail(**_: object) -> None:
         raise error("what is wrong", fix="what to do")
 
@@ -86,14 +86,14 @@ def test_each_error_has_its_exit_code(
     assert done.err == "demerge: what is wrong\n  fix: what to do\n"
 
 
-def test_a_bug_says_so_and_hides_its_traceback(run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_bug_says_so_and_hides_its_traceback(run, monkeypatch) -> None:
     monkeypatch.setattr(program, "app", lambda **_: 1 / 0)
     done = run()
     assert done.code == 1
     assert "a bug in demerge: ZeroDivisionError" in done.err
 
 
-def test_interrupt_is_130(run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_interrupt_is_130(run, monkeypatch) -> None:
     def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
@@ -106,12 +106,12 @@ def test_interrupt_is_130(run, monkeypatch) -> None:  # type: ignore[no-untyped-
         assert done.code == 130 and "interrupted" in done.err
 
 
-def test_unknown_command_and_option_are_usage_errors(run) -> None:  # type: ignore[no-untyped-def]
+def test_unknown_command_and_option_are_usage_errors(run) -> None:
     assert run("mrege").code == 2
     assert run("merge", "--no-such-option").code == 2
 
 
-def test_underscores_and_dashes_are_the_same(run, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_underscores_and_dashes_are_the_same(run, tmp_path) -> None:
     for option in ("--max_train_steps", "--max-train-steps"):
         done = run("finetune", tmp_path / "none", "--data", "digits", "-o", tmp_path, option, "0")
         assert done.code == 2
@@ -125,7 +125,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     )
 
 
-def test_sigterm_ends_training_with_a_checkpoint(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_sigterm_ends_training_with_a_checkpoint(tiny, tmp_path) -> None:
     import signal
 
     arguments = [

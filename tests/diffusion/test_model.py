@@ -58,7 +58,7 @@ def test_component_folder_stands_for_its_pipeline(tiny: Path) -> None:
 
 
 def test_older_pipelines_keep_their_parts_in_the_root(make_tiny: MakeTiny, tmp_path: Path) -> None:
-    """The layout of google/ddpm-cifar10-32: config, weights and scheduler beside model_index.json."""
+    """The layout of google/ddpm-cifar10-32: config, weights and scheduler next to model_index.json."""
     from demerge.merging import merge
 
     folder, expert = make_tiny(), make_tiny(seed=1)

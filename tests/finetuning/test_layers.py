@@ -128,7 +128,7 @@ def test_w_is_put_behind_sites_that_train_as_a_whole(
     base = Diffusion.load(tiny)
 
     def mixes(*layers: str) -> int:
-        run = ExpertTraining(base, data, SPAN, FAST, tmp_path / hash_layers(layers)[:8], {}, layers)  # type: ignore[index]
+        run = ExpertTraining(base, data, SPAN, FAST, tmp_path / hash_layers(layers)[:8], {}, layers)
         return sum(name.endswith(".W") for name in run.parameters)
 
     assert mixes("mid_block.attentions.0.to_out.0") == 1

@@ -96,7 +96,7 @@ LIMITS = {
 @pytest.mark.parametrize("name", ON_X0)
 def test_a_weight_is_one_weighting_of_the_x0_error(
     make_tiny, prediction_type: str, name: str
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     model = Diffusion.load(make_tiny(prediction_type=prediction_type))
     snr = model.snr()
     assert snr.dtype == torch.float64

@@ -55,7 +55,7 @@ def train(
     return Diffusion.load(out / str(SPAN)).sha256
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+@pytest.mark.parametrize("stop_at", [1, 5])
 def test_resumed_run_equals_the_uninterrupted_one(
     tiny: Path, data: ImageData, tmp_path: Path, stop_at: int
 ) -> None:
@@ -83,7 +83,7 @@ def test_dropout_too_survives_a_resume(
 
 def test_a_share_of_the_captions_is_left_empty(
     tiny_text: Path, image_folder: Path, tmp_path: Path, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     """By a stream of (seed, step, sample): the share is that of the option, and a resumed run leaves out the same ones."""
     base = Diffusion.load(tiny_text)
     data = load_images(image_folder, split="all", resolution=16)
