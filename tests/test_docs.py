@@ -23,7 +23,8 @@ from demerge.merging import all_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *WRITTEN]
+OTHERS = ("README.md", "CONTRIBUTING.md", "examples/README.md", "notebooks/cifar10/README.md")
+PAGES = [*(ROOT / name for name in OTHERS), *WRITTEN]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -118,6 +119,14 @@ def test_links_lead_somewhere(page: Path, generate: ModuleType) -> None:
         path = (page.parent / target.partition("#")[0]).resolve()
         is_elsewhere = re.match(r"https?://|#", target)
         assert is_elsewhere or path.exists() or path in generated, target
+
+
+@each_page
+def test_files_that_are_named_exist(page: Path) -> None:
+    rooms = "demerge|analysis|cli|tests|notebooks|examples"
+    named = re.findall(rf"`((?:{rooms})/[\w/.-]*)`", page.read_text(encoding="utf-8"))
+    examples = {"demerge/merging/methods/median.py"}
+    assert [name for name in named if not (ROOT / name).exists() and name not in examples] == []
 
 
 @each_page
