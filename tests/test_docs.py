@@ -77,10 +77,11 @@ def test_the_readme_shows_the_six_commands_and_counts_the_methods() -> None:
 
 
 SMALLER = {
-    "cut(conflict, 4)": "cut(conflict, 4, 'uniform')",
+    "partition(conflict, 4)": "partition(conflict, 4, 'uniform')",
+    "EvaluationOptions(seeds=(0, 1, 2))": "EvaluationOptions(seeds=(0,), num_images=70, steps=1,"
+    " lpips=False, ranges='none')",
     "batch_size=96": "batch_size=1, bins=5, groups=5",
     "max_train_steps=150": "max_train_steps=1, train_batch_size=2",
-    "seeds=(0, 1, 2)": "seeds=(0,), num_images=70, steps=1, lpips=False, ranges='none'",
 }
 
 
