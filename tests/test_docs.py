@@ -13,7 +13,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -74,27 +73,6 @@ def test_the_readme_shows_the_six_commands_and_counts_the_methods() -> None:
     path = ("analyze", "ranges", "finetune", "merge", "evaluate", "compare")
     assert set(path) <= set(shown)
     assert f"{len(all_methods())} methods" in README
-
-
-SMALLER = {
-    "partition(conflict, 4)": "partition(conflict, 4, 'uniform')",
-    "EvaluationOptions(seeds=(0, 1, 2))": "EvaluationOptions(seeds=(0,), num_images=70, steps=1,"
-    " lpips=False, ranges='none')",
-    "batch_size=96": "batch_size=1, bins=5, groups=5",
-    "max_train_steps=150": "max_train_steps=1, train_batch_size=2",
-}
-
-
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = blocks(ROOT / "README.md", "python")
-    for shown, small in SMALLER.items():
-        assert shown in code
-        code = code.replace(shown, small)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert (tmp_path / "run/merged/ties/model_index.json").is_file()
-    assert str(names["report"].verdict)
 
 
 # -- all pages ------------------------------------------------------------------------------------
