@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from demerge.analysis import measure
+    from demerge.analysis import MeasurementOptions, measure, partition
     from demerge.conflict import ConflictMap
     from demerge.data import ImageData, load_images
     from demerge.diffusion.model import Diffusion
@@ -42,6 +42,7 @@ HOMES = {
     "Expert": "expert",
     "FinetuneOptions": "finetuning",
     "ImageData": "data",
+    "MeasurementOptions": "analysis",
     "Partition": "timesteps",
     "Recipe": "merging",
     "Scores": "evaluation",
@@ -51,6 +52,7 @@ HOMES = {
     "load_routed": "diffusion.sampling",
     "measure": "analysis",
     "merge": "merging",
+    "partition": "analysis",
     "routed": "diffusion.sampling",
     "sample": "diffusion.sampling",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "Expert",
     "FinetuneOptions",
     "ImageData",
+    "MeasurementOptions",
     "Partition",
     "Recipe",
     "Scores",
@@ -75,6 +78,7 @@ __all__ = [
     "load_routed",
     "measure",
     "merge",
+    "partition",
     "routed",
     "sample",
 ]
