@@ -116,7 +116,7 @@ class Coefficients:
 
     @property
     def outside(self) -> list[tuple[str, int, float]]:
-        """The weights outside INTERVAL, farthest first: block or "", number of the expert, weight."""
+        """Block (or ""), expert and weight of the weights outside INTERVAL, farthest first."""
         rows, names = np.atleast_2d(self.w), self.responses.blocks or ("",)
         places = np.argwhere(~_is_inside(rows)).tolist()
         entries = [(names[b], k, float(rows[b, k])) for b, k in places]
@@ -131,7 +131,7 @@ class Objective:
     A: Array
 
     def solve(self, ridges: Sequence[float], *without: int) -> Array:
-        """Return w* for n values of rho, fitted without some groups, [n P]; the shortest of equals."""
+        """Return w* for n values of rho, fitted without some groups, [n P]; the shortest."""
         groups = len(self.b) - len(without)
         b = (self.b.sum(0) - sum(self.b[m] for m in without)) / groups
         A = (self.A.sum(0) - sum(self.A[m] for m in without)) / groups
@@ -236,7 +236,7 @@ def _predict(responses: Responses, W: Iterable[Array], q: Array, bend: Array) ->
 
 
 def _best_ridge(changes: Sequence[Array]) -> int:
-    """Return the index of the least mean change on groups left out, [n] each; the last of equals."""
+    """Return the index of the least mean change on groups left out, [n] each; the last."""
     mean = np.mean(changes, axis=0)
     return len(mean) - 1 - int(np.argmin(mean[::-1]))
 

@@ -1,4 +1,4 @@
-"""A base and its experts, opened and checked in one way for coefficients, landscape and transfer."""
+"""A base and its experts, opened and checked for coefficients, landscape and transfer."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     norm_lk   = |tau_k| on tensor l
     cosine_kn = <tau_k, tau_n> / (|tau_k| |tau_n|)
-    sign_kn   = share of the energy sum_p |tau_kp tau_np| at coordinates where the signs differ
+    sign_kn   = share of the energy sum_p |tau_kp tau_np| at coordinates of unequal signs
     rank      = effective rank of [tau_1 .. tau_K], see demerge.merging.report.diagnosis:
                 1 (all parallel) to K
 
@@ -37,7 +37,7 @@ class TaskVectors:
     Attributes:
         names: the L floating-point tensors.
         gram: inner products on each tensor [L K K].
-        opposed: sum_p |tau_kp tau_np| where signs differ, on each tensor [L K K].
+        opposed: sum_p |tau_kp tau_np| over p of unequal signs, on each tensor [L K K].
         energy: sum_p |tau_kp tau_np| [L K K].
     """
 
@@ -71,7 +71,7 @@ class TaskVectors:
 
     @property
     def sign_conflict(self) -> Array:
-        """Share of energy where signs differ, [K K]; NaN for vectors without a common coordinate."""
+        """Share of energy at unequal signs, [K K]; NaN for vectors without a common coordinate."""
         return _ratio(self.opposed.sum(0), self.energy.sum(0))
 
     def by_layer(self) -> TaskVectors:

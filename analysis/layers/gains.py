@@ -2,7 +2,8 @@
 
 The first-order gain of decoupling, J = sum_R w_R |gbar_R|^2 - |gbar|^2, is a sum over layers l of
 
-    J_l = sum_R w_R |gbar_R,l - gbar_l|^2 = sum_R |z_R,l|^2,    z_R,l = sqrt(w_R) (gbar_R,l - gbar_l),
+    J_l = sum_R w_R |gbar_R,l - gbar_l|^2 = sum_R |z_R,l|^2
+    z_R,l = sqrt(w_R) (gbar_R,l - gbar_l),
 
 a square, so that noise adds to it. Therefore products of unlike groups are taken, P_l[m, n] =
 sum_R <z_R,l^m, z_R,l^n>, m != n, whose expectation is J_l for shared and for independent draws.
@@ -298,18 +299,19 @@ def choose_layers(map: ConflictMap, partition: Partition, *, share: float = 0.1)
     """
     if not 0 < share <= 1:
         raise UsageError(f"share {share:g} is not in (0, 1]", fix="for example --share 0.1")
-    found = LayerGains.of(map, partition)
-    gains, errors = found.gains(all_cross_pairs(map.M)), estimate_error(found.without_pair()).se
-    order, parameters = found.rank(gains), found.sizes.sum()
-    (chosen,) = found.take(order, [share])
+    measured = LayerGains.of(map, partition)
+    gains = measured.gains(all_cross_pairs(map.M))
+    errors = estimate_error(measured.without_pair()).se
+    order, parameters = measured.rank(gains), measured.sizes.sum()
+    (chosen,) = measured.take(order, [share])
     if not chosen.any():
         what = f"no layer fits into {share:g} of {parameters:,} parameters"
-        raise UsageError(what, fix=f"give --share {found.sizes.min() / parameters:.1g} or more")
+        raise UsageError(what, fix=f"give --share {measured.sizes.min() / parameters:.1g} or more")
     curve: dict[float, dict[str, Estimate]] = {}
     is_supported, reason = False, "no conflict between these ranges is resolved"
-    if found.is_resolved():
+    if measured.is_resolved():
         shares = sorted({*SHARES, share})
-        held_out = held_out_gains(found, shares)
+        held_out = held_out_gains(measured, shares)
         for column, each in enumerate(shares):
             row = {name: _estimate(rows[:, column]) for name, rows in held_out.items()}
             curve[each] = {name: _short(estimate) for name, estimate in row.items()}
@@ -319,26 +321,26 @@ def choose_layers(map: ConflictMap, partition: Partition, *, share: float = 0.1)
     layers = []
     for i in order:
         gain = _short(Estimate(gains[i], errors[i]))
-        layers.append(LayerGain(found.names[i], int(found.sizes[i]), gain.value, gain.se))
-    trained = found.sizes[chosen].sum() / parameters if is_supported else 1.0
+        layers.append(LayerGain(measured.names[i], int(measured.sizes[i]), gain.value, gain.se))
+    trained = measured.sizes[chosen].sum() / parameters if is_supported else 1.0
     return LayerChoice(
         model=map.origin.model,
         metric=map.origin.metric,
         groups=map.M,
         partition=partition,
         share=share,
-        total=_short(found.total()),
+        total=_short(measured.total()),
         layers=tuple(layers),
         curve=curve,
         is_supported=is_supported,
         reason=reason,
-        train=tuple(found.names[i] for i in order if chosen[i] or not is_supported),
+        train=tuple(measured.names[i] for i in order if chosen[i] or not is_supported),
         trained=float(f"{trained:.6g}"),
     )
 
 
 def _verdict(gain: Estimate, more: Estimate, share: float, M: int) -> tuple[bool, str]:
-    """Say whether a ranking is supported at a share, and why, from its gain and that over random."""
+    """Say whether a ranking is supported, and why, by its gain and that over random layers."""
     if share == 1:
         return False, "a share of 1 leaves nothing to choose"
     own, extra = (f"{100 * e.value:.0f} ± {100 * e.se:.0f} %" for e in (gain, more))
@@ -350,6 +352,6 @@ def _verdict(gain: Estimate, more: Estimate, share: float, M: int) -> tuple[bool
     return True, f"held out, they gain {own} of what all layers gain, {extra} more than random ones"
 
 
-def _short(found: Estimate) -> Estimate:
+def _short(estimate: Estimate) -> Estimate:
     """Return an estimate with six digits, as layers.json has it."""
-    return Estimate(float(f"{found.value:.6g}"), float(f"{found.se:.6g}"))
+    return Estimate(float(f"{estimate.value:.6g}"), float(f"{estimate.se:.6g}"))

@@ -166,14 +166,15 @@ class CoefficientsPlan:
 
     def describe(self) -> list[str]:
         """Return notes, data, ranges and cost."""
-        data, condition = self.draws.data, self.draws.model.describe_condition(self.draws.data)
+        draws, data = self.draws, self.draws.data
+        condition = draws.model.describe_condition(data)
         cost = self.cost()
         return [
             *([REMEMBERED] if self.inputs["trained_on"] else []),
             *(f"note    {note}" for note in self.session.notes),
-            f"data    {data.name}, {data.split}: {len(data):,} images in {self.draws.groups} groups",
+            f"data    {data.name}, {data.split}: {len(data):,} images in {draws.groups} groups",
             *([f"given   {condition}"] if condition else []),
-            f"ranges  {self.draws.ranges}",
+            f"ranges  {draws.ranges}",
             f"cost    {cost.steps:,} samples through the model for {self.P} weights: "
             f"some {self.seconds:.0f} s, {(cost.memory or 0) / 1e6:.0f} MB",
         ]
@@ -265,7 +266,7 @@ def merge_groups(
 
 
 def layer_patterns(denoiser: nn.Module) -> list[str]:
-    """Return patterns of the modules with tensors of their own; those that hold others come last."""
+    """Return patterns of the modules with own tensors; those that hold others come last."""
     names = [name for name, tensor in denoiser.state_dict().items() if tensor.is_floating_point()]
     layers = list(dict.fromkeys(map(layer_of, names)))
     holding: set[str] = set()

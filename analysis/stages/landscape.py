@@ -1,7 +1,7 @@
 """The stage `demerge landscape`: task vectors compared, and held-out losses around the base.
 
     paths     from the base to a merged model; without one, to each expert, s = 0, 1/P .. 3/2
-    plane     of the two experts whose task vectors agree least, coefficients -1/P, 0, 1/P .. 1 + 1/P
+    plane     of the two experts whose task vectors agree least, from -1/P to 1 + 1/P each
 
 P is `points`, the steps from the base to an expert. Losses are of the test split by default, which
 experts have not seen. The ranges are by default the experts' own, as finetuning leaves them; then

@@ -1,7 +1,7 @@
 """Two estimators of similarity: the plug-in cosine of the literature, and the unbiased one.
 
-    plug-in     cos(S_i, S_j), S_i the sum over all groups: noise biases it upwards for shared draws,
-                downwards for independent ones
+    plug-in     cos(S_i, S_j), S_i the sum over all groups: noise biases it upwards for shared
+                draws, downwards for independent ones
     unbiased    K_ij / sqrt(K_ii K_jj) from pairs of different groups, for resolved bins alone
 
 The plug-in is a function of means over groups, so its intervals come from the jackknife; those of
@@ -48,10 +48,11 @@ def measure_errors(
     """Measure a known problem many times and return how far both cosines are from the truth.
 
     One row for each kind of draws and estimator, over all pairs of bins and all maps:
-        bias: mean of estimate - truth, and `bias_se`, its own standard error over maps; for `neighbours` too.
+        bias: mean of estimate - truth, and `bias_se`, its standard error over maps; also for
+            `neighbours`.
         rmse: root of the mean squared error.
         covered: share of the 95 % intervals that hold the truth.
-        unresolved: share of bins for which the estimator gives nothing; the plug-in always gives something.
+        unresolved: share of bins for which the estimator gives nothing; the plug-in has none.
 
     Raises:
         UsageError: as `KnownProblem.measure` does, and for fewer than 2 maps.

@@ -1,13 +1,14 @@
 """The diagonal Fisher of a model on a range of timesteps, for `demerge merge --method fisher`.
 
-    F [*] = (1/n) sum_j g_j^2,   g_j = grad_theta |y - f(x_t, t, c)|^2 for one example j, t ~ U[start, stop)
+    F [*] = (1/n) sum_j g_j^2,   g_j = grad_theta |y - f(x_t, t, c)|^2 for one example j
 
-The gradients are squared for each example before they are averaged (arXiv 2111.09832); the square of
-a batch's gradient would be another, smaller quantity. A small model takes the gradients of 32
-examples at once, by `vmap` of `grad`: 3 times faster for a UNet of 0.2 M parameters on one core. One
-example at a time is taken if 8 gradients exceed 256 MB or `vmap` cannot run the model.
+with t ~ U[start, stop). The gradients are squared for each example before they are averaged (arXiv
+2111.09832); the square of a batch's gradient would be another, smaller quantity. A small model
+takes the gradients of 32 examples at once, by `vmap` of `grad`: 3 times faster for a UNet of 0.2 M
+parameters on one core. One example at a time is taken if 8 gradients exceed 256 MB or `vmap` cannot
+run the model.
 
-Differs from the paper, whose g is the gradient of log p: the loss stands for -log p, as in training.
+Differs from the paper, whose g is the gradient of log p: the loss stands for -log p.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def side_by_side(model: Diffusion) -> Gradients:
         tensors = examples.tensors()
         each = vmap(grad(partial(_loss, model)), in_dims=(None, *[0] * len(tensors)))
         with sdpa_kernel(SDPBackend.MATH):  # the only attention that vmap runs without a loop
-            found: dict[str, Tensor] = each(leaves, *tensors)
-        return found
+            result: dict[str, Tensor] = each(leaves, *tensors)
+        return result
 
     return gradients
 
@@ -154,8 +155,8 @@ def by_state_name(module: nn.Module, means: Mapping[str, Tensor]) -> dict[str, T
     names: dict[str, str] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         names[name] = first.setdefault(id(p), name)
-    found = {}
+    fisher = {}
     for name, tensor in module.state_dict().items():
         zeros = torch.zeros_like(tensor, device="cpu")
-        found[name] = means[names[name]].clone() if name in names else zeros
-    return found
+        fisher[name] = means[names[name]].clone() if name in names else zeros
+    return fisher

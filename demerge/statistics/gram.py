@@ -1,6 +1,8 @@
 """The input Gram matrices of a model on a range of timesteps, for `demerge merge --method regmean`.
 
-    G [in in] = E[x x^T],   x [in] the input of a layer W [out in], over the positions and examples of the range
+    G [in in] = E[x x^T],   x [in] the input of a layer W [out in]
+
+over the positions and examples of the range,
 
 for linear layers and for convolutions with kernels of size 1, whose inputs are the pixels. G is
 named like the layer's weight. If a layer is called several times in one pass, the mean is over all

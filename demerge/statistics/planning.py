@@ -115,7 +115,7 @@ class StatisticsPlan:
         ]
 
     def cost(self) -> Cost:
-        """Return the samples, the estimated time, the bytes of the largest sums and of the files."""
+        """Return samples, estimated time, bytes of the largest sums, and bytes of the files."""
         sizes = [_bytes(self.model, job.statistic) for job in self.jobs]
         return Cost(
             steps=len(self.jobs) * self.options.samples,
@@ -142,8 +142,8 @@ class StatisticsPlan:
                 progress(i * total + done, steps, f"{job.statistic} {job.range}")
 
             measure = MEASURE[job.statistic]
-            found = measure(model, self.data, job.range, **self.recorded, progress=report)
-            commit_measured(job.folder, job.statistic, found, job.inputs, self.recorded)
+            collected = measure(model, self.data, job.range, **self.recorded, progress=report)
+            commit_measured(job.folder, job.statistic, collected, job.inputs, self.recorded)
         for folder in dict.fromkeys(job.folder for job in (*self.finished, *self.jobs)):
             commit_stats(folder)
         return StatisticsResult(self)

@@ -1,6 +1,7 @@
 """Statistics on disk: FOLDER/fisher.safetensors, FOLDER/gram.safetensors, and stats.json.
 
-    stats.json   {"format", "fisher": {"inputs", "options", "facts", "versions"}, "gram": {the same}}
+    stats.json   {"format", "fisher": RECORD, "gram": RECORD}
+    RECORD       {"inputs", "options", "facts", "versions"}
 
 The metadata of each file of tensors says how it was made. So it is never without its record, also
 after it is copied. stats.json repeats the record for people. It is written last, so it names only

@@ -1,4 +1,4 @@
-"""`demerge coefficients`: what it prints and writes, that merge takes it, that it is the same again, and how it refuses."""
+"""`demerge coefficients`: what it prints and writes, that merge takes it, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`demerge landscape`: experts compared, losses around their base, files, and what is refused by name."""
+"""`demerge landscape`: experts compared, losses around their base, files, and errors."""
 
 from __future__ import annotations
 

@@ -147,8 +147,9 @@ def test_neither_diffusers_nor_plots_are_loaded(conflict: Path) -> None:
     code = (
         f"import sys; sys.argv = ['demerge', 'layers', {str(conflict)!r}]\n"
         "from demerge.cli.main import main\n"
+        "heavy = {'diffusers', 'transformers', 'matplotlib', 'seaborn'}\n"
         "try: main()\n"
-        "finally: print(sorted({'diffusers', 'transformers', 'matplotlib', 'seaborn'} & set(sys.modules)))"
+        "finally: print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -113,7 +113,7 @@ def test_files_and_documents(
 def test_ranges_of_ones_own_and_every_kind_of_expert(
     run: Run, conflict: Path, tiny: Path, experts: list[Path], tmp_path: Path
 ) -> None:
-    """A pipeline, its component, its file and its exact LoRA are one expert; the base itself changes nothing."""
+    """A pipeline, its component, its file and its LoRA are one expert; the base changes nothing."""
     Partition.from_cuts(1000, [300]).save(tmp_path / "p.json")
     lora = tmp_path / "lora.safetensors"
     assert (

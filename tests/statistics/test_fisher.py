@@ -1,4 +1,4 @@
-"""The range Fisher: squared per example, on the range alone, equal by every engine, the sample named where it fails."""
+"""The range Fisher: squared per example, equal by every engine, the bad sample named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input Gram matrices: E[x x^T] of each linear layer and 1 x 1 convolution, over positions and examples of the range."""
+"""Input Gram matrices: E[x x^T] of each linear layer and 1 x 1 convolution."""
 
 from __future__ import annotations
 

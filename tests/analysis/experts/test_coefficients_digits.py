@@ -1,4 +1,4 @@
-"""Predicted against measured changes of loss on the digits base, with experts of few steps; some ten minutes."""
+"""Predicted against measured changes of loss on the digits base; some ten minutes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXPERTS, WEIGHTS, SAMPLES = 4, 16, 256
 @pytest.mark.slow
 @pytest.mark.parametrize("per", ["model", "block", "layer"])
 def test_predicted_changes_rank_merges_as_other_samples_do(tmp_path: Path, per: Any) -> None:
-    """Ranks of the change of loss per range, over random weights: predicted on some draws, measured on others."""
+    """Ranks of the change of loss over random weights: predicted and measured on other draws."""
     base, ranges = Diffusion.load("digits-base"), Partition.uniform(1000, EXPERTS)
     options = FinetuneOptions(
         max_train_steps=150, train_batch_size=32, learning_rate=2e-4, ema_decay=0.99

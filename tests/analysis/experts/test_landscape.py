@@ -1,4 +1,4 @@
-"""Losses around a base: known parabolas, points at their places, the model untouched, equal numbers for equal arguments."""
+"""Losses around a base: known parabolas, points at their places, equal numbers again."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_plane_holds_base_and_experts_at_their_places(
 
 
 def test_disjoint_task_vectors_add_up_on_their_plane(plane: Landscape) -> None:
-    """The loss of f = theta x is a sum over pixels, so that experts of other pixels have no mixed term."""
+    """The loss of f = theta x is a sum over pixels: experts of other pixels do not mix."""
     for name in plane.ranges:
         loss = plane.grid("loss", name)[2]
         assert loss - loss[1] - loss[:, 1:2] + loss[1, 1] == pytest.approx(0, abs=1e-6 * loss.max())
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(linear: Any, probe: Probe, plane: Landscap
             plane.grid(column, span)
 
 
-# -- plots ---------------------------------------------------------------------------------------------------------------
+# -- plots ---------------------------------------------------------------------------------------
 
 
 def test_figures_render_without_warnings_and_repeat(

@@ -1,4 +1,4 @@
-"""The study's problem: its truth, the bias that theory predicts for the plug-in cosine, and intervals that cover."""
+"""The study's problem: its truth, the predicted bias of the plug-in, intervals that cover."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def test_without_noise_all_agree() -> None:
 @pytest.mark.parametrize("draws", DRAWS)
 def test_the_plug_in_is_biased_as_predicted(draws: str) -> None:
     naive = np.array(
-        [similarity(EVEN.measure(draws=draws, seed=seed)).naive for seed in range(300)]
+        [similarity(EVEN.measure(draws=draws, seed=seed)).naive for seed in range(200)]
     )
-    assert naive.mean(0) == pytest.approx(EVEN.predict_plug_in(64, draws), abs=0.015)
+    assert naive.mean(0) == pytest.approx(EVEN.predict_plug_in(64, draws), abs=0.02)
     beside = EVEN.predict_plug_in(64, draws)[0, 1]
     assert beside > 0.7 if draws == "shared" else beside < 0.4
 
 
 def test_the_table_shows_who_lies() -> None:
-    table = measure_errors(EVEN, maps=150).set_index(["draws", "estimator"])
+    table = measure_errors(EVEN, maps=100).set_index(["draws", "estimator"])
     assert len(table) == 4 and table.loc[("shared", PLUG_IN), "bias"] > 0.2
     assert table.loc[("independent", PLUG_IN), "bias"] < -0.1
     for kind in DRAWS:
