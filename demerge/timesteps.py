@@ -1,8 +1,9 @@
 """Ranges of training timesteps, and the partition that routes a timestep to its range.
 
-A range is half-open, [start, stop), on *training* timesteps, 0 being the least noise. A partition covers [0, T) by
-contiguous ranges without gap or overlap. Routing is by the value of t, never by the index of an inference step, so that
-it is right for any number of inference steps and for float timesteps (DeMe, arXiv 2410.06664, section 3).
+A range is half-open, [start, stop), on *training* timesteps; 0 has the least noise. A partition
+covers [0, T) by contiguous ranges without gap or overlap. Routing is by the value of t, never by
+the index of an inference step. So it is right for any number of inference steps and for float
+timesteps (DeMe, arXiv 2410.06664, section 3).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Partition:
     """Contiguous ranges that cover [0, T), in the order of t.
 
     Raises:
-        UsageError: where the ranges leave a gap, overlap, or do not begin at 0.
+        UsageError: if the ranges leave a gap, overlap, or do not begin at 0.
     """
 
     ranges: tuple[TimestepRange, ...]
@@ -93,7 +94,7 @@ class Partition:
             if left.stop != right.start:
                 raise UsageError(
                     f"ranges {left} and {right} leave a gap or overlap",
-                    fix="each range begins where the last one stops",
+                    fix="let each range begin at the stop of the one before",
                 )
 
     @classmethod
@@ -112,21 +113,22 @@ class Partition:
         return cls.from_cuts(total, [round(i * total / n) for i in range(1, n)])
 
     @classmethod
-    def parse(cls, text: str, total: int, *, besides: str = "") -> Partition:
+    def parse(cls, text: str, total: int, *, also: str = "") -> Partition:
         """Read `uniform:N`, `joint` (one range) or the path of a partition.json, for [0, total).
 
         Args:
-            besides: what else the caller understands, to be named in the error, for example `none`.
+            also: what else the caller understands, named in the error, for example `none`.
 
         Raises:
-            UsageError: where the text is none of these, or the file covers another number of timesteps.
-            InputError: where the file is no partition.
+            UsageError: if the text is none of these, or the file covers another number of
+                timesteps.
+            InputError: if the file is not a partition.
         """
         kind, _, count = text.partition(":")
         if text == "joint" or (kind == "uniform" and count.isascii() and count.isdigit()):
             return cls.uniform(total, int(count or 1))
         if not Path(text).is_file():
-            known = ", ".join(["uniform:N", "joint", *([besides] if besides else [])])
+            known = ", ".join(["uniform:N", "joint", *([also] if also else [])])
             raise UsageError(
                 f"ranges '{text}' are neither {known} nor a file", fix="for example uniform:4"
             )
@@ -143,7 +145,7 @@ class Partition:
         """Read a `partition.json`.
 
         Raises:
-            InputError: where the file is no list of ranges [[0, 250], ...] under the key `ranges`.
+            InputError: if the file has no list of ranges [[0, 250], ...] under the key `ranges`.
         """
         path = Path(path)
         try:
@@ -176,7 +178,7 @@ class Partition:
         """Return the index of the range that holds t.
 
         Raises:
-            UsageError: where t lies outside [0, T).
+            UsageError: if t lies outside [0, T).
         """
         if not 0 <= t < self.total:
             raise UsageError(

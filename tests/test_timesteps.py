@@ -121,7 +121,7 @@ def test_a_partition_is_read_from_words_or_a_file(tmp_path):
         Partition.parse(str(path), 500)
     for text in ("uniform", "uniform:-1", "joint:4", "0:250", "nowhere.json"):
         with pytest.raises(UsageError, match="neither uniform:N, joint, none nor a file"):
-            Partition.parse(text, 1000, besides="none")
+            Partition.parse(text, 1000, also="none")
 
 
 def test_reprs_are_short_and_make_the_value_again() -> None:

@@ -6,7 +6,7 @@ model for all, to first order,
 
     J(ranges) = sum_R v(R) - v([0, T))
 
-    step       v(R) = w_R |gbar_R|                    an Adam-like step of fixed length in each range
+    step       v(R) = w_R |gbar_R|                    an Adam-like step of fixed length
     energy     v(R) = w_R |gbar_R|^2                  a gradient step
     cosine     v(R) = (1/|R|) sum_{a,b in R} rho_ab   the same with all gradients scaled to length 1
 
@@ -134,9 +134,9 @@ def on_bins(map: ConflictMap, edges: Edges | Sequence[int]) -> Partition:
 def nearest_edges(map: ConflictMap, partition: Partition) -> list[int]:
     """Return the edges of bins nearest to those of a partition, indices from 0 to N.
 
-    A cut off the grid of bins averages two gradients in the bin that it splits, and so loses to cuts
-    on the grid whatever the gradients are. Cuts are compared on these edges, like with like. Of two
-    edges equally near it is the even one. Ranges that are too narrow to be seen vanish.
+    A cut off the grid of bins averages two gradients in the bin that it splits. So it loses to
+    cuts on the grid whatever the gradients are. Cuts are compared on these edges, like with like.
+    Of two edges equally near it is the even one. Ranges that are too narrow to be seen vanish.
     """
     places = np.interp(partition.cuts, map.edges, np.arange(map.N + 1))
     return sorted({0, *np.rint(places).astype(int).tolist(), map.N})

@@ -104,7 +104,8 @@ class RangesOptions(Options):
         if self.cuts is None:
             return
         if self.method is not None or self.ranges not in (None, len(self.cuts) + 1):
+            cuts = ",".join(str(cut) for cut in self.cuts)
             raise UsageError(
-                f"cuts {','.join(map(str, self.cuts))} fix the method and {len(self.cuts) + 1} ranges",
+                f"cuts {cuts} fix the method and {len(self.cuts) + 1} ranges",
                 fix="leave out --method and --ranges",
             )

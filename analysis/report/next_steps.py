@@ -88,7 +88,7 @@ def _train(summary: ConflictSummary, names: CommandNames) -> list[Step]:
 
 
 def _measure_more(summary: ConflictSummary, names: CommandNames) -> list[Step]:
-    """Return what resolves more bins: more groups or, if the map cannot hold them, larger batches."""
+    """Return what resolves more bins: more groups, or larger batches if the map is full."""
     map, groups = summary.reading.map, summary.groups_needed
     if not summary.unresolved or groups >= MOST:
         return []

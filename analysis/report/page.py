@@ -37,29 +37,40 @@ FOOTER = (
     " `demerge ranges` partitions it again."
 )
 CAPTIONS = {
-    "heatmap": "Cosine of the mean gradients of two bins of timesteps. Warm: one step helps both. Cold:"
-    " what helps one harms the other. Above the diagonal: its standard error. Hatched: noise hides it."
-    " Dotted: a bin may be resolved by luck. Dashed: the cuts.",
-    "curve": "Share of the conflict that cuts resolve, judged on groups that did not choose them, with"
-    " standard errors. Pale: judged on the groups that chose them, which flatters the cuts.",
-    "support": "Where cuts land if the groups are resampled. Tall bars are places that do not depend on"
-    " a few samples.",
-    "similarity": "How similarity falls with the distance of timesteps. The naive cosine of the"
-    " literature is biased by noise that bins share.",
-    "strength": "Left: how strongly each bin pulls. Right: the number of samples at which noise is as"
-    " large as that pull.",
+    "heatmap": (
+        "Cosine of the mean gradients of two bins of timesteps. Warm: one step helps both. Cold:"
+        " what helps one harms the other. Above the diagonal: its standard error. Hatched: noise"
+        " hides it. Dotted: a bin may be resolved by luck. Dashed: the cuts."
+    ),
+    "curve": (
+        "Share of the conflict that cuts resolve, judged on groups that did not choose them,"
+        " with standard errors. Pale: judged on the groups that chose them, which flatters the"
+        " cuts."
+    ),
+    "support": (
+        "Where cuts land if the groups are resampled. Tall bars are places that do not depend on"
+        " a few samples."
+    ),
+    "similarity": (
+        "How similarity falls with the distance of timesteps. The naive cosine of the literature"
+        " is biased by noise that bins share."
+    ),
+    "strength": (
+        "Left: how strongly each bin pulls. Right: the number of samples at which noise is as"
+        " large as that pull."
+    ),
 }
 RANGES = (
-    "Missed: the part of what a first AdamW step along the range's own gradient gains there that a"
-    " joint step of the same length does not, with its 95 % interval. It is 1 - the cosine of the two:"
-    " above 100 % the joint step does harm there. Pull: the length of the range's gradient against the"
-    " mean. Unequal pulls alone are no conflict. Support: how often resampled groups put a cut near"
-    " the end of the range."
+    "Missed: the part of what a first AdamW step along the range's own gradient gains there that"
+    " a joint step of the same length does not, with its 95 % interval. It is 1 - the cosine of"
+    " the two: above 100 % the joint step does harm there. Pull: the length of the range's"
+    " gradient against the mean. Unequal pulls alone are no conflict. Support: how often"
+    " resampled groups put a cut near the end of the range."
 )
 MEASURED = (
-    "Gradients of one base on groups of samples. Only products of different groups count, so that"
-    " noise neither invents similarity nor hides it. Errors come from the spread between pairs of"
-    " groups or, for held-out shares, between groups."
+    "Gradients of one base on groups of samples. Only products of different groups count, so"
+    " that noise neither invents similarity nor hides it. Errors come from the spread between"
+    " pairs of groups or, for held-out shares, between groups."
 )
 HEADS = (
     "timesteps",

@@ -99,8 +99,9 @@ def _check_fit(map: ConflictMap, n: int | None, minimum: int | None) -> None:
         raise UsageError(f"{n} ranges, and the map has {map.N} bins", fix=fix)
     parts = n or min(2, map.N)
     if minimum is not None and minimum > map.N // parts:
+        wanted = f"minimum {minimum}: {parts} ranges of {minimum} bins or more"
         raise UsageError(
-            f"minimum {minimum}: {parts} ranges of {minimum} bins or more do not fit the map's {map.N} bins",
+            f"{wanted} do not fit the map's {map.N} bins",
             fix=f"give 1 <= minimum <= {map.N // parts}",
         )
 
@@ -138,10 +139,8 @@ def load_map(path: Path | str, model: str | None = None) -> ConflictMap:
     sha256 = remembered_content(Checkpoint.open(model))
     if sha256 != map.origin.model:
         measured = f"{path} was measured on a model of sha256 {map.origin.model[:16]}..."
-        raise InputError(
-            f"{measured}, {model} has {sha256[:16]}...",
-            fix="name the base that the map was measured on, or measure this one with `demerge analyze`",
-        )
+        fix = "name the base that the map was measured on, or measure this one with analyze"
+        raise InputError(f"{measured}, {model} has {sha256[:16]}...", fix=fix)
     check_same_schedule(map, path, model)
     return map
 

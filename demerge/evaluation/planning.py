@@ -118,7 +118,7 @@ def prepare(
     partition = (
         None
         if facts is None or options.ranges == "none"
-        else Partition.parse(options.ranges, facts.T, besides="none")
+        else Partition.parse(options.ranges, facts.T, also="none")
     )
     data, real, others = _data(options, facts)
     if facts is not None and facts.requires_text and data.captions is None:

@@ -34,7 +34,7 @@ def parse_ranges(text: str, T: int) -> tuple[Partition, int]:
     kind, _, count = text.partition(":")
     if kind == "joint" and count.isdigit():
         return Partition.parse(kind, T), max(1, int(count))
-    return Partition.parse(text, T, besides="joint:K"), 1
+    return Partition.parse(text, T, also="joint:K"), 1
 
 
 @dataclass(frozen=True, slots=True)

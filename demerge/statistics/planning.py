@@ -225,4 +225,4 @@ def _jobs(
 def _parse_ranges(text: str, T: int) -> Sequence[TimestepRange]:
     if text[:1].isdigit() and not Path(text).exists():
         return [TimestepRange.parse(text)]
-    return Partition.parse(text, T, besides="START:STOP").ranges
+    return Partition.parse(text, T, also="START:STOP").ranges
