@@ -40,14 +40,12 @@ UNWRAPPED = (  # rooms whose texts are still wider than 100; this list only gets
     *(
         "analysis/__init__.py",
         "analysis/similarity.py",
-        "analysis/experts",
-        "analysis/layers",
         "analysis/partitioning",
         "analysis/report",
     ),
-    *("analysis/stages", "analysis/study", "cli", "demerge/diffusion/drawing.py"),
+    *("analysis/stages", "cli", "demerge/diffusion/drawing.py"),
     *("demerge/diffusion/sampling.py", "demerge/evaluation", "demerge/inspection.py"),
-    *("demerge/lora", "demerge/merging", "demerge/reporting", "demerge/statistics"),
+    *("demerge/lora", "demerge/merging", "demerge/reporting"),
     "demerge/timesteps.py",
 )
 WRITERS = ("demerge.storage.atomic", "demerge.analysis.measurement.lock")
