@@ -41,11 +41,7 @@ def read_digits() -> Source:
 
 
 def read_cifar(path: Path) -> Source:
-    """Read one CIFAR-10 batch, or a folder with `data_batch_*.bin` and `test_batch.bin`.
-
-    Raises:
-        InputError: if a batch is empty, truncated or has a label above 9.
-    """
+    """Read one CIFAR-10 batch, or a folder with `data_batch_*.bin` and `test_batch.bin`."""
     if path.is_file():
         return array_source(path.stem, *_cifar_batch(path))
     train: Part = [_cifar_batch(file) for file in sorted(path.glob("data_batch_*.bin"))]
@@ -70,11 +66,7 @@ def _cifar_batch(file: Path) -> tuple[Pixels8, Pixels8]:
 
 
 def read_idx(path: Path) -> Source:
-    """Read an idx file of images, `.gz` too, or a folder with MNIST's train and t10k files.
-
-    Raises:
-        InputError: if a file is truncated or not of bytes in 3 dimensions, or labels do not match.
-    """
+    """Read an idx file of images, `.gz` too, or a folder with MNIST's train and t10k files."""
     if path.is_file():
         return array_source(path.name.split(".")[0], *_idx_pair(path))
     files = [_idx_file(path, part) for part in ("train", "t10k")]
@@ -132,9 +124,6 @@ def read_npz(path: Path) -> Source:
     """Read uint8 images [N H W C], [N C H W] or [N H W] from the key `images` or `arr_0`.
 
     The key `labels` may hold integer labels.
-
-    Raises:
-        InputError: if the file is damaged, pickled, or holds anything else.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -50,11 +50,7 @@ class Captions:
 
 
 def read_captions(listing: Listing, images: Sequence[Path]) -> list[str] | None:
-    """Return one caption per image, or None if the folder holds no captions.
-
-    Raises:
-        InputError: if a file of captions is damaged, or an image has no caption.
-    """
+    """Return one caption per image, or None if the folder holds no captions."""
     captions = find_captions(listing)
     if captions is None:
         return None
@@ -70,12 +66,7 @@ def read_captions(listing: Listing, images: Sequence[Path]) -> list[str] | None:
 
 
 def find_captions(listing: Listing) -> Captions | None:
-    """Return all captions of a folder; None if it holds no file of captions.
-
-    Raises:
-        InputError: if a file is damaged, names an image outside its folder, or an image has two
-            different captions.
-    """
+    """Return all captions of a folder; None if it holds no file of captions."""
     images: dict[str, list[Path]] = {}
     for image in listing.images:
         images.setdefault(_key(image.with_suffix("")), []).append(image)

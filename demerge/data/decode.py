@@ -79,11 +79,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Check an image file; it is decoded only if its tail looks cut off.
-
-    Raises:
-        InputError: if it is empty, not an image, too large or truncated.
-    """
+    """Check an image file; it is decoded only if its tail looks cut off."""
     with _opened(path) as image:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         width, height = image.size[::-1] if orientation in range(5, 9) else image.size
@@ -107,9 +103,6 @@ def decode(path: Path, least: Least | None = None) -> Pixels8:
 
     Args:
         least: the height and width that are needed; a big image may be scaled down to twice that.
-
-    Raises:
-        InputError: if it is empty, not an image, too large or truncated.
     """
     with _opened(path) as image:
         factor = _scale_factor(image, least)
@@ -120,11 +113,7 @@ def decode(path: Path, least: Least | None = None) -> Pixels8:
 
 
 def decode_image(image: Image.Image, name: str, least: Least | None = None) -> Pixels8:
-    """Return an opened image as [C H W]; see `decode`.
-
-    Raises:
-        InputError: if its pixels have 32 bits.
-    """
+    """Return an opened image as [C H W]; see `decode`."""
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN):
         kind = "floats" if image.mode == "F" else "integers of 32 bits"
         fix = "save it with 8 or 16 bits per channel"

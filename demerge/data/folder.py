@@ -43,11 +43,7 @@ class Files:
         return len(self.paths)
 
     def read(self, index: int, least: Least | None = None) -> Pixels8:
-        """Return image `index`, [C H W].
-
-        Raises:
-            InputError: if the file is damaged.
-        """
+        """Return image `index`, [C H W]."""
         return decode(self.paths[index], least)
 
 
@@ -59,9 +55,6 @@ def read_folder(folder: Path, *, skip_broken: bool = False) -> Source:
     Args:
         skip_broken: decode every file and leave out those that fail. Otherwise broken files are
             found from heads and tails.
-
-    Raises:
-        InputError: if there is no image, or files are broken.
     """
     listing = list_folder(folder)
     headers, errors = {}, []

@@ -40,11 +40,7 @@ class Rows:
         return sum(len(part) for part in self.parts)
 
     def read(self, index: int, least: Least | None = None) -> Pixels8:
-        """Return image `index`, [C H W].
-
-        Raises:
-            InputError: if the row holds no readable image.
-        """
+        """Return image `index`, [C H W]."""
         row = index
         for part in self.parts:
             if row < len(part):
@@ -57,10 +53,6 @@ def read_hub(text: str) -> Source:
     """Read the first column of images of `hf:NAME[:CONFIG]`.
 
     The splits are `train` and `test`, or else `validation`, `valid` or `val`.
-
-    Raises:
-        UsageError: if the extra is not installed.
-        InputError: if the data set cannot be loaded or has no column of images.
     """
     name, _, config = text.removeprefix("hf:").partition(":")
     splits = _load(name, config or None)

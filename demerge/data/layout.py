@@ -40,11 +40,7 @@ class Splits:
 
 
 def find_splits(folder: Path, images: Sequence[Path]) -> Splits:
-    """Find the held-out images of a folder: those of `test/`, or else of the validation folder.
-
-    Raises:
-        InputError: if there are training and held-out images, and images outside both.
-    """
+    """Find the held-out images of a folder: those of `test/`, or else of the validation folder."""
     for depth in (0, 1):
         splits = [_split(_folder_at(folder, path, depth)) for path in images]
         if None in splits:

@@ -60,11 +60,7 @@ def escape_name(name: str) -> str:
 
 
 def list_folder(folder: Path) -> Listing:
-    """List a folder.
-
-    Raises:
-        InputError: if there is no image in it.
-    """
+    """List a folder."""
     walk = _Walk(folder)
     images, metadata, texts, others = [], [], [], Counter[str]()
     for path in sorted(walk, key=lambda path: path.relative_to(folder).as_posix()):

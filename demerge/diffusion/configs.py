@@ -88,9 +88,6 @@ def check_config(
 
     Args:
         tensors: the number of tensors in the weights file; None if there is no file.
-
-    Raises:
-        InputError: naming the key, or the numbers of layers and tensors.
     """
     fix = "use the config of this very model"
     checked(config, kind, where, fix=fix)

@@ -230,11 +230,7 @@ def _has(folder: Path, index: Mapping[str, Any], component: str, kind: str) -> b
 
 
 def _checked_folder(folder: Path, component: str) -> Path:
-    """Return the folder of a component whose files are all inside the pipeline's.
-
-    Raises:
-        InputError: if it is missing, or a link leads out of it.
-    """
+    """Return the folder of a component whose files are all inside the pipeline's."""
     found = _component_folder(folder, component)
     if found == folder and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no folder '{component}'", fix="fetch the whole pipeline")
@@ -268,11 +264,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _check_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Check names and shapes of weights; a `position_ids` of older files may be extra.
-
-    Raises:
-        InputError: naming the file and the first keys that are missing, extra or of another shape.
-    """
+    """Check names and shapes of weights; a `position_ids` of older files may be extra."""
     problems: dict[str, list[str]] = {"missing": [], "unknown": [], "of another shape": []}
     for name, shape in shapes.items():
         if name not in weights:
@@ -322,11 +314,7 @@ def running(what: object) -> Iterator[None]:
 
 
 def _built(make: Callable[[], Any], where: str) -> Any:
-    """Return what a library builds from a foreign file; any error is the file's fault.
-
-    Raises:
-        InputError: with the library's words.
-    """
+    """Return what a library builds from a foreign file; any error is the file's fault."""
     try:
         return make()
     except Exception as error:
