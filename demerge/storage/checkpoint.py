@@ -172,8 +172,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
             return self._views.setdefault(
                 name, Scaled.of(self._stored(spec), self._stored(spec.scale.spec))
             )
-        found = self._stored(spec)
-        return self._views.setdefault(name, found) if spec.start % found.itemsize == 0 else found
+        tensor = self._stored(spec)
+        return self._views.setdefault(name, tensor) if spec.start % tensor.itemsize == 0 else tensor
 
     def _stored(self, spec: Spec) -> Tensor:
         """Return a tensor as the file stores it; one that is not aligned is copied."""

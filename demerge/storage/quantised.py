@@ -68,15 +68,15 @@ def numbers(
     declared = (
         bool(markers)
         or METADATA in metadata
-        or any("comfy_quant" in found for found in beside.values())
+        or any("comfy_quant" in neighbours for neighbours in beside.values())
     )
     scaled = {}
-    for weight, found in beside.items():
-        scale = _scale(weight, specs.get(weight), found, read)
+    for weight, neighbours in beside.items():
+        scale = _scale(weight, specs.get(weight), neighbours, read)
         if scale is not None:
             scaled[weight] = scale
         elif declared:
-            last, spec = next(iter(found.items()))
+            last, spec = next(iter(neighbours.items()))
             raise _refused(
                 spec, _key(weight, last), "scaled fp8 without a float8 weight and its scale"
             )
@@ -94,13 +94,13 @@ def _key(weight: str, last: str) -> str:
 
 
 def _scale(
-    weight: str, spec: Spec | None, found: Specs, read: Callable[[Spec], bytes]
+    weight: str, spec: Spec | None, neighbours: Specs, read: Callable[[Spec], bytes]
 ) -> Scale | None:
     """Return the scale of a float8 weight; None if the weight is not in float8 or has none."""
-    names = [name for name in SCALES if name in found]
+    names = [name for name in SCALES if name in neighbours]
     if spec is None or spec.dtype not in FP8 or not names:
         return None
-    scale = found[names[0]]
+    scale = neighbours[names[0]]
     for_each_output = (
         len(spec.shape) > 1 and scale.shape[:1] == spec.shape[:1] and scale.numel == spec.shape[0]
     )
@@ -113,10 +113,10 @@ def _scale(
         what = f"{' and '.join(names)} {scale.dtype} {list(scale.shape)}"
         kind = f"fp8 whose {what} is not one scale or one for each output"
         raise _refused(spec, weight, kind)
-    if "comfy_quant" in found:
-        quant = found["comfy_quant"]
+    if "comfy_quant" in neighbours:
+        quant = neighbours["comfy_quant"]
         _check_format(_parsed(read(quant)) if quant.numel < MOST else None, spec.file, weight)
-    return Scale(names[0], scale, {name: found[name] for name in BESIDE if name in found})
+    return Scale(names[0], scale, {name: neighbours[name] for name in BESIDE if name in neighbours})
 
 
 def _check_kinds(specs: Specs) -> None:

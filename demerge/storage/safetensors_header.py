@@ -195,8 +195,8 @@ def _header_bytes(path: Path) -> tuple[bytes, int, int]:
 def _check_real_name(path: Path, beginning: bytes) -> None:
     for magic, what in DISGUISES.items():
         if beginning.lstrip().lower().startswith(magic.lower()) and beginning[8:9] != b"{":
-            found, _, fix = what.partition("; ")
-            raise InputError(f"{path}: {found}", fix=fix)
+            kind, _, fix = what.partition("; ")
+            raise InputError(f"{path}: {kind}", fix=fix)
 
 
 def parse_json(text: bytes | str, *, infinite: bool = False) -> dict[str, Any]:

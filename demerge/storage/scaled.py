@@ -75,9 +75,9 @@ class Scaled(Tensor):
 
     def largest(self, chunk: Tensor, start: int) -> Tensor:
         """Return the largest |chunk| for each scale, 0 if no element of the chunk has it."""
-        found = chunk.new_zeros(len(self.scale))
+        largest = chunk.new_zeros(len(self.scale))
         rows = self._spread(torch.arange(len(self.scale)), start, len(chunk)).expand(len(chunk))
-        return found.scatter_reduce_(0, rows, chunk.abs(), "amax")
+        return largest.scatter_reduce_(0, rows, chunk.abs(), "amax")
 
     @property
     def _nonzero(self) -> Tensor:

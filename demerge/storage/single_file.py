@@ -82,21 +82,23 @@ def to_folder(source: str | Path, out: str | Path, config: str | Path) -> dict[s
     _check_markers(source, file, home)
     check_disk_space(out, sum(spec.stop - spec.start for spec in file.specs.values()))
     held = dict(_ldm_names(file))
-    found = {part: _to_diffusers(part, held, home) for part in CLASSES if index.get(part)}
-    if not found.get(UNET):
+    converted = {part: _to_diffusers(part, held, home) for part in CLASSES if index.get(part)}
+    if not converted.get(UNET):
         raise InputError(
             f"{source}: no tensor of a UNet in the LDM layout",
             fix="name a single file of Stable Diffusion",
         )
     with commit_dir(out) as folder:
-        _copy_configs(home, index, folder, {part for part, tensors in found.items() if not tensors})
-        for part, tensors in found.items():
+        _copy_configs(
+            home, index, folder, {part for part, tensors in converted.items() if not tensors}
+        )
+        for part, tensors in converted.items():
             if tensors:
                 commit_tensors(
                     folder / part / f"{FILES[part]}.safetensors", tensors, {"format": "pt"}
                 )
         _check_fit(source, folder)
-    return {part: len(tensors) for part, tensors in found.items()}
+    return {part: len(tensors) for part, tensors in converted.items()}
 
 
 def to_file(source: str | Path, out: str | Path) -> int:
@@ -207,12 +209,12 @@ def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[st
         for n, value in index.items()
         if isinstance(value, list) and PART_NAME.fullmatch(n) and (home / n).is_dir()
     }
-    kept = {
+    remaining = {
         n: value
         for n, value in index.items()
         if not isinstance(value, list) or n in parts - {"safety_checker"}
     }
-    for name in (name for name, value in kept.items() if isinstance(value, list)):
+    for name in (name for name, value in remaining.items() if isinstance(value, list)):
         for file in (file for file in sorted((home / name).iterdir()) if file.is_file()):
             inside(home, file)
             if name in whole or not (file.suffix in WEIGHTS or ".index." in file.name):
@@ -221,9 +223,9 @@ def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[st
     empty = {
         n: [None, None]
         for n, v in read_index(home).items()
-        if isinstance(v, list) and n not in kept
+        if isinstance(v, list) and n not in remaining
     }
-    commit_json(out / "model_index.json", {**kept, **empty})
+    commit_json(out / "model_index.json", {**remaining, **empty})
 
 
 def _check_fit(source: Path, folder: Path) -> None:
@@ -256,9 +258,9 @@ def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
     if not mine:
         return {}
     if part == TEXT:
-        found = stock.convert_ldm_clip_checkpoint(mine)
+        converted = stock.convert_ldm_clip_checkpoint(mine)
         wrapped = _is_wrapped(home)
-        named = {n if wrapped else n.removeprefix("text_model."): t for n, t in found.items()}
+        named = {n if wrapped else n.removeprefix("text_model."): t for n, t in converted.items()}
         return {n: t for n, t in named.items() if not n.endswith("position_ids")}
     config = _config(home, part)
     converters: dict[str, Callable[..., Tensors]] = {
@@ -266,12 +268,12 @@ def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
         VAE: stock.convert_ldm_vae_checkpoint,
     }
     try:
-        found = converters[part](mine, config={"layers_per_block": 2, **config})
+        converted = converters[part](mine, config={"layers_per_block": 2, **config})
     except Exception as error:  # of any kind: the converters take names and config as they come
         reason = f"{type(error).__name__}: {error}"
         what = f"diffusers cannot convert the {part} by {home}/{part}/config.json: {reason}"
         raise InputError(what, fix="give file and config of the same model") from error
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
 
 
 def _is_wrapped(home: Path) -> bool:
