@@ -22,8 +22,10 @@ from demerge.analysis.report.summary import ConflictSummary, summarize
 from demerge.analysis.report.verdict import HEADLINES
 from demerge.conflict import ConflictMap
 from demerge.reporting.html import PageFigure
+from demerge.reporting.theme import Pictures
 
 SHOWN = {name: PageFigure(caption, b"<svg/>", dark=b"<svg/>") for name, caption in CAPTIONS.items()}
+DRAWN = dict.fromkeys(CAPTIONS, Pictures(b"<svg/>", b"<svg/>", b""))
 HOSTILE = "</pre><script>alert(1)</script>'\"; rm -rf ~ #"
 
 
@@ -269,7 +271,7 @@ write_report(summarize(Reading(map)), "out")
 def test_the_page_is_written_whole(planted: Any, tmp_path: Path) -> None:
     path = tmp_path / "new" / "conflict.html"
     said = summary(planted([0, 2, 4]), 2)
-    html = write_page(said, path, CommandNames()).read_text(encoding="utf-8")
+    html = write_page(said, path, CommandNames(), DRAWN).read_text(encoding="utf-8")
     assert not Reader(html).open
     assert (
         len(re.findall("<picture>", html)) == len(CAPTIONS) and "prefers-color-scheme: dark" in html

@@ -16,6 +16,7 @@ from demerge.analysis.partitioning.bootstrap import CutSupport, support
 from demerge.analysis.report.next_steps import CommandNames
 from demerge.analysis.report.summary import ConflictSummary, row_sums
 from demerge.conflict import ConflictMap
+from demerge.reporting.theme import Pictures
 from demerge.timesteps import Partition
 
 
@@ -201,7 +202,11 @@ def test_write_leaves_every_file_and_reads_back(planted: Any, tmp_path: Path, no
         assert path.read_bytes()[:5] == (b"<?xml" if path.suffix == ".svg" else b"\x89PNG\r")
 
 
-def test_a_map_that_is_stored_is_left_alone(planted: Any, tmp_path: Path) -> None:
+def test_a_map_that_is_stored_is_left_alone(
+    planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {"heatmap": Pictures(b"<svg/>", b"<svg/>", b"")}
+    monkeypatch.setattr("demerge.analysis.report.page.draw_plots", lambda summary: drawn)
     map = planted([0, 1, 2, 3, 4])
     kept = (
         replace(map, origin=replace(map.origin, data="extended"))
@@ -234,3 +239,35 @@ def test_a_map_is_read_once(planted: Any, tmp_path: Path, monkeypatch: pytest.Mo
     write_report(said, tmp_path / "out")
     assert said.lines() and said.document()
     assert calls == {"similarity": 1, "without_pair": 2}  # similarity needs it too
+
+
+def test_the_numbers_are_those_of_the_first_release(planted: Any) -> None:
+    """Golden numbers: a change of these is a change of results."""
+    said = summarize(Reading(planted([0, 2, 4, 6, 16])), None, "advised", with_counts=True)
+    document = said.document()
+    golden = {
+        "conflict": {"value": 0.340709, "se": 0.00734257},
+        "held_out": {
+            "uniform": {"value": 0.404758, "se": 0.0115377},
+            "logsnr": {"value": 0.404758, "se": 0.0115377},
+        },
+        "row_sums": {"ratio": 0.432522, "se": 0.00967533, "rows": 16},
+    }
+    for name, numbers in golden.items():
+        for key, expected in numbers.items():
+            assert document[name][key] == pytest.approx(expected, rel=2e-6, abs=1e-12)
+    for name, expected in {
+        "gain": {"value": 0.341581, "se": 0.00805434, "low": 0.322536, "high": 0.360627},
+        "share": {"value": 0.343361, "se": 0.00853683, "low": 0.323174, "high": 0.363547},
+        "batch": {
+            "size": 64,
+            "value": 0.351495,
+            "se": 0.00765153,
+            "low": 0.333388,
+            "high": 0.369603,
+        },
+    }.items():
+        assert document["benefit"][name] == pytest.approx(expected, rel=2e-6, abs=1e-12)
+    shares = document["cuts"]
+    assert (shares["gradient"]["cuts"], shares["gradient"]["share"]) == ([125, 250, 375], 0.999248)
+    assert (shares["logsnr"]["cuts"], shares["logsnr"]["share"]) == ([250, 500, 750], 0.59329)
