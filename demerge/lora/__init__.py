@@ -1,4 +1,4 @@
-"""LoRA files: `names` what keys mean, `settings` alpha and rank, `adapter` deltas, `alone` what has no base."""
+"""LoRA files: `names` of keys, `settings` alpha and rank, `adapter` deltas, `alone` no base."""
 
 from demerge.lora.adapter import Adapter, notes_of, open_expert
 from demerge.lora.alone import NoBase, is_lora

@@ -3,11 +3,11 @@ r"""A LoRA as an expert: the factors of a file, expanded to the exact deltas of 
     delta           s B A,   s = alpha / r, or alpha / sqrt(r) for rsLoRA
     convolution     delta[o, i, h, w] = s sum_p B[o, p] A[p, i, h, w]
     with a middle   delta[o, i, h, w] = s sum_pq B[o, p] M[p, q, h, w] A[q, i]
-    DoRA            delta = m V / ||V|| - W_0,   V = W_0 + s B A, the norm over each output's weights
+    DoRA            delta = m V / ||V|| - W_0,   V = W_0 + s B A, norm over each output's weights
 
-LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353). With a `dora_scale` of shape [1, in]
-the norm is over each input's weights. Products are computed in float64 and rounded once, so that
-they do not depend on torch's threads.
+LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353). With a `dora_scale` of shape
+[1, in] the norm is over each input's weights. Products are computed in float64 and rounded once, so
+that they do not depend on torch's threads.
 """
 
 from __future__ import annotations

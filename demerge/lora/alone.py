@@ -1,9 +1,9 @@
 """LoRA files without their base: zeros stand for the weights that they change.
 
 The factors of two LoRA files must not be merged: B_1 A_1 + B_2 A_2 is not (B_1 + B_2) (A_1 + A_2).
-Their deltas may, and their rank is at most the sum of the ranks. Modules are the same if their names
-are, whatever program wrote them. The merge has the names of the first file; it has kohya's if some
-module has no other.
+Their deltas may, and their rank is at most the sum of the ranks. Modules are the same if their
+names are, whatever program wrote them. The merge has the names of the first file; it has kohya's if
+some module has no other.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Modules:
         return self._modules[tensor]
 
     def find(self, named: str) -> str | None:
-        """Return the base's tensor of a module as a file names it; None if it is not exactly one."""
+        """Return the base's tensor of a module as a file names it; None if it is not one."""
         for name in strip_prefixes(flat(modern(named))):
             for candidate in (name, original(name, self._layers)):
                 tensors = self._tensors.get(candidate, set())

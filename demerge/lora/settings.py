@@ -1,9 +1,9 @@
 """What a LoRA's configuration says next to its keys: ranks, alphas, rsLoRA, DoRA.
 
 It is read from the file's metadata, as diffusers and kohya write it, and from peft's
-adapter_config.json in the same folder, which belongs to a file in peft's names whatever its own name
-is. A setting that asks for other mathematics than a product of factors is refused by name. So is an
-unknown setting, which may change the delta.
+adapter_config.json in the same folder, which belongs to a file in peft's names whatever its own
+name is. A setting that asks for other mathematics than a product of factors is refused by name. So is
+an unknown setting, which may change the delta.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _read_table(value: Any, name: str, where: str) -> dict[str, float]:
 
 
 def _match(table: Mapping[str, float], module: str, default: float | None) -> float | None:
-    """Return the first entry whose key is the module's name, or its end behind a dot, as in peft."""
+    """Return the first entry whose key is the module's name or its end behind a dot."""
     for key, value in table.items():
         is_suffix = not key.startswith("^") and module.endswith(f".{key}")
         if is_suffix or module == key.removeprefix("^"):

@@ -1,4 +1,4 @@
-"""From a recipe to a plan: everything a merge needs is found, checked and hashed; nothing is written."""
+"""From a recipe to a plan: all inputs are found, checked and hashed; nothing is written."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class _Side:
         return [file for checkpoint in opened for file in checkpoint.place.files]
 
     def has_rule(self, rule: Rule) -> bool:
-        """Whether a rule is for this side: any is for denoisers, else one that matches something."""
+        """Whether a rule is for this side: for a denoiser any, else one that matches."""
         return self.task.is_denoiser or any(map(compile_pattern(rule.pattern), self.base))
 
     def pick(self, numbers: Sequence[Number] | None, K: int) -> tuple[Number, ...] | None:

@@ -296,7 +296,7 @@ class Plan:
         return [(file, path) for file, path in kept if path != INDEX or boundary is None]
 
     def _metadata(self, home: Path) -> Metadata:
-        """Return the metadata of weights in `home`, with zeros for hashes that are still unknown."""
+        """Return the metadata of weights in `home`, with zeros for unknown hashes."""
         if self.hashing.known:
             return Metadata(self.recipe.relative_to(home).metadata())
         draft = self.resolve(defaultdict(lambda: "0" * 64)).relative_to(home)
@@ -324,7 +324,7 @@ class Plan:
 
 
 def find_report_folder(out: Path | None, report: Path | str | bool | None) -> Path | None:
-    """Return the folder of a report: a path, or for True OUT/report or NAME-report next to a file."""
+    """Return the folder of a report: a path; for True OUT/report, or NAME-report of a file."""
     if not report or out is None:
         return None
     if report is not True:

@@ -105,7 +105,7 @@ def verify(
 
 
 def _find_output(path: Path) -> tuple[Path, Path | None]:
-    """Return the folder that an output's recipe is relative to, and the file of weights if alone."""
+    """Return the folder that the recipe is relative to, and the file of weights if alone."""
     if not is_file(path):
         return (path if path.is_dir() else path.parent), None
     home = find_home(path)

@@ -67,7 +67,7 @@ def test_refusals(
 
 
 def test_two_models_and_no_base(run: Any, make_tiny: Any, tmp_path: Path) -> None:
-    """`merge A B` would be a copy of B: it is refused with what may have been meant, and each of that works."""
+    """`merge A B` would be a copy of B: it is refused with suggestions, and each of them works."""
     a, b, c = make_tiny(seed=0), make_tiny(seed=1), make_tiny(seed=2)
     for options in ((), ("--method", "slerp"), ("--method", "ties", "--option", "density=1")):
         done = run("merge", a, b, *options, "-o", tmp_path / "out")

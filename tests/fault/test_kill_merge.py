@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of a merge: the output is whole or absent, and the next merge sweeps what was left."""
+"""SIGKILL at any moment of a merge: the output is whole or absent; the next merge cleans up."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_killed_merge_leaves_all_or_nothing(tmp_path: Path) -> None:
 
 
 def killed_at(step: int, work: Callable[[], object]) -> int:
-    """Do the work in a child that is killed just before its `step`-th rename; return -9, or how many renames it has."""
+    """Kill a child just before its `step`-th rename; return -9, or how many renames it has."""
     child = os.fork()
     if child == 0:
         done = count(1)

@@ -1,4 +1,4 @@
-"""Whatever is given to a merge as base or expert ends in a merge or in one DemergeError, quickly, with nothing left behind."""
+"""Any base or expert ends in a merge or in one DemergeError, quickly, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def attempt(base: Path, experts: list[Path], method: str = "ties") -> DemergeError | None:
-    """Merge; anything but a merge or a DemergeError fails the test, and so does taking long or leaving half an output."""
+    """Merge; other errors, taking long and leaving half an output fail the test."""
     out, before = Path("out"), time.monotonic()
     try:
         merge(base, experts, out, method=method, weights=[1.0] * len(experts), num_workers=1)

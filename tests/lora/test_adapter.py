@@ -1,4 +1,4 @@
-"""LoRA files as experts: every family of names gives the exact delta, and what is something else is refused by name."""
+"""LoRA files as experts: every family of names gives the exact delta; others are refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def only(path: Path, base: Tensors, module: str) -> Tensor:
     return delta
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 FORMS = {
     "diffusers": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
@@ -260,7 +260,7 @@ def test_old_names_of_attention_in_the_base_are_found(save: Save) -> None:
     )
 
 
-# -- scale ------------------------------------------------------------------------------------------------------------
+# -- scale -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_adapters_are_short_in_words(base: Tensors, save: Save) -> None:
     assert repr(opened(save(PAIR), base)).endswith("lora.safetensors', 1 deltas, rank 3)")
 
 
-# -- other shapes of a LoRA -------------------------------------------------------------------------------------------
+# -- other shapes of a LoRA ------------------------------------------------------------------------
 
 
 def test_a_convolution_is_two_convolutions_in_a_row(base: Tensors, save: Save) -> None:
@@ -470,7 +470,7 @@ def test_a_dora_row_of_zeros_stays_zero(save: Save) -> None:
     assert delta.tolist() == [[0, 0], [0, -1]]
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 PAIR = {f"{TO_Q}.lora_A.weight": torch.ones(R, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, R)}
 BAD: dict[str, tuple[Tensors, str]] = {
@@ -564,7 +564,7 @@ def test_values_that_are_not_finite_are_named_when_they_are_read(base: Tensors, 
         adapter[f"{TO_Q}.weight"]
 
 
-# -- as an expert -----------------------------------------------------------------------------------------------------
+# -- as an expert ----------------------------------------------------------------------------------
 
 
 def test_merges_like_the_model_that_it_makes_of_the_base(base: Tensors, save: Save) -> None:

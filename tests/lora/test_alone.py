@@ -1,4 +1,4 @@
-"""LoRA files in the base's place: their deltas are merged into a LoRA, never their factors; what needs a base is refused."""
+"""LoRA files in the base's place: their deltas, not their factors, are merged into a LoRA."""
 
 from __future__ import annotations
 

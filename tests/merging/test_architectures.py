@@ -1,4 +1,4 @@
-"""Every architecture we name: stock classes in, merged, read back by stock classes, tensor for tensor what memory gives."""
+"""Every architecture we name: stock classes in, merged, and read back by stock classes."""
 
 from __future__ import annotations
 
@@ -163,13 +163,13 @@ def test_variants_are_read_by_name(tmp_path: Path) -> None:
     assert_same(read(base, tmp_path / "out", torch_dtype=torch.float16), dict(expert.state_dict()))
 
 
-# -- old names of attention -------------------------------------------------------------------------------------------
+# -- old names of attention ------------------------------------------------------------------------
 
 MANNER = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
 def age(folder: Path) -> Path:
-    """Rename the attention of a saved component as diffusers did in 2022, on the Hub for example google/ddpm-church-256."""
+    """Rename the attention of a saved component as diffusers named it in 2022."""
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     for new, old in MANNER.items():
@@ -213,7 +213,7 @@ def test_tensors_that_a_method_needs_are_found_under_either_name(tmp_path: Path)
     assert_same(read(base, out[0]), read(base, out[1]))
 
 
-# -- pipelines of two denoisers ---------------------------------------------------------------------------------------
+# -- pipelines of two denoisers --------------------------------------------------------------------
 
 Pipeline = Callable[..., Path]
 
@@ -314,7 +314,7 @@ def test_a_boundary_makes_a_pipeline_of_two(wan: Pipeline, tmp_path: Path) -> No
     assert [content_sha256(t) for t in pair(again)] == [content_sha256(t) for t in (high, low)]
 
 
-# -- adapters ---------------------------------------------------------------------------------------------------------
+# -- adapters --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["SDXL", "Flux"])

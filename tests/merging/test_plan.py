@@ -1,4 +1,4 @@
-"""Files in, files out: what is written, byte for byte, and what is refused before anything is written."""
+"""Files in, files out: what is written, and what is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_integer_buffers_are_copied(tmp_path: Path) -> None:
     }
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def test_an_expert_of_another_base_is_refused(tiny: Path, tune: Tune, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_fault_midway_leaves_nothing(tiny: Path, tune: Tune, tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-# -- house rules ------------------------------------------------------------------------------------------------------
+# -- house rules -----------------------------------------------------------------------------------
 
 
 def test_merging_imports_no_diffusers(tiny: Path, tmp_path: Path) -> None:

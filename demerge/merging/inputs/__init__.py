@@ -1,1 +1,1 @@
-"""What goes into a merge: experts, their denoisers and other components, and the statistics that a method asks for."""
+"""What goes into a merge: experts, their denoisers and other parts, statistics for methods."""

@@ -1,6 +1,6 @@
 """Whether an expert's tensors fit the base's, and what happens to the usual differences.
 
-    model_ema.*                   dropped everywhere: an average of other weights than the merged ones
+    model_ema.*                   dropped: an average of other weights than the merged ones
     position_ids, betas, ...      buffers: the base's are kept; different schedules are an error
     no tensor of the VAE, ...     a part that an expert does not have: the base's is kept
     v_pred, ztsnr, ...            markers of what the model predicts: equal in both, or an error
@@ -8,9 +8,9 @@
     other tensors                 --missing: `error`, or `base` keeps the base's;
                                   --extra: `error`, or `drop`
 
-Names that differ by a wrapper (`_orig_mod.`, `module.`) or by the denoiser's prefix are the same name
-(`Checkpoint.named_like`). A note says what is dropped or kept. Without a tensor, an expert has no
-delta there.
+Names that differ by a wrapper (`_orig_mod.`, `module.`) or by the denoiser's prefix are the same
+name (`Checkpoint.named_like`). A note says what is dropped or kept. Without a tensor, an expert has
+no delta there.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     transformer    the timesteps t >= b T, high noise        transformer_2    t < b T, low noise
 
 with b the `boundary_ratio` of model_index.json and T the scheduler's `num_train_timesteps`. For a
-base of one denoiser such a pipeline is two experts, of the ranges [ceil(b T), T) and [0, ceil(b T)).
+base of one denoiser such a pipeline is two experts, with ranges [ceil(b T), T) and [0, ceil(b T)).
 With a base of two, an expert goes to the side that its range reaches into, and each of two to its
 counterpart. `--boundary` makes a pipeline of two out of a base of one denoiser.
 """
@@ -42,9 +42,8 @@ class Denoiser:
     @property
     def folder(self) -> Path:
         """Its folder inside its pipeline."""
-        place = self.place
-        is_inside = place.pipeline is not None and place.component is not None
-        return place.component.relative_to(place.pipeline) if is_inside else Path()  # type: ignore[union-attr,arg-type]
+        pipeline, component = self.place.pipeline, self.place.component
+        return component.relative_to(pipeline) if pipeline and component else Path()
 
 
 @dataclass(frozen=True, slots=True)

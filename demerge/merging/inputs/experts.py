@@ -95,7 +95,7 @@ def _check_base_hashes(base: BaseWeights, experts: Sequence[ExpertWeights]) -> N
 def _compare(
     base: Mapping[str, Any] | None, expert: Mapping[str, Any] | None, keys: Mapping[str, Any]
 ) -> str:
-    """Say in which keys two configs differ; a key that only one states has its default, if known."""
+    """Say in which keys two configs differ; a key that one lacks has its default, if known."""
     differences = []
     for key, default in keys.items() if base and expert else ():
         mine, theirs = base.get(key, default), expert.get(key, default)  # type: ignore[union-attr]

@@ -128,7 +128,7 @@ def _label(tensors: Tensors, i: int) -> str:
 
 
 def _suggest_order(name: str, files: Sequence[Tensors], table: Sequence[Sequence[str]]) -> str:
-    """Return the option with the files in the experts' order, if there is one; table [expert file]."""
+    """Return the option with the files in the experts' order, if any; table [expert file]."""
     order = [row.index("") for row in table if "" in row]
     if len(set(order)) != len(files):
         return ""

@@ -76,7 +76,7 @@ class HashingSink:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The metadata of a file: `now`, or a draft of the same length until `later` knows all hashes."""
+    """The metadata of a file: `now`, or a draft of equal length until `later` knows all."""
 
     now: Mapping[str, str]
     later: Callable[[], Mapping[str, str]] | None = None

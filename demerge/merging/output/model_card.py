@@ -44,7 +44,7 @@ def render_card(
     if rounding:
         facts.append(["stored", escape(rounding)])
     lines = "".join(f"- {escape(note)}\n" for note in notes) + ("\n" if notes else "")
-    version = recipe.versions.get("demerge", "")
+    lines += f"Made by demerge {recipe.versions.get('demerge', '')}; "
     return f"""---
 {front}
 ---
@@ -57,7 +57,7 @@ def render_card(
 
 {render_table(["", ""], facts)}
 
-{lines}Made by demerge {version}; `demerge.json` holds the whole recipe, with the hash of every input.
+{lines}`demerge.json` holds the whole recipe, with the hash of every input.
 """
 
 

@@ -3,8 +3,8 @@
     codes = round(W / s),   s = 2^k s_base,   k >= 0 the least for which no code is too large
 
 A scale changes by a power of two alone. float8 then keeps the relative precision of its codes: what
-a merge leaves unchanged keeps its value to the bit, and k = 0 keeps the base's scale. Finding k takes
-a pass over the merge before it is written.
+a merge leaves unchanged keeps its value to the bit, and k = 0 keeps the base's scale. Finding k
+takes a pass over the merge before it is written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Storage:
 
     @classmethod
     def of(cls, job: MergeJob, dtypes: Mapping[str, torch.dtype]) -> Storage:
-        """Return how a merge is stored; scaled fp8 takes one merge to see how large its values are."""
+        """Return how a merge is stored; scaled fp8 takes a pass to find the largest values."""
         base = job.base
         weights: dict[str, Scaled] = {}
         for name, tensor in base.items():
@@ -73,7 +73,7 @@ class Storage:
         return base if self.dtypes[name] == dtype else self.round(name, done.start, base)
 
     def squares(self, name: str, stored: Tensor, done: MergedChunk) -> Squares:
-        """Return the sums of squares of merged, merged - base and stored - merged, of scaled fp8."""
+        """Return sums of squares of merged, merged - base and stored - merged, of scaled fp8."""
         if name not in self.scaled:
             return 0.0, 0.0, 0.0
         merged, base = done.merged.cpu().double(), done.block.base.reshape(-1).cpu().double()

@@ -1,4 +1,4 @@
-"""Writing a merge: safetensors as a stream, alone or inside a copy of the base's pipeline folder."""
+"""Writing a merge: safetensors as a stream, alone or in a copy of the base's folder."""
 
 from __future__ import annotations
 

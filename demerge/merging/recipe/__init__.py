@@ -1,3 +1,4 @@
-"""Recipes: `recipe` the value, `reading` and `mergekit` its files, `source` an input, `rules` weights
-and options for some tensors, `blocks` the names of parts of a model, `coefficients` files of weights.
+"""Recipes: `recipe` the value, `reading` and `mergekit` its files, `source` an input, `rules`
+weights and options for some tensors, `blocks` the parts of a model, `coefficients` files of
+weights.
 """

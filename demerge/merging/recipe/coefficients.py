@@ -1,6 +1,6 @@
 """Files of weights: for the whole model, for blocks and for single tensors, one number per expert.
 
-JSON or YAML                              CSV: a head, then rows in the order of rules; `*` is the model
+JSON or YAML                              CSV: a head, then rows as rules; `*` is the model
     {"weights": [0.5, 0.5],                   name,expert 0,expert 1
      "tensors": {"conv_in.weight": [0, 1]},   conv_in.weight,0,1
      "blocks": {"down.0": [0.3, 0.7],         down.0,0.3,0.7
@@ -29,7 +29,7 @@ Coefficients = tuple[list[float] | None, list[Rule]]
 
 
 def read_coefficients(path: str | Path) -> Coefficients:
-    """Return the weights of the whole model, None if the file has none, and the rules for its parts.
+    """Return the weights of the model, None if the file has none, and rules for its parts.
 
     Raises:
         InputError: if the file is missing or holds something else.

@@ -5,7 +5,7 @@
 
     linear             average of the models alone, or task_arithmetic of them without `normalize`
     task_arithmetic    the same                  slerp         two models alone, weights 1 - t and t
-    ties               ties preset=mergekit      model_stock   model_stock, by row with `filter_wise`
+    ties               ties preset=mergekit      model_stock   model_stock, `filter_wise` by row
     dare_linear        dare preset=mergekit then=linear         dare_ties      ... then=ties
     breadcrumbs        breadcrumbs preset=mergekit then=linear  breadcrumbs_ties, della likewise
     sce                sce, density being `select_topk`

@@ -1,6 +1,6 @@
 """The names that other programs give to methods, and what they are here.
 
-    weighted_sum      A + m (B - A)     task_arithmetic of A and B, weight m (`multiplier` or `alpha`)
+    weighted_sum      A + m (B - A)     task_arithmetic of A and B, weight m (`multiplier`, `alpha`)
     add_difference    A + m (B - C)     task_arithmetic of A, B and C, weights m and -m
     dare_ties         dare then=ties    dare_linear, della_linear, breadcrumbs_ties likewise
 

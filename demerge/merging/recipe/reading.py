@@ -1,4 +1,4 @@
-"""A recipe out of JSON or YAML values, read without trust: each key has a type, no other is known."""
+"""A recipe from JSON or YAML values, read without trust: known keys with known types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ KINDS: Mapping[str, Any] = {
     "format": str, "base": (str, dict), "experts": list, "method": str, "options": dict,
     "weights": (list, str), "rules": list, "only": list, "seed": int, "save_dtype": str,
     "variant": str, "out_rank": int, "lora_rank": int, "boundary": (int, float), "versions": dict,
-    "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str, "components": str, "no_base": bool,
+    "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str, "components": str,
+    "no_base": bool,
 }  # fmt: skip
 MODELS = ("format", "base", "experts", "weights", "rules")  # keys with a reader of their own
 EXPERT = ("path", "weight", "range", "files", "inputs")

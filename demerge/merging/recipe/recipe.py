@@ -159,7 +159,7 @@ class Recipe(MergeOptions):
         return replace(self, base=self.base.relative_to(folder), experts=experts)
 
     def document(self) -> dict[str, Any]:
-        """Return the recipe as JSON values; most options are left out if they have their default."""
+        """Return the recipe as JSON values; most options are left out at their default."""
         document: dict[str, Any] = {
             "format": FORMAT,
             "method": self.method,

@@ -11,8 +11,8 @@ names tensors or modules, and matches everything below a module:
     attn  up.attn  down.0.conv      a kind of layer, everywhere or in a block
 
 A number may be a ramp over depth, `0.2..0.8`: linear over the blocks that the pattern matches, from
-input to output, also over blocks that earlier rules took. A single block gets the middle. As text, a
-rule is `PATTERN NAME=VALUE ...`, for example `up weights=0.2..0.8,0.5 scale=0.7`.
+input to output, also over blocks that earlier rules took. A single block gets the middle. As text,
+a rule is `PATTERN NAME=VALUE ...`, for example `up weights=0.2..0.8,0.5 scale=0.7`.
 
 Differs from other tools: a rule that matches nothing, or that earlier rules hide, is an error.
 """
@@ -197,9 +197,9 @@ def select(pattern: str, names: Sequence[str], what: str) -> list[str]:
     matches = compile_pattern(pattern)
     layers = {match[1] for name in names if (match := RESNET.search(name))}
     if COUNTED.match(normalize_pattern(pattern)) and layers not in (set(), {"0", "1"}):
-        told = f"{what} counts two layers per block, as SD and SDXL have; this model has"
+        what = f"{what} counts two layers per block, as SD and SDXL have; this model has"
         fix = f"use its own blocks: {', '.join(sort_blocks(names)[:12])}"
-        raise UsageError(f"{told} {len(layers)}", fix=fix)
+        raise UsageError(f"{what} {len(layers)}", fix=fix)
     selected = [name for name in names if matches(name)]
     if not selected:
         near = _suggest(pattern, names)
@@ -238,7 +238,7 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
 
 
 def _compile_glob(pattern: str) -> re.Pattern[str]:
-    """Return the expression of a glob: it matches the beginning of a name up to a dot or its end."""
+    """Return the expression of a glob: it matches a name up to a dot or its end."""
     *parts, last = pattern.split(".")
     expression = ""
     for part in parts:

@@ -1,6 +1,6 @@
 """The inputs of a merge, and how a recipe writes their paths.
 
-    ./x  ../x      relative to the folder of the recipe: the output folder, or that of an output file
+    ./x  ../x      relative to the recipe's folder: the output folder, or that of an output file
     ~/x            in the reader's home folder, if path and recipe share no folder below it
     /x             anywhere else
     owner/name     a model on the Hub, or the name of an embedded model
@@ -88,7 +88,7 @@ class Source:
 
 
 def expand_path(path: str) -> list[str]:
-    """Return the experts in a folder of `demerge finetune` by their ranges; else the path itself."""
+    """Return the experts in a folder of `demerge finetune` by range; else the path itself."""
     folder = Path(path)
     if is_remote(path) or not os.path.isdir(path):
         return [path]

@@ -1,4 +1,4 @@
-"""Checkpoints of the wild: known differences to the base merge with a note, or are refused with a fix that works."""
+"""Real checkpoints: known differences merge with a note, or are refused with a fix that works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Save = Callable[[str, Tensors], Path]
 
 
 def tensors(seed: int = 0) -> Tensors:
-    """A checkpoint in the LDM layout: two weights of the UNet, one of the VAE, position ids and a running average."""
+    """A checkpoint in the LDM layout: UNet, VAE, position ids and a running average."""
     g = torch.Generator().manual_seed(seed)
     shapes = {CONV: (8, 4, 3, 3), PROJ: (8, 8), VAE: (8, 3, 3, 3)}
     floats = {name: torch.randn(shape, generator=g).half() for name, shape in shapes.items()}
@@ -131,7 +131,7 @@ def test_what_one_expert_lacks_counts_as_the_base_with_every_method(
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-# -- refused, with a fix that works -----------------------------------------------------------------------------------
+# -- refused, with a fix that works ----------------------------------------------------------------
 
 NINE = EXPERT | {CONV: torch.cat([EXPERT[CONV], torch.zeros(8, 5, 3, 3).half()], 1)}
 MARKED = EXPERT | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}

@@ -1,4 +1,4 @@
-"""What lies next to the denoiser: other text encoders and VAEs, other noise schedules, and variants."""
+"""Other parts of pipelines: text encoders and VAEs, noise schedules, variants."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Tune = Callable[..., Path]
 
 @pytest.fixture
 def tune(tiny_text: Path, tmp_path: Path) -> Tune:
-    """tune(name, parts) -> a copy of the tiny text pipeline in which these parts have other weights."""
+    """tune(name, parts) -> a copy of the tiny text pipeline with other weights in these parts."""
 
     def make(name: str, *parts: str) -> Path:
         folder = tmp_path / name
@@ -152,7 +152,7 @@ def test_a_part_with_a_hostile_name_is_refused(tiny_text: Path, tune: Tune, name
         plan_merge(Recipe.of(tiny_text, [expert]))
 
 
-# -- schedules --------------------------------------------------------------------------------------------------------
+# -- schedules -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_denoiser_of_another_function_is_refused(tiny: Path, tmp_path: Path) -
         plan_merge(Recipe.of(tiny, [expert], weights=[1]))
 
 
-# -- variants ---------------------------------------------------------------------------------------------------------
+# -- variants --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [False, True])

@@ -1,4 +1,4 @@
-"""Statistics beside the weights: each belongs to its expert, as its record says; folders stand for files."""
+"""Statistics next to the weights: each belongs to its expert; folders stand for files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def experts(tmp_path: Path, add_expert: Callable[..., Path]) -> list[Path]:
 
 
 def measure(folder: Path, name: str, model: Path, span: list[int]) -> Path:
-    """Write a statistic with the record that `demerge stats` writes of it; the values tell the ranges apart."""
+    """Write a statistic with the record of `demerge stats`; the values tell the ranges apart."""
     tensors = load_file(model / WEIGHTS)
     if name == "gram":
         values = {
@@ -176,7 +176,7 @@ def test_a_session_refuses_them_too(tiny: Path, experts: list[Path]) -> None:
     )
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_stands_for_the_file_in_it_or_those_of_the_ranges(

@@ -1,4 +1,4 @@
-"""A merge as a LoRA: the nearest deltas of a rank, read back as they were written, and what is lost is counted."""
+"""A merge as a LoRA: the nearest deltas of a rank, read back as written; losses are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: what is read from flags, YAML, JSON and merged files, what is refused, and that a merge can be made again."""
+"""Recipes from flags, YAML, JSON and merged files; what is refused; merges can be repeated."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_yaml_and_flags_give_one_recipe(models: Path) -> None:
@@ -220,7 +220,7 @@ def test_files_without_a_recipe_are_refused(models: Path) -> None:
         Recipe.read(models / "latin.yaml")
 
 
-# -- paths and ranges -------------------------------------------------------------------------------------------------
+# -- paths and ranges ------------------------------------------------------------------------------
 
 
 def test_paths_name_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_ranges_of_experts(models: Path) -> None:
         Recipe.of(models / "base", experts, ranges=[None])
 
 
-# -- once more --------------------------------------------------------------------------------------------------------
+# -- once more -------------------------------------------------------------------------------------
 
 Remade = Callable[..., Any]
 
@@ -394,7 +394,7 @@ def test_a_method_of_a_file_is_named_again(models: Path, tmp_path: Path) -> None
     assert verify(models / "out", recipe.changed(method=f"{tmp_path / 'halve.py'}:halve")).files
 
 
-# -- the schedule -----------------------------------------------------------------------------------------------------
+# -- the schedule ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def test_errors_are_ours(models: Path) -> None:
             plan_merge(Recipe.read(path))
 
 
-# -- as other programs write it ---------------------------------------------------------------------------------------
+# -- as other programs write it --------------------------------------------------------------------
 
 
 def one_tensor(folder: Path, **values: float) -> None:

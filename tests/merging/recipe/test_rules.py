@@ -221,7 +221,7 @@ def test_a_pattern_that_selects_nothing_is_refused() -> None:
         select("middle", UNET, "--only 'middle'")
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_ramp_needs_a_number() -> None:
         )
 
 
-# -- files of weights -------------------------------------------------------------------------------------------------
+# -- files of weights ------------------------------------------------------------------------------
 
 TABLE = {
     "c.json": '{"weights": [1, 0], "tensors": {"conv_in.weight": [0, 1]}, "blocks": {"in": [0.5, 0.5], "up": ["0..1", 0.5]}}',
@@ -344,7 +344,7 @@ def test_weights_of_the_same_experts_in_another_order_are_refused(tmp_path: Path
     assert "a b" in raised.value.fix
 
 
-# -- the community's names --------------------------------------------------------------------------------------------
+# -- the community's names -------------------------------------------------------------------------
 
 SD = ["conv_in.weight", "mid_block.attentions.0.proj_in.weight"]
 SD += [f"down_blocks.{b}.resnets.{i}.conv1.weight" for b in range(4) for i in range(2)]
