@@ -103,7 +103,7 @@ def list_commands(options: DemoOptions) -> Iterator[list[str]]:
     models = [f"joint={at}/joint/0000-1000", f"ensemble={at}/experts", *merged]
     seeds = ",".join(map(str, range(o.seeds)))
     images = f"--num-images {o.num_images} --seeds {seeds} --steps {o.sampling_steps}"
-    score = f"--data digits --features digits-cnn {images} --eval-batch-size 250 {ranges} -o {at}"
+    score = f"--data digits --features digits-cnn {images} --batch-size 250 {ranges} -o {at}"
     halves = f"base={base} {' '.join(models[::2])}", f"--base {base} {' '.join(models[1::2])}"
     yield [f"evaluate {half} {score}" for half in halves]
     yield [f"compare {at} --title 'Handwritten digits: one base, four experts, their merges'"]

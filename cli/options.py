@@ -90,7 +90,7 @@ def _build(kind: type[Options], values: dict[str, Any]) -> Options:
     for field in dataclasses.fields(kind):
         value, spec = values.pop(field.name), spec_of(field)
         if spec.parse is not None and (spec.multiple or isinstance(value, str)):
-            value = spec.parse(value or ())
+            value = spec.parse(() if value is None else value)
         own[field.name] = value
     return kind(**own)
 

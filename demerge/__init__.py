@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from demerge.conflict import ConflictMap
     from demerge.data import ImageData, load_images
     from demerge.diffusion.model import Diffusion
-    from demerge.diffusion.sampling import load_routed, routed, sample
+    from demerge.diffusion.options import SamplingOptions
+    from demerge.diffusion.routing import load_routed, routed
+    from demerge.diffusion.sampling import sample
     from demerge.errors import DemergeError
-    from demerge.evaluation import EvaluationOptions, Scores
+    from demerge.evaluation import EvaluationOptions, Scores, evaluate
     from demerge.expert import Expert
     from demerge.finetuning import FinetuneOptions, finetune
     from demerge.merging import Recipe, merge
@@ -45,15 +47,17 @@ HOMES = {
     "MeasurementOptions": "analysis",
     "Partition": "timesteps",
     "Recipe": "merging",
+    "SamplingOptions": "diffusion.options",
     "Scores": "evaluation",
     "TimestepRange": "timesteps",
+    "evaluate": "evaluation",
     "finetune": "finetuning",
     "load_images": "data",
-    "load_routed": "diffusion.sampling",
+    "load_routed": "diffusion.routing",
     "measure": "analysis",
     "merge": "merging",
     "partition": "analysis",
-    "routed": "diffusion.sampling",
+    "routed": "diffusion.routing",
     "sample": "diffusion.sampling",
 }
 
@@ -71,8 +75,10 @@ __all__ = [
     "MeasurementOptions",
     "Partition",
     "Recipe",
+    "SamplingOptions",
     "Scores",
     "TimestepRange",
+    "evaluate",
     "finetune",
     "load_images",
     "load_routed",

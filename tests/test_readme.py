@@ -11,12 +11,11 @@ import pytest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
-SCORES = {"num_images": 70, "steps": 2, "seeds": (0,), "loss_samples": 64, "lpips": False}
+SCORES = {"num_images": 70, "steps": 2, "seeds": (0,), "loss_samples": 16, "lpips": False}
 SMALL: dict[str, dict[str, Any]] = {
     "MeasurementOptions": {"bins": 4, "groups": 6, "batch_size": 96},
     "FinetuneOptions": {"max_train_steps": 1, "train_batch_size": 2},
     "EvaluationOptions": SCORES,
-    "compare": SCORES,
     "evaluate": SCORES,
 }
 

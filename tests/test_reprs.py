@@ -41,7 +41,7 @@ def test_the_stages_are_there_at_the_first_use() -> None:
             demerge.FinetuneOptions(learning_rate=1e-3, seed=2),
             "FinetuneOptions(learning_rate=0.001, seed=2)",
         ),
-        (EvaluationOptions("digits", steps=20), "EvaluationOptions(data='digits', steps=20)"),
+        (EvaluationOptions(steps=20, seeds=(0,)), "EvaluationOptions(steps=20, seeds=(0,))"),
         (MeasurementOptions(groups=12), "MeasurementOptions(groups=12)"),
         (find_method("average"), "Method(average, arXiv 2203.05482: no options)"),
     ],

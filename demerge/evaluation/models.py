@@ -1,4 +1,4 @@
-"""Who is evaluated, and as what; read from the records that demerge leaves in its folders.
+"""Which models are evaluated, and as what; read from the records that demerge leaves in its folders.
 
 base        the model that the others were made from: drift and changes of loss are taken against it
 joint       an expert of [0, T), or a merge of such experts alone, theta_0 + a (theta_joint - theta_0)
@@ -7,28 +7,31 @@ ensemble    a folder of expert folders, routed by timestep on the base's schedul
 merge       a folder with demerge.json
 model       any other pipeline; and a folder of images, which is scored as it is
 
-A folder with demerge's own plots, pages or scores is none of these: its pictures are not a model's images.
+A folder with demerge's own plots, pages or scores is none of these: its pictures are not a model's
+images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.sampling import load_routed
+from demerge.diffusion.routing import load_routed
 from demerge.errors import UsageError
 from demerge.evaluation.scores import FORMAT, Kind
 from demerge.expert import EXPERT, Expert
 from demerge.reporting.html import is_page, printable
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
-Models = Sequence[str] | Mapping[str, "str | Path | Diffusion"]
-PLOT = b"<dc:title>Matplotlib"
+Models = Sequence[str | Path] | Mapping[str, str | Path | Diffusion]
+MERGE = "demerge.json"
+OWN_PLOT = b"<dc:title>Matplotlib"
 SLUG = 180  # bytes, so that seed and ending still fit into a file name
 
 
@@ -49,13 +52,9 @@ class ModelSpec:
     @property
     def is_images(self) -> bool:
         """Whether the source is a folder of images."""
-        folder = Path(self.source)
-        return (
-            self.model is None
-            and self.kind == "model"
-            and folder.is_dir()
-            and not _is_pipeline(folder)
-        )
+        if self.model is not None or self.kind != "model":
+            return False
+        return Path(self.source).is_dir() and not _is_pipeline(Path(self.source))
 
     def load(self, base: ModelSpec | None = None, device: str = "cpu") -> Diffusion:
         """Load the model; a routed ensemble takes the schedule of `base`.
@@ -70,7 +69,7 @@ class ModelSpec:
             return Diffusion.load(self.source, device=device)
         if base is None:
             raise UsageError("a routed ensemble needs the base's schedule", fix="give --base MODEL")
-        return load_routed(base.model or base.source, Path(self.source), device=device)
+        return load_routed(base.model or base.source, self.source, device=device)
 
     @property
     def slug(self) -> str:
@@ -82,131 +81,126 @@ class ModelSpec:
         return f"{slug.encode()[: SLUG - 9].decode(errors='ignore')}-{digest}"
 
 
-def entrants(
+def specify_models(
     models: Models, base: str | None = None, kinds: Mapping[str, Kind] | None = None
 ) -> list[ModelSpec]:
-    """Tell what each model is; the base is `base`, or else the first pipeline that demerge did not make.
+    """Return what each model is.
 
     Args:
         models: paths, ids or NAME=MODEL; or a table of names and paths, ids or models in memory.
-        base: the name, path or id of the base.
-        kinds: what a model of this name is, if its records do not say so, as for a model in memory.
+        base: name, path or id of the base; else the first pipeline that demerge did not make.
+        kinds: what a model of this name is, if its records do not say so.
 
     Raises:
         UsageError: if there are none, two have one name, or a folder holds demerge's own plots.
     """
     if not models:
         raise UsageError("there is no model to evaluate", fix="name at least one")
-    pairs = (
-        list(models.items()) if isinstance(models, Mapping) else [_split(text) for text in models]
-    )
-    found = [_entrant(name, source, (kinds or {}).get(name)) for name, source in pairs]
+    pairs: Sequence[tuple[str, str | Path | Diffusion]]
+    pairs = list(models.items()) if isinstance(models, Mapping) else list(map(_split, models))
+    specs = [_specify(name, source, (kinds or {}).get(name)) for name, source in pairs]
     if base is None:
-        base = next(
-            (e.source for e in found if e.kind in ("model", "base") and not e.is_images), None
-        )
-    found = [replace(e, kind="base") if base in (e.source, e.name) else e for e in found]
-    repeated = {e.slug for e in found if sum(other.slug == e.slug for other in found) > 1}
-    found = [
-        replace(e, name=printable(_long(e.source))) if e.slug in repeated else e for e in found
+        stock = (s for s in specs if s.kind in ("model", "base") and not s.is_images)
+        base = next((spec.source for spec in stock), None)
+    specs = [replace(s, kind="base") if base in (s.source, s.name) else s for s in specs]
+    repeated = _repeated(specs)
+    specs = [
+        replace(s, name=printable(_long_name(s.source))) if s.slug in repeated else s for s in specs
     ]
-    if len({e.slug for e in found}) < len(found):
-        raise UsageError(
-            f"several models are named {', '.join(sorted(repeated))}", fix="name them: NAME=MODEL"
-        )
-    return found
+    if _repeated(specs):
+        what = f"several models are named {', '.join(sorted(repeated))}"
+        raise UsageError(what, fix="name them: NAME=MODEL")
+    return specs
 
 
-def without_reports(models: Models) -> tuple[Models, list[str]]:
-    """Leave out of a list of paths, as a shell's `*` makes it, the folders of demerge's own plots; return these, too.
+def _repeated(specs: Sequence[ModelSpec]) -> set[str]:
+    counts = Counter(spec.slug for spec in specs)
+    return {slug for slug, count in counts.items() if count > 1}
 
-    What has a name is not left out: `entrants` refuses it.
+
+def leave_out_reports(models: Models) -> tuple[Models, list[str]]:
+    """Split a list of paths, as a shell's `*` makes it, into models and folders of demerge's plots.
+
+    A folder that was given a name is not left out: `specify_models` refuses it.
     """
     if isinstance(models, Mapping):
         return models, []
-    left_out = [text for text in models if not _split(text)[0] and is_report(Path(text))]
-    kept = [text for text in models if text not in left_out]
-    return (kept, left_out) if kept else (models, [])
+    reports = [str(m) for m in models if not _split(m)[0] and is_report(m)]
+    others = [model for model in models if str(model) not in reports]
+    return (others, reports) if others else (models, [])
 
 
-def is_report(folder: Path) -> bool:
-    """Whether a folder's pictures are demerge's own plots, or lie next to a page or scores that it wrote."""
+def is_report(folder: str | Path) -> bool:
+    """Whether a folder's pictures are demerge's own plots, or lie next to its pages or scores."""
+    folder = Path(folder)
     if not folder.is_dir() or _is_pipeline(folder) or any(folder.glob(f"*/{EXPERT}")):
         return False
-    places = {folder, *(path.parent for path in folder.rglob("*.png"))}
-    pages = any(
-        is_page(path) for place in places for path in place.glob("*.html") if path.is_file()
-    )
-    return pages or any(
-        _is_own(path)
-        for place in places
-        for kind in ("svg", "json")
-        for path in place.glob(f"*.{kind}")
-    )
+    for place in {folder, *(path.parent for path in folder.rglob("*.png"))}:
+        if any(is_page(path) for path in place.glob("*.html") if path.is_file()):
+            return True
+        if any(map(_is_own, [*place.glob("*.svg"), *place.glob("*.json")])):
+            return True
+    return False
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a plot of matplotlib or a score stands next to a picture of the same name."""
+    """Whether a file is a plot of matplotlib or a score, next to a picture of the same name."""
     if not (path.is_file() and path.with_suffix(".png").is_file()):
         return False
     with path.open("rb") as stream:
         head = stream.read(2048)
-    return (PLOT if path.suffix == ".svg" else FORMAT.encode()) in head
+    return (OWN_PLOT if path.suffix == ".svg" else FORMAT.encode()) in head
 
 
-def kind_of(folder: Path) -> Kind:
-    """Tell a model's kind by the records in its folder.
+def detect_kind(folder: str | Path) -> Kind:
+    """Return a model's kind by the records in its folder.
 
     Raises:
-        InputError: where a record is damaged.
+        InputError: if a record is damaged.
     """
+    folder = Path(folder)
     if (folder / EXPERT).is_file():
-        return "joint" if _is_whole(list(Expert.load(folder / EXPERT).range), folder) else "expert"
-    if (folder / "demerge.json").is_file():
-        experts = read_json(folder / "demerge.json").get("experts")
-        known = [e for e in experts if isinstance(e, dict)] if isinstance(experts, list) else []
-        return (
-            "joint" if known and all(_is_whole(e.get("range"), folder) for e in known) else "merge"
-        )
-    return "ensemble" if not _is_pipeline(folder) and any(folder.glob(f"*/{EXPERT}")) else "model"
+        span = list(Expert.load(folder / EXPERT).range)
+        return "joint" if _is_whole(span, folder) else "expert"
+    if (folder / MERGE).is_file():
+        experts = read_json(folder / MERGE).get("experts")
+        experts = experts if isinstance(experts, list) else []
+        spans = [expert.get("range") for expert in experts if isinstance(expert, dict)]
+        are_joint = spans and all(_is_whole(span, folder) for span in spans)
+        return "joint" if are_joint else "merge"
+    return "ensemble" if _expert_folders(folder) else "model"
 
 
-def _entrant(name: str, source: str | Path | Diffusion, kind: Kind | None) -> ModelSpec:
+def _specify(name: str, source: str | Path | Diffusion, kind: Kind | None) -> ModelSpec:
     if isinstance(source, Diffusion):
         return ModelSpec(printable(name), kind or "model", name, source)
     folder = Path(source)
     if is_report(folder):
         what = f"{folder}: its pictures are plots that demerge wrote, not a model's images"
         raise UsageError(what, fix="leave it out, or name a folder that holds images alone")
-    if kind is None and (expert := _only_joint(folder)):
-        folder, source = expert, str(expert)
-    kind = kind or kind_of(folder)
-    plain = (
-        {"ensemble": "routed ensemble", "joint": "joint"}.get(kind)
-        if not (folder / "demerge.json").is_file()
-        else None
-    )
-    return ModelSpec(printable(name or plain or _short(str(source))), kind, str(source))
+    experts = _expert_folders(folder)
+    if kind is None and len(experts) == 1 and detect_kind(experts[0]) == "joint":
+        source = folder = experts[0]  # the folder that finetune printed for the joint control
+    kind = kind or detect_kind(folder)
+    if not name and kind in ("ensemble", "joint") and not (folder / MERGE).is_file():
+        name = "routed ensemble" if kind == "ensemble" else "joint"
+    return ModelSpec(printable(name or _short_name(str(source))), kind, str(source))
 
 
-def _only_joint(folder: Path) -> Path | None:
-    """Return the expert of [0, T) that is alone in the folder that finetune printed: a joint control, no ensemble."""
-    found = [path.parent for path in folder.glob(f"*/{EXPERT}")] if not _is_pipeline(folder) else []
-    return found[0] if len(found) == 1 and kind_of(found[0]) == "joint" else None
+def _expert_folders(folder: Path) -> list[Path]:
+    return [] if _is_pipeline(folder) else [path.parent for path in folder.glob(f"*/{EXPERT}")]
 
 
-def _split(text: str) -> tuple[str, str]:
-    if "=" not in text or Path(text).exists():
-        return "", text
-    name, _, source = text.partition("=")
-    return name, source
+def _split(model: str | Path) -> tuple[str, str]:
+    name, equals, source = str(model).partition("=")
+    return (name, source) if equals and not Path(model).exists() else ("", str(model))
 
 
-def _short(source: str) -> str:
+def _short_name(source: str) -> str:
     return Path(source).resolve().name if Path(source).exists() else source
 
 
-def _long(source: str) -> str:
+def _long_name(source: str) -> str:
     return "/".join(Path(source).resolve().parts[-2:])
 
 

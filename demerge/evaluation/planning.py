@@ -1,89 +1,134 @@
-"""From the words of a command to a contest: data, reference, feature net, judge, entrants."""
+"""From options to an evaluation: models, data, feature net, reference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from demerge.data import ImageData, load_images
 from demerge.data.values import Shape
+from demerge.device import resolve_device
 from demerge.diffusion.sampling import check_sampling, make_scheduler
 from demerge.errors import UsageError
 from demerge.evaluation.evaluator import Evaluator
-from demerge.evaluation.features.inception import Preprocess
-from demerge.evaluation.features.nets import FeatureNet, Progress, feature_net
+from demerge.evaluation.features.nets import FeatureNet, make_feature_net
 from demerge.evaluation.metrics.lpips import load_lpips
 from demerge.evaluation.metrics.reference import Reference
-from demerge.evaluation.models import Models, ModelSpec, entrants, without_reports
-from demerge.evaluation.runner import EvaluationRun, pictures
-from demerge.evaluation.scores import Kind, Scores
+from demerge.evaluation.models import Models, ModelSpec, leave_out_reports, specify_models
+from demerge.evaluation.options import EvaluationOptions
+from demerge.evaluation.report.tables import table_lines
+from demerge.evaluation.runner import EvaluationRun, load_model_images
+from demerge.evaluation.scores import Kind, Scores, tables_of
+from demerge.progress import Progress, silent
 from demerge.reporting.html import printable
-from demerge.reprs import stated
+from demerge.stage import Cost
 from demerge.storage.atomic import place_for
 from demerge.timesteps import Partition
 
-OTHER = {"test": "train", "train": "test"}
+OTHER_SPLIT = {"test": "train", "train": "test"}
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationOptions:
-    """What a user says about an evaluation.
+class EvaluationResult:
+    """The scores of all models and of the noise floor."""
+
+    out: Path
+    scores: list[Scores]
+
+    def lines(self) -> list[str]:
+        """Return a table for each protocol."""
+        return table_lines(tables_of(self.scores))
+
+    def document(self) -> dict[str, Any]:
+        """Return the scores as JSON values."""
+        scores = [score.document() for score in self.scores]
+        return {"out": str(self.out / "scores"), "scores": scores}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EvaluationPlan:
+    """Models that load, and the real images that they are scored against.
 
     Attributes:
-        data: a source of real images, or the images themselves; then they are the reference, and there is no noise floor.
-        features: `digits-cnn`, `random`, `inception:PATH`, or `auto`: the digits classifier for `digits`, else `random`.
-        reference: an npz with statistics of real images in place of the images of `data`.
-        reference_images: at most so many real images; or how many the statistics of `reference` stand for.
-        ranges: `uniform:N`, a partition.json or `none`.
+        losses_on: the images that validation losses are measured on.
+        real: the images of the reference.
+        floor: real images for the noise floor, if the data has another split.
+        reports: folders of demerge's own plots, which were left out.
     """
 
-    data: str | ImageData
-    split: str = "test"
-    skip_broken: bool = False
-    features: str = "auto"
-    preprocess: Preprocess = "clean"
-    precision: str = "no"
-    num_images: int = 2000
-    reference: Path | None = None
-    reference_images: int | None = None
-    seeds: Sequence[int] = (0, 1, 2)
-    steps: int = 50
-    sampler: str = "ddim"
-    guidance_scale: float = 1.0
-    ranges: str = "uniform:4"
-    loss_samples: int = 512
-    lpips: bool = True
-    batch_size: int = 64
-    device: str = "cpu"
+    models: list[ModelSpec]
+    base: ModelSpec | None
+    losses_on: ImageData = field(repr=False)
+    real: ImageData = field(repr=False)
+    floor: ImageData | None = field(repr=False)
+    partition: Partition | None
+    net: FeatureNet
+    options: EvaluationOptions
+    out: Path
+    reports: list[str]
 
-    __repr__ = stated
+    def describe(self) -> list[str]:
+        """Return which models are scored, and on what."""
+        options = self.options
+        names = ", ".join(f"{spec.name} ({spec.kind})" for spec in self.models)
+        seeds = ", ".join(map(str, options.seeds))
+        return [
+            f"models: {names}",
+            f"{options.num_images:,} images per model and seed (seeds {seeds}),"
+            f" scored against {self.real.name} on features {self.net.name}",
+            *(f"note: {left_out(folder)}" for folder in self.reports),
+        ]
+
+    def cost(self) -> Cost:
+        """Return the number of sets of images."""
+        seeds = len(self.options.seeds)
+        sets = sum(1 if spec.is_images else seeds for spec in self.models)
+        return Cost(steps=sets + (self.floor is not None))
+
+    def run(self, progress: Progress = silent) -> EvaluationResult:
+        """Score the noise floor, then every model; scores of the same protocol are kept.
+
+        Raises:
+            InputError, ComparisonError: if the reference does not suit the feature net.
+            NumericalError: if images or losses are not finite.
+        """
+        options = self.options
+        evaluator = Evaluator(
+            self.net,
+            self._reference(progress),
+            sampler=options.sampler,
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            perceptual=load_lpips(device=options.device) if options.lpips else None,
+        )
+        run = EvaluationRun(
+            evaluator, self.losses_on, self.out, options, self.base, self.partition, progress
+        )
+        scores = [] if self.floor is None else [run.score_noise_floor(self.floor)]
+        return EvaluationResult(self.out, [*scores, *run.score_models(self.models)])
+
+    def _reference(self, progress: Progress) -> Reference:
+        options, net, real = self.options, self.net, self.real
+        if options.reference is not None:
+            count = options.reference_images
+            return Reference.from_npz(options.reference, net, n=count, progress=progress)
+        path = self.out / f"reference-{net.name}.safetensors"
+        name = printable(f"{real.name} {real.split}")
+        images = real.images(range(len(real)))
+        return Reference.remembered(path, net, images, name=name, progress=progress)
+
+
+def left_out(folder: str) -> str:
+    """Return the sentence about a folder of demerge's own plots."""
+    return f"{folder} holds plots that demerge wrote, not a model. It was left out."
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A contest, who enters it, and real images for the noise floor, if the data has another split.
-
-    Attributes:
-        left_out: folders of demerge's own plots, which were named among the models.
-    """
-
-    contest: EvaluationRun
-    entrants: list[ModelSpec]
-    others: ImageData | None
-    left_out: list[str]
-
-    def run(self) -> Iterator[Scores]:
-        """Score the noise floor, then every entrant."""
-        if self.others is not None:
-            yield self.contest.noise_floor(self.others)
-        yield from self.contest.run(self.entrants)
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What all models of a comparison share: the shape [C H W] of their images, T, and whether they take text."""
+class ModelFacts:
+    """What all models of a comparison share; `shape` is [C H W]."""
 
     shape: Shape
     T: int
@@ -93,151 +138,93 @@ class Facts:
         return f"{list(self.shape)} with T = {self.T}{', from text' if self.requires_text else ''}"
 
 
-def prepare(
+def plan(
     models: Models,
-    options: EvaluationOptions,
-    out: Path | str,
+    data: str | Path | ImageData,
+    out: str | Path,
+    options: EvaluationOptions | None = None,
     *,
     base: str | None = None,
     kinds: Mapping[str, Kind] | None = None,
-    progress: Progress | None = None,
-) -> Prepared:
-    """Load what an evaluation needs: every model once, so that none is found missing later; data, reference, nets.
+) -> EvaluationPlan:
+    """Load every model once, so that none is found missing later; then data and feature net.
 
     Raises:
-        UsageError, InputError: if an option is wrong or a model, the data or the weights cannot be read.
+        UsageError, InputError: if an option is wrong, or a model, the data or weights cannot be
+            read.
     """
-    out = place_for(out)
-    models, left_out = without_reports(models)
-    found = entrants(models, base, kinds)
-    control = next(
-        (e for e in found if e.kind == "base"),
-        None if base is None else ModelSpec("base", "base", base),
+    options = options or EvaluationOptions()
+    options = replace(options, device=resolve_device(options.device))
+    folder = place_for(out)
+    models, reports = leave_out_reports(models)
+    specs = specify_models(models, base, kinds)
+    control = next((spec for spec in specs if spec.kind == "base"), None)
+    if control is None and base is not None:
+        control = ModelSpec("base", "base", base)
+    facts = _shared_facts(specs, control, options)
+    partition = None
+    if facts is not None and options.ranges != "none":
+        partition = Partition.parse(options.ranges, facts.T, also="none")
+    losses_on, real, floor = _load_data(data, options, facts)
+    if facts is not None and facts.requires_text and losses_on.captions is None:
+        fix = "add a metadata.jsonl with file_name and text, or a NAME.txt next to each image"
+        raise UsageError("the models take text, and the data has no captions", fix=fix)
+    for spec in specs:
+        if spec.is_images:
+            load_model_images(spec.source, losses_on.shape, options.num_images)
+    net = _load_net(options, real)
+    return EvaluationPlan(
+        specs, control, losses_on, real, floor, partition, net, options, folder, reports
     )
-    facts = _facts(found, control, options)
-    partition = (
-        None
-        if facts is None or options.ranges == "none"
-        else Partition.parse(options.ranges, facts.T, also="none")
-    )
-    data, real, others = _data(options, facts)
-    if facts is not None and facts.requires_text and data.captions is None:
-        raise UsageError(
-            "the models take text and the data has no captions",
-            fix="add a metadata.jsonl with file_name and text, or a NAME.txt next to each image",
-        )
-    for entrant in found:
-        if entrant.is_images:
-            pictures(entrant.source, data.shape, options.num_images)
-    contest = EvaluationRun(
-        _judge(options, real, out, progress),
-        data,
-        out,
-        options.num_images,
-        tuple(options.seeds),
-        base=control,
-        partition=partition,
-        loss_samples=options.loss_samples,
-        batch_size=options.batch_size,
-        device=options.device,
-        progress=progress,
-    )
-    return Prepared(contest, found, others, left_out)
 
 
-def _facts(
-    found: Sequence[ModelSpec], base: ModelSpec | None, options: EvaluationOptions
-) -> Facts | None:
-    """Load every model, one after the other, and return what they share; None if there are image folders alone."""
-    known: list[tuple[ModelSpec, Facts]] = []
-    pipelines = [e for e in found if not e.is_images]
-    for entrant in [*pipelines, *([base] if base is not None and base not in found else [])]:
-        model = entrant.load(base)
-        n, batch = options.num_images, options.batch_size
-        check_sampling(
-            model, n, options.steps, options.sampler, batch, [""], options.guidance_scale
-        )
+def _shared_facts(
+    specs: Sequence[ModelSpec], base: ModelSpec | None, options: EvaluationOptions
+) -> ModelFacts | None:
+    """Load every model in turn and return what they share; None if there are only image folders."""
+    pipelines = [spec for spec in specs if not spec.is_images]
+    if base is not None and base not in specs:
+        pipelines.append(base)
+    first: ModelFacts | None = None
+    for spec in pipelines:
+        model = spec.load(base)
+        check_sampling(model, options, [""])
         make_scheduler(model, options.steps, options.sampler)
-        known.append((entrant, Facts(model.image_shape, model.T, model.requires_text)))
-    for entrant, facts in known:
-        if facts != known[0][1]:
-            what = f"{entrant.name} makes images {facts}, {known[0][0].name} images {known[0][1]}"
+        facts = ModelFacts(model.image_shape, model.T, model.requires_text)
+        first = first or facts
+        if facts != first:
+            what = f"{spec.name} makes images {facts}, {pipelines[0].name} images {first}"
             raise UsageError(what, fix="compare models of one shape and one T")
-    return known[0][1] if known else None
+    return first
 
 
-def _data(
-    options: EvaluationOptions, facts: Facts | None
+def _load_data(
+    data: str | Path | ImageData, options: EvaluationOptions, facts: ModelFacts | None
 ) -> tuple[ImageData, ImageData, ImageData | None]:
-    """Return the images that losses are measured on, those of the reference, and those of the noise floor.
+    """Return the images of the losses, of the reference, and of the noise floor.
 
     Against statistics of `reference`, the images of the split itself are the noise floor.
     """
-    if isinstance(options.data, ImageData):
-        return options.data, options.data, None
-    load = partial(load_images, options.data, skip_broken=options.skip_broken)
+    if isinstance(data, ImageData):
+        return data, data, None
+    load = partial(load_images, str(data), skip_broken=options.skip_broken)
     if facts is not None:
         load = partial(load, channels=facts.shape[0], resolution=facts.shape[1])
-    data = load(split=options.split)
+    losses_on, split, n = load(split=options.split), options.split, options.num_images
     if options.reference is not None:
-        return data, data, load(split=options.split, limit=options.num_images)
-    others = (
-        load(split=OTHER[options.split], limit=options.num_images)
-        if options.split in OTHER
-        else None
+        return losses_on, losses_on, load(split=split, limit=n)
+    other = OTHER_SPLIT.get(split)
+    floor = None if other is None else load(split=other, limit=n)
+    return losses_on, load(split=split, limit=options.reference_images), floor
+
+
+def _load_net(options: EvaluationOptions, real: ImageData) -> FeatureNet:
+    name = options.features
+    if name == "auto":
+        name = "digits-cnn" if real.name == "digits" else "random"
+    return make_feature_net(
+        name,
+        preprocess=options.preprocess,
+        mixed_precision=options.mixed_precision,
+        device=options.device,
     )
-    return data, load(split=options.split, limit=options.reference_images), others
-
-
-def _judge(
-    options: EvaluationOptions, real: ImageData, out: Path, progress: Progress | None
-) -> Evaluator:
-    spec = (
-        options.features
-        if options.features != "auto"
-        else "digits-cnn"
-        if real.name == "digits"
-        else "random"
-    )
-    net = feature_net(
-        spec, preprocess=options.preprocess, precision=options.precision, device=options.device
-    )
-    perceptual = load_lpips(device=options.device) if options.lpips else None
-    reference = _reference(options, net, real, out, progress)
-    sampling = {
-        "sampler": options.sampler,
-        "steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-    }
-    return Evaluator(net, reference, perceptual=perceptual, **sampling)  # type: ignore[arg-type]
-
-
-def _reference(
-    options: EvaluationOptions,
-    net: FeatureNet,
-    real: ImageData,
-    out: Path,
-    progress: Progress | None,
-) -> Reference:
-    if options.reference is not None:
-        return Reference.from_npz(
-            options.reference, net, n=options.reference_images, progress=progress
-        )
-    images, kept = real.images(range(len(real))), out / f"reference-{net.name}.safetensors"
-    return Reference.remembered(
-        kept, net, images, name=printable(f"{real.name} {real.split}"), progress=progress
-    )
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read `0,1,2`.
-
-    Raises:
-        UsageError: where this is no list of different seeds >= 0.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise UsageError(
-            f"seeds '{text}' are no list of different numbers", fix="for example 0,1,2"
-        )
-    return tuple(map(int, parts))

@@ -1,4 +1,4 @@
-"""What `compare` finds in a run folder: scores, contact strips, plots of conflict, the commands."""
+"""What `compare` reads from a run folder: scores, contact strips, plots of conflict, the commands."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from demerge.storage.layout import inside
 from demerge.storage.schema import Record, read_record
 
 CAPTIONS = {
-    "heatmap": "Similarity of the gradients of two timesteps on the base; above the diagonal its standard error.",
+    "heatmap": "Similarity of the gradients of two timesteps on the base."
+    " Above the diagonal: its standard error.",
     "similarity": "How similarity falls with the distance between timesteps.",
-    "curve": "Share of the conflict that each number of ranges resolves, for three ways to cut.",
-    "support": "How often cuts fall at each place when the groups of samples are resampled.",
-    "strength": "Strength of the mean gradient, and how many samples its noise is worth.",
+    "curve": "Share of the conflict that each number of ranges resolves, for three partitions.",
+    "support": "How often each place becomes a boundary when the groups of samples are resampled.",
+    "strength": "Strength of the mean gradient, and the number of samples its noise is worth.",
 }
 DARK = ".dark.svg"
 
@@ -32,63 +33,62 @@ class Commands(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class Results:
     """What a report is made of, and the folder it belongs to."""
 
     folder: Path
     scores: list[Scores]
     contact: Mapping[str, Tensor]
-    figures: tuple[PageFigure, ...]
-    commands: tuple[str, ...]
+    figures: tuple[PageFigure, ...] = ()
+    commands: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def gather(runs: Sequence[Path]) -> Findings:
-    """Read one run folder, or score files. A link in a run folder that leads out of it is not followed.
+def load_results(runs: Sequence[str | Path]) -> Results:
+    """Read one run folder, or score files. A link that leads out of a run folder is not followed.
 
     Raises:
-        InputError: if a path is missing or holds no scores, or a score is linked out of the run folder.
+        InputError: if a path is missing or holds no scores, or a score is linked out of the run.
         UsageError: if folders and files are mixed.
     """
-    for path in runs:
+    paths = list(map(Path, runs))
+    for path in paths:
         if not path.exists():
-            raise InputError(
-                f"{path}: no such file or folder", fix="name a run folder or score files"
-            )
-    if len(runs) == 1 and runs[0].is_dir():
-        return _gather_run(runs[0])
-    if any(path.is_dir() for path in runs):
-        raise UsageError(
-            "several paths, and some are folders", fix="name one run folder, or score files alone"
-        )
-    scores, contact = read_scores(list(runs))
-    return Findings(runs[0].parent, scores, contact, (), ())
+            what = f"{path}: no such file or folder"
+            raise InputError(what, fix="name a run folder or score files")
+    if len(paths) == 1 and paths[0].is_dir():
+        return _load_run(paths[0])
+    if any(path.is_dir() for path in paths):
+        fix = "name one run folder, or score files alone"
+        raise UsageError("several paths were given, and some are folders", fix=fix)
+    return Results(paths[0].parent, *read_scores(paths))
 
 
-def _gather_run(run: Path) -> Findings:
+def _load_run(run: Path) -> Results:
     folder = run / "scores" if (run / "scores").is_dir() else run
     inside(run, folder)
     scores, contact = load_scores(folder)
-    plots = sorted(
-        (p for f in (run, run / "conflict") for p in f.glob("*.svg") if not p.name.endswith(DARK)),
-        key=_order,
-    )
-    linked = [path for path in [*plots, run / "commands.json"] if not _lies_inside(run, path)]
-    figures = tuple(_exhibit(run, path) for path in plots if path not in linked)
-    commands = () if run / "commands.json" in linked else _commands(run / "commands.json")
-    notes = tuple(
-        f"{path.relative_to(run)} is a link out of the run and was left out." for path in linked
-    )
-    return Findings(run, scores, contact, figures, commands, notes)
+    files = [*run.glob("*.svg"), *(run / "conflict").glob("*.svg")]
+    plots = sorted((path for path in files if not path.name.endswith(DARK)), key=_order)
+    figures: list[PageFigure] = []
+    commands: tuple[str, ...] = ()
+    notes: list[str] = []
+    for path in [*plots, run / "commands.json"]:
+        if not _lies_inside(run, path):
+            notes.append(f"{path.relative_to(run)} is a link out of the run. It was left out.")
+        elif path.suffix == ".svg":
+            figures.append(_read_figure(run, path))
+        elif path.is_file():
+            commands = read_record(path, Commands, fix="remove it").commands
+    return Results(run, scores, contact, tuple(figures), commands, tuple(notes))
 
 
-def _exhibit(run: Path, plot: Path) -> PageFigure:
-    """Read a plot, and next to it, as `demerge analyze` leaves it, the same for dark pages."""
+def _read_figure(run: Path, plot: Path) -> PageFigure:
+    """Read a plot, and next to it the same for dark pages, as `demerge analyze` writes it."""
     dark = plot.with_suffix(DARK)
-    known = dark.is_file() and _lies_inside(run, dark)
-    return PageFigure(
-        _caption(plot.stem), plot.read_bytes(), dark=dark.read_bytes() if known else None
-    )
+    caption = CAPTIONS.get(plot.stem, plot.stem.replace("_", " ").replace("-", " "))
+    has_dark = dark.is_file() and _lies_inside(run, dark)
+    return PageFigure(caption, plot.read_bytes(), dark=dark.read_bytes() if has_dark else None)
 
 
 def _lies_inside(run: Path, path: Path) -> bool:
@@ -101,14 +101,3 @@ def _lies_inside(run: Path, path: Path) -> bool:
 def _order(path: Path) -> tuple[int, str]:
     known = list(CAPTIONS)
     return (known.index(path.stem) if path.stem in known else len(known), path.name)
-
-
-def _caption(stem: str) -> str:
-    return CAPTIONS.get(stem, stem.replace("_", " ").replace("-", " "))
-
-
-def _commands(path: Path) -> tuple[str, ...]:
-    """Read the command lines that `demerge demo` leaves in its run folder, where there is one."""
-    if not path.is_file():
-        return ()
-    return read_record(path, Commands, fix="remove it").commands

@@ -1,7 +1,8 @@
 """Scores with their protocol, and the rows of a table that they make.
 
-Numbers compare only if their protocols are equal, field by field; `ensure_alike` names the fields that differ. A model's score
-is its mean over sampling seeds. `demerge.evaluation.report.significance` says which differences count.
+Numbers compare only if their protocols are equal, field by field; `check_same_protocol` names the
+fields that differ. A model's score is its mean over sampling seeds.
+`demerge.evaluation.report.significance` says which differences count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from demerge.errors import ComparisonError, InputError, UsageError
 from demerge.evaluation.metrics.range_losses import RangeLosses
@@ -23,6 +24,7 @@ FORMAT = "demerge.scores/1"
 Kind = Literal["real", "base", "joint", "expert", "ensemble", "merge", "model"]
 Key = tuple[str, Kind]  # of a row: model and kind
 HIGHER_IS_BETTER = frozenset({"precision", "recall", "density", "coverage", "diversity"})
+MAKE_SCORES = "make scores with `demerge evaluate MODELS --data DATA -o DIR`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Protocol:
     """All that must be equal for two scores to compare.
 
     Raises:
-        UsageError: where a count is below 2.
+        UsageError: if a count is below 2.
     """
 
     features: str
@@ -49,31 +51,30 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if min(self.num_images, self.reference_n) < 2:
-            raise UsageError(
-                f"{self.num_images} images against {self.reference_n} do not compare",
-                fix="give at least 2 of each",
-            )
+            what = f"{self.num_images} images against {self.reference_n} do not compare"
+            raise UsageError(what, fix="give at least 2 of each")
 
     @property
-    def rank_deficient(self) -> bool:
+    def is_rank_deficient(self) -> bool:
         """Whether one side has no more images than features, n <= D."""
         return min(self.num_images, self.reference_n) <= self.dim
 
     @property
     def title(self) -> str:
-        """The distance as it is printed: on the features of a random net it is no known metric, and says so."""
+        """The distance as it is printed; on random features it is not a known metric."""
         return "distance on random features" if self.features == "random" else self.distance
 
     def __repr__(self) -> str:
-        """Say the protocol in one line, without whole hashes."""
+        """Print one line, without whole hashes."""
         return f"Protocol({self})"
 
     def __str__(self) -> str:
         sampler = f"{self.sampler}, {self.steps} steps" if self.steps else self.sampler
         sampler += f", guidance {self.guidance_scale:g}" if self.guidance_scale > 1 else ""
         return (
-            f"{self.title} of {self.num_images:,} images against {self.reference_n:,} of {self.reference}; {sampler}; "
-            f"features {self.features} ({self.features_sha256[:12]}), preprocess {self.preprocess}"
+            f"{self.title} of {self.num_images:,} images against {self.reference_n:,} of"
+            f" {self.reference}; {sampler}; features {self.features}"
+            f" ({self.features_sha256[:12]}), preprocess {self.preprocess}"
         )
 
 
@@ -81,11 +82,14 @@ class Protocol:
 class Scores:
     """The scores of one model on one sampling seed.
 
-    `metrics` holds `fd` and, where they were measured, `kid`, `precision`, `recall`, `density`, `coverage`, `drift` (LPIPS to
-    the base's images from the same noise) and `diversity` (mean LPIPS over pairs); `images` is the SHA-256 of the images.
+    Attributes:
+        metrics: `fd` and, if they were measured, `kid`, `precision`, `recall`, `density`,
+            `coverage`, `drift` (LPIPS to the base's images from the same noise) and `diversity`
+            (mean LPIPS over pairs).
+        images: SHA-256 of the images.
 
     Raises:
-        UsageError: where a metric is not finite or the kind is unknown.
+        UsageError: if a metric is not finite or the kind is unknown.
     """
 
     model: str
@@ -100,40 +104,36 @@ class Scores:
     def __post_init__(self) -> None:
         bad = [name for name, value in self.metrics.items() if not math.isfinite(value)]
         if bad:
-            raise UsageError(
-                f"{self.model}: {', '.join(bad)} not finite",
-                fix="check the images that were scored",
-            )
-        if self.kind not in Kind.__args__:  # type: ignore[attr-defined]
-            raise UsageError(f"kind '{self.kind}' is unknown", fix=f"use one of {Kind.__args__}")  # type: ignore[attr-defined]
+            what = f"{self.model}: {', '.join(bad)} not finite"
+            raise UsageError(what, fix="check the images that were scored")
+        if self.kind not in get_args(Kind):
+            fix = f"use one of {', '.join(get_args(Kind))}"
+            raise UsageError(f"kind '{self.kind}' is unknown", fix=fix)
 
     def __repr__(self) -> str:
-        """Name the model and its numbers, not the protocol and the hashes."""
+        """Print the model and its numbers, without protocol and hashes."""
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         return f"Scores({self.model}, {self.kind}, seed {self.seed}: {numbers})"
 
-    def save(self, path: Path | str) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the scores as JSON."""
-        path = Path(path)
-        return commit_json(path, self.document())
+        return commit_json(Path(path), self.document())
 
     def document(self) -> dict[str, Any]:
         """Return the scores as JSON values."""
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
-    def load(cls, path: Path | str) -> Scores:
+    def load(cls, path: str | Path) -> Scores:
         """Read scores.
 
         Raises:
-            InputError: where the file is damaged or of another format.
+            InputError: if the file is damaged or of another format.
         """
-        path = Path(path)
-        document = read_json(path)
-        fix = "make them with `demerge evaluate`"
+        document, what = read_json(Path(path)), f"{path}: not scores of demerge"
         if document.pop("format", None) != FORMAT:
-            raise InputError(f"{path}: not scores of demerge: it does not say '{FORMAT}'", fix=fix)
-        return checked(document, cls, f"{path}: not scores of demerge", fix=fix)
+            raise InputError(f"{what}: it does not say '{FORMAT}'", fix=MAKE_SCORES)
+        return checked(document, cls, what, fix=MAKE_SCORES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +145,22 @@ class Row:
     scores: tuple[Scores, ...]
 
     def __repr__(self) -> str:
-        """Name the model, its seeds and its distance."""
+        """Print the model, its seeds and its distance."""
         return f"Row({self.model}, {self.kind}, {len(self.scores)} seeds: fd {self.mean('fd'):.4g})"
 
     @property
     def key(self) -> Key:
-        """What tells the row from all others."""
+        """Model and kind, which no other row of a table has."""
         return self.model, self.kind
 
     @property
+    def protocol(self) -> Protocol:
+        """The protocol of all seeds."""
+        return self.scores[0].protocol
+
+    @property
     def checkpoints(self) -> int:
-        """How many different weights were scored under this name: one for each training seed."""
+        """The number of different weights under this name: one for each training seed."""
         return len({s.model_sha256 for s in self.scores})
 
     @property
@@ -168,65 +173,74 @@ class Row:
         """The validation losses, which do not depend on the sampling seed."""
         return next((s.losses for s in self.scores if s.losses is not None), None)
 
-    def values(self, metric: str) -> list[float]:
-        """The metric on each seed that has it."""
-        return [s.metrics[metric] for s in self.scores if metric in s.metrics]
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """Return the metric of each seed that has it."""
+        return {s.seed: s.metrics[metric] for s in self.scores if metric in s.metrics}
+
+    def has(self, metric: str) -> bool:
+        """Whether the metric was measured."""
+        return bool(self.by_seed(metric))
 
     def mean(self, metric: str) -> float:
-        """The mean over seeds; NaN where the metric was not measured."""
-        values = self.values(metric)
+        """Return the mean over seeds; NaN if the metric was not measured."""
+        values = self.by_seed(metric).values()
         return mean(values) if values else math.nan
 
     def sd(self, metric: str) -> float:
-        """The standard deviation over seeds; NaN below two seeds."""
-        values = self.values(metric)
+        """Return the standard deviation over seeds; NaN below two seeds."""
+        values = self.by_seed(metric).values()
         return stdev(values) if len(values) > 1 else math.nan
 
 
 def rows_of(scores: Iterable[Scores]) -> list[Row]:
-    """Gather scores by model, in order of first appearance, the seeds of each ascending.
+    """Return scores by model, in order of first appearance, the seeds of each ascending.
 
     Raises:
-        UsageError: where a model has two scores for one seed.
+        UsageError: if a model has two scores for one seed.
     """
-    found: dict[tuple[str, Kind], list[Scores]] = {}
+    groups: dict[Key, list[Scores]] = {}
     for score in scores:
-        found.setdefault((score.model, score.kind), []).append(score)
+        groups.setdefault((score.model, score.kind), []).append(score)
     rows = []
-    for (model, kind), members in found.items():
-        if len({s.seed for s in members}) < len(members):
-            raise UsageError(
-                f"{model}: two scores for one seed",
-                fix="remove one of them or name the models differently",
-            )
-        rows.append(Row(model, kind, tuple(sorted(members, key=lambda s: s.seed))))
+    for (model, kind), members in groups.items():
+        row = Row(model, kind, tuple(sorted(members, key=lambda s: s.seed)))
+        if len(set(row.seeds)) < len(members):
+            fix = "remove one of them, or name the models differently: NAME=MODEL"
+            raise UsageError(f"{model} has two scores for one seed", fix=fix)
+        rows.append(row)
     return rows
 
 
 def differences(a: Protocol, b: Protocol) -> str:
-    """Name the fields that differ, with both values; "" if the two are equal."""
+    """Return the fields that differ, with both values; "" if the two are equal."""
     pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(Protocol))
     return "; ".join(f"{name}: {own} | {other}" for name, own, other in pairs if own != other)
 
 
-def ensure_alike(scores: Sequence[Scores]) -> Protocol:
-    """Return the protocol that all scores share.
+def check_same_protocol(rows: Sequence[Row]) -> Protocol:
+    """Return the protocol that all rows share.
 
     Raises:
         ComparisonError: if two protocols differ; the fields and both values are named.
-        UsageError: if there are no scores.
+        UsageError: if there are no rows.
     """
+    scores = [score for row in rows for score in row.scores]
     if not scores:
-        raise UsageError("there are no scores to compare", fix="make some with `demerge evaluate`")
+        raise UsageError("there are no scores to compare", fix=MAKE_SCORES)
     first = scores[0]
     for other in scores[1:]:
-        differing = differences(first.protocol, other.protocol)
-        if differing:
-            raise ComparisonError(
-                f"{first.model} and {other.model} were scored under unlike protocols: {differing}",
-                fix="evaluate both with the same options, or compare those that share a protocol",
-            )
+        if other.protocol != first.protocol:
+            raise protocols_differ(first, other)
     return first.protocol
+
+
+def protocols_differ(a: Scores, b: Scores) -> ComparisonError:
+    """Return the error that names the fields in which two protocols differ."""
+    fields_ = differences(a.protocol, b.protocol)
+    return ComparisonError(
+        f"{a.model} and {b.model} were scored under different protocols: {fields_}",
+        fix="evaluate both with the same options, or compare models that share a protocol",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,54 +253,53 @@ class Table:
     @property
     def protocol(self) -> Protocol:
         """The protocol that the models share."""
-        return self.rows[0].scores[0].protocol
+        return self.rows[0].protocol
 
 
 def tables_of(scores: Iterable[Scores]) -> list[Table]:
-    """Group models by protocol, the largest group first.
+    """Return the models grouped by protocol, the largest group first.
 
     Raises:
-        UsageError: if a model has two scores for one seed under one protocol, or there are no scores of a model.
+        UsageError: if a model has two scores for one seed under one protocol, or there are no
+            scores of a model.
     """
     groups: dict[Protocol, list[Scores]] = {}
     for score in scores:
         groups.setdefault(score.protocol, []).append(score)
-    rows = {protocol: rows_of(group) for protocol, group in groups.items()}
-    floors = [row for group in rows.values() for row in group if row.kind == "real"]
-    models = [rank([row for row in group if row.kind != "real"]) for group in rows.values()]
-    tables = [
-        Table(group, [f for f in floors if _share_reference(f, group[0])])
-        for group in models
-        if group
-    ]
+    by_protocol = [rows_of(group) for group in groups.values()]
+    floors = [row for rows in by_protocol for row in rows if row.kind == "real"]
+    tables = []
+    for rows in by_protocol:
+        models = rank(row for row in rows if row.kind != "real")
+        if models:
+            own = [
+                floor for floor in floors if _share_reference(floor.protocol, models[0].protocol)
+            ]
+            tables.append(Table(models, own))
     if not tables:
-        raise UsageError(
-            "there are no scores of a model to report", fix="make some with `demerge evaluate`"
-        )
+        raise UsageError("there are no scores of a model to report", fix=MAKE_SCORES)
     return sorted(tables, key=lambda table: -len(table.rows))
 
 
-def _share_reference(a: Row, b: Row) -> bool:
-    names = (
-        "features",
-        "features_sha256",
-        "preprocess",
-        "distance",
-        "reference_sha256",
-        "reference_n",
-    )
-    own, other = a.scores[0].protocol, b.scores[0].protocol
-    return all(getattr(own, name) == getattr(other, name) for name in names)
+def _share_reference(a: Protocol, b: Protocol) -> bool:
+    nets = ("features", "features_sha256", "preprocess", "distance")
+    names = (*nets, "reference_sha256", "reference_n")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
 def rank(rows: Iterable[Row], metric: str = "fd") -> list[Row]:
-    """Sort rows from best to worst mean of a metric.
+    """Return rows from best to worst mean of a metric.
 
     Raises:
         ComparisonError: if the protocols differ.
     """
-    listed = [row for row in rows if row.values(metric)]
-    if listed:
-        ensure_alike([score for row in listed for score in row.scores])
+    measured = [row for row in rows if row.has(metric)]
+    if measured:
+        check_same_protocol(measured)
     sign = -1 if metric in HIGHER_IS_BETTER else 1
-    return sorted(listed, key=lambda row: sign * row.mean(metric))
+    return sorted(measured, key=lambda row: sign * row.mean(metric))
+
+
+def best(rows: Iterable[Row], kind: Kind) -> Row | None:
+    """Return the row of a kind with the lowest Frechet distance, or None."""
+    return next(iter(rank(row for row in rows if row.kind == kind)), None)

@@ -123,7 +123,7 @@ def test_unlike_protocols_end_with_6(
         (("--seeds", "1,1"), 2, "1,1"),
         (("--split", "val"), 2, "val"),
         (("--data", "/absent"), 3, "absent"),
-        (("--num-images", "1"), 2, "--num-images"),
+        (("--num-images", "1"), 2, "num_images is 1"),
         (("--device", "abacus"), 2, "abacus"),
     ],
 )

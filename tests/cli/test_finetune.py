@@ -22,7 +22,18 @@ def test_experts_land_where_scripts_expect_them(run, tiny: Path, tmp_path: Path)
     images = tmp_path / "images"
     assert (
         run(
-            "sample", tiny, "--experts", out, "-n", 3, "--steps", 4, "-o", images, "--device", "cpu"
+            "sample",
+            tiny,
+            "--experts",
+            out,
+            "--num-images",
+            3,
+            "--steps",
+            4,
+            "-o",
+            images,
+            "--device",
+            "cpu",
         ).code
         == 0
     )
@@ -68,7 +79,7 @@ def test_random_start_needs_no_base(run, tmp_path: Path) -> None:
         ).code
         == 0
     )
-    from demerge.evaluation.models import kind_of
+    from demerge.evaluation.models import detect_kind
 
     made = {path.name: path.read_bytes() for path in (out / "0000-0100").glob("*.json*")}
     assert set(made) == {
@@ -76,7 +87,7 @@ def test_random_start_needs_no_base(run, tmp_path: Path) -> None:
         "log.jsonl",
         "model_index.json",
     }  # a base is no control, hence no expert.json
-    assert kind_of(out / "0000-0100") == "model"
+    assert detect_kind(out / "0000-0100") == "model"
     again = run(
         "finetune",
         config,

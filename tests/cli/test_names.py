@@ -65,7 +65,7 @@ def test_no_name_reaches_the_terminal(run: Any, tiny: Path, here: Path, name: st
         ("inspect", name),
         ("inspect", f"{name}/absent"),
         ("finetune", name, *FAST, "-o", f"{name}-e"),
-        ("sample", name, "-n", 1, "--steps", 2, "-o", f"{name}-s", "--device", "cpu"),
+        ("sample", name, "--num-images", 1, "--steps", 2, "-o", f"{name}-s", "--device", "cpu"),
         (
             "merge",
             tiny,
@@ -123,7 +123,12 @@ def test_names_of_255_bytes(run: Any, tiny: Path, here: Path) -> None:
     (here / LONG).unlink()
     shutil.copytree(tiny, here / LONG)
     assert run("merge", tiny, LONG, tiny, "--method", "average", "-o", "e" * 255).code == 0
-    assert run("sample", LONG, "-n", 1, "--steps", 2, "--device", "cpu", "-o", "s" * 255).code == 0
+    assert (
+        run(
+            "sample", LONG, "--num-images", 1, "--steps", 2, "--device", "cpu", "-o", "s" * 255
+        ).code
+        == 0
+    )
     assert run("inspect", "e" * 255, "--json").code == 0
     commit_text(here / ("j" * 250 + ".json"), '{"ranges": [[0, 1000]]}')
     assert len(Partition.load(here / ("j" * 250 + ".json"))) == 1
@@ -152,7 +157,7 @@ commit_file(pathlib.Path(sys.argv[1]), lambda stream: os.kill(os.getpid(), 9))
     "command",
     [
         ("merge", "digits-base", "digits-base", "digits-base", "--method", "average"),
-        ("sample", "digits-base", "-n", 1, "--steps", 2, "--device", "cpu"),
+        ("sample", "digits-base", "--num-images", 1, "--steps", 2, "--device", "cpu"),
         ("finetune", "digits-base", *FAST),
         (
             "stats",

@@ -12,17 +12,28 @@ from PIL import Image
 def test_the_same_command_draws_what_is_missing_and_then_says_that_nothing_is(
     run, tiny: Path, tmp_path: Path
 ) -> None:
-    command = ("sample", tiny, "-n", 3, "--steps", 2, "-o", tmp_path / "i", "--device", "cpu")
+    command = (
+        "sample",
+        tiny,
+        "--num-images",
+        3,
+        "--steps",
+        2,
+        "-o",
+        tmp_path / "i",
+        "--device",
+        "cpu",
+    )
     assert run(*command).code == 0
     first = (tmp_path / "i" / "000001.png").read_bytes()
     (tmp_path / "i" / "000001.png").unlink()
     done = run(*command, "--json")
     assert (done.code, json.loads(done.out)["drawn"]) == (0, 1)
-    assert "2 of 3 images were there already" in done.err
+    assert "2 of 3 images existed already" in done.err
     assert (tmp_path / "i" / "000001.png").read_bytes() == first
     done = run(*command)
     assert done.code == 0
-    assert "3 of 3 images were there already; nothing is left to do" in done.err
+    assert "3 of 3 images existed already; nothing is left to do" in done.err
     done = run(*command, "--seed", 1)
     assert done.code == 2
     assert "seed was 0, now 1" in done.err
@@ -31,7 +42,9 @@ def test_the_same_command_draws_what_is_missing_and_then_says_that_nothing_is(
 def test_a_foreign_folder_is_a_usage_error(run, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "i").mkdir()
     (tmp_path / "i" / "mine.txt").write_text("x")
-    done = run("sample", tiny, "-n", 1, "--steps", 2, "-o", tmp_path / "i", "--device", "cpu")
+    done = run(
+        "sample", tiny, "--num-images", 1, "--steps", 2, "-o", tmp_path / "i", "--device", "cpu"
+    )
     assert done.code == 2
     assert "exists already" in done.err
 
@@ -44,7 +57,7 @@ def test_guidance_changes_the_images_of_a_text_model_alone(
     for scale in (1, 9):
         out = tmp_path / str(scale)
         options = (
-            "-n",
+            "--num-images",
             1,
             "--steps",
             2,

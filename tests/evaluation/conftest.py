@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demerge.evaluation.features.nets import FeatureNet, feature_net
+from demerge.evaluation.features.nets import FeatureNet, make_feature_net
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACES = [
@@ -33,7 +33,7 @@ def asset() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def digits_net() -> FeatureNet:
-    return feature_net("digits-cnn")
+    return make_feature_net("digits-cnn")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,18 @@ import pytest
 import demerge.evaluation
 from demerge import Diffusion, load_images
 from demerge.errors import UsageError
-from demerge.evaluation import compare
-from demerge.evaluation.planning import EvaluationOptions
+from demerge.evaluation import evaluate
+from demerge.evaluation.options import EvaluationOptions
 from demerge.reporting.html import render_page
 
-QUICK = {"num_images": 70, "steps": 2, "lpips": False, "ranges": "none"}
+QUICK = EvaluationOptions(num_images=70, steps=2, lpips=False, ranges="none", device="cpu")
 
 
 def test_models_in_memory_are_compared(make_tiny: Callable[..., Path]) -> None:
     paths = [make_tiny(seed=0), make_tiny(seed=1)]
     models = {"base": paths[0], "mine": Diffusion.load(paths[1])}
     kinds = {"mine": "merge"}
-    report = compare(models, load_images("digits", split="test"), kinds=kinds, **QUICK)  # type: ignore[arg-type]
+    report = evaluate(models, load_images("digits", split="test"), QUICK, kinds=kinds)  # type: ignore[arg-type]
     assert sorted(report.table["model"]) == ["base", "mine"]
     assert sorted(report.table["kind"]) == ["base", "merge"]
     assert set(report.table["seeds"]) == {"0 1 2"}
@@ -35,9 +36,10 @@ def test_the_same_call_goes_on_where_it_stopped(
     make_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     models = {"base": make_tiny(seed=0), "mine": make_tiny(seed=1)}
-    first = compare(models, "digits", seeds=[0], out=tmp_path, **QUICK)
+    one_seed = replace(QUICK, seeds=[0])
+    first = evaluate(models, "digits", one_seed, out=tmp_path)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
-    second = compare(models, "digits", seeds=[0], out=str(tmp_path), **QUICK)
+    second = evaluate(models, "digits", one_seed, out=str(tmp_path))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()} == written
     assert second.table.equals(first.table)
     assert [floor.model for floor in first.ranked.floors] == ["digits train"]
@@ -49,7 +51,7 @@ def test_models_of_unlike_shape_and_plots_are_refused_at_once(
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "index.html").write_text(render_page("What the merge did", "", [], ""))
     with pytest.raises(UsageError, match="plots that demerge wrote"):
-        compare({"base": make_tiny(seed=0), "ties": tmp_path / "plots"}, "digits", **QUICK)
+        evaluate({"base": make_tiny(seed=0), "ties": tmp_path / "plots"}, "digits", QUICK)
 
 
 def test_the_package_names_what_it_offers() -> None:

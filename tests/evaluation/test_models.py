@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from demerge.errors import InputError, UsageError
-from demerge.evaluation.models import entrants, is_report, kind_of, without_reports
+from demerge.evaluation.models import detect_kind, is_report, leave_out_reports, specify_models
 from demerge.evaluation.report.report import Report
 from demerge.evaluation.score_files import SHOWN, load_scores, read_strip, save_scores
 from demerge.evaluation.scores import Scores
 from demerge.reporting.html import render_page
-from demerge.reporting.theme import LIGHT, render
+from demerge.reporting.theme import render
 
 
 def pipeline(folder: Path, **records: object) -> str:
@@ -43,7 +43,7 @@ def test_kinds_by_their_records(tmp_path: Path) -> None:
         str(tmp_path / "experts"),
     ]
     (tmp_path / "pictures").mkdir()
-    found = entrants([*models, str(tmp_path / "pictures"), "google/ddpm-cifar10-32"])
+    found = specify_models([*models, str(tmp_path / "pictures"), "google/ddpm-cifar10-32"])
     assert [(e.name, e.kind) for e in found] == [
         ("mine", "base"),
         ("other", "model"),
@@ -65,7 +65,7 @@ def test_the_folder_of_a_joint_control_is_the_control(tmp_path: Path) -> None:
         pipeline(tmp_path / "mine"),
         pipeline(tmp_path / "joint" / "0000-1000", expert={"range": [0, 1000]}),
     )
-    found = entrants([base, str(tmp_path / "joint"), f"half={tmp_path / 'joint'}"])
+    found = specify_models([base, str(tmp_path / "joint"), f"half={tmp_path / 'joint'}"])
     assert [(e.name, e.kind, e.source) for e in found[1:]] == [
         ("joint", "joint", control),
         ("half", "joint", control),
@@ -74,25 +74,25 @@ def test_the_folder_of_a_joint_control_is_the_control(tmp_path: Path) -> None:
 
 def test_names_and_the_base_can_be_given(tmp_path: Path) -> None:
     a, b = pipeline(tmp_path / "x" / "unet"), pipeline(tmp_path / "y" / "unet")
-    assert [(e.name, e.kind) for e in entrants([a, f"best={b}"], base=b)] == [
+    assert [(e.name, e.kind) for e in specify_models([a, f"best={b}"], base=b)] == [
         ("unet", "model"),
         ("best", "base"),
     ]
-    assert [e.name for e in entrants([a, b])] == ["x/unet", "y/unet"]
+    assert [e.name for e in specify_models([a, b])] == ["x/unet", "y/unet"]
     with pytest.raises(UsageError, match="named"):
-        entrants([a, a])
+        specify_models([a, a])
     with pytest.raises(UsageError, match="no model"):
-        entrants([])
+        specify_models([])
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:
     pipeline(tmp_path / "m")
     (tmp_path / "m" / "expert.json").write_text("{")
     with pytest.raises(InputError, match=r"expert\.json"):
-        kind_of(tmp_path / "m")
+        detect_kind(tmp_path / "m")
     (tmp_path / "m" / "expert.json").write_text("[]")
     with pytest.raises(InputError, match="object"):
-        kind_of(tmp_path / "m")
+        detect_kind(tmp_path / "m")
 
 
 def test_scores_and_strips_round_trip(
@@ -133,7 +133,7 @@ def test_plots_of_ours_are_no_model(
     Report.of([*scores, *make_scores("base", "base", [8.0])]).save(tmp_path / "run" / "report")
     save_scores(tmp_path / "run" / "scores" / "ties.seed0.json", scores[0], noise(20))
     plots = png(tmp_path / "plots" / "heat.png").parent
-    (plots / "heat.svg").write_bytes(render(lambda theme: Figure(), LIGHT, "svg"))
+    (plots / "heat.svg").write_bytes(render(Figure()))
     reports = [
         old,
         tmp_path / "run" / "report",
@@ -155,21 +155,24 @@ def test_plots_of_ours_are_no_model(
     assert not is_report(emoji)
     assert not is_report(Path(model)), "a merge with its report inside is a merge"
 
-    kept, left_out = without_reports([model, str(old)])
+    kept, left_out = leave_out_reports([model, str(old)])
     assert (kept, left_out) == ([model], [str(old)])
     for alone in ([str(old)], [model, f"mine={old}"]):
         with pytest.raises(UsageError, match="plots that demerge wrote"):
-            entrants(without_reports(alone)[0])
+            specify_models(leave_out_reports(alone)[0])
 
 
 def test_models_of_a_table_have_their_names_and_kinds(tmp_path: Path) -> None:
     a, b = pipeline(tmp_path / "a"), pipeline(tmp_path / "b")
-    found = entrants({"start": a, "mine": Path(b)}, kinds={"mine": "merge"})
+    found = specify_models({"start": a, "mine": Path(b)}, kinds={"mine": "merge"})
     assert [(e.name, e.kind, e.source) for e in found] == [
         ("start", "base", a),
         ("mine", "merge", b),
     ]
-    assert [e.kind for e in entrants({"start": a, "mine": b}, base="mine")] == ["model", "base"]
+    assert [e.kind for e in specify_models({"start": a, "mine": b}, base="mine")] == [
+        "model",
+        "base",
+    ]
 
 
 def test_names_of_any_bytes_become_names_that_files_can_hold(tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_names_of_any_bytes_become_names_that_files_can_hold(tmp_path: Path) -> 
     pipeline(Path(hostile))
     long = pipeline(tmp_path / ("ö" * 120))
     other = pipeline(tmp_path / ("ö" * 119 + "x"))
-    found = entrants([hostile, long, other])
+    found = specify_models([hostile, long, other])
     assert [e.source for e in found] == [hostile, long, other]
     assert found[0].name == "\ufffd[31m\ufffd-model"
     assert all(len(e.slug.encode()) <= 180 for e in found)

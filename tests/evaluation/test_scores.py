@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from demerge.errors import ComparisonError, InputError, UsageError
-from demerge.evaluation.report.verdict import outcome, verdict, warnings
-from demerge.evaluation.scores import Protocol, Scores, ensure_alike, rank, rows_of, tables_of
+from demerge.evaluation.scores import (
+    Scores,
+    check_same_protocol,
+    rank,
+    rows_of,
+    tables_of,
+)
 
 Make = Callable[..., list[Scores]]
 
@@ -89,7 +94,7 @@ def test_ranking_and_rows(make_scores: Make) -> None:
     with pytest.raises(UsageError, match="two scores"):
         rows_of(make_scores("a", "base", [1.0]) + make_scores("a", "base", [2.0]))
     with pytest.raises(UsageError, match="no scores"):
-        ensure_alike([])
+        check_same_protocol([])
 
 
 def test_the_largest_group_is_ranked_and_floors_follow_their_reference(make_scores: Make) -> None:
@@ -119,99 +124,3 @@ def test_reprs_are_short(make_scores: Make) -> None:
     assert repr(rows_of([score])[0]) == "Row(ties, merge, 1 seeds: fd 7)"
     assert len(repr(score.protocol)) < 200
     assert "ab" * 32 not in repr(score.protocol)
-
-
-def test_a_distance_on_random_features_is_called_that(make_scores: Make) -> None:
-    rows = rows_of(make_scores("ties", "merge", [6.0], features="random", distance="FD[random]"))
-    protocol: Protocol = rows[0].scores[0].protocol
-    assert protocol.title == "distance on random features"
-    text = " ".join([str(protocol), *warnings(rows, []), verdict(rows)])
-    assert "FD[" not in text
-    assert "nor any established metric" in text
-
-
-@pytest.mark.parametrize(
-    ("merge", "base", "joint", "expected", "words"),
-    [
-        (
-            6.0,
-            8.0,
-            7.0,
-            "better",
-            ["beats the base", "beats the joint control", "better than both controls"],
-        ),
-        (
-            7.5,
-            8.0,
-            7.0,
-            "worse",
-            ["beats the base", "is worse than the joint control", "a control does better"],
-        ),
-        (
-            7.0,
-            8.0,
-            7.0,
-            "inconclusive",
-            ["beats the base", "cannot be told apart from the joint", "not shown"],
-        ),
-        (9.0, 8.0, 7.0, "worse", ["is worse than the base", "a control does better"]),
-    ],
-)
-def test_the_verdict_is_honest(
-    make_scores: Make, merge: float, base: float, joint: float, expected: str, words: list[str]
-) -> None:
-    steps = (0.0, 0.05, -0.05)
-    scores = [
-        *make_scores("ties", "merge", [merge + d for d in steps]),
-        *make_scores("dare", "merge", [merge + 1 + d for d in steps]),
-        *make_scores("base", "base", [base + d for d in steps]),
-        *make_scores("joint", "joint", [joint + d for d in steps]),
-    ]
-    rows = rank(rows_of(scores))
-    assert outcome(rows) == expected
-    for word in [*words, "best merge, ties", "chosen among 2 merges", "flatters"]:
-        assert word in verdict(rows)
-
-
-def test_missing_controls_leave_no_conclusion(make_scores: Make) -> None:
-    rows = rows_of(
-        make_scores("ties", "merge", [6.0, 6.1, 6.2]) + make_scores("base", "base", [8.0, 8.1, 8.2])
-    )
-    assert outcome(rows) == "none"
-    assert "no conclusion" in verdict(rows)
-    assert "Nothing can be said against the joint control" in verdict(rows)
-    assert "nothing to say about merging" in verdict(rows_of(make_scores("base", "base", [8.0])))
-
-
-def test_training_seeds_are_the_checkpoints_under_a_name(make_scores: Make) -> None:
-    rows = rows_of(
-        make_scores("ties", "merge", [6.0, 6.1, 6.2]) + make_scores("base", "base", [8.0, 8.1, 8.2])
-    )
-    assert "Training seeds: 1." in " ".join(warnings(rows, []))
-    trained = replace(
-        rows[0], scores=tuple(replace(s, model_sha256=f"{s.seed}") for s in rows[0].scores)
-    )
-    text = " ".join(warnings([trained, rows[1]], []))
-    assert "Training seeds: 3 checkpoints stand under each name" in text
-    assert "5.8 %" not in text
-
-
-def test_warnings(make_scores: Make) -> None:
-    few = rows_of(make_scores("ties", "merge", [6.0], num_images=60))
-    text = " ".join(warnings(few, []))
-    for word in (
-        "Rank-deficient",
-        "not FID",
-        "sampling seed",
-        "No noise floor",
-        "No base model",
-        "No joint control",
-        "5.8 %",
-    ):
-        assert word in text
-    rows = rows_of(make_scores("base", "base", [1.0, 1.1, 1.2]))
-    floors = rows_of(make_scores("digits train", "real", [2.0]))
-    assert "below the noise floor" in " ".join(warnings(rows, floors))
-    smaller = rows_of(make_scores("digits train", "real", [2.0], num_images=100))
-    assert "below the noise floor" not in " ".join(warnings(rows, smaller))
-    assert "only 100 real images" in " ".join(warnings(rows, smaller))

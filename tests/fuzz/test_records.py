@@ -33,11 +33,13 @@ from demerge.analysis.stages import ranges as ranges_stage
 from demerge.conflict import LAYER_K, Array, ConflictMap, Origin
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
+from demerge.diffusion.options import SamplingOptions
 from demerge.diffusion.sampling import sample
 from demerge.errors import DemergeError
-from demerge.evaluation.models import entrants, kind_of
-from demerge.evaluation.report.tables import lines, markdown
-from demerge.evaluation.results import gather
+from demerge.evaluation.models import detect_kind, specify_models
+from demerge.evaluation.report.tables import markdown, table_lines
+from demerge.evaluation.report.verdict import Findings
+from demerge.evaluation.results import load_results
 from demerge.evaluation.score_files import save_scores
 from demerge.evaluation.scores import Protocol, Scores, tables_of
 from demerge.expert import list_experts
@@ -298,7 +300,7 @@ def targets(
             loaded = Diffusion.load(folder)
             repr(loaded.image_shape)
             return [
-                sample(loaded, 1, seed=0, steps=2, sampler=name, **asked)
+                sample(loaded, 1, SamplingOptions(steps=2, sampler=name), **asked)
                 for name in ("ddim", "base")
             ]
 
@@ -395,9 +397,9 @@ def targets(
     file_of_map = root / "conflict.safetensors"
     merged = [
         lambda: Recipe.read(out),
-        lambda: kind_of(out),
+        lambda: detect_kind(out),
         lambda: inspect_model(out),
-        lambda: entrants([f"x={out}"]),
+        lambda: specify_models([f"x={out}"]),
     ]
     whole = [
         lambda: inspect_model(base),
@@ -405,10 +407,16 @@ def targets(
         drawn(base),
         lambda: check_same_schedule(a_map("m", log_snr(model)), root, str(base)),
     ]
-    scored = [lambda: gather([root / "scored"]), lambda: lines(tables_of(gather([score]).scores))]
+    scored = [
+        lambda: load_results([root / "scored"]),
+        lambda: table_lines(tables_of(load_results([score]).scores)),
+    ]
     tables = [
         *scored,
-        lambda: [markdown(t, title="t") for t in tables_of(gather([root / "scored"]).scores)],
+        lambda: [
+            markdown(Findings.of(t), title="t")
+            for t in tables_of(load_results([root / "scored"]).scores)
+        ],
     ]
     measured = [
         lambda: measured_on(Checkpoint.open(first / "fisher.safetensors")),
@@ -418,7 +426,7 @@ def targets(
     by_fisher = recipe("fisher", options={"fisher": fishers})
     experts = [
         lambda: list_experts(root / "run"),
-        lambda: kind_of(first),
+        lambda: detect_kind(first),
         lambda: inspect_model(first),
         recipe(),
     ]
@@ -447,7 +455,7 @@ def targets(
             out / "demerge.json", [*merged, lambda: plan_merge(Recipe.read(out), num_workers=1)], 3
         ),
         Target(score, tables, 4),
-        Target(root / "scored" / "commands.json", [lambda: gather([root / "scored"])], 1),
+        Target(root / "scored" / "commands.json", [lambda: load_results([root / "scored"])], 1),
         Target(first / "stats.json", measured, 3),
         Target(second / "fisher.safetensors", [by_fisher], 1, mutated_metadata(MEASURED)),
         Target(manifest, [begun, lambda: read_record(manifest, Manifest, fix="remove it")], 2),

@@ -1,26 +1,28 @@
-"""Inception-v3 as FID defines it: the TensorFlow port of 2015-12-05, up to the 2048 features of its last average pool.
+"""Inception-v3 as FID defines it: the TensorFlow port of 2015-12-05, up to its last average pool.
 
-    image [3 H W] -> resize to 299 x 299, values in [-1, 1] -> stem -> 11 mixed blocks -> mean over space -> [2048]
+    image [3 H W] -> resize to 299 x 299, values in [-1, 1] -> stem -> 11 mixed blocks -> mean [2048]
 
-The whole network is the table below. A block is a list of branches that read the same input and are concatenated; a
-branch is a chain of steps; a step is one convolution, a fork `a|b` of two that are concatenated, or a pool. Kernels and
-channels are those of the weights. `/2` is a step of stride 2 without padding, `/v` one of stride 1 without padding; every
-other step keeps the size of its input.
+The whole network is the table below. A block is a list of branches that read the same input and are
+concatenated. A branch is a chain of steps. A step is one convolution, a fork `a|b` of two that are
+concatenated, or a pool. Kernels and channels are those of the weights. `/2` is a step of stride 2
+without padding, `/v` one of stride 1 without padding. Every other step keeps the size of its input.
 
 Every convolution is followed by batch normalization, which is folded into it (in float64), and ReLU:
-w' = w g / sqrt(v + eps), b' = b - m g / sqrt(v + eps). Tensors are channels-last, which is faster on a CPU.
+w' = w g / sqrt(v + eps), b' = b - m g / sqrt(v + eps). Tensors are channels-last, which is faster on
+a CPU.
 
-Differs from torchvision's Inception-v3, as the port does: average pools leave the padding out of their mean, and the
-last block pools by the maximum.
+Differs from torchvision's Inception-v3, as the port does: average pools leave the padding out of
+their mean, and the last block pools by the maximum.
 
-Papers: Inception-v3 (arXiv 1512.00567), FID (arXiv 1706.08500), the resize matters (clean-fid, arXiv 2104.11222).
+Papers: Inception-v3 (arXiv 1512.00567), FID (arXiv 1706.08500), the resize matters (clean-fid,
+arXiv 2104.11222).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,44 +31,43 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from demerge.errors import InputError, UsageError
+from demerge.evaluation.options import Preprocess
+from demerge.reporting.images import check_uint8
 from demerge.storage.pickles import unpickled
 
-Preprocess = Literal["clean", "pytorch-fid", "torch-fidelity"]
-PREPROCESS: tuple[Preprocess, ...] = get_args(Preprocess)
 DIM = 2048
 SIZE = 299
 BATCH_NORM_EPS = 1e-3
 PICKLES = (".pth", ".pt")
-PTH_SHA256 = (
-    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # pytorch-fid's file
-)
-SAFETENSORS_SHA256 = (
-    "aa5258d3cf03ee0a86d89c7ea3e991b547f1609a914383b7c33c7227f93155ba"  # the same net without fc
-)
+# The hashes of pytorch-fid's file, and of the same net without fc.
+PTH_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+SAFETENSORS_SHA256 = "aa5258d3cf03ee0a86d89c7ea3e991b547f1609a914383b7c33c7227f93155ba"
 SOURCES = (
-    "download pt_inception-2015-12-05-6726825d.pth from the release fid_weights of mseitzer/pytorch-fid on GitHub "
-    f"(95,628,359 bytes, sha256 {PTH_SHA256}) and give --features inception:FILE; "
-    f"or give the same tensors without fc as safetensors (sha256 {SAFETENSORS_SHA256})"
+    "download pt_inception-2015-12-05-6726825d.pth from the release fid_weights of"
+    f" mseitzer/pytorch-fid on GitHub (95,628,359 bytes, sha256 {PTH_SHA256})"
+    " and give --features inception:FILE; or give the same tensors without fc as safetensors"
+    f" (sha256 {SAFETENSORS_SHA256})"
 )
 
 STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/v Conv2d_2b_3x3 max/2 Conv2d_3b_1x1 Conv2d_4a_3x3/v max/2"
-A = "branch1x1, branch5x5_1 branch5x5_2, branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3, avg branch_pool"
+A = (
+    "branch1x1, branch5x5_1 branch5x5_2,"
+    " branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3, avg branch_pool"
+)
 B = "branch3x3/2, branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2, max/2"
 C = (
-    "branch1x1, branch7x7_1 branch7x7_2 branch7x7_3, "
-    "branch7x7dbl_1 branch7x7dbl_2 branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5, avg branch_pool"
+    "branch1x1, branch7x7_1 branch7x7_2 branch7x7_3,"
+    " branch7x7dbl_1 branch7x7dbl_2 branch7x7dbl_3 branch7x7dbl_4 branch7x7dbl_5, avg branch_pool"
 )
 D = "branch3x3_1 branch3x3_2/2, branch7x7x3_1 branch7x7x3_2 branch7x7x3_3 branch7x7x3_4/2, max/2"
-E = "branch1x1, branch3x3_1 branch3x3_2a|branch3x3_2b, branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a|branch3x3dbl_3b, "
+E = (
+    "branch1x1, branch3x3_1 branch3x3_2a|branch3x3_2b,"
+    " branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a|branch3x3dbl_3b, "
+)
 BLOCKS: Mapping[str, str] = {
-    "Mixed_5b": A,
-    "Mixed_5c": A,
-    "Mixed_5d": A,
+    **dict.fromkeys(("Mixed_5b", "Mixed_5c", "Mixed_5d"), A),
     "Mixed_6a": B,
-    "Mixed_6b": C,
-    "Mixed_6c": C,
-    "Mixed_6d": C,
-    "Mixed_6e": C,
+    **dict.fromkeys(("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"), C),
     "Mixed_7a": D,
     "Mixed_7b": E + "avg branch_pool",
     "Mixed_7c": E + "max branch_pool",
@@ -78,9 +79,8 @@ class Conv(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, *, stride: int = 1, same: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(
-            weight.contiguous(memory_format=torch.channels_last), requires_grad=False
-        )
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.stride = stride
         self.padding = (weight.shape[2] // 2, weight.shape[3] // 2) if same else (0, 0)
@@ -88,18 +88,6 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B C H W] to [B C' H' W']."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).relu_()
-
-
-class Fork(nn.Module):
-    """Two convolutions on one input, concatenated."""
-
-    def __init__(self, left: Conv, right: Conv) -> None:
-        super().__init__()
-        self.left, self.right = left, right
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B C H W] to [B C1+C2 H W]."""
-        return torch.cat([self.left(x), self.right(x)], 1)
 
 
 class Pool(nn.Module):
@@ -117,7 +105,7 @@ class Pool(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches that read one input, concatenated."""
+    """Branches or convolutions that read one input, concatenated."""
 
     def __init__(self, branches: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -129,20 +117,17 @@ class Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """Inception-v3 up to its last pool: prepared images [B 3 299 299] -> features [B 2048].
+    """Inception-v3 up to its last pool: resized images [B 3 299 299] -> features [B 2048].
 
-    `weights` are tensors under pytorch-fid's names (`Mixed_5b.branch1x1.conv.weight`, `Mixed_5b.branch1x1.bn.bias` ...).
+    `weights` are tensors under pytorch-fid's names (`Mixed_5b.branch1x1.conv.weight` ...).
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.stem = _chain(weights, STEM, "")
-        self.blocks = nn.Sequential(
-            *(
-                Block(_chain(weights, b, f"{name}.") for b in text.split(", "))
-                for name, text in BLOCKS.items()
-            )
-        )
+        self.blocks = nn.Sequential()
+        for name, text in BLOCKS.items():
+            self.blocks.append(Block(_chain(weights, b, f"{name}.") for b in text.split(", ")))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B 3 299 299] in [-1, 1] to [B 2048]."""
@@ -163,7 +148,7 @@ def _step(weights: Mapping[str, Tensor], text: str, prefix: str) -> nn.Module:
         Conv(*_folded(weights, prefix + name), stride=stride, same=not mode)
         for name in names.split("|")
     ]
-    return convolutions[0] if len(convolutions) == 1 else Fork(*convolutions)
+    return convolutions[0] if len(convolutions) == 1 else Block(convolutions)
 
 
 def _folded(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
@@ -176,70 +161,67 @@ def _folded(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     return (weight * scale[:, None, None, None]).float(), (shift - mean * scale).float()
 
 
-def load_inception(path: Path) -> Inception:
+def load_inception(path: str | Path) -> Inception:
     """Read the weights and build the network.
 
     Args:
-        path: a safetensors file with pytorch-fid's names, or pytorch-fid's own `.pth`, which torch's restricted unpickler
-            reads. The last layer `fc` is not needed.
+        path: a safetensors file with pytorch-fid's names, or pytorch-fid's own `.pth`, which torch's
+            restricted unpickler reads. The last layer `fc` is not needed.
 
     Raises:
-        InputError: if the file is missing or damaged, or holds other tensors; missing and wrong ones are named.
+        InputError: if the file is missing or damaged, or holds other tensors.
     """
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no Inception weights there", fix=SOURCES)
     try:
         weights = unpickled(path) if path.suffix in PICKLES else load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors: {error}", fix=SOURCES) from error
-    try:
         network = Inception(weights).eval()
         with torch.inference_mode():
             dim = network(torch.zeros(1, 3, 75, 75)).shape[1]
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}", fix=SOURCES) from error
     except KeyError as error:
         raise InputError(f"{path}: tensor {error} is missing", fix=SOURCES) from error
     except (RuntimeError, IndexError) as error:
-        raise InputError(
-            f"{path}: tensors do not fit Inception-v3: {error}", fix=SOURCES
-        ) from error
+        what = f"{path}: tensors do not fit Inception-v3: {error}"
+        raise InputError(what, fix=SOURCES) from error
     if dim != DIM:
         raise InputError(f"{path}: {dim} features instead of {DIM}", fix=SOURCES)
     return network
 
 
-def prepare(images: Tensor, mode: Preprocess = "clean") -> Tensor:
+def preprocess(images: Tensor, mode: str = "clean") -> Tensor:
     """Turn images uint8 [B C H W], C = 1 or 3, into the network's input, float32 [B 3 299 299].
 
-    clean            bicubic (a = -0.5) with antialias, clamped to [0, 255]; (x - 128) / 128    clean-fid
-    pytorch-fid      bilinear, half-pixel centres;                           2 x / 255 - 1     pytorch-fid, the DeMe paper
-    torch-fidelity   bilinear, corners at 0 as in TensorFlow 1;              (x - 128) / 128   torch-fidelity, the 2015 graph
+    clean            bicubic (a = -0.5) with antialias, clamped to [0, 255]; (x - 128) / 128.
+                     That of clean-fid.
+    pytorch-fid      bilinear, half-pixel centres; 2 x / 255 - 1. That of pytorch-fid and DeMe.
+    torch-fidelity   bilinear, corners at 0 as in TensorFlow 1; (x - 128) / 128. That of
+                     torch-fidelity and the graph of 2015.
 
     Raises:
-        UsageError: where the mode is unknown or the images are no uint8 [B 1|3 H W].
+        UsageError: if the mode is unknown or the images are not uint8 [B 1|3 H W].
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise UsageError(
-            f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]",
-            fix="convert them to grey or RGB",
-        )
-    x = images.expand(-1, 3, -1, -1).float()
+    check_uint8(images)
+    x, size = images.expand(-1, 3, -1, -1).float(), (SIZE, SIZE)
     if mode == "clean":
-        resized = F.interpolate(
-            x, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False
-        )
+        resized = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
         return (resized.clamp(0, 255) - 128) / 128
     if mode == "pytorch-fid":
-        return F.interpolate(x / 255, (SIZE, SIZE), mode="bilinear", align_corners=False) * 2 - 1
+        return F.interpolate(x / 255, size, mode="bilinear", align_corners=False) * 2 - 1
     if mode == "torch-fidelity":
         rows, columns = (_bilinear_tf1(n, x.device) for n in x.shape[2:])
         return (rows @ x @ columns.T - 128) / 128
-    raise UsageError(
-        f"preprocess mode '{mode}' is unknown", fix=f"use one of {', '.join(PREPROCESS)}"
-    )
+    fix = f"use one of {', '.join(get_args(Preprocess))}"
+    raise UsageError(f"preprocess mode '{mode}' is unknown", fix=fix)
 
 
 def _bilinear_tf1(n: int, device: torch.device) -> Tensor:
-    """Return the matrix [299 n] that resizes one axis: output i reads position i n / 299, clamped at the far end."""
+    """Return the matrix [299 n] that resizes one axis.
+
+    Output i reads position i n / 299, clamped at the far end.
+    """
     position = torch.arange(SIZE, dtype=torch.float64) * n / SIZE
     low = position.floor().long()
     share = (position - low).float()

@@ -1,9 +1,10 @@
-"""A convolutional net with random weights: the feature net of last resort, which needs no file and knows no data set.
+"""A convolutional net with random weights, which needs no file and knows no data set.
 
-    image -> 32 x 32 RGB in [-1, 1] -> 3 x [conv 3 x 3, ReLU, mean pool 2] -> mean over space of every stage -> [224]
+    image -> 32 x 32 RGB in [-1, 1] -> 3 x [conv 3 x 3, ReLU, mean pool 2] -> means over space [224]
 
-Weights are normal with variance 2 / fan-in, keyed by the stage, hence the same everywhere. Such features see blur, noise,
-colour and texture; they are nearly blind to missing classes, and their distances compare with nothing but each other.
+Weights are normal with variance 2 / fan-in, keyed by the stage, hence the same everywhere. Such
+features see blur, noise, colour and texture. They are nearly blind to missing classes, and their
+distances compare with nothing but each other.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demerge.errors import UsageError
 from demerge.randomness import normal
+from demerge.reporting.images import check_uint8
 
 WIDTHS = (3, 32, 64, 128)
 DIM = sum(WIDTHS[1:])
@@ -28,15 +29,10 @@ class RandomNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        stages = pairwise(WIDTHS)
-        self.filters = nn.ParameterList(
-            nn.Parameter(
-                normal((width, fan, 3, 3), 0, "random-net", samples=[i])[0]
-                * (2 / (9 * fan)) ** 0.5,
-                False,
-            )
-            for i, (fan, width) in enumerate(stages)
-        )
+        self.filters = nn.ParameterList()
+        for i, (fan_in, width) in enumerate(pairwise(WIDTHS)):
+            weight = normal((width, fan_in, 3, 3), 0, "random-net", samples=[i])[0]
+            self.filters.append(nn.Parameter(weight * (2 / (9 * fan_in)) ** 0.5, False))
 
     @property
     def sha256(self) -> str:
@@ -56,16 +52,12 @@ class RandomNet(nn.Module):
         return torch.cat(means, 1)
 
 
-def prepare(images: Tensor) -> Tensor:
+def preprocess(images: Tensor) -> Tensor:
     """Turn images uint8 [B 1|3 H W] into [B 3 32 32] in [-1, 1], bilinear with antialias.
 
     Raises:
-        UsageError: where the images have another type.
+        UsageError: if the images have another type.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise UsageError(
-            f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]",
-            fix="convert them",
-        )
+    check_uint8(images)
     x = images.expand(-1, 3, -1, -1).float() / 127.5 - 1
     return F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)

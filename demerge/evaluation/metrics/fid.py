@@ -2,15 +2,17 @@
 
     d^2 = |mu_1 - mu_2|^2 + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^(1/2))
 
-The trace of the root is computed from symmetric matrices alone: with R = S_1^(1/2) (by eigh), tr((S_1 S_2)^(1/2)) is the sum
-of the roots of the eigenvalues of R S_2 R. Moments are summed in float64 (float32 costs 8e-4 of the distance), around the
-first batch's mean, so that no large numbers cancel.
+The trace of the root is computed from symmetric matrices alone: with R = S_1^(1/2) (by eigh),
+tr((S_1 S_2)^(1/2)) is the sum of the roots of the eigenvalues of R S_2 R. Moments are summed in
+float64 (float32 costs 8e-4 of the distance), around the first batch's mean, so that no large
+numbers cancel.
 
-With no more samples than features (n <= d) the covariance is singular and the distance far too large; such numbers are
-marked `rank-deficient` wherever they are shown, and compare with nothing but numbers of the same n.
+With no more samples than features (n <= d) the covariance is singular and the distance far too
+large. Such numbers are marked `rank-deficient` and compare only with numbers of the same n.
 
-Paper: FID (arXiv 1706.08500). Differs from the reference code, which takes `sqrtm` of the unsymmetric S_1 S_2, drops an
-imaginary part and adds 1e-6 to the diagonal where that fails: the eigenvalues here are never complex.
+Paper: FID (arXiv 1706.08500). Differs from the reference code, which takes `sqrtm` of the
+unsymmetric S_1 S_2, drops an imaginary part and adds 1e-6 to the diagonal if that fails: the
+eigenvalues here are never complex.
 """
 
 from __future__ import annotations
@@ -33,15 +35,19 @@ PREFIX = "protocol_"  # of the keys that say what made the features
 MAX_BYTES = 1 << 30
 ASYMMETRY = 1e-5
 NPZ = "give an npz with mu [D] and sigma [D D], written by pytorch-fid, EDM, ADM or demerge"
+DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Mean [D] and unbiased covariance [D D] of n features, float64, with what made them (`protocol`).
+    """Mean [D] and unbiased covariance [D D] of n features, float64, and what made them.
 
     Raises:
-        UsageError: where the shapes do not fit or n < 2.
-        NumericalError: where a number is not finite.
+        UsageError: if the shapes do not fit or n < 2.
+        NumericalError: if a number is not finite.
     """
 
     mean: Tensor
@@ -50,23 +56,17 @@ class Moments:
     protocol: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        d = self.mean.numel()
-        if self.mean.shape != (d,) or self.covariance.shape != (d, d):
-            raise UsageError(
-                f"mean {list(self.mean.shape)} and covariance {list(self.covariance.shape)} do not fit",
-                fix="give mu [D] and sigma [D D] of the same features",
-            )
-        if self.n < 2:
-            raise UsageError(
-                f"a covariance of {self.n} samples is not defined", fix="use at least 2 images"
-            )
+        d, shapes = self.mean.numel(), (self.mean.shape, self.covariance.shape)
+        if shapes != ((d,), (d, d)):
+            what = f"mean {list(shapes[0])} and covariance {list(shapes[1])} do not fit"
+            raise UsageError(what, fix="give mu [D] and sigma [D D] of the same features")
+        _check_count(self.n)
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
-            raise NumericalError(
-                "the moments hold NaN or Inf", fix="check the images and the feature net"
-            )
+            fix = "check the images and the feature net"
+            raise NumericalError("the moments hold NaN or Inf", fix=fix)
 
     def __repr__(self) -> str:
-        """Say how many features of how many images."""
+        """Print the numbers of features and images."""
         return f"Moments({self.dim} features of {self.n:,} images)"
 
     @property
@@ -75,16 +75,22 @@ class Moments:
         return self.mean.numel()
 
     @property
-    def rank_deficient(self) -> bool:
+    def is_rank_deficient(self) -> bool:
         """Whether n <= D, so that the covariance is singular."""
         return self.n <= self.dim
+
+
+def _check_count(n: int) -> None:
+    if n < 2:
+        fix = "use at least 2 images"
+        raise UsageError(f"a covariance of {n} samples is not defined", fix=fix)
 
 
 def moments(batches: Iterable[Tensor], protocol: Mapping[str, str] | None = None) -> Moments:
     """Sum the moments of features given in batches [B D], holding one batch at a time.
 
     Raises:
-        UsageError: where there are fewer than 2 features.
+        UsageError: if there are fewer than 2 features.
     """
     n, origin, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
     for batch in batches:
@@ -94,15 +100,17 @@ def moments(batches: Iterable[Tensor], protocol: Mapping[str, str] | None = None
         n += len(x)
         total = total + x.sum(0)
         outer = outer + x.T @ x
-    if n < 2:
-        raise UsageError(f"a covariance of {n} samples is not defined", fix="use at least 2 images")
+    _check_count(n)
     shift = total / n
     covariance = (outer - n * torch.outer(shift, shift)) / (n - 1)
     return Moments(origin + shift, (covariance + covariance.T) / 2, n, dict(protocol or {}))
 
 
 def square_root(covariance: Tensor) -> Tensor:
-    """Return the symmetric root R [D D] of a covariance [D D], R R = S; eigenvalues below zero are rounding, taken as zero."""
+    """Return the symmetric root R [D D] of a covariance [D D], R R = S.
+
+    Eigenvalues below zero are rounding, taken as zero.
+    """
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
@@ -111,103 +119,79 @@ def square_root(covariance: Tensor) -> Tensor:
 def frechet_distance(a: Moments, b: Moments, *, root: Tensor | None = None) -> float:
     """Return the squared Frechet distance of two Gaussians, >= 0 and symmetric up to rounding.
 
-    `root` is the root of a's covariance, where it is known already: it costs more than all the rest.
+    Args:
+        root: the root of a's covariance, if it is known: it costs more than all the rest.
 
     Raises:
-        UsageError: where the features differ in number.
+        UsageError: if the features differ in number.
     """
     if a.dim != b.dim:
-        raise UsageError(
-            f"features of {a.dim} and {b.dim} dimensions do not compare",
-            fix="use one feature net for both",
-        )
+        what = f"features of {a.dim} and {b.dim} dimensions do not compare"
+        raise UsageError(what, fix="use one feature net for both")
     if torch.equal(a.mean, b.mean) and torch.equal(a.covariance, b.covariance):
         return 0.0
     root = square_root(a.covariance) if root is None else root
     overlap = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    distance = (
-        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
-    )
-    return max(0.0, float(distance))
+    traces = a.covariance.trace() + b.covariance.trace()
+    return max(0.0, float((a.mean - b.mean).square().sum() + traces - 2 * overlap))
 
 
-def save_moments(path: Path, value: Moments) -> Path:
-    """Write `mu`, `sigma`, `n` and the protocol's fields into an npz that pytorch-fid and edm read."""
-    arrays: dict[str, Any] = {
-        "mu": value.mean.numpy(),
-        "sigma": value.covariance.numpy(),
-        "n": np.asarray(value.n),
-    }
+def save_moments(path: str | Path, value: Moments) -> Path:
+    """Write `mu`, `sigma`, `n` and the protocol's fields as an npz that pytorch-fid and EDM read."""
+    arrays: dict[str, Any] = {"mu": value.mean.numpy(), "sigma": value.covariance.numpy()}
+    arrays["n"] = np.asarray(value.n)
     arrays |= {f"{PREFIX}{key}": np.asarray(text) for key, text in value.protocol.items()}
-    return commit_file(path, lambda stream: np.savez(stream, **arrays))
+    return commit_file(Path(path), lambda stream: np.savez(stream, **arrays))
 
 
-def load_moments(path: Path, *, n: int | None = None) -> Moments:
+def load_moments(path: str | Path, *, n: int | None = None) -> Moments:
     """Read an npz with `mu` [D] and `sigma` [D D], as demerge, pytorch-fid, EDM and ADM write them.
 
+    Pickled objects are never loaded.
+
     Args:
-        n: how many images the file stands for, if it does not say so itself.
+        n: the number of images that the file stands for, if it does not say so itself.
 
     Raises:
-        InputError: if the file is no such npz, `sigma` is no covariance, or n is not known. Pickled objects are never loaded.
+        InputError: if the file is not such an npz, `sigma` is not a covariance, or n is unknown.
     """
-    arrays = _arrays(path)
+    arrays = _read_arrays(Path(path))
     try:
         count = int(arrays["n"]) if "n" in arrays else n
-        mean, covariance = (
-            torch.from_numpy(np.array(arrays[key], dtype=np.float64)) for key in ("mu", "sigma")
-        )
+        mean = torch.from_numpy(np.array(arrays["mu"], dtype=np.float64))
+        covariance = torch.from_numpy(np.array(arrays["sigma"], dtype=np.float64))
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{path}: mu, sigma or n is not made of numbers: {error}", fix=NPZ
-        ) from error
+        what = f"{path}: mu, sigma or n is not made of numbers: {error}"
+        raise InputError(what, fix=NPZ) from error
     if count is None:
         fix = "say it: --reference-images N, for example 50000 for the train split of CIFAR-10"
         raise InputError(f"{path}: the file does not say how many images it stands for", fix=fix)
+    texts = {key: str(text) for key, text in arrays.items() if key.startswith(PREFIX)}
+    protocol = {key.removeprefix(PREFIX): text for key, text in texts.items()}
     try:
-        protocol = {
-            key.removeprefix(PREFIX): str(text)
-            for key, text in arrays.items()
-            if key.startswith(PREFIX)
-        }
         value = Moments(mean, covariance, count, protocol)
     except (UsageError, NumericalError) as error:
         raise InputError(f"{path}: {error.what}", fix=error.fix) from error
-    scale = float(covariance.abs().max())
-    if (
-        bool((covariance.diagonal() < 0).any())
-        or float((covariance - covariance.T).abs().max()) > ASYMMETRY * scale
-    ):
-        raise InputError(
-            f"{path}: sigma is not symmetric with a diagonal >= 0, so it is not a covariance",
-            fix=NPZ,
-        )
+    asymmetry = float((covariance - covariance.T).abs().max())
+    is_symmetric = asymmetry <= ASYMMETRY * float(covariance.abs().max())
+    if not is_symmetric or bool((covariance.diagonal() < 0).any()):
+        what = f"{path}: sigma is not symmetric with a diagonal >= 0, so it is not a covariance"
+        raise InputError(what, fix=NPZ)
     return value
 
 
-def _arrays(path: Path) -> dict[str, Any]:
-    """Read the arrays of an npz that are statistics; others, such as the images of ADM's files, are left alone."""
+def _read_arrays(path: Path) -> dict[str, Any]:
+    """Read the arrays of an npz that are statistics, not others, such as the images of ADM's files."""
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {
-                entry.filename.removesuffix(".npy"): entry.file_size for entry in archive.infolist()
-            }
+            sizes = {e.filename.removesuffix(".npy"): e.file_size for e in archive.infolist()}
         if not {"mu", "sigma"} <= sizes.keys():
             raise ValueError(f"its arrays are {list(sizes)[:8]}")
         wanted = [key for key in sizes if key in ("mu", "sigma", "n") or key.startswith(PREFIX)]
-        large = [key for key in wanted if sizes[key] > MAX_BYTES]
-        if large:
-            raise ValueError(f"{large[0]} takes {sizes[large[0]]:,} bytes")
+        for key in wanted:
+            if sizes[key] > MAX_BYTES:
+                raise ValueError(f"{key} takes {sizes[key]:,} bytes")
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in wanted}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: not an npz with mu and sigma: {error}", fix=NPZ) from error

@@ -1,16 +1,18 @@
-"""LPIPS: perceptual distance by the features of AlexNet, v0.1, with weights that ship in the package as float16.
+"""LPIPS: perceptual distance by the features of AlexNet, v0.1, with weights from the package (float16).
 
-    d(a, b) = sum_l 1/(H_l W_l) sum_hw sum_c w_lc (a_lchw - b_lchw)^2,      a_l, b_l of unit length over channels
+    d(a, b) = sum_l 1/(H_l W_l) sum_hw sum_c w_lc (a_lchw - b_lchw)^2
 
-Since the heads w are nonnegative, d is a squared Euclidean distance between embeddings e, whose elements are
-sqrt(w_lc / (H_l W_l)) a_lchw. So each image passes the network once, and the mean over all pairs of n images needs no pairs:
+a_l, b_l have unit length over channels. Since the heads w are nonnegative, d is a squared Euclidean
+distance between embeddings e, whose elements are sqrt(w_lc / (H_l W_l)) a_lchw. So each image passes
+the network once, and the mean over all pairs of n images needs no pairs:
 
     2 / (n (n-1)) sum_{i<j} |e_i - e_j|^2  =  2 / (n-1) sum_i |e_i - mean e|^2
 
-The network wants some 64 pixels; smaller images are enlarged (bilinear) until their shorter side has 64, and every protocol
-says so. The file in the package is made from AlexNet's trunk and the v0.1 heads by
+The network wants some 64 pixels. Smaller images are enlarged (bilinear) until their shorter side has
+64, and every protocol says so. The file in the package is made from AlexNet's trunk and the v0.1
+heads by
 
-    python -m demerge.evaluation.metrics.lpips ../shared/assets/lpips demerge/assets/alexnet_lpips_fp16.safetensors
+    python -m demerge.evaluation.metrics.lpips FOLDER demerge/assets/alexnet_lpips_fp16.safetensors
 
 Paper: LPIPS (arXiv 1801.03924). Licence of the heads: assets/LICENSE.lpips.
 """
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from demerge.errors import InputError, UsageError
+from demerge.reporting.images import check_uint8
 from demerge.storage.atomic import commit_bytes, sha256
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "alexnet_lpips_fp16.safetensors"
@@ -37,7 +39,7 @@ SHORTEST = 64
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 BATCH = 64
-# (index in torchvision's AlexNet, stride, padding, whether a 3 x 3 max pool of stride 2 comes before)
+# (index in torchvision's AlexNet, stride, padding, has a 3 x 3 max pool of stride 2 before it)
 LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
 
 
@@ -50,13 +52,12 @@ class LPIPS(nn.Module):
     def __init__(self, weights: Mapping[str, Tensor], *, sha256: str = "") -> None:
         super().__init__()
         self.sha256 = sha256
-        self.filters = nn.ParameterList(
-            _constant(weights[f"features.{i}.weight"]) for i, *_ in LAYERS
-        )
-        self.biases = nn.ParameterList(_constant(weights[f"features.{i}.bias"]) for i, *_ in LAYERS)
-        self.heads = nn.ParameterList(
-            _constant(weights[f"lin{i}.model.1.weight"]) for i in range(len(LAYERS))
-        )
+        self.filters, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.heads = nn.ParameterList()
+        for number, (index, *_) in enumerate(LAYERS):
+            self.filters.append(_constant(weights[f"features.{index}.weight"]))
+            self.biases.append(_constant(weights[f"features.{index}.bias"]))
+            self.heads.append(_constant(weights[f"lin{number}.model.1.weight"]))
         if any(bool((head < 0).any()) for head in self.heads):
             raise InputError("an LPIPS head is negative", fix="use the v0.1 heads")
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
@@ -70,9 +71,8 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed images [B 3 H W] in [-1, 1] as [B E]."""
         x, parts = (x - self.shift) / self.scale, []
-        for (_, stride, padding, pool), weight, bias, head in zip(
-            LAYERS, self.filters, self.biases, self.heads, strict=True
-        ):
+        layers = zip(LAYERS, self.filters, self.biases, self.heads, strict=True)
+        for (_, stride, padding, pool), weight, bias, head in layers:
             x = F.conv2d(F.max_pool2d(x, 3, 2) if pool else x, weight, bias, stride, padding).relu()
             unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
             parts.append(rearrange(unit * (head / x[0, 0].numel()).sqrt(), "b c h w -> b (c h w)"))
@@ -83,13 +83,9 @@ class LPIPS(nn.Module):
         """Embed images uint8 [B C H W], C = 1 or 3, as [B E], on the CPU.
 
         Raises:
-            UsageError: where the images have another type.
+            UsageError: if the images have another type.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise UsageError(
-                f"images are {images.dtype} {list(images.shape)}, expected uint8 [B 1|3 H W]",
-                fix="convert them",
-            )
+        check_uint8(images)
         x = images.to(self.shift.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
         factor = SHORTEST / min(x.shape[2:])
         if factor > 1:
@@ -103,18 +99,17 @@ def _constant(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.float(), requires_grad=False)
 
 
-def load_lpips(path: Path = ASSET, *, device: str = "cpu") -> LPIPS:
+def load_lpips(path: str | Path = ASSET, *, device: str = "cpu") -> LPIPS:
     """Load the weights that ship in the package, or those in `path`.
 
     Raises:
-        InputError: where the file holds other tensors.
+        InputError: if the file holds other tensors.
     """
     try:
-        return LPIPS(load_file(path), sha256=sha256(path)).eval().to(device)
+        return LPIPS(load_file(path), sha256=sha256(Path(path))).eval().to(device)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: not the LPIPS weights: {error}", fix="install demerge again"
-        ) from error
+        what = f"{path}: not the LPIPS weights: {error}"
+        raise InputError(what, fix="install demerge again") from error
 
 
 def embeddings(lpips: LPIPS, images: Tensor) -> Tensor:
@@ -126,13 +121,11 @@ def distance(lpips: LPIPS, a: Tensor, b: Tensor) -> Tensor:
     """Return LPIPS [n] between images a and b, uint8 [n C H W], image by image.
 
     Raises:
-        UsageError: where the shapes differ.
+        UsageError: if the shapes differ.
     """
     if a.shape != b.shape:
-        raise UsageError(
-            f"images of shapes {list(a.shape)} and {list(b.shape)} do not pair",
-            fix="give pairs of one size",
-        )
+        what = f"images of shapes {list(a.shape)} and {list(b.shape)} do not pair"
+        raise UsageError(what, fix="give pairs of one size")
     return (embeddings(lpips, a) - embeddings(lpips, b)).square().sum(1)
 
 
@@ -140,7 +133,7 @@ def diversity(embedded: Tensor) -> float:
     """Return the mean LPIPS over all pairs of images given by their embeddings [n E].
 
     Raises:
-        UsageError: where n < 2.
+        UsageError: if n < 2.
     """
     n = len(embedded)
     if n < 2:
@@ -149,21 +142,15 @@ def diversity(embedded: Tensor) -> float:
     return float(2 / (n - 1) * spread.square().sum())
 
 
-def make(source: Path, target: Path) -> Path:
+def make_asset(source: str | Path, target: str | Path) -> Path:
     """Join trunk and heads in the folder `source`, cast to float16, into one file."""
-    parts = (
-        load_file(source / name)
-        for name in ("alexnet_features.safetensors", "alex_heads_v0.1.safetensors")
-    )
-    tensors = {
-        key: value.half().contiguous()
-        for key, value in chain.from_iterable(part.items() for part in parts)
-    }
-    facts = {
-        "made_by": "python -m demerge.evaluation.metrics.lpips; licence BSD-2-Clause (heads), BSD-3-Clause (trunk)"
-    }
-    return commit_bytes(target, save(tensors, metadata=facts))
+    tensors = load_file(Path(source) / "alexnet_features.safetensors")
+    tensors |= load_file(Path(source) / "alex_heads_v0.1.safetensors")
+    tensors = {key: value.half().contiguous() for key, value in tensors.items()}
+    licences = "licence BSD-2-Clause (heads), BSD-3-Clause (trunk)"
+    facts = {"made_by": f"python -m demerge.evaluation.metrics.lpips; {licences}"}
+    return commit_bytes(Path(target), save(tensors, metadata=facts))
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{make(Path(sys.argv[1]), Path(sys.argv[2]))}\n")
+    sys.stdout.write(f"{make_asset(sys.argv[1], sys.argv[2])}\n")

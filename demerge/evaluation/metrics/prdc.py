@@ -1,13 +1,14 @@
-"""Precision, recall, density and coverage: how much of each set of features lies near the other one.
+"""Precision, recall, density and coverage: how much of each set of features lies near the other.
 
 With B(x) the ball around x that reaches to its k-th nearest neighbour in its own set, x real [N], y generated [M]:
 
     precision  share of y that lie in some B(x)                 are the images real?
     recall     share of x that lie in some B(y)                 are all real images covered?
-    density    1/(k M) sum_j #{i : y_j in B(x_i)}               precision that one outlier cannot inflate; may exceed 1
-    coverage   share of x whose B(x) holds some y               recall that one outlier cannot inflate
+    density    1/(k M) sum_j #{i : y_j in B(x_i)}               precision safe from outliers; may be > 1
+    coverage   share of x whose B(x) holds some y               recall safe from outliers
 
-Papers: precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), whose k = 5 is used for all four.
+Papers: precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), whose k = 5
+is used for all four.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ class Prdc:
 
 
 def prdc(real: Tensor, generated: Tensor, *, k: int = NEAREST, reach: Tensor | None = None) -> Prdc:
-    """Return the four numbers for features real [N D] and generated [M D]; memory is 1024 rows of distances.
+    """Return the four numbers for features real [N D] and generated [M D].
 
-    `reach` is `radii(real, k)`, where it is known already.
+    It holds 1024 rows of distances.
+
+    Args:
+        reach: `radii(real, k)`, if it is known.
 
     Raises:
-        UsageError: where a set has not more than k rows.
+        UsageError: if a set has not more than k rows.
     """
     if min(len(real), len(generated)) <= k:
-        raise UsageError(
-            f"{len(real)} and {len(generated)} images are too few for k = {k}",
-            fix=f"give more than {k} of each",
-        )
+        what = f"{len(real)} and {len(generated)} images are too few for k = {k}"
+        raise UsageError(what, fix=f"give more than {k} of each")
     x, y = real.double(), generated.double()
     reach_x, reach_y = radii(x, k) if reach is None else reach, radii(y, k)
     near_real, in_balls = [], torch.zeros(len(y), dtype=torch.long)

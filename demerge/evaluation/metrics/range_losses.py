@@ -2,18 +2,20 @@
 
     L_r = mean over (x0, t, eps), t in range r, of |y - f(x_t, t, c)|^2
 
-Sample j of range r is the same (image, t, eps) for every model: image, t and noise are functions of (seed, r, j). So the
-difference of two models is far surer than either loss, and its standard error comes from blocks of paired samples. The t of
-a range follow the golden-ratio sequence, t_j = lo + floor(frac(j phi + u_j / 512) (hi - lo)), so that every block sees the
-whole range and the variance that t itself makes is mostly gone.
+Sample j of range r is the same (image, t, eps) for every model: image, t and noise are functions of
+(seed, r, j). So the difference of two models is far surer than either loss, and its standard error
+comes from blocks of paired samples. The t of a range follow the golden-ratio sequence,
+t_j = lo + floor(frac(j phi + u_j / 512) (hi - lo)), so that every block sees the whole range and the
+variance that t itself makes is mostly gone.
 
-Ranges differ in loss by orders of magnitude: show changes relative to the base, never sums over ranges.
+Ranges differ in loss by orders of magnitude: show changes relative to the base, never sums over
+ranges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan, sqrt
 
 import torch
 from torch import Tensor
@@ -22,13 +24,13 @@ from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.threads import fitting_threads
 from demerge.errors import NumericalError, UsageError
+from demerge.progress import Progress, silent
 from demerge.randomness import normal, permutation, uniform
 from demerge.timesteps import Partition, TimestepRange
 
 BLOCKS = 16
 GOLDEN = (5**0.5 - 1) / 2
 JITTER = 512
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,45 +46,36 @@ class RangeLosses:
 
     def __post_init__(self) -> None:
         if len(self.ranges) != len(self.blocks) or len({len(row) for row in self.blocks}) > 1:
-            raise UsageError(
-                f"{len(self.ranges)} ranges and {len(self.blocks)} rows of losses do not fit",
-                fix="give a row for each range",
-            )
+            what = f"{len(self.ranges)} ranges and {len(self.blocks)} rows of losses do not fit"
+            raise UsageError(what, fix="give a row for each range")
 
     def __repr__(self) -> str:
-        """Say the loss of each range."""
-        return (
-            f"RangeLosses({', '.join(f'{name}: {loss:.4g}' for name, loss in self.means.items())})"
-        )
+        """Print the loss of each range."""
+        means = ", ".join(f"{name}: {loss:.4g}" for name, loss in self.means.items())
+        return f"RangeLosses({means})"
 
     @property
     def means(self) -> dict[str, float]:
         """The loss of each range."""
-        return {
-            name: sum(row) / len(row) for name, row in zip(self.ranges, self.blocks, strict=True)
-        }
+        rows = zip(self.ranges, self.blocks, strict=True)
+        return {name: sum(row) / len(row) for name, row in rows}
 
     def change(self, base: RangeLosses) -> dict[str, tuple[float, float]]:
         """Return L / L_base - 1 for each range with its standard error, from paired blocks.
 
         Raises:
-            UsageError: where the two were measured on other ranges or blocks.
+            UsageError: if the two were measured on different ranges or blocks.
         """
         if self.ranges != base.ranges or len(self.blocks[0]) != len(base.blocks[0]):
-            raise UsageError(
-                "losses of unlike ranges do not compare", fix="measure both models on one partition"
-            )
-        result = {}
+            fix = "measure both models on one partition"
+            raise UsageError("losses of different ranges do not compare", fix=fix)
+        changes = {}
         for name, own, other in zip(self.ranges, self.blocks, base.blocks, strict=True):
-            a, b = (torch.tensor(row, dtype=torch.float64) for row in (own, other))
+            a, b = torch.tensor([own, other], dtype=torch.float64)
             ratio = a.mean() / b.mean()
-            spread = (
-                (a - ratio * b).std()
-                if len(a) > 1
-                else torch.tensor(float("nan"), dtype=torch.float64)
-            )
-            result[name] = (float(ratio - 1), float(spread / len(a) ** 0.5 / b.mean()))
-        return result
+            spread = float((a - ratio * b).std()) if len(a) > 1 else nan
+            changes[name] = (float(ratio - 1), spread / sqrt(len(a)) / float(b.mean()))
+        return changes
 
 
 @torch.inference_mode()
@@ -94,35 +87,31 @@ def range_losses(
     samples: int = 512,
     seed: int = 0,
     batch_size: int = 64,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> RangeLosses:
     """Measure the loss of each range on `samples` draws.
 
     Raises:
-        UsageError: where the partition is not of the model's T, or there are fewer samples than blocks.
-        NumericalError: where a loss is not finite.
+        UsageError: if the partition is not of the model's T, or there are fewer samples than
+            blocks.
+        NumericalError: if a loss is not finite.
     """
     if partition.total != model.T:
-        raise UsageError(
-            f"the partition covers {partition.total} timesteps, the model has {model.T}",
-            fix="use its own T",
-        )
+        what = f"the partition covers {partition.total} timesteps, the model has {model.T}"
+        raise UsageError(what, fix=f"use a partition of {model.T} timesteps")
     if samples < BLOCKS:
-        raise UsageError(
-            f"{samples} samples do not fill {BLOCKS} blocks", fix=f"give at least {BLOCKS}"
-        )
+        what = f"{samples} samples do not fill {BLOCKS} blocks"
+        raise UsageError(what, fix=f"give at least {BLOCKS}")
     rows = []
     for r, span in enumerate(partition):
         draws = torch.arange(samples).split(batch_size)
         with fitting_threads(model, batch_size):
             losses = torch.cat([_losses(model, data, span, r, j.tolist(), seed) for j in draws])
         if not bool(losses.isfinite().all()):
-            raise NumericalError(
-                f"the loss in {span} is not finite", fix="check the model's weights"
-            )
+            what = f"the loss in {span} is not finite"
+            raise NumericalError(what, fix="check the model's weights")
         rows.append(tuple(float(block.mean()) for block in losses.double().tensor_split(BLOCKS)))
-        if progress is not None:
-            progress(r + 1, len(partition), str(span))
+        progress(r + 1, len(partition), str(span))
     return RangeLosses(tuple(map(str, partition)), tuple(rows))
 
 

@@ -1,7 +1,8 @@
 """The real side of a comparison, and the distances of images to it.
 
-A reference holds the features of real images, or, read from an npz of another program, their moments alone; then the
-distances that need single features (KID, precision, recall, density, coverage) are left out.
+A reference holds the features of real images. Read from an npz of another program it holds their
+moments alone; then the distances that need single features (KID, precision, recall, density,
+coverage) are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from demerge.data import load_images
 from demerge.errors import ComparisonError, InputError
-from demerge.evaluation.features.nets import FeatureNet, Progress
+from demerge.evaluation.features.nets import FeatureNet
 from demerge.evaluation.metrics.fid import (
     Moments,
     frechet_distance,
@@ -28,13 +29,16 @@ from demerge.evaluation.metrics.fid import (
 )
 from demerge.evaluation.metrics.kid import kid
 from demerge.evaluation.metrics.prdc import NEAREST, prdc, radii
+from demerge.progress import Progress, silent
 from demerge.reporting.html import printable
 from demerge.storage.atomic import commit_bytes
+
+UNKNOWN_NET = "it does not say by which net and preprocessing"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """Moments of real images under one feature net, and their features [n D] where these are known."""
+    """Moments of real images under one feature net, and their features [n D] if these are known."""
 
     moments: Moments
     name: str
@@ -44,25 +48,28 @@ class Reference:
     reach: Tensor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
-        """Name the real images."""
+        """Print the name of the real images."""
         return f"Reference({self.n:,} images of {self.name})"
+
+    @property
+    def n(self) -> int:
+        """The number of real images."""
+        return self.moments.n
 
     @classmethod
     def from_images(
-        cls,
-        net: FeatureNet,
-        images: Tensor,
-        *,
-        name: str = "images",
-        progress: Progress | None = None,
+        cls, net: FeatureNet, images: Tensor, *, name: str = "images", progress: Progress = silent
     ) -> Reference:
-        """Take the features of real images, uint8 [n C H W]; `name` says which data set and split they are."""
-        return cls._of_features(
-            net(images, progress=progress), net.protocol, name, images_sha256(images)
-        )
+        """Take the features of real images, uint8 [n C H W].
+
+        Args:
+            name: data set and split of the images.
+        """
+        features = net(images, progress=progress)
+        return cls._from_features(features, net.protocol, name, hash_images(images))
 
     @classmethod
-    def _of_features(
+    def _from_features(
         cls, features: Tensor, protocol: Mapping[str, str], name: str, fingerprint: str
     ) -> Reference:
         value = moments([features], protocol)
@@ -72,98 +79,99 @@ class Reference:
     @classmethod
     def remembered(
         cls,
-        path: Path,
+        path: str | Path,
         net: FeatureNet,
         images: Tensor,
         *,
         name: str,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> Reference:
-        """Do as `from_images`, but keep the features in a safetensors file and take them from there the next time."""
-        wanted = {**net.protocol, "images": images_sha256(images)}
+        """Do as `from_images`, and keep the features in a safetensors file for the next time."""
+        path, digest = Path(path), hash_images(images)
+        record = {**net.protocol, "images": digest}
         if path.is_file():
-            kept, facts = _read_features(path)
-            if facts == wanted and len(kept) == len(images):
-                return cls._of_features(kept, net.protocol, name, wanted["images"])
+            features, recorded = _read_features(path)
+            if recorded == record and len(features) == len(images):
+                return cls._from_features(features, net.protocol, name, digest)
         features = net(images, progress=progress)
-        commit_bytes(path, save({"features": features}, metadata=wanted))
-        return cls._of_features(features, net.protocol, name, wanted["images"])
+        commit_bytes(path, save({"features": features}, metadata=record))
+        return cls._from_features(features, net.protocol, name, digest)
 
     @classmethod
     def from_npz(
-        cls, path: Path, net: FeatureNet, *, n: int | None = None, progress: Progress | None = None
+        cls,
+        path: str | Path,
+        net: FeatureNet,
+        *,
+        n: int | None = None,
+        progress: Progress = silent,
     ) -> Reference:
-        """Read moments `mu` and `sigma` that demerge, pytorch-fid, EDM or ADM wrote, or images `arr_0` as ADM writes them.
+        """Read moments that demerge, pytorch-fid, EDM or ADM wrote, or images `arr_0` of ADM.
 
         Args:
-            net: the feature net of the comparison. A file that does not say what made its moments is taken at its word.
-            n: how many images the moments stand for, if the file does not say so.
+            net: the feature net of the comparison. A file that does not say what made its moments
+                is trusted.
+            n: the number of images that the moments stand for, if the file does not say so.
 
         Raises:
-            InputError: if the file is damaged or holds neither, or its features are not of the net's number.
-            ComparisonError: if the file says that it was made by another net or preprocessing.
+            InputError: if the file is damaged or holds neither, or its features are not of the
+                net's number.
+            ComparisonError: if the file says that another net or preprocessing made it.
         """
-        keys = _keys(path)
-        if "mu" not in keys and {"arr_0", "images"} & set(keys):
+        path = Path(path)
+        keys, name = _array_names(path), printable(path.name)
+        if "mu" not in keys and {"arr_0", "images"} & keys:
             images = load_images(path, limit=n)
-            return cls.from_images(
-                net, images.images(range(len(images))), name=printable(path.name), progress=progress
-            )
+            pixels = images.images(range(len(images)))
+            return cls.from_images(net, pixels, name=name, progress=progress)
         value = load_moments(path, n=n)
         _check_same_net(value.protocol, net)
         if value.dim != net.dim:
             what = f"{path}: moments of {value.dim} features, and {net.name} has {net.dim}"
-            raise InputError(
-                what, fix="give --features inception:FILE for statistics of 2048 features"
-            )
+            fix = "give --features inception:FILE for statistics of 2048 features"
+            raise InputError(what, fix=fix)
         digest = hashlib.sha256(value.mean.numpy().tobytes() + value.covariance.numpy().tobytes())
-        name = (
-            printable(path.name)
-            if value.protocol
-            else f"{printable(path.name)} (it does not say by which net and preprocessing)"
-        )
+        name = name if value.protocol else f"{name} ({UNKNOWN_NET})"
         return cls(value, name, digest.hexdigest(), square_root(value.covariance))
-
-    @property
-    def n(self) -> int:
-        """The number of real images."""
-        return self.moments.n
 
 
 def evaluate_images(
-    images: Tensor, reference: Reference, net: FeatureNet, *, progress: Progress | None = None
+    images: Tensor, reference: Reference, net: FeatureNet, *, progress: Progress = silent
 ) -> dict[str, float]:
-    """Return the distances of images, uint8 [n C H W], to a reference: `fd` always, the others where its features are known.
+    """Return the distances of images, uint8 [n C H W], to a reference.
+
+    `fd` always, the others if the features of the reference are known.
 
     Raises:
-        ComparisonError: where the reference was made with another feature net.
+        ComparisonError: if the reference was made with another feature net.
     """
     _check_same_net(reference.moments.protocol, net)
     features = net(images, progress=progress)
-    result = {"fd": frechet_distance(reference.moments, moments([features]), root=reference.root)}
-    if reference.features is not None:
-        result["kid"] = kid(reference.features, features).value
-    if reference.features is not None and reference.reach is not None and len(features) > NEAREST:
-        result |= asdict(prdc(reference.features, features, reach=reference.reach))
-    return result
+    distance = frechet_distance(reference.moments, moments([features]), root=reference.root)
+    metrics = {"fd": distance}
+    if reference.features is None:
+        return metrics
+    metrics["kid"] = kid(reference.features, features).value
+    if reference.reach is not None and len(features) > NEAREST:
+        metrics |= asdict(prdc(reference.features, features, reach=reference.reach))
+    return metrics
 
 
 def _check_same_net(protocol: Mapping[str, str], net: FeatureNet) -> None:
     for key, value in protocol.items():
-        if net.protocol.get(key, value) != value:
-            raise ComparisonError(
-                f"the reference was made with {key} '{value}', the images with '{net.protocol[key]}'",
-                fix="make the reference again with this feature net",
-            )
+        own = net.protocol.get(key, value)
+        if own != value:
+            what = f"the reference was made with {key} '{value}', the images with '{own}'"
+            raise ComparisonError(what, fix="make the reference again with this feature net")
 
 
-def _keys(path: Path) -> list[str]:
+def _array_names(path: Path) -> set[str]:
     """Return the names of an npz's arrays, none if it is damaged."""
     try:
         with zipfile.ZipFile(path) as file:
-            return [name.removesuffix(".npy") for name in file.namelist()]
+            return {name.removesuffix(".npy") for name in file.namelist()}
     except (OSError, zipfile.BadZipFile):
-        return []
+        return set()
 
 
 def _read_features(path: Path) -> tuple[Tensor, dict[str, str]]:
@@ -171,12 +179,11 @@ def _read_features(path: Path) -> tuple[Tensor, dict[str, str]]:
         with safe_open(path, "pt") as file:
             return file.get_tensor("features"), file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: cannot be read as safetensors: {error}", fix="remove it; it is made again"
-        ) from error
+        what = f"{path}: cannot be read as safetensors: {error}"
+        raise InputError(what, fix="remove it; the next evaluation writes it again") from error
 
 
-def images_sha256(images: Tensor) -> str:
+def hash_images(images: Tensor) -> str:
     """Return the SHA-256 of the shape and bytes of images, uint8 [n C H W]."""
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
     digest.update(images.contiguous().cpu().numpy().tobytes())

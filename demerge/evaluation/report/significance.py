@@ -1,16 +1,20 @@
-"""Which differences between models count: a paired t test over the seeds, with Holm's correction over the whole table.
+"""Which differences between models count: paired t tests over the seeds, with Holm's correction.
 
     differences     d_s = model - control on seed s, on common noise              [S]
     t test          t = mean(d) / (sd(d) / sqrt(S)),  S - 1 degrees of freedom, two sides
-    Holm            p_(1) <= ... <= p_(m);  adjusted p_(i) = max over j <= i of min(1, (m - j + 1) p_(j))
+    Holm            p_(1) <= ... <= p_(m);
+                    adjusted p_(i) = max over j <= i of min(1, (m - j + 1) p_(j))
 
-The family is every pair of a model with a base or a joint control, and of a merge with a routed ensemble: all of them, so
-that choosing the best merge or the best control afterwards is covered. Under equal models a table holds a false verdict with
-a probability of at most 5 %, and the power rises with the seeds. A verdict is about the checkpoints that were scored.
+The family is every pair of a model with a base or a joint control, and of a merge with a routed
+ensemble. It holds all of them, so that choosing the best merge or the best control afterwards is
+covered. Under equal models a table holds a false verdict with a probability of at most 5 %, and the
+power rises with the seeds. A verdict is about the checkpoints that were scored.
 
-There is no verdict below three common seeds, or if the images do not span the features; `why` says so instead.
+There is no verdict below three common seeds, or if the images do not span the features; `why` says
+so instead.
 
-Paper: Holm, A simple sequentially rejective multiple test procedure (Scandinavian Journal of Statistics, 1979).
+Paper: Holm, A simple sequentially rejective multiple test procedure (Scandinavian Journal of
+Statistics, 1979).
 """
 
 from __future__ import annotations
@@ -25,9 +29,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtr, stdtrit
 
-from demerge.evaluation.scores import HIGHER_IS_BETTER, Key, Kind, Row, ensure_alike
+from demerge.evaluation.scores import HIGHER_IS_BETTER, Key, Kind, Row, check_same_protocol
 
 Verdict = Literal["better", "worse", "inconclusive", "none"]
+Comparisons = Mapping[tuple[Key, Key], "Comparison"]
 LEVEL = 0.05
 LEAST_SEEDS = 3
 CONTROLS: tuple[Kind, ...] = ("base", "joint")
@@ -41,7 +46,7 @@ class Comparison:
         difference: the mean of model minus control over their common seeds, in the metric's unit.
         relative: the same as a share of the control's mean.
         p: the adjusted p, NaN without a test.
-        family: how many comparisons the table makes.
+        family: the number of comparisons that the table makes.
         verdict: `none` if nothing was tested; then `why` says the reason.
     """
 
@@ -59,7 +64,10 @@ class Comparison:
 
 
 def paired_p(differences: ArrayLike) -> NDArray[np.float64]:
-    """Return the two-sided p [*] of a t test that paired differences [* S] have the mean 0; 1 if they all are 0."""
+    """Return the two-sided p [*] of a t test that paired differences [* S] have the mean 0.
+
+    It is 1 if they all are 0.
+    """
     d = np.asarray(differences, dtype=np.float64)
     seeds, size = d.shape[-1], np.abs(d.mean(-1))
     error = d.std(-1, ddof=1) / math.sqrt(seeds)
@@ -78,49 +86,50 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 
 
 def detectable(seeds: int, family: int) -> float:
-    """Return the mean of paired differences, in their standard deviations, from which the surest of a family counts."""
+    """Return the mean of paired differences, in their sd, from which the surest of a family counts."""
     return float(stdtrit(seeds - 1, 1 - LEVEL / family / 2)) / math.sqrt(seeds)
 
 
-def compare(rows: Sequence[Row], metric: str = "fd") -> Mapping[tuple[Key, Key], Comparison]:
-    """Compare every model of a table with every control; the result is keyed by (model, control), both ways round.
+def compare_rows(rows: Sequence[Row], metric: str = "fd") -> Comparisons:
+    """Compare every model of a table with every control; keys are (model, control), both ways round.
 
     Raises:
         ComparisonError: if the protocols differ.
     """
-    pairs = [pair for pair in combinations(rows, 2) if _belongs(*pair)]
+    pairs = [pair for pair in combinations(rows, 2) if _is_compared(*pair)]
     if pairs:
-        ensure_alike([score for row in rows for score in row.scores])
-    samples = [_paired(a, b, metric) for a, b in pairs]
-    reasons = [_reason(a, values) for (a, _), values in zip(pairs, samples, strict=True)]
-    tested = [i for i, reason in enumerate(reasons) if not reason]
+        check_same_protocol(rows)
+    values = [_paired_values(a, b, metric) for a, b in pairs]
+    reasons = [_untested(a, pair) for (a, _), pair in zip(pairs, values, strict=True)]
+    tested = [i for i, why in enumerate(reasons) if not why]
     p = np.full(len(pairs), math.nan)
     if tested:
-        p[tested] = holm([paired_p(samples[i][0] - samples[i][1]) for i in tested])
-    result = {}
-    for (a, b), (own, other), why, value in zip(pairs, samples, reasons, p, strict=True):
-        for row, control, x, y in ((a, b, own, other), (b, a, other, own)):
-            result[row.key, control.key] = _comparison(x, y, metric, float(value), len(tested), why)
-    return result
+        p[tested] = holm([paired_p(values[i][0] - values[i][1]) for i in tested])
+    comparisons = {}
+    for i, (a, b) in enumerate(pairs):
+        test = float(p[i]), len(tested), reasons[i]
+        own, other = values[i]
+        comparisons[a.key, b.key] = _comparison(own, other, metric, *test)
+        comparisons[b.key, a.key] = _comparison(other, own, metric, *test)
+    return comparisons
 
 
-def _belongs(a: Row, b: Row) -> bool:
+def _is_compared(a: Row, b: Row) -> bool:
     """Whether a table compares two of its rows."""
     return a.kind in CONTROLS or b.kind in CONTROLS or {a.kind, b.kind} == {"merge", "ensemble"}
 
 
-def _paired(a: Row, b: Row, metric: str) -> NDArray[np.float64]:
+def _paired_values(a: Row, b: Row, metric: str) -> NDArray[np.float64]:
     """Return the values [2 S] of two rows on their common seeds."""
-    own, other = (
-        {s.seed: s.metrics[metric] for s in row.scores if metric in s.metrics} for row in (a, b)
-    )
-    return np.array([[values[seed] for seed in own if seed in other] for values in (own, other)])
+    own, other = a.by_seed(metric), b.by_seed(metric)
+    common = [seed for seed in own if seed in other]
+    return np.array([[values[seed] for seed in common] for values in (own, other)])
 
 
-def _reason(row: Row, values: NDArray[np.float64]) -> str:
-    """Say why a pair cannot be tested, "" if it can."""
-    protocol, seeds = row.scores[0].protocol, values.shape[1]
-    if protocol.rank_deficient:
+def _untested(row: Row, values: NDArray[np.float64]) -> str:
+    """Return why a pair cannot be tested, "" if it can."""
+    seeds = values.shape[1]
+    if row.protocol.is_rank_deficient:
         return "rank-deficient"
     if seeds < LEAST_SEEDS:
         return f"{seeds} common seed{'s' if seeds != 1 else ''} of {LEAST_SEEDS}"
@@ -138,8 +147,10 @@ def _comparison(
     difference = float((own - other).mean()) if own.size else math.nan
     level = abs(float(other.mean())) if own.size else math.nan
     relative = difference / level if level else math.nan
+    is_improved = (difference > 0) == (metric in HIGHER_IS_BETTER)
+    verdict: Verdict = "better" if is_improved else "worse"
     if why:
-        return Comparison(difference, relative, p, family, "none", why)
-    improved = (difference > 0) == (metric in HIGHER_IS_BETTER)
-    verdict: Verdict = "inconclusive" if not p < LEVEL else "better" if improved else "worse"
-    return Comparison(difference, relative, p, family, verdict)
+        verdict = "none"
+    elif not p < LEVEL:
+        verdict = "inconclusive"
+    return Comparison(difference, relative, p, family, verdict, why)

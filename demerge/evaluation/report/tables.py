@@ -1,172 +1,173 @@
-"""Scores as tables: CSV for spreadsheets, Markdown for people.
+"""Scores as tables: for a terminal, as Markdown and as CSV.
 
-Text that a spreadsheet would take for a formula gets an apostrophe in front; Markdown's own signs are escaped.
+Text that a spreadsheet would take for a formula gets an apostrophe in front. Markdown's own signs
+are escaped.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 
-from demerge.evaluation.report.plots import LABELS
-from demerge.evaluation.report.significance import Comparison, compare
-from demerge.evaluation.report.verdict import best, verdict, warnings
+from demerge.evaluation.report.significance import Comparison
+from demerge.evaluation.report.verdict import Findings
 from demerge.evaluation.scores import Row, Table
 from demerge.reporting.html import escape_formula
 
-METRICS = ("fd", *LABELS)
+LABELS: Mapping[str, str] = {
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "diversity": "LPIPS diversity",
+    "drift": "LPIPS drift",
+}
+MARKDOWN_SIGNS: dict[str, str | int | None] = {
+    "<": "&lt;",
+    ">": "&gt;",
+    "&": "&amp;",
+    "\n": " ",
+    "\r": " ",
+}
+MARKDOWN_SIGNS |= {sign: f"\\{sign}" for sign in "\\`*_[]|#"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A row as it is printed; `place` is empty for a noise floor."""
+
+    row: Row
+    place: str
+    numbers: dict[str, str]
+    against: dict[str, Comparison]
+
+    @property
+    def kind(self) -> str:
+        """The kind of model, in words."""
+        return "noise floor" if self.row.kind == "real" else self.row.kind
+
+    def cells(self) -> list[str]:
+        """Return the cells that stand under `heads`."""
+        first, *others = self.numbers.values()
+        changes = [_change(self.against.get(name)) for name in ("base", "joint")]
+        return [self.place, self.row.model, self.kind, first, *changes, *others]
 
 
 def measured(rows: Sequence[Row]) -> list[str]:
     """Return the metrics that some row has, in a fixed order."""
-    return [metric for metric in METRICS if any(row.values(metric) for row in rows)]
+    return [metric for metric in ("fd", *LABELS) if any(row.has(metric) for row in rows)]
 
 
-def label(metric: str, rows: Sequence[Row]) -> str:
+def label(metric: str, table: Table) -> str:
     """Return a metric's name as it is printed."""
-    return LABELS.get(metric) or rows[0].scores[0].protocol.title
+    return LABELS.get(metric, table.protocol.title)
 
 
-def against(rows: Sequence[Row]) -> list[dict[str, Comparison]]:
-    """Compare each row with the best base and the best joint control, if these are other rows."""
-    found, controls = compare(rows), {"base": best(rows, "base"), "joint": best(rows, "joint")}
-    return [
-        {
-            name: found[row.key, other.key]
-            for name, other in controls.items()
-            if other is not None and other is not row
-        }
-        for row in rows
-    ]
+def lines_of(findings: Findings) -> list[Line]:
+    """Return the rows of a table, best first, then the noise floors."""
+    table, metrics = findings.table, measured(findings.table.rows)
+    lines = []
+    for place, row in enumerate([*table.rows, *table.floors], 1):
+        numbers = {metric: _number(row, metric) for metric in metrics}
+        shown = str(place) if place <= len(table.rows) else ""
+        lines.append(Line(row, shown, numbers, findings.against_controls(row)))
+    return lines
 
 
-def frame_of(table: Table) -> pd.DataFrame:
-    """Return one line for each model, best first, then the noise floor: means, deviations, verdicts and the protocol."""
-    results = [*against(table.rows), *({} for _ in table.floors)]
-    places = [*range(1, len(table.rows) + 1), *(None for _ in table.floors)]
-    lines = [
-        _line(*parts) for parts in zip(places, [*table.rows, *table.floors], results, strict=True)
-    ]
-    return pd.DataFrame(lines).astype({"rank": "Int64"})
+def heads_of(table: Table) -> list[str]:
+    """Return the heads of a table."""
+    first, *others = (label(metric, table) for metric in measured(table.rows))
+    return ["", "model", "kind", first, "against base", "against joint", *others]
 
 
-def _line(place: int | None, row: Row, results: Mapping[str, Comparison]) -> dict[str, object]:
-    line: dict[str, object] = {"rank": place, "model": row.model, "kind": row.kind}
-    line["seeds"] = " ".join(map(str, row.seeds))
+def frame_of(findings: Findings) -> pd.DataFrame:
+    """Return a line for each model and noise floor: means, deviations, verdicts, the protocol."""
+    frame = pd.DataFrame([_record(line) for line in lines_of(findings)])
+    return frame.astype({"rank": "Int64"})
+
+
+def _record(line: Line) -> dict[str, object]:
+    row, protocol = line.row, line.row.protocol
+    record: dict[str, object] = {"rank": int(line.place) if line.place else None}
+    record |= {"model": row.model, "kind": row.kind, "seeds": " ".join(map(str, row.seeds))}
     for metric in measured([row]):
-        line |= {metric: row.mean(metric), f"{metric}_sd": row.sd(metric)}
-    if row.losses is not None:
-        line |= {f"loss {name}": loss for name, loss in row.losses.means.items()}
-    for name, result in results.items():
-        line |= {
-            f"vs_{name}": result.difference,
-            f"vs_{name}_p": result.p,
-            f"vs_{name}_verdict": result.word,
-        }
-    line |= asdict(row.scores[0].protocol) | {
-        "rank_deficient": row.scores[0].protocol.rank_deficient
-    }
-    return line | {"model_sha256": row.scores[0].model_sha256}
+        record |= {metric: row.mean(metric), f"{metric}_sd": row.sd(metric)}
+    for name, loss in (row.losses.means if row.losses else {}).items():
+        record[f"loss {name}"] = loss
+    for name, result in line.against.items():
+        record |= {f"vs_{name}": result.difference, f"vs_{name}_p": result.p}
+        record[f"vs_{name}_verdict"] = result.word
+    record |= asdict(protocol) | {"rank_deficient": protocol.is_rank_deficient}
+    return record | {"model_sha256": row.scores[0].model_sha256}
 
 
-def lines(tables: Sequence[Table]) -> list[str]:
-    """Return tables as lines for a terminal, each with its caveats and its verdict."""
-    return [line for table in tables for line in _lines(table)]
+def table_lines(tables: Sequence[Table]) -> list[str]:
+    """Return tables as lines for a terminal, each after its verdict and before its caveats."""
+    lines = []
+    for findings in map(Findings.of, tables):
+        cells = [heads_of(findings.table), *(line.cells() for line in lines_of(findings))]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += [findings.verdict, str(findings.table.protocol)]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        lines += [f"note: {text}" for text in findings.caveats]
+    return lines
 
 
-def _lines(table: Table) -> list[str]:
-    heads, body = _cells(table)
-    widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
-    printed = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in [heads, *body]]
-    notes = [f"note: {text}" for text in warnings(table.rows, table.floors)]
-    return [str(table.protocol), *printed, *notes, verdict(table.rows)]
-
-
-def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the lines of a table as it is printed."""
-    rows, floors = table.rows, table.floors
-    metrics, results = measured(rows), against(rows)
-    first, *others = (label(metric, rows) for metric in metrics)
-    body = []
-    for place, row in enumerate([*rows, *floors]):
-        found = results[place] if place < len(rows) else {}
-        numbers = [number(row, metric) for metric in metrics]
-        changes = [change(found[name]) if name in found else "" for name in ("base", "joint")]
-        kind = "noise floor" if row.kind == "real" else row.kind
-        body.append(
-            [
-                str(place + 1) if place < len(rows) else "",
-                row.model,
-                kind,
-                numbers[0],
-                *changes,
-                *numbers[1:],
-            ]
-        )
-    return ["", "model", "kind", first, "against base", "against joint", *others], body
-
-
-def csv(table: Table) -> str:
+def csv(findings: Findings) -> str:
     """Return the table as CSV."""
-    frame = frame_of(table)
-    text = frame.select_dtypes(exclude="number").columns
-    frame[text] = frame[text].map(
-        lambda cell: escape_formula(cell) if isinstance(cell, str) else cell
-    )
+    frame = frame_of(findings)
+    texts = frame.select_dtypes(exclude="number").columns
+    frame[texts] = frame[texts].map(lambda x: escape_formula(x) if isinstance(x, str) else x)
     return str(frame.to_csv(index=False, float_format="%.8g"))
 
 
-def markdown(table: Table, *, title: str, notes: Sequence[str] = ()) -> str:
-    """Return title, verdict, table, warnings and protocol as Markdown."""
-    heads, body = _cells(table)
+def markdown(findings: Findings, *, title: str, notes: Sequence[str] = ()) -> str:
+    """Return title, verdict, table, caveats and protocol as Markdown."""
+    heads = heads_of(findings.table)
     rule = ["---:", "---", "---", *["---:"] * (len(heads) - 3)]
-    printed = [_line_of(heads), _line_of(rule), *(_line_of(map(escaped, cells)) for cells in body)]
-    wary = [f"- {escaped(text)}" for text in [*warnings(table.rows, table.floors), *notes]]
-    protocol = escaped(str(table.protocol))
+    rows = [map(escape_markdown, line.cells()) for line in lines_of(findings)]
+    caveats = [f"- {escape_markdown(text)}" for text in [*findings.caveats, *notes]]
     parts = [
-        f"# {escaped(title)}",
-        escaped(verdict(table.rows)),
-        "\n".join(printed),
-        "\n".join(wary),
-        f"Protocol: {protocol}.",
+        f"# {escape_markdown(title)}",
+        escape_markdown(findings.verdict),
+        "\n".join(map(_markdown_row, [heads, rule, *rows])),
+        "\n".join(caveats),
+        f"Protocol: {escape_markdown(str(findings.table.protocol))}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def number(row: Row, metric: str) -> str:
-    """Return `mean ± sd` with the digits that the metric bears, or nothing where it was not measured."""
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(row: Row, metric: str) -> str:
+    """Return `mean ± sd` with the digits that the metric bears, "" if it was not measured."""
     mean, spread = row.mean(metric), row.sd(metric)
     if math.isnan(mean):
         return ""
-    digits = (
-        3
-        if metric not in ("fd", "kid")
-        else min(6, max(0, 2 - math.floor(math.log10(abs(mean) or 1))))
-    )
+    digits = 3
+    if metric in ("fd", "kid"):
+        digits = min(6, max(0, 2 - math.floor(math.log10(abs(mean) or 1))))
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
 
 
-def change(result: Comparison) -> str:
+def _change(result: Comparison | None) -> str:
     """Return `-5.2 % better`, or `-5.2 % (rank-deficient)` if there is no verdict."""
-    percent = "" if math.isnan(result.relative) else f"{100 * result.relative:+.1f} % "
-    return percent + (f"({result.why})" if result.why else result.verdict)
+    if result is None:
+        return ""
+    return percent(result) + (f"({result.why})" if result.why else result.verdict)
 
 
-def escaped(text: str) -> str:
-    """Return text without Markdown's or HTML's own signs in force, on one line."""
-    signs: dict[str, str | int | None] = {
-        "<": "&lt;",
-        ">": "&gt;",
-        "&": "&amp;",
-        "\n": " ",
-        "\r": " ",
-    }
-    signs.update((c, f"\\{c}") for c in "\\`*_[]|#")
-    return text.translate(str.maketrans(signs))
+def percent(result: Comparison) -> str:
+    """Return `-5.2 % `, "" if the control's mean is 0 or unknown."""
+    return "" if math.isnan(result.relative) else f"{100 * result.relative:+.1f} % "
 
 
-def _line_of(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def escape_markdown(text: str) -> str:
+    """Return text on one line, without Markdown's or HTML's own signs in force."""
+    return text.translate(str.maketrans(MARKDOWN_SIGNS))

@@ -1,29 +1,31 @@
-"""What a set of scores says in words: whether merging beat the base and the joint control, and what to be wary of."""
+"""What a table of scores says in words: whether merging helped, what to do, what to be wary of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from demerge.evaluation.report.significance import (
     LEAST_SEEDS,
     Comparison,
+    Comparisons,
     Verdict,
-    compare,
+    compare_rows,
     detectable,
 )
-from demerge.evaluation.scores import Kind, Protocol, Row, ensure_alike, rank
+from demerge.evaluation.scores import Kind, Protocol, Row, Table, best
 
 ENOUGH = 10_000
 FEW_SEEDS = 5
-MISSING: dict[Kind, str] = {
-    "base": "base model",
-    "joint": "joint control (same total steps, one range)",
+CONTROLS: dict[Kind, str] = {"base": "the base", "joint": "the joint control"}
+ADVICE: dict[Kind, str] = {
+    "base": "Name the base among the models of `demerge evaluate`.",
+    "joint": "Train it with `demerge finetune --ranges joint` and evaluate it too.",
 }
-CHECKPOINTS = (
-    "so a verdict is about these checkpoints, not about the method: on the digits, six joint controls that differ in their "
-    "training seed alone spread by 5.8 %."
-)
+MISSING: dict[Kind, str] = {
+    "base": "No base model was evaluated.",
+    "joint": "No joint control (same total steps, one range) was evaluated.",
+}
 WORDS: dict[Verdict, str] = {
     "better": "beats",
     "worse": "is worse than",
@@ -32,154 +34,183 @@ WORDS: dict[Verdict, str] = {
 }
 
 
-def best(rows: Sequence[Row], kind: Kind) -> Row | None:
-    """Return the row of a kind with the lowest Frechet distance, or None."""
-    ranked = rank([row for row in rows if row.kind == kind])
-    return ranked[0] if ranked else None
+@dataclass(frozen=True, slots=True, eq=False)
+class Findings:
+    """A table, and which of its differences count."""
 
+    table: Table
+    comparisons: Comparisons
 
-def outcome(rows: Sequence[Row]) -> Verdict:
-    """Return `better` if the best merge beats base and joint control, `worse` if it loses to one, `none` without a test."""
-    merge, controls = best(rows, "merge"), [best(rows, "base"), best(rows, "joint")]
-    if merge is None or None in controls:
-        return "none"
-    found = compare(rows)
-    verdicts = {
-        found[merge.key, control.key].verdict for control in controls if control is not None
-    }
-    for decisive in ("worse", "none", "inconclusive"):
-        if decisive in verdicts:
-            return decisive
-    return "better"
+    @classmethod
+    def of(cls, table: Table) -> Findings:
+        """Compare the models of a table."""
+        return cls(table, compare_rows(table.rows))
 
+    def best(self, kind: Kind) -> Row | None:
+        """Return the best row of a kind."""
+        return best(self.table.rows, kind)
 
-def verdict(rows: Sequence[Row]) -> str:
-    """Say in one paragraph whether the best merge beat the base, the joint control and the routed ensemble."""
-    merge = best(rows, "merge")
-    if merge is None:
-        return (
-            "There is no merged model among these scores, so there is nothing to say about merging."
-        )
-    found = compare(rows)
-    name = merge.scores[0].protocol.title
-    sentences = [f"The best merge, {merge.model}, has {name} {amount(merge)}."]
-    for kind, title in (
-        ("base", "the base"),
-        ("joint", "the joint control"),
-        ("ensemble", "the routed ensemble"),
-    ):
-        control = best(rows, kind)  # type: ignore[arg-type]
-        if control is not None:
-            sentences.append(_against(found[merge.key, control.key], control, title))
-        elif kind != "ensemble":
-            sentences.append(f"Nothing can be said against {title}, which was not evaluated.")
-    merges = sum(row.kind == "merge" for row in rows)
-    if merges > 1:
+    def against_controls(self, row: Row) -> dict[str, Comparison]:
+        """Return how a row compares with the best base and the best joint control."""
+        controls = {kind: self.best(kind) for kind in CONTROLS}
+        return {
+            kind: self.comparisons[row.key, control.key]
+            for kind, control in controls.items()
+            if control is not None and (row.key, control.key) in self.comparisons
+        }
+
+    @property
+    def outcome(self) -> Verdict:
+        """`better` if the best merge beats base and joint control, `worse` if it loses to one."""
+        merge = self.best("merge")
+        results = {} if merge is None else self.against_controls(merge)
+        if len(results) < len(CONTROLS):
+            return "none"
+        verdicts = {result.verdict for result in results.values()}
+        decisive: tuple[Verdict, ...] = ("worse", "none", "inconclusive")
+        return next((verdict for verdict in decisive if verdict in verdicts), "better")
+
+    @property
+    def verdict(self) -> str:
+        """What was found and what to do, then the numbers, in one paragraph."""
+        merge = self.best("merge")
+        if merge is None:
+            return (
+                "There is nothing to say about merging: no merged model was evaluated."
+                " Make one with `demerge merge` and evaluate it next to its controls."
+            )
+        sentences = [self._headline(merge)]
         sentences.append(
-            f"It was chosen among {merges} merges by the very numbers shown, which flatters it."
+            f"The best merge, {merge.model}, has {merge.protocol.title} {amount(merge)}."
         )
-    sentences.append(_conclusion(outcome(rows), rows))
-    return " ".join(sentences)
+        for kind, title in {**CONTROLS, "ensemble": "the routed ensemble"}.items():
+            control = self.best(kind)
+            if control is not None:
+                result = self.comparisons[merge.key, control.key]
+                sentences.append(_against(result, control, title))
+        merges = sum(row.kind == "merge" for row in self.table.rows)
+        if merges > 1:
+            sentences.append(
+                f"It was chosen among {merges} merges by these numbers: that flatters it."
+            )
+        return " ".join(sentences)
 
+    def _headline(self, merge: Row) -> str:
+        results = self.against_controls(merge)
+        for kind, title in CONTROLS.items():
+            if kind not in results:
+                return f"No verdict on merging: {title} was not evaluated. {ADVICE[kind]}"
+        outcome = self.outcome
+        if outcome == "better":
+            return f"Merging helped: {merge.model} beats the base and the joint control. Use it."
+        titles = [title for kind, title in CONTROLS.items() if results[kind].verdict == outcome]
+        if outcome == "worse":
+            lost = " and ".join(titles)
+            return f"Merging did not help: the best merge is worse than {lost}. Use the better one."
+        if outcome == "inconclusive":
+            seeds = ",".join(map(str, range(2 * len(merge.seeds))))
+            same = " and ".join(titles)
+            return (
+                f"It is not shown that merging helps: the best merge cannot be told apart from {same}."
+                f" Evaluate with more seeds: --seeds {seeds}."
+            )
+        why = next(result.why for result in results.values() if result.why)
+        enough = f"more than {merge.protocol.dim} images: --num-images"
+        least = f"at least {LEAST_SEEDS} seeds: --seeds 0,1,2"
+        needs = enough if merge.protocol.is_rank_deficient else least
+        return f"No verdict on merging: {why}. Evaluate with {needs}."
 
-def _against(result: Comparison, control: Row, title: str) -> str:
-    named = title if control.model in title else f"{title} ({control.model})"
-    test = f"p = {result.p:.2g} over {result.family} comparisons" if not result.why else result.why
-    return (
-        f"It {WORDS[result.verdict]} {named}, {amount(control)}: a difference of {result.difference:+.3g} "
-        f"({result.relative:+.1%}), {test}."
-    )
+    @property
+    def caveats(self) -> list[str]:
+        """What a reader should be wary of, each as a sentence or two."""
+        rows, protocol = self.table.rows, self.table.protocol
+        kinds = {row.kind for row in rows}
+        caveats = [
+            self._about_training_seeds(),
+            _about_images(protocol),
+            _about_distance(protocol),
+            self._about_seeds(),
+            *(text for kind, text in MISSING.items() if kind not in kinds),
+        ]
+        if not self.table.floors:
+            caveats.append("No noise floor was measured: the score of a perfect model is unknown.")
+        for floor in self.table.floors:
+            caveats += _about_floor(self.table, floor)
+        return [text for text in caveats if text]
 
+    def _about_training_seeds(self) -> str:
+        trained = [row.checkpoints for row in self.table.rows if row.kind != "base"]
+        if not trained or min(trained) == 1:
+            return (
+                "Training seeds: 1. Every model is one checkpoint, so a verdict is about these"
+                " checkpoints, not about the method. On the digits, six joint controls that differ"
+                " in their training seed alone spread by 5.8 %."
+            )
+        return f"Training seeds: each name has {min(trained)} checkpoints, sampled with own seeds."
 
-def _conclusion(result: Verdict, rows: Sequence[Row]) -> str:
-    if best(rows, "base") is None or best(rows, "joint") is None:
-        return "Without both controls there is no conclusion."
-    return {
-        "better": "So this merge is better than both controls, beyond what the same training without ranges gives.",
-        "worse": "So here merging is not the best choice: a control does better.",
-        "inconclusive": "So here it is not shown that merging helps beyond what a control gives.",
-        "none": "So there is no verdict.",
-    }[result]
+    def _about_seeds(self) -> str:
+        """Return how many seeds a verdict takes, or how large a difference must be to count."""
+        seeds = min(len(row.seeds) for row in self.table.rows)
+        if seeds < LEAST_SEEDS:
+            return (
+                f"A model has only {seeds} sampling seed(s). A verdict needs {LEAST_SEEDS}, and its"
+                " power rises with more."
+            )
+        family = max((result.family for result in self.comparisons.values()), default=0)
+        if seeds >= FEW_SEEDS or not family:
+            return ""
+        more = ", ".join(
+            f"{detectable(n, family):.1f} with {n}" for n in (FEW_SEEDS, 2 * FEW_SEEDS)
+        )
+        return (
+            f"{seeds} sampling seeds and {family} comparisons: the surest difference counts from"
+            f" {detectable(seeds, family):.1f} standard deviations of its paired values on"
+            f" ({more} seeds)."
+        )
 
 
 def amount(row: Row, metric: str = "fd") -> str:
     """Return `mean ± sd (n seeds)`."""
     spread = "" if math.isnan(row.sd(metric)) else f" ± {row.sd(metric):.2g}"
-    seeds = len(row.values(metric))
+    seeds = len(row.by_seed(metric))
     return f"{row.mean(metric):.2f}{spread} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
-def warnings(rows: Sequence[Row], floors: Sequence[Row]) -> list[str]:
-    """Return what a reader should be wary of, each as a sentence or two."""
-    protocol = ensure_alike([score for row in rows for score in row.scores])
-    kinds, seeds = {row.kind for row in rows}, min(len(row.seeds) for row in rows)
-    found = [_training_seeds(rows), _few_images(protocol), _unusual_distance(protocol)]
-    if seeds < LEAST_SEEDS:
-        found.append(
-            f"A model has only {seeds} sampling seed(s): a verdict needs {LEAST_SEEDS}, its power rises with more."
-        )
-    elif seeds < FEW_SEEDS:
-        found.append(_power(rows, seeds))
-    found += [f"No {name} was evaluated." for kind, name in MISSING.items() if kind not in kinds]
-    if not floors:
-        found.append(
-            "No noise floor was measured, so it is not known what a perfect model would score."
-        )
-    for floor in floors:
-        found += _about_floor(rows, floor, protocol)
-    return [text for text in found if text]
-
-
-def _training_seeds(rows: Sequence[Row]) -> str:
-    trained = [row.checkpoints for row in rows if row.kind != "base"]
-    if not trained or min(trained) == 1:
-        return f"Training seeds: 1. Every model is one checkpoint, {CHECKPOINTS}"
-    return f"Training seeds: {min(trained)} checkpoints stand under each name, sampled with different seeds."
-
-
-def _power(rows: Sequence[Row], seeds: int) -> str:
-    """Say how large a difference must be to count, "" if nothing is tested."""
-    family = max((result.family for result in compare(rows).values()), default=0)
-    if not family:
-        return ""
-    least, more = (
-        detectable(seeds, family),
-        (f"{detectable(n, family):.1f} with {n}" for n in (FEW_SEEDS, 2 * FEW_SEEDS)),
-    )
+def _against(result: Comparison, control: Row, title: str) -> str:
+    named = title if control.model in title else f"{title} ({control.model})"
+    test = result.why or f"p = {result.p:.2g} over {result.family} comparisons"
     return (
-        f"{seeds} sampling seeds and {family} comparisons: the surest difference counts from {least:.1f} standard deviations "
-        f"of its paired values on ({', '.join(more)} seeds)."
+        f"It {WORDS[result.verdict]} {named}, {amount(control)}: a difference of"
+        f" {result.difference:+.3g} ({result.relative:+.1%}), {test}."
     )
 
 
-def _few_images(protocol: Protocol) -> str:
-    count, dim, name = (
-        min(protocol.num_images, protocol.reference_n),
-        protocol.dim,
-        _opening(protocol),
-    )
-    if protocol.rank_deficient:
+def _about_images(protocol: Protocol) -> str:
+    count, dim = min(protocol.num_images, protocol.reference_n), protocol.dim
+    if protocol.is_rank_deficient:
         return (
-            f"Rank-deficient: {count:,} images do not span {dim:,} features, so there is no verdict. {name} is far too large "
-            f"in absolute terms; more than {dim:,} images on both sides are needed."
+            f"Rank-deficient: {count:,} images do not span {dim:,} features, so there is no verdict."
+            f" {_opening(protocol)} is far too large in absolute terms. Take more than {dim:,} images"
+            " on both sides."
         )
     if count < ENOUGH:
         return (
-            f"{count:,} images on one side: {protocol.title} is biased upwards below some {ENOUGH:,} images and compares only "
-            "within this table. KID is unbiased."
+            f"{count:,} images on one side: {protocol.title} is biased upwards below some {ENOUGH:,}"
+            " images and compares only within this table. KID is unbiased."
         )
     return ""
 
 
-def _unusual_distance(protocol: Protocol) -> str:
+def _about_distance(protocol: Protocol) -> str:
     if protocol.distance.startswith("FID"):
         return ""
     if protocol.features == "random":
         return (
-            f"{_opening(protocol)} is not FID, nor any established metric: the features are those of a small net with random "
-            "weights, which sees blur, noise and colour and is nearly blind to missing classes."
+            f"{_opening(protocol)} is not FID, nor any established metric. The features are those of"
+            " a small net with random weights, which sees blur, noise and colour and is nearly blind"
+            " to missing classes."
         )
-    return f"{protocol.title} is not FID: it uses the features of {protocol.features}, as no paper does."
+    return f"{protocol.title} is not FID: no paper uses the features of {protocol.features}."
 
 
 def _opening(protocol: Protocol) -> str:
@@ -187,16 +218,16 @@ def _opening(protocol: Protocol) -> str:
     return f"The {protocol.title}" if protocol.features == "random" else protocol.title
 
 
-def _about_floor(rows: Sequence[Row], floor: Row, protocol: Protocol) -> list[str]:
-    count = floor.scores[0].protocol.num_images
-    if count < protocol.num_images:
+def _about_floor(table: Table, floor: Row) -> list[str]:
+    count, wanted, level = floor.protocol.num_images, table.protocol.num_images, floor.mean("fd")
+    if count < wanted:
         return [
-            f"The noise floor comes from only {count:,} real images, the models' scores from {protocol.num_images:,}: the "
-            "floor is too high by the bias of smaller numbers."
+            f"The noise floor comes from only {count:,} real images, the models' scores from"
+            f" {wanted:,}. The floor is too high by the bias of smaller numbers."
         ]
     return [
-        f"{row.model} lies below the noise floor ({floor.mean('fd'):.2f}): closer to the reference than other real images. "
-        "Differences down there mean nothing."
-        for row in rows
-        if row.mean("fd") < floor.mean("fd")
+        f"{row.model} lies below the noise floor ({level:.2f}): closer to the reference than other"
+        " real images. Differences down there mean nothing."
+        for row in table.rows
+        if row.mean("fd") < level
     ]

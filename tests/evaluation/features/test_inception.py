@@ -22,7 +22,7 @@ from demerge.evaluation.features.inception import (
     Conv,
     Pool,
     load_inception,
-    prepare,
+    preprocess,
 )
 from demerge.evaluation.features.inception import _folded as folded
 
@@ -71,19 +71,19 @@ def test_clean_is_the_bicubic_of_pillow() -> None:
         for channel in images[0]
     ]
     expected = (np.stack(resized).clip(0, 255) - 128) / 128
-    np.testing.assert_allclose(prepare(images, "clean")[0].numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(preprocess(images, "clean")[0].numpy(), expected, atol=1e-5)
 
 
 def test_torch_fidelity_reads_positions_without_half_pixels() -> None:
     ramp = torch.arange(0, 250, 10, dtype=torch.uint8).view(1, 1, 1, 25).expand(1, 1, 25, 25)
-    row = prepare(ramp, "torch-fidelity")[0, 0, 0] * 128 + 128
+    row = preprocess(ramp, "torch-fidelity")[0, 0, 0] * 128 + 128
     expected = (torch.arange(299) * 25 / 299 * 10).clamp(max=240)
     torch.testing.assert_close(row, expected, atol=1e-3, rtol=0)
 
 
 def test_pytorch_fid_ranges_over_minus_one_to_one() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    black, white = prepare(images, "pytorch-fid")
+    black, white = preprocess(images, "pytorch-fid")
     torch.testing.assert_close(black, torch.full_like(black, -1))
     torch.testing.assert_close(white, torch.full_like(white, 1))
 
@@ -93,12 +93,12 @@ def test_pytorch_fid_ranges_over_minus_one_to_one() -> None:
 )
 def test_other_images_are_refused(images: torch.Tensor) -> None:
     with pytest.raises(UsageError, match="uint8"):
-        prepare(images)
+        preprocess(images)
 
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(UsageError, match="bogus"):
-        prepare(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "bogus")  # type: ignore[arg-type]
+        preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "bogus")  # type: ignore[arg-type]
 
 
 def test_bad_weights_are_named(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_whole_net_as_pth_gives_the_same_features(
     batches = {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0)}
     extra = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008), **batches}
     torch.save({**load_file(weights), **extra}, tmp_path / "net.pth")
-    x = prepare(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8))
+    x = preprocess(torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8))
     with torch.inference_mode():
         assert torch.equal(load_inception(tmp_path / "net.pth")(x), load_inception(weights)(x))
 
@@ -154,4 +154,4 @@ def test_the_whole_net_as_pth_gives_the_same_features(
 def test_interpolation_is_not_torchs_default_bicubic() -> None:
     images = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8)
     plain = F.interpolate(images.float(), (299, 299), mode="bicubic")
-    assert (prepare(images) * 128 + 128 - plain.clamp(0, 255)).abs().max() > 1
+    assert (preprocess(images) * 128 + 128 - plain.clamp(0, 255)).abs().max() > 1

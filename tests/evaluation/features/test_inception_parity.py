@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from demerge.data import load_images
-from demerge.evaluation.features.nets import feature_net
+from demerge.evaluation.features.nets import make_feature_net
 from demerge.evaluation.metrics.fid import frechet_distance, moments
 
 pytestmark = pytest.mark.parity
@@ -143,7 +143,10 @@ def distance_by_sqrtm(x: Tensor, y: Tensor) -> float:
 
 def test_features_and_distance_of_cifar10_agree(asset: Callable[[str], Path]) -> None:
     weights, folder = asset(WEIGHTS), asset("cifar10")
-    oracle, net = Oracle(weights), feature_net(f"inception:{weights}", preprocess="pytorch-fid")
+    oracle, net = (
+        Oracle(weights),
+        make_feature_net(f"inception:{weights}", preprocess="pytorch-fid"),
+    )
     assert net.distance_name == "FID"
     images = [
         load_images(folder, split=split, limit=SUBSET).images(range(SUBSET))
@@ -163,7 +166,7 @@ def test_the_known_fid_of_cifar10(asset: Callable[[str], Path]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("60,000 images through Inception need an accelerator")
     weights, folder = asset(WEIGHTS), asset("cifar10")
-    net = feature_net(f"inception:{weights}", preprocess="torch-fidelity", device="cuda")
+    net = make_feature_net(f"inception:{weights}", preprocess="torch-fidelity", device="cuda")
     parts = [load_images(folder, split=split) for split in ("train", "test")]
     train, test = (moments([net(part.images(range(len(part))))]) for part in parts)
     assert frechet_distance(train, test) == pytest.approx(3.15, abs=0.05)

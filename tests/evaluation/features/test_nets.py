@@ -12,12 +12,12 @@ from torch import Tensor
 from demerge.data import load_images
 from demerge.errors import ComparisonError, InputError, NumericalError, UsageError
 from demerge.evaluation.evaluator import Evaluator
-from demerge.evaluation.features.nets import FeatureNet, feature_net
+from demerge.evaluation.features.nets import FeatureNet, make_feature_net
 from demerge.evaluation.features.random_net import RandomNet
 from demerge.evaluation.metrics.fid import moments, save_moments
 from demerge.evaluation.metrics.lpips import load_lpips
 from demerge.evaluation.metrics.range_losses import RangeLosses
-from demerge.evaluation.metrics.reference import Reference, evaluate_images, images_sha256
+from demerge.evaluation.metrics.reference import Reference, evaluate_images, hash_images
 
 
 def broken(rows: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def test_features_do_not_depend_on_the_batch(
 
 
 def test_the_random_net_is_the_same_everywhere(noise: Callable[..., Tensor]) -> None:
-    net = feature_net("random")
+    net = make_feature_net("random")
     assert net.distance_name == "FD[random]"
     assert net.sha256 == RandomNet().sha256
     assert net.sha256.startswith("f452b2b81a20951f")
@@ -50,17 +50,17 @@ def test_the_random_net_is_the_same_everywhere(noise: Callable[..., Tensor]) -> 
 
 def test_unknown_nets_and_bad_images_are_refused(digits_net: FeatureNet) -> None:
     with pytest.raises(UsageError, match="release fid_weights"):
-        feature_net("inception")
+        make_feature_net("inception")
     for spec in ("clip", "digits-cnn:/x"):
         with pytest.raises(UsageError, match="unknown"):
-            feature_net(spec)
+            make_feature_net(spec)
     with pytest.raises(UsageError, match="preprocess"):
-        feature_net("inception:/x", preprocess="bogus")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="precision"):
-        feature_net("inception:/x", precision="fp8")
+        make_feature_net("inception:/x", preprocess="bogus")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="mixed_precision"):
+        make_feature_net("inception:/x", mixed_precision="fp8")
     with pytest.raises(UsageError, match="no image"):
         digits_net(torch.empty(0, 1, 8, 8, dtype=torch.uint8))
-    hurt = FeatureNet("hurt", "", 64, "", broken, digits_net.prepare, torch.device("cpu"), 8)
+    hurt = FeatureNet("hurt", "", 64, "", broken, digits_net.to_input, torch.device("cpu"), 8)
     with pytest.raises(NumericalError, match="hurt"):
         hurt(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
 
@@ -84,7 +84,7 @@ def test_distances_to_a_reference(
     )
     assert alone == {"fd": pytest.approx(near["fd"])}
     with pytest.raises(ComparisonError, match="features"):
-        evaluate_images(other, reference, feature_net("random"))
+        evaluate_images(other, reference, make_feature_net("random"))
 
 
 def test_features_of_a_reference_are_remembered(
@@ -106,28 +106,28 @@ def test_features_of_a_reference_are_remembered(
 
 def test_the_hash_of_images_sees_shape_and_bytes() -> None:
     image = torch.arange(8, dtype=torch.uint8).view(1, 1, 2, 4)
-    assert images_sha256(image) != images_sha256(image.view(1, 1, 4, 2))
-    assert images_sha256(image) == hashlib.sha256(b"(1, 1, 2, 4)" + bytes(range(8))).hexdigest()
+    assert hash_images(image) != hash_images(image.view(1, 1, 4, 2))
+    assert hash_images(image) == hashlib.sha256(b"(1, 1, 2, 4)" + bytes(range(8))).hexdigest()
 
 
-def test_the_judge(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> None:
-    judge = Evaluator(
+def test_the_evaluator(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> None:
+    evaluator = Evaluator(
         digits_net,
         Reference.from_images(digits_net, noise(80)),
         perceptual=load_lpips(),
         perceptual_images=5,
     )
     images = noise(20, seed=1)
-    scores = judge.score("ties", images, seed=3, kind="merge", base=images[:5])
+    scores = evaluator.score("ties", images, seed=3, kind="merge", base=images[:5])
     assert scores.metrics["drift"] == 0
     assert scores.metrics["diversity"] > 0
-    assert scores.protocol.rank_deficient
+    assert scores.protocol.is_rank_deficient
     assert "first 5 images" in scores.protocol.perceptual
-    floor = judge.noise_floor(noise(30, seed=2), n=25)
+    floor = evaluator.of_real().score("real", noise(25, seed=2), seed=0, kind="real")
     assert (floor.kind, floor.protocol.num_images) == ("real", 25)
     assert floor.protocol != scores.protocol
-    with pytest.raises(UsageError, match="draw alike"):
-        judge.score("ties", images, seed=3, base=noise(20, 1, 16))
+    with pytest.raises(UsageError, match="the base's images are"):
+        evaluator.score("ties", images, seed=3, base=noise(20, 1, 16))
 
 
 @pytest.mark.parity

@@ -17,7 +17,7 @@ from demerge.evaluation.metrics.lpips import (
     diversity,
     embeddings,
     load_lpips,
-    make,
+    make_asset,
 )
 
 
@@ -72,4 +72,4 @@ def test_golden_values(asset: Callable[[str], Path], tmp_path: Path) -> None:
     lpips = load_lpips()
     assert float(distance(lpips, ref, p0)) == pytest.approx(0.7219, abs=1e-3)
     assert float(distance(lpips, ref, p1)) == pytest.approx(0.1376, abs=1e-3)
-    assert make(folder, tmp_path / "again.safetensors").read_bytes() == ASSET.read_bytes()
+    assert make_asset(folder, tmp_path / "again.safetensors").read_bytes() == ASSET.read_bytes()

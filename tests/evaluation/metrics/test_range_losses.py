@@ -25,7 +25,7 @@ def test_change_by_hand() -> None:
 
 def test_unlike_losses_do_not_compare() -> None:
     base = RangeLosses(("0000-1000",), ((1.0, 3.0),))
-    with pytest.raises(UsageError, match="unlike ranges"):
+    with pytest.raises(UsageError, match="different ranges"):
         base.change(RangeLosses(("0000-0999",), ((1.0, 3.0),)))
     with pytest.raises(UsageError, match="do not fit"):
         RangeLosses(("a", "b"), ((1.0,),))

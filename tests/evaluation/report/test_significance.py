@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from demerge.errors import ComparisonError
-from demerge.evaluation.report.significance import LEVEL, compare, detectable, holm, paired_p
+from demerge.evaluation.report.significance import LEVEL, compare_rows, detectable, holm, paired_p
 from demerge.evaluation.scores import Kind, Row, Scores, rows_of
 
 Make = Callable[..., list[Scores]]
@@ -36,7 +36,7 @@ def seven(make_scores: Make, values: np.ndarray) -> list[Row]:
 
 def pairs_of(rows: list[Row]) -> list[tuple[int, int]]:
     keys = [row.key for row in rows]
-    return sorted({tuple(sorted((keys.index(a), keys.index(b)))) for a, b in compare(rows)})  # type: ignore[misc]
+    return sorted({tuple(sorted((keys.index(a), keys.index(b)))) for a, b in compare_rows(rows)})  # type: ignore[misc]
 
 
 def adjusted(values: np.ndarray, pairs: list[tuple[int, int]]) -> np.ndarray:
@@ -92,7 +92,7 @@ def test_tables_of_scores_give_the_same_p_as_the_simulation(make_scores: Make) -
     for values in tables:
         rows = seven(make_scores, values)
         pairs = pairs_of(rows)
-        own = [compare(rows)[rows[a].key, rows[b].key].p for a, b in pairs]
+        own = [compare_rows(rows)[rows[a].key, rows[b].key].p for a, b in pairs]
         np.testing.assert_allclose(own, adjusted(values[None], pairs)[0])
 
 
@@ -109,22 +109,22 @@ def test_tables_of_scores_give_the_same_p_as_the_simulation(make_scores: Make) -
 )
 def test_verdicts(make_scores: Make, model: list[float], base: list[float], expected: str) -> None:
     a, b = rows_of(make_scores("a", "merge", model) + make_scores("b", "base", base))
-    found = compare([a, b])
+    found = compare_rows([a, b])
     assert found[a.key, b.key].verdict == expected
     assert found[b.key, a.key].difference == -found[a.key, b.key].difference
 
 
 def test_what_is_not_tested_says_why(make_scores: Make) -> None:
     few = rows_of(make_scores("a", "merge", [7.0, 7.1]) + make_scores("b", "base", [8.0, 8.1]))
-    assert compare(few)[few[0].key, few[1].key].word == "2 common seeds of 3"
+    assert compare_rows(few)[few[0].key, few[1].key].word == "2 common seeds of 3"
     flat = rows_of(
         make_scores("a", "merge", [7.0, 7.1, 7.2], num_images=64)
         + make_scores("b", "base", [8.0] * 3, num_images=64)
     )
-    found = compare(flat)[flat[0].key, flat[1].key]
+    found = compare_rows(flat)[flat[0].key, flat[1].key]
     assert (found.word, found.verdict, math.isnan(found.p)) == ("rank-deficient", "none", True)
     moved = replace(few[1], scores=tuple(replace(s, seed=s.seed + 9) for s in few[1].scores))
-    apart = compare([few[0], moved])[few[0].key, moved.key]
+    apart = compare_rows([few[0], moved])[few[0].key, moved.key]
     assert apart.word == "0 common seeds of 3"
     assert math.isnan(apart.difference)
 
@@ -135,16 +135,16 @@ def test_more_comparisons_need_more_evidence(make_scores: Make) -> None:
     others = [s for i in range(8) for s in make_scores(f"m{i}", "merge", [8.0 + i / 9, 8.4, 8.0])]
     crowd = rows_of([s for row in alone for s in row.scores] + others)
     key = ("ties", "merge"), ("base", "base")
-    assert compare(alone)[key].verdict == "better"
-    assert compare(crowd)[key].verdict == "inconclusive"
-    assert compare(crowd)[key].family == 9
+    assert compare_rows(alone)[key].verdict == "better"
+    assert compare_rows(crowd)[key].verdict == "inconclusive"
+    assert compare_rows(crowd)[key].family == 9
     assert detectable(3, 1) == pytest.approx(2.48, abs=0.01)
     assert detectable(3, 9) > detectable(5, 9) > detectable(10, 9)
 
 
 def test_unlike_protocols_are_not_compared(make_scores: Make) -> None:
     with pytest.raises(ComparisonError, match="steps"):
-        compare(
+        compare_rows(
             rows_of(
                 make_scores("a", "merge", [7.0] * 3, steps=9) + make_scores("b", "base", [8.0] * 3)
             )
@@ -157,7 +157,7 @@ def test_higher_is_better_for_precision(make_scores: Make) -> None:
     )
     low = [replace(s, metrics={"precision": 0.5 + s.seed / 1e3}) for s in rows[0].scores]
     assert (
-        compare([replace(rows[0], scores=tuple(low)), rows[1]], "precision")[
+        compare_rows([replace(rows[0], scores=tuple(low)), rows[1]], "precision")[
             rows[0].key, rows[1].key
         ].verdict
         == "worse"

@@ -1,0 +1,79 @@
+"""The options of drawing images, for `demerge sample` and `demerge evaluate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from demerge.errors import UsageError
+from demerge.options import DeviceOptions, Options, option
+
+SAMPLING = "Sampling"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SamplingOptions(Options):
+    """How a model draws images.
+
+    Raises:
+        UsageError: if a value breaks its rule.
+    """
+
+    steps: int = option(50, "Sampling steps.", panel=SAMPLING, ge=1)
+    sampler: Literal["ddim", "base"] = option(
+        "ddim", "Sampler; base is the base model's own scheduler.", panel=SAMPLING
+    )
+    guidance_scale: float = option(
+        1.0,
+        "Classifier-free guidance of text-to-image models and DiT; 1 is none."
+        " Stock pipelines take 7.5 and 4.",
+        panel=SAMPLING,
+        ge=1,
+        lt=math.inf,
+    )
+    batch_size: int = option(64, "Images per forward pass.", panel=SAMPLING, ge=1)
+
+
+def parse_labels(text: str) -> list[int]:
+    """Read class numbers, separated by commas.
+
+    Raises:
+        UsageError: if one is not a whole number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        fix = "give whole numbers, for example --labels 3,3,7"
+        raise UsageError(f"labels '{text}' are not class numbers", fix=fix)
+    return [int(part) for part in parts]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SampleOptions(SamplingOptions):
+    """Which images a model draws, and how."""
+
+    num_images: int = option(16, "Number of images.", panel=SAMPLING, ge=1)
+    labels: Sequence[int] | None = option(
+        None,
+        "Class numbers for class-conditional models, for example 3,3,7, repeated in turn.",
+        panel=SAMPLING,
+        parse=parse_labels,
+        shown_default="every class in turn",
+    )
+    seed: int = option(0, "Seed; image i depends on the seed and i alone.", panel=SAMPLING, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SampleInputs(DeviceOptions):
+    """What draws images, from what, and where they go."""
+
+    model: str = option(help="Pipeline folder or Hub id.", argument=True)
+    out: Path = option(help="Folder that gets 000000.png and so on.", flags=("-o", "--out"))
+    experts: Path | None = option(
+        None, "Folder of experts; the routed ensemble is sampled on MODEL's schedule."
+    )
+    captions: Path | None = option(
+        None, "Text file with one caption per line, for text-to-image models."
+    )

@@ -1,0 +1,72 @@
+"""The routed ensemble: each x_t goes to the expert whose range holds t.
+
+It is what merging is measured against (DeMe, arXiv 2410.06664, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from demerge.diffusion.model import Diffusion
+from demerge.errors import UsageError
+from demerge.expert import list_experts
+from demerge.timesteps import Partition
+
+
+class RoutedDenoiser(nn.Module):
+    """A denoiser that sends each sample to the expert of its timestep's range.
+
+    Raises:
+        UsageError: if the numbers of experts and ranges differ.
+    """
+
+    def __init__(self, partition: Partition, denoisers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if len(partition) != len(denoisers):
+            what = f"{len(denoisers)} experts for {len(partition)} ranges"
+            raise UsageError(what, fix="give one expert for each range")
+        self.partition = partition
+        self.experts = nn.ModuleList(denoisers)
+
+    @property
+    def config(self) -> Any:
+        """The config that the experts share."""
+        return self.experts[0].config
+
+    def forward(self, x: Tensor, t: Tensor | float, **condition: Any) -> UNet2DOutput:
+        """Return the prediction [B C H W] for x [B C H W] at t, a number or [B]."""
+        timesteps = torch.as_tensor(t).reshape(-1).expand(len(x)).to(x.device)
+        routes = torch.tensor([self.partition.route(value) for value in timesteps.tolist()])
+        routes = routes.to(x.device)
+        channels = self.config.out_channels or self.config.in_channels
+        output = x.new_empty(len(x), channels, *x.shape[2:])
+        for route in routes.unique().tolist():
+            rows = (routes == route).nonzero().flatten()
+            own = {name: value[rows] for name, value in condition.items()}
+            output[rows] = self.experts[route](x[rows], timesteps[rows], **own).sample
+        return UNet2DOutput(sample=output)
+
+
+def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]) -> Diffusion:
+    """Return the routed ensemble as a model that samples and scores like any other."""
+    return base.with_denoiser(RoutedDenoiser(partition, denoisers))
+
+
+def load_routed(
+    base: str | Path | Diffusion, experts: str | Path, *, device: str = "cpu"
+) -> Diffusion:
+    """Load the experts in the subfolders of `experts` and route between them on the base's schedule.
+
+    Raises:
+        InputError: if there is no expert, or their ranges do not cover [0, T).
+    """
+    folders = list_experts(experts)
+    denoisers = [Diffusion.load(folder, device=device).denoiser for folder in folders.values()]
+    base = base if isinstance(base, Diffusion) else Diffusion.load(base, device=device)
+    return routed(base, Partition(tuple(folders)), denoisers)

@@ -1,0 +1,75 @@
+"""Routing: each sample goes to the expert of its timestep, by the value of t."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from demerge.diffusion.model import Diffusion
+from demerge.diffusion.options import SamplingOptions
+from demerge.diffusion.routing import load_routed, routed
+from demerge.diffusion.sampling import make_scheduler, sample
+from demerge.errors import InputError
+from demerge.timesteps import Partition
+
+
+@pytest.fixture
+def model(tiny: Path) -> Diffusion:
+    return Diffusion.load(tiny)
+
+
+def test_routing_is_right_for_every_number_of_steps(model: Diffusion) -> None:
+    partition = Partition.from_cuts(1000, [100, 450, 451])
+    for steps in [*range(1, 60), 123, 250, 500, 999, 1000]:
+        for t in make_scheduler(model, steps, "ddim").timesteps.tolist():
+            assert t in partition[partition.route(t)]
+
+
+def test_each_sample_goes_to_the_expert_of_its_timestep(model: Diffusion) -> None:
+    experts = [copy.deepcopy(model.denoiser) for _ in range(2)]
+    with torch.no_grad():
+        experts[1].conv_out.bias.add_(1.0)
+        ensemble = routed(model, Partition.from_cuts(1000, [500]), experts)
+        x, t = torch.randn(4, 1, 8, 8), torch.tensor([499, 500, 0, 999])
+        difference = ensemble.predict(x, t) - model.predict(x, t)
+    assert [round(float(d.mean()), 4) for d in difference] == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_ensemble_of_copies_is_the_base(model: Diffusion) -> None:
+    ensemble = routed(
+        model, Partition.uniform(1000, 2), [model.denoiser, copy.deepcopy(model.denoiser)]
+    )
+    assert torch.equal(
+        sample(ensemble, 3, SamplingOptions(steps=5), seed=1),
+        sample(model, 3, SamplingOptions(steps=5), seed=1),
+    )
+
+
+def test_experts_load_from_their_folder(
+    tiny: Path, tmp_path: Path, add_expert: Callable[..., Path]
+) -> None:
+    for start, stop in ((500, 1000), (0, 500)):
+        add_expert(tmp_path / f"{start:04d}-{stop:04d}", start, stop)
+    ensemble = load_routed(tiny, tmp_path)
+    assert str(ensemble.denoiser.partition) == "0000-0500 0500-1000"
+    with pytest.raises(InputError, match=r"no expert\.json"):
+        load_routed(tiny, tmp_path / "nothing")
+    (tmp_path / "0000-0500" / "expert.json").write_text("{}")
+    with pytest.raises(InputError, match="the key 'range' is missing"):
+        load_routed(tiny, tmp_path)
+
+
+def test_experts_of_a_dit_are_routed(tiny_dit: Path) -> None:
+    model = Diffusion.load(tiny_dit)
+    ensemble = routed(
+        model, Partition.from_cuts(1000, [500]), [model.denoiser, copy.deepcopy(model.denoiser)]
+    )
+    images = sample(ensemble, 3, SamplingOptions(steps=2), seed=0)
+    assert (
+        int((images.int() - sample(model, 3, SamplingOptions(steps=2), seed=0).int()).abs().max())
+        <= 1
+    )
