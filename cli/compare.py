@@ -9,7 +9,7 @@ from demerge.evaluation.options import CompareOptions
 
 @from_options
 def compare(options: CompareOptions, *, json: Json = False) -> None:
-    """Rank models that share a protocol and say whether merging beat the base and the joint control."""
+    """Rank models that share a protocol, and say whether merging beat its controls."""
     from demerge.evaluation.report.report import Report
     from demerge.evaluation.results import load_results
 

@@ -61,7 +61,7 @@ def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]
 def load_routed(
     base: str | Path | Diffusion, experts: str | Path, *, device: str = "cpu"
 ) -> Diffusion:
-    """Load the experts in the subfolders of `experts` and route between them on the base's schedule.
+    """Load the experts in the subfolders of `experts`, routed on the base's schedule.
 
     Raises:
         InputError: if there is no expert, or their ranges do not cover [0, T).

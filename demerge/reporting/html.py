@@ -1,7 +1,7 @@
 """HTML pages that load nothing: style and images lie inside, and a content security policy says so.
 
-Every text that came from outside (names of models, captions, commands) passes `escape`, which escapes it; `escape_formula` does the
-like for the cells of a spreadsheet.
+Every text that came from outside (names of models, captions, commands) passes `escape`;
+`escape_formula` does the like for the cells of a spreadsheet.
 """
 
 from __future__ import annotations
