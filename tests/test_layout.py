@@ -37,16 +37,9 @@ ALGORITHMS = (
 )
 SHOWS = ("demerge.analysis.stages", "demerge.cli", "demerge.reporting.theme")
 UNWRAPPED = (  # rooms whose texts are still wider than 100; this list only gets shorter
-    *(
-        "analysis/__init__.py",
-        "analysis/similarity.py",
-        "analysis/partitioning",
-        "analysis/report",
-    ),
     *("analysis/stages", "cli", "demerge/diffusion/drawing.py"),
     *("demerge/diffusion/sampling.py", "demerge/evaluation", "demerge/inspection.py"),
     *("demerge/lora", "demerge/merging", "demerge/reporting"),
-    "demerge/timesteps.py",
 )
 WRITERS = ("demerge.storage.atomic", "demerge.analysis.measurement.lock")
 WRITES = {"write_text", "write_bytes", "save_file", "symlink_to", "hardlink_to"}
