@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, at small size.
+"""The notebooks run from top to bottom, at small size, and are committed with their outputs.
 
 The cells run in this process: a kernel of their own would import torch once more for each notebook.
 """
@@ -17,6 +17,7 @@ from IPython.core.pylabtools import select_figure_formats
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 SMALL = {"STEPS": "1", "IMAGES": "66", "BATCH": "1", "SEEDS": "1", "BINS": "4"}
+LARGEST = 1_000_000  # bytes
 
 
 def read(path: Path) -> Any:
@@ -44,3 +45,13 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plt.switch_backend("agg")
     figures = [data for data in shown if data.get("text/plain", "").startswith("<Figure")]
     assert figures and all("image/png" in data for data in figures)
+
+
+@each_notebook
+def test_notebook_has_its_outputs(path: Path) -> None:
+    assert path.stat().st_size < LARGEST
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert [output for output in outputs if output.output_type == "error"] == []
