@@ -1,4 +1,4 @@
-"""`demerge ranges`: where to cut a base's timesteps, from a conflict map that was measured before."""
+"""`demerge ranges`: where to cut a base's timesteps, from a stored conflict map."""
 
 from __future__ import annotations
 
