@@ -15,6 +15,7 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from demerge.errors import UsageError
@@ -101,7 +102,7 @@ def choices_of(type_: Any) -> tuple[Any, ...]:
 
 
 class Options:
-    """Base of all options: it checks choices and intervals, prints short and gives JSON values.
+    """Base of all options: it checks choices and intervals, and takes a text for a path.
 
     Raises:
         UsageError: if a value is not one of the choices or outside its interval.
@@ -112,7 +113,10 @@ class Options:
     def __post_init__(self) -> None:
         types_ = types_of(type(self))
         for of in (of for of in fields(self) if "option" in of.metadata):
-            value, choices, spec = getattr(self, of.name), choices_of(types_[of.name]), spec_of(of)
+            value, type_, spec = getattr(self, of.name), types_[of.name], spec_of(of)
+            if isinstance(value, str) and Path in (type_, *get_args(type_)):
+                object.__setattr__(self, of.name, Path(value))
+            choices = choices_of(type_)
             if choices:
                 allowed = value in choices or (value is None and of.default is None)
                 self.require(of.name, allowed, f"one of {', '.join(map(str, choices))}")

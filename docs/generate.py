@@ -1,7 +1,7 @@
 """Pages that come from the code: merge methods, commands, API, tables of records. A hook of MkDocs.
 
     generated_pages()    the text of each page by its path below docs/
-    fill_in(text)        {{ record FORMAT }} and {{ exit_codes }} of a written page, replaced by tables
+    fill_in(text)        {{ record FORMAT }} and {{ exit_codes }} of a written page, as tables
     undocumented()       the public names without a docstring, which `make docs` refuses
 
 No page is committed, so that none can be out of date.
@@ -200,13 +200,13 @@ def help_of(words: list[str]) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """Return one page per public package; a name of several packages is described on the first page."""
+    """Return a page per public package; a name of several is described on the first page."""
     homes: dict[str, str] = {}
     return {f"reference/{package}.md": _api_page(package, homes) for package in PACKAGES}
 
 
 def _api_page(package: str, homes: dict[str, str]) -> str:
-    """Return a page; `homes` has the link to each name that is described, and gets those of this page."""
+    """Return a page; `homes` has a link to each described name, and gets those of this page."""
     sections: list[str] = []
     links: list[str] = []
     for name, value in public_names(package):

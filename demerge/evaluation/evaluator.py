@@ -26,7 +26,7 @@ from demerge.progress import Progress, silent
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluator:
-    """A feature net, a reference and, for LPIPS, AlexNet; with the sampler that makes the images."""
+    """A feature net, a reference, AlexNet for LPIPS, and the sampler that makes the images."""
 
     net: FeatureNet = field(repr=False)
     reference: Reference = field(repr=False)

@@ -1,7 +1,7 @@
-"""Which models are evaluated, and as what; read from the records that demerge leaves in its folders.
+"""Which models are evaluated, and as what, by the records that demerge leaves in folders.
 
 base        the model that the others were made from: drift and changes of loss are taken against it
-joint       an expert of [0, T), or a merge of such experts alone, theta_0 + a (theta_joint - theta_0)
+joint       an expert of [0, T), or a merge of such alone, theta_0 + a (theta_joint - theta_0)
 expert      an expert of a part of [0, T)
 ensemble    a folder of expert folders, routed by timestep on the base's schedule
 merge       a folder with demerge.json

@@ -1,4 +1,4 @@
-"""What `compare` reads from a run folder: scores, contact strips, plots of conflict, the commands."""
+"""What `compare` reads from a run folder: scores, contact strips, conflict plots, commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores on disk: SCORES/NAME.seed0.json, and next to it NAME.seed0.png, the first images as a strip."""
+"""Scores on disk: SCORES/NAME.seed0.json, and a strip of the first images, NAME.seed0.png."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SHOWN = 16
 
 
 def save_scores(path: Path, scores: Scores, images: Tensor) -> Scores:
-    """Write scores and the strip of the first 16 of their images, uint8 [n C H W]; return the scores."""
+    """Write scores and the strip of the first 16 images, uint8 [n C H W]; return the scores."""
     commit_bytes(path.with_suffix(".png"), png(grid(images[:SHOWN], SHOWN, gap=0)))
     scores.save(path)
     return scores
 
 
 def load_scores(folder: str | Path) -> tuple[list[Scores], dict[str, Tensor]]:
-    """Read all scores in a folder, and of each model the strip of its lowest seed, uint8 [16 C H W].
+    """Read all scores in a folder, and each model's strip of its lowest seed, uint8 [16 C H W].
 
     Raises:
         InputError: if there are none, or one is damaged or linked out of the folder.

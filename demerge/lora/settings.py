@@ -2,8 +2,8 @@
 
 It is read from the file's metadata, as diffusers and kohya write it, and from peft's
 adapter_config.json in the same folder, which belongs to a file in peft's names whatever its own
-name is. A setting that asks for other mathematics than a product of factors is refused by name. So is
-an unknown setting, which may change the delta.
+name is. A setting that asks for other mathematics than a product of factors is refused by name. So
+is an unknown setting, which may change the delta.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Option:
 
 
 def read_option(name: str, default: Any, hint: Any, help: str = "") -> Option:
-    """Return the option that a parameter declares; without annotation, its default gives the type."""
+    """Return the option that a parameter declares; else its default gives the type."""
     between, hint = None, type(default) if hint is None else hint
     if get_origin(hint) is Annotated:
         hint, *rules = get_args(hint)

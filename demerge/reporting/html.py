@@ -13,13 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STYLE = Path(__file__).resolve().parents[1] / "assets" / "report.css"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+)
 MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
 
 
 @dataclass(frozen=True, slots=True)
 class PageFigure:
-    """A picture with its caption; `dark`, where there is one, is shown on dark pages, else the picture lies on white."""
+    """A picture with its caption; `dark` is shown on dark pages if there is one."""
 
     caption: str
     data: bytes
@@ -65,12 +73,13 @@ def figure(exhibit: PageFigure) -> str:
         body = f'<div class="plate">{image}</div>'
     else:
         dark = uri(exhibit.dark, exhibit.kind)
-        body = f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{image}</picture>'
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        body = f"<picture>{source}{image}</picture>"
     return f"<figure>{body}<figcaption>{escape(exhibit.caption)}</figcaption></figure>"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
-    """Return a table of values, all escaped; the first `texts` columns are set as text, the others as numbers."""
+    """Return a table of escaped values; the first `texts` columns are text, the others numbers."""
     kinds = ['class="name"' if i < texts else 'class="num"' for i in range(len(heads))]
     head = "".join(
         f"<th {kind}>{escape(name)}</th>" for kind, name in zip(kinds, heads, strict=True)
@@ -80,7 +89,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1
         for row in rows
     )
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def uri(data: bytes, kind: str) -> str:
@@ -89,7 +99,7 @@ def uri(data: bytes, kind: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a name that every file, page and terminal can hold: without control characters and bytes that are not UTF-8."""
+    """Return a name without control characters and without bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

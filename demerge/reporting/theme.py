@@ -1,4 +1,4 @@
-"""What all plots share: colours for light and dark pages, and figures as bytes, the same for the same input."""
+"""What all plots share: colours for light and dark pages, and figures as reproducible bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DPI = 144
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of ink, faint ink, lines and the ground, and the names of two colour maps: -1 to 1, and from 0 up."""
+    """Colours of ink, faint ink, lines and ground; colour maps for -1 to 1 and for 0 and up."""
 
     ink: str
     faint: str
@@ -68,7 +68,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def render(figure: Figure, kind: str = "svg") -> bytes:
-    """Encode a figure as `svg` or `png`; equal figures give equal bytes. Its layout is computed once and kept."""
+    """Encode a figure as `svg` or `png`; equal figures give equal bytes."""
     stream, figure.dpi = BytesIO(), DPI
     layout = figure.get_layout_engine()
     if layout is not None:

@@ -7,11 +7,12 @@ no key twice. The keys of a table are checked: an unknown one is refused with th
 from __future__ import annotations
 
 import csv
+import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -92,13 +93,29 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise _damaged(path, f"not valid TOML ({str(error)[:120]})") from error
 
 
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster
+
+
+class _Loader(_SafeLoader):  # type: ignore[misc]
+    """YAML 1.2: `true` and `false` are switches; `no`, `off`, `on` and `yes` are words."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        letter: [(tag, rule) for tag, rule in rules if not tag.endswith(":bool")]
+        for letter, rules in _SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     text = _read_text(path)
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster
     try:
-        _check_events(path, yaml.parse(text, loader))
-        _check_unique_keys(path, yaml.compose(text, loader))
-        document = yaml.load(text, loader)
+        _check_events(path, yaml.parse(text, _Loader))
+        _check_unique_keys(path, yaml.compose(text, _Loader))
+        document = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise _damaged(path, f"not valid YAML ({reason})") from error

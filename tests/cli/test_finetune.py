@@ -109,7 +109,7 @@ def test_random_start_needs_no_base(run, tmp_path: Path) -> None:
         run(
             "sample",
             out / "0000-0100",
-            "-n",
+            "--num-images",
             1,
             "--steps",
             2,

@@ -75,7 +75,7 @@ def test_an_inpainting_base_is_refused_by_name(run: Any, tiny_text: Path, tmp_pa
     done = run(
         "sample",
         base,
-        "-n",
+        "--num-images",
         1,
         "--steps",
         2,

@@ -113,7 +113,7 @@ def test_foreign_class_in_the_index_is_refused(tiny: Path, tmp_path: Path) -> No
 
 def test_unknown_name_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="neither a file or folder here nor a model that the Hub gives"
+        InputError, match="neither a local file or folder nor a model that the Hub gives"
     ):
         Diffusion.load("nobody/nothing")
     with pytest.raises(InputError, match="no such folder"):

@@ -34,3 +34,10 @@ def test_keys_and_kinds_are_checked(tmp_path: Path) -> None:
         typed({"steps": True}, "steps", int, "here")
     (tmp_path / "a.csv").write_text("x,y\n1,2\n\n")
     assert read_rows(tmp_path / "a.csv") == [["1", "2"]]
+
+
+def test_words_that_older_yaml_takes_for_switches_stay_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("mixed_precision: no\nantithetic: off\nlayers: true\nnote: trueish\n")
+    words = {"mixed_precision": "no", "antithetic": "off", "layers": True, "note": "trueish"}
+    assert read_document(path) == words

@@ -1,15 +1,15 @@
 """Inception-v3 as FID defines it: the TensorFlow port of 2015-12-05, up to its last average pool.
 
-    image [3 H W] -> resize to 299 x 299, values in [-1, 1] -> stem -> 11 mixed blocks -> mean [2048]
+    image [3 H W] -> resize to 299 x 299 in [-1, 1] -> stem -> 11 mixed blocks -> mean [2048]
 
 The whole network is the table below. A block is a list of branches that read the same input and are
 concatenated. A branch is a chain of steps. A step is one convolution, a fork `a|b` of two that are
 concatenated, or a pool. Kernels and channels are those of the weights. `/2` is a step of stride 2
 without padding, `/v` one of stride 1 without padding. Every other step keeps the size of its input.
 
-Every convolution is followed by batch normalization, which is folded into it (in float64), and ReLU:
-w' = w g / sqrt(v + eps), b' = b - m g / sqrt(v + eps). Tensors are channels-last, which is faster on
-a CPU.
+Every convolution is followed by batch normalization, which is folded into it (in float64), and
+ReLU: w' = w g / sqrt(v + eps), b' = b - m g / sqrt(v + eps). Tensors are channels-last, which is
+faster on a CPU.
 
 Differs from torchvision's Inception-v3, as the port does: average pools leave the padding out of
 their mean, and the last block pools by the maximum.
@@ -75,7 +75,7 @@ BLOCKS: Mapping[str, str] = {
 
 
 class Conv(nn.Module):
-    """A convolution with folded batch normalization and ReLU; `same` keeps the size of its input."""
+    """A convolution with folded batch normalization and ReLU; `same` keeps the input size."""
 
     def __init__(self, weight: Tensor, bias: Tensor, *, stride: int = 1, same: bool = True) -> None:
         super().__init__()
@@ -165,8 +165,8 @@ def load_inception(path: str | Path) -> Inception:
     """Read the weights and build the network.
 
     Args:
-        path: a safetensors file with pytorch-fid's names, or pytorch-fid's own `.pth`, which torch's
-            restricted unpickler reads. The last layer `fc` is not needed.
+        path: a safetensors file with pytorch-fid's names, or pytorch-fid's own `.pth`, read by
+            torch's restricted unpickler. The last layer `fc` is not needed.
 
     Raises:
         InputError: if the file is missing or damaged, or holds other tensors.

@@ -137,7 +137,7 @@ def frechet_distance(a: Moments, b: Moments, *, root: Tensor | None = None) -> f
 
 
 def save_moments(path: str | Path, value: Moments) -> Path:
-    """Write `mu`, `sigma`, `n` and the protocol's fields as an npz that pytorch-fid and EDM read."""
+    """Write `mu`, `sigma`, `n` and the protocol as an npz that pytorch-fid and EDM read."""
     arrays: dict[str, Any] = {"mu": value.mean.numpy(), "sigma": value.covariance.numpy()}
     arrays["n"] = np.asarray(value.n)
     arrays |= {f"{PREFIX}{key}": np.asarray(text) for key, text in value.protocol.items()}
@@ -181,7 +181,7 @@ def load_moments(path: str | Path, *, n: int | None = None) -> Moments:
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
-    """Read the arrays of an npz that are statistics, not others, such as the images of ADM's files."""
+    """Read only the arrays of an npz that are statistics, not the images of ADM's files."""
     try:
         with zipfile.ZipFile(path) as archive:
             sizes = {e.filename.removesuffix(".npy"): e.file_size for e in archive.infolist()}

@@ -1,16 +1,16 @@
-"""LPIPS: perceptual distance by the features of AlexNet, v0.1, with weights from the package (float16).
+"""LPIPS: perceptual distance by features of AlexNet, v0.1, with float16 weights of the package.
 
     d(a, b) = sum_l 1/(H_l W_l) sum_hw sum_c w_lc (a_lchw - b_lchw)^2
 
 a_l, b_l have unit length over channels. Since the heads w are nonnegative, d is a squared Euclidean
-distance between embeddings e, whose elements are sqrt(w_lc / (H_l W_l)) a_lchw. So each image passes
-the network once, and the mean over all pairs of n images needs no pairs:
+distance between embeddings e, whose elements are sqrt(w_lc / (H_l W_l)) a_lchw. So each image
+passes the network once, and the mean over all pairs of n images needs no pairs:
 
     2 / (n (n-1)) sum_{i<j} |e_i - e_j|^2  =  2 / (n-1) sum_i |e_i - mean e|^2
 
-The network wants some 64 pixels. Smaller images are enlarged (bilinear) until their shorter side has
-64, and every protocol says so. The file in the package is made from AlexNet's trunk and the v0.1
-heads by
+The network wants some 64 pixels. Smaller images are enlarged (bilinear) until their shorter side
+has 64, and every protocol says so. The file in the package is made from AlexNet's trunk and the
+v0.1 heads by
 
     python -m demerge.evaluation.metrics.lpips FOLDER demerge/assets/alexnet_lpips_fp16.safetensors
 
@@ -44,7 +44,7 @@ LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), 
 
 
 class LPIPS(nn.Module):
-    """AlexNet's five ReLU layers with their heads; images -> embeddings whose squared distance is LPIPS."""
+    """AlexNet's five ReLU layers and heads; squared distances of its embeddings are LPIPS."""
 
     shift: Tensor
     scale: Tensor

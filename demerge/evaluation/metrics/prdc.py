@@ -1,14 +1,15 @@
 """Precision, recall, density and coverage: how much of each set of features lies near the other.
 
-With B(x) the ball around x that reaches to its k-th nearest neighbour in its own set, x real [N], y generated [M]:
+B(x) is the ball around x that reaches to its k-th nearest neighbour in its own set. For x real [N]
+and y generated [M]:
 
     precision  share of y that lie in some B(x)                 are the images real?
     recall     share of x that lie in some B(y)                 are all real images covered?
-    density    1/(k M) sum_j #{i : y_j in B(x_i)}               precision safe from outliers; may be > 1
+    density    1/(k M) sum_j #{i : y_j in B(x_i)}               precision safe from outliers
     coverage   share of x whose B(x) holds some y               recall safe from outliers
 
-Papers: precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), whose k = 5
-is used for all four.
+Papers: precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797), whose k =
+5 is used for all four.
 """
 
 from __future__ import annotations

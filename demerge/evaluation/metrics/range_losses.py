@@ -5,8 +5,8 @@
 Sample j of range r is the same (image, t, eps) for every model: image, t and noise are functions of
 (seed, r, j). So the difference of two models is far surer than either loss, and its standard error
 comes from blocks of paired samples. The t of a range follow the golden-ratio sequence,
-t_j = lo + floor(frac(j phi + u_j / 512) (hi - lo)), so that every block sees the whole range and the
-variance that t itself makes is mostly gone.
+t_j = lo + floor(frac(j phi + u_j / 512) (hi - lo)), so that every block sees the whole range and
+the variance that t itself makes is mostly gone.
 
 Ranges differ in loss by orders of magnitude: show changes relative to the base, never sums over
 ranges.
@@ -35,7 +35,7 @@ JITTER = 512
 
 @dataclass(frozen=True, slots=True)
 class RangeLosses:
-    """Mean losses of blocks of samples, `blocks[r][b]`; block b holds the same samples for every model.
+    """Mean losses of blocks, `blocks[r][b]`; block b has the same samples for all models.
 
     Raises:
         UsageError: unless there is one row for each range.

@@ -38,8 +38,9 @@ CONFLICT = (
     "How far the gradients of different timesteps agree on the base, and the ranges they give."
 )
 LOSSES = (
-    "Change against the base on held-out images, with the same images, timesteps and noise for every"
-    " model. Pale italics: within two standard errors of zero. Negative is better. Loss does not rank"
+    "Change against the base on held-out images, with the same images, timesteps and noise for"
+    " every model. Pale italics: within two standard errors of zero. Negative is better. Loss does"
+    " not rank"
     " models as the Frechet distance does."
 )
 

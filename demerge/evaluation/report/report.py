@@ -43,11 +43,11 @@ from demerge.reporting.theme import LIGHT, Draw, Pictures, pictures, render
 from demerge.storage.atomic import commit_bytes, commit_text, place_for
 
 CAPTIONS = {
-    "ranking": "Large dots: means with one standard deviation. Small dots: sampling seeds; thin lines"
-    " join one seed, since models are compared seed by seed. Dashed: the base. Dotted: other real"
-    " images.",
-    "tradeoff": "Fidelity against variety, each model with its place in the ranking. The upper right"
-    " corner is best.",
+    "ranking": "Large dots: means with one standard deviation. Small dots: sampling seeds; thin"
+    " lines join one seed, since models are compared seed by seed. Dashed: the base. Dotted: other"
+    " real images.",
+    "tradeoff": "Fidelity against variety, each model with its place in the ranking. The upper"
+    " right corner is best.",
     "losses": "Held-out loss of each range against the base.",
 }
 

@@ -86,12 +86,12 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 
 
 def detectable(seeds: int, family: int) -> float:
-    """Return the mean of paired differences, in their sd, from which the surest of a family counts."""
+    """Return the mean paired difference, in sd, from which the surest of a family counts."""
     return float(stdtrit(seeds - 1, 1 - LEVEL / family / 2)) / math.sqrt(seeds)
 
 
 def compare_rows(rows: Sequence[Row], metric: str = "fd") -> Comparisons:
-    """Compare every model of a table with every control; keys are (model, control), both ways round.
+    """Compare every model of a table with every control; keys are (model, control).
 
     Raises:
         ComparisonError: if the protocols differ.

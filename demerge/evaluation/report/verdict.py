@@ -111,8 +111,8 @@ class Findings:
             seeds = ",".join(map(str, range(2 * len(merge.seeds))))
             same = " and ".join(titles)
             return (
-                f"It is not shown that merging helps: the best merge cannot be told apart from {same}."
-                f" Evaluate with more seeds: --seeds {seeds}."
+                f"It is not shown that merging helps: the best merge cannot be told apart from"
+                f" {same}. Evaluate with more seeds: --seeds {seeds}."
             )
         why = next(result.why for result in results.values() if result.why)
         enough = f"more than {merge.protocol.dim} images: --num-images"
@@ -189,14 +189,14 @@ def _about_images(protocol: Protocol) -> str:
     count, dim = min(protocol.num_images, protocol.reference_n), protocol.dim
     if protocol.is_rank_deficient:
         return (
-            f"Rank-deficient: {count:,} images do not span {dim:,} features, so there is no verdict."
-            f" {_opening(protocol)} is far too large in absolute terms. Take more than {dim:,} images"
-            " on both sides."
+            f"Rank-deficient: {count:,} images do not span {dim:,} features, so there is no"
+            f" verdict. {_opening(protocol)} is far too large in absolute terms. Take more than"
+            f" {dim:,} images on both sides."
         )
     if count < ENOUGH:
         return (
-            f"{count:,} images on one side: {protocol.title} is biased upwards below some {ENOUGH:,}"
-            " images and compares only within this table. KID is unbiased."
+            f"{count:,} images on one side: {protocol.title} is biased upwards below some"
+            f" {ENOUGH:,} images and compares only within this table. KID is unbiased."
         )
     return ""
 
@@ -206,9 +206,9 @@ def _about_distance(protocol: Protocol) -> str:
         return ""
     if protocol.features == "random":
         return (
-            f"{_opening(protocol)} is not FID, nor any established metric. The features are those of"
-            " a small net with random weights, which sees blur, noise and colour and is nearly blind"
-            " to missing classes."
+            f"{_opening(protocol)} is not FID, nor any established metric. The features are those"
+            " of a small net with random weights, which sees blur, noise and colour and is nearly"
+            " blind to missing classes."
         )
     return f"{protocol.title} is not FID: no paper uses the features of {protocol.features}."
 

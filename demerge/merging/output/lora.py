@@ -5,10 +5,10 @@
 
 U and S come from the eigenvectors of the Gram matrix on the short side, M M^T = U S^2 U^T or
 M^T M = V S^2 V^T, in float64. Of all products of rank r this one leaves the least energy
-|M - B A|^2 out (Eckart, Young 1936). Every tensor has the rank asked for, padded with zeros if it has
-less, so that alpha = r holds for all; `lora_alpha` in the metadata says so. What is not a matrix of a linear
-layer or convolution (biases, norms, embeddings, tables) has no place in a LoRA; its energy is lost
-and counted.
+|M - B A|^2 out (Eckart, Young 1936). Every tensor has the rank asked for, padded with zeros if it
+has less, so that alpha = r holds for all; `lora_alpha` in the metadata says so. What is not a
+matrix of a linear layer or convolution (biases, norms, embeddings, tables) has no place in a LoRA;
+its energy is lost and counted.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_labels_beyond_the_classes_are_refused(dit: Diffusion, tmp_path: Path) -
     images = np.zeros((5, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "many.npz", images=images, labels=np.array([0, 1, 2, 3, 11]))
     data = load_images(tmp_path / "many.npz", split="all")
-    with pytest.raises(UsageError, match=r"label 11 is none of the base's 10 classes"):
+    with pytest.raises(UsageError, match=r"label 11 is not one of the base's 10 classes"):
         dit.describe_condition(data)
     with pytest.raises(UsageError, match=r"label 11 is none"):
         dit.encode_from(data, [4])

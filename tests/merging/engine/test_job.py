@@ -456,7 +456,7 @@ def test_a_file_has_the_same_bytes_whoever_writes_them(
     base, experts = saved(tmp_path)
     places = [tmp_path / str(n) / "out.safetensors" for n in (1, 2)]
     made = [
-        merge(base, experts, out, method="ties", options=options, threads=n).path
+        merge(base, experts, out, method="ties", options=options, num_workers=n).path
         for n, out in enumerate(places, 1)
     ]
     assert len({path.read_bytes() for path in made}) == 1
@@ -482,5 +482,5 @@ def test_a_full_disk_that_a_worker_meets_is_named_and_leaves_nothing(
     with pytest.raises(
         ResourceError, match=re.escape(f"{tmp_path / 'out.safetensors'}: the disk is full")
     ):
-        merge(base, experts, tmp_path / "out.safetensors", threads=2)
+        merge(base, experts, tmp_path / "out.safetensors", num_workers=2)
     assert set(tmp_path.iterdir()) == there
