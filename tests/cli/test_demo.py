@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 
+@pytest.mark.slow  # `make demo` walks it before the tests
 def test_demo_walks_the_whole_path(run, tmp_path: Path) -> None:
     out = tmp_path / "my run"
     small = (
