@@ -189,7 +189,7 @@ def test_labels_beyond_the_classes_are_refused(dit: Diffusion, tmp_path: Path) -
     data = load_images(tmp_path / "many.npz", split="all")
     with pytest.raises(UsageError, match=r"label 11 is not one of the base's 10 classes"):
         dit.describe_condition(data)
-    with pytest.raises(UsageError, match=r"label 11 is none"):
+    with pytest.raises(UsageError, match=r"label 11 is not one"):
         dit.encode_from(data, [4])
 
 
