@@ -160,7 +160,10 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
     parameters = {_key(p.opts): p for p in context.command.params if p.name not in HOW_TO_RUN}
     parameters.pop("help", None)
-    table = {str(name).replace("-", "_"): value for name, value in read_document(path).items()}
+    table = {
+        str(name).replace("-", "_"): value
+        for name, value in read_document(path, words=True).items()
+    }
     check_known_keys(table, parameters, str(path))
     context.default_map = {
         parameters[key].name or key: value
@@ -191,5 +194,12 @@ def _write_record(command: str, values: dict[str, Any]) -> None:
 
     from demerge.storage.atomic import commit_text
 
-    plain = {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+    plain = {name: _plain(value) for name, value in values.items()}
     commit_text(out / f"{command}.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML holds it: paths as text, also those in a list."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

@@ -31,15 +31,20 @@ NAMES: Mapping[type, str] = {
 }
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_document(path: Path, *, words: bool = False) -> dict[str, Any]:
     """Read a table from a YAML, TOML (.toml) or JSON (.json) file.
+
+    Args:
+        words: whether `no`, `off`, `on` and `yes` in YAML are words, not switches.
 
     Raises:
         InputError: if the file is missing, too large, too deep, or not a table.
     """
     if path.suffix == ".json":
         return read_json(path)
-    return _read_toml(path) if path.suffix == ".toml" else _read_yaml(path)
+    if path.suffix == ".toml":
+        return _read_toml(path)
+    return _read_yaml(path, _WordLoader if words else _SafeLoader)
 
 
 def read_rows(path: Path) -> list[list[str]]:
@@ -96,7 +101,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster
 
 
-class _Loader(_SafeLoader):  # type: ignore[misc]
+class _WordLoader(_SafeLoader):  # type: ignore[misc]
     """YAML 1.2: `true` and `false` are switches; `no`, `off`, `on` and `yes` are words."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
@@ -105,17 +110,17 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
     }
 
 
-_Loader.add_implicit_resolver(
+_WordLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, loader: Any) -> dict[str, Any]:
     text = _read_text(path)
     try:
-        _check_events(path, yaml.parse(text, _Loader))
-        _check_unique_keys(path, yaml.compose(text, _Loader))
-        document = yaml.load(text, _Loader)
+        _check_events(path, yaml.parse(text, loader))
+        _check_unique_keys(path, yaml.compose(text, loader))
+        document = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise _damaged(path, f"not valid YAML ({reason})") from error

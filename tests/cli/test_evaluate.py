@@ -82,6 +82,10 @@ def test_from_models_to_a_report(
     assert (out / "report" / "index.html").is_file()
     assert len(pd.read_csv(out / "report" / "scores.csv")) == 3
 
+    elsewhere = tmp_path / "elsewhere"
+    assert run("compare", out, "-o", elsewhere).code == 0
+    assert run("compare", "--config", elsewhere / "compare.yaml").code == 0
+
 
 def test_a_folder_of_images_is_scored_as_it_is(
     run: Callable[..., Any], pictures: Path, tmp_path: Path

@@ -40,4 +40,10 @@ def test_words_that_older_yaml_takes_for_switches_stay_words(tmp_path: Path) -> 
     path = tmp_path / "a.yaml"
     path.write_text("mixed_precision: no\nantithetic: off\nlayers: true\nnote: trueish\n")
     words = {"mixed_precision": "no", "antithetic": "off", "layers": True, "note": "trueish"}
-    assert read_document(path) == words
+    assert read_document(path, words=True) == words
+
+
+def test_recipes_keep_the_switches_of_older_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("no_base: on\nskip_text_encoder: yes\nnormalize: no\n")
+    assert read_document(path) == {"no_base": True, "skip_text_encoder": True, "normalize": False}
