@@ -23,10 +23,6 @@ LINE_SECONDS = 3.0
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number.")]
-Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is.")
-]
 
 
 def printable(text: str) -> str:

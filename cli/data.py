@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from demerge.cli.common import Json, emit, progress, show
+from demerge.options import DataOptions, spec_of
 
 UNUSABLE = 3
+SOURCE = spec_of(DataOptions.__dataclass_fields__["data"]).help
 
 app = typer.Typer(no_args_is_help=True, help="Check data before a model reads it.")
 
@@ -20,10 +22,7 @@ def data() -> None:
 
 @app.command()
 def check(
-    source: Annotated[
-        str,
-        typer.Argument(help="Image folder, CIFAR-10 batches, idx files, npz, digits, or hf:NAME."),
-    ],
+    source: Annotated[str, typer.Argument(help=SOURCE)],
     json: Json = False,
 ) -> None:
     """Read every image and report counts, broken files, sizes, captions and a verdict.

@@ -25,7 +25,7 @@ import typer
 
 from demerge.cli.common import Json, cores, emit, say
 from demerge.cli.options import from_options
-from demerge.options import Options, option
+from demerge.options import Options, SeedOptions, again, option
 
 MERGES = {
     "average": "--method average",
@@ -49,7 +49,7 @@ class DemoOptions(Options):
     seeds: int = option(5, "Number of sampling seeds.", ge=1)
     sampling_steps: int = option(12, "DDIM steps.", ge=1)
     cell_size: int = option(96, "Images per cell of the conflict map.", ge=1)
-    seed: int = option(0, "Seed of every random number.", ge=0)
+    seed: int = again(SeedOptions, "seed")
 
 
 @from_options

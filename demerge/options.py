@@ -159,3 +159,10 @@ class DeviceOptions(Options):
     """Where a stage computes."""
 
     device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto takes the fastest one.")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SeedOptions(Options):
+    """What random numbers follow from."""
+
+    seed: int = option(0, "Seed of every random number.", ge=0)

@@ -35,7 +35,6 @@ ALGORITHMS = (
     "demerge.data",
 )
 SHOWS = ("demerge.analysis.stages", "demerge.cli", "demerge.reporting.theme")
-# rooms whose texts are still wider than 100; this list only gets shorter
 WRITERS = ("demerge.storage.atomic", "demerge.analysis.measurement.lock")
 WRITES = {"write_text", "write_bytes", "save_file", "symlink_to", "hardlink_to"}
 SAVES = {

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from demerge.options import DataOptions, DeviceOptions, Options, Split, again, option
+from demerge.analysis.partitioning.options import RangesOptions
+from demerge.options import DataOptions, DeviceOptions, Options, SeedOptions, Split, again, option
 
 SAMPLES, SOLUTION, POINTS = "Samples", "Solution", "Points"
 
@@ -28,7 +29,7 @@ class ExpertOptions(DataOptions, DeviceOptions):
         panel=SAMPLES,
         shown_default="the ranges of the experts",
     )
-    seed: int = option(0, "Seed of every random number.", ge=0)
+    seed: int = again(SeedOptions, "seed")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -103,11 +104,7 @@ class LandscapeOptions(ExpertOptions):
 class TransferOptions(Options):
     """From which map, and for which experts, changes of the loss are predicted."""
 
-    map: Path = option(
-        help="conflict.safetensors of `demerge analyze`, or its folder.",
-        argument=True,
-        metavar="MAP",
-    )
+    map: Path = again(RangesOptions, "map", metavar="MAP")
     experts: list[str] = again(ExpertOptions, "experts")
     base: str = option(
         help="The model that the map was measured on: folder, .safetensors file or Hub id."

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from demerge.options import Options, option
+from demerge.analysis.partitioning.options import RangesOptions
+from demerge.options import Options, again, option
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -23,7 +24,7 @@ class LayersOptions(Options):
     )
     ranges: str = option("uniform:4", "uniform:N or a partition.json: the ranges of the experts.")
     share: float = option(0.1, "Share of the parameters to train.", gt=0, le=1)
-    model: str | None = option(None, "The base. A map of other weights is an error.")
+    model: str | None = again(RangesOptions, "model", panel=None)
     out: Path | None = option(
         None, "File for `demerge finetune --train-layers`.", flags=("-o", "--out")
     )

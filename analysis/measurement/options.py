@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from demerge.errors import UsageError
-from demerge.options import DataOptions, DeviceOptions, Options, option
+from demerge.options import DataOptions, DeviceOptions, Options, SeedOptions, again, option
 
 PANEL = "Measurement"
 GROUPS, MAX_GROUPS = 8, 64  # if their number is not given: fixed, and open
@@ -98,7 +98,7 @@ class MeasurementOptions(Options):
     memory: float = option(
         2.0, "GB for gradients or their sketches.", gt=0, lt=math.inf, panel=PANEL
     )
-    seed: int = option(0, "Seed of every random number.", ge=0)
+    seed: int = again(SeedOptions, "seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()

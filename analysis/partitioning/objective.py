@@ -21,7 +21,7 @@ of resolution.py only, and bins that `cosine` cannot scale weigh nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -37,7 +37,6 @@ from demerge.timesteps import Partition
 METHODS: tuple[str, ...] = get_args(Method)
 SCORES: tuple[str, ...] = get_args(Score)
 ADAPTIVE = ("gradient", "hierarchical")  # look at the map
-FIXED = ("uniform", "logsnr")  # do not
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +104,7 @@ def adaptive_edges(
 
 def fixed_partition(map: ConflictMap, n: int, method: str) -> Partition:
     """Return n ranges of equal width in t (`uniform`) or in log SNR (`logsnr`)."""
-    return Partition.uniform(map.T, n) if method == "uniform" else equal_log_snr(map, n)
+    return FIXED[method](map, n)
 
 
 def least_width(N: int) -> int:
@@ -124,6 +123,12 @@ def equal_log_snr(map: ConflictMap, n: int) -> Partition:
     places = np.arange(1, n)
     cuts = np.maximum.accumulate(np.maximum(cuts, places) - places) + places
     return Partition.from_cuts(map.T, np.minimum(cuts, map.T - n + places).tolist())
+
+
+FIXED: dict[str, Callable[[ConflictMap, int], Partition]] = {  # do not look at the map
+    "uniform": lambda map, n: Partition.uniform(map.T, n),
+    "logsnr": equal_log_snr,
+}
 
 
 def on_bins(map: ConflictMap, edges: Edges | Sequence[int]) -> Partition:

@@ -69,7 +69,7 @@ class RangesOptions(Options):
         help="conflict.safetensors of `demerge analyze`, or its folder.", argument=True
     )
     ranges: int | None = again(PartitionOptions, "ranges", default=None, shown_default="auto")
-    method: Literal["advised", "gradient", "hierarchical", "uniform", "logsnr"] | None = option(
+    method: Literal["advised", Method] | None = option(
         None,
         "How boundaries are chosen; advised is gradient if that beats uniform, else uniform.",
         shown_default="advised",

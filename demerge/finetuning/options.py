@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from demerge.options import DataOptions, DeviceOptions, Options, option
+from demerge.options import DataOptions, DeviceOptions, Options, SeedOptions, again, option
 
 TRAINING, OBJECTIVE, DATA = "Training", "Objective", "Data"
 Decay = Literal["constant", "linear", "cosine"]
@@ -63,7 +63,7 @@ class FinetuneOptions(Options):
     )
     checkpointing_steps: int = option(500, "Steps between checkpoints.", panel=TRAINING, ge=1)
     logging_steps: int = option(50, "Steps between lines of log.jsonl.", panel=TRAINING, ge=1)
-    seed: int = option(0, "Seed of every random number.", ge=0)
+    seed: int = again(SeedOptions, "seed")
 
     def binding(self, step: int | None = None) -> dict[str, Any]:
         """Return the options that must equal the recorded ones to continue or reuse recorded work.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from demerge.errors import UsageError
-from demerge.options import DeviceOptions, Options, again, option
+from demerge.options import DeviceOptions, Options, SeedOptions, again, option
 
 HOW, PARTS, MODELS, OUTPUT, RUNNING = (
     "How to merge",
@@ -88,7 +88,7 @@ class MergeOptions(Options):
         parse=parse_method_options,
         multiple=True,
     )
-    seed: int = option(0, "Seed of every random number.", panel=HOW, ge=0)
+    seed: int = again(SeedOptions, "seed", panel=HOW)
     rules: Sequence[Any] = option(
         (),
         "'PATTERN weights=W,W NAME=VALUE ...' for some tensors; the first match wins. Patterns:"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demerge.errors import UsageError
-from demerge.options import DataOptions, DeviceOptions, option
+from demerge.options import DataOptions, DeviceOptions, SeedOptions, again, option
 
 STATISTICS = ("fisher", "gram")
 
@@ -44,7 +44,7 @@ class StatisticsOptions(DataOptions, DeviceOptions):
         parse=parse_statistics,
     )
     samples: int = option(256, "Images per range, each with a timestep and noise.", ge=1)
-    seed: int = option(0, "Seed of every random number.", ge=0)
+    seed: int = again(SeedOptions, "seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
