@@ -6,7 +6,11 @@ from demerge.cli.common import Json, emit, show
 
 
 def methods(json: Json = False) -> None:
-    """List the merge methods, their options and their papers."""
+    """List the merge methods, their options and their papers.
+
+    A task vector is an expert minus the base. A task matrix is the part of it that changes one
+    weight matrix.
+    """
     from demerge.merging import all_methods
     from demerge.merging.recipe.method_names import DIFFERENCES, STAGES
 

@@ -71,7 +71,7 @@ def method_pages() -> dict[str, str]:
     """Return one page per merge method, and the table of all."""
     methods = all_methods()
     rows = [
-        f"| [`{name}`]({name}.md) | {_paper(method.paper)} | {_cell(_sentence(method.summary))} |"
+        f"| [`{name}`]({name}.md) | {_paper(method.paper)} | {_cell(method.summary)} |"
         for name, method in methods.items()
     ]
     head = "# Merge methods\n\n`demerge merge --method NAME --option KEY=VALUE` uses one of them.\n"
@@ -89,7 +89,7 @@ def _method_page(method: Method) -> str:
     names = ", ".join(f"`{name}`" for name in document["aliases"])
     parts = [
         f"# {method.name}",
-        _sentence(method.summary) + textwrap.dedent(body).rstrip(),
+        method.summary + textwrap.dedent(body).rstrip(),
         f"Paper: {_paper(method.paper)}." + (f" Also called {names}." if names else ""),
         "## Formula",
         method.description,
@@ -377,10 +377,6 @@ def exit_codes_table() -> str:
 
 def _summary(value: Any) -> str:
     return (inspect.getdoc(value) or "").partition("\n")[0]
-
-
-def _sentence(text: str) -> str:
-    return re.sub(r" \[\*\]", "", text)
 
 
 def _cell(text: str) -> str:

@@ -236,7 +236,7 @@ def describe_method(
         name=name,
         function=function,
         paper=paper,
-        summary=text.partition("\n")[0],
+        summary=text.partition("\n")[0].replace(" [*]", ""),  # without the shape
         options={
             n: read_option(n, default, hints.get(n), read_help(text, n))
             for n, default in defaults.items()

@@ -178,7 +178,7 @@ class MergeInputs(Options):
     )
     ranges: Sequence[str] = option(
         (),
-        "Timesteps START:STOP of an expert, or none; once per expert, in their order.",
+        "Timestep range of an expert, START:STOP or none. Give it once per expert, in their order.",
         panel=MODELS,
         flags=("--range",),
         parse=tuple,

@@ -40,7 +40,8 @@ class StatisticsOptions(DataOptions, DeviceOptions):
     )
     statistics: tuple[str, ...] = option(
         STATISTICS,
-        "Names separated by commas: fisher, E[g^2], and gram, E[x x^T] for regmean.",
+        "Names separated by commas: fisher, the mean squared gradients; gram, the mean products of"
+        " layer inputs (for regmean).",
         parse=parse_statistics,
     )
     samples: int = option(256, "Images per range, each with a timestep and noise.", ge=1)
