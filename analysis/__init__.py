@@ -6,7 +6,7 @@ partitioning/   into ranges, and its evidence    partition(map, n) -> Partition
 report/         the conclusion and its files     summarize(Reading(map), n) -> ConflictSummary
 layers/         which layers conflict
 experts/        what experts do to their base: task vectors, losses, outputs, weights to merge by
-stages/         commands that need only a stored map and experts
+planning/       what each command of the analysis runs: plan(options) -> Plan, run, result
 study/          which estimator is to be believed
 
 The names below are imported when first used: reading a stored map does not import torch models.
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from demerge.analysis.measurement.options import MeasurementOptions
     from demerge.analysis.measurement.run import measure
     from demerge.analysis.partitioning.cross_validation import count_ranges
+    from demerge.analysis.partitioning.map_reading import Reading, partition
     from demerge.analysis.partitioning.objective import METHODS, SCORES
-    from demerge.analysis.partitioning.reading import Reading, partition
     from demerge.analysis.report.page import write_report
     from demerge.analysis.report.summary import ConflictSummary, summarize
 
@@ -34,10 +34,10 @@ HOMES = {
     "ConflictSummary": "report.summary",
     "Measurement": "measurement.gradients",
     "MeasurementOptions": "measurement.options",
-    "Reading": "partitioning.reading",
+    "Reading": "partitioning.map_reading",
     "count_ranges": "partitioning.cross_validation",
     "measure": "measurement.run",
-    "partition": "partitioning.reading",
+    "partition": "partitioning.map_reading",
     "summarize": "report.summary",
     "write_report": "report.page",
 }

@@ -22,7 +22,7 @@ def analyze(
     After an interruption, run the command again to resume. Under `accelerate launch` or `torchrun`
     the processes share the groups.
     """
-    from demerge.analysis.stages.analyze import plan as plan_analysis
+    from demerge.analysis.planning.analyze import plan as plan_analysis
 
     plan = plan_analysis(inputs, options, partition, tell=say)
     if plan.world.is_main:

@@ -14,6 +14,6 @@ def coefficients(options: CoefficientsOptions, *, json: Json = False) -> None:
     demerge coefficients base expert-0 expert-1 --data D --granularity block -o weights.json
     demerge merge base expert-0 expert-1 --weights weights.json -o merged
     """
-    from demerge.analysis.stages.coefficients import plan
+    from demerge.analysis.planning.coefficients import plan
 
     execute(plan(options), "coefficients", out=options.out, json=json)

@@ -13,6 +13,6 @@ def landscape(options: LandscapeOptions, *, json: Json = False) -> None:
 
     demerge landscape base expert-0 expert-1 --data D --merged merged -o landscape
     """
-    from demerge.analysis.stages.landscape import plan
+    from demerge.analysis.planning.landscape import plan
 
     execute(plan(options), "landscape", out=options.out, json=json)

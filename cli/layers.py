@@ -18,7 +18,7 @@ def layers(options: LayersOptions, *, json: Json = False) -> None:
     demerge layers map --share 0.1 -o layers.json
     demerge finetune base --data D --train-layers layers.json -o experts
     """
-    from demerge.analysis.stages.layers import plan
+    from demerge.analysis.planning.layers import plan
 
     planned = plan(options)
     for line in planned.describe():

@@ -13,7 +13,7 @@ def ranges(options: RangesOptions, *, json: Json = False) -> None:
 
     The model and its data are not needed.
     """
-    from demerge.analysis.stages.ranges import plan
+    from demerge.analysis.planning.ranges import plan
 
     result = plan(options).run()
     for line in result.lines():

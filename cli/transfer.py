@@ -15,6 +15,6 @@ def transfer(options: TransferOptions, *, json: Json = False) -> None:
 
     demerge transfer runs/conflict experts/*-* --base base -o runs/transfer
     """
-    from demerge.analysis.stages.transfer import plan
+    from demerge.analysis.planning.transfer import plan
 
     execute(plan(options), "transfer", out=options.out, json=json)

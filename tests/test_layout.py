@@ -34,7 +34,7 @@ ALGORITHMS = (
     "demerge.diffusion",
     "demerge.data",
 )
-SHOWS = ("demerge.analysis.stages", "demerge.cli", "demerge.reporting.theme")
+SHOWS = ("demerge.analysis.planning", "demerge.cli", "demerge.reporting.theme")
 WRITERS = ("demerge.storage.atomic", "demerge.analysis.measurement.lock")
 WRITES = {"write_text", "write_bytes", "save_file", "symlink_to", "hardlink_to"}
 SAVES = {

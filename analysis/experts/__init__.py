@@ -1,8 +1,10 @@
 """What experts do to their base.
 
-`task_vectors` compares them entry by entry. `landscape` measures losses along them. `responses`
-measures their effect on outputs, from which `coefficients` computes weights in closed form.
-`transfer` predicts from a stored map what each does to the loss of each range, by the sketches of
-`sketched`. `inputs` opens base and experts. `options` are those of the commands, whose stages are
-in `demerge.analysis.stages`. `plots` draws.
+task_vectors     compares them entry by entry
+loss_landscape   measures losses along them
+responses        measures their effect on outputs
+closed_form      computes merge weights from these responses
+first_order      predicts from a stored map what each does to the loss of each range
+sketched         their task vectors as the map's sketches see them
+inputs           opens base and experts
 """

@@ -18,9 +18,9 @@ from matplotlib.colors import LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from demerge.analysis.experts.landscape import PATH, PLANE, Landscape
+from demerge.analysis.experts.first_order import Transfer
+from demerge.analysis.experts.loss_landscape import PATH, PLANE, Landscape
 from demerge.analysis.experts.task_vectors import TaskVectors, check_labels
-from demerge.analysis.experts.transfer import Transfer
 from demerge.analysis.similarity import t_quantile
 from demerge.errors import UsageError
 from demerge.evaluation.metrics.range_losses import BLOCKS

@@ -44,8 +44,8 @@ from torch import Tensor, nn
 
 from demerge.analysis.measurement.backward import Backward, Consume
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
-from demerge.analysis.measurement.draws import Draw
 from demerge.analysis.measurement.parallel import ALONE, World
+from demerge.analysis.measurement.samples import Draw
 from demerge.errors import UsageError
 from demerge.statistics.fisher import by_state_name
 from demerge.timesteps import Partition, TimestepRange

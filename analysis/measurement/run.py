@@ -22,11 +22,11 @@ from demerge.analysis.measurement.collector import (
     SideBySide,
     products,
 )
-from demerge.analysis.measurement.draws import Draws
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.gradients import Measurement, MeasurementCost
 from demerge.analysis.measurement.options import MeasurementOptions, format_seconds
 from demerge.analysis.measurement.parallel import ALONE, World
+from demerge.analysis.measurement.samples import Draws
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import MIN_GROUPS, Array, ConflictMap, K, Origin
 from demerge.data import ImageData

@@ -1,6 +1,6 @@
 """Partitioning: where to cut [0, T) into ranges by a map, and how far to believe it.
 
-reading            a map with one score, read once: what all questions about it share
+map_reading        a map with one score, read once: what all questions about it share
 resolution         the blocks of bins that noise leaves to be told apart
 objective, search  what a partition gains, and the best one, exactly
 bootstrap, cross_validation   what samples that did not choose the cuts say of them

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from demerge.analysis.partitioning.reading import Reading, once
+from demerge.analysis.partitioning.map_reading import Reading, once
 from demerge.analysis.similarity import group_weights_to_pairs, pair_weighted_gram
 from demerge.conflict import Array, ConflictMap
 from demerge.randomness import generator

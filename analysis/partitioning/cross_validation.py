@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from demerge.analysis.partitioning.map_reading import Reading, once
 from demerge.analysis.partitioning.objective import (
     ADAPTIVE,
     FIXED,
@@ -36,7 +37,6 @@ from demerge.analysis.partitioning.objective import (
     fixed_partition,
     nearest_edges,
 )
-from demerge.analysis.partitioning.reading import Reading, once
 from demerge.analysis.partitioning.search import Edges, no_partition, total
 from demerge.analysis.similarity import (
     Estimate,

@@ -53,8 +53,8 @@ from typing import Any
 import numpy as np
 
 from demerge.analysis.partitioning.cross_validation import halved, held_out_edges
+from demerge.analysis.partitioning.map_reading import Reading, once
 from demerge.analysis.partitioning.objective import ADAPTIVE, Objective, cover
-from demerge.analysis.partitioning.reading import Reading, once
 from demerge.analysis.partitioning.search import total
 from demerge.analysis.similarity import estimate_error, json_number, standard_error, t_quantile
 from demerge.conflict import Array, ConflictMap

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from demerge.analysis.partitioning.bootstrap import drawn_cuts
 from demerge.analysis.partitioning.cross_validation import RangeCount, cross_validation
-from demerge.analysis.partitioning.reading import Reading
+from demerge.analysis.partitioning.map_reading import Reading
 from demerge.errors import NumericalError
 from demerge.reporting.theme import BLUE, GREEN, GREY, LIGHT, ORANGE, Theme, styled
 from demerge.timesteps import Partition

@@ -15,8 +15,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 from demerge.analysis.partitioning.cross_validation import cross_validation
+from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.objective import ADAPTIVE
-from demerge.analysis.partitioning.reading import Reading
 from demerge.analysis.report.partition_plots import cut_support, explained_share, has_support
 from demerge.analysis.report.summary import ConflictSummary
 from demerge.analysis.similarity import Similarity, by_lag, by_log_snr

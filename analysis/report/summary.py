@@ -15,8 +15,8 @@ from demerge.analysis.partitioning.cross_validation import (
     gains_over_fixed,
 )
 from demerge.analysis.partitioning.expected_gain import ExpectedGain, expected_gain
+from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.objective import ADAPTIVE, METHODS, check_choice
-from demerge.analysis.partitioning.reading import Reading
 from demerge.analysis.partitioning.sample_size import MOST, sample_size
 from demerge.analysis.report.verdict import Verdict, advised_method, verdict
 from demerge.analysis.similarity import Estimate, estimate_error, json_number

@@ -18,7 +18,7 @@ from typing import Any
 
 from demerge.analysis.partitioning.cross_validation import cross_validation, gains_over_fixed
 from demerge.analysis.partitioning.expected_gain import Interval, expected_gain
-from demerge.analysis.partitioning.reading import Reading, once
+from demerge.analysis.partitioning.map_reading import Reading, once
 from demerge.analysis.partitioning.resolution import LEAST_KNOWN
 from demerge.analysis.partitioning.sample_size import MOST, sample_size
 from demerge.timesteps import Partition

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from demerge.analysis.measurement.draws import Draws
 from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.run import measure
+from demerge.analysis.measurement.samples import Draws
 from demerge.conflict import ConflictMap
 from demerge.data import ImageData, load_images
 from demerge.diffusion.model import Diffusion

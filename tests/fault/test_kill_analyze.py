@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
-from demerge.analysis.stages.analyze import Plan, plan
+from demerge.analysis.planning.analyze import Plan, plan
 from demerge.storage.atomic import sha256
 
 

@@ -29,7 +29,7 @@ from demerge.analysis.layers.gains import choose_layers
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.schedule import check_same_schedule, log_snr
 from demerge.analysis.partitioning.options import RangesOptions
-from demerge.analysis.stages import ranges as ranges_stage
+from demerge.analysis.planning import ranges as ranges_command
 from demerge.conflict import LAYER_K, Array, ConflictMap, Origin
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
@@ -432,7 +432,7 @@ def targets(
     ]
     ranged = [
         lambda: (
-            ranges_stage.plan(RangesOptions(map=file_of_map, model=str(base), ranges=2))
+            ranges_command.plan(RangesOptions(map=file_of_map, model=str(base), ranges=2))
             .run()
             .lines()
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from demerge.analysis import MeasurementOptions, Reading, measure, summarize
-from demerge.analysis.measurement.draws import draw
+from demerge.analysis.measurement.samples import draw
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import ConflictMap, K, layers_of
 from demerge.data import ImageData, load_images

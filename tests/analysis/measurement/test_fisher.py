@@ -20,14 +20,14 @@ from demerge.analysis.measurement import fisher as estimator
 from demerge.analysis.measurement import fisher_files
 from demerge.analysis.measurement.backward import Backward
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
-from demerge.analysis.measurement.draws import draw
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.fisher_files import plan_fisher
 from demerge.analysis.measurement.gradients import Measurement
 from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
 from demerge.analysis.measurement.run import NOWHERE, begin
+from demerge.analysis.measurement.samples import draw
 from demerge.analysis.partitioning.options import PartitionOptions
-from demerge.analysis.stages.analyze import Plan, plan
+from demerge.analysis.planning.analyze import Plan, plan
 from demerge.errors import ResourceError, UsageError
 from demerge.statistics import range_fisher
 from demerge.timesteps import Partition

@@ -13,10 +13,10 @@ import torch
 
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.collector import Identity, SideBySide, adam_scale, products
-from demerge.analysis.measurement.draws import draw
 from demerge.analysis.measurement.gradients import Measurement
 from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.run import begin, measure
+from demerge.analysis.measurement.samples import draw
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.analysis.similarity import all_cross_pairs, pair_weighted_gram, similarity
 from demerge.conflict import Array, ConflictMap
@@ -320,7 +320,7 @@ def test_draws_are_shared_between_bins_only_when_asked(
         keys.append(arguments[2])
         return draw(*arguments)
 
-    monkeypatch.setattr("demerge.analysis.measurement.draws.draw", spy)
+    monkeypatch.setattr("demerge.analysis.measurement.samples.draw", spy)
     measured(linear, images, **SMALL)
     assert keys == [0, 1, 2, 3, 4]
     keys.clear()

@@ -16,8 +16,8 @@ from demerge.analysis.partitioning.cross_validation import (
     held_out_share,
     one_se,
 )
+from demerge.analysis.partitioning.map_reading import Reading, partition
 from demerge.analysis.partitioning.objective import ADAPTIVE, METHODS, SCORES, cover
-from demerge.analysis.partitioning.reading import Reading, partition
 from demerge.analysis.similarity import (
     Estimate,
     group_weights_to_pairs,

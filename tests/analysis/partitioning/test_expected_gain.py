@@ -12,7 +12,7 @@ import torch
 
 from demerge.analysis import MeasurementOptions, measure, summarize
 from demerge.analysis.partitioning.expected_gain import ExpectedGain, expected_gain
-from demerge.analysis.partitioning.reading import Reading
+from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.sample_size import MOST, sample_size
 from demerge.analysis.similarity import similarity
 from demerge.analysis.study.known import KnownProblem

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from demerge.analysis.partitioning.map_reading import Reading, partition
 from demerge.analysis.partitioning.objective import (
     ADAPTIVE,
     METHODS,
@@ -16,7 +17,6 @@ from demerge.analysis.partitioning.objective import (
     least_width,
     nearest_edges,
 )
-from demerge.analysis.partitioning.reading import Reading, partition
 from demerge.analysis.partitioning.search import total
 from demerge.analysis.similarity import similarity
 from demerge.errors import NumericalError, UsageError

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demerge.analysis.partitioning.reading import Reading
+from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.report.next_steps import CommandNames, next_steps
 from demerge.analysis.report.page import CAPTIONS, conflict_page, write_page
 from demerge.analysis.report.summary import ConflictSummary, summarize

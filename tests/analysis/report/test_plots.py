@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from demerge.analysis.partitioning.cross_validation import cross_validation
-from demerge.analysis.partitioning.reading import Reading
+from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.report.partition_plots import cut_support, explained_share, has_support
 from demerge.analysis.report.plots import (
     heat_map,

@@ -15,14 +15,14 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from demerge.analysis.experts import responses as module
-from demerge.analysis.experts.coefficients import Change, Coefficients, predict, solve_coefficients
+from demerge.analysis.experts.closed_form import Change, Coefficients, predict, solve_coefficients
 from demerge.analysis.experts.responses import (
     Draws,
     Responses,
     measure_bend,
     measure_responses,
 )
-from demerge.analysis.stages.coefficients import (
+from demerge.analysis.planning.coefficients import (
     CoefficientsResult,
     layer_patterns,
     merge_groups,

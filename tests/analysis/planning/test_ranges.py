@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from demerge.analysis.partitioning.options import RangesOptions, parse_cuts
+from demerge.analysis.planning.ranges import is_partition, load_map, partition_at, plan
 from demerge.analysis.report.summary import ConflictSummary
-from demerge.analysis.stages.ranges import is_partition, load_map, partition_at, plan
 from demerge.conflict import ConflictMap
 from demerge.errors import InputError, UsageError
 from demerge.timesteps import Partition

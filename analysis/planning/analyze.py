@@ -22,8 +22,8 @@ from demerge.analysis.measurement.options import (
 from demerge.analysis.measurement.parallel import ALONE, World, join
 from demerge.analysis.measurement.run import Run, begin
 from demerge.analysis.measurement.schedule import describe_schedule
+from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.options import PartitionOptions
-from demerge.analysis.partitioning.reading import Reading
 from demerge.analysis.partitioning.resolution import LEAST_KNOWN
 from demerge.analysis.partitioning.sample_size import MOST, sample_size
 from demerge.analysis.report.next_steps import CommandNames

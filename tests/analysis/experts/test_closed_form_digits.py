@@ -11,9 +11,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from demerge.analysis.experts.coefficients import predict, solve_coefficients
+from demerge.analysis.experts.closed_form import predict, solve_coefficients
 from demerge.analysis.experts.responses import Draws, measure_responses
-from demerge.analysis.stages.coefficients import merge_groups
+from demerge.analysis.planning.coefficients import merge_groups
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
 from demerge.evaluation.metrics.range_losses import range_losses

@@ -8,7 +8,7 @@ from typing import Any
 
 from demerge.analysis.layers.gains import FORMAT, LayerChoice, choose_layers
 from demerge.analysis.layers.options import LayersOptions
-from demerge.analysis.stages.ranges import load_map
+from demerge.analysis.planning.ranges import load_map
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
 from demerge.progress import Progress, silent

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from demerge.analysis.experts.first_order import Products, Transfer, predict_transfer, sketches_of
 from demerge.analysis.experts.inputs import OpenedExperts, open_experts
 from demerge.analysis.experts.options import TransferOptions
-from demerge.analysis.experts.transfer import Products, Transfer, predict_transfer, sketches_of
-from demerge.analysis.stages.ranges import load_map
+from demerge.analysis.planning.ranges import load_map
 from demerge.conflict import ConflictMap
 from demerge.errors import UsageError
 from demerge.progress import Progress, silent

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from demerge.analysis.experts.coefficients import (
+from demerge.analysis.experts.closed_form import (
     INTERVAL,
     Change,
     Coefficients,

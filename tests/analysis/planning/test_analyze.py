@@ -18,8 +18,8 @@ from demerge.analysis.measurement.lock import lock_folder
 from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
 from demerge.analysis.measurement.parallel import World, join
 from demerge.analysis.partitioning.options import PartitionOptions
-from demerge.analysis.stages.analyze import Plan, plan
-from demerge.analysis.stages.ranges import load_map
+from demerge.analysis.planning.analyze import Plan, plan
+from demerge.analysis.planning.ranges import load_map
 from demerge.cli.main import main
 from demerge.conflict import ConflictMap
 from demerge.errors import InputError, UsageError

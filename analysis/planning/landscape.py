@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from demerge.analysis.experts.inputs import OpenedExperts, open_experts
-from demerge.analysis.experts.landscape import Landscape, Probe, measure_landscape
+from demerge.analysis.experts.loss_landscape import Landscape, Probe, measure_landscape
 from demerge.analysis.experts.options import LandscapeOptions
 from demerge.analysis.experts.task_vectors import TaskVectors, compare_task_vectors
 from demerge.analysis.similarity import t_quantile

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from demerge.analysis import MeasurementOptions, measure
+from demerge.analysis.experts.first_order import predict_transfer
 from demerge.analysis.experts.plots import draw_transfer
-from demerge.analysis.experts.transfer import predict_transfer
 from demerge.analysis.measurement.sketch import CountSketch
+from demerge.analysis.planning.transfer import short_names
 from demerge.analysis.similarity import t_quantile
-from demerge.analysis.stages.transfer import short_names
 from demerge.conflict import LAYER_K, Array, ConflictMap, K, Origin, layers_of
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion

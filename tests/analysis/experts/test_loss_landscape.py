@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.experts.landscape import Landscape, Probe, measure_landscape
+from demerge.analysis.experts.loss_landscape import Landscape, Probe, measure_landscape
 from demerge.analysis.experts.plots import (
     draw_norms_by_block,
     draw_norms_by_layer,
@@ -114,7 +114,7 @@ def test_the_model_stays_as_it_is(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("demerge.analysis.experts.landscape.range_losses", fail)
+    monkeypatch.setattr("demerge.analysis.experts.loss_landscape.range_losses", fail)
     with pytest.raises(RuntimeError):
         measure_path(probe, moved(linear, 1.0, slice(0, 9)))
     assert torch.equal(linear.denoiser.theta, before) and linear.denoiser.theta.requires_grad

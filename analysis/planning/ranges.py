@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.options import RangesOptions
-from demerge.analysis.partitioning.reading import Reading
 from demerge.analysis.report.summary import ADVISED, ConflictSummary, summarize
 from demerge.conflict import ConflictMap
 from demerge.errors import InputError, UsageError
