@@ -17,9 +17,9 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.evaluation.features.nets import FeatureNet
+from demerge.evaluation.metrics.distances import Reference, evaluate_images, hash_images
 from demerge.evaluation.metrics.lpips import LPIPS, diversity, embeddings
 from demerge.evaluation.metrics.range_losses import RangeLosses
-from demerge.evaluation.metrics.reference import Reference, evaluate_images, hash_images
 from demerge.evaluation.scores import Kind, Protocol, Scores
 from demerge.progress import Progress, silent
 

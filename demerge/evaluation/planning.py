@@ -15,8 +15,8 @@ from demerge.diffusion.sampling import check_sampling, make_scheduler
 from demerge.errors import UsageError
 from demerge.evaluation.evaluator import Evaluator
 from demerge.evaluation.features.nets import FeatureNet, make_feature_net
+from demerge.evaluation.metrics.distances import Reference
 from demerge.evaluation.metrics.lpips import load_lpips
-from demerge.evaluation.metrics.reference import Reference
 from demerge.evaluation.models import Models, ModelSpec, leave_out_reports, specify_models
 from demerge.evaluation.options import EvaluationOptions
 from demerge.evaluation.report.tables import table_lines

@@ -18,8 +18,8 @@ from demerge.data.values import Shape
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.sampling import sample
 from demerge.evaluation.evaluator import Evaluator
+from demerge.evaluation.metrics.distances import hash_images
 from demerge.evaluation.metrics.range_losses import RangeLosses, range_losses
-from demerge.evaluation.metrics.reference import hash_images
 from demerge.evaluation.models import ModelSpec
 from demerge.evaluation.options import EvaluationOptions
 from demerge.evaluation.score_files import save_scores

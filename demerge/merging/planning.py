@@ -34,7 +34,7 @@ from demerge.merging.inputs.experts import (
     record_source,
     resolve_range,
 )
-from demerge.merging.inputs.statistics import check_measured_on, find_inputs
+from demerge.merging.inputs.statistic_files import check_measured_on, find_inputs
 from demerge.merging.output.denoiser import Lora, OutputDenoiser
 from demerge.merging.output.writer import check_not_pickle, list_entries
 from demerge.merging.recipe.method_names import translate

@@ -41,7 +41,7 @@ from demerge.merging.engine.validation import (
 )
 from demerge.merging.inputs.components import note_ignored
 from demerge.merging.inputs.experts import check_same_base, find_scheduler_config
-from demerge.merging.inputs.statistics import check_measured_on
+from demerge.merging.inputs.statistic_files import check_measured_on
 from demerge.merging.recipe.blocks import block_of, sort_blocks
 from demerge.merging.recipe.rules import select
 from demerge.merging.registry import find_method

@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from demerge.merging.method_options import Between, Share
+from demerge.merging.methods.geometry import l1_factors
 from demerge.merging.methods.selection import kth, magnitudes_at, share_of
 from demerge.merging.methods.stages import (
     Then,
@@ -29,7 +30,6 @@ from demerge.merging.methods.stages import (
     majority_of,
     majority_scope,
 )
-from demerge.merging.methods.statistics import l1_factors
 from demerge.merging.methods.ties import Mean, Undecided, trim_exactly
 from demerge.merging.registry import Blocks, Statistic, method
 

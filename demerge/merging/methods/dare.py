@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from demerge.merging.method_options import Share
+from demerge.merging.methods.geometry import l1_factors
 from demerge.merging.methods.stages import (
     Then,
     aggregate,
@@ -24,7 +25,6 @@ from demerge.merging.methods.stages import (
     majority_of,
     majority_scope,
 )
-from demerge.merging.methods.statistics import l1_factors
 from demerge.merging.methods.ties import Mean, Undecided
 from demerge.merging.registry import Blocks, Statistic, method
 

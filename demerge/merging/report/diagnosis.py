@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from demerge.merging.engine.job import MergedChunk
-from demerge.merging.methods.statistics import cosines, norms, row_grams
+from demerge.merging.methods.geometry import cosines, norms, row_grams
 from demerge.merging.recipe.blocks import block_of, group_by_block
 
 FORMAT = "demerge.diagnosis/1"

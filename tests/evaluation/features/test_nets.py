@@ -14,10 +14,10 @@ from demerge.errors import ComparisonError, InputError, NumericalError, UsageErr
 from demerge.evaluation.evaluator import Evaluator
 from demerge.evaluation.features.nets import FeatureNet, make_feature_net
 from demerge.evaluation.features.random_net import RandomNet
+from demerge.evaluation.metrics.distances import Reference, evaluate_images, hash_images
 from demerge.evaluation.metrics.fid import moments, save_moments
 from demerge.evaluation.metrics.lpips import load_lpips
 from demerge.evaluation.metrics.range_losses import RangeLosses
-from demerge.evaluation.metrics.reference import Reference, evaluate_images, hash_images
 
 
 def broken(rows: Tensor) -> Tensor:

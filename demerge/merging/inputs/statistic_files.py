@@ -1,4 +1,4 @@
-"""The tensors that a method needs next to the weights, such as Fisher and Gram matrices.
+"""The files of the tensors that a method needs next to the weights, such as Fisher matrices.
 
 A statistic weighs one expert on that expert's range. Its record may name another range, or a model
 that is neither this expert nor the base; then it is refused. Without a record it is taken as it is.

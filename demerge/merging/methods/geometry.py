@@ -1,4 +1,4 @@
-"""What several methods ask of whole task vectors: their Gram matrix, their cosines, their 1-norms.
+"""The geometry of whole task vectors, for several methods: Gram matrix, cosines, 1-norms.
 
     G_ij = tau_i . tau_j        c_ij = G_ij / (|tau_i| |tau_j|)
 
