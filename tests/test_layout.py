@@ -35,7 +35,7 @@ ALGORITHMS = (
     "demerge.data",
 )
 SHOWS = ("demerge.analysis.planning", "demerge.cli", "demerge.reporting.theme")
-WRITERS = ("demerge.storage.atomic", "demerge.analysis.measurement.lock")
+WRITERS = ("demerge.storage.atomic", "demerge.storage.lock")
 WRITES = {"write_text", "write_bytes", "save_file", "symlink_to", "hardlink_to"}
 SAVES = {
     "savefig",

@@ -82,3 +82,11 @@ def test_permutations_are_permutations(n, seed):
 def test_streams_are_uncorrelated():
     a, b = (generator(0, "noise", i).standard_normal(5000) for i in (0, 1))
     assert abs(float(np.corrcoef(a, b)[0, 1])) < 0.05
+
+
+@given(st.integers(0, 2**63 - 1), ORDERS)
+def test_all_samples_at_once_equal_one_generator_each(seed, samples):
+    slow = [generator(seed, "t", 5, i) for i in samples]
+    assert uniform(seed, "t", samples=samples, step=5).tolist() == [g.random() for g in slow]
+    slow = [generator(seed, "t", 5, i).standard_normal(7, dtype=np.float32) for i in samples]
+    assert np.array_equal(normal((7,), seed, "t", samples=samples, step=5), np.stack(slow))

@@ -22,11 +22,11 @@ from torch import Tensor
 from demerge.analysis.measurement.backward import Backward, Consume
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.fisher import RangeFisher
-from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.analysis.measurement.samples import TRIALS, Draw, Draws
 from demerge.conflict import MIN_GROUPS, Array
 from demerge.diffusion.numerics import accumulator
 from demerge.errors import NumericalError
+from demerge.parallel import ALONE, World
 from demerge.progress import Progress, silent
 from demerge.timesteps import TimestepRange
 

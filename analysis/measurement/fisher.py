@@ -44,9 +44,9 @@ from torch import Tensor, nn
 
 from demerge.analysis.measurement.backward import Backward, Consume
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
-from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.analysis.measurement.samples import Draw
 from demerge.errors import UsageError
+from demerge.parallel import ALONE, World
 from demerge.statistics.fisher import by_state_name
 from demerge.timesteps import Partition, TimestepRange
 

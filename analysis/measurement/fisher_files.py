@@ -12,9 +12,9 @@ from torch import nn
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.fisher import MAX_PARTS, RangeFisher
 from demerge.analysis.measurement.gradients import Measurement
-from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.device import free_bytes
 from demerge.errors import InputError, ResourceError, UsageError
+from demerge.parallel import ALONE, World
 from demerge.provenance import made_as
 from demerge.statistics import Collected, commit_statistic, inputs_of
 from demerge.statistics.record import has_statistic

@@ -25,7 +25,6 @@ from demerge.analysis.measurement.collector import (
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.gradients import Measurement, MeasurementCost
 from demerge.analysis.measurement.options import MeasurementOptions, format_seconds
-from demerge.analysis.measurement.parallel import ALONE, World
 from demerge.analysis.measurement.samples import Draws
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import MIN_GROUPS, Array, ConflictMap, K, Origin
@@ -34,6 +33,7 @@ from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import accumulator
 from demerge.diffusion.threads import fitting_threads
 from demerge.errors import ResourceError, UsageError
+from demerge.parallel import ALONE, World
 from demerge.progress import Progress, silent
 from demerge.storage.atomic import check_disk_space
 

@@ -13,13 +13,11 @@ from demerge.analysis.measurement.budget import describe_se, neighbour_se
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.fisher_files import FisherFiles, plan_fisher
 from demerge.analysis.measurement.gradients import Measurement, MeasurementCost
-from demerge.analysis.measurement.lock import lock_folder
 from demerge.analysis.measurement.options import (
     AnalyzeInputs,
     MeasurementOptions,
     format_seconds,
 )
-from demerge.analysis.measurement.parallel import ALONE, World, join
 from demerge.analysis.measurement.run import Run, begin
 from demerge.analysis.measurement.schedule import describe_schedule
 from demerge.analysis.partitioning.map_reading import Reading
@@ -33,10 +31,12 @@ from demerge.conflict import ConflictMap
 from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
 from demerge.errors import ResourceError, UsageError
+from demerge.parallel import ALONE, World, join
 from demerge.progress import Progress, silent
 from demerge.provenance import list_differences
 from demerge.stage import Cost
 from demerge.storage.atomic import place_for
+from demerge.storage.lock import lock_folder
 
 MAP, PARTIAL = "conflict.safetensors", "conflict.partial"
 

@@ -23,7 +23,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Diffusion:
     folder: Path | None = None
     vae: Any | None = None
     text: TextEncoder | None = None
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not hasattr(self.scheduler, "alphas_cumprod"):
@@ -346,9 +347,15 @@ class Diffusion:
         return images
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        abar = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
-        a, s = abar.sqrt(), (1 - abar).sqrt()
-        return a.to(like.dtype).to(like.device), s.to(like.dtype).to(like.device)
+        """Return sqrt(abar_t) and sqrt(1 - abar_t); no device is waited for."""
+        if like.device not in self._tables:
+            abar = self.alphas_cumprod
+            dtype = torch.float32 if like.device.type == "mps" else torch.float64
+            table = torch.stack([abar.sqrt(), (1 - abar).sqrt()])
+            self._tables[like.device] = table.to(like.device, dtype)
+        chosen = self._tables[like.device][:, t.to(like.device)].to(like.dtype)
+        a, s = chosen.view(2, -1, *[1] * (like.ndim - 1))
+        return a, s
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Draw x_t from q(x_t | x_0) with the given noise; x0, noise [B *], t [B] integers."""

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from demerge.analysis.measurement.lock import lock_folder
 from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
-from demerge.analysis.measurement.parallel import World, join
 from demerge.analysis.partitioning.options import PartitionOptions
 from demerge.analysis.planning.analyze import Plan, plan
 from demerge.analysis.planning.ranges import load_map
 from demerge.cli.main import main
 from demerge.conflict import ConflictMap
 from demerge.errors import InputError, UsageError
+from demerge.parallel import World, join
 from demerge.storage.atomic import sha256
+from demerge.storage.lock import lock_folder
 
 MAP = "conflict.safetensors"
 

@@ -1,7 +1,6 @@
-"""Several processes, one measurement: each measures every n-th group, and all get all rows.
+"""Several processes, one piece of work: who is the first, how many there are, what they agree on.
 
-`accelerate launch` or `torchrun` starts them and says how many there are. A row is made by one
-process and sent to the others as it is, so that a map does not depend on how many measured it.
+`accelerate launch` or `torchrun` starts them and says how many there are.
 """
 
 from __future__ import annotations
