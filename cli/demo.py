@@ -25,6 +25,7 @@ import typer
 
 from demerge.cli.common import Json, cores, emit, say
 from demerge.cli.options import from_options
+from demerge.evaluation.options import EvaluationOptions
 from demerge.options import Options, SeedOptions, again, option
 
 MERGES = {
@@ -45,7 +46,7 @@ class DemoOptions(Options):
         "digits-early", "The base: one whose timesteps conflict, or a converged one."
     )
     steps: int = option(150, "Steps per expert; the joint control gets 4 times as many.", ge=1)
-    num_images: int = option(200, "Images per model and seed.", ge=65)
+    num_images: int = again(EvaluationOptions, "num_images", default=200, panel=None, ge=65)
     seeds: int = option(5, "Number of sampling seeds.", ge=1)
     sampling_steps: int = option(12, "DDIM steps.", ge=1)
     cell_size: int = option(96, "Images per cell of the conflict map.", ge=1)

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from demerge.cli.common import Json, emit, show
+from demerge.merging.options import MergeInputs
+from demerge.options import spec_of
 
 DOES_NOT_MERGE = 3  # as the merge would end
-MODEL = typer.Argument(help="Pipeline folder, component folder, .safetensors file or shard index.")
+MODEL = typer.Argument(help=spec_of(MergeInputs.__dataclass_fields__["base"]).help)
 EXPERTS = typer.Argument(help="Models or LoRA files to merge into it.", show_default=False)
 
 

@@ -38,6 +38,7 @@ from demerge.cli import (
     transfer,
 )
 from demerge.cli.common import printable
+from demerge.cli.options import explain_config
 from demerge.errors import DemergeError
 
 app = typer.Typer(
@@ -133,6 +134,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case typer.Abort():
             return "interrupted", 130
         case TyperException():
+            if of_file := explain_config(error):
+                return _explain(of_file)
             context = getattr(error, "ctx", None)
             command = "demerge" if context is None else context.command_path
             message = error.format_message().replace("Value error, ", "").rstrip(".")

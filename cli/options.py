@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from demerge.errors import UsageError
 from demerge.options import Options, spec_of, types_of
 
 HOW_TO_RUN = {"config", "context", "dry_run", "json"}  # not part of what a config file records
@@ -45,21 +46,25 @@ def from_options(
         for field in dataclasses.fields(kind):
             parameters.append(_parameter(field, types[field.name]))
             keys[field.name] = _key(_flags(field))
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name not in groups:
-            parameters.append(parameter.replace(annotation=hints[parameter.name]))
-    parameters.append(_config_parameter())
+    others = {n: p for n, p in inspect.signature(command).parameters.items() if n not in groups}
+    parameters += [p.replace(annotation=hints[name]) for name, p in others.items()]
+    parameters += [_parameter_of("config", CONFIG)]
+    if "context" not in others:
+        parameters += [_parameter_of("context", typer.Context)]
 
     @wraps(command)
     def run(**values: Any) -> None:
+        context = values["context"]
         recorded = {
             keys.get(name, name): value
             for name, value in values.items()
             if name not in HOW_TO_RUN and value is not None
         }
-        del values["config"]
-        options = {name: _build(kind, values) for name, kind in groups.items()}
-        command(**options, **values)
+        try:
+            options = {name: _build(kind, values) for name, kind in groups.items()}
+            command(**options, **{name: values[name] for name in others})
+        except UsageError as error:
+            raise _with_file(error, context, keys) from error
         if record and not values.get("dry_run"):
             _write_record(command.__name__, recorded)
 
@@ -78,6 +83,33 @@ def stated(context: typer.Context, options: Options) -> dict[str, Any]:
         if source is not None and source.name != "DEFAULT":
             values[of.name] = getattr(options, of.name)
     return values
+
+
+def explain_config(error: Exception) -> UsageError | None:
+    """Return an error of the parser with the config file that the value is from, if it is."""
+    context: Any = getattr(error, "ctx", None)
+    parameter = getattr(error, "param", None)
+    if parameter is None or not _is_from_file(context, parameter.name):
+        return None
+    value = repr(context.default_map[parameter.name])
+    rule = getattr(error, "message", "").removeprefix("Value error, ").rstrip(".")
+    rule = rule.replace("Input should", "it must").replace(f"{value} is not", "it must be")
+    what = f"{context.params['config']}: {_key(parameter.opts)} is {value}"
+    return UsageError(what, fix=rule)
+
+
+def _with_file(error: UsageError, context: typer.Context, keys: Mapping[str, str]) -> UsageError:
+    """Return an error that begins with the name of an option, with the file that it is from."""
+    first = error.what.partition(" ")[0]
+    names = [name for name, key in keys.items() if first in (name, key)]
+    if any(_is_from_file(context, name) for name in names):
+        return type(error)(f"{context.params['config']}: {error.what}", fix=error.fix)
+    return error
+
+
+def _is_from_file(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
 
 
 def _is_options(kind: Any) -> bool:
@@ -130,21 +162,9 @@ def _flags(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     return (f"--{name}/--no-{name}",) if field.default is True else (f"--{name}",)
 
 
-def _config_parameter() -> inspect.Parameter:
-    where = typer.Option(
-        "--config",
-        help="YAML or TOML file with the same names as the options. Flags win over it.",
-        metavar="FILE",
-        is_eager=True,
-        callback=_read_config,
-        show_default=False,
-    )
-    return inspect.Parameter(
-        "config",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[Path | None, where],
-    )
+def _parameter_of(name: str, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=None, annotation=annotation)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -160,18 +180,33 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
     parameters = {_key(p.opts): p for p in context.command.params if p.name not in HOW_TO_RUN}
     parameters.pop("help", None)
-    table = {
-        str(name).replace("-", "_"): value
-        for name, value in read_document(path, words=True).items()
-    }
+    document = read_document(path, words=True)
+    table = {str(name).replace("-", "_"): value for name, value in document.items()}
+    in_recipes = {p.name: key for key, p in parameters.items() if p.name not in parameters}
+    for name in in_recipes.keys() & table.keys():
+        fix = f"write '{in_recipes[name]}', as the option is called; a recipe calls it '{name}'"
+        raise UsageError(f"{path}: unknown key '{name}'", fix=fix)
     check_known_keys(table, parameters, str(path))
     context.default_map = {
-        parameters[key].name or key: value
+        parameters[key].name or key: _texts(value)
         if parameters[key].multiple or parameters[key].nargs == -1
         else _text(value)
         for key, value in table.items()
     }
     return path
+
+
+CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML or TOML file with the same names as the options. Flags win over it.",
+        metavar="FILE",
+        is_eager=True,
+        callback=_read_config,
+        show_default=False,
+    ),
+]
 
 
 def _key(names: Iterable[str]) -> str:
@@ -182,6 +217,15 @@ def _key(names: Iterable[str]) -> str:
 def _text(value: Any) -> Any:
     """Return a list as the command line writes it: `0.3,0.7`."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _texts(value: Any) -> list[str]:
+    """Return what a repeatable option is given: a table is NAME=VALUE pairs, a text is one."""
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    if isinstance(value, dict):
+        return [f"{name}={_text(each)}" for name, each in value.items()]
+    return [str(value)]
 
 
 def _write_record(command: str, values: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 from demerge.errors import InputError
 from demerge.storage.atomic import commit_json
 from demerge.storage.layout import CheckpointLocation, inside
-from demerge.storage.schema import Count, Record, Span, Table, read_record
+from demerge.storage.schema import Count, Record, Settings, Span, Table, read_record
 from demerge.timesteps import TimestepRange
 
 EXPERT = "expert.json"
@@ -38,7 +38,7 @@ class Expert(Record):
     skipped_steps: Count = 0
     train_layers: tuple[str, ...] | None = None
     inputs: Table = Field(default_factory=dict)
-    options: Table = Field(default_factory=dict)
+    options: Settings = Field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Expert({self.span}, {self.steps} steps)"
@@ -70,7 +70,7 @@ def find_expert(location: CheckpointLocation) -> Expert | None:
     Raises:
         InputError: if the record is damaged.
     """
-    path = location.beside(EXPERT)
+    path = location.find_file(EXPERT)
     return None if path is None else Expert.load(path)
 
 

@@ -72,7 +72,7 @@ def inspect_model(path: str | Path) -> ModelFacts:
         folder / "scheduler" / "scheduler_config.json" if folder else None, read_scheduler
     )
     expert = find_expert(place)
-    recipe = _read(place.beside("demerge.json"))
+    recipe = _read(place.find_file("demerge.json"))
     model_class = config.get("_class_name")
     latents = _read(folder / "vae" / "config.json" if folder else None).get("latent_channels")
     mergeable, note = _judge(checkpoint, model_class, latents, has_pipeline=folder is not None)

@@ -155,6 +155,13 @@ class DataOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class ModelOptions(Options):
+    """Which pipeline a stage reads."""
+
+    model: str = option(help="Pipeline folder or Hub id.", argument=True)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DeviceOptions(Options):
     """Where a stage computes."""
 

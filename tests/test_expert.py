@@ -21,6 +21,12 @@ def test_an_expert_is_written_and_read(tmp_path: Path) -> None:
     assert list(json.loads(path.read_text())) == list(Expert.model_fields)
 
 
+def test_a_record_with_an_older_name_of_an_option_is_read(tmp_path: Path) -> None:
+    record = {"range": [0, 250], "options": {"p": 0.25, "seed": 0}}
+    (tmp_path / "expert.json").write_text(json.dumps(record))
+    assert Expert.load(tmp_path).options == {"global_prob": 0.25, "seed": 0}
+
+
 def test_experts_are_found_next_to_weights(tmp_path: Path, tiny: Path) -> None:
     assert find_expert(locate(tiny)) is None
     for start in (500, 0):

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from demerge.analysis.partitioning.options import RangesOptions
-from demerge.options import DataOptions, DeviceOptions, Options, SeedOptions, Split, again, option
+from demerge.options import (
+    DataOptions,
+    DeviceOptions,
+    ModelOptions,
+    Options,
+    SeedOptions,
+    Split,
+    again,
+    option,
+)
 
 SAMPLES, SOLUTION, POINTS = "Samples", "Solution", "Points"
 
@@ -17,7 +26,7 @@ SAMPLES, SOLUTION, POINTS = "Samples", "Solution", "Points"
 class ExpertOptions(DataOptions, DeviceOptions):
     """A base, its experts, and the samples that both are measured on."""
 
-    base: str = option(help="Pipeline folder or Hub id of the base.", argument=True)
+    base: str = again(ModelOptions, "model")
     experts: list[str] = option(
         help="Models finetuned from the base, or LoRA files of it.",
         argument=True,

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from demerge.errors import UsageError
-from demerge.options import DataOptions, DeviceOptions, Options, SeedOptions, again, option
+from demerge.options import (
+    DataOptions,
+    DeviceOptions,
+    ModelOptions,
+    Options,
+    SeedOptions,
+    again,
+    option,
+)
 
 PANEL = "Measurement"
 GROUPS, MAX_GROUPS = 8, 64  # if their number is not given: fixed, and open
@@ -135,7 +143,7 @@ class MeasurementOptions(Options):
 class AnalyzeInputs(DataOptions, DeviceOptions):
     """What is analysed, on what, and where the results go."""
 
-    model: str = option(help="Pipeline folder or Hub id.", argument=True)
+    model: str = again(ModelOptions, "model")
     out: Path = option(
         help="Folder that gets conflict.safetensors, partition.json and plots.",
         flags=("-o", "--out"),

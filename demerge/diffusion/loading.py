@@ -86,7 +86,7 @@ def denoiser_part(index: Mapping[str, Any]) -> str:
     return next((name for name in COMPONENTS if name in index), "unet")
 
 
-def load_denoiser(folder: Path, index: Mapping[str, Any]) -> diffusers.ModelMixin:
+def load_denoiser(folder: str | Path, index: Mapping[str, Any]) -> diffusers.ModelMixin:
     """Load the denoiser in float32.
 
     Raises:
@@ -125,7 +125,7 @@ def build_unet(config: Mapping[str, Any], where: str) -> diffusers.UNet2DModel:
     return build()
 
 
-def load_vae(folder: Path, index: Mapping[str, Any]) -> diffusers.AutoencoderKL | None:
+def load_vae(folder: str | Path, index: Mapping[str, Any]) -> diffusers.AutoencoderKL | None:
     """Load the autoencoder in float32; None if the pipeline has none.
 
     Raises:
@@ -138,13 +138,13 @@ def load_vae(folder: Path, index: Mapping[str, Any]) -> diffusers.AutoencoderKL 
     return vae
 
 
-def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
+def load_scheduler(folder: str | Path, index: Mapping[str, Any]) -> Any:
     """Load the base's own scheduler.
 
     Raises:
         InputError: if it is missing, not a scheduler of diffusers, or has no valid schedule.
     """
-    name = _class_name(folder, index, "scheduler")
+    folder, name = Path(folder), _class_name(folder, index, "scheduler")
     kind: Any = getattr(diffusers, name, None)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
         what = f"{folder}: scheduler class '{name}' is unknown to diffusers"
@@ -170,7 +170,7 @@ def build_scheduler(config: Mapping[str, Any], kind: Any, where: str) -> Any:
     return scheduler
 
 
-def load_text(folder: Path, index: Mapping[str, Any]) -> TextEncoder | None:
+def load_text(folder: str | Path, index: Mapping[str, Any]) -> TextEncoder | None:
     """Load the tokenizer and the text encoder in float32; None if the pipeline has none.
 
     Raises:
@@ -210,7 +210,7 @@ def _component_folder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _class_name(folder: Path, index: Mapping[str, Any], component: str) -> str:
+def _class_name(folder: str | Path, index: Mapping[str, Any], component: str) -> str:
     match index.get(component):
         case [_, str(name)]:
             return name
@@ -218,7 +218,7 @@ def _class_name(folder: Path, index: Mapping[str, Any], component: str) -> str:
     raise InputError(what, fix="use a pipeline with scheduler, and unet or transformer")
 
 
-def _has(folder: Path, index: Mapping[str, Any], component: str, kind: str) -> bool:
+def _has(folder: str | Path, index: Mapping[str, Any], component: str, kind: str) -> bool:
     """Return whether the pipeline has a component; check that it is of the supported class."""
     if index.get(component) is None or index[component] == [None, None]:
         return False
@@ -229,8 +229,9 @@ def _has(folder: Path, index: Mapping[str, Any], component: str, kind: str) -> b
     return True
 
 
-def _checked_folder(folder: Path, component: str) -> Path:
+def _checked_folder(folder: str | Path, component: str) -> Path:
     """Return the folder of a component whose files are all inside the pipeline's."""
+    folder = Path(folder)
     found = _component_folder(folder, component)
     if found == folder and not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no folder '{component}'", fix="fetch the whole pipeline")
@@ -240,7 +241,10 @@ def _checked_folder(folder: Path, component: str) -> Path:
 
 
 def _load(
-    folder: Path, component: str, kind: type[Foreign], build: Callable[[dict[str, Any]], Any]
+    folder: str | Path,
+    component: str,
+    kind: type[Foreign],
+    build: Callable[[dict[str, Any]], Any],
 ) -> Any:
     """Build a component without memory, compare it with its weights file, and only then load it."""
     where = _checked_folder(folder, component)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from demerge.errors import UsageError
-from demerge.options import DeviceOptions, Options, option
+from demerge.options import DeviceOptions, ModelOptions, Options, again, option
 
 SAMPLING = "Sampling"
 
@@ -69,7 +69,7 @@ class SampleOptions(SamplingOptions):
 class SampleInputs(DeviceOptions):
     """What draws images, from what, and where they go."""
 
-    model: str = option(help="Pipeline folder or Hub id.", argument=True)
+    model: str = again(ModelOptions, "model")
     out: Path = option(help="Folder that gets 000000.png and so on.", flags=("-o", "--out"))
     experts: Path | None = option(
         None, "Folder of experts; the routed ensemble is sampled on MODEL's schedule."

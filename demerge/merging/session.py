@@ -253,7 +253,7 @@ def _open_inputs(
     if name in inputs:
         return [open_model(model) for model in inputs[name]]
     files = [e.place for e in experts if isinstance(e, Checkpoint | Adapter)]
-    paths = [place.beside(f"{name}.safetensors") for place in files]
+    paths = [place.find_file(f"{name}.safetensors") for place in files]
     return [open_model(path) for path in paths if path]
 
 

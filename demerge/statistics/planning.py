@@ -201,7 +201,7 @@ def _jobs(
     """Yield a job for each range and statistic of a model."""
     checkpoint = Checkpoint.open(model)
     sha256, own = remembered_content(checkpoint), find_expert_range(checkpoint.place)
-    record = checkpoint.place.beside(EXPERT)
+    record = checkpoint.place.find_file(EXPERT)
     if options.ranges is not None:
         spans = _parse_ranges(options.ranges, T)
     elif own is not None:

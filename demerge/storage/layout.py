@@ -46,7 +46,7 @@ class CheckpointLocation:
     files: tuple[Path, ...]
     index: Mapping[str, str] | None = None
 
-    def beside(self, name: str) -> Path | None:
+    def find_file(self, name: str) -> Path | None:
         """Return the file `name` in the pipeline's folder, the component's or the one around it."""
         around = self.component.parent if self.component else self.path.parent
         for folder in (self.pipeline, self.component, around):

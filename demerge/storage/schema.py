@@ -34,7 +34,15 @@ SHOWN = 60  # characters of a key or value in a message
 
 Table = dict[str, JsonValue]
 Texts = dict[str, str]
+OLDER_NAMES = {"p": "global_prob"}  # of options, in records of older versions
 Count = Annotated[int, Field(ge=0)]
+
+
+def _with_current_names(options: Table) -> Table:
+    return {OLDER_NAMES.get(name, name): value for name, value in options.items()}
+
+
+Settings = Annotated[Table, AfterValidator(_with_current_names)]  # options, by today's names
 
 
 def _ordered(span: tuple[int, int]) -> tuple[int, int]:

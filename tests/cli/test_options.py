@@ -30,8 +30,14 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(
     ("text", "code", "message"),
     [
         ("max_train_stps: 3", 2, "did you mean 'max_train_steps'?"),
-        ("lr_scheduler: sine", 2, "'sine' is not one of"),
-        ("max_train_steps: 0", 2, "max_train_steps is 0"),
+        (
+            "lr_scheduler: sine",
+            2,
+            "a.yaml: lr_scheduler is 'sine'\n  fix: it must be one of 'constant'",
+        ),
+        ("seed: [1, 2]", 2, "a.yaml: seed is '1,2'\n  fix: it must be a valid integer"),
+        ("max_train_steps: 0", 2, "a.yaml: max_train_steps is 0\n  fix: it must be at least 1"),
+        ("ranges: uniform", 2, "a.yaml: ranges 'uniform' are neither uniform:N"),
         ("seed: [", 3, "not valid YAML"),
     ],
 )
@@ -55,3 +61,53 @@ def test_what_is_written_next_to_the_result_makes_it_again(
     assert run("sample", "--config", out / "sample.yaml", "-o", tmp_path / "again").code == 0
     one, two = ((tmp_path / n / "000001.png").read_bytes() for n in ("images", "again"))
     assert one == two
+
+
+MERGE = "method: ties\nsave_dtype: float32\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "option: density=0.3",
+        "option: {density: 0.3}",
+        "option: [density=0.3]",
+        "option: [density: 0.3]",
+    ],
+)
+def test_a_repeatable_key_takes_a_text_a_table_or_a_list(
+    run: Any, tiny: Path, tmp_path: Path, options: str
+) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text(MERGE + options)
+    flags = ("--dry-run", "--json", "--config", config)
+    done = run("merge", tiny, tiny, *flags)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["recipe"]["options"]["density"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rules: []", "a.yaml: unknown key 'rules'\n  fix: write 'rule', as the option is called"),
+        (
+            "options: {}",
+            "fix: write 'option', as the option is called; a recipe calls it 'options'",
+        ),
+        ("option: density", "a.yaml: option 'density' has no value"),
+        ("option: {density: 2}", "a.yaml: option density=2 is not float in (0, 1]"),
+        ("weights: [a]", "a.yaml: weights 'a' are not numbers"),
+    ],
+)
+def test_mistakes_of_a_merge_name_the_file_and_the_key(
+    run: Any, tiny: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "a.yaml").write_text(MERGE + text)
+    done = run("merge", tiny, tiny, "--dry-run", "--config", tmp_path / "a.yaml")
+    assert (done.code, message in done.err) == (2, True), done.err
+
+
+def test_an_error_of_a_flag_does_not_name_the_file(run: Any, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(MERGE + "weights: 0.5,0.5")
+    done = run("merge", tiny, tiny, "--weights", "x", "--config", tmp_path / "a.yaml")
+    assert (done.code, "a.yaml" in done.err) == (2, False), done.err

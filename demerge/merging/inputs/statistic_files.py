@@ -49,7 +49,7 @@ def find_inputs(
         elif all(name in source.inputs for source in sources):
             inputs[name] = [Path(path) for source in sources for path in source.inputs[name]]
         else:
-            files = [expert.place.beside(f"{name}.safetensors") for expert in experts]
+            files = [expert.place.find_file(f"{name}.safetensors") for expert in experts]
             inputs[name] = [file for file in files if file is not None]
     return inputs
 
@@ -139,6 +139,6 @@ def _suggest_order(name: str, files: Sequence[Tensors], table: Sequence[Sequence
 def _suggest_new(name: str, file: Tensors, expert: Tensors, i: int) -> str:
     place = getattr(expert, "place", None)
     command = f"demerge stats {_label(expert, i)} --data D --statistics {name}"
-    if place is not None and place.beside(f"{name}.safetensors") == Path(_label(file, i)):
+    if place is not None and place.find_file(f"{name}.safetensors") == Path(_label(file, i)):
         return f"remove it and make it again: {command}"
     return f"name that of this expert, which is made by {command}"
