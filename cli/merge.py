@@ -31,8 +31,7 @@ def merge(
     from demerge.merging import plan as plan_merge
 
     changes = stated(context, options)
-    if inputs.verify and (dry_run or set(changes) - {"method"}):
-        inputs.refuse_to_verify()
+    inputs.check_verify(changes, dry_run=dry_run)
     if inputs.recipe is None:
         recipe = Recipe.of(inputs.base or "", inputs.experts, ranges=inputs.ranges, **changes)
     else:

@@ -12,7 +12,7 @@ def methods(json: Json = False) -> None:
     weight matrix.
     """
     from demerge.merging import all_methods
-    from demerge.merging.recipe.method_names import DIFFERENCES, STAGES
+    from demerge.merging.recipe.foreign_names import DIFFERENCES, STAGES
 
     documents = [method.document() for method in all_methods().values()]
     emit({"methods": documents}, None, json)

@@ -24,7 +24,7 @@ from demerge.analysis.experts.task_vectors import TaskVectors, check_labels
 from demerge.analysis.similarity import t_quantile
 from demerge.errors import UsageError
 from demerge.evaluation.metrics.range_losses import BLOCKS
-from demerge.merging.recipe.blocks import group_by_block
+from demerge.merging.blocks import group_by_block
 from demerge.reporting.theme import GREY, plain, styled
 
 COLUMNS = 4

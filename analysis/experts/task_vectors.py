@@ -25,8 +25,8 @@ from torch import Tensor
 
 from demerge.conflict import Array, layer_of
 from demerge.errors import InputError, UsageError
+from demerge.merging.blocks import group_by_block
 from demerge.merging.engine.validation import holds_deltas
-from demerge.merging.recipe.blocks import group_by_block
 from demerge.merging.report.diagnosis import effective_rank
 
 

@@ -34,7 +34,7 @@ from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.merging import MergeSession
-from demerge.merging.recipe.blocks import KINDS
+from demerge.merging.blocks import KINDS
 from demerge.progress import Progress, silent
 from demerge.provenance import versions
 from demerge.stage import Cost

@@ -1,6 +1,6 @@
-"""LoRA files: `names` of keys, `settings` alpha and rank, `adapter` deltas, `alone` no base."""
+"""LoRA files: `names` of keys, `settings` alpha and rank, `adapter` deltas, `no_base` no base."""
 
 from demerge.lora.adapter import Adapter, notes_of, open_expert
-from demerge.lora.alone import NoBase, is_lora
+from demerge.lora.no_base import NoBase, is_lora
 
 __all__ = ["Adapter", "NoBase", "is_lora", "notes_of", "open_expert"]

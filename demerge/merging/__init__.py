@@ -8,7 +8,8 @@ output/    files of weights, a LoRA, a model card
 report/    what a merge did, as numbers and as a page
 
 A merge goes `options` -> `recipe` -> `planning` -> `stage` (plan, run, result) -> `output`.
-`verification` repeats it; `session` merges in memory again and again.
+`verification` repeats it; `session` merges in memory again and again. `blocks` names the parts of
+model families.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +56,7 @@ class MergeOptions(Options):
     """How models are merged.
 
     Attributes:
-        weights: numbers, or a file of `demerge.merging.recipe.coefficients`; None gives 1/K each.
+        weights: numbers, or a file of `demerge.merging.recipe.weight_files`; None gives 1/K each.
         options: the method's own. NAME=PATHS names the files of a statistic that it needs;
             without it they are looked for next to the experts.
         rules: `Rule` values, or their texts.
@@ -204,10 +204,11 @@ class MergeInputs(Options):
         if (self.recipe is None) == (self.base is None):
             what = "base and experts come from the command line or from --recipe"
             raise UsageError(what, fix="demerge merge BASE EXPERT... -o OUT")
-        if self.verify and (self.recipe is None or self.report or self.report_dir or self.ranges):
-            self.refuse_to_verify()
+        self.check_verify()
 
-    def refuse_to_verify(self) -> None:
-        """Raise `UsageError`: a merge is verified as its recipe says."""
-        what = "--verify repeats the merge of a recipe without changes"
-        raise UsageError(what, fix="demerge merge --recipe FILE --verify")
+    def check_verify(self, changes: Collection[str] = (), *, dry_run: bool = False) -> None:
+        """Refuse --verify with options that change the merge of its recipe."""
+        has_other = self.recipe is None or self.report or self.report_dir or self.ranges
+        if self.verify and (has_other or dry_run or set(changes) - {"method"}):
+            what = "--verify repeats the merge of a recipe without changes"
+            raise UsageError(what, fix="demerge merge --recipe FILE --verify")

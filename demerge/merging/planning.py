@@ -37,7 +37,7 @@ from demerge.merging.inputs.experts import (
 from demerge.merging.inputs.statistic_files import check_measured_on, find_inputs
 from demerge.merging.output.denoiser import Lora, OutputDenoiser
 from demerge.merging.output.writer import check_not_pickle, list_entries
-from demerge.merging.recipe.method_names import translate
+from demerge.merging.recipe.foreign_names import translate
 from demerge.merging.recipe.recipe import Ranges, Recipe
 from demerge.merging.recipe.rules import Rule, compile_pattern, resolve_rules, select
 from demerge.merging.registry import find_method

@@ -44,7 +44,7 @@ __all__ = [  # what a method's file imports, and how methods are found
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 _METHODS: dict[str, Method] = {}
-COMMUNITY = ("weighted_sum", "add_difference")  # names of `recipe.method_names`, for suggestions
+COMMUNITY = ("weighted_sum", "add_difference")  # names of `recipe.foreign_names`, for suggestions
 FILE_FIX = "write --method path.py:function"
 
 

@@ -31,6 +31,7 @@ from demerge.diffusion.schedule import snr_of
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.expert import find_expert_range
 from demerge.lora import Adapter, open_expert
+from demerge.merging.blocks import block_of, sort_blocks
 from demerge.merging.engine.reader import CHUNK, Reader
 from demerge.merging.engine.resident import Dtype, Weights, bytes_needed, load
 from demerge.merging.engine.validation import (
@@ -42,7 +43,6 @@ from demerge.merging.engine.validation import (
 from demerge.merging.inputs.components import note_ignored
 from demerge.merging.inputs.experts import check_same_base, find_scheduler_config
 from demerge.merging.inputs.statistic_files import check_measured_on
-from demerge.merging.recipe.blocks import block_of, sort_blocks
 from demerge.merging.recipe.rules import select
 from demerge.merging.registry import find_method
 from demerge.storage.checkpoint import Checkpoint

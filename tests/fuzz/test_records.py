@@ -51,7 +51,7 @@ from demerge.inspection import inspect_model
 from demerge.lora import open_expert
 from demerge.merging import Recipe
 from demerge.merging import plan as plan_merge
-from demerge.merging.recipe.coefficients import check_order, read_coefficients
+from demerge.merging.recipe.weight_files import check_order, read_weight_file
 from demerge.provenance import MEASURED, measured_on
 from demerge.statistics.record import has_statistic
 from demerge.storage.atomic import commit_json
@@ -291,7 +291,7 @@ def targets(
         return load_images(str(pictures), split="all", resolution=8, channels=3)
 
     def weighed() -> object:
-        weights, rules = read_coefficients(root / "weights.json")
+        weights, rules = read_weight_file(root / "weights.json")
         check_order(root / "weights.json", [str(first), str(second)])
         return recipe("task_arithmetic", weights=weights, rules=rules)()
 

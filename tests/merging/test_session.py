@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.merging import MergeSession, Statistic, all_methods, merge_tensors
 from demerge.merging import session as home
+from demerge.merging.blocks import block_of
 from demerge.merging.engine.resident import Resident
-from demerge.merging.recipe.blocks import block_of
 from demerge.timesteps import TimestepRange
 
 RANGES = [TimestepRange(0, 250), TimestepRange(250, 500), TimestepRange(500, 1000)]

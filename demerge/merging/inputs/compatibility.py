@@ -24,10 +24,10 @@ from torch import Tensor
 
 from demerge.errors import InputError, listed
 from demerge.lora import NoBase, notes_of
+from demerge.merging.blocks import group_by_block
 from demerge.merging.engine.validation import Tensors, find_differences, holds_deltas
 from demerge.merging.inputs.experts import BaseWeights
 from demerge.merging.options import MergeOptions
-from demerge.merging.recipe.blocks import group_by_block
 from demerge.merging.recipe.rules import compile_pattern, is_pattern
 from demerge.storage.checkpoint import Checkpoint, canonical
 

@@ -1,9 +1,6 @@
-"""The merge methods, one paper per file, and what they share.
+"""The merge methods, one paper per file; `shared` holds what several of them use.
 
 A method is a file of its own with a pure function under `@method`, see CONTRIBUTING.md.
-
-Shared: `selection` exact k-th magnitudes, `statistics` Gram matrices and norms, `stages` the linear
-or TIES merge at the end, `spectral` singular values through Gram matrices.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from demerge.merging.method_options import Between, Share
-from demerge.merging.methods.geometry import l1_factors
-from demerge.merging.methods.selection import kth, magnitudes_at, share_of
-from demerge.merging.methods.stages import (
+from demerge.merging.methods.shared.geometry import l1_factors
+from demerge.merging.methods.shared.selection import kth, magnitudes_at, share_of
+from demerge.merging.methods.shared.stages import (
     Then,
     aggregate,
     factor_scope,

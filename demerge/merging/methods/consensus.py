@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from demerge.merging.method_options import Between, Share
-from demerge.merging.methods.geometry import relative
 from demerge.merging.methods.linear import weighted_sum
-from demerge.merging.methods.selection import kth_magnitudes
+from demerge.merging.methods.shared.geometry import relative
+from demerge.merging.methods.shared.selection import kth_magnitudes
 from demerge.merging.methods.ties import disjoint_merge, elect, majority_sign, trim
 from demerge.merging.registry import Blocks, Scope, Statistic, method
 

@@ -17,8 +17,8 @@ from typing import Literal
 from torch import Tensor
 
 from demerge.merging.method_options import Share
-from demerge.merging.methods.geometry import l1_factors
-from demerge.merging.methods.stages import (
+from demerge.merging.methods.shared.geometry import l1_factors
+from demerge.merging.methods.shared.stages import (
     Then,
     aggregate,
     factor_scope,

@@ -22,8 +22,8 @@ from torch import Tensor
 from demerge.errors import UsageError
 from demerge.merging.method_options import Between, Share
 from demerge.merging.methods.dare import keep_mask
-from demerge.merging.methods.geometry import l1_norms
-from demerge.merging.methods.stages import Then, aggregate
+from demerge.merging.methods.shared.geometry import l1_norms
+from demerge.merging.methods.shared.stages import Then, aggregate
 from demerge.merging.methods.ties import Mean, Undecided, balance, elect
 from demerge.merging.registry import method
 

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from demerge.merging.method_options import Between
-from demerge.merging.methods.spectral import ROUNDING, merge_matrices, norm, polar, thin_svd, total
+from demerge.merging.methods.shared.spectral import (
+    ROUNDING,
+    merge_matrices,
+    norm,
+    polar,
+    thin_svd,
+    total,
+)
 from demerge.merging.registry import method
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from demerge.merging.method_options import Between
-from demerge.merging.methods.geometry import cosines, gram, norms
 from demerge.merging.methods.linear import weighted_sum
+from demerge.merging.methods.shared.geometry import cosines, gram, norms
 from demerge.merging.registry import Blocks, Statistic, method
 
 OPPOSITE = 1e-6  # a mean of unit vectors as short as this is noise, not a direction

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from demerge.merging.method_options import Share
 from demerge.merging.methods.dare import drop
-from demerge.merging.methods.geometry import with_a_say
 from demerge.merging.methods.linear import weighted_sum
-from demerge.merging.methods.selection import share_of
-from demerge.merging.methods.spectral import as_matrix, thin_svd
+from demerge.merging.methods.shared.geometry import with_a_say
+from demerge.merging.methods.shared.selection import share_of
+from demerge.merging.methods.shared.spectral import as_matrix, thin_svd
 from demerge.merging.methods.ties import disjoint_merge, trim
 from demerge.merging.registry import method
 

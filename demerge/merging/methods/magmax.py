@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from demerge.merging.methods.geometry import relative
+from demerge.merging.methods.shared.geometry import relative
 from demerge.merging.registry import method
 
 

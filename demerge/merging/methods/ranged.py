@@ -27,8 +27,8 @@ from torch import Tensor
 from demerge.errors import UsageError
 from demerge.merging.method_options import Between
 from demerge.merging.methods.fisher import check_not_negative, check_weights_not_negative
-from demerge.merging.methods.geometry import cosines, gram, summed
 from demerge.merging.methods.linear import nonzero_sum, weighted_sum
+from demerge.merging.methods.shared.geometry import cosines, gram, summed
 from demerge.merging.registry import Block, Blocks, Scope, Statistic, method
 from demerge.timesteps import TimestepRange
 

@@ -24,7 +24,7 @@ from demerge.errors import InputError
 from demerge.merging.method_options import Between
 from demerge.merging.methods.fisher import check_weights_not_negative
 from demerge.merging.methods.linear import nonzero_sum, weighted_sum
-from demerge.merging.methods.spectral import ROUNDING, as_matrix, solve, total, unit
+from demerge.merging.methods.shared.spectral import ROUNDING, as_matrix, solve, total, unit
 from demerge.merging.registry import method
 from demerge.storage.checkpoint import finite
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from demerge.merging.method_options import Share
-from demerge.merging.methods.geometry import summed, with_a_say
 from demerge.merging.methods.linear import weighted_sum
-from demerge.merging.methods.selection import kth, share_of
+from demerge.merging.methods.shared.geometry import summed, with_a_say
+from demerge.merging.methods.shared.selection import kth, share_of
 from demerge.merging.registry import Block, Blocks, Statistic, method
 
 

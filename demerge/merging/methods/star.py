@@ -15,7 +15,7 @@ from torch import Tensor
 
 from demerge.merging.method_options import Share
 from demerge.merging.methods.linear import weighted_sum
-from demerge.merging.methods.spectral import as_matrix, thin_svd
+from demerge.merging.methods.shared.spectral import as_matrix, thin_svd
 from demerge.merging.registry import method
 
 

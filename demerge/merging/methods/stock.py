@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from demerge.merging.methods.geometry import cosines, gram, row_grams
 from demerge.merging.methods.linear import nonzero_sum, weighted_sum
+from demerge.merging.methods.shared.geometry import cosines, gram, row_grams
 from demerge.merging.registry import Statistic, method
 
 POLE = 0.01

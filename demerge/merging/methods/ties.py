@@ -29,7 +29,7 @@ from torch.nn.functional import hardshrink
 
 from demerge.merging.method_options import Share
 from demerge.merging.methods.linear import weighted_sum
-from demerge.merging.methods.selection import kth, magnitudes_at, share_of
+from demerge.merging.methods.shared.selection import kth, magnitudes_at, share_of
 from demerge.merging.registry import Block, Blocks, Statistic, method
 
 Votes = Literal["weighted", "plain"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from demerge.merging.methods.spectral import merge_matrices, polar, thin_svd
+from demerge.merging.methods.shared.spectral import merge_matrices, polar, thin_svd
 from demerge.merging.registry import method
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from demerge.merging.method_options import Between
-from demerge.merging.methods.spectral import merge_matrices, norm, solve, total
+from demerge.merging.methods.shared.spectral import merge_matrices, norm, solve, total
 from demerge.merging.registry import method
 
 RTOL = 1e-12

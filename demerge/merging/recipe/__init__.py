@@ -1,4 +1,4 @@
 """Recipes: `recipe` the value, `reading` and `mergekit` its files, `source` an input, `rules`
-weights and options for some tensors, `blocks` the parts of a model, `coefficients` files of
-weights.
+weights and options for some tensors, `weight_files` weights in files, `foreign_names` names and
+options of other programs.
 """

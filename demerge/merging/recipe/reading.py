@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import UsageError
-from demerge.merging.recipe.coefficients import read_coefficients
 from demerge.merging.recipe.rules import Rule, read_number
 from demerge.merging.recipe.source import Source, expand_path, read_path
+from demerge.merging.recipe.weight_files import read_weight_file
 from demerge.storage.documents import check_known_keys, typed
 from demerge.timesteps import TimestepRange
 
@@ -137,7 +137,7 @@ def _read_weights(
         fix = "give each expert a weight, or one list weights"
         raise UsageError(f"{where}: weights are given twice or in part", fix=fix)
     if isinstance(whole, str):
-        return read_coefficients(folder / whole)
+        return read_weight_file(folder / whole)
     try:
         return [read_number(weight) for weight in whole or each] or None, []
     except (TypeError, ValueError) as error:

@@ -28,11 +28,11 @@ from typing import Any
 
 from demerge.errors import InputError, UsageError
 from demerge.merging.options import MergeOptions, parse_weights
-from demerge.merging.recipe.coefficients import check_order, read_coefficients
 from demerge.merging.recipe.mergekit import MARK, from_mergekit
 from demerge.merging.recipe.reading import FORMAT, read_fields
 from demerge.merging.recipe.rules import Rule
 from demerge.merging.recipe.source import Source, expand_path
+from demerge.merging.recipe.weight_files import check_order, read_weight_file
 from demerge.storage.documents import read_document
 from demerge.storage.safetensors_header import read_header
 from demerge.timesteps import TimestepRange
@@ -107,7 +107,7 @@ class Recipe(MergeOptions):
         rules = list(options.get("rules", self.rules))
         if isinstance(weights, Path):
             check_order(weights, [expert.path for expert in experts])
-            options["weights"], weight_rules = read_coefficients(weights)
+            options["weights"], weight_rules = read_weight_file(weights)
             rules = [*options.get("rules", ()), *weight_rules]
         if options.get("no_base") and not self.no_base:
             experts = [self.base, *experts]

@@ -5,7 +5,7 @@ names tensors or modules, and matches everything below a module:
 
     down_blocks.*.attentions.**     a glob over dotted names: `*` is one part or a piece of one,
                                     `**` any number of parts
-    down  up.1  mid  blocks.3       a block (table in `demerge.merging.recipe.blocks`), perhaps with
+    down  up.1  mid  blocks.3       a block (table in `demerge.merging.blocks`), perhaps with
                                     a glob: up.*.resnets.**
     IN04  M00  OUT11  IN04.attn     a block as the community counts them, in any case
     attn  up.attn  down.0.conv      a kind of layer, everywhere or in a block
@@ -28,10 +28,7 @@ from functools import cache
 from typing import Any
 
 from demerge.errors import UsageError
-from demerge.merging.contract import Method
-from demerge.merging.engine.job import Setting
-from demerge.merging.engine.validation import resolve_weights
-from demerge.merging.recipe.blocks import (
+from demerge.merging.blocks import (
     KINDS,
     ORDER,
     block_of,
@@ -41,6 +38,9 @@ from demerge.merging.recipe.blocks import (
     with_block,
     with_counted_block,
 )
+from demerge.merging.contract import Method
+from demerge.merging.engine.job import Setting
+from demerge.merging.engine.validation import resolve_weights
 
 SYNTAX = "write PATTERN NAME=VALUE ..., for example 'up.attn weights=0.2..0.8,0.5 scale=0.7'"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from demerge.merging.blocks import block_of, group_by_block
 from demerge.merging.engine.job import MergedChunk
-from demerge.merging.methods.geometry import cosines, norms, row_grams
-from demerge.merging.recipe.blocks import block_of, group_by_block
+from demerge.merging.methods.shared.geometry import cosines, norms, row_grams
 
 FORMAT = "demerge.diagnosis/1"
 DIAGNOSIS = "diagnosis.json"  # the numbers, in the folder of a report

@@ -22,7 +22,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from demerge.merging.recipe.blocks import block_of
+from demerge.merging.blocks import block_of
 from demerge.merging.recipe.recipe import Recipe
 from demerge.merging.report.diagnosis import DIAGNOSIS, Diagnosis, Sums
 from demerge.reporting.html import PageFigure, escape_formula, figure, render_page, section, table

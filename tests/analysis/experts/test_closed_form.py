@@ -366,12 +366,12 @@ def test_intervals_cover_the_truth(mean: tuple[float, float]) -> None:
 
 
 def test_document_is_what_merge_reads(tmp_path: Any) -> None:
-    from demerge.merging.recipe.coefficients import read_coefficients
+    from demerge.merging.recipe.weight_files import read_weight_file
     from demerge.storage.atomic import commit_json
 
     found = planted([0.1, 0.2, 0.3, 0.4])
     blocked = Responses(found.ranges, ("mid", "out"), 2, found.loss, found.slope, found.products)
-    whole, rules = read_coefficients(
+    whole, rules = read_weight_file(
         commit_json(
             tmp_path / "w.json", result_of(solve_coefficients(blocked, ridge=0)).weights_file()
         )

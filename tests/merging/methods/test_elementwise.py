@@ -23,8 +23,8 @@ from demerge.merging.engine.in_memory import assemble
 from demerge.merging.engine.job import MergeJob
 from demerge.merging.engine.reader import uniform
 from demerge.merging.methods.della import probabilities
-from demerge.merging.methods.geometry import cosines, gram, row_grams
 from demerge.merging.methods.karcher import direction
+from demerge.merging.methods.shared.geometry import cosines, gram, row_grams
 from demerge.merging.registry import find_method
 from demerge.randomness import key_of
 from demerge.testing import HeldBlocks

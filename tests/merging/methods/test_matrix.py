@@ -14,7 +14,7 @@ from torch import Tensor
 
 from demerge.errors import InputError, UsageError
 from demerge.merging import merge_tensors
-from demerge.merging.methods.spectral import as_matrix, polar, solve, thin_svd
+from demerge.merging.methods.shared.spectral import as_matrix, polar, solve, thin_svd
 
 Matrix = list[list[float]]
 

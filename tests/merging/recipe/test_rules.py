@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from demerge.errors import InputError, UsageError
 from demerge.merging import Recipe, find_method, merge_tensors
 from demerge.merging import plan as plan_merge
-from demerge.merging.recipe.blocks import block_of, is_kind, sort_blocks, with_block
-from demerge.merging.recipe.coefficients import check_order, read_coefficients
+from demerge.merging.blocks import block_of, is_kind, sort_blocks, with_block
 from demerge.merging.recipe.rules import Ramp, Rule, compile_pattern, resolve_rules, select
+from demerge.merging.recipe.weight_files import check_order, read_weight_file
 
 UNET = (
     "conv_in.weight",
@@ -303,7 +303,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_files_of_weights_are_rules(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(TABLE[name])
-    whole, rules = read_coefficients(tmp_path / name)
+    whole, rules = read_weight_file(tmp_path / name)
     assert whole == [1, 0]
     assert [str(rule) for rule in rules] == [
         "conv_in.weight weights=0.0,1.0",
@@ -331,7 +331,7 @@ def test_damaged_files_of_weights_are_refused(
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        read_coefficients(tmp_path / name)
+        read_weight_file(tmp_path / name)
 
 
 def test_weights_of_the_same_experts_in_another_order_are_refused(tmp_path: Path) -> None:

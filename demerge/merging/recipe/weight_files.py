@@ -28,7 +28,7 @@ WHOLE = "*"
 Coefficients = tuple[list[float] | None, list[Rule]]
 
 
-def read_coefficients(path: str | Path) -> Coefficients:
+def read_weight_file(path: str | Path) -> Coefficients:
     """Return the weights of the model, None if the file has none, and rules for its parts.
 
     Raises:
