@@ -26,6 +26,7 @@ OTHERS = ("README.md", "CONTRIBUTING.md", "examples/README.md", "notebooks/cifar
 PAGES = [*(ROOT / name for name in OTHERS), *WRITTEN]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+SOURCES = ("demerge", "analysis", "cli")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -105,8 +106,7 @@ def test_links_lead_somewhere(page: Path, generate: ModuleType) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     rooms = "demerge|analysis|cli|tests|notebooks|examples"
     named = re.findall(rf"`((?:{rooms})/[\w/.-]*)`", page.read_text(encoding="utf-8"))
-    examples = {"demerge/merging/methods/median.py"}
-    assert [name for name in named if not (ROOT / name).exists() and name not in examples] == []
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @each_page
@@ -118,6 +118,17 @@ def test_python_imports_what_exists(page: Path) -> None:
         for node in imports:
             module = importlib.import_module(str(node.module))
             assert [n.name for n in node.names if not hasattr(module, n.name)] == []
+
+
+def test_every_package_has_tests_or_contributing_names_it() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Tests")[2]
+    missing = []
+    for folder in {path.parent for top in SOURCES for path in (ROOT / top).rglob("[a-z]*.py")}:
+        name = folder.relative_to(ROOT).as_posix()
+        tests = ROOT / "tests" / name.removeprefix("demerge").removeprefix("/")
+        if not [*tests.glob("test_*.py")] and f"`{name}`" not in text:
+            missing.append(name)
+    assert missing == []
 
 
 # -- generated pages ------------------------------------------------------------------------------
