@@ -54,7 +54,8 @@ model = Diffusion.load("digits-early")
 assert torch.equal(
     loss_weights(model, FinetuneOptions(loss_weight="snr")), torch.ones(1000).double()
 )
-assert "stop_after" not in FinetuneOptions(stop_after=3).binding()
+options = FinetuneOptions(note="a line")
+assert "note" in options.binding() and "note" not in options.binding(step=3)
 
 Partition.uniform(10, 2).save("partition.json")
 app(["widths", "partition.json"], standalone_mode=False)
@@ -71,12 +72,12 @@ def test_the_method_of_the_page_passes_every_property(tmp_path: Path) -> None:
 
 
 def hunks(change: str) -> Iterator[tuple[str, str]]:
-    """The text before and after each part of a change."""
+    """The text before and after each part of a change; `...` stands for the rest of a last line."""
     for hunk in change.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] or "\n" for line in lines if not line.startswith("+"))
         after = "".join(line[1:] or "\n" for line in lines if not line.startswith("-"))
-        yield before, after
+        yield before.removesuffix("...\n"), after.removesuffix("...\n")
 
 
 @pytest.mark.parametrize(("name", "change"), CHANGES, ids=[name for name, _ in CHANGES])
