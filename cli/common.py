@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -71,6 +72,11 @@ def preview(plan: Preview, *, json: bool = False) -> None:
     for line in plan.describe():
         say(line)
     emit(plan.document(), None, json)
+
+
+def cores() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

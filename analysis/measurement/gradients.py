@@ -24,12 +24,13 @@ from functools import cached_property
 from typing import Any
 
 from demerge.analysis.measurement.backward import select_parameters
-from demerge.analysis.measurement.options import MeasurementOptions, format_seconds
+from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.samples import TRIALS
 from demerge.analysis.measurement.schedule import describe_schedule, log_snr
 from demerge.conflict import MAX_CELLS, MIN_GROUPS, Array, K, Origin, layer_widths
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
+from demerge.durations import format_seconds
 from demerge.errors import ResourceError, UsageError
 from demerge.timesteps import Partition
 

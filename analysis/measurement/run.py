@@ -24,7 +24,7 @@ from demerge.analysis.measurement.collector import (
 )
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.gradients import Measurement, MeasurementCost
-from demerge.analysis.measurement.options import MeasurementOptions, format_seconds
+from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.samples import Draws
 from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import MIN_GROUPS, Array, ConflictMap, K, Origin
@@ -32,6 +32,7 @@ from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import accumulator
 from demerge.diffusion.threads import fitting_threads
+from demerge.durations import format_seconds
 from demerge.errors import ResourceError, UsageError
 from demerge.parallel import ALONE, World
 from demerge.progress import Progress, silent

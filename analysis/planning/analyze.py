@@ -16,7 +16,6 @@ from demerge.analysis.measurement.gradients import Measurement, MeasurementCost
 from demerge.analysis.measurement.options import (
     AnalyzeInputs,
     MeasurementOptions,
-    format_seconds,
 )
 from demerge.analysis.measurement.run import Run, begin
 from demerge.analysis.measurement.schedule import describe_schedule
@@ -30,6 +29,7 @@ from demerge.analysis.report.summary import ConflictSummary, summarize
 from demerge.conflict import ConflictMap
 from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
+from demerge.durations import format_seconds
 from demerge.errors import ResourceError, UsageError
 from demerge.parallel import ALONE, World, join
 from demerge.progress import Progress, silent

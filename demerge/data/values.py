@@ -125,7 +125,7 @@ class ImageData:
 
     def floats(self, indices: Sequence[int], flip: Sequence[bool] | None = None) -> Tensor:
         """Return the images at `indices`, float32 [B C H W] in [-1, 1], mirrored if `flip`."""
-        images = self.images(indices).float().div_(127.5).sub_(1)
+        images = as_floats(self.images(indices))
         if flip is not None:
             marked = torch.tensor(flip, dtype=torch.bool)
             images[marked] = images[marked].flip(-1)
@@ -149,6 +149,11 @@ class ImageData:
         if not self.pixels.resident and (len(self._cache) + 1) * image.nbytes <= CACHE_BYTES:
             self._cache[position] = image
         return image
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
 
 
 def fit(image: Pixels8, shape: Shape) -> Pixels8:

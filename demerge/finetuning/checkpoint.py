@@ -1,11 +1,12 @@
 """Checkpoints of a training run: safetensors and a manifest, whole or absent, newest first.
 
     state/step-00000500/  tensors.safetensors
-                          manifest.json {step, skipped, log_bytes, inputs, options, sha256}
+                          manifest.json {step, skipped, parts, log_bytes, optimizer, inputs,
+                                         options, sha256}
 
 Random numbers are functions of (seed, purpose, step, sample). So the parameters, their averages,
-the optimizer's moments and the step are the whole state. A resumed run ends bit-identical to an
-uninterrupted one on the same machine.
+the optimizer's state, the scale of the loss and the step are the whole state. A resumed run ends
+bit-identical to an uninterrupted one on the same machine.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
-import torch
+from pydantic import Field
 from torch import Tensor
 
 from demerge.errors import InputError
@@ -30,7 +31,9 @@ class Manifest(Record):
 
     step: Count
     skipped: Count
+    parts: Annotated[int, Field(ge=1)] = 1
     log_bytes: Count
+    optimizer: Table = Field(default_factory=dict)
     options: Table
     inputs: Table
     sha256: str
@@ -48,24 +51,26 @@ class Snapshot:
         return safetensors.torch.load_file(self.path / "tensors.safetensors")
 
 
-def disk_bytes(parameters: int, experts: int, trained: int) -> int:
-    """Return the bytes on disk of the experts and of two checkpoints, in float32.
+def disk_bytes(parameters: int, experts: int, trained: int, checkpoints: int = 1) -> int:
+    """Return the bytes on disk of the experts and of the checkpoints, in float32.
 
-    A checkpoint holds the trained parameters, their average and two moments.
+    A checkpoint holds the trained parameters, their average and two moments. One more than are kept
+    exists while it is written.
     """
-    return 4 * (parameters * experts + trained * 2 * 4)
+    return 4 * (parameters * experts + trained * (checkpoints + 1) * 4)
 
 
-def save_state(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Commit `step-N` under `folder`, then delete the older ones."""
+def save_state(
+    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], limit: int = 1
+) -> None:
+    """Commit `step-N` under `folder`, then delete the older ones until `limit` are left."""
     path = folder / f"step-{record['step']:08d}"
     with commit_dir(path, replace=True) as temporary:
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         file = commit_bytes(temporary / "tensors.safetensors", safetensors.torch.save(flat))
         commit_json(temporary / "manifest.json", {**record, "sha256": sha256(file)})
-    for old in folder.glob("step-*"):
-        if old != path:
-            shutil.rmtree(old)
+    for old in sorted(folder.glob("step-*"))[:-limit]:
+        shutil.rmtree(old)
 
 
 def newest_state(folder: Path) -> Snapshot | None:
@@ -78,29 +83,3 @@ def newest_state(folder: Path) -> Snapshot | None:
         except (OSError, InputError):
             continue
     return None
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
-) -> dict[str, Tensor]:
-    """Name the optimizer's tensors `optimizer.MOMENT.PARAMETER`."""
-    return {
-        f"optimizer.{moment}.{names[id(parameter)]}": tensor
-        for parameter, moments in optimizer.state.items()
-        for moment, tensor in moments.items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Load the tensors that `optimizer_tensors` named."""
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, moment, name = key.split(".", 2)
-            parameter = parameters[name]
-            optimizer.state[parameter][moment] = (
-                tensor if moment == "step" else tensor.to(parameter.device)
-            )

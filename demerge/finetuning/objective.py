@@ -19,11 +19,12 @@ error and divided for the others, since |eps - eps_hat|^2 = SNR |x_0 - x_hat|^2 
     min-snr        min(SNR, gamma)   min(1, gamma s/a)  min(a, gamma s)  min(a/s, gamma)  2303.09556
     truncated-snr  max(SNR, 1)       max(1, s/a)        max(a, s)        max(a/s, 1)      2202.00512
     snr+1          SNR + 1           1/a                1                1/s              2202.00512
-    p2             SNR / (1 + SNR)   s                  a s              a                2204.00227
+    p2             SNR / d           1 / d              a / d            SNR / d          2204.00227
     one            1 for every prediction type
 
-In p2, k = gamma = 1. In a and s the weights have their limits at SNR 0 and infinity. An infinite
-weight is refused.
+In p2, d = (k + SNR)^gamma; for k = gamma = 1 the row is a, s, a s, a. `uncertainty` is learned on
+top of `one` (`demerge.finetuning.uncertainty`). In a and s the weights have their limits at SNR 0
+and infinity. An infinite weight is refused.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
     """
     a, gamma = model.alphas_cumprod, options.snr_gamma
     s, one = 1 - a, torch.ones_like(a)
+    k, power = options.p2_k, options.p2_gamma
+    scaled = (k * s + a) ** power  # (k + SNR)^gamma s^gamma
     weights = {
         "one": {"epsilon": one, "v_prediction": one, "sample": one},
         "min-snr": {
@@ -84,8 +87,12 @@ def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
             "sample": (a / s).clamp(min=1),
         },
         "snr+1": {"epsilon": 1 / a, "v_prediction": one, "sample": 1 / s},
-        "p2": {"epsilon": s, "v_prediction": a * s, "sample": a},
-    }[options.loss_weight][model.prediction_type]
+        "p2": {
+            "epsilon": s**power / scaled,
+            "v_prediction": a * s**power / scaled,
+            "sample": a * s ** (power - 1) / scaled,
+        },
+    }[options.loss_weight if options.loss_weight != "uncertainty" else "one"][model.prediction_type]
     if float(weights.max()) > LARGEST_WEIGHT:
         t = int(weights.argmax())
         value, abar = f"{float(weights[t]):.3g}", f"{float(a[t]):.3g}"

@@ -7,9 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from demerge.options import DataOptions, DeviceOptions, Options, SeedOptions, again, option
+from demerge.durations import parse_seconds
+from demerge.options import (
+    DataOptions,
+    DeviceOptions,
+    Options,
+    SeedOptions,
+    again,
+    option,
+)
 
 TRAINING, OBJECTIVE, DATA = "Training", "Objective", "Data"
+SPEED, STATE = "Speed and memory", "Checkpoints and logs"
+# what may change between two runs of one expert: how often it saves, and how it is computed
+FREE = frozenset(
+    {
+        "allow_tf32",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "compile",
+        "cuda_graph",
+        "gradient_checkpointing",
+        "logging_steps",
+        "resume_from_checkpoint",
+        "save_every",
+    }
+)
 Decay = Literal["constant", "linear", "cosine"]
 
 
@@ -26,6 +49,9 @@ class FinetuneOptions(Options):
         1, "Batches per optimizer step.", panel=TRAINING, ge=1
     )
     learning_rate: float = option(5e-5, "Peak learning rate.", panel=TRAINING, gt=0, le=1)
+    optimizer: Literal["adamw", "adamw-8bit", "prodigy", "schedule-free"] = option(
+        "adamw", "Optimizer; the last three need a package of their own.", panel=TRAINING
+    )
     lr_scheduler: Decay = option("constant", "Learning rate over the run.", panel=TRAINING)
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.", panel=TRAINING, ge=0)
     adam_beta1: float = option(0.95, "AdamW beta 1.", panel=TRAINING, ge=0, lt=1)
@@ -43,8 +69,13 @@ class FinetuneOptions(Options):
         1.0, "Weight lambda of the distance to the base.", panel=OBJECTIVE, ge=0, lt=math.inf
     )
     consistency_schedule: Decay = option("constant", "Lambda over the run.", panel=OBJECTIVE)
-    loss_weight: Literal["one", "min-snr", "truncated-snr", "snr+1", "p2"] = option(
-        "one", "Weight of the loss by timestep.", panel=OBJECTIVE
+    loss_weight: Literal["one", "min-snr", "truncated-snr", "snr+1", "p2", "uncertainty"] = option(
+        "one", "Weight of the loss by timestep; uncertainty is learned.", panel=OBJECTIVE
+    )
+    p2_k: float = option(1.0, "k of p2.", panel=OBJECTIVE, gt=0, lt=math.inf)
+    p2_gamma: float = option(1.0, "Gamma of p2.", panel=OBJECTIVE, ge=0, lt=math.inf)
+    antithetic: bool = option(
+        False, "Draw samples in pairs: same image, same timestep, opposite noise.", panel=OBJECTIVE
     )
     snr_gamma: float = option(5.0, "Gamma of min-snr.", panel=OBJECTIVE, gt=0, lt=math.inf)
     projection: Literal["foldable", "none"] = option(
@@ -54,25 +85,67 @@ class FinetuneOptions(Options):
     ema_decay: float = option(0.9999, "Largest decay of the average.", panel=TRAINING, ge=0, lt=1)
     random_flip: bool = option(False, "Mirror half of the images.", panel=DATA)
     caption_dropout: float = option(0.1, "Share of captions left empty.", panel=DATA, ge=0, le=1)
-    mixed_precision: Literal["no", "bf16"] = option("no", "Autocast dtype.", panel=TRAINING)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "Autocast dtype; fp16 scales the loss.", panel=SPEED
+    )
+    allow_tf32: bool = option(
+        False, "Multiply float32 matrices as TF32 on a GPU that can.", panel=SPEED
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass: less memory, slower.", panel=SPEED
+    )
+    cuda_graph: Literal["auto", "on", "off"] = option(
+        "auto", "Capture the whole step as a CUDA graph; auto: on a GPU, if possible.", panel=SPEED
+    )
+    compile: bool = option(
+        False, "Compile the model with torch.compile, channels last; for long runs.", panel=SPEED
+    )
     save_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "dtype of the experts on disk.", panel=TRAINING
     )
     fisher_samples: int = option(
         0, "Images for the Fisher of `merge --method fisher`.", panel=TRAINING, ge=0
     )
-    checkpointing_steps: int = option(500, "Steps between checkpoints.", panel=TRAINING, ge=1)
-    logging_steps: int = option(50, "Steps between lines of log.jsonl.", panel=TRAINING, ge=1)
+    checkpointing_steps: int = option(500, "Steps between checkpoints.", panel=STATE, ge=1)
+    save_every: float | None = option(
+        None,
+        "Also save after this time, for example 90s, 30m or 2h.",
+        panel=STATE,
+        parse=parse_seconds,
+        shown_default="by steps alone",
+        metavar="TIME",
+    )
+    checkpoints_total_limit: int = option(
+        1, "Checkpoints that are kept; older ones are deleted.", panel=STATE, ge=1
+    )
+    resume_from_checkpoint: Literal["latest", "never"] = option(
+        "latest", "Which checkpoint is continued; never: a checkpoint is an error.", panel=STATE
+    )
+    logging_steps: int = option(50, "Steps between lines of log.jsonl.", panel=STATE, ge=1)
     seed: int = again(SeedOptions, "seed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.antithetic:
+            is_even = self.train_batch_size % 2 == 0
+            self.require("train_batch_size", is_even, "even with --antithetic")
+            self.require("sampling", self.sampling == "mixture", "mixture with --antithetic")
+        if self.optimizer == "schedule-free":
+            rule = "False with schedule-free, which averages by itself: give --no-use-ema"
+            self.require("use_ema", not self.use_ema, rule)
+
+    def samples_per_step(self, processes: int = 1) -> int:
+        """Return the number of samples of an optimizer step, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     def binding(self, step: int | None = None) -> dict[str, Any]:
         """Return the options that must equal the recorded ones to continue or reuse recorded work.
 
-        How often a run logs and saves may always change. If an unfinished run stopped at `step`,
+        The options in `FREE` may always change. If an unfinished run stopped at `step`,
         the options of its end may change too. So may the number of steps, if the steps that were
         taken stay the same.
         """
-        free = {"checkpointing_steps", "logging_steps"}
+        free = set(FREE)
         if step is not None:
             free |= {"fisher_samples", "save_dtype"}
             constant = self.lr_scheduler == self.consistency_schedule == "constant"

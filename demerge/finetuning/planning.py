@@ -81,7 +81,8 @@ class FinetunePlan:
 
     def cost(self) -> Cost:
         """Return the steps over all ranges, and the most bytes on disk during the run."""
-        disk = disk_bytes(self.base.parameters, len(self.ranges), self.trained)
+        limit = self.options.checkpoints_total_limit
+        disk = disk_bytes(self.base.parameters, len(self.ranges), self.trained, limit)
         return Cost(steps=len(self.ranges) * self.options.max_train_steps, disk=disk)
 
     def document(self) -> dict[str, Any]:

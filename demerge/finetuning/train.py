@@ -24,6 +24,7 @@ from demerge.finetuning.checkpoint import disk_bytes, newest_state
 from demerge.finetuning.layers import check_layers_exist, hash_layers, trained_parameters
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.trainer import ExpertTraining, TrainingStep, record_name
+from demerge.parallel import ALONE, World
 from demerge.provenance import check_same_settings
 from demerge.storage.atomic import check_disk_space, check_is_new, place_for
 from demerge.timesteps import TimestepRange
@@ -73,13 +74,22 @@ def train_ranges(
     *,
     layers: Sequence[str] | None,
     stop: Stop,
+    world: World = ALONE,
+    tell: Callable[[str], None] | None = None,
 ) -> Iterator[TrainingStep]:
-    """Train as `finetune` does, after `check_output`, which returned `inputs`."""
+    """Train as `finetune` does, after `check_output`, which returned `inputs`.
+
+    Args:
+        world: the processes that share each step; the first one writes.
+        tell: called with a line if a run goes on in another way than it was asked to.
+    """
     for span in ranges:
         if (out / str(span) / record_name(base)).is_file():
             continue
         state = out / "state" / str(span)
-        training = ExpertTraining(base, data, span, options, state, inputs, layers)
+        training = ExpertTraining(
+            base, data, span, options, state, inputs, layers, world=world, tell=tell
+        )
         with fitting_threads(base, options.train_batch_size):
             yield from training.train(stop)
             training.finish(out / str(span))
@@ -112,7 +122,8 @@ def check_output(
     _check_no_overlap(out, ranges)
     check_layers_exist(base.denoiser, layers or (), "layers")
     trained = trained_parameters(base.denoiser, layers)
-    check_disk_space(out, disk_bytes(base.parameters, len(ranges), trained))
+    disk = disk_bytes(base.parameters, len(ranges), trained, options.checkpoints_total_limit)
+    check_disk_space(out, disk)
     identity = base.identity
     inputs = {
         "base_sha256": identity.pop("sha256"),

@@ -1,7 +1,8 @@
-"""The training of one expert: the state that changes, the step, its checkpoints, and the result.
+"""The training of one expert: its steps, log, checkpoints and weights.
 
-EMA: theta_bar <- d theta_bar + (1 - d) theta, d = min(decay, 1 - (1 + step)^(-3/4)) (diffusers'
-EMAModel with power 3/4). The expert holds theta_bar, folded.
+run       base, data, span, options; `demerge.finetuning.step` computes a step
+OUT/state/RANGE/step-N    checkpoints        OUT/state/RANGE/log.jsonl    losses by tenth of t
+OUT/RANGE                 the finished expert, a stock pipeline with expert.json and log.jsonl
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,28 +20,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from demerge.data import ImageData
-from demerge.diffusion.model import Diffusion, not_finite, squared_error
-from demerge.errors import NumericalError, Preempted
+from demerge.diffusion.model import Diffusion, not_finite
+from demerge.errors import NumericalError, Preempted, ResourceError, UsageError
 from demerge.expert import BASE, EXPERT, Expert
-from demerge.finetuning import objective
-from demerge.finetuning.checkpoint import (
-    newest_state,
-    optimizer_tensors,
-    restore_optimizer,
-    save_state,
-)
+from demerge.finetuning.batches import Batch, Batches
+from demerge.finetuning.checkpoint import newest_state, save_state
+from demerge.finetuning.graph import CapturedStep
 from demerge.finetuning.layers import freeze_others
+from demerge.finetuning.optimizers import averages_itself, make_optimizer, restore, state_of
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.projection import attach, fold
-from demerge.randomness import key_of, normal, permutation, uniform
+from demerge.finetuning.step import Rates, Step
+from demerge.finetuning.uncertainty import Uncertainty
+from demerge.parallel import ALONE, World
+from demerge.randomness import key_of
 from demerge.statistics import commit_statistic, inputs_of, range_fisher
 from demerge.storage.atomic import append_line, commit_dir, truncate
 from demerge.storage.checkpoint import finite
 from demerge.timesteps import TimestepRange
 
-LOG_BINS = 10
 MAX_BAD_STEPS = 5
 
 
@@ -53,7 +55,7 @@ class TrainingStep:
     """One step of one expert.
 
     Attributes:
-        loss: the objective.
+        loss: the objective. On a GPU it is that of the step before, so that no step is waited for.
         skipped: steps so far without a finite loss and gradient.
     """
 
@@ -62,6 +64,24 @@ class TrainingStep:
     total: int
     loss: float
     skipped: int
+
+
+class _Reading:
+    """A loss that is copied to the host while the device goes on."""
+
+    def __init__(self, step: int, loss: Tensor) -> None:
+        self.step, self._value, self._event = step, loss, None
+        if loss.device.type == "cuda":
+            self._value = torch.empty((), pin_memory=True)
+            self._value.copy_(loss, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def loss(self) -> float:
+        """Return the loss, as soon as its step is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
 
 
 class ExpertTraining:
@@ -76,6 +96,8 @@ class ExpertTraining:
         folder: Path,
         inputs: dict[str, Any],
         layers: Sequence[str] | None = None,
+        world: World = ALONE,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         """Copy the base and attach the projection.
 
@@ -83,171 +105,240 @@ class ExpertTraining:
             folder: where checkpoints and log go until the expert is finished.
             inputs: what the records say of base, data and layers.
             layers: the layers that train; None is all.
+            tell: called with a line if the run goes on in another way than it was asked to.
         """
         self.base, self.data, self.range, self.options = base, data, span, options
         self.folder, self.inputs, self.layers = folder, inputs, layers
+        self.world, self.tell = world, tell
         denoiser = copy.deepcopy(base.denoiser).train()
         frozen = freeze_others(denoiser, layers)
         if options.projection == "foldable":
             attach(denoiser, frozen)
-        self.student = base.with_denoiser(denoiser)
+        self.denoiser = denoiser
+        self.has_dropout = any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules()
+        )
         self.parameters: dict[str, Tensor] = {
             name: p for name, p in denoiser.named_parameters() if p.requires_grad
         }
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = _optimizer(self.parameters, options)
-        self.weights = objective.loss_weights(base, options)
-        self.step, self.skipped = 0, 0
-        self.window: list[tuple[Tensor, Tensor]] = []  # t and error since the last line of the log
-        self._orders: dict[int, list[int]] = {}
+        learned = Uncertainty(base) if options.loss_weight == "uncertainty" else None
+        if learned is not None:
+            self.parameters["uncertainty"] = learned.weight
+        self.optimizer = make_optimizer(self.parameters, options)
+        student, teacher = self._prepare(denoiser)
+        self.take = Step(student, teacher, self.parameters, self.optimizer, options, world, learned)
+        self.batches = Batches(base, data, span, options, world)
+        self.step, self.skipped, self._bad = 0, 0, 0
+        self._captured: CapturedStep | None = None
+        self._may_capture = self._allows_graph()
+        self._unread: list[_Reading] = []
+        self._saved_at = time.monotonic()
         self._resume()
 
-    # -- the step ----------------------------------------------------------------------------------
+    def _prepare(self, denoiser: nn.Module) -> tuple[Diffusion, Diffusion]:
+        """Return student and teacher as the options want them computed."""
+        o, teacher = self.options, self.base
+        if o.gradient_checkpointing:
+            if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+                what = f"{type(denoiser).__name__} does not support gradient checkpointing"
+                raise UsageError(what, fix="leave out --gradient-checkpointing")
+            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        torch.backends.cuda.matmul.allow_tf32 = o.allow_tf32
+        if o.compile:
+            teacher = self.base.with_denoiser(copy.deepcopy(self.base.denoiser))
+            for module in (denoiser, teacher.denoiser):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                module.compile()
+        if self.world.size == 1:
+            return self.base.with_denoiser(denoiser), teacher
+        devices = [self.base.device] if self.base.device.type == "cuda" else None
+        parallel = DistributedDataParallel(denoiser, device_ids=devices)
+        parallel.config = denoiser.config
+        return self.base.with_denoiser(parallel), teacher
+
+    # -- the steps ---------------------------------------------------------------------------------
 
     def train(self, stop: Callable[[], bool]) -> Iterator[TrainingStep]:
-        """Take the remaining steps; save every `checkpointing_steps` and before stopping."""
-        bad, total = 0, self.options.max_train_steps
-        while self.step < total:
-            loss = self.take_step()
-            bad = 0 if math.isfinite(loss) else bad + 1
-            if bad >= MAX_BAD_STEPS:
-                raise NumericalError(
-                    f"range {self.range}: {bad} steps in a row without a finite loss and gradient, "
-                    f"at step {self.step}",
-                    fix=f"lower --learning-rate ({self.options.learning_rate:g}), check the images",
-                )
-            self.step += 1
-            is_last = self.step == total
-            if is_last or self.step % self.options.logging_steps == 0:
-                self._log()
-            stopping = stop()
-            if stopping or is_last or self.step % self.options.checkpointing_steps == 0:
-                self.save_checkpoint()
-            yield TrainingStep(self.range, self.step, total, loss, self.skipped)
-            if stopping and not is_last:
-                what = f"stopped at step {self.step} of {self.range}"
-                raise Preempted(what, fix="run the same command to continue")
+        """Take the remaining steps; save as the options say, and before stopping."""
+        o, total = self.options, self.options.max_train_steps
+        try:
+            while self.step < total:
+                loss = self.take_step()
+                self.step += 1
+                is_last = self.step == total
+                is_stopping, is_due = self._agree(stop(), self._is_due())
+                saves = is_stopping or is_last or is_due or self.step % o.checkpointing_steps == 0
+                if is_last or self.step % o.logging_steps == 0:
+                    self._log()
+                if saves:
+                    loss = self._read(all=True) if self._unread else loss
+                    self.save_checkpoint()
+                yield TrainingStep(self.range, self.step, total, loss, self.skipped)
+                if is_stopping and not is_last:
+                    what = f"stopped at step {self.step} of {self.range}"
+                    raise Preempted(what, fix="run the same command to continue")
+        finally:
+            self.batches.close()
 
     def take_step(self) -> float:
-        """Update the parameters and their averages once; return the loss, NaN if it was skipped."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = objective.learning_rate(self.options, self.step)
-        total = 0.0
-        for micro in range(self.options.gradient_accumulation_steps):
-            loss = self._loss(micro) / self.options.gradient_accumulation_steps
-            loss.backward()
-            total += float(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
-        if math.isfinite(total) and bool(torch.isfinite(norm)):
-            self.optimizer.step()
-            self._average()
-        else:
-            self.skipped += 1
-            total = math.nan
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
+        """Update the parameters and their averages once; return the newest loss that is known.
 
-    def _loss(self, micro: int) -> Tensor:
-        o, B = self.options, self.options.train_batch_size
-        samples = list(range(micro * B, (micro + 1) * B))
-        x0, condition = self._batch(samples)
-        t = objective.draw_timesteps(self.range, self.base.T, o, self.step, samples).to(x0.device)
-        noise = normal(x0.shape[1:], o.seed, "noise", samples=samples, step=self.step).to(x0.device)
-        x_t, y = self.base.add_noise(x0, noise, t), self.base.target(x0, noise, t)
-        bf16 = torch.autocast(x0.device.type, torch.bfloat16, enabled=o.mixed_precision == "bf16")
-        with self._dropout(micro), bf16:
-            prediction = self.student.predict(x_t, t, condition)
-            error = squared_error(prediction, y)
-            loss = self.weights[t.cpu()].to(error) * error
-            lam = objective.consistency_weight(o, self.step)
-            if lam > 0:
-                with torch.no_grad():
-                    teacher = self.base.predict(x_t, t, condition)
-                loss = loss + lam * squared_error(prediction, teacher)
-        self.window.append((t.cpu(), error.detach().cpu()))
-        return loss.mean()
+        Raises:
+            NumericalError: if five steps in a row had no finite loss and gradient.
+            ResourceError: if a single sample does not fit the memory.
+        """
+        batches, rates = self.batches.step(self.step), self.take.rates(self.step)
+        with self._dropout():
+            loss = self._compute(batches, rates)
+        self._unread.append(_Reading(self.step, loss))
+        return self._read(all=not self.take.is_async)
+
+    def _compute(self, batches: list[Batch], rates: Rates) -> Tensor:
+        """Take the step, captured if possible, in smaller pieces if the memory is too small."""
+        while True:
+            try:
+                if self._may_capture and self._captured is None:
+                    self._captured = self._capture(batches, rates)
+                return (self._captured or self.take)(batches, rates)
+            except torch.OutOfMemoryError as error:
+                self._captured = None
+                self._halve(error)
+
+    def _capture(self, batches: list[Batch], rates: Rates) -> CapturedStep | None:
+        """Capture the step; None if a module cannot be captured, which is said once."""
+        try:
+            return CapturedStep(self.take, batches, rates)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = f"the step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}"
+            if self.options.cuda_graph == "on":
+                raise UsageError(reason, fix="give --cuda-graph off") from error
+            self._may_capture = False
+            self._say(reason)
+            return None
+
+    def _halve(self, error: Exception) -> None:
+        """Compute each batch in twice as many pieces, and say so."""
+        B, take = self.options.train_batch_size, self.take
+        is_shared = self.world.size > 1
+        if take.parts >= B or is_shared:
+            fix = "give a smaller --train-batch-size, or --gradient-checkpointing"
+            what = f"range {self.range}: {-(-B // take.parts)} images do not fit the memory"
+            raise ResourceError(what, fix=fix) from error
+        take.parts *= 2
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size = -(-B // take.parts)
+        self._say(f"out of memory: batches of {size} are accumulated; the batch of a step stays")
+
+    def _read(self, *, all: bool) -> float:
+        """Read the losses of the steps before the newest one, or of all; return the last.
+
+        The sums of the log hold finite errors alone.
+        """
+        loss = math.nan
+        while len(self._unread) > (0 if all else 1):
+            reading = self._unread.pop(0)
+            loss = reading.loss()
+            self._bad = 0 if math.isfinite(loss) else self._bad + 1
+            self.skipped += not math.isfinite(loss)
+            if self._bad >= MAX_BAD_STEPS:
+                raise NumericalError(
+                    f"range {self.range}: {self._bad} steps in a row without a finite loss and"
+                    f" gradient, at step {reading.step}",
+                    fix=f"lower --learning-rate ({self.options.learning_rate:g}), check the images",
+                )
+        return loss
+
+    def _is_due(self) -> bool:
+        """Whether the time of `save_every` is over."""
+        every = self.options.save_every
+        return every is not None and time.monotonic() - self._saved_at >= every
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set in any process."""
+        if self.world.size == 1:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.float32, device=self.base.device)
+        torch.distributed.all_reduce(values)
+        return [value > 0 for value in values.tolist()]
+
+    def _allows_graph(self) -> bool:
+        """Whether the step may be captured; say why not if that was asked for."""
+        o, reason = self.options, None
+        if o.cuda_graph == "off":
+            return False
+        if self.base.device.type != "cuda":
+            reason = f"the device is {self.base.device.type}"
+        elif self.world.size > 1:
+            reason = "several processes share the step"
+        elif o.optimizer != "adamw":
+            reason = f"optimizer {o.optimizer} waits for the host"
+        elif o.compile:
+            reason = "torch.compile is on"
+        if reason is not None and o.cuda_graph == "on":
+            what = f"--cuda-graph on, and {reason}"
+            raise UsageError(what, fix="give --cuda-graph auto")
+        return reason is None
 
     @contextmanager
-    def _dropout(self, micro: int) -> Iterator[None]:
-        """Make dropout a function of (seed, step), so that it survives a resume."""
+    def _dropout(self) -> Iterator[None]:
+        """Make dropout a function of (seed, step, process), so that it survives a resume."""
+        if not self.has_dropout:
+            yield
+            return
         cuda = [self.base.device] if self.base.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(key_of(self.options.seed, "dropout", self.step, micro) % 2**63)
+            key = (self.options.seed, "dropout", self.step, self.world.rank)
+            torch.manual_seed(key_of(*key) % 2**63)
             yield
 
-    def _batch(self, samples: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        n, o = len(self.data), self.options
-
-        def draw(purpose: str) -> Tensor:
-            return uniform(o.seed, purpose, samples=samples, step=self.step)
-
-        first = self.step * o.train_batch_size * o.gradient_accumulation_steps
-        indices = [self._order((first + s) // n)[(first + s) % n] for s in samples]
-        flips = (draw("flip") < 0.5).tolist() if o.random_flip else None
-        images = self.data.floats(indices, flips)
-        captions, labels = self.data.annotations(indices)
-        if captions is not None and self.base.requires_text:
-            keep = (draw("caption") >= o.caption_dropout).tolist()
-            captions = [text if kept else "" for text, kept in zip(captions, keep, strict=True)]
-        x0, condition = self.base.encode(images, captions, labels)
-        if condition is not None and self.base.classes is not None:
-            condition = self.base.classes.drop(condition, draw("label"))
-        return x0, condition
-
-    def _order(self, epoch: int) -> list[int]:
-        if epoch not in self._orders:
-            self._orders.pop(epoch - 2, None)
-            self._orders[epoch] = permutation(len(self.data), self.options.seed, "order", epoch)
-        return self._orders[epoch]
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = 0.0
-        if self.options.use_ema:
-            decay = min(self.options.ema_decay, 1 - (1 + self.step) ** -0.75)
-        means, values = list(self.ema.values()), [p.detach() for p in self.parameters.values()]
-        torch._foreach_lerp_(means, values, 1 - decay)
+    def _say(self, text: str) -> None:
+        if self.tell is not None and self.world.is_main:
+            self.tell(text)
 
     # -- what it writes ----------------------------------------------------------------------------
 
     def _log(self) -> None:
-        t, error = (torch.cat(parts) for parts in zip(*self.window, strict=True))
-        bins = (t * LOG_BINS // self.base.T).long()
-        sums = torch.zeros(LOG_BINS).index_add_(0, bins, error.float())
-        means = sums.double() / torch.bincount(bins, minlength=LOG_BINS)
+        loss, by_bin = self.take.take_log()
+        if not self.world.is_main:
+            return
         line = {
             "step": self.step,
-            "loss": _rounded(float(error.float().nanmean())),
-            "loss_by_bin": [_rounded(mean) for mean in means.tolist()],
+            "loss": _rounded(loss),
+            "loss_by_bin": [_rounded(mean) for mean in by_bin],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         append_line(self.folder / "log.jsonl", json.dumps(line))
-        self.window.clear()
 
     def save_checkpoint(self) -> None:
-        """Commit a checkpoint.
+        """Commit a checkpoint, by the first of several processes.
 
         Raises:
             NumericalError: if weights or their averages hold NaN or Inf; the last one stays.
         """
+        self._saved_at = time.monotonic()
+        own = self.take.state()
         self._check_finite("weights", self.parameters)
-        self._check_finite("averaged weights", self.ema)
+        self._check_finite("averaged weights", self.take.ema)
+        if not self.world.is_main:
+            return
         log = self.folder / "log.jsonl"
+        moments, values = state_of(self.optimizer, self.parameters)
         tensors = {f"model.{name}": value for name, value in self.parameters.items()}
-        tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
-        names = {id(p): name for name, p in self.parameters.items()}
-        tensors |= optimizer_tensors(self.optimizer, names)
-        if self.window:
-            t, error = zip(*self.window, strict=True)
-            tensors |= {"window.t": torch.cat(t), "window.error": torch.cat(error)}
         record = {
             "step": self.step,
             "skipped": self.skipped,
+            "parts": self.take.parts,
             "log_bytes": log.stat().st_size if log.exists() else 0,
+            "optimizer": values,
             "options": self.options.document(),
             "inputs": self.inputs,
         }
-        save_state(self.folder, tensors, record)
+        limit = self.options.checkpoints_total_limit
+        save_state(self.folder, tensors | own | moments, record, limit)
 
     def _check_finite(self, what: str, tensors: dict[str, Tensor]) -> None:
         bad = [name for name, tensor in tensors.items() if not finite(tensor.detach())]
@@ -264,21 +355,26 @@ class ExpertTraining:
         snapshot = newest_state(self.folder)
         log = self.folder / "log.jsonl"
         if snapshot is None:
-            log.unlink(missing_ok=True)
+            if self.world.is_main:
+                log.unlink(missing_ok=True)
             return
+        if self.options.resume_from_checkpoint == "never":
+            what = f"{snapshot.path} exists, and --resume-from-checkpoint is never"
+            raise UsageError(what, fix="leave the option out to continue, or give another folder")
         tensors = snapshot.tensors()
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
-            self.ema[name].copy_(tensors[f"ema.{name}"])
-        restore_optimizer(self.optimizer, self.parameters, tensors)
+        self.take.restore(tensors)
+        restore(self.optimizer, self.parameters, tensors, snapshot.record.optimizer)
         self.step, self.skipped = snapshot.record.step, snapshot.record.skipped
-        if "window.t" in tensors:
-            self.window = [(tensors["window.t"], tensors["window.error"])]
-        if log.exists():
+        self.take.parts = snapshot.record.parts
+        if self.world.is_main and log.exists():
             truncate(log, min(log.stat().st_size, snapshot.record.log_bytes))
 
     def finish(self, path: Path) -> None:
         """Write the expert as a stock pipeline with `expert.json` and its log, whole or absent."""
+        if not self.world.is_main:
+            return
         dtype = self.options.save_dtype
         with commit_dir(path) as temporary:
             expert = self.base.with_denoiser(self.averaged_denoiser())
@@ -316,27 +412,16 @@ class ExpertTraining:
     @torch.no_grad()
     def averaged_denoiser(self) -> nn.Module:
         """Return the averaged weights in a stock module, in eval mode."""
-        averaged = copy.deepcopy(self.student.denoiser)
+        means = self.take.ema
+        if averages_itself(self.optimizer):
+            self.optimizer.eval()  # type: ignore[attr-defined]
+            means = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.optimizer.train()  # type: ignore[attr-defined]
+        averaged = copy.deepcopy(self.denoiser)
         for name, parameter in averaged.named_parameters():
-            if name in self.ema:
-                parameter.copy_(self.ema[name])
+            if name in means:
+                parameter.copy_(means[name])
         return fold(averaged, copy.deepcopy(self.base.denoiser)).eval().requires_grad_(False)
-
-
-def _optimizer(parameters: dict[str, Tensor], options: FinetuneOptions) -> torch.optim.AdamW:
-    mixes = [parameter for name, parameter in parameters.items() if name.endswith(".W")]
-    others = [parameter for name, parameter in parameters.items() if not name.endswith(".W")]
-    groups: list[dict[str, Any]] = [{"params": others}]
-    if mixes:  # decay would pull W to 0 and not to I
-        groups.append({"params": mixes, "weight_decay": 0.0})
-    return torch.optim.AdamW(
-        groups,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-        fused=True,
-    )
 
 
 def _rounded(value: float) -> float | None:

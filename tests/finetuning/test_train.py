@@ -18,6 +18,8 @@ from demerge.data import ImageData, load_images
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError, NumericalError, Preempted, UsageError
 from demerge.finetuning import FinetuneOptions, finetune, parse_ranges
+from demerge.finetuning.batches import Batches
+from demerge.finetuning.step import Step
 from demerge.finetuning.trainer import ExpertTraining
 from demerge.timesteps import Partition, TimestepRange
 
@@ -82,7 +84,7 @@ def test_dropout_too_survives_a_resume(
 
 
 def test_a_share_of_the_captions_is_left_empty(
-    tiny_text: Path, image_folder: Path, tmp_path: Path, monkeypatch
+    tiny_text: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a stream of (seed, step, sample): the share is that of the option, and a resumed run leaves out the same ones."""
     base = Diffusion.load(tiny_text)
@@ -96,23 +98,21 @@ def test_a_share_of_the_captions_is_left_empty(
 
     monkeypatch.setattr(Diffusion, "encode", spy)
 
-    def captions(share: float, folder: str, steps: range = range(8)) -> list[list[str]]:
+    def captions(share: float, steps: range = range(8)) -> list[list[str]]:
         seen.clear()
-        options = replace(FAST, caption_dropout=share)
-        run = ExpertTraining(
-            base, data, SPAN, options, tmp_path / folder, {"base_sha256": base.sha256}
-        )
-        for run.step in steps:
-            run._batch(range(50))
+        options = replace(FAST, caption_dropout=share, train_batch_size=50)
+        batches = Batches(base, data, SPAN, options)
+        for step in steps:
+            batches.step(step)
         return list(seen)
 
-    whole = captions(0.1, "some")
+    whole = captions(0.1)
     assert sum(text == "" for batch in whole for text in batch) / 400 == pytest.approx(
         0.1, abs=0.045
     )
-    assert captions(0.1, "some", range(5, 8)) == whole[5:]
-    assert all(text for batch in captions(0.0, "none") for text in batch)
-    assert not any(text for batch in captions(1.0, "all") for text in batch)
+    assert captions(0.1, range(5, 8)) == whole[5:]
+    assert all(text for batch in captions(0.0) for text in batch)
+    assert not any(text for batch in captions(1.0) for text in batch)
     with pytest.raises(UsageError, match=r"caption_dropout is 1\.5"):
         FinetuneOptions(caption_dropout=1.5)
 
@@ -227,8 +227,8 @@ def test_expert_is_a_stock_pipeline_with_its_record(
 def test_five_bad_steps_in_a_row_end_the_run(
     tiny: Path, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = ExpertTraining._loss
-    monkeypatch.setattr(ExpertTraining, "_loss", lambda self, micro: loss(self, micro) * math.nan)
+    losses = Step._losses
+    monkeypatch.setattr(Step, "_losses", lambda *a: tuple(v * math.nan for v in losses(*a)))
     steps = 0
     with pytest.raises(NumericalError, match="5 steps in a row"):
         for _ in finetune(
@@ -243,7 +243,7 @@ def test_a_checkpoint_with_nan_is_never_committed(
     tiny: Path, data: ImageData, tmp_path: Path, of: str
 ) -> None:
     run = ExpertTraining(Diffusion.load(tiny), data, SPAN, FAST, tmp_path / "state", {})
-    getattr(run, of)["conv_in.weight"].data[0] = math.inf
+    getattr(run if of == "parameters" else run.take, of)["conv_in.weight"].data[0] = math.inf
     with pytest.raises(
         NumericalError, match=r"hold NaN or Inf at step 0, first in conv_in\.weight"
     ):
@@ -256,7 +256,7 @@ def test_an_expert_that_its_dtype_cannot_hold_is_not_committed(
 ) -> None:
     options = replace(FAST, save_dtype="float16")
     run = ExpertTraining(Diffusion.load(tiny), data, SPAN, options, tmp_path / "state", {})
-    run.ema["conv_in.weight"][0] = 1e6
+    run.take.ema["conv_in.weight"][0] = 1e6
     with pytest.raises(
         NumericalError, match=r"as float16 the expert holds NaN or Inf in conv_in\.weight"
     ):

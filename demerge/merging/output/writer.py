@@ -40,7 +40,7 @@ class Sink(Protocol):
         """Take some bytes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tally:
     """How many entries the merge changes, and how many of those survive the rounding.
 
@@ -53,11 +53,13 @@ class Tally:
     survived: int = 0
     squares: Squares = (0.0, 0.0, 0.0)
 
-    def __add__(self, other: Tally) -> Tally:
+    def add(self, other: Tally) -> None:
+        """Add another count."""
+        self.changed += other.changed
+        self.survived += other.survived
         a, b, c = self.squares
         x, y, z = other.squares
-        changed, survived = self.changed + other.changed, self.survived + other.survived
-        return Tally(changed, survived, (a + x, b + y, c + z))
+        self.squares = (a + x, b + y, c + z)
 
     @property
     def share(self) -> float:
@@ -83,7 +85,7 @@ class Piece:
 
     n: int
     stored: Tensor
-    tally: Tally = Tally()
+    tally: Tally | None = None
     sums: Sums | None = None
 
 
@@ -200,7 +202,8 @@ def write_stream(
     tally, sums = Tally(), []
     for piece in pieces(job, entries, storage, observe, put):
         stream.write(_bytes_of(piece.stored))
-        tally += piece.tally
+        if piece.tally is not None:
+            tally.add(piece.tally)
         if piece.sums is not None:
             sums.append(piece.sums)
     return tally, sums

@@ -1,0 +1,166 @@
+"""What a training step costs next to a bare loop of the same model, batch and dtype.
+
+    OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/finetune.py --models digits small
+    .venv/bin/python tests/benchmarks/finetune.py --device cuda --models cifar10 --batch-size 128 --mixed-precision bf16
+
+The bare loop is what a careful script does: forward, forward of the teacher without gradient, backward, clip, fused AdamW,
+moving average, images from a tensor on the device, torch.randn. It never reads the loss. Rows: `bare`, `ours` (without the
+projection, so that both do the same arithmetic), `foldable` (with it), and on a GPU `graph`, the step as one CUDA graph. All
+rows take their steps in turns. `ratio` is the median over the turns of a row's seconds over those of the bare loop in the
+same turn; `images` is images per second; `memory` the peak on the GPU in MB. `--json` prints one document; its
+`overhead_ratio` is that of `ours` on the last model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from conflict import MODELS, load, show
+
+from demerge.data import ImageData
+from demerge.data.values import as_floats
+from demerge.diffusion.model import Diffusion
+from demerge.finetuning.options import FinetuneOptions
+from demerge.finetuning.trainer import ExpertTraining
+from demerge.timesteps import TimestepRange
+
+Turn = Callable[[int], None]
+
+
+def bare(base: Diffusion, data: ImageData, o: FinetuneOptions) -> Turn:
+    """Return a function that takes n steps of the loop without demerge's trainer."""
+    device, student = base.device, copy.deepcopy(base.denoiser).train().requires_grad_(True)
+    images = as_floats(data.images(range(min(len(data), 4096)))).to(device)
+    abar = base.alphas_cumprod.float().to(device)
+    parameters = list(student.parameters())
+    means = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=1e-6, fused=True)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(o.mixed_precision)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            x0 = images[torch.randint(len(images), (o.train_batch_size,), device=device)]
+            t = torch.randint(0, base.T, (o.train_batch_size,), device=device)
+            noise, a = torch.randn_like(x0), abar[t].view(-1, 1, 1, 1)
+            x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+            with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
+                prediction = student(x_t, t).sample
+                with torch.no_grad():
+                    goal = base.denoiser(x_t, t).sample
+                errors = (prediction.float() - noise).square() + (
+                    prediction - goal
+                ).float().square()
+                loss = errors.mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            torch._foreach_lerp_(means, [p.detach() for p in parameters], 1e-4)
+
+    return steps
+
+
+def ours(base: Diffusion, data: ImageData, o: FinetuneOptions, folder: Path) -> Turn:
+    """Return a function that takes n steps of demerge's trainer."""
+    training = ExpertTraining(base, data, TimestepRange(0, base.T), o, folder, {})
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            training.take_step()
+            training.step += 1
+
+    return steps
+
+
+def seconds(turn: Turn, n: int, device: str) -> float:
+    """Return the seconds of n steps."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    turn(n)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
+    """Return a line for the bare loop of a model and one for each way of ours."""
+    base, data = load(name, asked.device)
+    is_cuda = asked.device.startswith("cuda")
+    plain = FinetuneOptions(
+        max_train_steps=10**9,
+        train_batch_size=asked.batch_size,
+        mixed_precision=asked.mixed_precision,
+        projection="none",
+        cuda_graph="off",
+        compile=asked.compile,
+    )
+    folder = Path(tempfile.mkdtemp())
+    makers: dict[str, Callable[[], Turn]] = {
+        "bare": lambda: bare(base, data, plain),
+        "ours": lambda: ours(base, data, plain, folder / "ours"),
+        "foldable": lambda: ours(base, data, replace(plain, projection="foldable"), folder / "f"),
+    }
+    if is_cuda:
+        makers["graph"] = lambda: ours(base, data, replace(plain, cuda_graph="on"), folder / "g")
+    turns, memory = {}, {}
+    for row, make in makers.items():
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        turns[row] = make()
+        turns[row](asked.warm_up)
+        memory[row] = torch.cuda.max_memory_allocated() / 1e6 if is_cuda else None
+    times: dict[str, list[float]] = {row: [] for row in turns}
+    for _ in range(asked.repeat):
+        for row, turn in turns.items():
+            times[row].append(seconds(turn, asked.steps, asked.device))
+    return [
+        {
+            "model": name,
+            "row": row,
+            "ms": 1e3 * statistics.median(times[row]) / asked.steps,
+            "images": asked.steps * asked.batch_size / statistics.median(times[row]),
+            "ratio": statistics.median(
+                t / b for t, b in zip(times[row], times["bare"], strict=True)
+            ),
+            "memory": memory[row],
+        }
+        for row in turns
+    ]
+
+
+def main() -> None:
+    """Compare the chosen models."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["digits", "small"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=9, help="turns")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    if asked.device == "cpu":
+        torch.set_num_threads(1)
+    lines = [line for name in asked.models for line in compare(name, asked)]
+    show(lines)
+    if asked.json:
+        ratio = next(line["ratio"] for line in reversed(lines) if line["row"] == "ours")
+        json.dump({"overhead_ratio": ratio, "lines": lines}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
