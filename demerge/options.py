@@ -15,6 +15,7 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -89,6 +90,7 @@ def spec_of(of: Any) -> Spec:
     return spec
 
 
+@cache
 def types_of(kind: type[Options]) -> dict[str, Any]:
     """Return the type of each option by name."""
     return get_type_hints(kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ MADE = "demerge.stats.made"  # also there: all that stats.json says of it
 MAX_DIFFERENCES = 12  # in one sentence
 
 
+@cache
 def installed(package: str) -> str:
     """Return the version of an installed package."""
     try:

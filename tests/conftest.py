@@ -1,4 +1,8 @@
-"""Fixtures of several test modules: tiny models of the stock classes, made from a fixed seed."""
+"""Fixtures of several test modules: tiny models of the stock classes, made from a fixed seed.
+
+The tests have a cache folder of their own: in the user's, the memory of hashes may be long, and each
+test would read all of it. The fonts of matplotlib stay where they are.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,18 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+USERS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+CACHE = tempfile.TemporaryDirectory(prefix="demerge-tests-")  # removed in the end
+os.environ.setdefault("MPLCONFIGDIR", str(USERS_CACHE / "matplotlib"))
+os.environ["XDG_CACHE_HOME"] = CACHE.name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def merge_in_this_process() -> Iterator[None]:
+    """Merge without workers unless a test asks for some: two forks cost more than a tiny merge."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("demerge.merging.planning._count_cores", lambda: 1)
+        yield
 
 
 def tiny_unet(**changes: object) -> torch.nn.Module:

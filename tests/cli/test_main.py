@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -125,39 +126,30 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_sigterm_ends_training_with_a_checkpoint(tiny, tmp_path) -> None:
-    import signal
-
-    arguments = [
-        "finetune",
-        tiny,
-        "--data",
-        "digits",
-        "--ranges",
-        "joint",
-        "-o",
-        tmp_path / "x",
-        "--max-train-steps",
-        "100000",
-    ]
-    command = [
-        sys.executable,
-        "-c",
-        "from demerge.cli.main import main; main()",
-        *map(str, arguments),
-        "--train-batch-size",
-        "2",
-    ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("finetune"):
-            break
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "run the same command to continue" in err
+    """A forked program, which need not import torch once more, and a real signal."""
+    arguments = ["finetune", tiny, "--data", "digits", "--ranges", "joint", "-o", tmp_path / "x"]
+    arguments += ["--max-train-steps", 100_000, "--train-batch-size", 2]
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(write, 2)
+            sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+            sys.argv = ["demerge", *map(str, arguments)]
+            program.main()
+        except SystemExit as stopped:
+            sys.stderr.flush()
+            os._exit(int(stopped.code or 0))
+        finally:
+            os._exit(1)
+    os.close(write)
+    with open(read, encoding="utf-8") as err:
+        assert any(line.startswith("finetune") for line in err)
+        time.sleep(0.5)
+        os.kill(child, signal.SIGTERM)
+        said = err.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert "run the same command to continue" in said
     assert list((tmp_path / "x" / "state" / "0000-1000").glob("step-*/manifest.json"))

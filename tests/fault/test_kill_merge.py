@@ -34,7 +34,7 @@ def test_a_killed_merge_leaves_all_or_nothing(tmp_path: Path) -> None:
         child = os.fork()
         if child == 0:
             try:
-                merge(base, [expert], out, method="ties")
+                merge(base, [expert], out, method="ties", num_workers=2)
             finally:
                 os._exit(0)
         time.sleep(float(random.uniform(0.01, 0.25)))

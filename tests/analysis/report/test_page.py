@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from demerge.analysis import write_report
 from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.report.next_steps import CommandNames, next_steps
 from demerge.analysis.report.page import CAPTIONS, conflict_page, write_page
@@ -238,32 +239,36 @@ def test_analyze_ranges_and_the_page_have_one_verdict(
     assert ranges.partition == verdict.partition
 
 
-def test_equal_runs_make_equal_files(planted: Any, tmp_path: Path) -> None:
-    """In processes of their own, with other hash seeds, of a map in memory and of its file."""
+def test_equal_runs_make_equal_files(
+    planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another process, with another hash seed, of a map in memory and of its file."""
     stored = planted([0, 1, 2, 4], M=5).save(tmp_path / "map.safetensors")
     code = """
 import sys, numpy as np
 from pathlib import Path
 from demerge.analysis import Reading, summarize, write_report
 from demerge.conflict import ConflictMap
-map = ConflictMap.load(Path(sys.argv[1]))
-if sys.argv[2] == "strided":  # as a measurement leaves it
-    gram = np.ascontiguousarray(map.gram.transpose(1, 0, 3, 2)).transpose(1, 0, 3, 2)
-    map = ConflictMap(map.bins, gram, map.log_snr, map.origin)
+map = ConflictMap.load(Path(sys.argv[1]))  # and now as a measurement leaves it
+gram = np.ascontiguousarray(map.gram.transpose(1, 0, 3, 2)).transpose(1, 0, 3, 2)
+map = ConflictMap(map.bins, gram, map.log_snr, map.origin)
 write_report(summarize(Reading(map)), "out")
 """
-    written = []
-    for seed, memory in (("1", "file"), ("2", "strided")):
-        folder = tmp_path / seed
-        folder.mkdir()
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run(
-            [sys.executable, "-c", code, str(stored), memory],
-            cwd=folder,
-            env=environment,
-            check=True,
-        )
-        written.append({path.name: path.read_bytes() for path in (folder / "out").iterdir()})
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1",
+    }
+    command = [sys.executable, "-c", code, str(stored)]
+    subprocess.run(command, cwd=theirs, env=environment, check=True)
+    monkeypatch.chdir(ours)
+    write_report(summarize(Reading(ConflictMap.load(stored))), "out")
+    written = [
+        {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+        for folder in (ours, theirs)
+    ]
     assert written[0].keys() == written[1].keys() and "conflict.html" in written[0]
     assert [name for name in written[0] if written[0][name] != written[1][name]] == []
 
