@@ -32,7 +32,7 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 def merge_in_this_process() -> Iterator[None]:
     """Merge without workers unless a test asks for some: two forks cost more than a tiny merge."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("demerge.merging.planning._count_cores", lambda: 1)
+        patch.setattr("demerge.merging.planning.count_cores", lambda: 1)
         yield
 
 
