@@ -136,7 +136,7 @@ def test_sigterm_ends_training_with_a_checkpoint(tiny, tmp_path) -> None:
     if child == 0:
         try:
             os.dup2(write, 2)
-            sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
             sys.argv = ["demerge", *map(str, arguments)]
             program.main()
         except SystemExit as stopped:
