@@ -29,10 +29,10 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
 @pytest.fixture(scope="session", autouse=True)
-def merge_in_this_process() -> Iterator[None]:
+def one_core() -> Iterator[None]:
     """Merge without workers unless a test asks for some: two forks cost more than a tiny merge."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("demerge.merging.planning.count_cores", lambda: 1)
+        patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
         yield
 
 
