@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +27,8 @@ USERS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 CACHE = tempfile.TemporaryDirectory(prefix="demerge-tests-")  # removed in the end
 os.environ.setdefault("MPLCONFIGDIR", str(USERS_CACHE / "matplotlib"))
 os.environ["XDG_CACHE_HOME"] = CACHE.name
+settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)
