@@ -14,7 +14,7 @@ from torch import Tensor
 from demerge.errors import UsageError
 from demerge.merging import all_methods, merge_tensors
 from demerge.merging.contract import Block, Method, Statistic, describe_method
-from demerge.merging.methods import selection
+from demerge.merging.methods.shared import selection
 from demerge.testing import (
     PROPERTIES,
     HeldBlocks,
