@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import namedtuple
 
@@ -19,6 +20,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", ("numpy",))
     monkeypatch.setattr(doctor, "EXTRAS", {"no_such_module": "data"})
     monkeypatch.setattr(doctor, "NEED_MEMORY", 0)
+    cores = set(range(1000))  # no fewer than torch's threads
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
 
 
 def test_a_healthy_machine_is_all_ok(run, quick):
