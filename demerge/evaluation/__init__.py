@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from demerge.lazy import lazily
 
 if TYPE_CHECKING:
-    from demerge.evaluation.comparison import evaluate as evaluate
     from demerge.evaluation.options import EvaluationOptions as EvaluationOptions
+    from demerge.evaluation.planning import evaluate as evaluate
     from demerge.evaluation.report.report import Report as Report
     from demerge.evaluation.scores import Protocol as Protocol
     from demerge.evaluation.scores import Scores as Scores
@@ -21,7 +21,7 @@ HOMES = {
     "Protocol": "scores",
     "Report": "report.report",
     "Scores": "scores",
-    "evaluate": "comparison",
+    "evaluate": "planning",
 }
 __all__ = ["EvaluationOptions", "Protocol", "Report", "Scores", "evaluate"]
 __getattr__, __dir__ = lazily(__name__, HOMES)

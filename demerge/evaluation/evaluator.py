@@ -1,7 +1,7 @@
 """The evaluator: everything about an evaluation that is the same for all its models.
 
     evaluator = Evaluator(net, reference, sampler="ddim", steps=50, perceptual=load_lpips())
-    floor = evaluator.of_real().score("test split", real_images, seed=0, kind="real")
+    floor = evaluator.of_images(REAL).score("test split", real_images, seed=0, kind="real")
     scores = evaluator.score("ties", images, seed=0, kind="merge", base=base_images)
 
 LPIPS is taken on the first `perceptual_images` of a model's images. `drift` is the mean LPIPS
@@ -18,10 +18,13 @@ from torch import Tensor
 from demerge.errors import UsageError
 from demerge.evaluation.features.nets import FeatureNet
 from demerge.evaluation.metrics.distances import Reference, evaluate_images, hash_images
-from demerge.evaluation.metrics.lpips import LPIPS, diversity, embeddings
+from demerge.evaluation.metrics.lpips import LPIPS, diversity
 from demerge.evaluation.metrics.range_losses import RangeLosses
 from demerge.evaluation.scores import Kind, Protocol, Scores
 from demerge.progress import Progress, silent
+
+REAL = "none (real images)"
+FOLDER = "unknown (folder of images)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,28 +84,24 @@ class Evaluator:
         protocol, digest = self.protocol(len(images)), hash_images(images)
         return Scores(model, metrics, protocol, digest, seed, kind, model_sha256, losses)
 
-    def of_real(self) -> Evaluator:
-        """Return the same evaluator for real images.
+    def of_images(self, source: str) -> Evaluator:
+        """Return the same evaluator for images that are not sampled: `REAL` ones, or of a `FOLDER`.
 
-        Images that are disjoint from the reference's give the noise floor: what a perfect model
-        would score.
+        Real images that are disjoint from the reference's give the noise floor: what a perfect
+        model would score.
         """
-        return replace(self, sampler="none (real images)", steps=0, guidance_scale=1.0)
-
-    def of_folder(self) -> Evaluator:
-        """Return the same evaluator for images that others made."""
-        return replace(self, sampler="unknown (folder of images)", steps=0, guidance_scale=1.0)
+        return replace(self, sampler=source, steps=0, guidance_scale=1.0)
 
     def _perceptual_metrics(self, images: Tensor, base: Tensor | None) -> dict[str, float]:
         if self.perceptual is None:
             return {}
         first = images[: self.perceptual_images]
-        own = embeddings(self.perceptual, first)
+        own = self.perceptual.embed(first)
         if base is None:
             return {"diversity": diversity(own)}
         if base[: len(first)].shape != first.shape:
             what = f"the base's images are {list(base.shape)}, the model's {list(images.shape)}"
             raise UsageError(what, fix="draw as many images of one shape from both")
-        theirs = embeddings(self.perceptual, base[: len(first)])
+        theirs = self.perceptual.embed(base[: len(first)])
         drift = float((own - theirs).square().sum(1).mean())
         return {"diversity": diversity(own), "drift": drift}

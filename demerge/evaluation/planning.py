@@ -1,141 +1,74 @@
-"""From options to an evaluation: models, data, feature net, reference."""
+"""From options to an evaluation: models, data, feature net."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from demerge.data import ImageData, load_images
 from demerge.data.values import Shape
 from demerge.device import resolve_device
 from demerge.diffusion.sampling import check_sampling, make_scheduler
 from demerge.errors import UsageError
-from demerge.evaluation.evaluator import Evaluator
-from demerge.evaluation.features.nets import FeatureNet, make_feature_net
-from demerge.evaluation.metrics.distances import Reference
-from demerge.evaluation.metrics.lpips import load_lpips
+from demerge.evaluation.features.nets import make_feature_net
 from demerge.evaluation.models import Models, ModelSpec, leave_out_reports, specify_models
 from demerge.evaluation.options import EvaluationOptions
-from demerge.evaluation.report.tables import table_lines
-from demerge.evaluation.runner import EvaluationRun, load_model_images
-from demerge.evaluation.scores import Kind, Scores, tables_of
+from demerge.evaluation.results import load_scores
+from demerge.evaluation.runner import EvaluationPlan, load_model_images
+from demerge.evaluation.scores import Kind
 from demerge.progress import Progress, silent
-from demerge.reporting.html import printable
-from demerge.stage import Cost
 from demerge.storage.atomic import place_for
 from demerge.timesteps import Partition
+
+if TYPE_CHECKING:
+    from demerge.evaluation.report.report import Report
 
 OTHER_SPLIT = {"test": "train", "train": "test"}
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationResult:
-    """The scores of all models and of the noise floor."""
+def evaluate(
+    models: Models,
+    data: str | Path | ImageData,
+    options: EvaluationOptions | None = None,
+    *,
+    base: str | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    out: str | Path | None = None,
+    title: str = "demerge report",
+    progress: Progress = silent,
+) -> Report:
+    """Draw images of every model from the same noise, score them against real images, and report.
 
-    out: Path
-    scores: list[Scores]
+        options = EvaluationOptions(num_images=500)
+        report = evaluate({"base": "digits-base", "ties": run / "ties"}, "digits", options)
+        report.table, report.plot(), report.contact_sheet(), report.verdict, report.html
 
-    def lines(self) -> list[str]:
-        """Return a table for each protocol."""
-        return table_lines(tables_of(self.scores))
+    Args:
+        models: names and models: paths, ids, or a `Diffusion` in memory; or a list of paths.
+        data: real images: a source, whose other split gives the noise floor, or `ImageData`.
+        base: name, path or id of the base; else the first pipeline that demerge did not make.
+        kinds: what a model of this name is, if no record says so, for example
+            {"mine": "merge", "control": "joint"}.
+        out: a folder that keeps the scores, so that the same call resumes; else nothing is kept.
 
-    def document(self) -> dict[str, Any]:
-        """Return the scores as JSON values."""
-        scores = [score.document() for score in self.scores]
-        return {"out": str(self.out / "scores"), "scores": scores}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EvaluationPlan:
-    """Models that load, and the real images that they are scored against.
-
-    Attributes:
-        losses_on: the images that validation losses are measured on.
-        real: the images of the reference.
-        floor: real images for the noise floor, if the data has another split.
-        reports: folders of demerge's own plots, which were left out.
+    Raises:
+        UsageError, InputError: if an option is wrong, or a model, the data or weights cannot be
+            read.
+        NumericalError: if images or losses are not finite.
     """
+    from demerge.evaluation.report.report import Report
 
-    models: list[ModelSpec]
-    base: ModelSpec | None
-    losses_on: ImageData = field(repr=False)
-    real: ImageData = field(repr=False)
-    floor: ImageData | None = field(repr=False)
-    partition: Partition | None
-    net: FeatureNet
-    options: EvaluationOptions
-    out: Path
-    reports: list[str]
-
-    def describe(self) -> list[str]:
-        """Return which models are scored, and on what."""
-        options = self.options
-        names = ", ".join(f"{spec.name} ({spec.kind})" for spec in self.models)
-        seeds = ", ".join(map(str, options.seeds))
-        return [
-            f"models: {names}",
-            f"{options.num_images:,} images per model and seed (seeds {seeds}),"
-            f" scored against {self.real.name} on features {self.net.name}",
-            *(f"note: {left_out(folder)}" for folder in self.reports),
-        ]
-
-    def cost(self) -> Cost:
-        """Return the number of sets of images."""
-        seeds = len(self.options.seeds)
-        sets = sum(1 if spec.is_images else seeds for spec in self.models)
-        return Cost(steps=sets + (self.floor is not None))
-
-    def run(self, progress: Progress = silent) -> EvaluationResult:
-        """Score the noise floor, then every model; scores of the same protocol are kept.
-
-        Raises:
-            InputError, ComparisonError: if the reference does not suit the feature net.
-            NumericalError: if images or losses are not finite.
-        """
-        options = self.options
-        evaluator = Evaluator(
-            self.net,
-            self._reference(progress),
-            sampler=options.sampler,
-            steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            perceptual=load_lpips(device=options.device) if options.lpips else None,
-        )
-        run = EvaluationRun(
-            evaluator, self.losses_on, self.out, options, self.base, self.partition, progress
-        )
-        scores = [] if self.floor is None else [run.score_noise_floor(self.floor)]
-        return EvaluationResult(self.out, [*scores, *run.score_models(self.models)])
-
-    def _reference(self, progress: Progress) -> Reference:
-        options, net, real = self.options, self.net, self.real
-        if options.reference is not None:
-            count = options.reference_images
-            return Reference.from_npz(options.reference, net, n=count, progress=progress)
-        path = self.out / f"reference-{net.name}.safetensors"
-        name = printable(f"{real.name} {real.split}")
-        images = real.images(range(len(real)))
-        return Reference.remembered(path, net, images, name=name, progress=progress)
-
-
-def left_out(folder: str) -> str:
-    """Return the sentence about a folder of demerge's own plots."""
-    return f"{folder} holds plots that demerge wrote, not a model. It was left out."
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What all models of a comparison share; `shape` is [C H W]."""
-
-    shape: Shape
-    T: int
-    requires_text: bool
-
-    def __str__(self) -> str:
-        return f"{list(self.shape)} with T = {self.T}{', from text' if self.requires_text else ''}"
+    with ExitStack() as stack:
+        folder = Path(out or stack.enter_context(TemporaryDirectory(prefix="demerge-")))
+        planned = plan(models, data, folder, options, base=base, kinds=kinds)
+        scores = planned.run(progress).scores
+        contact = load_scores(folder / "scores")[1]
+    return Report.of(scores, title=title, contact=contact, notes=planned.notes)
 
 
 def plan(
@@ -149,9 +82,7 @@ def plan(
 ) -> EvaluationPlan:
     """Load every model once, so that none is found missing later; then data and feature net.
 
-    Raises:
-        UsageError, InputError: if an option is wrong, or a model, the data or weights cannot be
-            read.
+    See `evaluate`.
     """
     options = options or EvaluationOptions()
     options = replace(options, device=resolve_device(options.device))
@@ -172,10 +103,31 @@ def plan(
     for spec in specs:
         if spec.is_images:
             load_model_images(spec.source, losses_on.shape, options.num_images)
-    net = _load_net(options, real)
-    return EvaluationPlan(
-        specs, control, losses_on, real, floor, partition, net, options, folder, reports
+    features = options.features
+    if features == "auto":
+        features = "digits-cnn" if real.name == "digits" else "random"
+    net = make_feature_net(
+        features,
+        preprocess=options.preprocess,
+        mixed_precision=options.mixed_precision,
+        device=options.device,
     )
+    notes = [f"{r} holds plots that demerge wrote, not a model. It was left out." for r in reports]
+    return EvaluationPlan(
+        specs, control, losses_on, real, floor, partition, net, options, folder, notes
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What all models of a comparison share; `shape` is [C H W]."""
+
+    shape: Shape
+    T: int
+    requires_text: bool
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} with T = {self.T}{', from text' if self.requires_text else ''}"
 
 
 def _shared_facts(
@@ -207,7 +159,7 @@ def _load_data(
     """
     if isinstance(data, ImageData):
         return data, data, None
-    load = partial(load_images, str(data), skip_broken=options.skip_broken)
+    load = partial(load_images, data, skip_broken=options.skip_broken)
     if facts is not None:
         load = partial(load, channels=facts.shape[0], resolution=facts.shape[1])
     losses_on, split, n = load(split=options.split), options.split, options.num_images
@@ -216,15 +168,3 @@ def _load_data(
     other = OTHER_SPLIT.get(split)
     floor = None if other is None else load(split=other, limit=n)
     return losses_on, load(split=split, limit=options.reference_images), floor
-
-
-def _load_net(options: EvaluationOptions, real: ImageData) -> FeatureNet:
-    name = options.features
-    if name == "auto":
-        name = "digits-cnn" if real.name == "digits" else "random"
-    return make_feature_net(
-        name,
-        preprocess=options.preprocess,
-        mixed_precision=options.mixed_precision,
-        device=options.device,
-    )

@@ -1,4 +1,7 @@
-"""What `compare` reads from a run folder: scores, contact strips, conflict plots, commands."""
+"""The results in a run folder: scores with a strip of images each, conflict plots, commands.
+
+SCORES/NAME.seed0.json, and next to it the model's first 16 images, NAME.seed0.png.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
 from demerge.errors import InputError, UsageError
-from demerge.evaluation.score_files import load_scores, read_scores
-from demerge.evaluation.scores import Scores
+from demerge.evaluation.scores import MAKE_SCORES, Scores
 from demerge.reporting.html import PageFigure
+from demerge.reporting.images import grid, png
+from demerge.storage.atomic import commit_bytes
 from demerge.storage.layout import inside
 from demerge.storage.schema import Record, read_record
 
@@ -24,6 +31,55 @@ CAPTIONS = {
     "strength": "Strength of the mean gradient, and the number of samples its noise is worth.",
 }
 DARK = ".dark.svg"
+SHOWN = 16
+
+
+def save_scores(path: str | Path, scores: Scores, images: Tensor) -> Scores:
+    """Write scores and the strip of the first 16 images, uint8 [n C H W]; return the scores."""
+    commit_bytes(Path(path).with_suffix(".png"), png(grid(images[:SHOWN], SHOWN, gap=0)))
+    scores.save(path)
+    return scores
+
+
+def load_scores(folder: str | Path) -> tuple[list[Scores], dict[str, Tensor]]:
+    """Read all scores in a folder, and each model's strip of its lowest seed, uint8 [16 C H W].
+
+    Raises:
+        InputError: if there are none, or one is damaged or linked out of the folder.
+    """
+    folder = Path(folder)
+    paths = [inside(folder, path) for path in sorted(folder.glob("*.json"))]
+    if not paths:
+        raise InputError(f"{folder}: no scores there", fix=MAKE_SCORES)
+    return read_scores(paths)
+
+
+def read_scores(paths: Sequence[str | Path]) -> tuple[list[Scores], dict[str, Tensor]]:
+    """Read scores from files, as `load_scores` does."""
+    pairs = [(Scores.load(path), Path(path).with_suffix(".png")) for path in paths]
+    pairs.sort(key=lambda pair: pair[0].seed)
+    strips: dict[str, Tensor] = {}
+    for score, strip in pairs:
+        if score.kind != "real" and score.model not in strips and strip.is_file():
+            inside(strip.parent, strip)
+            strips[score.model] = read_strip(strip)
+    return [score for score, _ in pairs], strips
+
+
+def read_strip(path: str | Path) -> Tensor:
+    """Cut a strip into its 16 images, uint8 [16 3 H W].
+
+    Raises:
+        InputError: if the file is not a PNG of 16 images side by side.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
+        tiles: Tensor = pixels.unflatten(1, (SHOWN, -1)).permute(1, 3, 0, 2)
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"{path}: not a strip of {SHOWN} images: {error}"
+        raise InputError(what, fix="remove it and run `demerge evaluate` again") from error
+    return tiles
 
 
 class Commands(Record):
@@ -49,7 +105,6 @@ def load_results(runs: Sequence[str | Path]) -> Results:
 
     Raises:
         InputError: if a path is missing or holds no scores, or a score is linked out of the run.
-        UsageError: if folders and files are mixed.
     """
     paths = list(map(Path, runs))
     for path in paths:

@@ -1,4 +1,4 @@
-"""The loop that scores models: every model on every sampling seed, on common noise.
+"""The stage `demerge evaluate`: every model on every sampling seed, on common noise.
 
 Scores are written as they are made. A score of the same model under the same protocol is kept if it
 exists, so that the same command again resumes.
@@ -6,10 +6,11 @@ exists, so that the same command again resumes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,77 +18,165 @@ from demerge.data import ImageData, load_images
 from demerge.data.values import Shape
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.sampling import sample
-from demerge.evaluation.evaluator import Evaluator
-from demerge.evaluation.metrics.distances import hash_images
+from demerge.evaluation.evaluator import FOLDER, REAL, Evaluator
+from demerge.evaluation.features.nets import FeatureNet
+from demerge.evaluation.metrics.distances import Reference, hash_images
+from demerge.evaluation.metrics.lpips import load_lpips
 from demerge.evaluation.metrics.range_losses import RangeLosses, range_losses
 from demerge.evaluation.models import ModelSpec
 from demerge.evaluation.options import EvaluationOptions
-from demerge.evaluation.score_files import save_scores
-from demerge.evaluation.scores import Scores
+from demerge.evaluation.report.tables import table_lines
+from demerge.evaluation.results import save_scores
+from demerge.evaluation.scores import Scores, tables_of
 from demerge.progress import Progress, silent
 from demerge.reporting.html import printable
+from demerge.stage import Cost
 from demerge.timesteps import Partition
 
 
 def load_model_images(folder: str | Path, shape: Shape, n: int) -> ImageData:
     """Return n images of a folder in the shape [C H W] of the data."""
-    return load_images(str(folder), resolution=shape[1], channels=shape[0], limit=n)
+    return load_images(folder, resolution=shape[1], channels=shape[0], limit=n)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """The scores of all models and of the noise floor."""
+
+    out: Path
+    scores: list[Scores]
+
+    def lines(self) -> list[str]:
+        """Return a table for each protocol."""
+        return table_lines(tables_of(self.scores))
+
+    def document(self) -> dict[str, Any]:
+        """Return the scores as JSON values."""
+        scores = [score.document() for score in self.scores]
+        return {"out": str(self.out / "scores"), "scores": scores}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EvaluationRun:
-    """What every model goes through.
+class EvaluationPlan:
+    """Models that load, and the real images that they are scored against.
 
-    Losses are measured on `data` over the ranges of `partition`, if there is one. The images of the
-    model `base` from the same noise are drawn for LPIPS drift, if there is a base. Scores go to
-    OUT/scores.
+    Attributes:
+        base: the model whose images from the same noise give the LPIPS drift.
+        losses_on: the images that validation losses are measured on, over the ranges of
+            `partition`, if there is one.
+        real: the images of the reference.
+        floor: real images for the noise floor, if the data has another split.
+        notes: sentences about folders that were left out.
     """
 
-    evaluator: Evaluator
-    data: ImageData = field(repr=False)
-    out: Path
+    models: list[ModelSpec]
+    base: ModelSpec | None
+    losses_on: ImageData = field(repr=False)
+    real: ImageData = field(repr=False)
+    floor: ImageData | None = field(repr=False)
+    partition: Partition | None
+    net: FeatureNet
     options: EvaluationOptions
-    base: ModelSpec | None = None
-    partition: Partition | None = None
-    progress: Progress = silent
-    _base_images: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    out: Path
+    notes: list[str]
 
-    def score_models(self, models: Sequence[ModelSpec]) -> Iterator[Scores]:
-        """Score every model and yield the scores as they come.
+    def describe(self) -> list[str]:
+        """Return which models are scored, and on what."""
+        names = ", ".join(f"{spec.name} ({spec.kind})" for spec in self.models)
+        seeds = ", ".join(map(str, self.options.seeds))
+        return [
+            f"models: {names}",
+            f"{self.options.num_images:,} images per model and seed (seeds {seeds}),"
+            f" scored against {self.real.name} on features {self.net.name}",
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+    def cost(self) -> Cost:
+        """Return the number of sets of images."""
+        seeds = len(self.options.seeds)
+        sets = sum(1 if spec.is_images else seeds for spec in self.models)
+        return Cost(steps=sets + (self.floor is not None))
+
+    def run(self, progress: Progress = silent) -> EvaluationResult:
+        """Score the noise floor, then every model; scores of the same protocol are kept.
 
         Raises:
-            InputError: if a model or a folder of images cannot be read.
-            UsageError: if a model cannot be sampled with these options.
+            InputError, ComparisonError: if the reference does not suit the feature net.
             NumericalError: if images or losses are not finite.
         """
-        for spec in models:
+        options = self.options
+        evaluator = Evaluator(
+            self.net,
+            self._reference(progress),
+            sampler=options.sampler,
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            perceptual=load_lpips(device=options.device) if options.lpips else None,
+        )
+        return EvaluationResult(self.out, list(_Run(self, evaluator, progress).scores()))
+
+    def _reference(self, progress: Progress) -> Reference:
+        options, net, real = self.options, self.net, self.real
+        if options.reference is not None:
+            count = options.reference_images
+            return Reference.from_npz(options.reference, net, n=count, progress=progress)
+        cache = self.out / f"reference-{net.name}.safetensors"
+        images, name = real.images(range(len(real))), _name(real)
+        return Reference.from_images(net, images, name=name, cache=cache, progress=progress)
+
+
+def _name(real: ImageData) -> str:
+    return printable(f"{real.name} {real.split}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    plan: EvaluationPlan
+    evaluator: Evaluator
+    progress: Progress
+    base_images: dict[int, Tensor] = field(default_factory=dict)
+
+    def scores(self) -> Iterator[Scores]:
+        if self.plan.floor is not None:
+            yield self._score_real(self.plan.floor)
+        for spec in self.plan.models:
             yield from self._score_folder(spec) if spec.is_images else self._score_model(spec)
 
-    def score_noise_floor(self, real: ImageData) -> Scores:
-        """Score real images that are disjoint from the reference's."""
-        images = real.images(range(min(len(real), self.options.num_images)))
-        path, evaluator = self.out / "scores" / "real.json", self.evaluator.of_real()
+    def _path(self, name: str) -> Path:
+        return self.plan.out / "scores" / f"{name}.json"
+
+    def _score_real(self, real: ImageData) -> Scores:
+        """Score real images that are disjoint from the reference's: the noise floor."""
+        images = real.images(range(min(len(real), self.plan.options.num_images)))
+        path, evaluator = self._path("real"), self.evaluator.of_images(REAL)
         if path.is_file():
             scores, protocol = Scores.load(path), evaluator.protocol(len(images))
             if scores.images == hash_images(images) and scores.protocol == protocol:
                 return scores
-        name = printable(f"{real.name} {real.split}")
-        scores = evaluator.score(name, images, seed=0, kind="real", progress=self.progress)
+        scores = evaluator.score(_name(real), images, seed=0, kind="real", progress=self.progress)
         return save_scores(path, scores, images)
 
+    def _score_folder(self, spec: ModelSpec) -> Iterator[Scores]:
+        plan, evaluator = self.plan, self.evaluator.of_images(FOLDER)
+        data = load_model_images(spec.source, plan.losses_on.shape, plan.options.num_images)
+        images = data.images(range(len(data)))
+        scores = evaluator.score(spec.name, images, seed=0, progress=self.progress)
+        yield save_scores(self._path(spec.slug), scores, images)
+
     def _score_model(self, spec: ModelSpec) -> Iterator[Scores]:
-        model = spec.load(self.base, self.options.device)
+        plan, options = self.plan, self.plan.options
+        model = spec.load(plan.base, options.device)
         digest, losses = model.fingerprint, None
-        for seed in self.options.seeds:
-            path = self.out / "scores" / f"{spec.slug}.seed{seed}.json"
+        for seed in options.seeds:
+            path = self._path(f"{spec.slug}.seed{seed}")
             scores = self._find_scores(path, spec, digest)
             if scores is not None:
                 yield scores
                 continue
             losses = losses or self._measure_losses(model)
-            images = self._draw(model, seed, self.options.num_images, spec.name)
-            if spec == self.base and len(images) <= self.evaluator.perceptual_images:
-                self._base_images[seed] = images
+            images = self._draw(model, seed, options.num_images, spec.name)
+            if spec == plan.base and len(images) <= self.evaluator.perceptual_images:
+                self.base_images[seed] = images
             scores = self.evaluator.score(
                 spec.name,
                 images,
@@ -100,40 +189,6 @@ class EvaluationRun:
             )
             yield save_scores(path, scores, images)
 
-    def _score_folder(self, spec: ModelSpec) -> Iterator[Scores]:
-        data = load_model_images(spec.source, self.data.shape, self.options.num_images)
-        images = data.images(range(len(data)))
-        evaluator = self.evaluator.of_folder()
-        scores = evaluator.score(spec.name, images, seed=0, progress=self.progress)
-        yield save_scores(self.out / "scores" / f"{spec.slug}.json", scores, images)
-
-    def _draw(self, model: Diffusion, seed: int, n: int, name: str) -> Tensor:
-        captions = self.data.captions if model.requires_text else None
-        progress = partial(self.progress, text=f"{name}, seed {seed}: images")
-        return sample(model, n, self.options, seed=seed, captions=captions, progress=progress)
-
-    def _images_of_base(self, seed: int) -> Tensor | None:
-        if self.base is None or self.evaluator.perceptual is None:
-            return None
-        if seed not in self._base_images:
-            count = min(self.options.num_images, self.evaluator.perceptual_images)
-            base = self.base.load(device=self.options.device)
-            self._base_images[seed] = self._draw(base, seed, count, "base")
-        return self._base_images[seed]
-
-    def _measure_losses(self, model: Diffusion) -> RangeLosses | None:
-        if self.partition is None:
-            return None
-        options = self.options
-        return range_losses(
-            model,
-            self.data,
-            self.partition,
-            samples=options.loss_samples,
-            batch_size=options.batch_size,
-            progress=self.progress,
-        )
-
     def _find_scores(self, path: Path, spec: ModelSpec, digest: str) -> Scores | None:
         """Return the scores in a file if they are those of the same model and protocol."""
         if not path.is_file():
@@ -141,8 +196,37 @@ class EvaluationRun:
         scores = Scores.load(path)
         ranges = scores.losses.ranges if scores.losses else ()
         is_same = (
-            scores.protocol == self.evaluator.protocol(self.options.num_images)
+            scores.protocol == self.evaluator.protocol(self.plan.options.num_images)
             and (scores.model_sha256, scores.kind, scores.model) == (digest, spec.kind, spec.name)
-            and ranges == tuple(map(str, self.partition or ()))
+            and ranges == tuple(map(str, self.plan.partition or ()))
         )
         return scores if is_same else None
+
+    def _draw(self, model: Diffusion, seed: int, n: int, name: str) -> Tensor:
+        captions = self.plan.losses_on.captions if model.requires_text else None
+        progress = partial(self.progress, text=f"{name}, seed {seed}: images")
+        return sample(model, n, self.plan.options, seed=seed, captions=captions, progress=progress)
+
+    def _images_of_base(self, seed: int) -> Tensor | None:
+        base, options = self.plan.base, self.plan.options
+        if base is None or self.evaluator.perceptual is None:
+            return None
+        if seed not in self.base_images:
+            count = min(options.num_images, self.evaluator.perceptual_images)
+            self.base_images[seed] = self._draw(
+                base.load(device=options.device), seed, count, "base"
+            )
+        return self.base_images[seed]
+
+    def _measure_losses(self, model: Diffusion) -> RangeLosses | None:
+        plan, options = self.plan, self.plan.options
+        if plan.partition is None:
+            return None
+        return range_losses(
+            model,
+            plan.losses_on,
+            plan.partition,
+            samples=options.loss_samples,
+            batch_size=options.batch_size,
+            progress=self.progress,
+        )

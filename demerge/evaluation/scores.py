@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal, get_args
@@ -29,11 +29,7 @@ MAKE_SCORES = "make scores with `demerge evaluate MODELS --data DATA -o DIR`"
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """All that must be equal for two scores to compare.
-
-    Raises:
-        UsageError: if a count is below 2.
-    """
+    """All that must be equal for two scores to compare."""
 
     features: str
     features_sha256: str
@@ -65,7 +61,6 @@ class Protocol:
         return "distance on random features" if self.features == "random" else self.distance
 
     def __repr__(self) -> str:
-        """Print one line, without whole hashes."""
         return f"Protocol({self})"
 
     def __str__(self) -> str:
@@ -99,11 +94,10 @@ class Scores:
     seed: int
     kind: Kind = "model"
     model_sha256: str = ""
-    losses: RangeLosses | None = field(default=None)
+    losses: RangeLosses | None = None
 
     def __post_init__(self) -> None:
-        bad = [name for name, value in self.metrics.items() if not math.isfinite(value)]
-        if bad:
+        if bad := [name for name, value in self.metrics.items() if not math.isfinite(value)]:
             what = f"{self.model}: {', '.join(bad)} not finite"
             raise UsageError(what, fix="check the images that were scored")
         if self.kind not in get_args(Kind):
@@ -111,7 +105,6 @@ class Scores:
             raise UsageError(f"kind '{self.kind}' is unknown", fix=fix)
 
     def __repr__(self) -> str:
-        """Print the model and its numbers, without protocol and hashes."""
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         return f"Scores({self.model}, {self.kind}, seed {self.seed}: {numbers})"
 
@@ -145,7 +138,6 @@ class Row:
     scores: tuple[Scores, ...]
 
     def __repr__(self) -> str:
-        """Print the model, its seeds and its distance."""
         return f"Row({self.model}, {self.kind}, {len(self.scores)} seeds: fd {self.mean('fd'):.4g})"
 
     @property
@@ -157,11 +149,6 @@ class Row:
     def protocol(self) -> Protocol:
         """The protocol of all seeds."""
         return self.scores[0].protocol
-
-    @property
-    def checkpoints(self) -> int:
-        """The number of different weights under this name: one for each training seed."""
-        return len({s.model_sha256 for s in self.scores})
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -177,10 +164,6 @@ class Row:
         """Return the metric of each seed that has it."""
         return {s.seed: s.metrics[metric] for s in self.scores if metric in s.metrics}
 
-    def has(self, metric: str) -> bool:
-        """Whether the metric was measured."""
-        return bool(self.by_seed(metric))
-
     def mean(self, metric: str) -> float:
         """Return the mean over seeds; NaN if the metric was not measured."""
         values = self.by_seed(metric).values()
@@ -193,11 +176,7 @@ class Row:
 
 
 def rows_of(scores: Iterable[Scores]) -> list[Row]:
-    """Return scores by model, in order of first appearance, the seeds of each ascending.
-
-    Raises:
-        UsageError: if a model has two scores for one seed.
-    """
+    """Return scores by model, in order of first appearance, the seeds of each ascending."""
     groups: dict[Key, list[Scores]] = {}
     for score in scores:
         groups.setdefault((score.model, score.kind), []).append(score)
@@ -217,30 +196,20 @@ def differences(a: Protocol, b: Protocol) -> str:
     return "; ".join(f"{name}: {own} | {other}" for name, own, other in pairs if own != other)
 
 
-def check_same_protocol(rows: Sequence[Row]) -> Protocol:
-    """Return the protocol that all rows share.
+def check_same_protocol(rows: Sequence[Row]) -> None:
+    """Check that all rows share one protocol.
 
     Raises:
         ComparisonError: if two protocols differ; the fields and both values are named.
-        UsageError: if there are no rows.
     """
     scores = [score for row in rows for score in row.scores]
-    if not scores:
-        raise UsageError("there are no scores to compare", fix=MAKE_SCORES)
-    first = scores[0]
-    for other in scores[1:]:
-        if other.protocol != first.protocol:
-            raise protocols_differ(first, other)
-    return first.protocol
-
-
-def protocols_differ(a: Scores, b: Scores) -> ComparisonError:
-    """Return the error that names the fields in which two protocols differ."""
-    fields_ = differences(a.protocol, b.protocol)
-    return ComparisonError(
-        f"{a.model} and {b.model} were scored under different protocols: {fields_}",
-        fix="evaluate both with the same options, or compare models that share a protocol",
-    )
+    for other in scores:
+        if fields_ := differences(scores[0].protocol, other.protocol):
+            raise ComparisonError(
+                f"{scores[0].model} and {other.model} were scored under different protocols:"
+                f" {fields_}",
+                fix="evaluate both with the same options, or compare models that share a protocol",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +229,7 @@ def tables_of(scores: Iterable[Scores]) -> list[Table]:
     """Return the models grouped by protocol, the largest group first.
 
     Raises:
-        UsageError: if a model has two scores for one seed under one protocol, or there are no
-            scores of a model.
+        UsageError: if a model has two scores for one seed, or there are no scores of a model.
     """
     groups: dict[Protocol, list[Scores]] = {}
     for score in scores:
@@ -272,19 +240,20 @@ def tables_of(scores: Iterable[Scores]) -> list[Table]:
     for rows in by_protocol:
         models = rank(row for row in rows if row.kind != "real")
         if models:
-            own = [
-                floor for floor in floors if _share_reference(floor.protocol, models[0].protocol)
-            ]
-            tables.append(Table(models, own))
+            same = _comparison_of(models[0])
+            tables.append(
+                Table(models, [floor for floor in floors if _comparison_of(floor) == same])
+            )
     if not tables:
         raise UsageError("there are no scores of a model to report", fix=MAKE_SCORES)
     return sorted(tables, key=lambda table: -len(table.rows))
 
 
-def _share_reference(a: Protocol, b: Protocol) -> bool:
-    nets = ("features", "features_sha256", "preprocess", "distance")
-    names = (*nets, "reference_sha256", "reference_n")
-    return all(getattr(a, name) == getattr(b, name) for name in names)
+def _comparison_of(row: Row) -> tuple[object, ...]:
+    """Return what models and noise floors must share: the feature net and the reference."""
+    p = row.protocol
+    net = (p.features, p.features_sha256, p.preprocess, p.distance)
+    return (*net, p.reference_sha256, p.reference_n)
 
 
 def rank(rows: Iterable[Row], metric: str = "fd") -> list[Row]:
@@ -293,13 +262,7 @@ def rank(rows: Iterable[Row], metric: str = "fd") -> list[Row]:
     Raises:
         ComparisonError: if the protocols differ.
     """
-    measured = [row for row in rows if row.has(metric)]
-    if measured:
-        check_same_protocol(measured)
+    measured = [row for row in rows if row.by_seed(metric)]
+    check_same_protocol(measured)
     sign = -1 if metric in HIGHER_IS_BETTER else 1
     return sorted(measured, key=lambda row: sign * row.mean(metric))
-
-
-def best(rows: Iterable[Row], kind: Kind) -> Row | None:
-    """Return the row of a kind with the lowest Frechet distance, or None."""
-    return next(iter(rank(row for row in rows if row.kind == kind)), None)

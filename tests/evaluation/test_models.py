@@ -14,7 +14,7 @@ from torch import Tensor
 from demerge.errors import InputError, UsageError
 from demerge.evaluation.models import detect_kind, is_report, leave_out_reports, specify_models
 from demerge.evaluation.report.report import Report
-from demerge.evaluation.score_files import SHOWN, load_scores, read_strip, save_scores
+from demerge.evaluation.results import SHOWN, load_scores, read_strip, save_scores
 from demerge.evaluation.scores import Scores
 from demerge.reporting.html import render_page
 from demerge.reporting.theme import render

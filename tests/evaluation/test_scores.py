@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 
 from demerge.errors import ComparisonError, InputError, UsageError
-from demerge.evaluation.scores import (
-    Scores,
-    check_same_protocol,
-    rank,
-    rows_of,
-    tables_of,
-)
+from demerge.evaluation.scores import Scores, rank, rows_of, tables_of
 
 Make = Callable[..., list[Scores]]
 
@@ -93,8 +87,6 @@ def test_ranking_and_rows(make_scores: Make) -> None:
     assert math.isnan(rows[0].mean("drift"))
     with pytest.raises(UsageError, match="two scores"):
         rows_of(make_scores("a", "base", [1.0]) + make_scores("a", "base", [2.0]))
-    with pytest.raises(UsageError, match="no scores"):
-        check_same_protocol([])
 
 
 def test_the_largest_group_is_ranked_and_floors_follow_their_reference(make_scores: Make) -> None:

@@ -39,8 +39,7 @@ from demerge.errors import DemergeError
 from demerge.evaluation.models import detect_kind, specify_models
 from demerge.evaluation.report.tables import markdown, table_lines
 from demerge.evaluation.report.verdict import Findings
-from demerge.evaluation.results import load_results
-from demerge.evaluation.score_files import save_scores
+from demerge.evaluation.results import load_results, save_scores
 from demerge.evaluation.scores import Protocol, Scores, tables_of
 from demerge.expert import list_experts
 from demerge.finetuning.checkpoint import Manifest

@@ -48,7 +48,6 @@ class Reference:
     reach: Tensor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
-        """Print the name of the real images."""
         return f"Reference({self.n:,} images of {self.name})"
 
     @property
@@ -58,53 +57,34 @@ class Reference:
 
     @classmethod
     def from_images(
-        cls, net: FeatureNet, images: Tensor, *, name: str = "images", progress: Progress = silent
+        cls,
+        net: FeatureNet,
+        images: Tensor,
+        *,
+        name: str = "images",
+        cache: str | Path | None = None,
+        progress: Progress = silent,
     ) -> Reference:
         """Take the features of real images, uint8 [n C H W].
 
         Args:
             name: data set and split of the images.
+            cache: a safetensors file that keeps the features for the next time.
         """
-        features = net(images, progress=progress)
-        return cls._from_features(features, net.protocol, name, hash_images(images))
-
-    @classmethod
-    def _from_features(
-        cls, features: Tensor, protocol: Mapping[str, str], name: str, fingerprint: str
-    ) -> Reference:
-        value = moments([features], protocol)
-        reach = radii(features, NEAREST) if len(features) > NEAREST else None
-        return cls(value, name, fingerprint, square_root(value.covariance), features, reach)
-
-    @classmethod
-    def remembered(
-        cls,
-        path: str | Path,
-        net: FeatureNet,
-        images: Tensor,
-        *,
-        name: str,
-        progress: Progress = silent,
-    ) -> Reference:
-        """Do as `from_images`, and keep the features in a safetensors file for the next time."""
-        path, digest = Path(path), hash_images(images)
+        digest = hash_images(images)
         record = {**net.protocol, "images": digest}
-        if path.is_file():
-            features, recorded = _read_features(path)
-            if recorded == record and len(features) == len(images):
-                return cls._from_features(features, net.protocol, name, digest)
-        features = net(images, progress=progress)
-        commit_bytes(path, save({"features": features}, metadata=record))
-        return cls._from_features(features, net.protocol, name, digest)
+        features = None if cache is None else _read_features(Path(cache), record)
+        if features is None or len(features) != len(images):
+            features = net(images, progress=progress)
+            if cache is not None:
+                commit_bytes(cache, save({"features": features}, metadata=record))
+        value = moments([features], net.protocol)
+        reach = radii(features, NEAREST) if len(features) > NEAREST else None
+        return cls(value, name, digest, square_root(value.covariance), features, reach)
 
     @classmethod
     def from_npz(
-        cls,
-        path: str | Path,
-        net: FeatureNet,
-        *,
-        n: int | None = None,
-        progress: Progress = silent,
+        cls, path: str | Path, net: FeatureNet, *, n: int | None = None, progress: Progress = silent
     ) -> Reference:
         """Read moments that demerge, pytorch-fid, EDM or ADM wrote, or images `arr_0` of ADM.
 
@@ -128,8 +108,7 @@ class Reference:
         _check_same_net(value.protocol, net)
         if value.dim != net.dim:
             what = f"{path}: moments of {value.dim} features, and {net.name} has {net.dim}"
-            fix = "give --features inception:FILE for statistics of 2048 features"
-            raise InputError(what, fix=fix)
+            raise InputError(what, fix="give --features inception:FILE for 2048 features")
         digest = hashlib.sha256(value.mean.numpy().tobytes() + value.covariance.numpy().tobytes())
         name = name if value.protocol else f"{name} ({UNKNOWN_NET})"
         return cls(value, name, digest.hexdigest(), square_root(value.covariance))
@@ -141,9 +120,6 @@ def evaluate_images(
     """Return the distances of images, uint8 [n C H W], to a reference.
 
     `fd` always, the others if the features of the reference are known.
-
-    Raises:
-        ComparisonError: if the reference was made with another feature net.
     """
     _check_same_net(reference.moments.protocol, net)
     features = net(images, progress=progress)
@@ -174,10 +150,14 @@ def _array_names(path: Path) -> set[str]:
         return set()
 
 
-def _read_features(path: Path) -> tuple[Tensor, dict[str, str]]:
+def _read_features(path: Path, record: Mapping[str, str]) -> Tensor | None:
+    """Return the features in a file, None unless they are of this record."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
-            return file.get_tensor("features"), file.metadata() or {}
+            features: Tensor = file.get_tensor("features")
+            return features if file.metadata() == record else None
     except (OSError, SafetensorError) as error:
         what = f"{path}: cannot be read as safetensors: {error}"
         raise InputError(what, fix="remove it; the next evaluation writes it again") from error

@@ -43,12 +43,7 @@ DAMAGED = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Mean [D] and unbiased covariance [D D] of n features, float64, and what made them.
-
-    Raises:
-        UsageError: if the shapes do not fit or n < 2.
-        NumericalError: if a number is not finite.
-    """
+    """Mean [D] and unbiased covariance [D D] of n features, float64, and what made them."""
 
     mean: Tensor
     covariance: Tensor
@@ -66,18 +61,12 @@ class Moments:
             raise NumericalError("the moments hold NaN or Inf", fix=fix)
 
     def __repr__(self) -> str:
-        """Print the numbers of features and images."""
         return f"Moments({self.dim} features of {self.n:,} images)"
 
     @property
     def dim(self) -> int:
         """D, the number of features."""
         return self.mean.numel()
-
-    @property
-    def is_rank_deficient(self) -> bool:
-        """Whether n <= D, so that the covariance is singular."""
-        return self.n <= self.dim
 
 
 def _check_count(n: int) -> None:
@@ -87,11 +76,7 @@ def _check_count(n: int) -> None:
 
 
 def moments(batches: Iterable[Tensor], protocol: Mapping[str, str] | None = None) -> Moments:
-    """Sum the moments of features given in batches [B D], holding one batch at a time.
-
-    Raises:
-        UsageError: if there are fewer than 2 features.
-    """
+    """Sum the moments of features given in batches [B D], holding one batch at a time."""
     n, origin, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
     for batch in batches:
         x = batch.detach().to("cpu", torch.float64)
@@ -107,10 +92,7 @@ def moments(batches: Iterable[Tensor], protocol: Mapping[str, str] | None = None
 
 
 def square_root(covariance: Tensor) -> Tensor:
-    """Return the symmetric root R [D D] of a covariance [D D], R R = S.
-
-    Eigenvalues below zero are rounding, taken as zero.
-    """
+    """Return the root R [D D] of a covariance, R R = S; eigenvalues below zero are rounding."""
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
@@ -121,9 +103,6 @@ def frechet_distance(a: Moments, b: Moments, *, root: Tensor | None = None) -> f
 
     Args:
         root: the root of a's covariance, if it is known: it costs more than all the rest.
-
-    Raises:
-        UsageError: if the features differ in number.
     """
     if a.dim != b.dim:
         what = f"features of {a.dim} and {b.dim} dimensions do not compare"
@@ -166,8 +145,8 @@ def load_moments(path: str | Path, *, n: int | None = None) -> Moments:
     if count is None:
         fix = "say it: --reference-images N, for example 50000 for the train split of CIFAR-10"
         raise InputError(f"{path}: the file does not say how many images it stands for", fix=fix)
-    texts = {key: str(text) for key, text in arrays.items() if key.startswith(PREFIX)}
-    protocol = {key.removeprefix(PREFIX): text for key, text in texts.items()}
+    names = [key for key in arrays if key.startswith(PREFIX)]
+    protocol = {key.removeprefix(PREFIX): str(arrays[key]) for key in names}
     try:
         value = Moments(mean, covariance, count, protocol)
     except (UsageError, NumericalError) as error:
@@ -188,9 +167,8 @@ def _read_arrays(path: Path) -> dict[str, Any]:
         if not {"mu", "sigma"} <= sizes.keys():
             raise ValueError(f"its arrays are {list(sizes)[:8]}")
         wanted = [key for key in sizes if key in ("mu", "sigma", "n") or key.startswith(PREFIX)]
-        for key in wanted:
-            if sizes[key] > MAX_BYTES:
-                raise ValueError(f"{key} takes {sizes[key]:,} bytes")
+        if large := [key for key in wanted if sizes[key] > MAX_BYTES]:
+            raise ValueError(f"{large[0]} takes {sizes[large[0]]:,} bytes")
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in wanted}
     except DAMAGED as error:

@@ -34,11 +34,7 @@ class Kid:
 
 
 def mmd2(x: Tensor, y: Tensor) -> float:
-    """Return the unbiased squared MMD of x [n D] and y [m D] under the cubic kernel, in float64.
-
-    Raises:
-        UsageError: if n < 2, m < 2 or the features differ in number.
-    """
+    """Return the unbiased squared MMD of x [n D] and y [m D] under the cubic kernel, in float64."""
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         what = f"features {list(x.shape)} and {list(y.shape)} do not compare"
         raise UsageError(what, fix="give [n D] and [m D] with n, m >= 2")
@@ -47,14 +43,7 @@ def mmd2(x: Tensor, y: Tensor) -> float:
 
 
 def kid(x: Tensor, y: Tensor, *, block: int = BLOCK, seed: int = 0) -> Kid:
-    """Return KID between features x [n D] and y [m D].
-
-    Args:
-        block: rows of a block; all rows if there are fewer.
-
-    Raises:
-        UsageError: if a set has fewer than 2 rows.
-    """
+    """Return KID between features x [n D] and y [m D]; `block` is the most rows of a block."""
     size = min(block, len(x), len(y))
     count = min(len(x), len(y)) // max(1, size)
     pieces = [z[permutation(len(z), seed, "kid", side)] for side, z in enumerate((x, y))]

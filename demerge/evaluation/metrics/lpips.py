@@ -80,19 +80,16 @@ class LPIPS(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
-        """Embed images uint8 [B C H W], C = 1 or 3, as [B E], on the CPU.
-
-        Raises:
-            UsageError: if the images have another type.
-        """
+        """Embed images uint8 [n C H W], C = 1 or 3, as [n E] on the CPU, batch by batch."""
         check_uint8(images)
-        x = images.to(self.shift.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
-        factor = SHORTEST / min(x.shape[2:])
-        if factor > 1:
-            size = [round(side * factor) for side in x.shape[2:]]
-            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-        embedding: Tensor = self(x)
-        return embedding.cpu()
+        factor, parts = SHORTEST / min(images.shape[2:]), []
+        for batch in images.split(BATCH):
+            x = batch.to(self.shift.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
+            if factor > 1:
+                size = [round(side * factor) for side in x.shape[2:]]
+                x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+            parts.append(self(x).cpu())
+        return torch.cat(parts)
 
 
 def _constant(value: Tensor) -> nn.Parameter:
@@ -100,33 +97,12 @@ def _constant(value: Tensor) -> nn.Parameter:
 
 
 def load_lpips(path: str | Path = ASSET, *, device: str = "cpu") -> LPIPS:
-    """Load the weights that ship in the package, or those in `path`.
-
-    Raises:
-        InputError: if the file holds other tensors.
-    """
+    """Load the weights that ship in the package, or those in `path`."""
     try:
         return LPIPS(load_file(path), sha256=sha256(Path(path))).eval().to(device)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         what = f"{path}: not the LPIPS weights: {error}"
         raise InputError(what, fix="install demerge again") from error
-
-
-def embeddings(lpips: LPIPS, images: Tensor) -> Tensor:
-    """Embed images uint8 [n C H W] as [n E], batch by batch."""
-    return torch.cat([lpips.embed(batch) for batch in images.split(BATCH)])
-
-
-def distance(lpips: LPIPS, a: Tensor, b: Tensor) -> Tensor:
-    """Return LPIPS [n] between images a and b, uint8 [n C H W], image by image.
-
-    Raises:
-        UsageError: if the shapes differ.
-    """
-    if a.shape != b.shape:
-        what = f"images of shapes {list(a.shape)} and {list(b.shape)} do not pair"
-        raise UsageError(what, fix="give pairs of one size")
-    return (embeddings(lpips, a) - embeddings(lpips, b)).square().sum(1)
 
 
 def diversity(embedded: Tensor) -> float:

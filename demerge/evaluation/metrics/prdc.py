@@ -38,13 +38,8 @@ class Prdc:
 def prdc(real: Tensor, generated: Tensor, *, k: int = NEAREST, reach: Tensor | None = None) -> Prdc:
     """Return the four numbers for features real [N D] and generated [M D].
 
-    It holds 1024 rows of distances.
-
     Args:
         reach: `radii(real, k)`, if it is known.
-
-    Raises:
-        UsageError: if a set has not more than k rows.
     """
     if min(len(real), len(generated)) <= k:
         what = f"{len(real)} and {len(generated)} images are too few for k = {k}"

@@ -35,11 +35,7 @@ JITTER = 512
 
 @dataclass(frozen=True, slots=True)
 class RangeLosses:
-    """Mean losses of blocks, `blocks[r][b]`; block b has the same samples for all models.
-
-    Raises:
-        UsageError: unless there is one row for each range.
-    """
+    """Mean losses of blocks, `blocks[r][b]`; block b has the same samples for all models."""
 
     ranges: tuple[str, ...]
     blocks: tuple[tuple[float, ...], ...]
@@ -50,7 +46,6 @@ class RangeLosses:
             raise UsageError(what, fix="give a row for each range")
 
     def __repr__(self) -> str:
-        """Print the loss of each range."""
         means = ", ".join(f"{name}: {loss:.4g}" for name, loss in self.means.items())
         return f"RangeLosses({means})"
 
@@ -61,11 +56,7 @@ class RangeLosses:
         return {name: sum(row) / len(row) for name, row in rows}
 
     def change(self, base: RangeLosses) -> dict[str, tuple[float, float]]:
-        """Return L / L_base - 1 for each range with its standard error, from paired blocks.
-
-        Raises:
-            UsageError: if the two were measured on different ranges or blocks.
-        """
+        """Return L / L_base - 1 for each range with its standard error, from paired blocks."""
         if self.ranges != base.ranges or len(self.blocks[0]) != len(base.blocks[0]):
             fix = "measure both models on one partition"
             raise UsageError("losses of different ranges do not compare", fix=fix)
@@ -89,11 +80,9 @@ def range_losses(
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> RangeLosses:
-    """Measure the loss of each range on `samples` draws.
+    """Measure the loss of each range on `samples` draws, at least one for each block.
 
     Raises:
-        UsageError: if the partition is not of the model's T, or there are fewer samples than
-            blocks.
         NumericalError: if a loss is not finite.
     """
     if partition.total != model.T:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from torch import Tensor
 
 from demerge.evaluation.report.significance import Comparison, Verdict
 from demerge.evaluation.report.tables import Line, heads_of, lines_of, measured, percent
 from demerge.evaluation.report.verdict import Findings
-from demerge.evaluation.scores import HIGHER_IS_BETTER, Kind, Protocol, Row
+from demerge.evaluation.scores import HIGHER_IS_BETTER, Kind, Protocol, Row, rank
 from demerge.reporting.html import PageFigure, escape, figure, render_page, section, uri
 from demerge.reporting.images import grid, png
 
@@ -40,55 +39,43 @@ CONFLICT = (
 LOSSES = (
     "Change against the base on held-out images, with the same images, timesteps and noise for"
     " every model. Pale italics: within two standard errors of zero. Negative is better. Loss does"
-    " not rank"
-    " models as the Frechet distance does."
+    " not rank models as the Frechet distance does."
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageParts:
-    """What a page shows next to its table.
-
-    Attributes:
-        plots: plots of the scores by name.
-        contact: images of each model, uint8 [n C H W].
-        figures: pictures about conflict and ranges.
-        commands: the command lines that made the run.
-        notes: sentences that stand with the caveats.
-    """
-
-    plots: Mapping[str, PageFigure]
-    contact: Mapping[str, Tensor]
-    figures: Sequence[PageFigure]
-    commands: Sequence[str]
-    notes: Sequence[str]
-
-
-def page(title: str, findings: Findings, parts: PageParts) -> str:
-    """Return the page of a table."""
+def page(
+    title: str,
+    findings: Findings,
+    *,
+    plots: Mapping[str, PageFigure],
+    contact: Mapping[str, Tensor],
+    figures: Sequence[PageFigure],
+    commands: Sequence[str],
+    caveats: Sequence[str],
+) -> str:
+    """Return the page of a table; for its parts see `Report`."""
     table, outcome = findings.table, findings.outcome
     eyebrow = f'<div class="eyebrow">{EYEBROWS[outcome]}</div>'
     verdict = f"{eyebrow}\n<p>{escape(findings.verdict)}</p>"
-    caveats = "".join(f"<li>{escape(text)}</li>" for text in [*findings.caveats, *parts.notes])
-    ranking = _ranking(findings) + f'<ul class="warn">{caveats}</ul>'
-    ranking += _gallery(parts.plots, ("ranking", "tradeoff"))
+    warnings = "".join(f"<li>{escape(text)}</li>" for text in caveats)
+    shown = {name: figure(plot) for name, plot in plots.items()}
+    losses, drawn = shown.pop("losses", ""), "".join(shown.values())
+    ranking = f'{_ranking(findings)}<ul class="warn">{warnings}</ul>{drawn}'
     sections = [
         f'<section class="verdict {outcome}">{verdict}</section>',
         _tiles(findings),
         section("Ranking", RANKING, ranking),
-        _contact(parts.contact, table.rows),
+        _contact(contact, table.rows),
     ]
-    if parts.figures:
-        gallery = "".join(map(figure, parts.figures))
-        gallery = f'<div class="gallery">{gallery}</div>'
+    if figures:
+        gallery = f'<div class="gallery">{"".join(map(figure, figures))}</div>'
         sections.append(section("Conflict and ranges", CONFLICT, gallery))
-    if "losses" in parts.plots:
-        losses = _gallery(parts.plots, ("losses",))
+    if losses:
         sections.append(section("Validation loss by range", LOSSES, losses))
     shared = "All numbers above share it, field by field."
     sections.append(section("Protocol", shared, _protocol(table.protocol, table.rows)))
-    if parts.commands:
-        code = "<pre>" + "\n".join(map(escape, parts.commands)) + "</pre>"
+    if commands:
+        code = "<pre>" + "\n".join(map(escape, commands)) + "</pre>"
         sections.append(section("Commands", "Run them again to make this report again.", code))
     footer = "Made by demerge. scores.csv and scores.md next to this page hold the same numbers."
     return render_page(title, table.protocol, sections, footer)
@@ -101,8 +88,7 @@ def _tiles(findings: Findings) -> str:
     for name, row in chosen:
         if row is not None:
             shown = escape(name if row.model == name else f"{name}: {row.model}")
-            number = f"{row.mean('fd'):.2f}"
-            tiles += f'<div class="tile"><b>{number}</b><span>{shown}</span></div>'
+            tiles += f'<div class="tile"><b>{row.mean("fd"):.2f}</b><span>{shown}</span></div>'
     return f'<div class="tiles">{tiles}</div>'
 
 
@@ -130,12 +116,10 @@ def _ranking(findings: Findings) -> str:
         f'<th class="num">{head} {"↑" if metric in HIGHER_IS_BETTER else "↓"}</th>'
         for head, metric in zip([first, *others], metrics, strict=True)
     )
-    heads = (
-        f"<th>{place}</th><th>{model}</th>{first}<th>{base}</th><th>{joint}</th>{''.join(others)}"
-    )
-    tops = {metric: _top(table.rows, metric) for metric in metrics}
+    heads = f"<th>{place}</th><th>{model}</th>{first}<th>{base}</th><th>{joint}</th>"
+    head = f"<thead><tr>{heads}{''.join(others)}</tr></thead>"
+    tops = {m: None if m == "drift" else next(iter(rank(table.rows, m)), None) for m in metrics}
     body = "".join(_table_row(line, tops) for line in lines_of(findings))
-    head = f"<thead><tr>{heads}</tr></thead>"
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
@@ -162,18 +146,6 @@ def _cell(number: str, is_top: bool) -> str:
     mean, _, spread = number.partition(" ± ")
     mean = f'<span class="best">{mean}</span>' if is_top else mean
     return f'<td class="num">{mean}{f"<small>± {spread}</small>" if spread else ""}</td>'
-
-
-def _top(rows: Sequence[Row], metric: str) -> Row | None:
-    if metric == "drift":
-        return None
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
-    known = [row for row in rows if not math.isnan(row.mean(metric))]
-    return min(known, key=lambda row: sign * row.mean(metric), default=None)
-
-
-def _gallery(plots: Mapping[str, PageFigure], names: Iterable[str]) -> str:
-    return "".join(figure(plots[name]) for name in names if name in plots)
 
 
 def _protocol(protocol: Protocol, rows: Sequence[Row]) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from demerge.errors import UsageError
 from demerge.evaluation.report import plots
-from demerge.evaluation.report.page import PageParts, page
+from demerge.evaluation.report.page import page
 from demerge.evaluation.report.significance import Verdict
 from demerge.evaluation.report.tables import csv, frame_of, markdown, table_lines
 from demerge.evaluation.report.verdict import Findings
@@ -34,8 +34,8 @@ from demerge.evaluation.scores import (
     Protocol,
     Scores,
     Table,
+    check_same_protocol,
     differences,
-    protocols_differ,
     tables_of,
 )
 from demerge.reporting.html import PageFigure, escape
@@ -87,31 +87,24 @@ class Report:
         """
         ranked, *unranked = tables_of(scores)
         if len(ranked.rows) == 1 and unranked:
-            raise protocols_differ(ranked.rows[0].scores[0], unranked[0].rows[0].scores[0])
-        names = [(", ".join(row.model for row in table.rows), table) for table in unranked]
-        left_out = [
-            f"Not ranked, since the protocol differs: {models}"
-            f" ({differences(table.protocol, ranked.protocol)})."
-            for models, table in names
-        ]
+            check_same_protocol([ranked.rows[0], unranked[0].rows[0]])
+        left_out = []
+        for table in unranked:
+            models = ", ".join(row.model for row in table.rows)
+            why = differences(table.protocol, ranked.protocol)
+            left_out.append(f"Not ranked, since the protocol differs: {models} ({why}).")
         return cls(ranked, tuple(unranked), notes=[*notes, *left_out], **parts)
 
     def __repr__(self) -> str:
-        """Print the number of models and the outcome."""
         names = ", ".join(row.model for row in self.ranked.rows)
         return f"Report({len(self.ranked.rows)} models, {self.outcome}: {names})"
-
-    def __str__(self) -> str:
-        """Return the verdict, the table and its caveats, as a terminal shows them."""
-        return "\n".join(self.lines())
 
     def _repr_html_(self) -> str:
         items = "".join(f"<li>{escape(caveat)}</li>" for caveat in self.caveats)
         return f"<p>{escape(self.verdict)}</p>{self.summary.to_html()}<ul>{items}</ul>"
 
-    def lines(self) -> list[str]:
-        """Return the verdict, the table and its caveats, as a terminal shows them."""
-        return [*table_lines([self.ranked]), *(f"note: {note}" for note in self.notes)]
+    def __str__(self) -> str:
+        return "\n".join([*table_lines([self.ranked]), *(f"note: {note}" for note in self.notes)])
 
     def document(self) -> dict[str, Any]:
         """Return ranking and verdict as JSON values."""
@@ -160,22 +153,14 @@ class Report:
         return list(self._drawings)
 
     def plot(self, name: str = "ranking", theme: Any = LIGHT) -> Figure:
-        """Draw one of `plots`.
-
-        Raises:
-            UsageError: if there is no such plot of these scores.
-        """
+        """Draw one of `plots`."""
         if name not in self._drawings:
             fix = f"use one of {', '.join(self._drawings)}"
             raise UsageError(f"there is no plot '{name}' of these scores", fix=fix)
         return self._drawings[name](theme)
 
     def contact_sheet(self) -> Figure:
-        """Draw the models' images: one row for each model, one column for each starting noise.
-
-        Raises:
-            UsageError: if the images were not kept.
-        """
+        """Draw the models' images: one row for each model, one column for each starting noise."""
         if not self._images:
             fix = "evaluate again: it keeps the first 16 of each model"
             raise UsageError("there are no images to show", fix=fix)
@@ -185,43 +170,42 @@ class Report:
     @property
     def html(self) -> str:
         """The whole page, which loads nothing."""
-        return self._page({name: pictures(draw) for name, draw in self._drawings.items()})
+        return self._page(self._pictures())
 
     def save(self, out: str | Path) -> Path:
         """Write the report into the folder `out` and return the path of its page."""
-        out = place_for(out)
-        drawn = {name: pictures(draw) for name, draw in self._drawings.items()}
+        out, drawn = place_for(out), self._pictures()
         for name, plot in drawn.items():
             commit_bytes(out / f"{name}.svg", plot.svg)
             commit_bytes(out / f"{name}.png", plot.png)
         if self._images:
             commit_bytes(out / "contact.png", render(self.contact_sheet(), "png"))
         commit_text(out / "scores.csv", csv(self._findings))
-        text = markdown(self._findings, title=self.title, notes=self.notes)
-        commit_text(out / "scores.md", text)
+        commit_text(out / "scores.md", markdown(self._findings, self.title, self.caveats))
         return commit_text(out / "index.html", self._page(drawn))
 
     def _page(self, drawn: Mapping[str, Pictures]) -> str:
-        shown = {}
-        for name, plot in drawn.items():
-            shown[name] = PageFigure(CAPTIONS[name], plot.svg, dark=plot.dark)
-        parts = PageParts(
-            plots=shown,
+        plots = {n: PageFigure(CAPTIONS[n], plot.svg, dark=plot.dark) for n, plot in drawn.items()}
+        return page(
+            self.title,
+            self._findings,
+            plots=plots,
             contact=self._images,
             figures=self.figures,
             commands=self.commands,
-            notes=self.notes,
+            caveats=self.caveats,
         )
-        return page(self.title, self._findings, parts)
+
+    def _pictures(self) -> dict[str, Pictures]:
+        return {name: pictures(draw) for name, draw in self._drawings.items()}
 
     @property
     def _drawings(self) -> dict[str, Draw]:
-        """The plots that have something to show."""
         rows, floors, base = self.ranked.rows, self.ranked.floors, self._findings.best("base")
         drawings: dict[str, Draw] = {}
         if len(rows) + len(floors) > 1:
             drawings["ranking"] = partial(plots.ranking, rows, floors)
-        measured = [row for row in rows if row.has("precision")]
+        measured = [row for row in rows if row.by_seed("precision")]
         if len({(row.mean("recall"), row.mean("precision")) for row in measured}) > 1:
             drawings["tradeoff"] = partial(plots.tradeoff, rows)
         others = [row for row in rows if row is not base]
@@ -231,6 +215,5 @@ class Report:
 
     @property
     def _images(self) -> dict[str, Tensor]:
-        """The images, the base's first and the others' in the order of the ranking."""
         rows = sorted(self.ranked.rows, key=lambda row: row is not self._findings.best("base"))
         return {row.model: self.contact[row.model] for row in rows if row.model in self.contact}

@@ -64,10 +64,7 @@ class Comparison:
 
 
 def paired_p(differences: ArrayLike) -> NDArray[np.float64]:
-    """Return the two-sided p [*] of a t test that paired differences [* S] have the mean 0.
-
-    It is 1 if they all are 0.
-    """
+    """Return the two-sided p [*] of a t test that paired differences [* S] have the mean 0."""
     d = np.asarray(differences, dtype=np.float64)
     seeds, size = d.shape[-1], np.abs(d.mean(-1))
     error = d.std(-1, ddof=1) / math.sqrt(seeds)
@@ -91,14 +88,9 @@ def detectable(seeds: int, family: int) -> float:
 
 
 def compare_rows(rows: Sequence[Row], metric: str = "fd") -> Comparisons:
-    """Compare every model of a table with every control; keys are (model, control).
-
-    Raises:
-        ComparisonError: if the protocols differ.
-    """
+    """Compare every model of a table with every control; keys are (model, control)."""
     pairs = [pair for pair in combinations(rows, 2) if _is_compared(*pair)]
-    if pairs:
-        check_same_protocol(rows)
+    check_same_protocol(rows)
     values = [_paired_values(a, b, metric) for a, b in pairs]
     reasons = [_untested(a, pair) for (a, _), pair in zip(pairs, values, strict=True)]
     tested = [i for i, why in enumerate(reasons) if not why]
@@ -107,15 +99,13 @@ def compare_rows(rows: Sequence[Row], metric: str = "fd") -> Comparisons:
         p[tested] = holm([paired_p(values[i][0] - values[i][1]) for i in tested])
     comparisons = {}
     for i, (a, b) in enumerate(pairs):
-        test = float(p[i]), len(tested), reasons[i]
-        own, other = values[i]
-        comparisons[a.key, b.key] = _comparison(own, other, metric, *test)
-        comparisons[b.key, a.key] = _comparison(other, own, metric, *test)
+        for x, y, sides in ((a, b, values[i]), (b, a, values[i][::-1])):
+            made = _comparison(sides, metric, float(p[i]), len(tested), reasons[i])
+            comparisons[x.key, y.key] = made
     return comparisons
 
 
 def _is_compared(a: Row, b: Row) -> bool:
-    """Whether a table compares two of its rows."""
     return a.kind in CONTROLS or b.kind in CONTROLS or {a.kind, b.kind} == {"merge", "ensemble"}
 
 
@@ -137,13 +127,9 @@ def _untested(row: Row, values: NDArray[np.float64]) -> str:
 
 
 def _comparison(
-    own: NDArray[np.float64],
-    other: NDArray[np.float64],
-    metric: str,
-    p: float,
-    family: int,
-    why: str,
+    values: NDArray[np.float64], metric: str, p: float, family: int, why: str
 ) -> Comparison:
+    own, other = values
     difference = float((own - other).mean()) if own.size else math.nan
     level = abs(float(other.mean())) if own.size else math.nan
     relative = difference / level if level else math.nan

@@ -7,7 +7,7 @@ are escaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -19,21 +19,14 @@ from demerge.reporting.html import escape_formula
 
 LABELS: Mapping[str, str] = {
     "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
+    **{name: name for name in ("precision", "recall", "density", "coverage")},
     "diversity": "LPIPS diversity",
     "drift": "LPIPS drift",
 }
-MARKDOWN_SIGNS: dict[str, str | int | None] = {
-    "<": "&lt;",
-    ">": "&gt;",
-    "&": "&amp;",
-    "\n": " ",
-    "\r": " ",
-}
-MARKDOWN_SIGNS |= {sign: f"\\{sign}" for sign in "\\`*_[]|#"}
+MARKDOWN_SIGNS = str.maketrans(
+    {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+    | {sign: f"\\{sign}" for sign in "\\`*_[]|#"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +52,7 @@ class Line:
 
 def measured(rows: Sequence[Row]) -> list[str]:
     """Return the metrics that some row has, in a fixed order."""
-    return [metric for metric in ("fd", *LABELS) if any(row.has(metric) for row in rows)]
-
-
-def label(metric: str, table: Table) -> str:
-    """Return a metric's name as it is printed."""
-    return LABELS.get(metric, table.protocol.title)
+    return [metric for metric in ("fd", *LABELS) if any(row.by_seed(metric) for row in rows)]
 
 
 def lines_of(findings: Findings) -> list[Line]:
@@ -80,14 +68,14 @@ def lines_of(findings: Findings) -> list[Line]:
 
 def heads_of(table: Table) -> list[str]:
     """Return the heads of a table."""
-    first, *others = (label(metric, table) for metric in measured(table.rows))
+    labels = {"fd": table.protocol.title, **LABELS}
+    first, *others = (labels[metric] for metric in measured(table.rows))
     return ["", "model", "kind", first, "against base", "against joint", *others]
 
 
 def frame_of(findings: Findings) -> pd.DataFrame:
     """Return a line for each model and noise floor: means, deviations, verdicts, the protocol."""
-    frame = pd.DataFrame([_record(line) for line in lines_of(findings)])
-    return frame.astype({"rank": "Int64"})
+    return pd.DataFrame(map(_record, lines_of(findings))).astype({"rank": "Int64"})
 
 
 def _record(line: Line) -> dict[str, object]:
@@ -125,28 +113,22 @@ def csv(findings: Findings) -> str:
     return str(frame.to_csv(index=False, float_format="%.8g"))
 
 
-def markdown(findings: Findings, *, title: str, notes: Sequence[str] = ()) -> str:
+def markdown(findings: Findings, title: str, caveats: Sequence[str]) -> str:
     """Return title, verdict, table, caveats and protocol as Markdown."""
     heads = heads_of(findings.table)
     rule = ["---:", "---", "---", *["---:"] * (len(heads) - 3)]
     rows = [map(escape_markdown, line.cells()) for line in lines_of(findings)]
-    caveats = [f"- {escape_markdown(text)}" for text in [*findings.caveats, *notes]]
     parts = [
         f"# {escape_markdown(title)}",
         escape_markdown(findings.verdict),
-        "\n".join(map(_markdown_row, [heads, rule, *rows])),
-        "\n".join(caveats),
+        "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *rows]),
+        "\n".join(f"- {escape_markdown(text)}" for text in caveats),
         f"Protocol: {escape_markdown(str(findings.table.protocol))}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _number(row: Row, metric: str) -> str:
-    """Return `mean ± sd` with the digits that the metric bears, "" if it was not measured."""
     mean, spread = row.mean(metric), row.sd(metric)
     if math.isnan(mean):
         return ""
@@ -170,4 +152,4 @@ def percent(result: Comparison) -> str:
 
 def escape_markdown(text: str) -> str:
     """Return text on one line, without Markdown's or HTML's own signs in force."""
-    return text.translate(str.maketrans(MARKDOWN_SIGNS))
+    return text.translate(MARKDOWN_SIGNS)

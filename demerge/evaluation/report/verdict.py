@@ -13,7 +13,7 @@ from demerge.evaluation.report.significance import (
     compare_rows,
     detectable,
 )
-from demerge.evaluation.scores import Kind, Protocol, Row, Table, best
+from demerge.evaluation.scores import Kind, Protocol, Row, Table, rank
 
 ENOUGH = 10_000
 FEW_SEEDS = 5
@@ -47,8 +47,8 @@ class Findings:
         return cls(table, compare_rows(table.rows))
 
     def best(self, kind: Kind) -> Row | None:
-        """Return the best row of a kind."""
-        return best(self.table.rows, kind)
+        """Return the row of a kind with the lowest Frechet distance."""
+        return next(iter(rank(row for row in self.table.rows if row.kind == kind)), None)
 
     def against_controls(self, row: Row) -> dict[str, Comparison]:
         """Return how a row compares with the best base and the best joint control."""
@@ -79,20 +79,16 @@ class Findings:
                 "There is nothing to say about merging: no merged model was evaluated."
                 " Make one with `demerge merge` and evaluate it next to its controls."
             )
-        sentences = [self._headline(merge)]
-        sentences.append(
-            f"The best merge, {merge.model}, has {merge.protocol.title} {amount(merge)}."
-        )
+        level = f"{merge.protocol.title} {amount(merge)}"
+        sentences = [self._headline(merge), f"The best merge, {merge.model}, has {level}."]
         for kind, title in {**CONTROLS, "ensemble": "the routed ensemble"}.items():
             control = self.best(kind)
             if control is not None:
                 result = self.comparisons[merge.key, control.key]
                 sentences.append(_against(result, control, title))
-        merges = sum(row.kind == "merge" for row in self.table.rows)
-        if merges > 1:
-            sentences.append(
-                f"It was chosen among {merges} merges by these numbers: that flatters it."
-            )
+        if (merges := sum(row.kind == "merge" for row in self.table.rows)) > 1:
+            chosen = f"It was chosen among {merges} merges by these numbers: that flatters it."
+            sentences.append(chosen)
         return " ".join(sentences)
 
     def _headline(self, merge: Row) -> str:
@@ -109,10 +105,9 @@ class Findings:
             return f"Merging did not help: the best merge is worse than {lost}. Use the better one."
         if outcome == "inconclusive":
             seeds = ",".join(map(str, range(2 * len(merge.seeds))))
-            same = " and ".join(titles)
             return (
-                f"It is not shown that merging helps: the best merge cannot be told apart from"
-                f" {same}. Evaluate with more seeds: --seeds {seeds}."
+                "It is not shown that merging helps: the best merge cannot be told apart from"
+                f" {' and '.join(titles)}. Evaluate with more seeds: --seeds {seeds}."
             )
         why = next(result.why for result in results.values() if result.why)
         enough = f"more than {merge.protocol.dim} images: --num-images"
@@ -127,9 +122,7 @@ class Findings:
         kinds = {row.kind for row in rows}
         caveats = [
             self._about_training_seeds(),
-            _about_images(protocol),
-            _about_distance(protocol),
-            self._about_seeds(),
+            *(_about_images(protocol), _about_distance(protocol), self._about_seeds()),
             *(text for kind, text in MISSING.items() if kind not in kinds),
         ]
         if not self.table.floors:
@@ -139,7 +132,8 @@ class Findings:
         return [text for text in caveats if text]
 
     def _about_training_seeds(self) -> str:
-        trained = [row.checkpoints for row in self.table.rows if row.kind != "base"]
+        models = [row.scores for row in self.table.rows if row.kind != "base"]
+        trained = [len({score.model_sha256 for score in scores}) for scores in models]
         if not trained or min(trained) == 1:
             return (
                 "Training seeds: 1. Every model is one checkpoint, so a verdict is about these"
@@ -149,7 +143,6 @@ class Findings:
         return f"Training seeds: each name has {min(trained)} checkpoints, sampled with own seeds."
 
     def _about_seeds(self) -> str:
-        """Return how many seeds a verdict takes, or how large a difference must be to count."""
         seeds = min(len(row.seeds) for row in self.table.rows)
         if seeds < LEAST_SEEDS:
             return (
@@ -159,9 +152,8 @@ class Findings:
         family = max((result.family for result in self.comparisons.values()), default=0)
         if seeds >= FEW_SEEDS or not family:
             return ""
-        more = ", ".join(
-            f"{detectable(n, family):.1f} with {n}" for n in (FEW_SEEDS, 2 * FEW_SEEDS)
-        )
+        counts = (FEW_SEEDS, 2 * FEW_SEEDS)
+        more = ", ".join(f"{detectable(n, family):.1f} with {n}" for n in counts)
         return (
             f"{seeds} sampling seeds and {family} comparisons: the surest difference counts from"
             f" {detectable(seeds, family):.1f} standard deviations of its paired values on"
@@ -169,11 +161,11 @@ class Findings:
         )
 
 
-def amount(row: Row, metric: str = "fd") -> str:
-    """Return `mean ± sd (n seeds)`."""
-    spread = "" if math.isnan(row.sd(metric)) else f" ± {row.sd(metric):.2g}"
-    seeds = len(row.by_seed(metric))
-    return f"{row.mean(metric):.2f}{spread} ({seeds} seed{'s' if seeds > 1 else ''})"
+def amount(row: Row) -> str:
+    """Return `mean ± sd (n seeds)` of the Frechet distance."""
+    spread = "" if math.isnan(row.sd("fd")) else f" ± {row.sd('fd'):.2g}"
+    seeds = len(row.by_seed("fd"))
+    return f"{row.mean('fd'):.2f}{spread} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
 def _against(result: Comparison, control: Row, title: str) -> str:
@@ -214,7 +206,6 @@ def _about_distance(protocol: Protocol) -> str:
 
 
 def _opening(protocol: Protocol) -> str:
-    """Return the distance's name at the beginning of a sentence."""
     return f"The {protocol.title}" if protocol.features == "random" else protocol.title
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from demerge.data import load_images
 from demerge.errors import ComparisonError, InputError, NumericalError, UsageError
-from demerge.evaluation.evaluator import Evaluator
+from demerge.evaluation.evaluator import REAL, Evaluator
 from demerge.evaluation.features.nets import FeatureNet, make_feature_net
 from demerge.evaluation.features.random_net import RandomNet
 from demerge.evaluation.metrics.distances import Reference, evaluate_images, hash_images
 from demerge.evaluation.metrics.fid import moments, save_moments
 from demerge.evaluation.metrics.lpips import load_lpips
 from demerge.evaluation.metrics.range_losses import RangeLosses
+from demerge.evaluation.options import EvaluationOptions
 
 
 def broken(rows: Tensor) -> Tensor:
@@ -55,9 +56,9 @@ def test_unknown_nets_and_bad_images_are_refused(digits_net: FeatureNet) -> None
         with pytest.raises(UsageError, match="unknown"):
             make_feature_net(spec)
     with pytest.raises(UsageError, match="preprocess"):
-        make_feature_net("inception:/x", preprocess="bogus")  # type: ignore[arg-type]
+        EvaluationOptions(preprocess="bogus")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="mixed_precision"):
-        make_feature_net("inception:/x", mixed_precision="fp8")
+        EvaluationOptions(mixed_precision="fp8")
     with pytest.raises(UsageError, match="no image"):
         digits_net(torch.empty(0, 1, 8, 8, dtype=torch.uint8))
     hurt = FeatureNet("hurt", "", 64, "", broken, digits_net.to_input, torch.device("cpu"), 8)
@@ -93,8 +94,8 @@ def test_features_of_a_reference_are_remembered(
     path, calls = tmp_path / "reference.safetensors", []
 
     def ask(images: Tensor) -> Reference:
-        return Reference.remembered(
-            path, digits_net, images, name="x", progress=lambda *_: calls.append(1)
+        return Reference.from_images(
+            digits_net, images, cache=path, progress=lambda *_: calls.append(1)
         )
 
     first, second = ask(noise(40)), ask(noise(40))
@@ -123,7 +124,7 @@ def test_the_evaluator(digits_net: FeatureNet, noise: Callable[..., Tensor]) -> 
     assert scores.metrics["diversity"] > 0
     assert scores.protocol.is_rank_deficient
     assert "first 5 images" in scores.protocol.perceptual
-    floor = evaluator.of_real().score("real", noise(25, seed=2), seed=0, kind="real")
+    floor = evaluator.of_images(REAL).score("real", noise(25, seed=2), seed=0, kind="real")
     assert (floor.kind, floor.protocol.num_images) == ("real", 25)
     assert floor.protocol != scores.protocol
     with pytest.raises(UsageError, match="the base's images are"):
