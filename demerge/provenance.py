@@ -106,13 +106,13 @@ class StatsRecord(Record):
     gram: Made | None = None
 
 
-def read_stats(folder: Path) -> dict[str, Made]:
+def read_stats(folder: str | Path) -> dict[str, Made]:
     """Return how the statistics in a folder were made, by their names; empty without a record.
 
     Raises:
         InputError: if the record is damaged.
     """
-    path = folder / STATS
+    path = Path(folder) / STATS
     if not path.is_file():
         return {}
     fix = f"remove {path} and make the statistics again with `demerge stats`"
@@ -121,7 +121,7 @@ def read_stats(folder: Path) -> dict[str, Made]:
     return {name: made for name, made in by_name.items() if made is not None}
 
 
-def made_as(folder: Path, name: str) -> Made | None:
+def made_as(folder: str | Path, name: str) -> Made | None:
     """Return how the statistic in a folder was made, by its own metadata or else stats.json.
 
     None without a record or a file.
@@ -129,7 +129,7 @@ def made_as(folder: Path, name: str) -> Made | None:
     Raises:
         InputError: if the file or its record is damaged.
     """
-    file = folder / f"{name}.safetensors"
+    file = Path(folder) / f"{name}.safetensors"
     if not file.is_file():
         return None
     text = read_header(file).metadata.get(MADE)

@@ -31,11 +31,7 @@ FIX_CSV = (
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """The captions of a folder.
-
-    Attributes:
-        entries: text and the file it comes from, by the image's path in Unicode's composed form.
-    """
+    """Captions, each with its file, by the image's path in Unicode's composed form."""
 
     entries: dict[str, tuple[str, str]]
 
@@ -58,10 +54,8 @@ def read_captions(listing: Listing, images: Sequence[Path]) -> list[str] | None:
     missing = [listing.name(path) for path, text in zip(images, texts, strict=True) if text is None]
     if missing:
         count = f"{len(missing)} of {len(images)} images have no caption"
-        raise InputError(
-            f"{listing.folder}: {count}: {', '.join(missing[:10])}",
-            fix="add them to metadata.jsonl or metadata.csv or as NAME.txt, or remove the images",
-        )
+        fix = "add them to metadata.jsonl or metadata.csv or as NAME.txt, or remove the images"
+        raise InputError(f"{listing.folder}: {count}: {', '.join(missing[:10])}", fix=fix)
     return [text for text in texts if text is not None]
 
 
@@ -73,7 +67,8 @@ def find_captions(listing: Listing) -> Captions | None:
     entries: dict[str, tuple[str, str]] = {}
     for text in listing.texts:
         for image in images.get(_key(text.with_suffix("")), ()):
-            _add(entries, image, _sidecar(text), str(text))
+            caption = _checked(_read_utf8(text, MAX_BYTES + 1), str(text)).strip()
+            _add(entries, image, caption, str(text))
     for file in listing.metadata:
         for number, name, caption in _rows(file):
             where = f"{file}, line {number}"
@@ -104,12 +99,7 @@ def _read_utf8(file: Path, limit: int = -1) -> str:
         raise InputError(f"{file}: cannot be read as UTF-8: {error}", fix=fix) from error
 
 
-def _sidecar(file: Path) -> str:
-    return _checked(_read_utf8(file, MAX_BYTES + 1), str(file)).strip()
-
-
 def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield the line, the file's name and the caption of each row."""
     is_csv = file.suffix == ".csv"
     text = _read_utf8(file).replace("\r\n", "\n").replace("\r", "\n")
     for number, row in _csv(file, text) if is_csv else _jsonl(text):
@@ -139,10 +129,7 @@ def escape_text(text: str) -> str:
 
 
 def _csv(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Yield the line on which each row begins, and the row.
-
-    A quote that is not closed ends at csv's limit of a field or at the end of the file.
-    """
+    """Yield the line on which each row begins, and the row."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     begin = 1
     while True:

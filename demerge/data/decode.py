@@ -116,8 +116,8 @@ def decode_image(image: Image.Image, name: str, least: Least | None = None) -> P
     """Return an opened image as [C H W]; see `decode`."""
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN):
         kind = "floats" if image.mode == "F" else "integers of 32 bits"
-        fix = "save it with 8 or 16 bits per channel"
-        raise InputError(f"{name}: pixels are {kind} of unknown range", fix=fix)
+        what = f"{name}: pixels are {kind} of unknown range"
+        raise InputError(what, fix="save it with 8 or 16 bits per channel")
     target = "L" if image.mode in GREY else "RGB"
     profile = image.info.get("icc_profile")
     turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
@@ -201,7 +201,6 @@ def _profile_note(image: Image.Image) -> str:
 
 @cache
 def _formats() -> list[str]:
-    """Return the formats that this Pillow reads, without starting a program or other files."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -224,9 +223,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise _too_large(path, MAX_PIXELS) from error
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{path}: {_kind_of(path)}", fix="convert, replace or remove it"
-        ) from error
+        what = f"{path}: {_kind_of(path)}"
+        raise InputError(what, fix="convert, replace or remove it") from error
     except DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         is_cut = "truncat" in reason or "incomplete" in reason.lower()
@@ -241,7 +239,6 @@ def _too_large(path: Path, most: int) -> InputError:
 
 
 def _kind_of(path: Path) -> str:
-    """Say what a file is that is not an image."""
     head = path.read_bytes()[:256] if path.stat().st_size < EDGE_BYTES else _edges(path)[:256]
     if not head:
         return "empty file"

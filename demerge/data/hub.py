@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from demerge.data.decode import decode_image
 from demerge.data.values import Least, Pixels8, Shape, Source
@@ -24,11 +24,7 @@ class Rows:
     name: str
     parts: tuple[Any, ...]
     column: str
-
-    @property
-    def resident(self) -> bool:
-        """False: reading decodes an image."""
-        return False
+    resident: ClassVar[bool] = False
 
     @property
     def shapes(self) -> frozenset[Shape]:

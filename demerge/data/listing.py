@@ -61,10 +61,22 @@ def escape_name(name: str) -> str:
 
 def list_folder(folder: Path) -> Listing:
     """List a folder."""
-    walk = _Walk(folder)
+    seen = {_identity(parent) for parent in folder.resolve().parents}
+    files: list[Path] = []
+    closed: list[tuple[Path, str]] = []
+    linked, left_out, roots = [], [], [folder]
+    while roots:
+        root = roots.pop(0)
+        if _identity(root) in seen:
+            left_out.append(root)
+            continue
+        linked.append(root)
+        links: list[Path] = []
+        files += _walk(root, seen, links, closed)
+        roots = sorted([*roots, *links])
     images, metadata, texts, others = [], [], [], Counter[str]()
-    for path in sorted(walk, key=lambda path: path.relative_to(folder).as_posix()):
-        kind = _kind(path)
+    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
+        kind = suffix_of(path)
         if kind in IMAGES:
             images.append(path)
         elif kind in SIDECARS:
@@ -73,7 +85,7 @@ def list_folder(folder: Path) -> Listing:
             metadata.append(path)
         else:
             others[f".{escape_name(kind)}" if kind else "no suffix"] += 1
-    if not images and not walk.closed:
+    if not images and not closed:
         fix = "give a folder of png, jpg, webp, tif or bmp files"
         raise InputError(f"{folder}: no image in this folder", fix=fix)
     return Listing(
@@ -82,56 +94,39 @@ def list_folder(folder: Path) -> Listing:
         tuple(metadata),
         tuple(texts),
         dict(others),
-        tuple(walk.linked),
-        tuple(walk.left_out),
-        tuple(walk.closed),
+        tuple(linked[1:]),
+        tuple(left_out),
+        tuple(closed),
     )
 
 
-def _kind(path: Path) -> str:
-    return path.suffix.lower().removeprefix(".")
+def suffix_of(path: str | Path) -> str:
+    """Return a file's suffix in small letters, without its dot."""
+    return Path(path).suffix.lower().removeprefix(".")
 
 
-class _Walk:
-    """Yield the files below a folder: real folders first, then linked ones, each folder once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.seen: set[Identity] = {_identity(parent) for parent in folder.resolve().parents}
-        self.linked: list[Path] = []
-        self.left_out: list[Path] = []
-        self.closed: list[tuple[Path, str]] = []
-
-    def __iter__(self) -> Iterator[Path]:
-        links: list[Path] = []
-        yield from self._real([self.folder], links)
-        while links:
-            links.sort()
-            link = links.pop(0)
-            if _identity(link) in self.seen:
-                self.left_out.append(link)
-                continue
-            self.linked.append(link)
-            yield from self._real([link], links)
-
-    def _real(self, folders: list[Path], links: list[Path]) -> Iterator[Path]:
-        while folders:
-            folder = folders.pop()
-            try:
-                self.seen.add(_identity(folder))
-                entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-            except OSError as error:
-                self.closed.append((folder, f"the folder cannot be read: {error.strerror}"))
-                continue
-            for entry in entries:
-                path = Path(entry.path)
-                is_dead_link = entry.is_symlink() and not os.path.exists(path)
-                if is_dead_link and _kind(path) not in FILES:
-                    self.closed.append((path, "the link leads nowhere"))
-                elif not entry.is_dir():
-                    yield path
-                else:
-                    (links if entry.is_symlink() else folders).append(path)
+def _walk(
+    root: Path, seen: set[Identity], links: list[Path], closed: list[tuple[Path, str]]
+) -> Iterator[Path]:
+    """Yield the files below a folder; linked folders go to `links`, unreadable ones to `closed`."""
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            seen.add(_identity(folder))
+            entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        except OSError as error:
+            closed.append((folder, f"the folder cannot be read: {error.strerror}"))
+            continue
+        for entry in entries:
+            path = Path(entry.path)
+            is_dead_link = entry.is_symlink() and not os.path.exists(path)
+            if is_dead_link and suffix_of(path) not in FILES:
+                closed.append((path, "the link leads nowhere"))
+            elif not entry.is_dir():
+                yield path
+            else:
+                (links if entry.is_symlink() else folders).append(path)
 
 
 def _identity(folder: Path) -> Identity:

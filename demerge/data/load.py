@@ -49,9 +49,8 @@ def load_images(
     shape = _shape(read, resolution, channels)
     n = len(read.pixels)
     name = read.name.encode("utf-8", "replace").decode()  # as records can hold it
-    data = ImageData(
-        name, split, shape, read.content, read.pixels, tuple(range(n)), read.captions, read.labels
-    )
+    every, pixels, content = tuple(range(n)), read.pixels, read.content
+    data = ImageData(name, split, shape, content, pixels, every, read.captions, read.labels)
     positions = split_positions(n, read.test, split, read.spare)
     if limit is not None and limit < len(positions):
         drawn = permutation(len(positions), 0, "limit")[:limit]
@@ -63,11 +62,7 @@ def load_images(
 
 
 def read_source(source: str | Path, *, skip_broken: bool = False) -> Source:
-    """Read the source that a user's word stands for.
-
-    Raises:
-        InputError: if it is missing, empty or damaged.
-    """
+    """Read the source that a user's word stands for."""
     text, path = str(source), Path(source)
     if text == "digits":
         return read_digits()

@@ -10,10 +10,9 @@ from typing import Any
 
 from demerge.data.arrays import is_cifar, is_idx
 from demerge.data.captions import escape_text, find_captions
-from demerge.data.decode import Header, decode, read_header
-from demerge.data.folder import count_kinds
+from demerge.data.folder import read_headers
 from demerge.data.layout import Splits, find_splits
-from demerge.data.listing import Listing, list_folder
+from demerge.data.listing import Listing, list_folder, suffix_of
 from demerge.data.load import read_source, split_positions
 from demerge.errors import InputError
 from demerge.progress import Progress, silent
@@ -69,8 +68,9 @@ class Scan:
         """One sentence: whether the source can be used as it is, and if not what to do."""
         count = f"{self.readable:,} of {self.files:,} images"
         if self.broken:
-            kinds = count_kinds([name for name, _ in self.broken])
-            broken = f"{len(self.broken)} of {self.files} files are broken ({kinds})"
+            kinds = Counter(suffix_of(name) or "no suffix" for name, _ in self.broken).most_common()
+            counts = ", ".join(f"{kind} {count:,}" for kind, count in kinds)
+            broken = f"{len(self.broken)} of {self.files} files are broken ({counts})"
             fix = "convert, replace or remove them, or use --skip-broken"
             return f"{UNUSABLE}: {count} can be read; {broken}: {fix}"
         if self.complaint:
@@ -172,16 +172,10 @@ def scan(source: str | Path, *, progress: Progress = silent) -> Scan:
 
 def _scan_folder(folder: Path, progress: Progress) -> Scan:
     listing = list_folder(folder)
-    headers: dict[Path, Header] = {}
+    headers, errors = read_headers(listing, whole=True, progress=progress)
     broken = [(listing.name(path), reason) for path, reason in listing.closed]
-    for done, path in enumerate(listing.images, start=1):
-        try:
-            header = read_header(path)
-            decode(path, (1, 1))
-            headers[path] = header
-        except InputError as error:
-            broken.append((listing.name(path), escape_text(error.what.removeprefix(f"{path}: "))))
-        progress(done, len(listing.images), f"{len(broken)} broken" if broken else "")
+    for path, error in errors.items():
+        broken.append((listing.name(path), escape_text(error.what.removeprefix(f"{path}: "))))
     captions, unmatched, complaint = _count_captions(listing, headers)
     try:
         splits = _count_splits(len(headers), find_splits(folder, list(headers)))

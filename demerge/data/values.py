@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -23,9 +23,7 @@ CACHE_BYTES = 1 << 30
 class Pixels(Protocol):
     """Images that are read one by one, as uint8 [C H W] with C = 1 or 3; sizes may differ."""
 
-    @property
-    def resident(self) -> bool:
-        """Whether they are in memory, so that reading costs nothing."""
+    resident: ClassVar[bool]  # whether they are in memory, so that reading costs nothing
 
     @property
     def shapes(self) -> frozenset[Shape]:
@@ -42,17 +40,13 @@ class Array:
     """Images of one size in memory, [N C H W]."""
 
     values: Pixels8
-
-    @property
-    def resident(self) -> bool:
-        """True: reading costs nothing."""
-        return True
+    resident: ClassVar[bool] = True
 
     @property
     def shapes(self) -> frozenset[Shape]:
         """The one shape [C H W] of all."""
-        _, c, h, w = self.values.shape
-        return frozenset({(c, h, w)})
+        _, *shape = self.values.shape
+        return frozenset([tuple(shape)])
 
     def __len__(self) -> int:
         return len(self.values)
@@ -114,11 +108,7 @@ class ImageData:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """Return the images at `indices`, uint8 [B C H W] in [0, 255].
-
-        Raises:
-            InputError: if a file is damaged.
-        """
+        """Return the images at `indices`, uint8 [B C H W] in [0, 255]."""
         if not indices:
             return torch.empty(0, *self.shape, dtype=torch.uint8)
         return torch.from_numpy(np.stack([self._image(self.positions[i]) for i in indices]))
@@ -172,9 +162,7 @@ def fit(image: Pixels8, shape: Shape) -> Pixels8:
 def as_pixels(image: Image.Image) -> Pixels8:
     """Return a grey or colour image as [C H W]."""
     values = np.asarray(image)
-    if values.ndim == 2:
-        return values[None].copy()
-    return np.ascontiguousarray(values.transpose(2, 0, 1))
+    return np.array(values[None] if values.ndim == 2 else values.transpose(2, 0, 1), order="C")
 
 
 def as_pil(image: Pixels8) -> Image.Image:

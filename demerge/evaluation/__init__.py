@@ -23,5 +23,5 @@ HOMES = {
     "Scores": "scores",
     "evaluate": "planning",
 }
-__all__ = ["EvaluationOptions", "Protocol", "Report", "Scores", "evaluate"]
+__all__ = [*HOMES]
 __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -57,12 +57,7 @@ class ModelSpec:
         return Path(self.source).is_dir() and not _is_pipeline(Path(self.source))
 
     def load(self, base: ModelSpec | None = None, device: str = "cpu") -> Diffusion:
-        """Load the model; a routed ensemble takes the schedule of `base`.
-
-        Raises:
-            InputError: if the model is missing, damaged or not supported.
-            UsageError: if an ensemble comes without a base.
-        """
+        """Load the model; a routed ensemble takes the schedule of `base`."""
         if self.model is not None:
             return self.model.to(device)
         if self.kind != "ensemble":
@@ -84,12 +79,7 @@ class ModelSpec:
 def specify_models(
     models: Models, base: str | None = None, kinds: Mapping[str, Kind] | None = None
 ) -> list[ModelSpec]:
-    """Return what each model is.
-
-    Args:
-        models: paths, ids or NAME=MODEL; or a table of names and paths, ids or models in memory.
-        base: name, path or id of the base; else the first pipeline that demerge did not make.
-        kinds: what a model of this name is, if its records do not say so.
+    """Return what each of some paths, ids, NAME=MODEL or models in memory is; see `evaluate`.
 
     Raises:
         UsageError: if there are none, two have one name, or a folder holds demerge's own plots.
@@ -103,19 +93,16 @@ def specify_models(
         stock = (s for s in specs if s.kind in ("model", "base") and not s.is_images)
         base = next((spec.source for spec in stock), None)
     specs = [replace(s, kind="base") if base in (s.source, s.name) else s for s in specs]
-    repeated = _repeated(specs)
-    specs = [
-        replace(s, name=printable(_long_name(s.source))) if s.slug in repeated else s for s in specs
-    ]
-    if _repeated(specs):
-        what = f"several models are named {', '.join(sorted(repeated))}"
+    counts = Counter(spec.slug for spec in specs)
+    repeated = sorted(slug for slug in counts if counts[slug] > 1)
+    for i, spec in enumerate(specs):
+        if spec.slug in repeated:
+            longer = "/".join(Path(spec.source).resolve().parts[-2:])
+            specs[i] = replace(spec, name=printable(longer))
+    if len({spec.slug for spec in specs}) < len(specs):
+        what = f"several models are named {', '.join(repeated)}"
         raise UsageError(what, fix="name them: NAME=MODEL")
     return specs
-
-
-def _repeated(specs: Sequence[ModelSpec]) -> set[str]:
-    counts = Counter(spec.slug for spec in specs)
-    return {slug for slug, count in counts.items() if count > 1}
 
 
 def leave_out_reports(models: Models) -> tuple[Models, list[str]]:
@@ -148,16 +135,11 @@ def _is_own(path: Path) -> bool:
     if not (path.is_file() and path.with_suffix(".png").is_file()):
         return False
     with path.open("rb") as stream:
-        head = stream.read(2048)
-    return (OWN_PLOT if path.suffix == ".svg" else FORMAT.encode()) in head
+        return (OWN_PLOT if path.suffix == ".svg" else FORMAT.encode()) in stream.read(2048)
 
 
 def detect_kind(folder: str | Path) -> Kind:
-    """Return a model's kind by the records in its folder.
-
-    Raises:
-        InputError: if a record is damaged.
-    """
+    """Return a model's kind by the records in its folder."""
     folder = Path(folder)
     if (folder / EXPERT).is_file():
         span = list(Expert.load(folder / EXPERT).range)
@@ -184,7 +166,8 @@ def _specify(name: str, source: str | Path | Diffusion, kind: Kind | None) -> Mo
     kind = kind or detect_kind(folder)
     if not name and kind in ("ensemble", "joint") and not (folder / MERGE).is_file():
         name = "routed ensemble" if kind == "ensemble" else "joint"
-    return ModelSpec(printable(name or _short_name(str(source))), kind, str(source))
+    name = name or (folder.resolve().name if folder.exists() else str(source))
+    return ModelSpec(printable(name), kind, str(source))
 
 
 def _expert_folders(folder: Path) -> list[Path]:
@@ -194,14 +177,6 @@ def _expert_folders(folder: Path) -> list[Path]:
 def _split(model: str | Path) -> tuple[str, str]:
     name, equals, source = str(model).partition("=")
     return (name, source) if equals and not Path(model).exists() else ("", str(model))
-
-
-def _short_name(source: str) -> str:
-    return Path(source).resolve().name if Path(source).exists() else source
-
-
-def _long_name(source: str) -> str:
-    return "/".join(Path(source).resolve().parts[-2:])
 
 
 def _is_pipeline(folder: Path) -> bool:

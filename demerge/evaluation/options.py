@@ -17,11 +17,7 @@ Precision = Literal["no", "bf16"]
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read `0,1,2`.
-
-    Raises:
-        UsageError: if this is not a list of different seeds >= 0.
-    """
+    """Read `0,1,2`: different seeds, each at least 0."""
     parts = [part.strip() for part in text.split(",")]
     are_numbers = all(part.isascii() and part.isdigit() for part in parts)
     if not are_numbers or len(set(map(int, parts))) < len(parts):
@@ -32,11 +28,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EvaluationOptions(SamplingOptions, DeviceOptions):
-    """What models are scored on, and how.
-
-    Raises:
-        UsageError: if a value breaks its rule.
-    """
+    """What models are scored on, and how."""
 
     num_images: int = option(2000, "Images per model and seed.", panel=SAMPLING, ge=2)
     seeds: Sequence[int] = option(

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 from demerge.lazy import lazily
 
 if TYPE_CHECKING:
-    from demerge.statistics.examples import Collected
-    from demerge.statistics.fisher import range_fisher
-    from demerge.statistics.gram import range_gram
-    from demerge.statistics.options import StatisticsOptions
-    from demerge.statistics.planning import StatisticsPlan, plan
-    from demerge.statistics.record import commit_statistic, inputs_of
+    from demerge.statistics.examples import Collected as Collected
+    from demerge.statistics.fisher import range_fisher as range_fisher
+    from demerge.statistics.gram import range_gram as range_gram
+    from demerge.statistics.options import StatisticsOptions as StatisticsOptions
+    from demerge.statistics.planning import StatisticsPlan as StatisticsPlan
+    from demerge.statistics.planning import plan as plan
+    from demerge.statistics.record import commit_statistic as commit_statistic
+    from demerge.statistics.record import inputs_of as inputs_of
 
 HOMES = {
     "Collected": "examples",
@@ -31,15 +33,5 @@ HOMES = {
     "range_fisher": "fisher",
     "range_gram": "gram",
 }
-
-__all__ = [
-    "Collected",
-    "StatisticsOptions",
-    "StatisticsPlan",
-    "commit_statistic",
-    "inputs_of",
-    "plan",
-    "range_fisher",
-    "range_gram",
-]
+__all__ = [*HOMES]
 __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -39,24 +39,15 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A statistic.
+    """A statistic: tensors by the names of the weights, and how they were measured."""
 
-    Attributes:
-        tensors: by the name of the weight, float32 on the CPU.
-        facts: how it was measured, as JSON values.
-    """
-
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]  # float32 on the CPU
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """Draws the examples of a range.
-
-    Raises:
-        UsageError: if no sample is asked for, or the range ends beyond the model's timesteps.
-    """
+    """Draws the examples of a range."""
 
     model: Diffusion
     data: ImageData
@@ -66,14 +57,13 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.span.stop > self.model.T:
-            raise UsageError(
-                f"{self.samples} samples of {self.span} cannot be drawn",
-                fix=f"give samples >= 1 and a range within [0, {self.model.T})",
-            )
+            fix = f"give samples >= 1 and a range within [0, {self.model.T})"
+            raise UsageError(f"{self.samples} samples of {self.span} cannot be drawn", fix=fix)
 
-    def image_of(self, number: int) -> int:
-        """Return which image example `number` shows."""
-        return permutation(len(self.data), self.seed, "stats image")[number % len(self.data)]
+    def images_of(self, numbers: Sequence[int]) -> list[int]:
+        """Return which images the examples show."""
+        order = permutation(len(self.data), self.seed, "stats image")
+        return [order[number % len(order)] for number in numbers]
 
     def batches(self, size: int) -> Iterator[tuple[range, Examples]]:
         """Yield the numbers of the examples and the examples, `size` at a time."""
@@ -91,17 +81,14 @@ class Sampler:
         if all(finite):
             return
         number = numbers[finite.index(False)]
-        where = f"sample {number} (image {self.image_of(number)} of {self.data.name})"
-        raise NumericalError(
-            f"{what} of {where} of range {self.span} is not finite",
-            fix="check the model and this image",
-        )
+        where = f"sample {number} (image {self.images_of([number])[0]} of {self.data.name})"
+        what = f"{what} of {where} of range {self.span} is not finite"
+        raise NumericalError(what, fix="check the model and this image")
 
     @torch.no_grad()
     def _draw(self, numbers: Sequence[int]) -> Examples:
-        model, order = self.model, permutation(len(self.data), self.seed, "stats image")
-        images = [order[number % len(order)] for number in numbers]
-        x0, condition = model.encode_from(self.data, images)
+        model = self.model
+        x0, condition = model.encode_from(self.data, self.images_of(numbers))
         position = uniform(self.seed, "stats timestep", samples=numbers)
         t = (self.span.start + position * len(self.span)).long().to(x0.device)
         noise = normal(x0.shape[1:], self.seed, "stats noise", samples=numbers).to(x0.device)

@@ -54,9 +54,8 @@ def range_fisher(
     sampler = Sampler(model, data, range, samples, seed)
     with eval_mode(model.denoiser), fitting_threads(model, BATCH):
         gradients, size, how = _engine(model, sampler)
-        sums = {
-            name: accumulator(p.shape, p.device) for name, p in model.denoiser.named_parameters()
-        }
+        parameters = dict(model.denoiser.named_parameters())
+        sums = {name: accumulator(p.shape, p.device) for name, p in parameters.items()}
         for numbers, examples in sampler.batches(size):
             norms = _add_squares(sums, gradients(examples))
             sampler.check_finite(numbers, norms, "the gradient")
@@ -67,9 +66,8 @@ def range_fisher(
 
 def one_by_one(model: Diffusion) -> Gradients:
     """Return the function that gives g [B *] for each parameter, one backward pass per example."""
-    leaves: dict[str, Tensor] = {}
-    for name, p in model.denoiser.named_parameters():
-        leaves[name] = p.detach().requires_grad_(True)
+    parameters = model.denoiser.named_parameters()
+    leaves = {name: p.detach().requires_grad_(True) for name, p in parameters}
 
     def gradients(examples: Examples) -> dict[str, Tensor]:
         rows = []
@@ -114,10 +112,7 @@ def _loss(
 
 
 def _engine(model: Diffusion, sampler: Sampler) -> tuple[Gradients, int, str]:
-    """Return the function that takes gradients, its batch size and its name.
-
-    It depends on the model's size and on a trial of two examples.
-    """
+    """Return the function that takes gradients, by size and trial, its batch size and its name."""
     size, slow = min(BATCH, GRADIENT_BYTES // (4 * model.parameters)), one_by_one(model)
     if size < SMALLEST_BATCH:
         return slow, 1, "one by one: a large model"
@@ -152,7 +147,7 @@ def _add_squares(sums: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) ->
 def by_state_name(module: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return F by the names of the state dict: tied parameters have all names, buffers are 0."""
     first: dict[int, str] = {}
-    names: dict[str, str] = {}
+    names = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         names[name] = first.setdefault(id(p), name)
     fisher = {}

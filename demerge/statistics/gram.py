@@ -14,7 +14,7 @@ Paper: RegMean (arXiv 2212.09849).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -115,15 +115,12 @@ def _has_gram(layer: nn.Module) -> bool:
 @contextmanager
 def _hooked(layers: Mapping[str, nn.Module], sums: Mapping[str, Sum]) -> Iterator[None]:
     """Add the inputs of each call of a layer to its sum."""
-    hooks = []
-    for name, layer in layers.items():
-        add = partial(_add, sums[name])
-        hooks.append(layer.register_forward_pre_hook(add, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            add = partial(_add, sums[name])
+            hook = layer.register_forward_pre_hook(add, with_kwargs=True)
+            hooks.callback(hook.remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _add(total: Sum, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:

@@ -18,11 +18,7 @@ def parse_statistics(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StatisticsOptions(DataOptions, DeviceOptions):
-    """Which statistics are measured, of which models and ranges.
-
-    Raises:
-        UsageError: if a value breaks its rule.
-    """
+    """Which statistics are measured, of which models and ranges."""
 
     models: list[str] = option(
         help="Experts, or other pipeline folders or Hub ids.", argument=True, metavar="MODEL..."
@@ -53,3 +49,8 @@ class StatisticsOptions(DataOptions, DeviceOptions):
             if name not in STATISTICS:
                 fix = f"use {' or '.join(STATISTICS)}"
                 raise UsageError(f"statistic '{name}' is unknown", fix=fix)
+
+    @property
+    def recorded(self) -> dict[str, int]:
+        """The options that a statistic depends on."""
+        return {"samples": self.samples, "seed": self.seed}

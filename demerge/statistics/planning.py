@@ -67,7 +67,7 @@ class StatisticsResult:
         return {
             "files": [str(job.path) for job in plan.jobs],
             "found": [str(job.path) for job in plan.finished],
-            "options": plan.recorded,
+            "options": plan.options.recorded,
             "images": len(plan.data),
             "memory_bytes": plan.cost().memory,
         }
@@ -90,11 +90,6 @@ class StatisticsPlan:
     finished: Sequence[Job]
     seconds: float
 
-    @property
-    def recorded(self) -> dict[str, int]:
-        """The options that a statistic depends on."""
-        return {"samples": self.options.samples, "seed": self.options.seed}
-
     def describe(self) -> list[str]:
         """Return the models, the data, the files and the cost."""
         models = dict.fromkeys(job.model for job in (*self.jobs, *self.finished))
@@ -105,24 +100,19 @@ class StatisticsPlan:
         ]
         if not self.jobs:
             return [*lines, "cost    nothing: all files exist"]
-        cost = (
-            f"at most some {self.seconds:.0f} s, {(self.cost().memory or 0) / 1e6:.0f} MB of sums"
-        )
+        megabytes = (self.cost().memory or 0) / 1e6
         return [
             *lines,
             *(f"make    {job.path}" for job in self.jobs),
-            f"cost    {len(self.jobs)} x {self.options.samples} samples: {cost}",
+            f"cost    {len(self.jobs)} x {self.options.samples} samples: at most some"
+            f" {self.seconds:.0f} s, {megabytes:.0f} MB of sums",
         ]
 
     def cost(self) -> Cost:
         """Return samples, estimated time, bytes of the largest sums, and bytes of the files."""
         sizes = [_bytes(self.model, job.statistic) for job in self.jobs]
-        return Cost(
-            steps=len(self.jobs) * self.options.samples,
-            seconds=self.seconds,
-            memory=2 * max(sizes, default=0),
-            disk=sum(sizes),
-        )
+        steps, memory = len(self.jobs) * self.options.samples, 2 * max(sizes, default=0)
+        return Cost(steps=steps, seconds=self.seconds, memory=memory, disk=sum(sizes))
 
     def run(self, progress: Progress = silent) -> StatisticsResult:
         """Measure and write what does not exist yet.
@@ -132,6 +122,7 @@ class StatisticsPlan:
             ResourceError: if the disk is too small.
         """
         model, name, steps = self.model, None, self.cost().steps
+        options = self.options.recorded
         for job in self.jobs:
             check_disk_space(job.path, _bytes(model, job.statistic))
         for i, job in enumerate(self.jobs):
@@ -142,8 +133,8 @@ class StatisticsPlan:
                 progress(i * total + done, steps, f"{job.statistic} {job.range}")
 
             measure = MEASURE[job.statistic]
-            collected = measure(model, self.data, job.range, **self.recorded, progress=report)
-            commit_measured(job.folder, job.statistic, collected, job.inputs, self.recorded)
+            collected = measure(model, self.data, job.range, **options, progress=report)
+            commit_measured(job.folder, job.statistic, collected, job.inputs, options)
         for folder in dict.fromkeys(job.folder for job in (*self.finished, *self.jobs)):
             commit_stats(folder)
         return StatisticsResult(self)
@@ -166,15 +157,13 @@ def plan(options: StatisticsOptions) -> StatisticsPlan:
         if times > 1:
             fix = "name each model once, or leave out -o"
             raise UsageError(f"{times} models have {path} for their output", fix=fix)
-    recorded = {"samples": options.samples, "seed": options.seed}
     todo: list[Job] = []
     finished: list[Job] = []
     for job in jobs:
-        exists = has_statistic(job.folder, job.statistic, job.inputs, recorded)
+        exists = has_statistic(job.folder, job.statistic, job.inputs, options.recorded)
         (finished if exists else todo).append(job)
-    return StatisticsPlan(
-        options, first, images, todo, finished, _seconds(first, images, todo, options)
-    )
+    seconds = _seconds(first, images, todo, options)
+    return StatisticsPlan(options, first, images, todo, finished, seconds)
 
 
 def _seconds(
@@ -215,9 +204,9 @@ def _jobs(
         what = f"no output is named and {len(spans)} ranges do not fit next to one expert"
         raise UsageError(what, fix="give -o DIR")
     for span in spans:
-        folder = out / str(span) if out is not None else checkpoint.place.path
-        if out is None and record is not None:
-            folder = record.parent
+        folder = Path() if record is None else record.parent
+        if out is not None:
+            folder = out / str(span)
         for name in options.statistics:
             yield Job(model, span, name, folder, inputs_of(sha256, data, span))
 

@@ -47,14 +47,14 @@ def inputs_of(model_sha256: str, data: ImageData, span: TimestepRange) -> dict[s
     }
 
 
-def has_statistic(folder: Path, name: str, inputs: Values, options: Values) -> bool:
+def has_statistic(folder: str | Path, name: str, inputs: Values, options: Values) -> bool:
     """Return whether a folder holds this statistic.
 
     Raises:
         UsageError: if it was made with other options or inputs, with both values.
         InputError: if nothing is recorded about it.
     """
-    file = folder / f"{name}.safetensors"
+    file = Path(folder) / f"{name}.safetensors"
     if not file.is_file():
         return False
     record = made_as(folder, name)
@@ -66,7 +66,7 @@ def has_statistic(folder: Path, name: str, inputs: Values, options: Values) -> b
 
 
 def commit_statistic(
-    folder: Path, name: str, collected: Collected, inputs: Values, options: Values
+    folder: str | Path, name: str, collected: Collected, inputs: Values, options: Values
 ) -> None:
     """Write a statistic into a folder, then the record of all statistics in it."""
     commit_measured(folder, name, collected, inputs, options)
@@ -74,7 +74,7 @@ def commit_statistic(
 
 
 def commit_measured(
-    folder: Path, name: str, collected: Collected, inputs: Values, options: Values
+    folder: str | Path, name: str, collected: Collected, inputs: Values, options: Values
 ) -> None:
     """Write a statistic into a folder; a stats.json that names an older one is corrected first."""
     made = {
@@ -90,18 +90,18 @@ def commit_measured(
         MEASURED: json.dumps(made["inputs"], sort_keys=True),
         MADE: json.dumps(made, sort_keys=True),
     }
-    commit_tensors(folder / f"{name}.safetensors", collected.tensors, metadata)
+    commit_tensors(Path(folder) / f"{name}.safetensors", collected.tensors, metadata)
 
 
-def commit_stats(folder: Path) -> None:
+def commit_stats(folder: str | Path) -> None:
     """Write the stats.json of the statistics in a folder, unless it is up to date."""
     made = {name: record for name in STATISTICS if (record := made_as(folder, name)) is not None}
     if made != read_stats(folder):
         _commit_records(folder, made)
 
 
-def _commit_records(folder: Path, made: Mapping[str, Made]) -> None:
+def _commit_records(folder: str | Path, made: Mapping[str, Made]) -> None:
     document: dict[str, Any] = {"format": FORMAT}
     for name, record in made.items():
         document[name] = record.model_dump(mode="json", exclude_unset=True)
-    commit_json(folder / STATS, document)
+    commit_json(Path(folder) / STATS, document)

@@ -413,7 +413,7 @@ def targets(
     tables = [
         *scored,
         lambda: [
-            markdown(Findings.of(t), title="t")
+            markdown(Findings.of(t), "t", [])
             for t in tables_of(load_results([root / "scored"]).scores)
         ],
     ]
