@@ -31,18 +31,10 @@ FIX_CSV = (
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """Captions, each with its file, by the image's path in Unicode's composed form."""
+    """Captions by image, and the number of those that name no image of the folder."""
 
-    entries: dict[str, tuple[str, str]]
-
-    def get(self, image: Path) -> str | None:
-        """Return the caption of an image; None if it has none."""
-        text, _ = self.entries.get(_key(image), (None, ""))
-        return text
-
-    def unmatched(self, images: Sequence[Path]) -> int:
-        """Return the number of captions that name none of the images."""
-        return len(self.entries.keys() - {_key(image) for image in images})
+    texts: dict[Path, str]
+    unmatched: int
 
 
 def read_captions(listing: Listing, images: Sequence[Path]) -> list[str] | None:
@@ -50,13 +42,11 @@ def read_captions(listing: Listing, images: Sequence[Path]) -> list[str] | None:
     captions = find_captions(listing)
     if captions is None:
         return None
-    texts = [captions.get(path) for path in images]
-    missing = [listing.name(path) for path, text in zip(images, texts, strict=True) if text is None]
-    if missing:
+    if missing := [listing.name(path) for path in images if path not in captions.texts]:
         count = f"{len(missing)} of {len(images)} images have no caption"
         fix = "add them to metadata.jsonl or metadata.csv or as NAME.txt, or remove the images"
         raise InputError(f"{listing.folder}: {count}: {', '.join(missing[:10])}", fix=fix)
-    return [text for text in texts if text is not None]
+    return [captions.texts[path] for path in images]
 
 
 def find_captions(listing: Listing) -> Captions | None:
@@ -76,7 +66,11 @@ def find_captions(listing: Listing) -> Captions | None:
                 what = f"{where}: '{name}' leads out of its folder"
                 raise InputError(what, fix="name files relative to the metadata")
             _add(entries, file.parent / name, caption, where)
-    return Captions(entries) if entries or listing.metadata else None
+    if not entries and not listing.metadata:
+        return None
+    named = {image: _key(image) for image in listing.images}
+    texts = {image: entries[key][0] for image, key in named.items() if key in entries}
+    return Captions(texts, len(entries.keys() - named.values()))
 
 
 def _add(entries: dict[str, tuple[str, str]], image: Path, caption: str, where: str) -> None:

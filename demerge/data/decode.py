@@ -50,32 +50,17 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, Me
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of an image file; width and height are those after turning."""
+    """The header of an image file: its size after turning, and what decoding does to it."""
 
     width: int
     height: int
     mode: str
-    alpha: bool
-    turned: bool
-    frames: bool
-    profile: str
+    notes: tuple[str, ...]
 
     @property
     def channels(self) -> int:
         """1 for grey, 3 for colour."""
         return 1 if self.mode in GREY else 3
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What decoding does to the image."""
-        steps = {
-            "turned by EXIF": self.turned,
-            "transparency laid on white": self.alpha,
-            "16 bits scaled to 8": self.mode in DEEP,
-            "only the first frame taken": self.frames,
-            self.profile: bool(self.profile),
-        }
-        return tuple(note for note, holds in steps.items() if holds)
 
 
 def read_header(path: Path) -> Header:
@@ -83,16 +68,16 @@ def read_header(path: Path) -> Header:
     with _opened(path) as image:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         width, height = image.size[::-1] if orientation in range(5, 9) else image.size
-        header = Header(
-            width,
-            height,
-            image.mode,
-            alpha=image.has_transparency_data,
-            turned=orientation in range(2, 9),
-            frames=bool(getattr(image, "is_animated", False)) and image.format != "MPO",
-            profile=_profile_note(image),
-        )
-        kind = image.format
+        kind, profile = image.format, _profile_note(image)
+        steps = {
+            "turned by EXIF": orientation in TURNS,
+            "transparency laid on white": image.has_transparency_data,
+            "16 bits scaled to 8": image.mode in DEEP,
+            "only the first frame taken": kind != "MPO" and getattr(image, "is_animated", False),
+            profile: bool(profile),
+        }
+        notes = tuple(note for note, holds in steps.items() if holds)
+        header = Header(width, height, image.mode, notes)
     if not _has_complete_tail(path, kind):
         decode(path, (1, 1))
     return header
@@ -132,7 +117,7 @@ def decode_image(image: Image.Image, name: str, least: Least | None = None) -> P
 
 
 def _scale_factor(image: Image.Image, least: Least | None) -> int:
-    """Return the whole number by which an image is scaled down; 1 unless it is big."""
+    """Return the factor by which an image is scaled down; 1 unless it is big."""
     if least is None or image.width * image.height <= BIG:
         return 1
     return max(1, min(image.size) // (2 * max(least)))

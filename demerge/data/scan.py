@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +27,31 @@ class Scan:
     """The content of a source.
 
     Attributes:
-        files: the number of images, readable or not.
+        images: the number of images, readable or not.
         broken: name and reason of each file or folder that cannot be read, in order of name.
         sizes: the number of images of each `WIDTHxHEIGHT`, the most frequent first.
         modes: the number of each mode: `RGB`, `L`, `RGBA`, `I;16` and so on.
         notes: the number that were turned by EXIF, had transparency laid on white, and so on.
         captions: the number of images with a caption; None if there are no captions at all.
+        captions_without_image: the number of captions that name no image.
         splits: the number of readable images in `train` and `test`, and in neither.
-        complaint: what is wrong with captions or splits; empty if nothing is.
         passed_over: the number of files of other kinds, by suffix.
         links: what happened to linked folders, by name.
-        unmatched: the number of captions that name no image.
+        complaint: what is wrong with captions or splits; empty if nothing is.
     """
 
     source: str
-    files: int
+    images: int
     broken: tuple[tuple[str, str], ...]
     sizes: dict[str, int]
     modes: dict[str, int]
     notes: dict[str, int]
     captions: int | None
+    captions_without_image: int
     splits: dict[str, int]
-    complaint: str = ""
     passed_over: dict[str, int] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
-    unmatched: int = 0
+    complaint: str = ""
 
     @property
     def readable(self) -> int:
@@ -66,11 +66,11 @@ class Scan:
     @property
     def verdict(self) -> str:
         """One sentence: whether the source can be used as it is, and if not what to do."""
-        count = f"{self.readable:,} of {self.files:,} images"
+        count = f"{self.readable:,} of {self.images:,} images"
         if self.broken:
             kinds = Counter(suffix_of(name) or "no suffix" for name, _ in self.broken).most_common()
             counts = ", ".join(f"{kind} {count:,}" for kind, count in kinds)
-            broken = f"{len(self.broken)} of {self.files} files are broken ({counts})"
+            broken = f"{len(self.broken)} of {self.images} files are broken ({counts})"
             fix = "convert, replace or remove them, or use --skip-broken"
             return f"{UNUSABLE}: {count} can be read; {broken}: {fix}"
         if self.complaint:
@@ -83,8 +83,8 @@ class Scan:
             parts.append("images of several sizes are fitted to the model's resolution")
         if self.passed_over:
             parts.append(f"{sum(self.passed_over.values()):,} other files are passed over")
-        if self.unmatched:
-            parts.append(f"{self.unmatched:,} captions name no image")
+        if self.captions_without_image:
+            parts.append(f"{self.captions_without_image:,} captions name no image")
         return "; ".join(parts)
 
     def lines(self) -> list[str]:
@@ -92,7 +92,7 @@ class Scan:
         captions = "none" if self.captions is None else f"{self.captions} of {self.readable}"
         hidden = len(self.broken) - MOST_BROKEN
         rows = [
-            ("images", f"{self.files:,}, {self.readable:,} readable"),
+            ("images", f"{self.images:,}, {self.readable:,} readable"),
             ("splits", _shown(self.splits)),
             ("sizes", _shown_sizes(self.sizes)),
             ("modes", _shown(self.modes)),
@@ -108,23 +108,10 @@ class Scan:
 
     def document(self) -> dict[str, Any]:
         """Return the scan as a JSON document."""
-        return {
-            "source": self.source,
-            "images": self.files,
-            "readable": self.readable,
-            "broken": [{"file": name, "reason": reason} for name, reason in self.broken],
-            "sizes": self.sizes,
-            "modes": self.modes,
-            "notes": self.notes,
-            "captions": self.captions,
-            "captions_without_image": self.unmatched,
-            "splits": self.splits,
-            "passed_over": self.passed_over,
-            "links": self.links,
-            "complaint": self.complaint,
-            "usable": self.usable,
-            "verdict": self.verdict,
-        }
+        broken = [{"file": name, "reason": reason} for name, reason in self.broken]
+        counts = {"source": self.source, "images": self.images, "readable": self.readable}
+        document = {**counts, **asdict(self), "broken": broken}
+        return document | {"usable": self.usable, "verdict": self.verdict}
 
 
 def _shown(counts: dict[str, int]) -> str:
@@ -167,7 +154,7 @@ def scan(source: str | Path, *, progress: Progress = silent) -> Scan:
         modes["RGB" if c == 3 else "L"] += count
     captions = None if read.captions is None else len(read.captions)
     name, splits = escape_text(str(source)), _count_splits(n, Splits(test=read.test))
-    return Scan(name, n, tuple(broken), dict(sizes), dict(modes), {}, captions, splits)
+    return Scan(name, n, tuple(broken), dict(sizes), dict(modes), {}, captions, 0, splits)
 
 
 def _scan_folder(folder: Path, progress: Progress) -> Scan:
@@ -192,11 +179,11 @@ def _scan_folder(folder: Path, progress: Progress) -> Scan:
         _frequencies(h.mode for h in headers.values()),
         _frequencies(note for h in headers.values() for note in h.notes),
         captions,
+        unmatched,
         splits,
-        escape_text(complaint),
         listing.others,
         links,
-        unmatched,
+        escape_text(complaint),
     )
 
 
@@ -207,17 +194,14 @@ def _count_captions(listing: Listing, images: Iterable[Path]) -> tuple[int | Non
         return 0, 0, f"captions cannot be read: {error.what}"
     if captions is None:
         return None, 0, ""
-    count = sum(captions.get(path) is not None for path in images)
-    return count, captions.unmatched(listing.images), ""
+    return sum(path in captions.texts for path in images), captions.unmatched, ""
 
 
 def _count_splits(n: int, splits: Splits) -> dict[str, int]:
-    counts = {
-        name: len(split_positions(n, splits.test, name, splits.spare)) for name in ("train", "test")
-    }
-    if splits.spare:
-        counts["in neither"] = len(splits.spare)
-    return counts
+    counts = {}
+    for name in ("train", "test"):
+        counts[name] = len(split_positions(n, splits.test, name, splits.spare))
+    return counts | ({"in neither": len(splits.spare)} if splits.spare else {})
 
 
 def _frequencies(values: Iterable[str]) -> dict[str, int]:

@@ -23,5 +23,5 @@ HOMES = {
     "Scores": "scores",
     "evaluate": "planning",
 }
-__all__ = [*HOMES]
+__all__ = list(HOMES)
 __getattr__, __dir__ = lazily(__name__, HOMES)

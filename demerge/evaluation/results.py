@@ -124,7 +124,9 @@ def _load_run(run: Path) -> Results:
     inside(run, folder)
     scores, contact = load_scores(folder)
     files = [*run.glob("*.svg"), *(run / "conflict").glob("*.svg")]
-    plots = sorted((path for path in files if not path.name.endswith(DARK)), key=_order)
+    order = {name: i for i, name in enumerate(CAPTIONS)}
+    files.sort(key=lambda path: (order.get(path.stem, len(order)), path.name))
+    plots = [path for path in files if not path.name.endswith(DARK)]
     figures: list[PageFigure] = []
     commands: tuple[str, ...] = ()
     notes: list[str] = []
@@ -151,8 +153,3 @@ def _lies_inside(run: Path, path: Path) -> bool:
         return bool(inside(run, path))
     except InputError:
         return False
-
-
-def _order(path: Path) -> tuple[int, str]:
-    known = list(CAPTIONS)
-    return (known.index(path.stem) if path.stem in known else len(known), path.name)

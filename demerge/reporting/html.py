@@ -12,15 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STYLE = Path(__file__).resolve().parents[1] / "assets" / "report.css"
-POLICY = "; ".join(
-    [
-        "default-src 'none'",
-        "img-src data:",
-        "style-src 'unsafe-inline'",
-        "base-uri 'none'",
-        "form-action 'none'",
-    ]
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+STYLE = ASSETS / "report.css"
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none';"
+    " form-action 'none'"
 )
 MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
 
@@ -47,7 +43,8 @@ def render_page(title: str, subtitle: object, sections: Iterable[str], footer: s
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n"
+        "</head>\n<body>\n<main>\n"
         f"<header><h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p></header>\n"
         + "\n".join(part for part in sections if part)
         + f"\n<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
@@ -105,8 +102,5 @@ def printable(text: str) -> str:
 
 def escape_formula(text: str) -> str:
     """Return the text so that no spreadsheet takes it for a formula."""
-    return (
-        f"'{text}"
-        if text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\r", "\n"))
-        else text
-    )
+    is_formula = text.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{text}" if is_formula or text.startswith(("\t", "\r", "\n")) else text

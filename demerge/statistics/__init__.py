@@ -33,5 +33,5 @@ HOMES = {
     "range_fisher": "fisher",
     "range_gram": "gram",
 }
-__all__ = [*HOMES]
+__all__ = list(HOMES)
 __getattr__, __dir__ = lazily(__name__, HOMES)

@@ -212,7 +212,7 @@ def test_a_scan_of_a_hub_data_set_reads_every_row(monkeypatch):
     )
     monkeypatch.setattr("demerge.data.hub.LOOK_AT", 5)
     found = scan("hf:someone/cats")
-    assert (found.files, found.readable, found.usable) == (71, 70, False)
+    assert (found.images, found.readable, found.usable) == (71, 70, False)
     assert found.broken[0][0] == "image 70"
     assert found.verdict.startswith("cannot be used as it is: 70 of 71 images")
 
@@ -263,7 +263,7 @@ def test_exif_is_turned(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     assert decode(tmp_path / "turned.png").shape == (3, 8, 4)
     header = read_header(tmp_path / "turned.png")
-    assert (header.width, header.height, header.turned) == (4, 8, True)
+    assert (header.width, header.height, header.notes) == (4, 8, ("turned by EXIF",))
 
 
 def test_alpha_lies_on_white(tmp_path):
@@ -307,7 +307,7 @@ def test_grey_with_a_transparent_value_lies_on_white_and_stays_grey(tmp_path):
     for name in ("l.png", "deep.png"):
         assert decode(tmp_path / name).tolist() == [[[0, 255]]]
         header = read_header(tmp_path / name)
-        assert (header.alpha, header.channels) == (True, 1)
+        assert "transparency laid on white" in header.notes and header.channels == 1
 
 
 def test_half_transparent_red_on_white_is_pink(tmp_path):
@@ -802,7 +802,7 @@ def test_folder_with_broken_files_lists_them_and_can_skip_them(tmp_path):
     assert "demerge data check" in text
     assert len(load_images(tmp_path, skip_broken=True)) == 20
     found = scan(tmp_path)
-    assert (found.files, found.readable, len(found.broken)) == (32, 20, 12)
+    assert (found.images, found.readable, len(found.broken)) == (32, 20, 12)
     assert found.broken[0] == ("broken00.png", "empty file")
     assert json.loads(json.dumps(found.document()))["splits"] == {"train": 18, "test": 2}
 

@@ -179,13 +179,9 @@ def load_inception(path: str | Path) -> Inception:
         network = Inception(weights).eval()
         with torch.inference_mode():
             dim = network(torch.zeros(1, 3, 75, 75)).shape[1]
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors: {error}", fix=SOURCES) from error
-    except KeyError as error:
-        raise InputError(f"{path}: tensor {error} is missing", fix=SOURCES) from error
-    except (RuntimeError, IndexError) as error:
-        what = f"{path}: tensors do not fit Inception-v3: {error}"
-        raise InputError(what, fix=SOURCES) from error
+    except (OSError, SafetensorError, KeyError, RuntimeError, IndexError) as error:
+        reason = f"tensor {error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: not Inception-v3's weights: {reason}", fix=SOURCES) from error
     if dim != DIM:
         raise InputError(f"{path}: {dim} features instead of {DIM}", fix=SOURCES)
     return network
@@ -218,10 +214,7 @@ def preprocess(images: Tensor, mode: str = "clean") -> Tensor:
 
 
 def _bilinear_tf1(n: int, device: torch.device) -> Tensor:
-    """Return the matrix [299 n] that resizes one axis.
-
-    Output i reads position i n / 299, clamped at the far end.
-    """
+    """Return the matrix [299 n] of one axis; output i reads i n / 299, clamped at the far end."""
     position = torch.arange(SIZE, dtype=torch.float64) * n / SIZE
     low = position.floor().long()
     share = (position - low).float()

@@ -8,7 +8,6 @@ coverage) are left out.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from demerge.errors import ComparisonError, InputError
 from demerge.evaluation.features.nets import FeatureNet
 from demerge.evaluation.metrics.fid import (
     Moments,
+    array_sizes,
     frechet_distance,
     load_moments,
     moments,
@@ -98,8 +98,7 @@ class Reference:
                 net's number.
             ComparisonError: if the file says that another net or preprocessing made it.
         """
-        path = Path(path)
-        keys, name = _array_names(path), printable(path.name)
+        keys, name = array_sizes(path).keys(), printable(Path(path).name)
         if "mu" not in keys and {"arr_0", "images"} & keys:
             images = load_images(path, limit=n)
             pixels = images.images(range(len(images)))
@@ -139,15 +138,6 @@ def _check_same_net(protocol: Mapping[str, str], net: FeatureNet) -> None:
         if own != value:
             what = f"the reference was made with {key} '{value}', the images with '{own}'"
             raise ComparisonError(what, fix="make the reference again with this feature net")
-
-
-def _array_names(path: Path) -> set[str]:
-    """Return the names of an npz's arrays, none if it is damaged."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return {name.removesuffix(".npy") for name in file.namelist()}
-    except (OSError, zipfile.BadZipFile):
-        return set()
 
 
 def _read_features(path: Path, record: Mapping[str, str]) -> Tensor | None:

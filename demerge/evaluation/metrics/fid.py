@@ -134,7 +134,7 @@ def load_moments(path: str | Path, *, n: int | None = None) -> Moments:
     Raises:
         InputError: if the file is not such an npz, `sigma` is not a covariance, or n is unknown.
     """
-    arrays = _read_arrays(Path(path))
+    arrays = _read_arrays(path)
     try:
         count = int(arrays["n"]) if "n" in arrays else n
         mean = torch.from_numpy(np.array(arrays["mu"], dtype=np.float64))
@@ -159,11 +159,23 @@ def load_moments(path: str | Path, *, n: int | None = None) -> Moments:
     return value
 
 
-def _read_arrays(path: Path) -> dict[str, Any]:
-    """Read only the arrays of an npz that are statistics, not the images of ADM's files."""
+def array_sizes(path: str | Path) -> dict[str, int]:
+    """Return the names of an npz's arrays, and the bytes that each takes when it is read.
+
+    Raises:
+        InputError: if the file is not an npz.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {e.filename.removesuffix(".npy"): e.file_size for e in archive.infolist()}
+            return {e.filename.removesuffix(".npy"): e.file_size for e in archive.infolist()}
+    except DAMAGED as error:
+        raise InputError(f"{path}: not an npz with mu and sigma: {error}", fix=NPZ) from error
+
+
+def _read_arrays(path: str | Path) -> dict[str, Any]:
+    """Read only the arrays of an npz that are statistics, not the images of ADM's files."""
+    sizes = array_sizes(path)
+    try:
         if not {"mu", "sigma"} <= sizes.keys():
             raise ValueError(f"its arrays are {list(sizes)[:8]}")
         wanted = [key for key in sizes if key in ("mu", "sigma", "n") or key.startswith(PREFIX)]

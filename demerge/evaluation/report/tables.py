@@ -66,10 +66,14 @@ def lines_of(findings: Findings) -> list[Line]:
     return lines
 
 
+def labels_of(table: Table) -> dict[str, str]:
+    """Return the metrics' names as they are printed."""
+    return {"fd": table.protocol.title, **LABELS}
+
+
 def heads_of(table: Table) -> list[str]:
     """Return the heads of a table."""
-    labels = {"fd": table.protocol.title, **LABELS}
-    first, *others = (labels[metric] for metric in measured(table.rows))
+    first, *others = (labels_of(table)[metric] for metric in measured(table.rows))
     return ["", "model", "kind", first, "against base", "against joint", *others]
 
 
