@@ -28,6 +28,7 @@ DIGITS_TEST = 500
 MAX_PIXEL_BYTES = 16 << 30
 
 Part = list[tuple[Pixels8, Pixels8 | None]]  # arrays of images and labels
+Test = tuple[int, ...] | None  # positions of the test split
 
 
 def read_digits() -> Source:
@@ -72,8 +73,8 @@ def read_idx(path: Path) -> Source:
     files = [_idx_file(path, part) for part in ("train", "t10k")]
     parts = [[] if file is None else [_idx_pair(file)] for file in files]
     if len({images.shape[1:] for part in parts for images, _ in part}) > 1:
-        fix = "use files of one data set"
-        raise InputError(f"{path}: train and t10k images differ in size", fix=fix)
+        what = f"{path}: train and t10k images differ in size"
+        raise InputError(what, fix="use files of one data set")
     return _joined(path.name, *parts)
 
 
@@ -102,11 +103,8 @@ def _idx_pair(file: Path) -> tuple[Pixels8, Pixels8 | None]:
 
 def _idx_values(file: Path, dims: int) -> Pixels8:
     try:
-        if file.suffix == ".gz":
-            with gzip.open(file) as stream:
-                raw = stream.read(MAX_PIXEL_BYTES)
-        else:
-            raw = file.read_bytes()
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            raw = stream.read(MAX_PIXEL_BYTES)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{file}: cannot be read: {error}", fix="fetch it again") from error
     head = 4 + 4 * dims
@@ -159,7 +157,6 @@ def _channels_first(path: Path, key: str, images: NDArray[np.generic]) -> Pixels
 
 
 def _joined(name: str, train: Part, test: Part) -> Source:
-    """Return the source of training and test arrays laid end to end."""
     images = [images for images, _ in [*train, *test]]
     labels = [labels for _, labels in [*train, *test] if labels is not None]
     first, n = sum(len(part) for part, _ in train), sum(map(len, images))
@@ -169,10 +166,7 @@ def _joined(name: str, train: Part, test: Part) -> Source:
 
 
 def array_source(
-    name: str,
-    images: Pixels8,
-    labels: NDArray[np.integer] | None,
-    test: tuple[int, ...] | None = None,
+    name: str, images: Pixels8, labels: NDArray[np.integer] | None, test: Test = None
 ) -> Source:
     """Return images [N C H W] as a source; its hash covers shape, pixels, labels."""
     digest = hashlib.sha256(str(images.shape).encode())

@@ -46,10 +46,7 @@ class Rows:
 
 
 def read_hub(text: str) -> Source:
-    """Read the first column of images of `hf:NAME[:CONFIG]`.
-
-    The splits are `train` and `test`, or else `validation`, `valid` or `val`.
-    """
+    """Read the first column of images of `hf:NAME[:CONFIG]`, its train and held-out splits."""
     name, _, config = text.removeprefix("hf:").partition(":")
     splits = _load(name, config or None)
     held = next((name for name in HELD_OUT if name in splits), None)

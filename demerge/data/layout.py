@@ -26,12 +26,11 @@ YEAR = re.compile(r"[-_ ]?(?:19|20)\d\d\Z")
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """The splits of a folder.
+    """The splits of a folder; None if there are none.
 
     Attributes:
-        depth: the level of the folders that are splits; None if there are none.
-        test: positions of the held-out images; None if there are none.
-        spare: positions of validation images next to a `test/`; they belong to neither split.
+        depth: the level of the folders that are splits.
+        test, spare: positions of held-out images, and of validation images next to a `test/`.
     """
 
     depth: int | None = None
@@ -56,20 +55,14 @@ def find_splits(folder: Path, images: Sequence[Path]) -> Splits:
 
 
 def _check_no_images_outside(folder: Path, images: Sequence[Path]) -> None:
-    names: dict[str, str] = {}
-    outside = []
-    for path in images:
-        top = _folder_at(folder, path, 0)
-        if split := _split(top):
-            names[split] = top
-        else:
-            outside.append(escape_name(path.relative_to(folder).as_posix()))
+    tops = {path: _folder_at(folder, path, 0) for path in images}
+    names = {split: top for top in tops.values() if (split := _split(top))}
     if TRAIN in names and len(names) > 1:
+        outside = [path.relative_to(folder) for path, top in tops.items() if not _split(top)]
         held_out = " and ".join(f"{name}/" for name in sorted(names.values()))
-        raise InputError(
-            f"{folder}: {len(outside)} images are outside {held_out}: {listed(outside)}",
-            fix=f"move them, or name one split: {folder}/{names[TRAIN]}",
-        )
+        shown = listed([escape_name(path.as_posix()) for path in outside])
+        what = f"{folder}: {len(outside)} images are outside {held_out}: {shown}"
+        raise InputError(what, fix=f"move them, or name one split: {folder}/{names[TRAIN]}")
 
 
 def class_labels(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from demerge.errors import UsageError
-from demerge.options import DeviceOptions, ModelOptions, Options, again, option
+from demerge.options import DeviceOptions, ModelOptions, Options, SeedOptions, again, option
 
 SAMPLING = "Sampling"
 
@@ -62,7 +62,9 @@ class SampleOptions(SamplingOptions):
         parse=parse_labels,
         shown_default="every class in turn",
     )
-    seed: int = option(0, "Seed; image i depends on the seed and i alone.", panel=SAMPLING, ge=0)
+    seed: int = again(
+        SeedOptions, "seed", help="Seed; image i depends on the seed and i alone.", panel=SAMPLING
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

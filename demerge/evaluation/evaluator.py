@@ -74,10 +74,6 @@ class Evaluator:
 
         Args:
             base: the base's images from the same noise.
-
-        Raises:
-            UsageError: if the base's images have another shape.
-            ComparisonError: if the reference was made with another feature net.
         """
         metrics = evaluate_images(images, self.reference, self.net, progress=progress)
         metrics |= self._perceptual_metrics(images, base)

@@ -67,11 +67,7 @@ def read_scores(paths: Sequence[str | Path]) -> tuple[list[Scores], dict[str, Te
 
 
 def read_strip(path: str | Path) -> Tensor:
-    """Cut a strip into its 16 images, uint8 [16 3 H W].
-
-    Raises:
-        InputError: if the file is not a PNG of 16 images side by side.
-    """
+    """Cut a strip into its 16 images, uint8 [16 3 H W]."""
     try:
         with Image.open(path) as picture:
             pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy())

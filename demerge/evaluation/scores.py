@@ -82,9 +82,6 @@ class Scores:
             `coverage`, `drift` (LPIPS to the base's images from the same noise) and `diversity`
             (mean LPIPS over pairs).
         images: SHA-256 of the images.
-
-    Raises:
-        UsageError: if a metric is not finite or the kind is unknown.
     """
 
     model: str
@@ -257,11 +254,7 @@ def _comparison_of(row: Row) -> tuple[object, ...]:
 
 
 def rank(rows: Iterable[Row], metric: str = "fd") -> list[Row]:
-    """Return rows from best to worst mean of a metric.
-
-    Raises:
-        ComparisonError: if the protocols differ.
-    """
+    """Return rows from best to worst mean of a metric."""
     measured = [row for row in rows if row.by_seed(metric)]
     check_same_protocol(measured)
     sign = -1 if metric in HIGHER_IS_BETTER else 1

@@ -18,11 +18,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def check_uint8(images: Tensor, channels: tuple[int, ...] = (1, 3)) -> None:
-    """Check that images are uint8 [B C H W].
-
-    Raises:
-        UsageError: if they are not, or C is not one of `channels`, if there are any.
-    """
+    """Check that images are uint8 [B C H W], with one of the numbers C of channels if any."""
     has_channels = images.ndim == 4 and (not channels or images.shape[1] in channels)
     if images.dtype != torch.uint8 or not has_channels:
         expected = f"uint8 [B {'|'.join(map(str, channels)) or 'C'} H W]"

@@ -34,9 +34,8 @@ class Theme:
 
 BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
 GREY = "0.55"
-KINDS: Mapping[
-    str, str
-] = {  # the colour of each kind of model in every plot and, in assets/report.css, on every page
+# The colour of each kind of model in every plot and, in assets/report.css, on every page.
+KINDS: Mapping[str, str] = {
     "real": "#7d8590",
     "base": "#8a6fd1",
     "joint": "#d9822b",
@@ -54,8 +53,7 @@ P = ParamSpec("P")
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Make a drawing function use the colours of its argument of type `Theme`, LIGHT without one.
 
-    LIGHT is dark ink on white, whatever style is set: readable in print and in dark notebooks.
-    DARK is bright ink, and the page behind it shows through.
+    LIGHT is dark ink on white, in print and in dark notebooks; the page shows through DARK.
     """
 
     @wraps(draw)
@@ -85,9 +83,8 @@ def render(figure: Figure, kind: str = "svg") -> bytes:
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure into a folder as NAME.svg and NAME.png; return both."""
-    return [
-        commit_bytes(folder / f"{name}.{kind}", render(figure, kind)) for kind in ("svg", "png")
-    ]
+    kinds = ("svg", "png")
+    return [commit_bytes(folder / f"{name}.{kind}", render(figure, kind)) for kind in kinds]
 
 
 @dataclass(frozen=True, slots=True)

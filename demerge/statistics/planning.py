@@ -75,13 +75,7 @@ class StatisticsResult:
 
 @dataclass(frozen=True, slots=True)
 class StatisticsPlan:
-    """The statistics that are to be measured.
-
-    Attributes:
-        model: the first of the models.
-        jobs, finished: what is to be measured, and what exists already.
-        seconds: estimated, rather too many.
-    """
+    """What is to be measured, what is finished, and the time; the first model is loaded."""
 
     options: StatisticsOptions
     model: Diffusion

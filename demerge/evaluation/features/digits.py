@@ -55,11 +55,7 @@ class DigitsCNN(nn.Module):
 
 
 def preprocess(images: Tensor) -> Tensor:
-    """Turn images uint8 [B C H W] into [B 1 8 8] in [-1, 1]; colours are averaged.
-
-    Raises:
-        UsageError: if the images are not uint8 [B C H W].
-    """
+    """Turn images uint8 [B C H W] into [B 1 8 8] in [-1, 1]; colours are averaged."""
     check_uint8(images, channels=())
     grey = images.float().mean(1, keepdim=True) / 127.5 - 1
     if grey.shape[2:] == (8, 8):
@@ -70,10 +66,7 @@ def preprocess(images: Tensor) -> Tensor:
 def train(
     images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 80, batch: int = 64
 ) -> DigitsCNN:
-    """Train on images uint8 [n 1 8 8] with labels [n].
-
-    AdamW, cosine learning rate from 2e-3, shifts by one pixel.
-    """
+    """Train on images uint8 [n 1 8 8] with labels [n], shifted by one pixel at random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DigitsCNN()
@@ -99,18 +92,14 @@ def accuracy(net: DigitsCNN, images: Tensor, labels: Tensor) -> float:
 
 
 def load_digits_cnn(path: str | Path = ASSET) -> DigitsCNN:
-    """Load the classifier, by default the one that ships in the package.
-
-    Raises:
-        InputError: if the file holds other tensors.
-    """
-    net = DigitsCNN()
+    """Load the classifier, by default the one that ships in the package."""
+    net = DigitsCNN().eval().requires_grad_(False)
     try:
         net.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
         fix = f"train it: python -m demerge.evaluation.features.digits {path}"
         raise InputError(f"{path}: not the digits classifier: {error}", fix=fix) from error
-    return net.eval().requires_grad_(False)
+    return net
 
 
 def train_asset(path: str | Path, *, seed: int = 0) -> float:

@@ -195,9 +195,6 @@ def preprocess(images: Tensor, mode: str = "clean") -> Tensor:
     pytorch-fid      bilinear, half-pixel centres; 2 x / 255 - 1. That of pytorch-fid and DeMe.
     torch-fidelity   bilinear, corners at 0 as in TensorFlow 1; (x - 128) / 128. That of
                      torch-fidelity and the graph of 2015.
-
-    Raises:
-        UsageError: if the mode is unknown or the images are not uint8 [B 1|3 H W].
     """
     check_uint8(images)
     x, size = images.expand(-1, 3, -1, -1).float(), (SIZE, SIZE)

@@ -88,10 +88,6 @@ def make_feature_net(
             moves FID by some 0.4 % (33.48 to 33.36 on 1,500 against 1,500 images of CIFAR-10) and
             mixes with float32 features at an error of 0.25. So it is part of the protocol and is
             printed as `FID(bf16)`.
-
-    Raises:
-        UsageError: if the name is unknown.
-        InputError: if the weights cannot be read.
     """
     name, _, path = spec.partition(":")
     place = torch.device(device)

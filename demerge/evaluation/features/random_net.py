@@ -53,11 +53,7 @@ class RandomNet(nn.Module):
 
 
 def preprocess(images: Tensor) -> Tensor:
-    """Turn images uint8 [B 1|3 H W] into [B 3 32 32] in [-1, 1], bilinear with antialias.
-
-    Raises:
-        UsageError: if the images have another type.
-    """
+    """Turn images uint8 [B 1|3 H W] into [B 3 32 32] in [-1, 1], bilinear with antialias."""
     check_uint8(images)
     x = images.expand(-1, 3, -1, -1).float() / 127.5 - 1
     return F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)

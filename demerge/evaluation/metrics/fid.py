@@ -160,11 +160,7 @@ def load_moments(path: str | Path, *, n: int | None = None) -> Moments:
 
 
 def array_sizes(path: str | Path) -> dict[str, int]:
-    """Return the names of an npz's arrays, and the bytes that each takes when it is read.
-
-    Raises:
-        InputError: if the file is not an npz.
-    """
+    """Return the names of an npz's arrays, and the bytes that each takes when it is read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {e.filename.removesuffix(".npy"): e.file_size for e in archive.infolist()}

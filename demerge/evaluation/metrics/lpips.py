@@ -106,11 +106,7 @@ def load_lpips(path: str | Path = ASSET, *, device: str = "cpu") -> LPIPS:
 
 
 def diversity(embedded: Tensor) -> float:
-    """Return the mean LPIPS over all pairs of images given by their embeddings [n E].
-
-    Raises:
-        UsageError: if n < 2.
-    """
+    """Return the mean LPIPS over all pairs of images given by their embeddings [n E]."""
     n = len(embedded)
     if n < 2:
         raise UsageError(f"diversity of {n} images is not defined", fix="give at least 2")
