@@ -175,8 +175,7 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 
 def _profile_note(image: Image.Image) -> str:
-    profile = image.info.get("icc_profile")
-    if not profile:
+    if not (profile := image.info.get("icc_profile")):
         return ""
     mode = "L" if image.mode in GREY else image.mode if image.mode == "CMYK" else "RGB"
     if _transform(profile, mode) is None:

@@ -1,9 +1,5 @@
 """The evaluator: everything about an evaluation that is the same for all its models.
 
-    evaluator = Evaluator(net, reference, sampler="ddim", steps=50, perceptual=load_lpips())
-    floor = evaluator.of_images(REAL).score("test split", real_images, seed=0, kind="real")
-    scores = evaluator.score("ties", images, seed=0, kind="merge", base=base_images)
-
 LPIPS is taken on the first `perceptual_images` of a model's images. `drift` is the mean LPIPS
 between the base's image and the model's image from the same noise, `diversity` the mean over pairs
 of the model's images.

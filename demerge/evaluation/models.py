@@ -37,16 +37,11 @@ SLUG = 180  # bytes, so that seed and ending still fit into a file name
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model to be scored.
-
-    Attributes:
-        source: a pipeline folder, a Hub id, a folder of experts or a folder of images.
-        model: the model itself, if it is in memory; then `source` is its name.
-    """
+    """A model to be scored; if it is in memory, `source` is its name."""
 
     name: str
     kind: Kind
-    source: str
+    source: str  # a pipeline folder, a Hub id, a folder of experts or a folder of images
     model: Diffusion | None = field(default=None, repr=False, compare=False)
 
     @property

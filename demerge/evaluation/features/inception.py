@@ -90,18 +90,11 @@ class Conv(nn.Module):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).relu_()
 
 
-class Pool(nn.Module):
-    """A 3 x 3 pool: `avg` leaves the padding out of the mean; with stride 2 there is no padding."""
-
-    def __init__(self, kind: str, stride: int) -> None:
-        super().__init__()
-        self.kind, self.stride, self.padding = kind, stride, int(stride == 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B C H W] to [B C H' W']."""
-        if self.kind == "max":
-            return F.max_pool2d(x, 3, self.stride, self.padding)
-        return F.avg_pool2d(x, 3, self.stride, self.padding, count_include_pad=False)
+def pool(kind: str, stride: int) -> nn.Module:
+    """Return a 3 x 3 pool, `avg` without padding in the mean; with stride 2 there is no padding."""
+    if kind == "max":
+        return nn.MaxPool2d(3, stride, int(stride == 1))
+    return nn.AvgPool2d(3, stride, int(stride == 1), count_include_pad=False)
 
 
 class Block(nn.Module):
@@ -143,20 +136,16 @@ def _step(weights: Mapping[str, Tensor], text: str, prefix: str) -> nn.Module:
     names, _, mode = text.partition("/")
     stride = 2 if mode == "2" else 1
     if names in ("avg", "max"):
-        return Pool(names, stride)
-    convolutions = [
-        Conv(*_folded(weights, prefix + name), stride=stride, same=not mode)
-        for name in names.split("|")
-    ]
+        return pool(names, stride)
+    folded = [_folded(weights, prefix + name) for name in names.split("|")]
+    convolutions = [Conv(*tensors, stride=stride, same=not mode) for tensors in folded]
     return convolutions[0] if len(convolutions) == 1 else Block(convolutions)
 
 
 def _folded(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     weight = weights[f"{name}.conv.weight"].double()
-    gain, shift, mean, variance = (
-        weights[f"{name}.bn.{part}"].double()
-        for part in ("weight", "bias", "running_mean", "running_var")
-    )
+    parts = ("weight", "bias", "running_mean", "running_var")
+    gain, shift, mean, variance = (weights[f"{name}.bn.{part}"].double() for part in parts)
     scale = gain / (variance + BATCH_NORM_EPS).sqrt()
     return (weight * scale[:, None, None, None]).float(), (shift - mean * scale).float()
 

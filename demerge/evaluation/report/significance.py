@@ -35,7 +35,7 @@ Verdict = Literal["better", "worse", "inconclusive", "none"]
 Comparisons = Mapping[tuple[Key, Key], "Comparison"]
 LEVEL = 0.05
 LEAST_SEEDS = 3
-CONTROLS: tuple[Kind, ...] = ("base", "joint")
+CONTROLS: frozenset[Kind] = frozenset({"base", "joint"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,10 @@ def detectable(seeds: int, family: int) -> float:
 
 def compare_rows(rows: Sequence[Row], metric: str = "fd") -> Comparisons:
     """Compare every model of a table with every control; keys are (model, control)."""
-    pairs = [pair for pair in combinations(rows, 2) if _is_compared(*pair)]
+    pairs = []
+    for a, b in combinations(rows, 2):
+        if {a.kind, b.kind} & CONTROLS or {a.kind, b.kind} == {"merge", "ensemble"}:
+            pairs.append((a, b))
     check_same_protocol(rows)
     values = [_paired_values(a, b, metric) for a, b in pairs]
     reasons = [_untested(a, pair) for (a, _), pair in zip(pairs, values, strict=True)]
@@ -103,10 +106,6 @@ def compare_rows(rows: Sequence[Row], metric: str = "fd") -> Comparisons:
             made = _comparison(sides, metric, float(p[i]), len(tested), reasons[i])
             comparisons[x.key, y.key] = made
     return comparisons
-
-
-def _is_compared(a: Row, b: Row) -> bool:
-    return a.kind in CONTROLS or b.kind in CONTROLS or {a.kind, b.kind} == {"merge", "ensemble"}
 
 
 def _paired_values(a: Row, b: Row, metric: str) -> NDArray[np.float64]:

@@ -20,8 +20,8 @@ from demerge.evaluation.features.inception import (
     PTH_SHA256,
     STEM,
     Conv,
-    Pool,
     load_inception,
+    pool,
     preprocess,
 )
 from demerge.evaluation.features.inception import _folded as folded
@@ -57,7 +57,7 @@ def test_folding_equals_convolution_then_normalization() -> None:
 
 
 def test_the_average_pool_leaves_the_padding_out() -> None:
-    torch.testing.assert_close(Pool("avg", 1)(torch.ones(1, 1, 5, 5)), torch.ones(1, 1, 5, 5))
+    torch.testing.assert_close(pool("avg", 1)(torch.ones(1, 1, 5, 5)), torch.ones(1, 1, 5, 5))
 
 
 def test_clean_is_the_bicubic_of_pillow() -> None:
