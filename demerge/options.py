@@ -84,6 +84,15 @@ def again(kind: type[Options], name: str, **changes: Any) -> Any:
     return field(default=default, metadata={"option": replace(spec_of(of), **changes)})
 
 
+def parse_numbers(text: str, what: str) -> tuple[int, ...]:
+    """Read whole numbers of at least 0, separated by commas; `what` names them in the error."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        fix = f"give whole numbers separated by commas, for example --{what} 0,1,2"
+        raise UsageError(f"{what} '{text}' are not numbers", fix=fix)
+    return tuple(map(int, parts))
+
+
 def spec_of(of: Any) -> Spec:
     """Return the `Spec` of a dataclass field."""
     spec: Spec = of.metadata["option"]

@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from demerge.errors import UsageError
-from demerge.options import DeviceOptions, ModelOptions, Options, SeedOptions, again, option
+from demerge.options import (
+    DeviceOptions,
+    ModelOptions,
+    Options,
+    SeedOptions,
+    again,
+    option,
+    parse_numbers,
+)
 
 SAMPLING = "Sampling"
 
@@ -37,19 +45,6 @@ class SamplingOptions(Options):
     batch_size: int = option(64, "Images per forward pass.", panel=SAMPLING, ge=1)
 
 
-def parse_labels(text: str) -> list[int]:
-    """Read class numbers, separated by commas.
-
-    Raises:
-        UsageError: if one is not a whole number.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        fix = "give whole numbers, for example --labels 3,3,7"
-        raise UsageError(f"labels '{text}' are not class numbers", fix=fix)
-    return [int(part) for part in parts]
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SampleOptions(SamplingOptions):
     """Which images a model draws, and how."""
@@ -59,7 +54,7 @@ class SampleOptions(SamplingOptions):
         None,
         "Class numbers for class-conditional models, for example 3,3,7, repeated in turn.",
         panel=SAMPLING,
-        parse=parse_labels,
+        parse=partial(parse_numbers, what="labels"),
         shown_default="every class in turn",
     )
     seed: int = again(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from demerge.diffusion.options import SAMPLING, SamplingOptions
 from demerge.errors import UsageError
-from demerge.options import DataOptions, DeviceOptions, Options, Split, again, option
+from demerge.options import DataOptions, DeviceOptions, Options, Split, again, option, parse_numbers
 
 METRICS = "Metrics"
 Preprocess = Literal["clean", "pytorch-fid", "torch-fidelity"]
@@ -18,12 +18,10 @@ Precision = Literal["no", "bf16"]
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Read `0,1,2`: different seeds, each at least 0."""
-    parts = [part.strip() for part in text.split(",")]
-    are_numbers = all(part.isascii() and part.isdigit() for part in parts)
-    if not are_numbers or len(set(map(int, parts))) < len(parts):
-        fix = "for example --seeds 0,1,2"
-        raise UsageError(f"seeds '{text}' are not a list of different numbers", fix=fix)
-    return tuple(map(int, parts))
+    seeds = parse_numbers(text, "seeds")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds '{text}' name one seed twice", fix="for example --seeds 0,1,2")
+    return seeds
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -51,9 +51,9 @@ def render_page(title: str, subtitle: object, sections: Iterable[str], footer: s
     )
 
 
-def is_page(path: Path) -> bool:
+def is_page(path: str | Path) -> bool:
     """Whether a file is a page that demerge wrote, of this version or an older one."""
-    with path.open("rb") as stream:
+    with Path(path).open("rb") as stream:
         return POLICY.encode() in stream.read(1024)
 
 

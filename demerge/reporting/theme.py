@@ -81,10 +81,10 @@ def render(figure: Figure, kind: str = "svg") -> bytes:
     return stream.getvalue()
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     """Write a figure into a folder as NAME.svg and NAME.png; return both."""
     kinds = ("svg", "png")
-    return [commit_bytes(folder / f"{name}.{kind}", render(figure, kind)) for kind in kinds]
+    return [commit_bytes(Path(folder) / f"{name}.{kind}", render(figure, kind)) for kind in kinds]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.options import SampleOptions, SamplingOptions, parse_labels
+from demerge.diffusion.options import SampleOptions, SamplingOptions
 from demerge.diffusion.sampling import make_scheduler, sample
 from demerge.errors import NumericalError, UsageError
+from demerge.options import parse_numbers
 from demerge.randomness import normal
 
 
@@ -149,10 +150,10 @@ def test_a_model_without_classes_takes_no_labels(model: Diffusion) -> None:
 
 
 def test_labels_are_read_as_numbers() -> None:
-    assert parse_labels("3, 3,7") == [3, 3, 7]
+    assert parse_numbers("3, 3,7", "labels") == (3, 3, 7)
     for wrong in ("", "cat", "1,,2", "-1"):
-        with pytest.raises(UsageError, match="not class numbers"):
-            parse_labels(wrong)
+        with pytest.raises(UsageError, match="are not numbers"):
+            parse_numbers(wrong, "labels")
 
 
 def test_a_learned_variance_is_refused_by_name(tiny_dit: Path) -> None:
