@@ -122,7 +122,7 @@ class Options:
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        types_ = types_of(type(self))
+        types_ = types_of(type(self))  # type: ignore[arg-type]
         for of in (of for of in fields(self) if "option" in of.metadata):
             value, type_, spec = getattr(self, of.name), types_[of.name], spec_of(of)
             if isinstance(value, str) and Path in (type_, *get_args(type_)):
