@@ -30,14 +30,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def say(text: str) -> None:
-    """Print a line for the person at the terminal, on stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+def say(*lines: str) -> None:
+    """Print lines for the person at the terminal, on stderr."""
+    for line in lines:
+        print(printable(line), file=sys.stderr, flush=True)
 
 
-def show(text: str) -> None:
-    """Print a line of a command's result, on stdout."""
-    print(printable(text))
+def show(*lines: str) -> None:
+    """Print lines of a command's result, on stdout."""
+    for line in lines:
+        print(printable(line))
 
 
 def emit(result: dict[str, Any], path: Path | None, as_json: bool) -> None:
@@ -50,27 +52,23 @@ def emit(result: dict[str, Any], path: Path | None, as_json: bool) -> None:
 
 
 def execute(plan: Plan[R], name: str, *, out: Path | None = None, json: bool = False) -> R:
-    """Run a planned stage for a command: print the plan, run it with a bar, print the result.
-
-        execute(plan(options), "transfer", out=options.out, json=json)
+    """Print a plan, run it with a bar that `name` stands in front of, and print the result.
 
     The plan goes to stderr. The lines of the result go to stderr too if there is an output path or
-    a JSON document for stdout, and else to stdout. `name` stands in front of the bar.
+    a JSON document for stdout, and else to stdout.
     """
-    for line in plan.describe():
-        say(line)
+    say(*plan.describe())
     with progress(plan.cost().steps, name) as bar:
         result = plan.run(bar)
-    for line in result.lines():
-        say(line) if json or out is not None else show(line)
+    tell = say if json or out is not None else show
+    tell(*result.lines())
     emit(result.document(), out, json)
     return result
 
 
 def preview(plan: Preview, *, json: bool = False) -> None:
     """Print what a planned stage will do, for `--dry-run`: lines on stderr, JSON on stdout."""
-    for line in plan.describe():
-        say(line)
+    say(*plan.describe())
     emit(plan.document(), None, json)
 
 
@@ -86,7 +84,15 @@ def progress(total: int, what: str) -> Iterator[Any]:
     Off a terminal it prints a line every few seconds instead, so that short work is silent.
     """
     if not sys.stderr.isatty():
-        yield _LineProgress(what)
+        last = time.monotonic()
+
+        def print_line(done: int, total: int, text: str = "") -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                say(f"{what} {done}/{total} {text}".rstrip())
+
+        yield print_line
         return
     from rich import progress as bars
     from rich.console import Console
@@ -101,22 +107,10 @@ def progress(total: int, what: str) -> Iterator[Any]:
         task = bar.add_task(what, total=total)
 
         def update(done: int, total: int, text: str = "") -> None:
-            words = printable(f"{what} {text}")
-            bar.update(task, completed=done, total=total, description=words)
+            description = printable(f"{what} {text}")
+            bar.update(task, completed=done, total=total, description=description)
 
         yield update
-
-
-class _LineProgress:
-    """Print a line of progress every few seconds."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.last = what, time.monotonic()
-
-    def __call__(self, done: int, total: int, text: str = "") -> None:
-        if time.monotonic() - self.last >= LINE_SECONDS:
-            self.last = time.monotonic()
-            say(f"{self.what} {done}/{total} {text}".rstrip())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from demerge.options import DataOptions, spec_of
 UNUSABLE = 3
 SOURCE = spec_of(DataOptions.__dataclass_fields__["data"]).help
 
-app = typer.Typer(no_args_is_help=True, help="Check data before a model reads it.")
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
@@ -21,10 +21,7 @@ def data() -> None:
 
 
 @app.command()
-def check(
-    source: Annotated[str, typer.Argument(help=SOURCE)],
-    json: Json = False,
-) -> None:
+def check(source: Annotated[str, typer.Argument(help=SOURCE)], json: Json = False) -> None:
     """Read every image and report counts, broken files, sizes, captions and a verdict.
 
     The exit code is 3 unless the whole source can be used.
@@ -35,6 +32,6 @@ def check(
         result = scan(source, progress=bar)
     emit(result.document(), None, json)
     if not json:
-        show("\n".join(result.lines()))
+        show(*result.lines())
     if not result.usable:
         raise typer.Exit(UNUSABLE)

@@ -79,8 +79,10 @@ def demo(options: DemoOptions, *, context: typer.Context, json: Json = False) ->
 def list_commands(options: DemoOptions) -> Iterator[list[str]]:
     """Yield the command lines of the path; those that may run in parallel come together.
 
-    Each is run before the next are asked for.
+    Each must run before the next is taken.
     """
+    from demerge.timesteps import Partition
+
     o, at, base = options, shlex.quote(str(options.out)), options.base
     train = (
         f"--max-train-steps {o.steps} --train-batch-size 64 --learning-rate 5e-4 "
@@ -93,7 +95,7 @@ def list_commands(options: DemoOptions) -> Iterator[list[str]]:
         f"finetune {base} --data digits {ranges} {train} -o {at}/experts",
         f"finetune {base} --data digits --ranges joint:4 {train} -o {at}/joint",
     ]
-    spans = _load_ranges(o.out / "conflict" / "partition.json")
+    spans = Partition.load(o.out / "conflict" / "partition.json")
     experts = " ".join(f"{at}/experts/{span}" for span in spans)
     yield [f"stats {experts} --data digits --statistics fisher --samples 64 --seed {o.seed}"]
     halfway = "--method task_arithmetic --weights 0.5 --save-dtype float32"
@@ -108,12 +110,6 @@ def list_commands(options: DemoOptions) -> Iterator[list[str]]:
     halves = f"base={base} {' '.join(models[::2])}", f"--base {base} {' '.join(models[1::2])}"
     yield [f"evaluate {half} {score}" for half in halves]
     yield [f"compare {at} --title 'Handwritten digits: one base, four experts, their merges'"]
-
-
-def _load_ranges(partition: Path) -> list[str]:
-    from demerge.timesteps import Partition
-
-    return [str(span) for span in Partition.load(partition)]
 
 
 def run(app: Callable[..., Any], commands: list[list[str]]) -> None:

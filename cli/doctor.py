@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,9 +21,8 @@ FAILED = 4
 DRIVER = Path("/proc/driver/nvidia/version")
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
 PACKAGES = (
-    *("diffusers", "safetensors", "numpy", "pandas", "sklearn", "seaborn"),
-    *("einops", "PIL", "typer"),
-)
+    "diffusers", "safetensors", "numpy", "pandas", "sklearn", "seaborn", "einops", "PIL", "typer",
+)  # fmt: skip
 EXTRAS = {"transformers": "sd", "datasets": "data", "nbclient": "notebook"}
 
 
@@ -41,7 +40,7 @@ def doctor(json: Json = False) -> None:
 
     The exit code is 4 if something must be fixed.
     """
-    findings = [finding for check in CHECKS for finding in check()]
+    findings = [*_machine(), *_packages(), *_resources()]
     healthy = not any(finding.fix for finding in findings)
     emit({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, None, json)
     for f in () if json else findings:
@@ -52,13 +51,11 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def _python() -> Iterator[Finding]:
+def _machine() -> Iterator[Finding]:
+    """Check Python, torch, its devices and its threads."""
     state = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     is_old = sys.version_info < (3, 11)
     yield Finding("python", state, "install Python 3.11 or newer" if is_old else "")
-
-
-def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:
@@ -86,18 +83,14 @@ def _unused_gpu(cuda: str | None) -> str:
     if cuda is None:
         install = f"pip install --force-reinstall torch --index-url {CUDA_WHEELS}"
         return f"this torch is built for the CPU: {install}"
-    what = f"this torch needs a driver for CUDA {cuda}"
-    return f"{what}: update the driver, or install a torch of an older CUDA"
+    fix = "update the driver, or install a torch of an older CUDA"
+    return f"this torch needs a driver for CUDA {cuda}: {fix}"
 
 
 def _packages() -> Iterator[Finding]:
-    for module in PACKAGES:
-        yield _imported(module)
-
-
-def _extras() -> Iterator[Finding]:
     from importlib.util import find_spec
 
+    yield from map(_imported, PACKAGES)
     for module, extra in EXTRAS.items():
         if find_spec(module):
             yield _imported(module)
@@ -122,7 +115,10 @@ def _imported(module: str) -> Finding:
         return Finding(module, f"cannot be imported: {reason[0]}", fix)
 
 
-def _disk() -> Iterator[Finding]:
+def _resources() -> Iterator[Finding]:
+    """Check disk and memory."""
+    from demerge.device import free_bytes
+
     free = shutil.disk_usage(Path.cwd()).free
     fix = "" if free >= NEED_DISK else "free some space: a run of the demo's size takes 1 GiB"
     yield Finding("disk", f"{free / GIB:.1f} GiB free in this folder", fix)
@@ -130,22 +126,7 @@ def _disk() -> Iterator[Finding]:
         yield Finding("folder", "writable")
     else:
         yield Finding("folder", "read-only", "change to a folder of yours")
-
-
-def _memory() -> Iterator[Finding]:
-    from demerge.device import free_bytes
-
-    free = free_bytes()
-    if free is not None:
-        fix = "" if free >= NEED_MEMORY else "close other programs, or lower the batch size"
-        yield Finding("memory", f"{free / GIB:.1f} GiB available", fix)
-
-
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    _python,
-    _torch,
-    _packages,
-    _extras,
-    _disk,
-    _memory,
-)
+    memory = free_bytes()
+    if memory is not None:
+        fix = "" if memory >= NEED_MEMORY else "close other programs, or lower the batch size"
+        yield Finding("memory", f"{memory / GIB:.1f} GiB available", fix)

@@ -30,8 +30,8 @@ def inspect(
     if not experts:
         facts = inspect_model(model)
         emit(facts.document(), None, json)
-        for name, value in [] if json else facts.lines():
-            show(f"{name:<16}{value}")
+        if not json:
+            show(*(f"{name:<16}{value}" for name, value in facts.lines()))
         return
     inspect_model(model)
     checks = [_check(model, expert) for expert in experts]

@@ -21,12 +21,9 @@ def layers(options: LayersOptions, *, json: Json = False) -> None:
     from demerge.analysis.planning.layers import plan
 
     planned = plan(options)
-    for line in planned.describe():
-        say(line)
     result = planned.run()
-    for line in result.lines():
-        say(line)
+    say(*planned.describe(), *result.lines())
     path = options.out or options.plot
     emit(result.document(), path, json)
     if path is None and not json:
-        show("\n".join(result.choice.train))
+        show(*result.choice.train)

@@ -12,31 +12,12 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from importlib import import_module
 
 import typer
 from typer.exceptions import TyperException
 
-from demerge.cli import (
-    analyze,
-    coefficients,
-    compare,
-    convert,
-    data,
-    demo,
-    doctor,
-    evaluate,
-    finetune,
-    inspect,
-    landscape,
-    layers,
-    merge,
-    methods,
-    ranges,
-    sample,
-    stats,
-    transfer,
-)
+from demerge.cli import data
 from demerge.cli.common import printable
 from demerge.cli.options import explain_config
 from demerge.errors import DemergeError
@@ -53,42 +34,23 @@ app = typer.Typer(
     },
 )
 
-PANELS: dict[str, list[Callable[..., None]]] = {
-    "The path, in order": [
-        analyze.analyze,
-        ranges.ranges,
-        finetune.finetune,
-        merge.merge,
-        evaluate.evaluate,
-        compare.compare,
-    ],
-    "Start and check": [demo.demo, doctor.doctor],
-    "Models and methods": [methods.methods, sample.sample, inspect.inspect, convert.convert],
-    "Diagnostics": [
-        stats.stats,
-        layers.layers,
-        transfer.transfer,
-        coefficients.coefficients,
-        landscape.landscape,
-    ],
+PANELS = {
+    "The path, in order": ("analyze", "ranges", "finetune", "merge", "evaluate", "compare"),
+    "Start and check": ("demo", "doctor"),
+    "Models and methods": ("methods", "sample", "inspect", "convert"),
+    "Diagnostics": ("stats", "layers", "transfer", "coefficients", "landscape"),
 }
-for panel, commands in PANELS.items():
-    for command in commands:
+for panel, names in PANELS.items():
+    for name in names:
+        command = getattr(import_module(f"demerge.cli.{name}"), name)
         app.command(rich_help_panel=panel)(command)
 app.add_typer(data.app, name="data", rich_help_panel="Start and check")
 
 # errors of the path that the user gave, and not of the machine
 PATH_ERRORS = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EINVAL,
-    errno.EILSEQ,
-    errno.ENOTEMPTY,
-}
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EINVAL, errno.EILSEQ, errno.ENOTEMPTY,
+}  # fmt: skip
 
 
 @app.callback(invoke_without_command=True)

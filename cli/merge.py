@@ -43,8 +43,7 @@ def merge(
             verified = verify(
                 inputs.recipe or "", recipe, out, device=device, num_workers=workers, progress=bar
             )
-        for line in verified.lines():
-            say(line)
+        say(*verified.lines())
         emit(verified.document(), None, json)
         return
     if out is None and not dry_run:
@@ -53,19 +52,13 @@ def merge(
         what = "--dry-run writes nothing, and --report writes"
         raise UsageError(what, fix="leave one of them out")
     plan = plan_merge(
-        recipe,
-        out,
-        report=report or inputs.report,
-        device=device,
-        num_workers=inputs.num_workers,
+        recipe, out, report=report or inputs.report, device=device, num_workers=inputs.num_workers
     )
     if not dry_run:
         execute(plan, "merge", out=out, json=json)
         return
-    for line in plan.describe():
-        say(line)
+    say(*plan.describe())
     with progress(plan.cost().steps, "merge") as bar:
         survey = plan.measure(bar)
-    for line in survey.lines():
-        say(line)
+    say(*survey.lines())
     emit(survey.document(), None, json)

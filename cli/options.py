@@ -64,7 +64,9 @@ def from_options(
             options = {name: _build(kind, values) for name, kind in groups.items()}
             command(**options, **{name: values[name] for name in others})
         except UsageError as error:
-            raise _with_file(error, context, keys) from error
+            if of_file := _with_file(error, context, keys):
+                raise of_file from error
+            raise
         if record and not values.get("dry_run"):
             _write_record(command.__name__, recorded)
 
@@ -77,19 +79,16 @@ def from_options(
 
 def stated(context: typer.Context, options: Options) -> dict[str, Any]:
     """Return the values that the command line or the config file states, without defaults."""
-    values = {}
-    for of in dataclasses.fields(options):
-        source = context.get_parameter_source(of.name)
-        if source is not None and source.name != "DEFAULT":
-            values[of.name] = getattr(options, of.name)
-    return values
+    names = [field.name for field in dataclasses.fields(options)]
+    own = [name for name in names if _source(context, name) not in ("", "DEFAULT")]
+    return {name: getattr(options, name) for name in own}
 
 
 def explain_config(error: Exception) -> UsageError | None:
     """Return an error of the parser with the config file that the value is from, if it is."""
     context: Any = getattr(error, "ctx", None)
     parameter = getattr(error, "param", None)
-    if parameter is None or not _is_from_file(context, parameter.name):
+    if parameter is None or _source(context, parameter.name) != "DEFAULT_MAP":
         return None
     value = repr(context.default_map[parameter.name])
     rule = getattr(error, "message", "").removeprefix("Value error, ").rstrip(".")
@@ -98,18 +97,21 @@ def explain_config(error: Exception) -> UsageError | None:
     return UsageError(what, fix=rule)
 
 
-def _with_file(error: UsageError, context: typer.Context, keys: Mapping[str, str]) -> UsageError:
-    """Return an error that begins with the name of an option, with the file that it is from."""
+def _with_file(
+    error: UsageError, context: typer.Context, keys: Mapping[str, str]
+) -> UsageError | None:
+    """Return an error with the config file, if it begins with the name of an option from there."""
     first = error.what.partition(" ")[0]
     names = [name for name, key in keys.items() if first in (name, key)]
-    if any(_is_from_file(context, name) for name in names):
-        return type(error)(f"{context.params['config']}: {error.what}", fix=error.fix)
-    return error
+    if "DEFAULT_MAP" not in [_source(context, name) for name in names]:
+        return None
+    return UsageError(f"{context.params['config']}: {error.what}", fix=error.fix)
 
 
-def _is_from_file(context: typer.Context, name: str) -> bool:
+def _source(context: typer.Context, name: str) -> str:
+    """Return where a parameter's value is from: DEFAULT_MAP is the config file; "" if unknown."""
     source = context.get_parameter_source(name)
-    return source is not None and source.name == "DEFAULT_MAP"
+    return "" if source is None else source.name
 
 
 def _is_options(kind: Any) -> bool:
@@ -132,16 +134,11 @@ def _parameter(field: dataclasses.Field[Any], type_: Any) -> inspect.Parameter:
     spec = spec_of(field)
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     help = f"{spec.help.removesuffix('.')} ({spec.rule})." if spec.rule else spec.help
-    shown: dict[str, Any] = {"help": help, "metavar": spec.metavar}
-    if spec.shown_default is not None:
-        shown["show_default"] = spec.shown_default
-    elif default is None:
-        shown["show_default"] = False
-    if spec.panel is not None:
-        shown["rich_help_panel"] = spec.panel
+    shows_default = spec.shown_default or (default is not None and not spec.multiple)
+    shown: dict[str, Any] = {"help": help, "metavar": spec.metavar, "rich_help_panel": spec.panel}
+    shown["show_default"] = shows_default
     if spec.multiple:
         type_, default = list[str] | None, None
-        shown["show_default"] = False
     elif spec.parse is not None:
         type_ = str if default is inspect.Parameter.empty else str | None
         default = default if default is None or isinstance(default, str) else _text(default)
@@ -149,9 +146,7 @@ def _parameter(field: dataclasses.Field[Any], type_: Any) -> inspect.Parameter:
         annotation: Any = Annotated[type_, typer.Argument(**shown)]
     else:
         annotation = Annotated[type_, typer.Option(*_flags(field), **shown)]
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+    return _parameter_of(field.name, annotation, default)
 
 
 def _flags(field: dataclasses.Field[Any]) -> tuple[str, ...]:
@@ -162,9 +157,9 @@ def _flags(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     return (f"--{name}/--no-{name}",) if field.default is True else (f"--{name}",)
 
 
-def _parameter_of(name: str, annotation: Any) -> inspect.Parameter:
+def _parameter_of(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=annotation)
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -182,18 +177,26 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     parameters.pop("help", None)
     document = read_document(path, words=True)
     table = {str(name).replace("-", "_"): value for name, value in document.items()}
-    in_recipes = {p.name: key for key, p in parameters.items() if p.name not in parameters}
-    for name in in_recipes.keys() & table.keys():
-        fix = f"write '{in_recipes[name]}', as the option is called; a recipe calls it '{name}'"
-        raise UsageError(f"{path}: unknown key '{name}'", fix=fix)
+    for name in [name for name in table if name not in parameters]:
+        _check_not_of_recipe(name, {p.name: key for key, p in parameters.items()}, path)
     check_known_keys(table, parameters, str(path))
-    context.default_map = {
-        parameters[key].name or key: _texts(value)
-        if parameters[key].multiple or parameters[key].nargs == -1
-        else _text(value)
-        for key, value in table.items()
-    }
+    context.default_map = {}
+    for key, value in table.items():
+        of = parameters[key]
+        is_repeatable = of.multiple or of.nargs == -1
+        context.default_map[of.name or key] = _texts(value) if is_repeatable else _text(value)
     return path
+
+
+def _check_not_of_recipe(name: str, keys: Mapping[str | None, str], path: Path) -> None:
+    """Check that an unknown key of `merge` is not one of a recipe."""
+    from demerge.merging.recipe.reading import KINDS
+
+    if "recipe" in keys and name in KINDS:
+        fix = "a recipe has this key; --recipe takes recipes"
+        if name in keys:
+            fix = f"write '{keys[name]}', as the option is called; a recipe calls it '{name}'"
+        raise UsageError(f"{path}: unknown key '{name}'", fix=fix)
 
 
 CONFIG = Annotated[

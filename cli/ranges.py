@@ -16,8 +16,7 @@ def ranges(options: RangesOptions, *, json: Json = False) -> None:
     from demerge.analysis.planning.ranges import plan
 
     result = plan(options).run()
-    for line in result.lines():
-        say(line)
+    say(*result.lines())
     emit(result.document(), options.out, json)
     if options.out is None and not json:
         show(" ".join(f"{span.start}:{span.stop}" for span in result.summary.partition))

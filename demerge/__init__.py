@@ -35,59 +35,31 @@ if TYPE_CHECKING:
     from demerge.storage.checkpoint import Checkpoint
     from demerge.timesteps import Partition, TimestepRange
 
-HOMES = {
-    "Checkpoint": "storage.checkpoint",
-    "ConflictMap": "conflict",
-    "DemergeError": "errors",
-    "Diffusion": "diffusion.model",
-    "EvaluationOptions": "evaluation",
-    "Expert": "expert",
-    "FinetuneOptions": "finetuning",
-    "ImageData": "data",
-    "MeasurementOptions": "analysis",
-    "Partition": "timesteps",
-    "Recipe": "merging",
-    "SamplingOptions": "diffusion.options",
-    "Scores": "evaluation",
-    "TimestepRange": "timesteps",
-    "evaluate": "evaluation",
-    "finetune": "finetuning",
-    "load_images": "data",
-    "load_routed": "diffusion.routing",
-    "measure": "analysis",
-    "merge": "merging",
-    "partition": "analysis",
-    "routed": "diffusion.routing",
-    "sample": "diffusion.sampling",
+MODULES = {
+    "analysis": ["MeasurementOptions", "measure", "partition"],
+    "conflict": ["ConflictMap"],
+    "data": ["ImageData", "load_images"],
+    "diffusion.model": ["Diffusion"],
+    "diffusion.options": ["SamplingOptions"],
+    "diffusion.routing": ["load_routed", "routed"],
+    "diffusion.sampling": ["sample"],
+    "errors": ["DemergeError"],
+    "evaluation": ["EvaluationOptions", "Scores", "evaluate"],
+    "expert": ["Expert"],
+    "finetuning": ["FinetuneOptions", "finetune"],
+    "merging": ["Recipe", "merge"],
+    "storage.checkpoint": ["Checkpoint"],
+    "timesteps": ["Partition", "TimestepRange"],
 }
-
+HOMES = {name: module for module, names in MODULES.items() for name in names}
 STAGES = ("analysis", "evaluation", "finetuning", "merging", "statistics")
 
 __all__ = [
-    "Checkpoint",
-    "ConflictMap",
-    "DemergeError",
-    "Diffusion",
-    "EvaluationOptions",
-    "Expert",
-    "FinetuneOptions",
-    "ImageData",
-    "MeasurementOptions",
-    "Partition",
-    "Recipe",
-    "SamplingOptions",
-    "Scores",
-    "TimestepRange",
-    "evaluate",
-    "finetune",
-    "load_images",
-    "load_routed",
-    "measure",
-    "merge",
-    "partition",
-    "routed",
-    "sample",
-]
+    "Checkpoint", "ConflictMap", "DemergeError", "Diffusion", "EvaluationOptions", "Expert",
+    "FinetuneOptions", "ImageData", "MeasurementOptions", "Partition", "Recipe", "SamplingOptions",
+    "Scores", "TimestepRange", "evaluate", "finetune", "load_images", "load_routed", "measure",
+    "merge", "partition", "routed", "sample",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:

@@ -47,22 +47,9 @@ LAYER_K = 509  # of one of a layer: the largest prime below 2^9
 MIN_GROUPS = 5
 MAX_CELLS = 1 << 14
 UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RecursionError,
-    safetensors.SafetensorError,
+    OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError,
     DemergeError,
-)
-
-
-def _above(module: str) -> Any:
-    """Return a module of demerge.analysis, for a method that people look for on the map itself.
-
-    Imports run down, and the analysis knows the map: only such a method finds it by name.
-    """
-    return import_module(f"demerge.analysis.{module}")
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +186,14 @@ class ConflictMap:
         Columns bin_i, bin_j, t_i, t_j (the middles), cosine and se (NaN if a bin is unresolved),
         resolved, weak.
         """
-        table: pd.DataFrame = _above("similarity").frame(self)
+        # imports run down, and the analysis knows the map: it is found by name
+        table: pd.DataFrame = import_module("demerge.analysis.similarity").frame(self)
         return table
 
     def plot(self, partition: Partition | None = None) -> Figure:
         """Draw the map, with the boundaries of a partition; `analysis.report.plots.heat_map`."""
-        figure: Figure = _above("report.plots").heat_map(self, partition)
+        plots = import_module("demerge.analysis.report.plots")
+        figure: Figure = plots.heat_map(self, partition)
         return figure
 
     def save(self, path: Path | str) -> Path:

@@ -44,9 +44,8 @@ def _free_on_this_machine() -> int | None:
         return None
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (
-            (group / name).read_text().strip() for name in ("memory.max", "memory.current")
-        )
+        limit = (group / "memory.max").read_text().strip()
+        used = (group / "memory.current").read_text()
         reclaimable = _field(group / "memory.stat", "inactive_file")
     except OSError:
         return free

@@ -75,11 +75,7 @@ def find_expert(location: CheckpointLocation) -> Expert | None:
 
 
 def find_expert_range(location: CheckpointLocation) -> TimestepRange | None:
-    """Return the range of the expert at a location; None if there is no expert.json.
-
-    Raises:
-        InputError: if the record is damaged.
-    """
+    """Return the range of the expert at a location; see `find_expert`."""
     expert = find_expert(location)
     return None if expert is None else expert.span
 
@@ -96,14 +92,10 @@ def list_experts(folder: str | Path) -> dict[TimestepRange, Path]:
     for path in sorted(folder.glob(f"*/{EXPERT}")):
         span = Expert.load(inside(folder, path)).span
         if span in experts:
-            raise InputError(
-                f"{folder}: {experts[span].name} and {path.parent.name} both have the range {span}",
-                fix="keep one of them",
-            )
+            both = f"{experts[span].name} and {path.parent.name}"
+            raise InputError(f"{folder}: {both} both have the range {span}", fix="keep one of them")
         experts[span] = path.parent
     if not experts:
-        raise InputError(
-            f"{folder}: no expert.json in its subfolders",
-            fix="name the folder that `demerge finetune -o` filled",
-        )
+        what = f"{folder}: no expert.json in its subfolders"
+        raise InputError(what, fix="name the folder that `demerge finetune -o` filled")
     return dict(sorted(experts.items()))

@@ -11,12 +11,10 @@ from demerge.expert import find_expert
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
-MERGED_CLASSES = (
-    "UNet2DModel",
-    "UNet2DConditionModel",
-    "DiTTransformer2DModel",
-    "Transformer2DModel",
-)
+MODEL_CLASSES = (
+    "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel"
+)  # fmt: skip
+Reader = Callable[[Path], dict[str, Any]]
 FACTORS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 
 
@@ -65,22 +63,19 @@ def inspect_model(path: str | Path) -> ModelFacts:
         InputError: if a file is missing, damaged or hostile.
     """
     checkpoint = Checkpoint.open(path)
-    place = checkpoint.place
-    config = checkpoint.config or {}
-    folder = place.pipeline
-    scheduler = _read(
-        folder / "scheduler" / "scheduler_config.json" if folder else None, read_scheduler
-    )
-    expert = find_expert(place)
+    place, config = checkpoint.place, checkpoint.config or {}
+    folder, expert = place.pipeline, find_expert(place)
     recipe = _read(place.find_file("demerge.json"))
-    model_class = config.get("_class_name")
-    latents = _read(folder / "vae" / "config.json" if folder else None).get("latent_channels")
-    mergeable, note = _judge(checkpoint, model_class, latents, has_pipeline=folder is not None)
+    scheduler = index = vae = {}
+    if folder is not None:
+        scheduler = _read(folder / "scheduler" / "scheduler_config.json", read_scheduler)
+        index, vae = _read(folder / "model_index.json"), _read(folder / "vae" / "config.json")
+    mergeable, note = _judge(checkpoint, vae.get("latent_channels"))
     return ModelFacts(
         path=str(path),
         kind="pipeline" if folder else "component" if place.component else "file",
-        model_class=model_class,
-        pipeline=_read(folder / "model_index.json" if folder else None).get("_class_name"),
+        model_class=config.get("_class_name"),
+        pipeline=index.get("_class_name"),
         parameters=checkpoint.parameters,
         tensors=len(checkpoint),
         dtypes=checkpoint.dtypes,
@@ -118,26 +113,24 @@ def find_other_input(config: Mapping[str, Any], latents: Any) -> str:
     return ""
 
 
-def _judge(
-    checkpoint: Checkpoint, model_class: Any, latents: Any, *, has_pipeline: bool
-) -> tuple[bool, str]:
+def _judge(checkpoint: Checkpoint, latents: Any) -> tuple[bool, str]:
+    """Return whether a model merges, and a note."""
+    config = checkpoint.config or {}
+    model_class = config.get("_class_name")
     if checkpoint.parameters == 0:
         return False, "no floating point tensor"
     if any(part in name for name in checkpoint for part in FACTORS):
         return True, "a LoRA: merges as an expert of the base that it was trained on"
-    if not has_pipeline:
+    if checkpoint.place.pipeline is None:
         return True, "merges; analyze, finetune and sample need a whole pipeline folder"
-    if model_class not in MERGED_CLASSES:
+    if model_class not in MODEL_CLASSES:
         return True, f"merges; analyze, finetune and sample do not know the class {model_class}"
-    other = find_other_input(checkpoint.config or {}, latents)
-    if other:
+    if other := find_other_input(config, latents):
         return True, f"merges; analyze, finetune and sample do not take it: {other}"
     return True, "merges with models of equal keys and shapes finetuned from one base"
 
 
-def _read(
-    path: Path | None, reader: Callable[[Path], dict[str, Any]] = read_json
-) -> dict[str, Any]:
+def _read(path: Path | None, reader: Reader = read_json) -> dict[str, Any]:
     return reader(path) if path is not None and path.is_file() else {}
 
 

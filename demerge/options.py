@@ -12,6 +12,7 @@ line (`demerge.cli.options`), the Python API, `--config FILE` and the records al
 from __future__ import annotations
 
 import math
+import operator
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -20,6 +21,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from demerge.errors import UsageError
+
+BOUNDS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "above"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "below"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +62,14 @@ class Spec:
     @property
     def rule(self) -> str:
         """The interval in words, empty if there is none: `above 0 and at most 1`."""
-        low = None if self.ge is None else f"at least {self.ge:g}"
-        low = low if self.gt is None else f"above {self.gt:g}"
-        high = None if self.le is None else f"at most {self.le:g}"
-        high = high if self.lt in (None, math.inf) else f"below {self.lt:g}"
-        return " and ".join(bound for bound in (low, high) if bound)
+        bounds = [(name, getattr(self, name)) for name in BOUNDS]
+        words = [f"{BOUNDS[n][1]} {of:g}" for n, of in bounds if of not in (None, math.inf)]
+        return " and ".join(words)
 
     def allows(self, value: float) -> bool:
         """Whether a number lies in the interval; NaN never does."""
-        return (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-            and value == value
-        )
+        bounds = [(BOUNDS[name][0], getattr(self, name)) for name in BOUNDS]
+        return all(holds(value, bound) for holds, bound in bounds if bound is not None)
 
 
 def option(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, **rest: Any) -> Any:

@@ -55,15 +55,11 @@ def check_same_settings(
     Raises:
         UsageError: if not, naming each difference with both values.
     """
-    differences = [
-        *list_differences(record.get("options", {}), options),
-        *list_differences(record.get("inputs", {}), inputs),
-    ]
+    differences = list_differences(record.get("options", {}), options)
+    differences += list_differences(record.get("inputs", {}), inputs)
     if differences:
-        raise UsageError(
-            f"{path} was created with other settings: {'; '.join(differences[:MAX_DIFFERENCES])}",
-            fix="give the recorded values, or another output folder",
-        )
+        what = f"{path} was created with other settings: {'; '.join(differences[:MAX_DIFFERENCES])}"
+        raise UsageError(what, fix="give the recorded values, or another output folder")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -119,15 +119,12 @@ def weight_zero_is_left_out(method: Method, seed: int) -> None:
 
 def _pairs_of_choices(method: Method) -> Iterator[dict[str, Any]]:
     """Yield the defaults, and all choices of each two options that have choices."""
-    chosen = [
-        [(name, choice) for choice in option.choices]
-        for name, option in method.options.items()
-        if option.choices
-    ]
+    chosen = {name: option.choices for name, option in method.options.items() if option.choices}
+    chosen[""] = ("",)
     yield {}
-    for one, other in combinations([*chosen, [("", "")]], 2):
-        for pair in product(one, other):
-            yield {name: choice for name, choice in pair if name}
+    for one, other in combinations(chosen, 2):
+        for pair in product(chosen[one], chosen[other]):
+            yield {name: choice for name, choice in zip((one, other), pair, strict=True) if name}
 
 
 def finite_stays_finite(method: Method, seed: int) -> None:
@@ -157,16 +154,10 @@ def sessions_follow_the_weights(method: Method, seed: int) -> None:
 
 Property = Callable[[Method, int], None]
 PROPERTIES: tuple[Property, ...] = (
-    shapes_are_kept,
-    arguments_are_kept,
-    zero_deltas_give_the_base,
-    order_does_not_matter,
-    one_expert_is_itself,
-    neutral_options_give_the_mean,
-    weight_zero_is_left_out,
-    finite_stays_finite,
-    sessions_follow_the_weights,
-)
+    shapes_are_kept, arguments_are_kept, zero_deltas_give_the_base, order_does_not_matter,
+    one_expert_is_itself, neutral_options_give_the_mean, weight_zero_is_left_out,
+    finite_stays_finite, sessions_follow_the_weights,
+)  # fmt: skip
 
 
 def check_method(function: Callable[..., Tensor], *, seeds: int = 3) -> None:

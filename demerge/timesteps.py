@@ -37,19 +37,16 @@ class TimestepRange:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
-            raise UsageError(
-                f"timestep range [{self.start}, {self.stop}) is empty or negative",
-                fix="give 0 <= start < stop, for example 0:250",
-            )
+            what = f"timestep range [{self.start}, {self.stop}) is empty or negative"
+            raise UsageError(what, fix="give 0 <= start < stop, for example 0:250")
 
     @classmethod
     def parse(cls, text: str) -> TimestepRange:
         """Read `0:250` or `0000-0250`."""
         match = re.fullmatch(r"\s*(\d+)\s*[:-]\s*(\d+)\s*", text)
         if match is None:
-            raise UsageError(
-                f"'{text}' is not a timestep range", fix="write start:stop, for example 0:250"
-            )
+            fix = "write start:stop, for example 0:250"
+            raise UsageError(f"'{text}' is not a timestep range", fix=fix)
         return cls(int(match[1]), int(match[2]))
 
     def __repr__(self) -> str:
@@ -86,16 +83,12 @@ class Partition:
         if not self.ranges:
             raise UsageError("a partition needs at least one range", fix="for example uniform:4")
         if self.ranges[0].start != 0:
-            raise UsageError(
-                f"the first range {self.ranges[0]} does not begin at 0",
-                fix="cover [0, T) from 0 on",
-            )
+            what = f"the first range {self.ranges[0]} does not begin at 0"
+            raise UsageError(what, fix="cover [0, T) from 0 on")
         for left, right in pairwise(self.ranges):
             if left.stop != right.start:
-                raise UsageError(
-                    f"ranges {left} and {right} leave a gap or overlap",
-                    fix="let each range begin at the stop of the one before",
-                )
+                what = f"ranges {left} and {right} leave a gap or overlap"
+                raise UsageError(what, fix="let each range begin at the stop of the one before")
 
     @classmethod
     def from_cuts(cls, total: int, cuts: Sequence[int]) -> Partition:
@@ -107,9 +100,8 @@ class Partition:
     def uniform(cls, total: int, n: int) -> Partition:
         """Cut [0, total) into n ranges of equal width, up to rounding."""
         if not 1 <= n <= total:
-            raise UsageError(
-                f"cannot cut {total} timesteps into {n} ranges", fix=f"give 1 <= n <= {total}"
-            )
+            what = f"cannot cut {total} timesteps into {n} ranges"
+            raise UsageError(what, fix=f"give 1 <= n <= {total}")
         return cls.from_cuts(total, [round(i * total / n) for i in range(1, n)])
 
     @classmethod
@@ -129,15 +121,12 @@ class Partition:
             return cls.uniform(total, int(count or 1))
         if not Path(text).is_file():
             known = ", ".join(["uniform:N", "joint", *([also] if also else [])])
-            raise UsageError(
-                f"ranges '{text}' are neither {known} nor a file", fix="for example uniform:4"
-            )
+            what = f"ranges '{text}' are neither {known} nor a file"
+            raise UsageError(what, fix="for example uniform:4")
         partition = cls.load(Path(text))
         if partition.total != total:
-            raise UsageError(
-                f"{text} covers {partition.total} timesteps, the base has {total}",
-                fix="make the partition with this base",
-            )
+            what = f"{text} covers {partition.total} timesteps, the base has {total}"
+            raise UsageError(what, fix="make the partition with this base")
         return partition
 
     @classmethod
@@ -152,17 +141,13 @@ class Partition:
             record = read_record(path, PartitionRecord, fix=FIX)
             return cls(tuple(TimestepRange(*span) for span in record.ranges))
         except (InputError, UsageError) as error:
-            raise InputError(
-                f"{path}: not a partition: {error.what.removeprefix(f'{path}: ')}", fix=FIX
-            ) from error
+            what = error.what.removeprefix(f"{path}: ")
+            raise InputError(f"{path}: not a partition: {what}", fix=FIX) from error
 
     def save(self, path: Path | str) -> None:
         """Write `partition.json`."""
-        path = Path(path)
-        commit_json(
-            path,
-            {"format": "demerge.partition/1", "ranges": [[r.start, r.stop] for r in self.ranges]},
-        )
+        record = PartitionRecord(ranges=tuple((r.start, r.stop) for r in self.ranges))
+        commit_json(path, record.model_dump(mode="json"))
 
     @property
     def total(self) -> int:
@@ -181,10 +166,8 @@ class Partition:
             UsageError: if t lies outside [0, T).
         """
         if not 0 <= t < self.total:
-            raise UsageError(
-                f"timestep {t} lies outside [0, {self.total})",
-                fix="use the timesteps of the base's schedule",
-            )
+            what = f"timestep {t} lies outside [0, {self.total})"
+            raise UsageError(what, fix="use the timesteps of the base's schedule")
         return bisect_right(self.cuts, t)
 
     def __iter__(self) -> Iterator[TimestepRange]:

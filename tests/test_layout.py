@@ -23,7 +23,13 @@ TESTS = ROOT / "tests"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LAYERS = {"demerge": "demerge", "demerge.analysis": "analysis", "demerge.cli": "cli"}
 LIGHT = {*sys.stdlib_module_names, "typer"}
-LIGHT_ROOMS = ("demerge.cli", "demerge.errors", "demerge.options", "demerge.stage")
+LIGHT_ROOMS = (
+    "demerge.cli",
+    "demerge.device",
+    "demerge.errors",
+    "demerge.options",
+    "demerge.stage",
+)
 ALGORITHMS = (
     "demerge.analysis.partitioning",
     "demerge.finetuning.objective",
@@ -115,9 +121,7 @@ def test_this_checkout_is_what_is_tested():
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel, the source archive and the editable wheel of a copy of this checkout."""
     copy, out = tmp_path_factory.mktemp("copy") / "demerge", tmp_path_factory.mktemp("built")
-    junk = ignore_patterns(
-        ".*", "build", "dist", "*.egg-info", "__pycache__", "runs", "shared", "notebooks"
-    )
+    junk = ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs", "notebooks")
     copytree(ROOT, copy, ignore=junk)
     (out / "editable").mkdir()
     for build in ("b.build_wheel(o); b.build_sdist(o)", "b.build_editable(o + '/editable')"):

@@ -30,8 +30,7 @@ from demerge.analysis.measurement.sketch import CountSketch
 from demerge.conflict import MIN_GROUPS, Array, ConflictMap, K, Origin
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.numerics import accumulator
-from demerge.diffusion.threads import fitting_threads
+from demerge.diffusion.numerics import accumulator, fitting_threads
 from demerge.durations import format_seconds
 from demerge.errors import ResourceError, UsageError
 from demerge.parallel import ALONE, World

@@ -12,7 +12,6 @@ from demerge.diffusion import schedule
 from demerge.diffusion.loading import find_pipeline, load_scheduler
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError
-from demerge.storage.layout import read_index
 
 
 def log_snr(model: Diffusion) -> Array:
@@ -38,7 +37,7 @@ def check_same_schedule(map: ConflictMap, path: Path, model: str) -> None:
         folder = find_pipeline(model)
     except InputError:
         return
-    scheduler = load_scheduler(folder, read_index(folder))
+    scheduler = load_scheduler(folder)
     of_map = describe_schedule(map.log_snr)
     of_model = describe_schedule(schedule.log_snr(scheduler.alphas_cumprod).numpy())
     if of_map != of_model:

@@ -76,10 +76,9 @@ def classes_of(config: Any) -> Classes | None:
     takes_text = getattr(config, "cross_attention_dim", None) is not None
     added = getattr(config, "addition_embed_type", None)
     if added or kind is not None or (takes_text and count is not None):
-        raise UsageError(
-            "the denoiser takes conditions besides text or a class (addition, class embeddings)",
-            fix="use an unconditional base, one with class labels, or one like SD 1.x or 2.x",
-        )
+        what = "the denoiser takes conditions besides text or a class (addition, class embeddings)"
+        fix = "use an unconditional base, one with class labels, or one like SD 1.x or 2.x"
+        raise UsageError(what, fix=fix)
     if count is not None:
         return Classes(int(count))
     count = getattr(config, "num_embeds_ada_norm", None)

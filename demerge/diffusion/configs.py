@@ -18,19 +18,16 @@ from demerge.storage.schema import MAX_TIMESTEPS, Foreign, checked
 MAX_LAYERS = 1024  # of one model; the largest have some hundred
 MAX_PATCHES = 1 << 18  # that a transformer cuts an image into
 DEPTHS = (
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "reverse_transformer_layers_per_block",
-    "num_layers",
-    "num_hidden_layers",
-    "num_single_layers",
-)
+    "layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block",
+    "num_layers", "num_hidden_layers", "num_single_layers",
+)  # fmt: skip
 TENSORS = 2  # of the smallest layer: a weight and a bias
 
 Side = Annotated[int, Field(ge=1, le=1 << 13)]
 Width = Annotated[int, Field(ge=1, le=1 << 20)]
 Widths = Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)]
 Beta = Annotated[float, Field(ge=0, le=1)]
+Betas = Annotated[tuple[Beta, ...], Field(min_length=1, max_length=MAX_TIMESTEPS)]
 
 
 class DenoiserConfig(Foreign):
@@ -73,9 +70,7 @@ class SchedulerConfig(Foreign):
     beta_start: Beta = 0.0001
     beta_end: Beta = 0.02
     beta_schedule: str = "linear"
-    trained_betas: (
-        Annotated[tuple[Beta, ...], Field(min_length=1, max_length=MAX_TIMESTEPS)] | None
-    ) = None
+    trained_betas: Betas | None = None
     prediction_type: str | None = "epsilon"
     steps_offset: Annotated[int, Field(ge=0, le=MAX_TIMESTEPS)] = 0
     clip_sample_range: Annotated[float, Field(gt=0)] = 1.0
@@ -84,11 +79,7 @@ class SchedulerConfig(Foreign):
 def check_config(
     config: Mapping[str, Any], kind: type[Foreign], where: str, tensors: int | None = None
 ) -> None:
-    """Check types and ranges of a config's values, and its layers against the weights.
-
-    Args:
-        tensors: the number of tensors in the weights file; None if there is no file.
-    """
+    """Check types and ranges of a config's values, and its layers against a file's `tensors`."""
     fix = "use the config of this very model"
     checked(config, kind, where, fix=fix)
     widths = (len(value) for value in config.values() if isinstance(value, list))

@@ -57,16 +57,9 @@ class DrawnImages:
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON values."""
-        options = self.options
-        return {
-            "out": str(self.out),
-            "images": options.num_images,
-            "drawn": self.drawn,
-            "seed": options.seed,
-            "steps": options.steps,
-            "sampler": options.sampler,
-            "guidance_scale": options.guidance_scale,
-        }
+        images = {"out": str(self.out), "images": self.options.num_images, "drawn": self.drawn}
+        names = ("seed", "steps", "sampler", "guidance_scale")
+        return images | {name: getattr(self.options, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,10 +73,9 @@ class SamplePlan:
     def describe(self) -> list[str]:
         """Return what will be drawn."""
         options = self.options
+        images = f"{options.num_images:,} images of {self.sampler.model.folder}"
         how = f"{options.sampler}, {options.steps} steps, seed {options.seed}"
-        return [
-            f"{options.num_images:,} images of {self.sampler.model.folder} ({how}) to {self.out}"
-        ]
+        return [f"{images} ({how}) to {self.out}"]
 
     def cost(self) -> Cost:
         """Return the number of images."""
@@ -116,8 +108,8 @@ class SamplePlan:
             recorded = read_record(path, SampleRecord, fix=fix)
             check_same_settings(self.out, recorded.model_dump(), record.options, record.inputs)
             return
-        is_folder = self.out.is_dir()
-        if not is_folder or any(not p.name.startswith(f".{SAMPLE}.") for p in self.out.iterdir()):
+        files = self.out.iterdir() if self.out.is_dir() else [path]
+        if any(not file.name.startswith(f".{SAMPLE}.") for file in files):
             check_is_new(self.out)
         commit_json(path, record.model_dump())
 
@@ -156,19 +148,15 @@ def plan(inputs: SampleInputs, options: SampleOptions) -> SamplePlan:
 
 
 def plan_images(
-    out: str | Path,
-    model: Diffusion,
-    options: SampleOptions,
-    captions: Sequence[str] | None = None,
+    out: str | Path, model: Diffusion, options: SampleOptions, captions: Sequence[str] | None = None
 ) -> SamplePlan:
     """Return the plan to draw images of a loaded model into a folder; see `sample`.
 
     Raises:
         UsageError: if an option does not suit the model or the folder cannot exist.
     """
-    folder = place_for(out)
     sampler = ImageSampler(model, options, options.seed, captions, options.labels)
-    return SamplePlan(folder, sampler, options)
+    return SamplePlan(place_for(out), sampler, options)
 
 
 def read_captions(file: str | Path) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from demerge.diffusion.configs import (
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.storage.checkpoint import Checkpoint, modern
 from demerge.storage.hub import resolve_model_path
-from demerge.storage.layout import COMPONENTS, component_place, inside
+from demerge.storage.layout import COMPONENTS, component_place, inside, read_index
 from demerge.storage.safetensors_header import read_json, read_scheduler
 from demerge.storage.schema import Foreign
 
@@ -40,6 +41,10 @@ DENOISERS: Mapping[str, type[diffusers.ModelMixin]] = {
     "Transformer2DModel": diffusers.DiTTransformer2DModel,  # its name in facebook/DiT-XL-2-256
 }
 THIS_CONFIG = "use the config of this very model"
+MISFITS = (  # what a model's own parts raise on a config or an input that does not fit
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+    AssertionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +57,10 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Encode B captions into their last hidden states [B L D]."""
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        states: Tensor = self.model(tokens.input_ids.to(next(self.model.parameters()).device))[0]
+        most, device = self.tokenizer.model_max_length, next(self.model.parameters()).device
+        how = {"padding": "max_length", "max_length": most, "truncation": True}
+        tokens = self.tokenizer(list(captions), return_tensors="pt", **how)
+        states: Tensor = self.model(tokens.input_ids.to(device))[0]
         return states
 
 
@@ -81,25 +82,25 @@ def find_pipeline(model: str | Path) -> Path:
     raise InputError(f"{model}: {what}", fix=fix)
 
 
-def denoiser_part(index: Mapping[str, Any]) -> str:
-    """Return the name of the denoiser's component in an index, `unet` if there is none."""
+def denoiser_part(folder: str | Path) -> str:
+    """Return the name of the denoiser's component in a pipeline, `unet` if there is none."""
+    index = read_index(Path(folder))
     return next((name for name in COMPONENTS if name in index), "unet")
 
 
-def load_denoiser(folder: str | Path, index: Mapping[str, Any]) -> diffusers.ModelMixin:
+def load_denoiser(folder: str | Path) -> diffusers.ModelMixin:
     """Load the denoiser in float32.
 
     Raises:
         InputError: if its class is not supported, or the weights do not fit the config.
     """
-    component = denoiser_part(index)
-    name = _class_name(folder, index, component)
+    component = denoiser_part(folder)
+    name = _class_name(folder, component)
     if name not in DENOISERS:
         what = f"{folder}: denoiser class '{name}' is not supported"
         raise InputError(what, fix=f"use one of {', '.join(DENOISERS)}")
-    denoiser: diffusers.ModelMixin = _load(
-        folder, component, DenoiserConfig, DENOISERS[name].from_config
-    )
+    build = DENOISERS[name].from_config
+    denoiser: diffusers.ModelMixin = _load(folder, component, DenoiserConfig, build)
     keep_labels(denoiser)
     return denoiser
 
@@ -111,40 +112,38 @@ def build_unet(config: Mapping[str, Any], where: str) -> diffusers.UNet2DModel:
         InputError: if a value has another type or range, or diffusers refuses the config.
         ResourceError: if its weights do not fit into memory.
     """
-
-    def build() -> diffusers.UNet2DModel:
-        return _built(lambda: diffusers.UNet2DModel.from_config(dict(config)), where)
-
+    build = partial(diffusers.UNet2DModel.from_config, dict(config))
     check_config(config, DenoiserConfig, where)
     with init_empty_weights():
-        needed = 4 * sum(p.numel() for p in build().parameters())
+        needed = 4 * sum(p.numel() for p in _built(build, where).parameters())
     free = free_bytes()
     if free is not None and needed > free:
         what = f"{where}: its weights take {needed:,} bytes, {free:,} are free"
         raise ResourceError(what, fix="make it smaller")
-    return build()
+    unet: diffusers.UNet2DModel = _built(build, where)
+    return unet
 
 
-def load_vae(folder: str | Path, index: Mapping[str, Any]) -> diffusers.AutoencoderKL | None:
+def load_vae(folder: str | Path) -> diffusers.AutoencoderKL | None:
     """Load the autoencoder in float32; None if the pipeline has none.
 
     Raises:
         InputError: if its class is not supported, or the weights do not fit the config.
     """
-    if not _has(folder, index, "vae", "AutoencoderKL"):
+    if not _has(folder, "vae", "AutoencoderKL"):
         return None
     build = diffusers.AutoencoderKL.from_config
     vae: diffusers.AutoencoderKL = _load(folder, "vae", VaeConfig, build)
     return vae
 
 
-def load_scheduler(folder: str | Path, index: Mapping[str, Any]) -> Any:
+def load_scheduler(folder: str | Path) -> Any:
     """Load the base's own scheduler.
 
     Raises:
         InputError: if it is missing, not a scheduler of diffusers, or has no valid schedule.
     """
-    folder, name = Path(folder), _class_name(folder, index, "scheduler")
+    folder, name = Path(folder), _class_name(folder, "scheduler")
     kind: Any = getattr(diffusers, name, None)
     if diffusers.SchedulerMixin not in getattr(kind, "__mro__", ()):
         what = f"{folder}: scheduler class '{name}' is unknown to diffusers"
@@ -170,7 +169,7 @@ def build_scheduler(config: Mapping[str, Any], kind: Any, where: str) -> Any:
     return scheduler
 
 
-def load_text(folder: str | Path, index: Mapping[str, Any]) -> TextEncoder | None:
+def load_text(folder: str | Path) -> TextEncoder | None:
     """Load the tokenizer and the text encoder in float32; None if the pipeline has none.
 
     Raises:
@@ -178,7 +177,7 @@ def load_text(folder: str | Path, index: Mapping[str, Any]) -> TextEncoder | Non
         InputError: if a class is not supported, the weights do not fit the config, or the tokenizer
             does not fit the encoder.
     """
-    if not _has(folder, index, "text_encoder", "CLIPTextModel"):
+    if not _has(folder, "text_encoder", "CLIPTextModel"):
         return None
     try:
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -202,27 +201,24 @@ def load_text(folder: str | Path, index: Mapping[str, Any]) -> TextEncoder | Non
     return TextEncoder(tokenizer, model)
 
 
-# -- one component ---------------------------------------------------------------------------------
-
-
 def _component_folder(folder: Path, name: str) -> Path:
     """Return the folder of a component; old pipelines of one model keep it in their own."""
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _class_name(folder: str | Path, index: Mapping[str, Any], component: str) -> str:
-    match index.get(component):
+def _class_name(folder: str | Path, component: str) -> str:
+    match read_index(Path(folder)).get(component):
         case [_, str(name)]:
             return name
     what = f"{folder}/model_index.json: no component '{component}'"
     raise InputError(what, fix="use a pipeline with scheduler, and unet or transformer")
 
 
-def _has(folder: str | Path, index: Mapping[str, Any], component: str, kind: str) -> bool:
+def _has(folder: str | Path, component: str, kind: str) -> bool:
     """Return whether the pipeline has a component; check that it is of the supported class."""
-    if index.get(component) is None or index[component] == [None, None]:
+    if read_index(Path(folder)).get(component) in (None, [None, None]):
         return False
-    name = _class_name(folder, index, component)
+    name = _class_name(folder, component)
     if name != kind:
         what = f"{folder}: {component} is of class '{name}', which is not supported"
         raise InputError(what, fix=f"use a base with {kind}")
@@ -241,10 +237,7 @@ def _checked_folder(folder: str | Path, component: str) -> Path:
 
 
 def _load(
-    folder: str | Path,
-    component: str,
-    kind: type[Foreign],
-    build: Callable[[dict[str, Any]], Any],
+    folder: str | Path, component: str, kind: type[Foreign], build: Callable[[dict[str, Any]], Any]
 ) -> Any:
     """Build a component without memory, compare it with its weights file, and only then load it."""
     where = _checked_folder(folder, component)
@@ -257,31 +250,26 @@ def _load(
     state = model.state_dict()
     shapes = {stored.get(_bare(name), name): tuple(state[name].shape) for name in state}
     _check_keys(weights, shapes, f"{where}: the weights do not fit the config")
-    values = {name: _copied(weights[stored[_bare(name)]]) for name in state}
+    values = {}
+    for name in state:
+        tensor = weights[stored[_bare(name)]]
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        values[name] = tensor.to(dtype, copy=True)
     model.load_state_dict(values, assign=True)
     return model
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """Return a tensor in memory of its own, floating point in float32."""
-    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
-
-
 def _check_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Check names and shapes of weights; a `position_ids` of older files may be extra."""
-    problems: dict[str, list[str]] = {"missing": [], "unknown": [], "of another shape": []}
-    for name, shape in shapes.items():
-        if name not in weights:
-            problems["missing"].append(name)
-        elif weights.specs[name].shape != shape:
-            stored = list(weights.specs[name].shape)
-            problems["of another shape"].append(f"{name} {stored} for {list(shape)}")
-    for name in weights:
-        if name not in shapes and not name.endswith("position_ids"):
-            problems["unknown"].append(name)
-    parts = [
-        f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in problems.items() if names
-    ]
+    extra = [name for name in weights if not name.endswith("position_ids")]
+    stored = {name: weights.specs[name].shape for name in shapes if name in weights}
+    other = [f"{n} {list(s)} for {list(shapes[n])}" for n, s in stored.items() if s != shapes[n]]
+    problems = {
+        "missing": [name for name in shapes if name not in stored],
+        "unknown": [name for name in extra if name not in shapes],
+        "of another shape": other,
+    }
+    parts = [f"{len(n)} {kind}: {', '.join(n[:3])}" for kind, n in problems.items() if n]
     if parts:
         files = ", ".join(file.name for file in weights.place.files[:3])
         fix = "fetch weights and config of one model again"
@@ -291,9 +279,6 @@ def _check_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what
 def _bare(name: str) -> str:
     """Return the name of a tensor, whatever the version of the library that wrote it."""
     return modern(name).removeprefix("text_model.")
-
-
-MISFITS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @contextmanager
@@ -306,10 +291,10 @@ def running(what: object) -> Iterator[None]:
     """
     try:
         yield
-    except (*MISFITS, AssertionError) as error:
+    except MISFITS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = _reason(error)
         if "memory" in str(error):
             message = f"{what} needs more memory than this machine has: {reason}"
             raise ResourceError(message, fix="use a smaller batch") from error
@@ -322,6 +307,9 @@ def _built(make: Callable[[], Any], where: str) -> Any:
     try:
         return make()
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         fix = "use the file of this very model"
-        raise InputError(f"{where}: cannot be loaded: {reason}", fix=fix) from error
+        raise InputError(f"{where}: cannot be loaded: {_reason(error)}", fix=fix) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,6 @@ class Diffusion:
         size = f"{self.parameters:,} parameters"
         return f"Diffusion({kind}, {size}, {self.prediction_type}, T = {self.T}{where})"
 
-    # -- reading and writing -----------------------------------------------------------------------
-
     @classmethod
     def load(cls, model: str | Path, *, device: str | torch.device = "cpu") -> Diffusion:
         """Load a pipeline folder or a Hub id, in float32, in eval mode.
@@ -109,17 +107,14 @@ class Diffusion:
             InputError: if the folder is not a supported pipeline, or a weight is missing.
         """
         folder = find_pipeline(model)
-        index = read_index(folder)
-        denoiser, scheduler = load_denoiser(folder, index), load_scheduler(folder, index)
-        vae, text = load_vae(folder, index), load_text(folder, index)
-        parts = {"denoiser": denoiser, "vae": vae, "text_encoder": text and text.model}
-        for name, module in parts.items():
-            if module is not None:
-                if bad := not_finite(module):
-                    what = f"{folder}: the {name} holds NaN or Inf in {bad}"
-                    raise InputError(what, fix="use an earlier save of this model")
-                module.eval().requires_grad_(False)
-        return cls(denoiser, scheduler, folder, vae, text).to(device)
+        denoiser, scheduler = load_denoiser(folder), load_scheduler(folder)
+        loaded = cls(denoiser, scheduler, folder, load_vae(folder), load_text(folder))
+        for name, module in loaded._modules().items():
+            if bad := not_finite(module):
+                what = f"{folder}: the {name} holds NaN or Inf in {bad}"
+                raise InputError(what, fix="use an earlier save of this model")
+            module.eval().requires_grad_(False)
+        return loaded.to(device)
 
     @classmethod
     def random(cls, config: str | Path, *, seed: int) -> Diffusion:
@@ -143,17 +138,14 @@ class Diffusion:
             diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
             return
         index = read_index(self.folder)
-        own = (denoiser_part(index), "scheduler")
-        names = {p.name for p in self.folder.iterdir() if p.is_dir() and p.name in index}
-        copied = [self.folder / name for name in sorted(names - set(own))]
-        for folder in copied:
-            for file in [folder, *folder.rglob("*")]:
+        own = (denoiser_part(self.folder), "scheduler")
+        copied = [n for n in sorted(index.keys() - set(own)) if (self.folder / n).is_dir()]
+        for name in copied:
+            for file in [self.folder / name, *(self.folder / name).rglob("*")]:
                 inside(self.folder, file)
-        for folder in copied:
-            shutil.copytree(folder, path / folder.name)
-        present = {*own, *(folder.name for folder in copied)}
+            shutil.copytree(self.folder / name, path / name)
         for name, value in index.items():
-            if isinstance(value, list) and name not in present:
+            if isinstance(value, list) and name not in (*own, *copied):
                 index[name] = [None, None]
         commit_json(path / "model_index.json", index)
         self.scheduler.save_pretrained(path / "scheduler")
@@ -165,12 +157,14 @@ class Diffusion:
 
     def to(self, device: str | torch.device) -> Diffusion:
         """Move the modules to a device, in place; return self."""
-        for module in (self.denoiser, self.vae, self.text.model if self.text else None):
-            if module is not None:
-                module.to(device)
+        for module in self._modules().values():
+            module.to(device)
         return self
 
-    # -- facts -------------------------------------------------------------------------------------
+    def _modules(self) -> dict[str, nn.Module]:
+        text = None if self.text is None else self.text.model
+        parts = {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": text}
+        return {name: module for name, module in parts.items() if module is not None}
 
     @property
     def config(self) -> Any:
@@ -248,13 +242,12 @@ class Diffusion:
         These are the hash of the denoiser's tensors, its config, the scheduler's config, and the
         hash of each file of the other components.
         """
-        configs = {"config": self.config, "scheduler": self.scheduler.config}
-        public = {
-            part: {key: value for key, value in config.items() if not key.startswith("_")}
-            for part, config in configs.items()
+        identity = {
+            "sha256": self.sha256,
+            "config": _public(self.config),
+            "scheduler": _public(self.scheduler.config) | {"class": type(self.scheduler).__name__},
+            "components": self._components(),
         }
-        public["scheduler"]["class"] = type(self.scheduler).__name__
-        identity = {"sha256": self.sha256, **public, "components": self._components()}
         document: dict[str, Any] = json.loads(json.dumps(identity, default=str), parse_constant=str)
         return document
 
@@ -263,10 +256,9 @@ class Diffusion:
         if self.folder is None:
             return {}
         index = read_index(self.folder)
-        names = sorted(index.keys() - {denoiser_part(index), "scheduler"})
-        files = []
-        for name in names:
-            files += [f for f in sorted((self.folder / name).rglob("*")) if f.is_file()]
+        names = sorted(index.keys() - {denoiser_part(self.folder), "scheduler"})
+        paths = [path for name in names for path in sorted((self.folder / name).rglob("*"))]
+        files = [path for path in paths if path.is_file()]
         hashes = Hashing([inside(self.folder, file) for file in files]).result()
         return {str(file.relative_to(self.folder)): hashes[file] for file in files}
 
@@ -278,8 +270,6 @@ class Diffusion:
     def snr(self) -> Tensor:
         """SNR(t) = abar_t / (1 - abar_t), [T] float64."""
         return schedule.snr(self.alphas_cumprod)
-
-    # -- mathematics -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(
@@ -388,6 +378,10 @@ class Diffusion:
         """Return |y - f(x_t, t, c)|^2 for each sample [B], averaged over its elements."""
         prediction = self.predict(self.add_noise(x0, noise, t), t, condition)
         return squared_error(prediction, self.target(x0, noise, t))
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _required(captions: Sequence[str] | None) -> Sequence[str]:

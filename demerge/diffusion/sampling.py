@@ -22,8 +22,8 @@ from torch import Tensor
 
 from demerge.diffusion.loading import running
 from demerge.diffusion.model import Diffusion
+from demerge.diffusion.numerics import fitting_threads
 from demerge.diffusion.options import SamplingOptions
-from demerge.diffusion.threads import fitting_threads
 from demerge.errors import NumericalError, UsageError
 from demerge.progress import Progress, silent
 from demerge.randomness import key_of, normal

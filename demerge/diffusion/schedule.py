@@ -43,16 +43,13 @@ def snr_of(config: Mapping[str, Any]) -> Tensor | None:
         T = int(config.get("num_train_timesteps", 1000))
         if not 0 < T <= MAX_T:
             return None
-        ratio = _of_flow(config, T) if _is_flow(config) else _of_betas(config, T)
+        is_flow = "Flow" in str(config.get("_class_name")) or config.get("use_flow_sigmas")
+        ratio = _of_flow(config, T) if is_flow else _of_betas(config, T)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         return None
     if ratio is None or ratio.shape != (T,):
         return None
     return ratio if bool(torch.isfinite(ratio).all() and (ratio >= 0).all()) else None
-
-
-def _is_flow(config: Mapping[str, Any]) -> bool:
-    return "Flow" in str(config.get("_class_name")) or bool(config.get("use_flow_sigmas"))
 
 
 def _of_flow(config: Mapping[str, Any], T: int) -> Tensor | None:

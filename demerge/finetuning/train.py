@@ -17,7 +17,7 @@ from typing import Any
 
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.threads import fitting_threads
+from demerge.diffusion.numerics import fitting_threads
 from demerge.errors import UsageError
 from demerge.expert import Expert
 from demerge.finetuning.checkpoint import disk_bytes, newest_state

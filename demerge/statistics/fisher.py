@@ -23,8 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion, squared_error
-from demerge.diffusion.numerics import accumulator
-from demerge.diffusion.threads import fitting_threads
+from demerge.diffusion.numerics import accumulator, fitting_threads
 from demerge.progress import Progress, silent
 from demerge.statistics.examples import Collected, Examples, Sampler, eval_mode
 from demerge.timesteps import TimestepRange

@@ -124,10 +124,32 @@ def place_for(out: Path | str) -> Path:
     """Return the path of an output, once it is known that it can exist.
 
     Raises:
-        UsageError: if it cannot; see `_existing_folder`.
+        UsageError: if a part of the path is a file or too long for a name, or if the current folder
+            was deleted.
     """
-    _existing_folder(Path(out))
-    return Path(out)
+    out = Path(out)
+    try:
+        out.exists()  # its own name may be too long
+        above = _existing_folder(out)
+    except OSError as error:
+        raise UsageError(f"{out} cannot exist: {error.strerror}", fix=CHOOSE) from error
+    if not above.is_dir():
+        raise UsageError(f"{out} cannot exist: {above} is a file", fix=CHOOSE)
+    return out
+
+
+def new_safetensors(out: Path | str) -> Path:
+    """Return the path of a new .safetensors file.
+
+    Raises:
+        UsageError: if it exists or cannot exist, or does not end in .safetensors.
+    """
+    out = place_for(out)
+    if out.suffix != ".safetensors":
+        fix = f"for example {out.with_suffix('.safetensors')}"
+        raise UsageError(f"'{out}' does not end in .safetensors", fix=fix)
+    check_is_new(out)
+    return out
 
 
 def check_disk_space(out: Path | str, needed: int) -> None:
@@ -136,12 +158,10 @@ def check_disk_space(out: Path | str, needed: int) -> None:
     Raises:
         ResourceError: if not, naming needed and free bytes.
     """
-    free = shutil.disk_usage(_existing_folder(Path(out))).free
+    free = shutil.disk_usage(_existing_folder(place_for(out))).free
     if free < needed:
-        raise ResourceError(
-            f"{out} needs {needed:,} bytes, {free:,} are free",
-            fix="free some space or choose another disk",
-        )
+        what = f"{out} needs {needed:,} bytes, {free:,} are free"
+        raise ResourceError(what, fix="free some space or choose another disk")
 
 
 def append_line(path: Path, line: str) -> None:
@@ -164,7 +184,7 @@ def sha256(path: Path) -> str:
 
 def _temporary(path: Path) -> Path:
     """Return the temporary name of this process for a place; remove those of dead ones."""
-    _existing_folder(path)
+    place_for(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
@@ -225,12 +245,9 @@ def _explain_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            folder = next(p for p in [path, *path.absolute().parents] if p.exists())
-            free = shutil.disk_usage(folder).free
-            raise ResourceError(
-                f"{path}: the disk is full ({free:,} bytes free); nothing was changed",
-                fix="free some space and run again",
-            ) from error
+            free = shutil.disk_usage(_existing_folder(path)).free
+            what = f"{path}: the disk is full ({free:,} bytes free); nothing was changed"
+            raise ResourceError(what, fix="free some space and run again") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             what = f"{path}: the folder cannot be written"
             raise ResourceError(what, fix="choose a folder you may write to") from error
@@ -238,17 +255,5 @@ def _explain_errors(path: Path) -> Iterator[None]:
 
 
 def _existing_folder(path: Path) -> Path:
-    """Return the nearest folder above a place that exists.
-
-    Raises:
-        UsageError: if a part of the path is a file or too long for a name, or if the current folder
-            was deleted.
-    """
-    try:
-        path.exists()  # its own name may be too long
-        above = next(p for p in path.absolute().parents if p.exists())
-    except OSError as error:
-        raise UsageError(f"{path} cannot exist: {error.strerror}", fix=CHOOSE) from error
-    if not above.is_dir():
-        raise UsageError(f"{path} cannot exist: {above} is a file", fix=CHOOSE)
-    return above
+    """Return the nearest thing above a place that exists: a folder, if the place can exist."""
+    return next(above for above in path.absolute().parents if above.exists())

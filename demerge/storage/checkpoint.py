@@ -41,9 +41,8 @@ TORCH_NAMES: Mapping[str, str] = {
 HASH_CHUNK = 1 << 20
 OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=(\.(weight|bias))?\Z)")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-WRAPPER = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
+WRAPPERS = "_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+WRAPPER = re.compile(rf"(?:^|(?<=\.))(?:{WRAPPERS})\.")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "text_model.")
 
 
@@ -90,12 +89,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.metadata: dict[str, str] = {}
         self._views: dict[str, Tensor] = {}
         for file, header in headers.items():
-            for name in header.tensors:
-                if name in self.specs:
-                    other = self.specs[name].file.name
-                    raise InputError(
-                        f"{file}: tensor {name!r} is in {other} too", fix="fetch the shards again"
-                    )
+            for name in (name for name in header.tensors if name in self.specs):
+                what = f"{file}: tensor {name!r} is in {self.specs[name].file.name} too"
+                raise InputError(what, fix="fetch the shards again")
             self.specs |= header.tensors
             self.metadata |= header.metadata
         if place.index is not None:
@@ -142,17 +138,13 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         held = {name: spec.file.name for name, spec in self.specs.items()}
-        missing = [
-            name for name, file in index.items() if held.get(name) != PurePosixPath(file).name
-        ]
-        extra = [name for name in held if name not in index]
-        for what, names in (
-            ("are not in the shard the index names", missing),
-            ("are in no index", extra),
-        ):
-            if names:
-                listed = f"{len(names)} tensors {what}: {', '.join(names[:5])}"
-                raise InputError(f"{self.place.path}: {listed}", fix="fetch index and shards again")
+        files = {name: PurePosixPath(file).name for name, file in index.items()}
+        missing = [name for name in files if held.get(name) != files[name]]
+        names = missing or [name for name in held if name not in index]
+        if names:
+            rule = "are not in the shard the index names" if missing else "are in no index"
+            what = f"{self.place.path}: {len(names)} tensors {rule}: {', '.join(names[:5])}"
+            raise InputError(what, fix="fetch index and shards again")
 
     @cached_property
     def _maps(self) -> dict[Path, mmap.mmap]:
@@ -166,13 +158,12 @@ class Checkpoint(Mapping[str, "Tensor"]):
         if name in self._views:
             return self._views[name]
         spec = self.specs[name]
+        tensor = self._stored(spec)
         if spec.scale is not None:
             from demerge.storage.scaled import Scaled
 
-            return self._views.setdefault(
-                name, Scaled.of(self._stored(spec), self._stored(spec.scale.spec))
-            )
-        tensor = self._stored(spec)
+            scaled = Scaled.of(tensor, self._stored(spec.scale.spec))
+            return self._views.setdefault(name, scaled)
         return self._views.setdefault(name, tensor) if spec.start % tensor.itemsize == 0 else tensor
 
     def _stored(self, spec: Spec) -> Tensor:
@@ -182,10 +173,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         dtype: torch.dtype = getattr(torch, TORCH_NAMES[spec.dtype])
         if spec.numel == 0:
             return torch.empty(spec.shape, dtype=dtype)
-        length = spec.stop - spec.start
-        data = torch.frombuffer(
-            self._maps[spec.file], dtype=torch.uint8, count=length, offset=spec.start
-        )
+        buffer, size = self._maps[spec.file], spec.stop - spec.start
+        data = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=spec.start)
         return (data.clone() if spec.start % dtype.itemsize else data).view(dtype).view(spec.shape)
 
     def stored(self) -> dict[str, Tensor]:

@@ -22,13 +22,9 @@ from demerge.storage.safetensors_header import read_bytes, read_json
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
 NAMES: Mapping[type, str] = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    list: "a list [..., ...]",
-    dict: "a table",
-    bool: "true or false",
-}
+    str: "text", int: "a whole number", float: "a number", list: "a list [..., ...]",
+    dict: "a table", bool: "true or false",
+}  # fmt: skip
 
 
 def read_document(path: Path, *, words: bool = False) -> dict[str, Any]:
@@ -43,7 +39,10 @@ def read_document(path: Path, *, words: bool = False) -> dict[str, Any]:
     if path.suffix == ".json":
         return read_json(path)
     if path.suffix == ".toml":
-        return _read_toml(path)
+        try:
+            return tomllib.loads(_read_text(path))
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise _damaged(path, f"not valid TOML ({str(error)[:120]})") from error
     return _read_yaml(path, _WordLoader if words else _SafeLoader)
 
 
@@ -89,13 +88,6 @@ def _read_text(path: Path) -> str:
         return read_bytes(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _damaged(path, "not UTF-8 text") from error
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(_read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise _damaged(path, f"not valid TOML ({str(error)[:120]})") from error
 
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster

@@ -36,14 +36,10 @@ class Hashing:
     def __init__(self, files: Iterable[Path]) -> None:
         memory = _load_memory()
         self._keys = {file: _key("file", [file]) for file in files}
-        self._hashes: dict[Path, str] = {}
-        self._pending: dict[Path, Future[str]] = {}
+        self._hashes = {file: memory[key] for file, key in self._keys.items() if key in memory}
         pool = ThreadPoolExecutor(os.cpu_count() or 1)
-        for file, key in self._keys.items():
-            if key in memory:
-                self._hashes[file] = memory[key]
-            else:
-                self._pending[file] = pool.submit(sha256, file)
+        new = [file for file in self._keys if file not in self._hashes]
+        self._pending: dict[Path, Future[str]] = {file: pool.submit(sha256, file) for file in new}
         pool.shutdown(wait=False)
         self.known = not self._pending
 
@@ -60,11 +56,7 @@ class Hashing:
 
 
 def remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """Return the SHA-256 that `compute` makes of some files, from memory if it is known.
-
-    Args:
-        kind: what of the files is hashed.
-    """
+    """Return the SHA-256 of what `kind` names of some files: by `compute`, or from memory."""
     key = _key(kind, files)
     digest = _load_memory().get(key)
     if digest is None:

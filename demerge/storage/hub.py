@@ -1,19 +1,6 @@
-r"""What a user's name of a model stands for: a path, an embedded model, or a Hub id to fetch.
+"""What a user's name of a model stands for: a path, an embedded model, or a Hub id to fetch.
 
-`digits-base` is a UNet of 0.2 M parameters. It was trained from a random start on the train split
-of scikit-learn's digits by
-
-    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint \
-        -o runs/digits-base --max-train-steps 5000 --train-batch-size 64 --learning-rate 1e-3 \
-        --lr-scheduler cosine --lr-warmup-steps 200 --adam-beta1 0.9 --global-prob 1 \
-        --ema-decay 0.999 --save-dtype float16 --seed 0
-
-and is what that command leaves in runs/digits-base/0000-1000, without its records. `digits-early`
-is the same early in its training, when gradients of timesteps still conflict:
-
-    demerge finetune demerge/assets/digits-base.json --init random --data digits --ranges joint \
-        -o runs/digits-early --max-train-steps 400 --train-batch-size 64 --learning-rate 1e-3 \
-        --lr-scheduler cosine --global-prob 1 --ema-decay 0.99 --save-dtype float16 --seed 0
+`demerge/assets/README.md` says how the embedded models were made.
 """
 
 from __future__ import annotations
@@ -27,11 +14,8 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = ("digits-base", "digits-early")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ROOT = ("model_index.json", "config.json", "scheduler_config.json", "adapter_config.json")
-WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-)
+NAMES = ("diffusion_pytorch_model", "pytorch_lora_weights", "adapter_model")
+WEIGHTS = tuple(f"{name}.safetensors" for name in NAMES)
 VARIANTS = ("fp16", "bf16", "non_ema")
 PARTS = ("unet", "transformer*", "vae", "scheduler", "text_encoder*", "tokenizer*")
 
@@ -71,8 +55,6 @@ def _fetch(model: str, variant: str | None) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"'{model}' is neither a local file or folder nor a model that the Hub gives"
-            f" ({type(error).__name__})",
-            fix="check the spelling and the network, or name a local folder",
-        ) from error
+        what = f"'{model}' is neither a local file or folder nor a model that the Hub gives"
+        fix = "check the spelling and the network, or name a local folder"
+        raise InputError(f"{what} ({type(error).__name__})", fix=fix) from error

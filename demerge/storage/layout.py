@@ -88,10 +88,9 @@ def locate(
             return _sharded(path, None, path.parent, path)
         return CheckpointLocation(path, None, None, (path,))
     if not path.is_dir():
-        raise InputError(
-            f"{path}: no such file or folder",
-            fix="name a pipeline folder, a component folder or a .safetensors file",
-        )
+        what = f"{path}: no such file or folder"
+        fix = "name a pipeline folder, a component folder or a .safetensors file"
+        raise InputError(what, fix=fix)
     if not (path / "model_index.json").is_file():
         return component_place(path, variant)
     index = read_index(path)
@@ -99,21 +98,18 @@ def locate(
     for name in wanted:
         if name in index and (path / name).is_dir():
             inside(path, path / name)
-            return _component(path, path, path / name, variant)
+            return component_place(path / name, variant, pipeline=path)
     if (path / "config.json").is_file() and component is None:
-        return _component(path, path, path, variant)
+        return component_place(path, variant, pipeline=path)
     what = f"{path}: no folder {' or '.join(wanted)}"
     raise InputError(what, fix="use a pipeline with a UNet or a transformer")
 
 
-def component_place(folder: Path, variant: str | None = None) -> CheckpointLocation:
-    """Find the weights in a component's folder, as `locate` does."""
-    return _component(folder, None, folder, variant)
-
-
-def _component(
-    path: Path, pipeline: Path | None, folder: Path, variant: str | None
+def component_place(
+    folder: Path, variant: str | None = None, *, pipeline: Path | None = None
 ) -> CheckpointLocation:
+    """Find the weights in the folder of a component, alone or of a pipeline; see `locate`."""
+    path = pipeline or folder
     present = [p for p in sorted(folder.glob("*.safetensors*")) if p.name not in STATISTICS]
     chosen = _main_file(folder, present, variant) or _only_file(present)
     if chosen is None:
@@ -187,10 +183,8 @@ def _no_weights(folder: Path, present: Sequence[Path]) -> InputError:
     pickles = [path for kind in PICKLES for path in sorted(folder.glob(kind))]
     if pickles:
         target = folder / pickles[0].with_suffix(".safetensors").name
-        return InputError(
-            f"{folder}: only pickled weights, which may run code when opened: {pickles[0].name}",
-            fix=f"demerge convert {pickles[0]} {target} --allow-pickle",
-        )
+        what = f"{folder}: only pickled weights, which may run code when opened: {pickles[0].name}"
+        return InputError(what, fix=f"demerge convert {pickles[0]} {target} --allow-pickle")
     fix = "name the folder that holds diffusion_pytorch_model.safetensors"
     return InputError(f"{folder}: no .safetensors weights", fix=fix)
 
@@ -222,11 +216,8 @@ def inside(root: Path, path: Path) -> Path:
         home, real = root.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # a circle raises either, by Python's version
         raise InputError(f"{path} is a link in a circle", fix=fix) from error
-    blobs = [
-        p.parent / "blobs"
-        for p in home.parents
-        if p.name == "snapshots" and p.parent.name.startswith("models--")
-    ]
+    caches = [p.parent for p in home.parents if p.name == "snapshots"]
+    blobs = [cache / "blobs" for cache in caches if cache.name.startswith("models--")]
     if not real.is_relative_to(home) and real.parent not in blobs:
         raise InputError(f"{path} leads out of {root}, to {real}", fix=fix)
     return path

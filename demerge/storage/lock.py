@@ -40,10 +40,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip() or "unknown"
-            raise UsageError(
-                f"another process ({holder}) is working in {folder.parent}",
-                fix="wait for it to end, or choose another folder",
-            ) from None
+            what = f"another process ({holder}) is working in {folder.parent}"
+            raise UsageError(what, fix="wait for it to end, or choose another folder") from None
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demerge.errors import InputError, UsageError, listed
-from demerge.storage.atomic import check_disk_space, check_is_new, place_for
+from demerge.storage.atomic import check_disk_space, new_safetensors
 from demerge.storage.checkpoint import TORCH_NAMES, commit_tensors
 
 if TYPE_CHECKING:
@@ -37,18 +37,13 @@ def convert(
         InputError: if the file holds more than tensors and plain values, or no table of tensors.
         ResourceError: if the disk does not suffice.
     """
-    source, out = Path(source), place_for(out)
+    source = Path(source)
     if not allow_pickle:
-        raise UsageError(
-            f"{source} may be a pickle, which may run code when opened",
-            fix="give --allow-pickle if you trust it",
-        )
-    if out.suffix != ".safetensors":
-        fix = f"for example {out.with_suffix('.safetensors')}"
-        raise UsageError(f"'{out}' does not end in .safetensors", fix=fix)
+        what = f"{source} may be a pickle, which may run code when opened"
+        raise UsageError(what, fix="give --allow-pickle if you trust it")
+    out = new_safetensors(out)
     if not source.is_file():
         raise InputError(f"{source}: no such file", fix="name a .bin, .ckpt or .pth file")
-    check_is_new(out)
     tensors = unpickled(source, key)
     check_disk_space(out, sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()))
     commit_tensors(out, tensors, {"format": "pt"})
@@ -80,10 +75,8 @@ def _unpickle(source: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         reason = reason[:200] or "not a pickle of tensors"
-        raise InputError(
-            f"{source}: it holds more than tensors, or is damaged: {reason}",
-            fix=f"{NO_SAFETENSORS}; demerge opens no other pickle",
-        ) from error
+        what = f"{source}: it holds more than tensors, or is damaged: {reason}"
+        raise InputError(what, fix=f"{NO_SAFETENSORS}; demerge opens no other pickle") from error
     except Exception as error:  # the unpickler raises errors of any kind on damaged bytes
         what = f"{source}: cannot be read as a PyTorch file: {type(error).__name__}"
         raise InputError(what, fix="fetch the file again") from error

@@ -51,9 +51,6 @@ def numbers(
 ) -> tuple[Specs, Specs]:
     """Return the tensors that hold numbers, scaled fp8 with its scale; and the markers.
 
-    Args:
-        read: returns the bytes of a tensor.
-
     Raises:
         InputError: naming file, tensor and kind, if a tensor holds codes that are not scaled fp8.
     """
@@ -64,29 +61,22 @@ def numbers(
         stem, _, last = name.rpartition(".")
         if last in SCALES or last in BESIDE:
             beside.setdefault(f"{stem}.weight" if stem else "weight", {})[last] = spec
-    _check_formats(metadata, next(iter(specs.values())).file if specs else Path())
-    declared = (
-        bool(markers)
-        or METADATA in metadata
-        or any("comfy_quant" in neighbours for neighbours in beside.values())
-    )
+    if METADATA in metadata:
+        _check_layers(metadata[METADATA], next(iter(specs.values())).file if specs else Path())
+    has_layers = any("comfy_quant" in neighbours for neighbours in beside.values())
+    is_declared = bool(markers) or METADATA in metadata or has_layers
     scaled = {}
     for weight, neighbours in beside.items():
         scale = _scale(weight, specs.get(weight), neighbours, read)
         if scale is not None:
             scaled[weight] = scale
-        elif declared:
+        elif is_declared:
             last, spec = next(iter(neighbours.items()))
-            raise _refused(
-                spec, _key(weight, last), "scaled fp8 without a float8 weight and its scale"
-            )
+            kind = "scaled fp8 without a float8 weight and its scale"
+            raise _refused([_key(weight, last)], spec, kind)
     left_out = {*markers, *(_key(weight, last) for weight in scaled for last in beside[weight])}
-    held = {
-        name: replace(spec, scale=scaled.get(name))
-        for name, spec in specs.items()
-        if name not in left_out
-    }
-    return held, markers
+    held = {name: spec for name, spec in specs.items() if name not in left_out}
+    return {n: replace(spec, scale=scaled.get(n)) for n, spec in held.items()}, markers
 
 
 def _key(weight: str, last: str) -> str:
@@ -101,18 +91,12 @@ def _scale(
     if spec is None or spec.dtype not in FP8 or not names:
         return None
     scale = neighbours[names[0]]
-    for_each_output = (
-        len(spec.shape) > 1 and scale.shape[:1] == spec.shape[:1] and scale.numel == spec.shape[0]
-    )
-    if (
-        len(names) > 1
-        or not scale.is_float
-        or scale.dtype in FP8
-        or not (scale.numel == 1 or for_each_output)
-    ):
+    outputs = spec.shape[0] if len(spec.shape) > 1 else 1
+    has_shape = scale.numel == 1 or (scale.shape[:1] == (outputs,) and scale.numel == outputs)
+    if len(names) > 1 or not scale.is_float or scale.dtype in FP8 or not has_shape:
         what = f"{' and '.join(names)} {scale.dtype} {list(scale.shape)}"
         kind = f"fp8 whose {what} is not one scale or one for each output"
-        raise _refused(spec, weight, kind)
+        raise _refused([weight], spec, kind)
     if "comfy_quant" in neighbours:
         quant = neighbours["comfy_quant"]
         _check_format(_parsed(read(quant)) if quant.numel < MOST else None, spec.file, weight)
@@ -121,25 +105,20 @@ def _scale(
 
 def _check_kinds(specs: Specs) -> None:
     for kind, pattern in KINDS.items():
-        names = [name for name in specs if pattern.search(name)]
-        if names:
-            raise _refused(specs[names[0]], names[0], kind, len(names))
-    names = [
-        name
-        for name, spec in specs.items()
-        if name.rpartition(".")[2] == "weight" and not spec.is_float
-    ]
-    if names:
-        raise _refused(specs[names[0]], names[0], f"weights in {specs[names[0]].dtype}", len(names))
+        if names := [name for name in specs if pattern.search(name)]:
+            raise _refused(names, specs[names[0]], kind)
+    weights = [name for name in specs if name.rpartition(".")[2] == "weight"]
+    if names := [name for name in weights if not specs[name].is_float]:
+        first = specs[names[0]]
+        raise _refused(names, first, f"weights in {first.dtype}")
 
 
-def _check_formats(metadata: Mapping[str, str], file: Path) -> None:
+def _check_layers(text: str, file: Path) -> None:
     """Check that each layer of a table in the metadata has a known format."""
-    if METADATA in metadata:
-        table = _parsed(metadata[METADATA])
-        layers = table.get("layers") if isinstance(table, dict) else None
-        for layer, entry in layers.items() if isinstance(layers, dict) else [("", None)]:
-            _check_format(entry, file, layer)
+    table = _parsed(text) or {}
+    layers = table.get("layers")
+    for layer, entry in layers.items() if isinstance(layers, dict) else [("", None)]:
+        _check_format(entry, file, layer)
 
 
 def _check_format(entry: Any, file: Path, layer: str) -> None:
@@ -148,15 +127,16 @@ def _check_format(entry: Any, file: Path, layer: str) -> None:
         raise InputError(f"{file}: {stored}, not as scaled fp8", fix=FIX)
 
 
-def _parsed(text: str | bytes) -> Any:
+def _parsed(text: str | bytes) -> dict[str, Any] | None:
     try:
         return parse_json(text)
     except ValueError:
         return None
 
 
-def _refused(spec: Spec, name: str, kind: str, n: int = 1) -> InputError:
-    more = f" and {n - 1} more" if n > 1 else ""
-    tensor = f"{name[:200]} {spec.dtype} {list(spec.shape)}{more}"
+def _refused(names: list[str], spec: Spec, kind: str) -> InputError:
+    """Return the error of tensors that hold codes; `spec` is of the first."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    tensor = f"{names[0][:200]} {spec.dtype} {list(spec.shape)}{more}"
     what = f"{spec.file}: {tensor}: quantised ({kind}), codes are not numbers"
     return InputError(what, fix=FIX)

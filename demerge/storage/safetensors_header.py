@@ -115,10 +115,7 @@ def read_header(path: Path) -> Header:
 def header_bytes(table: Mapping[str, Any]) -> bytes:
     """Return what precedes the data of a file: the length of the table, the table, and spaces.
 
-    The keys of `__metadata__` are sorted, so that equal tables give equal bytes.
-
-    Args:
-        table: what the header says of each tensor, and `__metadata__` if there is any.
+    The keys of `__metadata__`, if there is any, are sorted: equal tables give equal bytes.
     """
     if "__metadata__" in table:
         table = {**table, "__metadata__": dict(sorted(table["__metadata__"].items()))}
@@ -219,10 +216,8 @@ def parse_json(text: bytes | str, *, infinite: bool = False) -> dict[str, Any]:
             parse_float=_finite,
             parse_int=_whole,
         )
-        if (
-            b"\\u" in text
-            and "\\u0000" in json.dumps(document, ensure_ascii=False).encode().decode()
-        ):
+        has_escapes = b"\\u" in text
+        if has_escapes and "\\u0000" in json.dumps(document, ensure_ascii=False).encode().decode():
             raise ValueError("a text holds NUL")
     except UnicodeEncodeError as error:
         raise ValueError("a text holds half of a surrogate pair") from error
@@ -275,28 +270,25 @@ def _parse(path: Path, text: bytes, *, infinite: bool = False) -> dict[str, Any]
 
 
 def _spec(path: Path, name: str, entry: Any, data_start: int) -> Spec:
+    tensor = f"tensor {name[:200]!r}"
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole or not isinstance(dtype, str):
-        raise _damaged(path, f"tensor {name[:200]!r} lacks a dtype, a shape or offsets")
+        raise _damaged(path, f"{tensor} lacks a dtype, a shape or offsets")
     if dtype in CODES:
-        what = f"tensor {name[:200]!r} is quantised ({dtype}), codes are not numbers"
-        raise InputError(
-            f"{path}: {what}",
-            fix="name the float32, float16, bfloat16 or scaled fp8 file of this model",
-        )
+        what = f"{path}: {tensor} is quantised ({dtype}), codes are not numbers"
+        fix = "name the float32, float16, bfloat16 or scaled fp8 file of this model"
+        raise InputError(what, fix=fix)
     if dtype not in ITEM_BYTES:
-        raise _damaged(path, f"tensor {name[:200]!r} has the unknown dtype {dtype[:20]!r}")
+        raise _damaged(path, f"{tensor} has the unknown dtype {dtype[:20]!r}")
     if len(shape) > MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) >= 1 << 62:
-        raise _damaged(path, f"tensor {name[:200]!r} has an impossible shape")
+        raise _damaged(path, f"{tensor} has an impossible shape")
     if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _damaged(
-            path,
-            f"tensor {name[:200]!r} {dtype} {list(shape)} does not fit its {stop - start:,} bytes",
-        )
+        what = f"{tensor} {dtype} {list(shape)} does not fit its {stop - start:,} bytes"
+        raise _damaged(path, what)
     return Spec(path, dtype, shape, data_start + start, data_start + stop)
 
 
@@ -304,10 +296,8 @@ def _check_no_gaps(path: Path, specs: Mapping[str, Spec], data_start: int, size:
     position = data_start
     for name, spec in specs.items():
         if spec.start != position:
-            how = (
-                "overlaps the one before it" if spec.start < position else "leaves a hole before it"
-            )
-            raise _damaged(path, f"tensor {name[:200]!r} {how}")
+            how = "overlaps the one" if spec.start < position else "leaves a hole"
+            raise _damaged(path, f"tensor {name[:200]!r} {how} before it")
         position = spec.stop
     if position > size:
         raise _damaged(path, f"truncated: {size:,} bytes of {position:,}")

@@ -37,9 +37,8 @@ class Scaled(Tensor):
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor) -> Scaled:
         """Return the values of contiguous codes [m ...] whose scale has one element, or m."""
-        return cls._at(
-            codes, scale.reshape(-1).float(), max(1, codes.numel() // max(1, scale.numel())), 0
-        )
+        row = max(1, codes.numel() // max(1, scale.numel()))
+        return cls._at(codes, scale.reshape(-1).float(), row, 0)
 
     @classmethod
     def _at(cls, codes: Tensor, scale: Tensor, row: int, start: int) -> Scaled:
@@ -58,12 +57,8 @@ class Scaled(Tensor):
 
     def grown(self, k: Tensor) -> Scaled:
         """Return the same codes with scales of 2^k s, one k for each scale, for larger values."""
-        return self._at(
-            self.codes,
-            torch.where(k > 0, self._nonzero, self.scale) * 2.0**k,
-            self._row,
-            self._start,
-        )
+        scale = torch.where(k > 0, self._nonzero, self.scale) * 2.0**k
+        return self._at(self.codes, scale, self._row, self._start)
 
     def times(self, chunk: Tensor, start: int) -> Tensor:
         """Multiply a chunk [n], from `start` of this tensor flattened on, with its scales."""
@@ -107,12 +102,8 @@ class Scaled(Tensor):
                 return first
             if function in FLAT and args[1:] == (-1,):
                 return cls._at(first.codes.reshape(-1), first.scale, first._row, first._start)
-            if (
-                function is Tensor.__getitem__
-                and first.ndim == 1
-                and isinstance(args[1], slice)
-                and args[1].step is None
-            ):
+            is_item = function is Tensor.__getitem__ and first.ndim == 1
+            if is_item and isinstance(args[1], slice) and args[1].step is None:
                 begin = args[1].indices(len(first))[0]
                 return cls._at(first.codes[args[1]], first.scale, first._row, first._start + begin)
         with torch._C.DisableTorchFunctionSubclass():
@@ -123,9 +114,8 @@ def decoded(codes: Tensor) -> Tensor:
     """Return the float32 values [n] of codes [n] in float8, by a table: faster than torch."""
     if codes.device.type != "cpu":
         return codes.float()
-    return torch.from_numpy(
-        np.take(_table(codes.dtype), codes.view(torch.uint8).numpy(), mode="clip")
-    )
+    indices = codes.view(torch.uint8).numpy()
+    return torch.from_numpy(np.take(_table(codes.dtype), indices, mode="clip"))
 
 
 @cache

@@ -99,9 +99,8 @@ def checked(
     """Return JSON values as a value of a type; for all else see `read_record`."""
     extra: Literal["ignore", "forbid"] = "ignore" if issubclass(kind, Foreign) else "forbid"
     try:
-        adapter = _adapter(kind)  # type: ignore[arg-type]
-        value: T = adapter.validate_json(json.dumps(document), strict=True, extra=extra)
-        return value
+        adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
+        return adapter.validate_json(json.dumps(document), strict=True, extra=extra)
     except ValidationError as refused:
         what, near = _sentence(document, refused, kind)
         raise error(f"{where}: {what}", fix=near or fix) from refused
@@ -123,10 +122,8 @@ def _sentence(document: Any, refused: ValidationError, kind: type) -> tuple[str,
             field, here = f"{field}.{part}" if field else str(part), here[part]
         elif isinstance(here, list) and isinstance(part, int) and part < len(here):
             field, here = f"{field}[{part}]", here[part]
-    key, inside = (
-        str(first["loc"][-1]) if first["loc"] else "",
-        f" in {short(field)}" if field else "",
-    )
+    key = str(first["loc"][-1]) if first["loc"] else ""
+    inside = f" in {short(field)}" if field else ""
     if first["type"] == "missing":
         return f"the key '{short(key)}' is missing{inside}", ""
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

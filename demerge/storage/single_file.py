@@ -17,17 +17,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demerge.errors import InputError, UsageError
+from demerge.errors import InputError
 from demerge.storage.atomic import (
     check_disk_space,
     check_is_new,
     commit_dir,
     commit_json,
+    new_safetensors,
     place_for,
 )
 from demerge.storage.checkpoint import PREFIXES, WRAPPER, Checkpoint, commit_tensors
 from demerge.storage.hub import resolve_model_path
-from demerge.storage.layout import PART_NAME, inside, locate, read_index
+from demerge.storage.layout import inside, locate, read_index
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
 if TYPE_CHECKING:
@@ -41,22 +42,16 @@ WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".ckpt", ".onnx")
 CLIP = "quick_gelu"  # the text encoder's activation in 1.x; that of 2.x, OpenCLIP, has other names
 Tensors = dict[str, "Tensor"]
 
-# diffusers' name -> LDM's, in order; numbers follow from groups and layers per block
-UNET_RESNET = (
-    ("norm1", "in_layers.0"),
-    ("conv1", "in_layers.2"),
-    ("norm2", "out_layers.0"),
-    ("conv2", "out_layers.3"),
-    ("time_emb_proj", "emb_layers.1"),
-    ("conv_shortcut", "skip_connection"),
-)
-VAE_ATTENTION = (
-    ("group_norm", "norm"),
-    ("to_q", "q"),
-    ("to_k", "k"),
-    ("to_v", "v"),
-    ("to_out.0", "proj_out"),
-)
+OTHERS = ("transformer", "text_encoder_2", "text_encoder_3", "image_encoder")  # not of 1.x
+
+# diffusers' name -> LDM's; numbers follow from groups and layers per block
+UNET_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+VAE_ATTENTION = {
+    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+}  # fmt: skip
 
 
 def to_folder(source: str | Path, out: str | Path, config: str | Path) -> dict[str, int]:
@@ -84,19 +79,14 @@ def to_folder(source: str | Path, out: str | Path, config: str | Path) -> dict[s
     held = dict(_ldm_names(file))
     converted = {part: _to_diffusers(part, held, home) for part in CLASSES if index.get(part)}
     if not converted.get(UNET):
-        raise InputError(
-            f"{source}: no tensor of a UNet in the LDM layout",
-            fix="name a single file of Stable Diffusion",
-        )
+        what = f"{source}: no tensor of a UNet in the LDM layout"
+        raise InputError(what, fix="name a single file of Stable Diffusion")
     with commit_dir(out) as folder:
-        _copy_configs(
-            home, index, folder, {part for part, tensors in converted.items() if not tensors}
-        )
+        _copy_configs(home, index, folder, {part for part in converted if not converted[part]})
         for part, tensors in converted.items():
             if tensors:
-                commit_tensors(
-                    folder / part / f"{FILES[part]}.safetensors", tensors, {"format": "pt"}
-                )
+                file_name = f"{FILES[part]}.safetensors"
+                commit_tensors(folder / part / file_name, tensors, {"format": "pt"})
         _check_fit(source, folder)
     return {part: len(tensors) for part, tensors in converted.items()}
 
@@ -110,30 +100,25 @@ def to_file(source: str | Path, out: str | Path) -> int:
             back from what was made.
         ResourceError: if the disk does not suffice.
     """
-    source, out = Path(source), place_for(out)
-    if out.suffix != ".safetensors":
-        raise UsageError(
-            f"'{out}' does not end in .safetensors", fix=f"for example {out}.safetensors"
-        )
-    check_is_new(out)
+    import torch
+
+    source, out = Path(source), new_safetensors(out)
     index = _index(source)
-    parts = {
-        part: dict(Checkpoint(locate(source, None, part))) for part in CLASSES if index.get(part)
-    }
+    names = [part for part in CLASSES if index.get(part)]
+    parts = {part: dict(Checkpoint(locate(source, None, part))) for part in names}
     made: Tensors = {}
     for part, tensors in parts.items():
         made |= _to_ldm(part, tensors, _config(source, part))
     for part, tensors in parts.items():
         back = _to_diffusers(part, made, source)
-        lost = [name for name in tensors if not _same(tensors[name], back.get(name))] + [
-            n for n in back if n not in tensors
-        ]
+        same = {n for n in tensors.keys() & back if tensors[n].dtype == back[n].dtype}
+        same = {name for name in same if torch.equal(tensors[name], back[name])}
+        lost = [name for name in {**tensors, **back} if name not in same]
         if lost:
-            names = f"{len(lost)} tensors as they are: {', '.join(lost[:5])}"
-            raise InputError(
-                f"{source}/{part}: the LDM layout does not hold {names}",
-                fix="keep the folder; only Stable Diffusion 1.x can be written as a single file",
-            )
+            listing = f"{len(lost)} tensors as they are: {', '.join(lost[:5])}"
+            what = f"{source}/{part}: the LDM layout does not hold {listing}"
+            fix = "keep the folder; only Stable Diffusion 1.x can be written as a single file"
+            raise InputError(what, fix=fix)
     check_disk_space(out, sum(tensor.nbytes for tensor in made.values()))
     commit_tensors(out, made, {"format": "pt"})
     return len(made)
@@ -148,29 +133,20 @@ def _index(folder: Path) -> dict[str, Any]:
     fix = "name a pipeline folder of Stable Diffusion 1.x"
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: not a pipeline folder with a model_index.json", fix=fix)
-    index = {
-        n: v
-        for n, v in read_index(folder).items()
-        if n.startswith("_") or v not in (None, [None, None])
-    }
-    kinds = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
-    unlike = [
-        f"{part} {kinds[part]}" for part, kind in CLASSES.items() if kinds.get(part, kind) != kind
-    ]
-    unlike += [
-        name
-        for name in kinds
-        if name in ("transformer", "text_encoder_2", "text_encoder_3", "image_encoder")
-    ]
+    none = (None, [None, None])
+    index = read_index(folder)
+    parts = {n: v for n, v in index.items() if n.startswith("_") or v not in none}
+    kinds = {name: value[-1] for name, value in parts.items() if isinstance(value, list) and value}
+    unlike = [f"{n} {kinds[n]}" for n, kind in CLASSES.items() if kinds.get(n, kind) != kind]
+    unlike += [name for name in kinds if name in OTHERS]
     if UNET not in kinds:
         unlike.append("no unet")
     if TEXT in kinds and _config(folder, TEXT).get("hidden_act", CLIP) != CLIP:
         unlike.append("an OpenCLIP text encoder")
     if unlike:
-        raise InputError(
-            f"{folder}: this kind of pipeline is not converted: {', '.join(unlike)}", fix=fix
-        )
-    return index
+        what = f"{folder}: this kind of pipeline is not converted: {', '.join(unlike)}"
+        raise InputError(what, fix=fix)
+    return parts
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
@@ -180,10 +156,9 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
 
 def _check_markers(source: Path, file: Checkpoint, config: Path) -> None:
     """Check that a file that is marked as predicting v has such a config."""
-    scheduler = config / "scheduler" / "scheduler_config.json"
-    predicts = (read_scheduler(scheduler) if scheduler.is_file() else {}).get(
-        "prediction_type", "epsilon"
-    )
+    file_name = config / "scheduler" / "scheduler_config.json"
+    scheduler = read_scheduler(file_name) if file_name.is_file() else {}
+    predicts = scheduler.get("prediction_type", "epsilon")
     if "v_pred" in file and predicts != "v_prediction":
         what = f"{source} is marked v_pred, the scheduler of {config} says {predicts}"
         fix = 'give a --config whose scheduler has "prediction_type": "v_prediction"'
@@ -193,61 +168,38 @@ def _check_markers(source: Path, file: Checkpoint, config: Path) -> None:
 def _ldm_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors without wrappers; a UNet that stands alone gets its prefix."""
     names = {WRAPPER.sub("", name): name for name in file}
-    bare = not any(name.startswith(PREFIX[UNET]) for name in names)
+    is_bare = not any(name.startswith(PREFIX[UNET]) for name in names)
     for plain, name in names.items():
-        yield (
-            (PREFIX[UNET] if bare and not plain.startswith((PREFIX[VAE], PREFIX[TEXT])) else "")
-            + plain,
-            file[name],
-        )
+        is_unet = is_bare and not plain.startswith((PREFIX[VAE], PREFIX[TEXT]))
+        yield PREFIX[UNET] + plain if is_unet else plain, file[name]
 
 
 def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[str]) -> None:
     """Copy the parts that are kept without their weights; those in `whole` with them."""
-    parts = {
-        n
-        for n, value in index.items()
-        if isinstance(value, list) and PART_NAME.fullmatch(n) and (home / n).is_dir()
-    }
-    remaining = {
-        n: value
-        for n, value in index.items()
-        if not isinstance(value, list) or n in parts - {"safety_checker"}
-    }
-    for name in (name for name, value in remaining.items() if isinstance(value, list)):
+    parts = [name for name, value in index.items() if isinstance(value, list)]
+    copied = [name for name in parts if name != "safety_checker" and (home / name).is_dir()]
+    for name in copied:
         for file in (file for file in sorted((home / name).iterdir()) if file.is_file()):
             inside(home, file)
             if name in whole or not (file.suffix in WEIGHTS or ".index." in file.name):
                 (out / name).mkdir(exist_ok=True)
                 shutil.copyfile(file, out / name / file.name)
-    empty = {
-        n: [None, None]
-        for n, v in read_index(home).items()
-        if isinstance(v, list) and n not in remaining
-    }
-    commit_json(out / "model_index.json", {**remaining, **empty})
+    kept = {n: value for n, value in index.items() if n not in parts or n in copied}
+    lists = [name for name, value in read_index(home).items() if isinstance(value, list)]
+    empty = {name: [None, None] for name in lists if name not in kept}
+    commit_json(out / "model_index.json", {**kept, **empty})
 
 
 def _check_fit(source: Path, folder: Path) -> None:
     """Load what was written, strictly."""
     from demerge.diffusion.loading import load_denoiser, load_text, load_vae
 
-    index = read_index(folder)
     try:
         for load in (load_denoiser, load_vae, load_text):
-            load(folder, index)
+            load(folder)
     except InputError as error:
-        what = error.what.replace(f"{folder}/", "")
-        raise InputError(
-            f"{source} does not fit --config: {what}",
-            fix="give a --config of the same kind of model",
-        ) from error
-
-
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    import torch
-
-    return other is not None and one.dtype == other.dtype and torch.equal(one, other)
+        what = f"{source} does not fit --config: {error.what.replace(f'{folder}/', '')}"
+        raise InputError(what, fix="give a --config of the same kind of model") from error
 
 
 def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
@@ -278,35 +230,25 @@ def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
 
 def _is_wrapped(home: Path) -> bool:
     """Return whether a text encoder's names begin with text_model, as before transformers 5.6."""
-    weights = sorted((home / TEXT).glob("*.safetensors"))
-    return not weights or any(
-        name.startswith("text_model.") for name in Checkpoint(locate(home, None, TEXT))
-    )
+    has_weights = any((home / TEXT).glob("*.safetensors"))
+    names = Checkpoint(locate(home, None, TEXT)) if has_weights else ["text_model."]
+    return any(name.startswith("text_model.") for name in names)
 
 
 def _to_ldm(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     if part == TEXT:
-        named = {
-            n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": t
-            for n, t in tensors.items()
-        }
+        known = ("text_model.", "text_projection")
+        named = {n if n.startswith(known) else f"text_model.{n}": t for n, t in tensors.items()}
     elif part == UNET:
         layers = config.get("layers_per_block", 2)
         ups = {n.split(".")[1] for n in tensors if re.match(r"up_blocks\.\d+\.att", n)}
         if not isinstance(layers, int):
-            raise InputError(
-                f"layers_per_block is {layers}",
-                fix="single files have one number of layers in all blocks",
-            )
+            fix = "single files have one number of layers in all blocks"
+            raise InputError(f"layers_per_block is {layers}", fix=fix)
         named = {_unet_name(name, layers, ups): tensor for name, tensor in tensors.items()}
     else:
-        blocks = len(
-            {name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks.")}
-        )
-        named = {
-            _vae_name(name, blocks): _as_convolution(name, tensor)
-            for name, tensor in tensors.items()
-        }
+        blocks = len({n.split(".")[2] for n in tensors if n.startswith("decoder.up_blocks.")})
+        named = {_vae_name(n, blocks): _as_convolution(n, t) for n, t in tensors.items()}
     return {PREFIX[part] + name: tensor for name, tensor in named.items()}
 
 
@@ -334,7 +276,7 @@ def _unet_name(name: str, layers: int, with_attention: set[str]) -> str:
     else:
         first, blocks = (1, "input_blocks") if side == "down" else (0, "output_blocks")
         stem = f"{blocks}.{first + place + number}.{0 if kind == 'resnets' else 1}"
-    return f"{stem}.{_replaced(rest, UNET_RESNET) if kind == 'resnets' else rest}"
+    return f"{stem}.{_renamed(rest, UNET_RESNET) if kind == 'resnets' else rest}"
 
 
 def _vae_name(name: str, blocks: int) -> str:
@@ -350,7 +292,7 @@ def _vae_name(name: str, blocks: int) -> str:
         return name
     coder, side, kind, number, rest = match[1], match[2], match[4], int(match[5]), match[6]
     if kind == "attentions":
-        return f"{coder}.mid.attn_1.{_replaced(rest, VAE_ATTENTION)}"
+        return f"{coder}.mid.attn_1.{_renamed(rest, VAE_ATTENTION)}"
     rest = rest.replace("conv_shortcut", "nin_shortcut")
     if side == "mid":
         return f"{coder}.mid.block_{number + 1}.{rest}"
@@ -366,7 +308,6 @@ def _as_convolution(name: str, tensor: Tensor) -> Tensor:
     return tensor[:, :, None, None] if linear and tensor.ndim == 2 else tensor
 
 
-def _replaced(text: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    return next(
-        (new + text.removeprefix(old) for old, new in pairs if text.startswith(f"{old}.")), text
-    )
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    stem, _, last = name.rpartition(".")
+    return f"{table.get(stem, stem)}.{last}"

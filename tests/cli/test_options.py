@@ -94,6 +94,7 @@ def test_a_repeatable_key_takes_a_text_a_table_or_a_list(
             "options: {}",
             "fix: write 'option', as the option is called; a recipe calls it 'options'",
         ),
+        ("format: demerge.recipe/1", "fix: a recipe has this key; --recipe takes recipes"),
         ("option: density", "a.yaml: option 'density' has no value"),
         ("option: {density: 2}", "a.yaml: option density=2 is not float in (0, 1]"),
         ("weights: [a]", "a.yaml: weights 'a' are not numbers"),

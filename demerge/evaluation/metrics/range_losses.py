@@ -22,7 +22,7 @@ from torch import Tensor
 
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.threads import fitting_threads
+from demerge.diffusion.numerics import fitting_threads
 from demerge.errors import NumericalError, UsageError
 from demerge.progress import Progress, silent
 from demerge.randomness import normal, permutation, uniform

@@ -10,7 +10,7 @@ import torch
 
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.threads import LITTLE, fitting_threads, flops
+from demerge.diffusion.numerics import LITTLE, fitting_threads, flops
 from demerge.finetuning import FinetuneOptions, finetune
 from demerge.timesteps import TimestepRange
 
