@@ -122,7 +122,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel, the source archive and the editable wheel of a copy of this checkout."""
     copy, out = tmp_path_factory.mktemp("copy") / "demerge", tmp_path_factory.mktemp("built")
     junk = ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs", "notebooks")
-    copytree(ROOT, copy, ignore=junk)
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return junk(folder, names) | ({"shared"} if Path(folder) == ROOT else set())
+
+    copytree(ROOT, copy, ignore=ignored)
     (out / "editable").mkdir()
     for build in ("b.build_wheel(o); b.build_sdist(o)", "b.build_editable(o + '/editable')"):
         program = f"import sys; from setuptools import build_meta as b; o = sys.argv[1]; {build}"
