@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from demerge.cli.common import DryRun, Json, execute, preview, stop_signals
+from demerge.cli.common import DryRun, Json, execute, preview, say, stop_signals
 from demerge.cli.options import from_options
 from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
 
@@ -15,13 +15,16 @@ def finetune(
 ) -> None:
     """Finetune one expert per range of timesteps. Run the command again to resume.
 
-    Each expert is a stock pipeline folder OUT/0000-0250 with expert.json and log.jsonl.
+    Each expert is a stock pipeline folder OUT/0000-0250 with expert.json and log.jsonl. Under
+    `accelerate launch` or `torchrun` the processes share each step.
     """
     from demerge.finetuning import plan
 
-    planned = plan(inputs, options)
-    if dry_run:
-        preview(planned, json=json)
-        return
+    planned = plan(inputs, options, tell=say)
     with stop_signals() as stop:
-        execute(replace(planned, stop=stop), "finetune", out=planned.out, json=json)
+        if dry_run:
+            preview(planned, json=json)
+        elif planned.is_main:
+            execute(replace(planned, stop=stop), "finetune", out=planned.out, json=json)
+        else:
+            replace(planned, stop=stop).run()

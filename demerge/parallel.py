@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from demerge.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -38,13 +40,35 @@ class World:
         kind = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return float(self.broadcast(torch.tensor([value], dtype=kind, device=device)))
 
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
 
 ALONE = World()
 
 
-def join(device: str) -> tuple[World, str]:
-    """Join the processes that a launcher started; return this one's place and its own device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+def join(device: str, expected: int | None = None) -> tuple[World, str]:
+    """Join the processes that a launcher started; return this one's place and its own device.
+
+    Args:
+        expected: the number of processes that there must be; None for any.
+
+    Raises:
+        UsageError: if there is another number of them, or accelerate is set to split the model.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if expected is not None and size != expected:
+        what = f"{expected} processes were expected, and this is one of {size}"
+        fix = f"start them with: torchrun --nproc-per-node {expected} -m demerge.cli.main ..."
+        raise UsageError(what, fix=fix)
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+            what = f"accelerate is set to use {engine}, which splits a model among processes"
+            fix = "use accelerate launch --multi_gpu: every process holds the whole model"
+            raise UsageError(what, fix=fix)
+    if size < 2:
         return ALONE, device
     from accelerate import PartialState
 

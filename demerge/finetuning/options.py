@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from demerge.options import (
     again,
     option,
 )
+from demerge.timesteps import TimestepRange
 
 TRAINING, OBJECTIVE, DATA = "Training", "Objective", "Data"
 SPEED, STATE = "Speed and memory", "Checkpoints and logs"
@@ -154,6 +156,15 @@ class FinetuneOptions(Options):
         return {name: value for name, value in self.document().items() if name not in free}
 
 
+def parse_spans(texts: Sequence[str]) -> tuple[TimestepRange, ...]:
+    """Read ranges of timesteps.
+
+    Raises:
+        UsageError: if a text is none.
+    """
+    return tuple(TimestepRange.parse(text) for text in texts)
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FinetuneInputs(DataOptions, DeviceOptions):
     """The base, the data and the output folder."""
@@ -166,6 +177,20 @@ class FinetuneInputs(DataOptions, DeviceOptions):
         None,
         "uniform:N, joint, joint:K (K times the steps), or a partition.json.",
         shown_default="uniform:4",
+    )
+    only: Sequence[TimestepRange] = option(
+        (),
+        "One of the ranges, for example 0:250, if not all are trained. May be repeated.",
+        parse=parse_spans,
+        multiple=True,
+        metavar="RANGE",
+    )
+    num_processes: int | None = option(
+        None,
+        "Processes that the launcher must have started; another number is an error.",
+        panel=SPEED,
+        ge=1,
+        shown_default="any",
     )
     init: Literal["pretrained", "random"] = option(
         "pretrained", "Start from the model's weights, or train a base from random ones."

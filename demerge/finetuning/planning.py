@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from demerge.data import ImageData
+import torch
+
 from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
+from demerge.diffusion.threads import fitting_threads
+from demerge.durations import format_seconds
 from demerge.errors import UsageError
 from demerge.finetuning.checkpoint import disk_bytes
 from demerge.finetuning.layers import load_layers, trained_parameters
 from demerge.finetuning.objective import loss_weights
+from demerge.finetuning.optimizers import check_installed
 from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
 from demerge.finetuning.train import Stop, check_output, never, train_ranges
-from demerge.finetuning.trainer import record_name
+from demerge.finetuning.trainer import ExpertTraining, Job, record_name
+from demerge.parallel import join
 from demerge.progress import Progress, silent
 from demerge.stage import Cost
 from demerge.storage.atomic import place_for
 from demerge.timesteps import Partition, TimestepRange
+
+LONG_STEP = 5.0  # seconds
 
 
 def parse_ranges(text: str, T: int) -> tuple[Partition, int]:
@@ -53,37 +63,63 @@ class FinetuneResult:
 
 
 @dataclass(frozen=True, slots=True)
+class StepCost:
+    """What one step takes on this machine: seconds, and bytes of the device's memory if known."""
+
+    seconds: float
+    memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FinetunePlan:
     """All that a finetune reads, and its cost.
 
     Attributes:
-        inputs: what the experts record of base, data and layers.
+        job: base, data, options and what the experts record.
+        ranges: the ranges that are trained here.
         finished_steps: steps of the experts that are finished already.
         trained: the number of parameters that train.
         condition: what the denoiser takes besides x_t and t; None if nothing.
-        layers: the layers that train; None is all.
-        ranked_for: the ranges that these layers were chosen for.
+        ranked_for: the ranges that the job's layers were chosen for.
+        step: what a step takes, measured; None if nothing is left to do.
         stop: as in `demerge.finetuning.finetune`.
     """
 
-    base: Diffusion
-    data: ImageData
+    job: Job
     ranges: tuple[TimestepRange, ...]
-    options: FinetuneOptions
     out: Path
-    inputs: dict[str, Any]
     finished_steps: int
     trained: int
     condition: str | None = None
-    layers: tuple[str, ...] | None = None
     ranked_for: tuple[TimestepRange, ...] = ()
+    step: StepCost | None = None
     stop: Stop = never
 
+    @property
+    def base(self) -> Diffusion:
+        """The base that is finetuned."""
+        return self.job.base
+
+    @property
+    def options(self) -> FinetuneOptions:
+        """The options, with the number of steps that a range gets."""
+        return self.job.options
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.job.world.is_main
+
     def cost(self) -> Cost:
-        """Return the steps over all ranges, and the most bytes on disk during the run."""
-        limit = self.options.checkpoints_total_limit
-        disk = disk_bytes(self.base.parameters, len(self.ranges), self.trained, limit)
-        return Cost(steps=len(self.ranges) * self.options.max_train_steps, disk=disk)
+        """Return the steps over all ranges, the seconds left, and the most bytes on disk."""
+        o, step = self.options, self.step
+        disk = disk_bytes(
+            self.base.parameters, len(self.ranges), self.trained, o.checkpoints_total_limit
+        )
+        steps = len(self.ranges) * o.max_train_steps
+        seconds = None if step is None else step.seconds * (steps - self.finished_steps)
+        memory = None if step is None else step.memory
+        return Cost(steps=steps, seconds=seconds, memory=memory, disk=disk)
 
     def document(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -92,32 +128,44 @@ class FinetunePlan:
             "experts": [str(self.out / str(span)) for span in self.ranges],
             "steps_per_expert": self.options.max_train_steps,
             "finished_steps": self.finished_steps,
-            "images": len(self.data),
+            "images": len(self.job.data),
             "parameters": self.base.parameters,
             "trained_parameters": self.trained,
+            "seconds_per_step": None if self.step is None else self.step.seconds,
+            "memory_bytes": self.cost().memory,
             "disk_bytes": self.cost().disk,
             "options": self.options.document(),
         }
 
     def describe(self) -> list[str]:
         """Return the plan for a person."""
-        o, base = self.options, self.base
-        batch = o.train_batch_size * o.gradient_accumulation_steps
-        epochs = o.max_train_steps * batch / len(self.data)
+        o, base, job, cost = self.options, self.base, self.job, self.cost()
+        batch = o.samples_per_step(job.world.size)
+        epochs = o.max_train_steps * batch / len(job.data)
         source = base.folder or "random start"
         lines = [f"base    {source}: {base.parameters:,} parameters, {base.prediction_type}"]
-        if self.layers is not None:
+        if job.layers is not None:
             share = f"{self.trained / base.parameters:.1%} of the parameters train"
-            lines.append(f"layers  {len(self.layers)}: {share}")
-        lines.append(f"data    {self.data.name}: {len(self.data):,} images {self.data.shape}")
+            lines.append(f"layers  {len(job.layers)}: {share}")
+        lines.append(f"data    {job.data.name}: {len(job.data):,} images {job.data.shape}")
         if self.condition:
             dropped = f"; {o.caption_dropout:.0%} of them left empty" if base.requires_text else ""
             lines.append(f"given   {self.condition}{dropped}")
         lines += [
             f"ranges  {' '.join(map(str, self.ranges))}",
             f"steps   {o.max_train_steps} each, batch {batch} ({epochs:.1f} epochs)",
-            f"disk    up to {(self.cost().disk or 0) / 1e6:.0f} MB",
         ]
+        if job.world.size > 1:
+            lines.append(
+                f"shared  by {job.world.size} processes, {o.samples_per_step()} images each"
+            )
+        if self.step is not None and cost.seconds is not None:
+            seconds = self.step.seconds
+            speed = f"{1e3 * seconds:.3g} ms a step, {batch / seconds:,.0f} images/s"
+            lines.append(f"time    about {format_seconds(cost.seconds)}: {speed}")
+        if cost.memory is not None:
+            lines.append(f"memory  {cost.memory / 1e9:.1f} GB of the GPU")
+        lines.append(f"disk    up to {(cost.disk or 0) / 1e6:.0f} MB")
         if self.ranked_for and self.ranked_for != self.ranges:
             spans = " ".join(map(str, self.ranked_for))
             lines.append(f"note    the layers were chosen for the ranges {spans}")
@@ -129,34 +177,58 @@ class FinetunePlan:
     def run(self, progress: Progress = silent) -> FinetuneResult:
         """Train the experts that are not finished; see `demerge.finetuning.finetune`."""
         total, finished = self.cost().steps, self.finished_steps
-        for step in train_ranges(
-            self.base,
-            self.data,
-            self.ranges,
-            self.options,
-            self.out,
-            self.inputs,
-            layers=self.layers,
-            stop=self.stop,
-        ):
-            progress(finished + step.step, total, f"{step.range} loss {step.loss:.4f}")
+        batch = self.options.samples_per_step(self.job.world.size)
+        start, first = 0.0, 0
+        for step in train_ranges(self.job, self.ranges, self.out, self.stop):
+            now = time.perf_counter()
+            if first == 0 or step.step <= first:  # the first step of an expert also warms up
+                start, first = now, step.step
+            speed = ""
+            if step.step > first:
+                speed = f", {(step.step - first) * batch / (now - start):,.0f} images/s"
+            progress(finished + step.step, total, f"{step.range} loss {step.loss:.4f}{speed}")
             if step.step == step.total:
                 finished += step.total
         return FinetuneResult(replace(self, finished_steps=finished))
 
 
-def plan(inputs: FinetuneInputs, options: FinetuneOptions) -> FinetunePlan:
+def measure_step(job: Job, span: TimestepRange) -> StepCost:
+    """Take one or two steps that change nothing, and time the last."""
+    is_cuda, taken = job.base.device.type == "cuda", list[float]()
+    with TemporaryDirectory() as empty, fitting_threads(job.base, job.options.train_batch_size):
+        training = ExpertTraining(job, span, Path(empty))
+        training.one_step.hold.fill_(1)
+        while not taken or (len(taken) == 1 and taken[0] < LONG_STEP):  # the first also warms up
+            start = time.perf_counter()
+            training.take_step()
+            training.read_losses()
+            taken.append(time.perf_counter() - start)
+        training.batches.close()
+    return StepCost(taken[-1], torch.cuda.max_memory_allocated() if is_cuda else None)
+
+
+def plan(
+    inputs: FinetuneInputs,
+    options: FinetuneOptions,
+    *,
+    tell: Callable[[str], None] | None = None,
+) -> FinetunePlan:
     """Load what a finetune needs and complete its options.
 
     With `init="random"` the model is a config, the objective has no teacher and no projection, and
     the range is [0, T) unless one is given.
+
+    Args:
+        tell: called with a line if the run goes on in another way than it was asked to.
 
     Raises:
         UsageError, InputError: if model, data, ranges or layers are wrong, or the output folder
             holds other work.
     """
     out = place_for(inputs.out)
-    random, device = inputs.init == "random", resolve_device(inputs.device)
+    random = inputs.init == "random"
+    world, device = join(resolve_device(inputs.device), inputs.num_processes)
+    check_installed(options)
     if random and inputs.train_layers is not None:
         fix = "leave out --train-layers, or give a pretrained base"
         raise UsageError("a random start trains all layers", fix=fix)
@@ -176,20 +248,33 @@ def plan(inputs: FinetuneInputs, options: FinetuneOptions) -> FinetunePlan:
     condition = base.describe_condition(data)
     path = inputs.train_layers
     layers, ranked_for = (None, ()) if path is None else load_layers(path, base)
-    recorded = check_output(base, data, partition.ranges, options, out, layers=layers)
-    names = [out / str(span) / record_name(base) for span in partition]
-    finished = sum(name.is_file() for name in names) * options.max_train_steps
-    trained = trained_parameters(base.denoiser, layers)
+    ranges = _choose(partition.ranges, inputs.only)
+    recorded = check_output(base, data, ranges, options, out, layers=layers)
+    records = [out / str(span) / record_name(base) for span in ranges]
+    unfinished = [s for s, record in zip(ranges, records, strict=True) if not record.is_file()]
+    job = Job(base, data, options, recorded, layers, world, tell)
     return FinetunePlan(
-        base,
-        data,
-        partition.ranges,
-        options,
+        job,
+        ranges,
         out,
-        recorded,
-        finished,
-        trained,
+        (len(ranges) - len(unfinished)) * options.max_train_steps,
+        trained_parameters(base.denoiser, layers),
         condition,
-        layers,
         ranked_for,
+        measure_step(job, unfinished[0]) if unfinished else None,
     )
+
+
+def _choose(
+    ranges: tuple[TimestepRange, ...], only: Sequence[TimestepRange]
+) -> tuple[TimestepRange, ...]:
+    """Return the ranges of `only`, or all if it is empty.
+
+    Raises:
+        UsageError: if one is not among the ranges.
+    """
+    for span in only:
+        if span not in ranges:
+            fix = f"give some of {' '.join(map(str, ranges))}"
+            raise UsageError(f"--only {span} is not one of the ranges", fix=fix)
+    return tuple(span for span in ranges if span in only) if only else ranges

@@ -10,8 +10,8 @@ random weights.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from demerge.expert import Expert
 from demerge.finetuning.checkpoint import disk_bytes, newest_state
 from demerge.finetuning.layers import check_layers_exist, hash_layers, trained_parameters
 from demerge.finetuning.options import FinetuneOptions
-from demerge.finetuning.trainer import ExpertTraining, TrainingStep, record_name
-from demerge.parallel import ALONE, World
+from demerge.finetuning.trainer import ExpertTraining, Job, TrainingStep, record_name
 from demerge.provenance import check_same_settings
 from demerge.storage.atomic import check_disk_space, check_is_new, place_for
+from demerge.storage.lock import lock_folder
 from demerge.timesteps import TimestepRange
 
 Stop = Callable[[], bool]
@@ -61,39 +61,31 @@ def finetune(
     """
     out = place_for(out)
     inputs = check_output(base, data, ranges, options, out, layers=layers)
-    yield from train_ranges(base, data, ranges, options, out, inputs, layers=layers, stop=stop)
+    yield from train_ranges(Job(base, data, options, inputs, layers), ranges, out, stop)
 
 
 def train_ranges(
-    base: Diffusion,
-    data: ImageData,
-    ranges: Sequence[TimestepRange],
-    options: FinetuneOptions,
-    out: Path,
-    inputs: dict[str, Any],
-    *,
-    layers: Sequence[str] | None,
-    stop: Stop,
-    world: World = ALONE,
-    tell: Callable[[str], None] | None = None,
+    job: Job, ranges: Sequence[TimestepRange], out: Path, stop: Stop = never
 ) -> Iterator[TrainingStep]:
-    """Train as `finetune` does, after `check_output`, which returned `inputs`.
+    """Train as `finetune` does, after `check_output`, which returned the job's inputs.
 
-    Args:
-        world: the processes that share each step; the first one writes.
-        tell: called with a line if a run goes on in another way than it was asked to.
+    Raises:
+        UsageError: also if another process trains one of the ranges now.
     """
+    base, world = job.base, job.world
     for span in ranges:
-        if (out / str(span) / record_name(base)).is_file():
+        record, state = out / str(span) / record_name(base), out / "state" / str(span)
+        if record.is_file():
             continue
-        state = out / "state" / str(span)
-        training = ExpertTraining(
-            base, data, span, options, state, inputs, layers, world=world, tell=tell
-        )
-        with fitting_threads(base, options.train_batch_size):
-            yield from training.train(stop)
-            training.finish(out / str(span))
-    with contextlib.suppress(OSError):
+        with lock_folder(state) if world.is_main else nullcontext():
+            if world.size == 1 and record.is_file():  # finished by another process meanwhile
+                continue
+            training = ExpertTraining(job, span, state)
+            with fitting_threads(base, job.options.train_batch_size):
+                yield from training.train(stop)
+                training.finish(record.parent)
+        world.wait()
+    with suppress(OSError):
         (out / "state").rmdir()  # kept while another range is unfinished
 
 
@@ -145,7 +137,8 @@ def check_output(
 
 def _check_no_overlap(out: Path, ranges: Sequence[TimestepRange]) -> None:
     """Check that OUT has no work on ranges that overlap these: its experts are routed together."""
-    for folder in [*out.glob("*-*"), *(out / "state").glob("*-*")]:
+    begun = [path.parent for path in (out / "state").glob("*-*/step-*")]
+    for folder in [*out.glob("*-*"), *begun]:
         try:
             other = TimestepRange.parse(folder.name)
         except UsageError:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,16 @@ class TrainingStep:
     skipped: int
 
 
+class Observer(Protocol):
+    """What watches a training, in the first process, and never changes it."""
+
+    def logged(self, training: ExpertTraining, line: dict[str, Any]) -> None:
+        """Take a line of the log, after it is written."""
+
+    def finish(self, training: ExpertTraining, folder: Path) -> None:
+        """Add files to the folder of the finished expert, before it is committed."""
+
+
 class _Reading:
     """A loss that is copied to the host while the device goes on."""
 
@@ -84,34 +94,41 @@ class _Reading:
         return float(self._value)
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the trainings of all ranges share.
+
+    Attributes:
+        inputs: what the records say of base, data and layers.
+        layers: the layers that train; None is all.
+        world: the processes that share each step; the first one writes.
+        tell: called with a line if a run goes on in another way than it was asked to.
+    """
+
+    base: Diffusion
+    data: ImageData
+    options: FinetuneOptions
+    inputs: dict[str, Any]
+    layers: Sequence[str] | None = None
+    world: World = ALONE
+    tell: Callable[[str], None] | None = None
+    observers: Sequence[Observer] = ()
+
+
 class ExpertTraining:
     """The training of one expert on a range, continued from the newest checkpoint."""
 
-    def __init__(
-        self,
-        base: Diffusion,
-        data: ImageData,
-        span: TimestepRange,
-        options: FinetuneOptions,
-        folder: Path,
-        inputs: dict[str, Any],
-        layers: Sequence[str] | None = None,
-        world: World = ALONE,
-        tell: Callable[[str], None] | None = None,
-    ) -> None:
-        """Copy the base and attach the projection.
+    def __init__(self, job: Job, span: TimestepRange, folder: Path) -> None:
+        """Copy the base, attach the projection, and load the newest checkpoint.
 
         Args:
             folder: where checkpoints and log go until the expert is finished.
-            inputs: what the records say of base, data and layers.
-            layers: the layers that train; None is all.
-            tell: called with a line if the run goes on in another way than it was asked to.
         """
-        self.base, self.data, self.range, self.options = base, data, span, options
-        self.folder, self.inputs, self.layers = folder, inputs, layers
-        self.world, self.tell = world, tell
+        self.job, self.range, self.folder = job, span, folder
+        self.base, self.options, self.world = job.base, job.options, job.world
+        base, options = job.base, job.options
         denoiser = copy.deepcopy(base.denoiser).train()
-        frozen = freeze_others(denoiser, layers)
+        frozen = freeze_others(denoiser, job.layers)
         if options.projection == "foldable":
             attach(denoiser, frozen)
         self.denoiser = denoiser
@@ -126,8 +143,10 @@ class ExpertTraining:
             self.parameters["uncertainty"] = learned.weight
         self.optimizer = make_optimizer(self.parameters, options)
         student, teacher = self._prepare(denoiser)
-        self.take = Step(student, teacher, self.parameters, self.optimizer, options, world, learned)
-        self.batches = Batches(base, data, span, options, world)
+        self.one_step = Step(
+            student, teacher, self.parameters, self.optimizer, options, job.world, learned
+        )
+        self.batches = Batches(base, job.data, span, options, job.world)
         self.step, self.skipped, self._bad = 0, 0, 0
         self._captured: CapturedStep | None = None
         self._may_capture = self._allows_graph()
@@ -171,7 +190,7 @@ class ExpertTraining:
                 if is_last or self.step % o.logging_steps == 0:
                     self._log()
                 if saves:
-                    loss = self._read(all=True) if self._unread else loss
+                    loss = self.read_losses() if self._unread else loss
                     self.save_checkpoint()
                 yield TrainingStep(self.range, self.step, total, loss, self.skipped)
                 if is_stopping and not is_last:
@@ -187,11 +206,11 @@ class ExpertTraining:
             NumericalError: if five steps in a row had no finite loss and gradient.
             ResourceError: if a single sample does not fit the memory.
         """
-        batches, rates = self.batches.step(self.step), self.take.rates(self.step)
+        batches, rates = self.batches.step(self.step), self.one_step.rates(self.step)
         with self._dropout():
             loss = self._compute(batches, rates)
         self._unread.append(_Reading(self.step, loss))
-        return self._read(all=not self.take.is_async)
+        return self.read_losses(but=1 if self.one_step.is_async else 0)
 
     def _compute(self, batches: list[Batch], rates: Rates) -> Tensor:
         """Take the step, captured if possible, in smaller pieces if the memory is too small."""
@@ -199,7 +218,7 @@ class ExpertTraining:
             try:
                 if self._may_capture and self._captured is None:
                     self._captured = self._capture(batches, rates)
-                return (self._captured or self.take)(batches, rates)
+                return (self._captured or self.one_step)(batches, rates)
             except torch.OutOfMemoryError as error:
                 self._captured = None
                 self._halve(error)
@@ -207,7 +226,7 @@ class ExpertTraining:
     def _capture(self, batches: list[Batch], rates: Rates) -> CapturedStep | None:
         """Capture the step; None if a module cannot be captured, which is said once."""
         try:
-            return CapturedStep(self.take, batches, rates)
+            return CapturedStep(self.one_step, batches, rates)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -220,7 +239,7 @@ class ExpertTraining:
 
     def _halve(self, error: Exception) -> None:
         """Compute each batch in twice as many pieces, and say so."""
-        B, take = self.options.train_batch_size, self.take
+        B, take = self.options.train_batch_size, self.one_step
         is_shared = self.world.size > 1
         if take.parts >= B or is_shared:
             fix = "give a smaller --train-batch-size, or --gradient-checkpointing"
@@ -233,13 +252,14 @@ class ExpertTraining:
         size = -(-B // take.parts)
         self._say(f"out of memory: batches of {size} are accumulated; the batch of a step stays")
 
-    def _read(self, *, all: bool) -> float:
-        """Read the losses of the steps before the newest one, or of all; return the last.
+    def read_losses(self, but: int = 0) -> float:
+        """Read the losses that were not read yet, but the newest ones; return the last.
 
-        The sums of the log hold finite errors alone.
+        Raises:
+            NumericalError: if five steps in a row had no finite loss and gradient.
         """
         loss = math.nan
-        while len(self._unread) > (0 if all else 1):
+        while len(self._unread) > but:
             reading = self._unread.pop(0)
             loss = reading.loss()
             self._bad = 0 if math.isfinite(loss) else self._bad + 1
@@ -296,13 +316,13 @@ class ExpertTraining:
             yield
 
     def _say(self, text: str) -> None:
-        if self.tell is not None and self.world.is_main:
-            self.tell(text)
+        if self.job.tell is not None and self.world.is_main:
+            self.job.tell(text)
 
     # -- what it writes ----------------------------------------------------------------------------
 
     def _log(self) -> None:
-        loss, by_bin = self.take.take_log()
+        loss, by_bin = self.one_step.take_log()
         if not self.world.is_main:
             return
         line = {
@@ -312,6 +332,8 @@ class ExpertTraining:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         append_line(self.folder / "log.jsonl", json.dumps(line))
+        for observer in self.job.observers:
+            observer.logged(self, line)
 
     def save_checkpoint(self) -> None:
         """Commit a checkpoint, by the first of several processes.
@@ -320,9 +342,9 @@ class ExpertTraining:
             NumericalError: if weights or their averages hold NaN or Inf; the last one stays.
         """
         self._saved_at = time.monotonic()
-        own = self.take.state()
+        own = self.one_step.state()
         self._check_finite("weights", self.parameters)
-        self._check_finite("averaged weights", self.take.ema)
+        self._check_finite("averaged weights", self.one_step.ema)
         if not self.world.is_main:
             return
         log = self.folder / "log.jsonl"
@@ -331,11 +353,11 @@ class ExpertTraining:
         record = {
             "step": self.step,
             "skipped": self.skipped,
-            "parts": self.take.parts,
+            "parts": self.one_step.parts,
             "log_bytes": log.stat().st_size if log.exists() else 0,
             "optimizer": values,
             "options": self.options.document(),
-            "inputs": self.inputs,
+            "inputs": self.job.inputs,
         }
         limit = self.options.checkpoints_total_limit
         save_state(self.folder, tensors | own | moments, record, limit)
@@ -364,10 +386,10 @@ class ExpertTraining:
         tensors = snapshot.tensors()
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
-        self.take.restore(tensors)
+        self.one_step.restore(tensors)
         restore(self.optimizer, self.parameters, tensors, snapshot.record.optimizer)
         self.step, self.skipped = snapshot.record.step, snapshot.record.skipped
-        self.take.parts = snapshot.record.parts
+        self.one_step.parts = snapshot.record.parts
         if self.world.is_main and log.exists():
             truncate(log, min(log.stat().st_size, snapshot.record.log_bytes))
 
@@ -386,16 +408,17 @@ class ExpertTraining:
             expert.save(temporary)
             if self.options.fisher_samples:
                 self._add_fisher(temporary, expert)
-            log = self.folder / "log.jsonl"
-            if log.exists():
-                shutil.copyfile(log, temporary / "log.jsonl")
+            if (log := self.folder / "log.jsonl").exists():
+                shutil.copyfile(log, temporary / log.name)
+            for observer in self.job.observers:
+                observer.finish(self, temporary)
             record = Expert(
                 range=(self.range.start, self.range.stop),
-                base_sha256=self.inputs["base_sha256"],
+                base_sha256=self.job.inputs["base_sha256"],
                 steps=self.step,
                 skipped_steps=self.skipped,
-                train_layers=None if self.layers is None else tuple(self.layers),
-                inputs=self.inputs,
+                train_layers=None if self.job.layers is None else tuple(self.job.layers),
+                inputs=self.job.inputs,
                 options=self.options.document(),
             )
             record.save(temporary / record_name(self.base))
@@ -405,14 +428,14 @@ class ExpertTraining:
         """Write the Fisher of the expert's range, as `demerge stats` does for the saved weights."""
         nn.Module.to(expert.denoiser, dtype=torch.float32)
         samples, seed = self.options.fisher_samples, self.options.seed
-        fisher = range_fisher(expert, self.data, self.range, samples=samples, seed=seed)
-        inputs = inputs_of(expert.sha256, self.data, self.range)
+        fisher = range_fisher(expert, self.job.data, self.range, samples=samples, seed=seed)
+        inputs = inputs_of(expert.sha256, self.job.data, self.range)
         commit_statistic(folder, "fisher", fisher, inputs, {"samples": samples, "seed": seed})
 
     @torch.no_grad()
     def averaged_denoiser(self) -> nn.Module:
         """Return the averaged weights in a stock module, in eval mode."""
-        means = self.take.ema
+        means = self.one_step.ema
         if averages_itself(self.optimizer):
             self.optimizer.eval()  # type: ignore[attr-defined]
             means = {name: p.detach().clone() for name, p in self.parameters.items()}

@@ -32,7 +32,7 @@ from demerge.data import ImageData
 from demerge.data.values import as_floats
 from demerge.diffusion.model import Diffusion
 from demerge.finetuning.options import FinetuneOptions
-from demerge.finetuning.trainer import ExpertTraining
+from demerge.finetuning.trainer import ExpertTraining, Job
 from demerge.timesteps import TimestepRange
 
 Turn = Callable[[int], None]
@@ -73,7 +73,7 @@ def bare(base: Diffusion, data: ImageData, o: FinetuneOptions) -> Turn:
 
 def ours(base: Diffusion, data: ImageData, o: FinetuneOptions, folder: Path) -> Turn:
     """Return a function that takes n steps of demerge's trainer."""
-    training = ExpertTraining(base, data, TimestepRange(0, base.T), o, folder, {})
+    training = ExpertTraining(Job(base, data, o, {}), TimestepRange(0, base.T), folder)
 
     def steps(n: int) -> None:
         for _ in range(n):

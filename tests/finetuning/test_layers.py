@@ -19,7 +19,7 @@ from demerge.errors import InputError, Preempted, UsageError
 from demerge.finetuning import FinetuneOptions, finetune
 from demerge.finetuning.checkpoint import newest_state
 from demerge.finetuning.layers import hash_layers, load_layers, trained_parameters
-from demerge.finetuning.trainer import ExpertTraining
+from demerge.finetuning.trainer import ExpertTraining, Job
 from demerge.storage.checkpoint import Checkpoint
 from demerge.timesteps import TimestepRange
 
@@ -83,7 +83,7 @@ def test_only_the_chosen_layers_change(
 def test_a_layer_trains_alone(tiny: Path, data: ImageData, tmp_path: Path, layer: str) -> None:
     """torch 2.13 crashes on some group norms whose input asks for no gradient; an end of the process would be seen here."""
     base = Diffusion.load(tiny)
-    run = ExpertTraining(base, data, SPAN, FAST, tmp_path, {}, [layer])
+    run = ExpertTraining(Job(base, data, FAST, {}, [layer]), SPAN, tmp_path)
     assert run.take_step() < 100
     moved = {
         name
@@ -97,7 +97,9 @@ def test_optimizer_average_and_checkpoint_hold_what_trains(
     tiny: Path, data: ImageData, tmp_path: Path
 ) -> None:
     base = Diffusion.load(tiny)
-    run = ExpertTraining(base, data, SPAN, replace(FAST, projection="none"), tmp_path, {}, SOME)
+    run = ExpertTraining(
+        Job(base, data, replace(FAST, projection="none"), {}, SOME), SPAN, tmp_path
+    )
     run.take_step()
     run.save_checkpoint()
     chosen = {
@@ -110,7 +112,7 @@ def test_optimizer_average_and_checkpoint_hold_what_trains(
         < base.parameters / 5
     )
     assert {id(p) for p in run.optimizer.state} == {id(p) for p in held}
-    assert set(run.take.ema) == set(run.parameters) == chosen
+    assert set(run.one_step.ema) == set(run.parameters) == chosen
     state = newest_state(tmp_path)
     assert state is not None
     kept = {
@@ -128,7 +130,9 @@ def test_w_is_put_behind_sites_that_train_as_a_whole(
     base = Diffusion.load(tiny)
 
     def mixes(*layers: str) -> int:
-        run = ExpertTraining(base, data, SPAN, FAST, tmp_path / hash_layers(layers)[:8], {}, layers)
+        run = ExpertTraining(
+            Job(base, data, FAST, {}, layers), SPAN, tmp_path / hash_layers(layers)[:8]
+        )
         return sum(name.endswith(".W") for name in run.parameters)
 
     assert mixes("mid_block.attentions.0.to_out.0") == 1

@@ -20,7 +20,7 @@ from demerge.errors import InputError, NumericalError, Preempted, UsageError
 from demerge.finetuning import FinetuneOptions, finetune, parse_ranges
 from demerge.finetuning.batches import Batches
 from demerge.finetuning.step import Step
-from demerge.finetuning.trainer import ExpertTraining
+from demerge.finetuning.trainer import ExpertTraining, Job
 from demerge.timesteps import Partition, TimestepRange
 
 FAST = FinetuneOptions(
@@ -242,8 +242,8 @@ def test_five_bad_steps_in_a_row_end_the_run(
 def test_a_checkpoint_with_nan_is_never_committed(
     tiny: Path, data: ImageData, tmp_path: Path, of: str
 ) -> None:
-    run = ExpertTraining(Diffusion.load(tiny), data, SPAN, FAST, tmp_path / "state", {})
-    getattr(run if of == "parameters" else run.take, of)["conv_in.weight"].data[0] = math.inf
+    run = ExpertTraining(Job(Diffusion.load(tiny), data, FAST, {}), SPAN, tmp_path / "state")
+    getattr(run if of == "parameters" else run.one_step, of)["conv_in.weight"].data[0] = math.inf
     with pytest.raises(
         NumericalError, match=r"hold NaN or Inf at step 0, first in conv_in\.weight"
     ):
@@ -255,8 +255,8 @@ def test_an_expert_that_its_dtype_cannot_hold_is_not_committed(
     tiny: Path, data: ImageData, tmp_path: Path
 ) -> None:
     options = replace(FAST, save_dtype="float16")
-    run = ExpertTraining(Diffusion.load(tiny), data, SPAN, options, tmp_path / "state", {})
-    run.take.ema["conv_in.weight"][0] = 1e6
+    run = ExpertTraining(Job(Diffusion.load(tiny), data, options, {}), SPAN, tmp_path / "state")
+    run.one_step.ema["conv_in.weight"][0] = 1e6
     with pytest.raises(
         NumericalError, match=r"as float16 the expert holds NaN or Inf in conv_in\.weight"
     ):
@@ -375,9 +375,11 @@ def test_resume_with_more_steps_is_refused_if_the_steps_taken_would_differ(
 
 def test_accumulated_batches_equal_one_batch(tiny: Path, data: ImageData, tmp_path: Path) -> None:
     base = Diffusion.load(tiny)
-    big = ExpertTraining(base, data, SPAN, replace(FAST, train_batch_size=8), tmp_path / "a", {})
+    big = ExpertTraining(
+        Job(base, data, replace(FAST, train_batch_size=8), {}), SPAN, tmp_path / "a"
+    )
     small = ExpertTraining(
-        base, data, SPAN, replace(FAST, gradient_accumulation_steps=2), tmp_path / "b", {}
+        Job(base, data, replace(FAST, gradient_accumulation_steps=2), {}), SPAN, tmp_path / "b"
     )
     for run in (big, small):
         run.take_step()
