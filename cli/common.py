@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -70,11 +69,6 @@ def preview(plan: Preview, *, json: bool = False) -> None:
     """Print what a planned stage will do, for `--dry-run`: lines on stderr, JSON on stdout."""
     say(*plan.describe())
     emit(plan.document(), None, json)
-
-
-def cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

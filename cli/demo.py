@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 import typer
 
-from demerge.cli.common import Json, cores, emit, say
+from demerge.cli.common import Json, emit, say
 from demerge.cli.options import from_options
+from demerge.device import count_cores
 from demerge.evaluation.options import EvaluationOptions
 from demerge.options import Options, SeedOptions, again, option
 
@@ -120,8 +121,8 @@ def run(app: Callable[..., Any], commands: list[list[str]]) -> None:
     Raises:
         DemergeError: that of a command in this process.
     """
-    if len(commands) > 1 and cores() > 1:
-        threads = max(1, cores() // len(commands))
+    if len(commands) > 1 and count_cores() > 1:
+        threads = max(1, count_cores() // len(commands))
         with ThreadPoolExecutor(len(commands)) as pool:
             codes = list(pool.map(partial(_run_process, threads=threads), commands))
     else:

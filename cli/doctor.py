@@ -12,7 +12,8 @@ from pathlib import Path
 
 import typer
 
-from demerge.cli.common import Json, cores, emit, show
+from demerge.cli.common import Json, emit, show
+from demerge.device import count_cores
 
 GIB = 1 << 30
 NEED_DISK = 2 * GIB
@@ -71,7 +72,7 @@ def _machine() -> Iterator[Finding]:
     fix = "" if names else _unused_gpu(torch.version.cuda)
     unused = "an NVIDIA GPU that torch cannot use"
     yield Finding("devices", unused if fix else ", ".join([*names, "CPU"]), fix)
-    threads, most = torch.get_num_threads(), cores()
+    threads, most = torch.get_num_threads(), count_cores()
     fix = f"export OMP_NUM_THREADS={most}" if threads > most else ""
     yield Finding("threads", f"torch uses {threads} of {most} cores", fix)
 

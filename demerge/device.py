@@ -1,7 +1,8 @@
-"""The machine: which device to compute on, and how much memory is free there."""
+"""The machine: which device to compute on, its cores, and how much memory is free."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from demerge.errors import UsageError
@@ -25,6 +26,11 @@ def resolve_device(name: str) -> str:
         fix = "give --device cpu or auto"
         raise UsageError(f"device '{name}' cannot be used: {error}", fix=fix) from error
     return name
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_bytes(device: str = "cpu") -> int | None:

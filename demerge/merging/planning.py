@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from demerge.device import count_cores
 from demerge.diffusion.schedule import snr_of
 from demerge.errors import UsageError
 from demerge.lora import NoBase, is_lora, open_expert
@@ -39,7 +39,7 @@ from demerge.merging.output.denoiser import Lora, OutputDenoiser
 from demerge.merging.output.writer import check_not_pickle, list_entries
 from demerge.merging.recipe.foreign_names import translate
 from demerge.merging.recipe.recipe import Ranges, Recipe
-from demerge.merging.recipe.rules import Rule, compile_pattern, resolve_rules, select
+from demerge.merging.recipe.rules import compile_pattern, resolve_rules, select
 from demerge.merging.registry import find_method
 from demerge.merging.stage import MergeResult, Plan, find_report_folder
 from demerge.progress import Progress, silent
@@ -48,7 +48,7 @@ from demerge.storage.atomic import check_is_new, place_for
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hashing import Hashing
 from demerge.storage.hub import resolve_model_path
-from demerge.storage.layout import CheckpointLocation, locate
+from demerge.storage.layout import locate
 from demerge.timesteps import TimestepRange
 
 MOST_WORKERS = 4
@@ -112,14 +112,13 @@ def plan(
     recipe = _without_base(translate(recipe))
     method = find_method(recipe.method)
     models = _Models.open(recipe, method)
-    hashing = Hashing(models.files())
+    hashing = Hashing([file for side in models.sides for file in side.files()])
     if recipe.base.files:
         now = models.record(recipe, hashing.result())
-        for source, found in zip(
-            [recipe.base, *recipe.experts], [now.base, *now.experts], strict=True
-        ):
+        recipe.base.check_unchanged(now.base)
+        for source, found in zip(recipe.experts, now.experts, strict=True):
             source.check_unchanged(found)
-    execution = Execution(device, num_workers or _count_cores())
+    execution = Execution(device, num_workers or min(MOST_WORKERS, count_cores()))
     parts = [_plan_part(recipe, side, execution) for side in models.sides]
     _check_not_a_copy(recipe, models.sides, parts)
     parts[0] = replace(parts[0], notes=[*parts[0].notes, *models.notes])
@@ -187,14 +186,9 @@ class _Side:
         return cls(task, method, base, experts, inputs, options)
 
     def files(self) -> list[Path]:
-        """Return all files that were opened."""
         inputs = [checkpoint for files in self.inputs.values() for checkpoint in files]
         opened = [self.base, *self.experts, *inputs]
         return [file for checkpoint in opened for file in checkpoint.place.files]
-
-    def has_rule(self, rule: Rule) -> bool:
-        """Whether a rule is for this side: for a denoiser any, else one that matches."""
-        return self.task.is_denoiser or any(map(compile_pattern(rule.pattern), self.base))
 
     def pick(self, numbers: Sequence[Number] | None, K: int) -> tuple[Number, ...] | None:
         """Return, of one number for each expert of the recipe, those of this side's experts."""
@@ -205,13 +199,7 @@ class _Side:
 
 @dataclass(frozen=True, slots=True)
 class _Models:
-    """The opened inputs of a merge.
-
-    Attributes:
-        ranges: of the experts.
-        sides: the parts of the output.
-        notes: on what of the experts is not used.
-    """
+    """The opened inputs: the experts' ranges, the parts of the output, notes on what is unused."""
 
     ranges: Sequence[TimestepRange | None]
     sides: Sequence[_Side]
@@ -225,9 +213,8 @@ class _Models:
             fix = "leave them out, and name the experts that count alone"
             raise UsageError(f"method {method.name} has no weights", fix=fix)
         variant = recipe.variant
-        sources = (recipe.base, *recipe.experts)
-        paths = [resolve_model_path(source.path, variant) for source in sources]
-        places = [locate(path, variant) for path in paths]
+        paths = [source.path for source in (recipe.base, *recipe.experts)]
+        places = [locate(resolve_model_path(path, variant), variant) for path in paths]
         base, *experts = (find_denoisers(place, variant) for place in places)
         ranges = []
         for source, place, denoisers in zip(recipe.experts, places[1:], experts, strict=True):
@@ -236,7 +223,14 @@ class _Models:
                 fix = "leave the range out (none), or name the folder of one of the two"
                 raise UsageError(f"{what} {source.range} is given", fix=fix)
             ranges.append(resolve_range(place, source))
-        others, notes = _find_others(recipe, places, ranges)
+        others: list[Task] = []
+        notes: list[str] = []
+        if not recipe.only or recipe.components is not None:  # --only keeps the other parts
+            components = recipe.components
+            others, notes = find_component_tasks(places[0], places[1:], ranges, components, variant)
+        if recipe.only and others:
+            what = "--only merges a part of the denoiser, --components other parts too"
+            raise UsageError(what, fix="leave one of them out")
         tasks = [*assign_experts(base, experts, ranges, recipe.boundary), *others]
         sides = [_Side.open(task, recipe, method) for task in tasks]
         if recipe.lora_rank is not None and len(sides) > 1:
@@ -244,10 +238,6 @@ class _Models:
             fix = "give --components denoiser" if others else "merge each side alone"
             raise UsageError(what, fix=fix)
         return cls(ranges, sides, notes)
-
-    def files(self) -> list[Path]:
-        """Return all files that were opened."""
-        return [file for side in self.sides for file in side.files()]
 
     def record(self, recipe: Recipe, hashes: Mapping[Path, str]) -> Recipe:
         """Return the recipe with ranges, versions and the SHA-256 of every input."""
@@ -266,26 +256,8 @@ class _Models:
         return replace(recipe, base=base, experts=experts, versions=made, output={})
 
 
-def _find_others(
-    recipe: Recipe, places: Sequence[CheckpointLocation], ranges: Sequence[TimestepRange | None]
-) -> tuple[list[Task], list[str]]:
-    """Return what is merged next to the denoisers; with --only, which keeps the rest, nothing."""
-    if recipe.only and recipe.components is None:
-        return [], []
-    base, *experts = places
-    tasks, notes = find_component_tasks(base, experts, ranges, recipe.components, recipe.variant)
-    if recipe.only and tasks:
-        what = "--only merges a part of the denoiser, --components other parts too"
-        raise UsageError(what, fix="leave one of them out")
-    return tasks, notes
-
-
 def _without_base(recipe: Recipe) -> Recipe:
-    """Return a recipe of LoRA files alone, if a LoRA stands in the base's place.
-
-    Raises:
-        UsageError: if an expert is a model.
-    """
+    """Return a recipe of LoRA files alone, if a LoRA stands in the base's place."""
     files = [Checkpoint.open(recipe.base.path, recipe.variant)]
     if not is_lora(files[0]):
         return recipe
@@ -348,32 +320,27 @@ def _plan_part(recipe: Recipe, side: _Side, execution: Execution) -> OutputDenoi
 
 def _with_weights(part: OutputDenoiser, recipe: Recipe, side: _Side) -> OutputDenoiser:
     """Return a part that has experts with their weights, its rules, and the tensors to merge."""
-    job, K = part.job, len(recipe.experts)
+    job, K, is_denoiser = part.job, len(recipe.experts), side.task.is_denoiser
     specs = job.base.specs if isinstance(job.base, Checkpoint | NoBase) else {}
-    floating = [name for name, spec in specs.items() if spec.is_float and not is_buffer(name)]
-    chosen = set(floating)
+    merged = [name for name, spec in specs.items() if spec.is_float and not is_buffer(name)]
     if recipe.only:
-        chosen = {n for p in recipe.only for n in select(p, floating, f"--only '{p}'")}
-    weights = recipe.weights if side.task.is_denoiser else resolve_weights(recipe.weights, K)
+        chosen = {n for p in recipe.only for n in select(p, merged, f"--only '{p}'")}
+        merged = [name for name in merged if name in chosen]
+    weights = recipe.weights if is_denoiser else resolve_weights(recipe.weights, K)
     weights = resolve_weights(side.pick(weights, K), len(part.experts))
     rules = []
-    for rule in recipe.rules:
-        if side.has_rule(rule):
+    for rule in recipe.rules:  # of another part than the denoiser, those that match
+        if is_denoiser or any(map(compile_pattern(rule.pattern), side.base)):
             rules.append(replace(rule, weights=side.pick(rule.weights, K)))
-    merged = [name for name in floating if name in chosen]
     settings, matches = resolve_rules(rules, merged, side.method, side.options, weights)
-    job = replace(job, weights=weights, settings=settings, only=chosen)
+    job = replace(job, weights=weights, settings=settings, only=frozenset(merged))
     return replace(part, job=job, matches=matches)
 
 
 def _check_not_a_copy(
     recipe: Recipe, sides: Sequence[_Side], parts: Sequence[OutputDenoiser]
 ) -> None:
-    """Refuse a merge that gives an input back, unless weights mean that; and one without a base.
-
-    Raises:
-        UsageError: with the commands that may have been meant.
-    """
+    """Refuse a merge that gives an input back, unless weights mean that; and one without a base."""
     if recipe.no_base:
         for side, part in zip(sides, parts, strict=True):
             if isinstance(side.base, NoBase):  # the deltas of LoRA files alone need no base
@@ -399,10 +366,3 @@ def _check_not_a_copy(
     fix = f"{fix} {models} --no-base; the copy itself: say so by --weights"
     copy_of_base = "choose other options, or give --weights if the copy is meant"
     raise UsageError(what, fix=fix if first else copy_of_base)
-
-
-def _count_cores() -> int:
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return min(MOST_WORKERS, cores)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ REPORT = "report"  # a folder that no program takes for a part of the pipeline
 INDEX, CONFIG = Path("model_index.json"), "config.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Survey:
     """What of a merge survives the rounding to the stored dtype."""
 
@@ -67,8 +67,8 @@ class Survey:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class MergeResult:
+@dataclass(frozen=True)
+class MergeResult(Survey):
     """A finished merge: where it is, its recipe as stored there, and what survived the rounding.
 
     Attributes:
@@ -77,8 +77,6 @@ class MergeResult:
 
     path: Path
     recipe: Recipe
-    tally: Tally
-    plan: Plan
     adapter: AdapterSummary | None = None
 
     def __repr__(self) -> str:
@@ -92,7 +90,7 @@ class MergeResult:
 
     def lines(self) -> list[str]:
         """Return what was made, for a person."""
-        lines = Survey(self.plan, self.tally).lines()
+        lines = super().lines()
         if self.adapter is not None:
             energy = f"{self.adapter.share:.1%} of the energy of the merged change"
             lines.append(f"adapter holds {energy} at rank {self.adapter.rank}")
@@ -102,7 +100,7 @@ class MergeResult:
 
     def document(self) -> dict[str, Any]:
         """Return the plan and what was made, as JSON values."""
-        document = Survey(self.plan, self.tally).document()
+        document = super().document()
         if self.adapter is not None:
             document["adapter"] = self.adapter.document()
         if self.report is not None:
@@ -216,7 +214,7 @@ class Plan:
     def measure(self, progress: Progress = silent) -> Survey:
         """Run the arithmetic without writing."""
         tallies = [part.with_progress(progress).measure() for part in self.parts]
-        return Survey(self, _sum(tallies))
+        return Survey(self, sum(tallies, Tally()))
 
     def run(self, progress: Progress = silent) -> MergeResult:
         """Write the merge, whole or not at all. The output is put in its place after its report.
@@ -234,11 +232,10 @@ class Plan:
             check_is_new(report, replace=_is_unfinished(report, out))
         check_disk_space(out, self.cost().disk or 0)
         parts = [part.with_progress(progress) for part in self.parts]
-        if is_file(out):
-            recipe, written = self._write_file(out, parts)
-        else:
-            recipe, written = self._write_folder(out, parts)
-        return MergeResult(out, recipe, _sum([w.tally for w in written]), self, written[0].adapter)
+        write = self._write_file if is_file(out) else self._write_folder
+        recipe, written = write(out, parts)
+        tally = sum((done.tally for done in written), Tally())
+        return MergeResult(self, tally, out, recipe, written[0].adapter)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -248,12 +245,16 @@ class Plan:
         if len(parts) > 1:
             what = f"the output has {len(parts)} parts with weights, not one file"
             raise UsageError(what, fix="give -o the name of a folder")
-        observe = before = None
-        if self.report is not None:
-            observe, before = sum_chunk, partial(self._write_report_of_file, self.report, out)
-        metadata = self._metadata(out.parent)
-        written = parts[0].commit(out, metadata, observe=observe, hashed=False, before=before)
-        return self.recipe.relative_to(out.parent), [written]
+        report, home = self.report, out.parent
+        observe = None if report is None else sum_chunk
+
+        def report_first(sums: Sequence[Sums]) -> None:
+            if report is not None:
+                self._write_report(report, self.recipe.relative_to(home), [sums], out.name)
+
+        metadata = self._metadata(home)
+        written = parts[0].commit(out, metadata, observe, hashed=False, before=report_first)
+        return self.recipe.relative_to(home), [written]
 
     def _write_folder(
         self, out: Path, parts: Sequence[OutputDenoiser]
@@ -265,12 +266,12 @@ class Plan:
             copy_files(kept, folder)
             if draft.boundary is not None:
                 commit_json(folder / INDEX, make_pair_index(first.place, draft.boundary))
-            written = [part.commit(folder / part.path, metadata, observe=observe) for part in parts]
+            written = [part.commit(folder / part.path, metadata, observe) for part in parts]
             pairs = zip(parts, written, strict=True)
             hashes = {part.path.as_posix(): done.sha256 for part, done in pairs}
             recipe = replace(self.recipe.relative_to(out), output=hashes)
             commit_text(folder / DOCUMENT, recipe.canonical() + "\n")
-            tally = _sum([done.tally for done in written])
+            tally = sum((done.tally for done in written), Tally())
             share = written[0].adapter.share if written[0].adapter else tally.share
             base = name_base(first.place)
             card = render_card(recipe, base, share, tally.rounding, self.notes)
@@ -301,9 +302,6 @@ class Plan:
             return Metadata(self.recipe.relative_to(home).metadata())
         draft = self.resolve(defaultdict(lambda: "0" * 64)).relative_to(home)
         return Metadata(draft.metadata(), lambda: self.recipe.relative_to(home).metadata())
-
-    def _write_report_of_file(self, report: Path, out: Path, sums: Sequence[Sums]) -> None:
-        self._write_report(report, self.recipe.relative_to(out.parent), [sums], out.name)
 
     def _write_report(
         self, folder: Path, recipe: Recipe, sums: Sequence[Sequence[Sums]], of: str
@@ -338,10 +336,3 @@ def _is_unfinished(folder: Path, out: Path) -> bool:
     if not files or out.exists():
         return False
     return all(read_json(path).get("of") == out.name for path in files)
-
-
-def _sum(tallies: Sequence[Tally]) -> Tally:
-    total = Tally()
-    for tally in tallies:
-        total.add(tally)
-    return total

@@ -89,11 +89,11 @@ def fit_expert(
     comparison = _Comparison(base, expert, *names, options)
     comparison.check()
     kept = [name for name in expert if name in base]
-    if len(kept) < len(expert):
-        if isinstance(expert, Checkpoint):
-            return expert.only(kept), comparison.notes
-        expert = {name: expert[name] for name in kept}
-    return expert, comparison.notes
+    if len(kept) == len(expert):
+        return expert, comparison.notes
+    if isinstance(expert, Checkpoint):
+        return expert.only(kept), comparison.notes
+    return {name: expert[name] for name in kept}, comparison.notes
 
 
 @dataclass
@@ -108,10 +108,8 @@ class _Comparison:
     faults: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def right_base(self) -> str:
-        """The fix for most differences."""
-        return f"name the base that {self.label} was finetuned from"
+    def __post_init__(self) -> None:
+        self.right_base = f"name the base that {self.label} was finetuned from"
 
     def is_merged(self, name: str) -> bool:
         """Whether --only leaves a tensor of this name in."""
@@ -139,7 +137,6 @@ class _Comparison:
             raise InputError(what, fix=fixes)
 
     def check_layout(self) -> None:
-        """Refuse an expert whose denoiser has the names of the other layout."""
         one, other = _layout(self.base), _layout(self.expert)
         if one and other and one != other:
             what = f"{self.label} has the names of the {other} layout, {self.base_name} those of"
@@ -148,7 +145,6 @@ class _Comparison:
             raise InputError(f"{what} {one}", fix=fix)
 
     def check_markers(self) -> None:
-        """Compare the markers of what the models predict."""
         mine, theirs = _find_markers(self.base), _find_markers(self.expert)
         for marks, owner, option, is_allowed in (
             (mine - theirs, self.base_name, "--missing base", self.options.missing == "base"),
@@ -162,7 +158,6 @@ class _Comparison:
                 self.faults[f"{what}, so the two predict something else"] = fix
 
     def check_schedule(self) -> None:
-        """Compare the buffers that both have."""
         buffers = [name for name in self.base if name in self.expert and is_buffer(name)]
         different = [n for n in buffers if not _is_close(self.base[n], self.expert[n])]
         wrong = [name for name in different if name in SCHEDULE]
@@ -171,27 +166,22 @@ class _Comparison:
         self.note_buffers([name for name in different if name not in SCHEDULE])
 
     def note_buffers(self, names: Sequence[str]) -> None:
-        """Note that the base's buffers are kept."""
         if names:
             self.notes.append(f"{self.label}: the base's buffers are kept: {listed(names)}")
 
     def check_missing(self, names: Sequence[str]) -> None:
-        """Refuse tensors that the expert lacks, or note that the base's are kept."""
         absent = [p for p in PARTS if _has_part(p, self.base) and not _has_part(p, self.expert)]
         parts = {name: _part_of(name) for name in names if not is_buffer(name)}
         for part in dict.fromkeys(part for part in parts.values() if part in absent):
             self.notes.append(f"{self.label} has no {part}: the base's is kept")
         self.note_buffers([name for name in names if is_buffer(name)])
         left = [name for name, part in parts.items() if part not in absent]
-        if left and self.options.missing == "base":
-            what = f"{self.label} lacks {len(left)} tensors, the base's are kept: {listed(left)}"
-            self.notes.append(what)
-        elif left:
-            fix = f"{self.right_base}, or give --missing base to keep the base's"
-            self.faults[f"{len(left)} missing: {listed(left)}"] = fix
+        what = f"{self.label} lacks {len(left)} tensors, the base's are kept: {listed(left)}"
+        fault = f"{len(left)} missing: {listed(left)}"
+        fix = f"{self.right_base}, or give --missing base to keep the base's"
+        self.note_or_refuse(left, self.options.missing == "base", what, fault, fix)
 
     def check_extra(self, names: Sequence[str]) -> None:
-        """Refuse tensors that only the expert has, or note that they are dropped."""
         outside = [name for name in names if not self.is_merged(name)]
         inside = [name for name in names if self.is_merged(name)]
         buffers = [name for name in inside if is_buffer(name)]
@@ -203,15 +193,20 @@ class _Comparison:
             self.notes.append(f"{what}: {listed(outside)}")
         parts = [part for part in PARTS if _has_part(part, left) and not _has_part(part, self.base)]
         reason = f" (the base has no {' and no '.join(parts)})" if parts else ""
-        if left and self.options.extra == "drop":
-            what = f"{self.label}: {len(left)} tensors dropped{reason}: {listed(left)}"
-            self.notes.append(what)
-        elif left:
-            fix = f"{self.right_base}, or give --extra drop to drop them"
-            self.faults[f"{len(left)} extra{reason}: {listed(left)}"] = fix
+        what = f"{self.label}: {len(left)} tensors dropped{reason}: {listed(left)}"
+        fault = f"{len(left)} extra{reason}: {listed(left)}"
+        fix = f"{self.right_base}, or give --extra drop to drop them"
+        self.note_or_refuse(left, self.options.extra == "drop", what, fault, fix)
+
+    def note_or_refuse(
+        self, names: Sequence[str], is_allowed: bool, note: str, fault: str, fix: str
+    ) -> None:
+        if names and is_allowed:
+            self.notes.append(note)
+        elif names:
+            self.faults[fault] = fix
 
     def check_equal_kinds(self, names: Sequence[str]) -> None:
-        """Refuse tensors of another shape or kind, and unequal integers."""
         differences = find_differences(self.base, self.expert, names)
         wrong = {name for texts in differences.values() for name in texts}
         fix = f"{self.right_base}{self.suggest_only(wrong)}" if wrong else ""

@@ -8,9 +8,8 @@ what differs by the same method, and a list names what is merged.
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,6 +30,7 @@ from demerge.storage.safetensors_header import read_json
 from demerge.timesteps import TimestepRange
 
 DENOISER, ALL = "denoiser", "all"
+KEEP = "give --components denoiser to keep the base's"
 DENOISERS = frozenset({DENOISER, *COMPONENTS, SECOND})
 NOT_MERGED = frozenset({*COMPONENTS, SECOND, "safety_checker", "feature_extractor", "scheduler"})
 WEIGHTS = (".safetensors", ".bin")
@@ -63,21 +63,35 @@ def find_component_tasks(
         fix = "to merge the denoiser alone, give --only 'model.diffusion_model.**'"
         raise UsageError(what, fix=fix)
     wanted = _select_parts(components, list_parts(base))
-    different = [_find_different(base, place, variant) for place in experts]
+    differences = [_find_differences(base, place, variant) for place in experts]
     tasks, notes = [], []
-    for place, names in zip(experts, different, strict=True):
-        left = [name for name in names if name not in wanted]
+    for place, found in zip(experts, differences, strict=True):
+        left = {name: why for name, why in found.items() if name not in wanted}
         if left and components in (None, ALL):
-            _refuse(base, place, left, variant)
+            reasons = [f"{name}: {why}" for name, why in left.items() if why]
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            fix = "" if reasons else ", or --components all to merge them too"
+            what = f"{place.path} has another {_join(left)} than {base.path}{why}"
+            raise InputError(what, fix=f"{KEEP}{fix}")
         if left:
-            parts = f"its {_join(left)}, other than the base's"
-            notes.append(f"{place.path}: not used, as --components says: {parts}")
+            other = f"its {_join(left)}, other than the base's"
+            notes.append(f"{place.path}: not used, as --components says: {other}")
     for name in wanted:
-        if any(name in names for names in different):
-            tasks.append(_make_task(name, base, experts, ranges, variant))
-            for place in experts:
-                if place.pipeline and name not in list_parts(place):
-                    notes.append(f"{place.path} has no {name}: the base's is used")
+        if not any(name in found for found in differences):
+            continue
+        own = locate(_pipeline(base), variant, name)
+        parts = []
+        for i, (place, found) in enumerate(zip(experts, differences, strict=True)):
+            if name in list_parts(place):
+                part = locate(_pipeline(place), variant, name)
+                if found.get(name):
+                    what = f"{part.component}/config.json differs from the base's: {found[name]}"
+                    raise InputError(what, fix=KEEP)
+                parts.append((i, Denoiser(name, part, ranges[i])))
+            elif place.pipeline:
+                notes.append(f"{place.path} has no {name}: the base's is used")
+        file = TRANSFORMERS_FILE if own.files[0].name.startswith("model") else TORCH_FILE
+        tasks.append(Task(Path(name), Denoiser(name, own), parts, file=file, is_denoiser=False))
     return tasks, notes
 
 
@@ -86,7 +100,7 @@ def note_ignored(base: object, experts: Sequence[object]) -> list[str]:
     notes = notes_of(experts)
     for expert in experts:
         if isinstance(base, Checkpoint) and isinstance(expert, Checkpoint):
-            names = _find_different(base.place, expert.place, None)
+            names = _find_differences(base.place, expert.place, None)
             if names:
                 parts = f"its {_join(names)}, other than the base's"
                 notes.append(f"{expert.place.path}: not looked at: {parts}")
@@ -122,80 +136,39 @@ def _select_parts(components: str | None, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in listed]
 
 
-def _refuse(
-    base: CheckpointLocation, expert: CheckpointLocation, names: Sequence[str], variant: str | None
-) -> None:
-    own = list_parts(base)
-    reasons = []
-    for name in names:
-        why = "the base has none"
-        if name in own:
-            parts = [_locate_part(place, name, variant) for place in (base, expert)]
-            why = _compare_parts(*parts)
-        reasons += [f"{name}: {why}"] if why else []
-    why = f" ({'; '.join(reasons)})" if reasons else ""
-    fix = "give --components denoiser to keep the base's"
-    fix += "" if reasons else ", or --components all to merge them too"
-    what = f"{expert.path} has another {_join(names)} than {base.path}{why}"
-    raise InputError(what, fix=fix)
-
-
-def _make_task(
-    name: str,
-    base: CheckpointLocation,
-    experts: Sequence[CheckpointLocation],
-    ranges: Sequence[TimestepRange | None],
-    variant: str | None,
-) -> Task:
-    own = _locate_part(base, name, variant)
-    parts = []
-    for i, place in enumerate(experts):
-        if name not in list_parts(place):
-            continue
-        part = _locate_part(place, name, variant)
-        differences = _compare_parts(own, part)
-        if differences:
-            what = f"{part.component}/config.json differs from the base's: {differences}"
-            raise InputError(what, fix="give --components denoiser to keep the base's")
-        parts.append((i, Denoiser(name, part, ranges[i])))
-    file = TRANSFORMERS_FILE if own.files[0].name.startswith("model") else TORCH_FILE
-    return Task(Path(name), Denoiser(name, own), parts, file=file, is_denoiser=False)
-
-
-def _locate_part(place: CheckpointLocation, name: str, variant: str | None) -> CheckpointLocation:
+def _pipeline(place: CheckpointLocation) -> Path:
     if place.pipeline is None:
         raise ValueError(f"{place.path} is not a pipeline")
-    return locate(place.pipeline, variant, name)
+    return place.pipeline
 
 
-def _find_different(
+def _find_differences(
     base: CheckpointLocation, expert: CheckpointLocation, variant: str | None
-) -> list[str]:
-    """Return the names of an expert's parts that are not the base's."""
+) -> dict[str, str]:
+    """Return an expert's parts that are not the base's, and why they cannot be merged, if so."""
     if base.pipeline is None or expert.pipeline is None:
-        return []
+        return {}
     if base.pipeline.resolve() == expert.pipeline.resolve():
-        return []
-    own = list_parts(base)
-    different = []
+        return {}
+    own, found = list_parts(base), {}
     for name in list_parts(expert):
-        if name not in own or not _is_equal(base.pipeline, expert.pipeline, name, variant):
-            different.append(name)
-    return different
+        one, other = base.pipeline / name, expert.pipeline / name
+        if name not in own:
+            found[name] = "the base has none"
+        elif differences := _compare_configs(one, other):
+            found[name] = differences
+        elif not _have_same_bytes(_list_weights(one), _list_weights(other)):
+            parts = [locate(place, variant, name) for place in (base.pipeline, expert.pipeline)]
+            if not _equal_tensors(*map(Checkpoint, parts)):
+                found[name] = ""
+    return found
 
 
-def _is_equal(base: Path, expert: Path, name: str, variant: str | None) -> bool:
-    one, other = base / name, expert / name
-    files = {file.name: file for file in _list_weights(one)}
-    others = {file.name: file for file in _list_weights(other)}
-    if files.keys() == others.keys() and all(_same_bytes(files[n], others[n]) for n in files):
-        return not _compare_configs(one, other)
-    parts = [locate(pipeline, variant, name) for pipeline in (base, expert)]
-    return not _compare_parts(*parts) and _equal_tensors(*map(Checkpoint, parts))
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    return one.samefile(other) or filecmp.cmp(one, other, shallow=False)
+def _have_same_bytes(ones: Sequence[Path], others: Sequence[Path]) -> bool:
+    if [file.name for file in ones] != [file.name for file in others]:
+        return False
+    pairs = zip(ones, others, strict=True)
+    return all(a.samefile(b) or filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 
 def _equal_tensors(base: Checkpoint, expert: Checkpoint) -> bool:
@@ -213,13 +186,10 @@ def _equal_tensors(base: Checkpoint, expert: Checkpoint) -> bool:
     return True
 
 
-def _compare_parts(base: CheckpointLocation, expert: CheckpointLocation) -> str:
-    return _compare_configs(base.component or base.path, expert.component or expert.path)
-
-
 def _compare_configs(base: Path, expert: Path) -> str:
     """Say in which keys that both state two configs differ."""
-    one, other = _read_config(base), _read_config(expert)
+    files = [folder / "config.json" for folder in (base, expert)]
+    one, other = (read_json(file) if file.is_file() else {} for file in files)
     differences = []
     for key in one:
         is_compared = key in other and key not in WITHOUT_EFFECT
@@ -229,14 +199,11 @@ def _compare_configs(base: Path, expert: Path) -> str:
     return ", ".join(differences)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-
-
 def _list_weights(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*")) if folder.is_dir() else []
     return [file for file in files if file.suffix in WEIGHTS]
 
 
-def _join(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def _join(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -57,21 +57,11 @@ class Written:
 
 
 class HashingSink:
-    """A stream that hashes what it passes on; without another stream it only hashes."""
+    """Bytes that are hashed and go nowhere."""
 
-    def __init__(self, stream: Sink | None = None) -> None:
-        self._stream, self._digest = stream, hashlib.sha256()
-
-    def write(self, data: Any, /) -> None:
-        """Hash and pass on."""
-        self._digest.update(data)
-        if self._stream is not None:
-            self._stream.write(data)
-
-    @property
-    def sha256(self) -> str:
-        """The SHA-256 of all that was written."""
-        return self._digest.hexdigest()
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.write = self.digest.update
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +138,15 @@ class OutputDenoiser:
 
     def measure(self) -> Tally:
         """Run the arithmetic alone; return what survives the rounding."""
-        tally = Tally()
-        for piece in pieces(self.job, self.entries, self.storage):
-            if piece.tally is not None:
-                tally.add(piece.tally)
-        return tally
+        stream = pieces(self.job, self.entries, self.storage)
+        return sum((piece.tally for piece in stream), Tally())
 
     def commit(
         self,
         path: Path,
         metadata: Metadata,
-        *,
         observe: Observe | None = None,
+        *,
         hashed: bool = True,
         before: BeforeCommit | None = None,
     ) -> Written:
@@ -174,8 +161,7 @@ class OutputDenoiser:
         written: list[Written] = []
 
         def put(stream: BinaryIO) -> None:
-            sink = HashingSink(stream) if hashed and metadata.later is None else stream
-            written.append(self._write(sink, metadata.now, observe))
+            written.append(self._write(stream, metadata.now, observe))
             if metadata.later:
                 stream.seek(0)
                 stream.write(make_header(self.entries, self._with_storage(metadata.later())))
@@ -183,14 +169,17 @@ class OutputDenoiser:
                 before(written[0].sums)
 
         commit_file(path, put)
-        return replace(written[0], sha256=sha256(path)) if hashed and metadata.later else written[0]
+        return replace(written[0], sha256=sha256(path)) if hashed else written[0]
 
     def digest(self, metadata: Mapping[str, str]) -> str:
         """Return the SHA-256 of the file that `commit` would write."""
-        if not self.lora:
-            return self._write(HashingSink(), metadata).sha256
-        with TemporaryDirectory() as folder:
-            return self._commit_lora(Path(folder) / ADAPTER_FILE, self.lora, metadata).sha256
+        if self.lora:
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / ADAPTER_FILE
+                return self._commit_lora(path, self.lora, metadata).sha256
+        sink = HashingSink()
+        self._write(sink, metadata)
+        return sink.digest.hexdigest()
 
     def _with_storage(self, metadata: Mapping[str, str]) -> dict[str, str]:
         return {**self.storage.metadata, **metadata}
@@ -199,8 +188,9 @@ class OutputDenoiser:
         self, sink: Sink, metadata: Mapping[str, str], observe: Observe | None = None
     ) -> Written:
         everything = self._with_storage(metadata)
-        tally, sums = write_stream(sink, self.job, self.entries, self.storage, everything, observe)
-        return Written(tally, sums, sink.sha256 if isinstance(sink, HashingSink) else "")
+        return Written(
+            *write_stream(sink, self.job, self.entries, self.storage, everything, observe)
+        )
 
     def _commit_lora(
         self,
@@ -211,12 +201,18 @@ class OutputDenoiser:
         before: BeforeCommit | None = None,
     ) -> Written:
         """Write the best factors of every tensor's merged delta."""
-        tally, sums, job = Tally(), [], self.job
+        changed, sums, job = 0, [], self.job
 
         def finish(name: str, done: MergedChunk) -> tuple[Tensor, Sums | None]:
-            return _delta_of(done), self._observe_unstored(observe, name, done)
+            delta = (done.merged - done.block.base.reshape(-1)).cpu()
+            if observe is None:
+                return delta, None
+            stored = self.storage.round(name, done.start, done.merged)
+            base = self.storage.round_base(name, done, job.base[name].dtype)
+            return delta, observe(name, done, *count_survivors(stored, done, base))
 
         def deltas() -> Iterator[tuple[str, Tensor]]:
+            nonlocal changed
             chunks = job.stream(job.floating, finish)
             for name in job.floating:
                 delta = torch.empty(job.base[name].numel(), dtype=job.reader.dtype)
@@ -225,7 +221,7 @@ class OutputDenoiser:
                     chunk, observed = next(chunks)
                     delta[start : (start := start + len(chunk))] = chunk
                     sums.extend([] if observed is None else [observed])
-                tally.changed += int(delta.count_nonzero())
+                changed += int(delta.count_nonzero())
                 yield name, delta.view(job.base[name].shape)
             if before:
                 before(sums)
@@ -233,18 +229,4 @@ class OutputDenoiser:
         prefix = job.base.prefix if isinstance(job.base, NoBase) else ""
         prefix = prefix or name_prefix(self.place, job.base)
         summary = write_adapter(path, deltas(), lora.rank, prefix, metadata, lora.dtype)
-        tally.survived = tally.changed
-        return Written(tally, sums, sha256(path), summary)
-
-    def _observe_unstored(
-        self, observe: Observe | None, name: str, done: MergedChunk
-    ) -> Sums | None:
-        if observe is None:
-            return None
-        stored = self.storage.round(name, done.start, done.merged)
-        base = self.storage.round_base(name, done, self.job.base[name].dtype)
-        return observe(name, done, *count_survivors(stored, done, base))
-
-
-def _delta_of(done: MergedChunk) -> Tensor:
-    return (done.merged - done.block.base.reshape(-1)).cpu()
+        return Written(Tally(changed, changed), sums, sha256(path), summary)

@@ -40,7 +40,7 @@ class Sink(Protocol):
         """Take some bytes."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Tally:
     """How many entries the merge changes, and how many of those survive the rounding.
 
@@ -53,13 +53,11 @@ class Tally:
     survived: int = 0
     squares: Squares = (0.0, 0.0, 0.0)
 
-    def add(self, other: Tally) -> None:
-        """Add another count."""
-        self.changed += other.changed
-        self.survived += other.survived
+    def __add__(self, other: Tally) -> Tally:
         a, b, c = self.squares
         x, y, z = other.squares
-        self.squares = (a + x, b + y, c + z)
+        changed, survived = self.changed + other.changed, self.survived + other.survived
+        return Tally(changed, survived, (a + x, b + y, c + z))
 
     @property
     def share(self) -> float:
@@ -85,7 +83,7 @@ class Piece:
 
     n: int
     stored: Tensor
-    tally: Tally | None = None
+    tally: Tally = Tally()
     sums: Sums | None = None
 
 
@@ -202,8 +200,7 @@ def write_stream(
     tally, sums = Tally(), []
     for piece in pieces(job, entries, storage, observe, put):
         stream.write(_bytes_of(piece.stored))
-        if piece.tally is not None:
-            tally.add(piece.tally)
+        tally += piece.tally
         if piece.sums is not None:
             sums.append(piece.sums)
     return tally, sums
