@@ -13,7 +13,7 @@ import torch
 
 from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.threads import fitting_threads
+from demerge.diffusion.numerics import fitting_threads
 from demerge.durations import format_seconds
 from demerge.errors import UsageError
 from demerge.finetuning.checkpoint import disk_bytes
