@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from demerge.data.layout import Splits
 from demerge.data.values import Array, Pixels8, Source
 from demerge.errors import InputError
 from demerge.randomness import permutation
@@ -173,4 +174,4 @@ def array_source(
     digest.update(np.ascontiguousarray(images).data)
     plain = None if labels is None else [int(label) for label in labels]
     digest.update(str(plain).encode())
-    return Source(name, Array(images), digest.hexdigest(), test, labels=plain)
+    return Source(name, Array(images), digest.hexdigest(), Splits(test=test), labels=plain)

@@ -63,7 +63,7 @@ def read_folder(folder: Path, *, skip_broken: bool = False) -> Source:
     digest.update(repr((captions, labels)).encode())
     name, pixels = escape_name(folder.resolve().name), Files(paths, tuple(headers.values()))
     content = digest.hexdigest()
-    return Source(name, pixels, content, splits.test, captions, labels, splits.spare)
+    return Source(name, pixels, content, splits, captions, labels)
 
 
 def read_headers(

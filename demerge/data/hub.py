@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from demerge.data.decode import decode_image
+from demerge.data.layout import Splits
 from demerge.data.values import Least, Pixels8, Shape, Source
 from demerge.errors import InputError, UsageError
 
@@ -48,16 +49,16 @@ class Rows:
 def read_hub(text: str) -> Source:
     """Read the first column of images of `hf:NAME[:CONFIG]`, its train and held-out splits."""
     name, _, config = text.removeprefix("hf:").partition(":")
-    splits = _load(name, config or None)
-    held = next((name for name in HELD_OUT if name in splits), None)
-    names = [name for name in ("train", held) if name and name in splits] or sorted(splits)[:1]
-    parts = tuple(splits[n] for n in names)
+    loaded = _load(name, config or None)
+    held = next((name for name in HELD_OUT if name in loaded), None)
+    names = [name for name in ("train", held) if name and name in loaded] or sorted(loaded)[:1]
+    parts = tuple(loaded[n] for n in names)
     pixels = Rows(text, parts, _image_column(text, parts[0]))
-    test = tuple(range(len(parts[0]), len(pixels))) if len(parts) == 2 else None
+    splits = Splits(test=tuple(range(len(parts[0]), len(pixels))) if len(parts) == 2 else None)
     keys = " ".join(str(getattr(part, "_fingerprint", len(part))) for part in parts)
     content = hashlib.sha256(f"{text} {keys}".encode()).hexdigest()
     captions, labels = _column(parts, TEXT_COLUMNS, str), _column(parts, LABEL_COLUMNS, int)
-    return Source(text, pixels, content, test, captions, labels)
+    return Source(text, pixels, content, splits, captions, labels)
 
 
 def _load(name: str, config: str | None) -> Mapping[str, Any]:

@@ -41,13 +41,13 @@ class Listing:
     """
 
     folder: Path
-    images: tuple[Path, ...]
-    metadata: tuple[Path, ...]
-    texts: tuple[Path, ...]
+    images: list[Path]
+    metadata: list[Path]
+    texts: list[Path]
     others: dict[str, int]
-    linked: tuple[Path, ...]
-    left_out: tuple[Path, ...]
-    closed: tuple[tuple[Path, str], ...]
+    linked: list[Path]
+    left_out: list[Path]
+    closed: list[tuple[Path, str]]
 
     def name(self, path: Path) -> str:
         """Return the name of a file relative to the folder, as `escape_name` writes it."""
@@ -88,16 +88,7 @@ def list_folder(folder: Path) -> Listing:
     if not images and not closed:
         fix = "give a folder of png, jpg, webp, tif or bmp files"
         raise InputError(f"{folder}: no image in this folder", fix=fix)
-    return Listing(
-        folder,
-        tuple(images),
-        tuple(metadata),
-        tuple(texts),
-        dict(others),
-        tuple(linked[1:]),
-        tuple(left_out),
-        tuple(closed),
-    )
+    return Listing(folder, images, metadata, texts, dict(others), linked[1:], left_out, closed)
 
 
 def suffix_of(path: str | Path) -> str:

@@ -9,6 +9,7 @@ from typing import get_args
 from demerge.data.arrays import is_cifar, is_idx, read_cifar, read_digits, read_idx, read_npz
 from demerge.data.folder import read_folder
 from demerge.data.hub import read_hub
+from demerge.data.layout import Splits
 from demerge.data.values import ImageData, Shape, Source
 from demerge.errors import InputError, UsageError
 from demerge.options import Split
@@ -51,7 +52,7 @@ def load_images(
     name = read.name.encode("utf-8", "replace").decode()  # as records can hold it
     every, pixels, content = tuple(range(n)), read.pixels, read.content
     data = ImageData(name, split, shape, content, pixels, every, read.captions, read.labels)
-    positions = split_positions(n, read.test, split, read.spare)
+    positions = split_positions(n, read.splits, split)
     if limit is not None and limit < len(positions):
         drawn = permutation(len(positions), 0, "limit")[:limit]
         positions = sorted(positions[i] for i in drawn)
@@ -98,23 +99,17 @@ def _check_arguments(
         raise UsageError(f"limit is {limit}", fix="give at least 1")
 
 
-def split_positions(
-    n: int, test: Sequence[int] | None, split: str, spare: Sequence[int] = ()
-) -> list[int]:
-    """Return the positions of a split of n images.
-
-    Args:
-        test: the test split; None draws a tenth by a fixed key.
-        spare: positions that belong to neither split.
-    """
+def split_positions(n: int, splits: Splits, split: str) -> list[int]:
+    """Return the positions of a split of n images; without a test split a tenth is drawn."""
     if split == "all":
         return list(range(n))
+    test: Sequence[int] | None = splits.test
     if test is None:
         tenth = max(1, round(n * HELD_OUT)) if n > 1 else 0
         test = permutation(n, 0, "held-out")[:tenth]
     if split == "test":
         return sorted(test)
-    outside = {*test, *spare}
+    outside = {*test, *splits.spare}
     return [i for i in range(n) if i not in outside]
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from demerge.data.arrays import is_cifar, is_idx
-from demerge.data.captions import escape_text, find_captions
+from demerge.data.captions import Captions, escape_text, find_captions
 from demerge.data.folder import read_headers
 from demerge.data.layout import Splits, find_splits
-from demerge.data.listing import Listing, list_folder, suffix_of
+from demerge.data.listing import list_folder, suffix_of
 from demerge.data.load import read_source, split_positions
 from demerge.errors import InputError
 from demerge.progress import Progress, silent
@@ -153,7 +153,7 @@ def scan(source: str | Path, *, progress: Progress = silent) -> Scan:
         sizes[f"{w}x{h}"] += count
         modes["RGB" if c == 3 else "L"] += count
     captions = None if read.captions is None else len(read.captions)
-    name, splits = escape_text(str(source)), _count_splits(n, Splits(test=read.test))
+    name, splits = escape_text(str(source)), _count_splits(n, read.splits)
     return Scan(name, n, tuple(broken), dict(sizes), dict(modes), {}, captions, 0, splits)
 
 
@@ -163,11 +163,15 @@ def _scan_folder(folder: Path, progress: Progress) -> Scan:
     broken = [(listing.name(path), reason) for path, reason in listing.closed]
     for path, error in errors.items():
         broken.append((listing.name(path), escape_text(error.what.removeprefix(f"{path}: "))))
-    captions, unmatched, complaint = _count_captions(listing, headers)
+    complaint, splits, captions = "", {}, None
     try:
         splits = _count_splits(len(headers), find_splits(folder, list(headers)))
     except InputError as error:
-        splits, complaint = {}, complaint or error.what
+        complaint = error.what
+    try:
+        captions = find_captions(listing)
+    except InputError as error:
+        captions, complaint = Captions({}, 0), f"captions cannot be read: {error.what}"
     links = {listing.name(path): "followed" for path in listing.linked}
     for path in listing.left_out:
         links[listing.name(path)] = "left out, its folder is read already"
@@ -178,8 +182,8 @@ def _scan_folder(folder: Path, progress: Progress) -> Scan:
         _frequencies(f"{h.width}x{h.height}" for h in headers.values()),
         _frequencies(h.mode for h in headers.values()),
         _frequencies(note for h in headers.values() for note in h.notes),
-        captions,
-        unmatched,
+        None if captions is None else len(captions.texts.keys() & headers.keys()),
+        0 if captions is None else captions.unmatched,
         splits,
         listing.others,
         links,
@@ -187,20 +191,8 @@ def _scan_folder(folder: Path, progress: Progress) -> Scan:
     )
 
 
-def _count_captions(listing: Listing, images: Iterable[Path]) -> tuple[int | None, int, str]:
-    try:
-        captions = find_captions(listing)
-    except InputError as error:
-        return 0, 0, f"captions cannot be read: {error.what}"
-    if captions is None:
-        return None, 0, ""
-    return sum(path in captions.texts for path in images), captions.unmatched, ""
-
-
 def _count_splits(n: int, splits: Splits) -> dict[str, int]:
-    counts = {}
-    for name in ("train", "test"):
-        counts[name] = len(split_positions(n, splits.test, name, splits.spare))
+    counts = {name: len(split_positions(n, splits, name)) for name in ("train", "test")}
     return counts | ({"in neither": len(splits.spare)} if splits.spare else {})
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from demerge.data.layout import Splits
+
 Pixels8 = NDArray[np.uint8]
 Shape = tuple[int, int, int]
 Least = tuple[int, int]
@@ -59,21 +61,14 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """All images of a source.
-
-    Attributes:
-        content: SHA-256 of pixels, captions and labels.
-        test: positions of its own test split; None if it has none.
-        spare: positions that belong to neither split.
-    """
+    """All images of a source."""
 
     name: str
     pixels: Pixels
-    content: str
-    test: tuple[int, ...] | None = None
+    content: str  # SHA-256 of pixels, captions and labels
+    splits: Splits
     captions: list[str] | None = None
     labels: list[int] | None = None
-    spare: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

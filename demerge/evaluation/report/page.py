@@ -8,26 +8,13 @@ from dataclasses import asdict
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
-from demerge.evaluation.report.significance import Verdict
 from demerge.evaluation.report.tables import labels_of, lines_of, measured, percent
 from demerge.evaluation.report.verdict import Findings
-from demerge.evaluation.scores import HIGHER_IS_BETTER, Kind, Row, rank
+from demerge.evaluation.scores import HIGHER_IS_BETTER, Row, rank
 from demerge.reporting.html import ASSETS, PageFigure, figure, render_page, uri
 from demerge.reporting.images import grid, png
 
 GREY = 128  # between the images, on light and on dark pages
-EYEBROWS: Mapping[Verdict, str] = {
-    "better": "These checkpoints: merging helped",
-    "worse": "These checkpoints: a control does better",
-    "inconclusive": "Inconclusive",
-    "none": "No verdict",
-}
-TILES: Mapping[Kind, str] = {
-    "base": "base",
-    "joint": "joint control",
-    "ensemble": "routed ensemble",
-    "merge": "best merge",
-}
 
 
 def page(
@@ -41,16 +28,13 @@ def page(
     caveats: Sequence[str],
 ) -> str:
     """Return the page of a table; for its parts see `Report`."""
-    rows, floors = findings.table.rows, findings.table.floors
+    rows = findings.table.rows
     metrics = measured(rows)
     tops = {m: None if m == "drift" else next(iter(rank(rows, m)), None) for m in metrics}
-    tiles = [(name, findings.best(kind)) for kind, name in TILES.items()]
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = (ASSETS / "comparison.html").read_text(encoding="utf-8")
     body = environment.from_string(template).render(
         findings=findings,
-        eyebrow=EYEBROWS[findings.outcome],
-        tiles=[*tiles, *(("noise floor", floor) for floor in floors[:1])],
         metrics=metrics,
         labels=labels_of(findings.table),
         higher_is_better=HIGHER_IS_BETTER,
