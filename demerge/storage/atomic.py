@@ -108,15 +108,15 @@ def commit_files(
     return Path(path)
 
 
-def check_is_new(path: Path | str, replace: bool = False) -> None:
-    """Check that nothing is written over, unless `replace`.
+def check_is_new(path: Path | str, replace: bool = False) -> Path:
+    """Return the path of an output, once it is known that nothing is written over.
 
     Raises:
         UsageError: if `path` exists and is not an empty folder, or cannot exist.
     """
     path = place_for(path)
     if replace or not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
+        return path
     raise UsageError(f"{path} exists already", fix="choose another place or remove it first")
 
 
@@ -144,12 +144,11 @@ def new_safetensors(out: Path | str) -> Path:
     Raises:
         UsageError: if it exists or cannot exist, or does not end in .safetensors.
     """
-    out = place_for(out)
+    out = Path(out)
     if out.suffix != ".safetensors":
         fix = f"for example {out.with_suffix('.safetensors')}"
         raise UsageError(f"'{out}' does not end in .safetensors", fix=fix)
-    check_is_new(out)
-    return out
+    return check_is_new(out)
 
 
 def check_disk_space(out: Path | str, needed: int) -> None:

@@ -24,7 +24,6 @@ from demerge.storage.atomic import (
     commit_dir,
     commit_json,
     new_safetensors,
-    place_for,
 )
 from demerge.storage.checkpoint import PREFIXES, WRAPPER, Checkpoint, commit_tensors
 from demerge.storage.hub import resolve_model_path
@@ -69,8 +68,7 @@ def to_folder(source: str | Path, out: str | Path, config: str | Path) -> dict[s
             tensors that it should not.
         ResourceError: if the disk does not suffice.
     """
-    source, out = Path(source), place_for(out)
-    check_is_new(out)
+    source, out = Path(source), check_is_new(out)
     home = resolve_model_path(config)
     index = _index(home)
     file = Checkpoint(locate(source))
