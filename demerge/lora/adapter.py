@@ -143,7 +143,7 @@ class Adapter(Mapping[str, Tensor]):
     ) -> Factors:
         magnitude = parts.get("magnitude") or parts.get("dora_scale")
         absent = [part for part in ("down", "up") if part not in parts]
-        if settings.is_dora and magnitude is None:
+        if settings.use_dora and magnitude is None:
             absent.append("magnitude")
         if absent:
             what = f"{listed(list(parts.values()))} without {' and '.join(absent)}"

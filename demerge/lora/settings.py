@@ -11,25 +11,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PrivateAttr, field_validator
 
 from demerge.errors import InputError
 from demerge.lora.names import has_peft_names
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.safetensors_header import parse_json, read_json
+from demerge.storage.schema import Foreign, checked
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
 ALPHAS = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")  # the first one wins
-BASE_CHANGING = (
-    "pissa",
-    "olora",
-    "loftq",
-    "corda",
-    "lora_ga",
-)  # initial values of init_lora_weights
+BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")  # of init_lora_weights
 OTHER_PARTS = ("text_encoder", "transformer_2.")
 USED = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type",
@@ -49,24 +45,31 @@ REFUSED = (
 LARGEST = 1e9
 REGEX_CHARACTERS = frozenset("*+?[](){}|\\^$")
 MERGE_FIRST = "merge the adapter into its base first"
-FETCH = "fetch the configuration again"
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Ranks and alphas by module, with their defaults; None if the configuration does not say.
+Number = Annotated[float, Field(gt=-LARGEST, lt=LARGEST)]
+Numbers = dict[str, Number | None]  # by module
 
-    Attributes:
-        without_alpha: modules whose alpha is not given and taken as r; filled by `scale`.
-    """
 
-    rank: float | None
-    alpha: float | None
-    ranks: Mapping[str, float]
-    alphas: Mapping[str, float]
-    is_rslora: bool
-    is_dora: bool
-    without_alpha: list[str] = field(default_factory=list)
+class Settings(Foreign):
+    """Ranks and alphas by module, with their defaults; None if the configuration does not say."""
+
+    r: Number | None = None
+    lora_alpha: Number | None = None
+    rank_pattern: Numbers | None = None
+    alpha_pattern: Numbers | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    _without_alpha: list[str] = PrivateAttr(default_factory=list)  # whose alpha is taken as r
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _check_modules(cls, table: Numbers | None) -> Numbers:
+        modules = {key.replace("\\.", "."): number for key, number in (table or {}).items()}
+        for module in modules:
+            if set(module.removeprefix("^")) & REGEX_CHARACTERS:
+                raise ValueError(f"must name modules, {module[:60]!r} is a regular expression")
+        return modules
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Settings:
@@ -87,14 +90,7 @@ class Settings:
                     raise InputError(f"{checkpoint.place.path}: {what}", fix=fix)
             values = config | values
         _check_kind(values, where)
-        return cls(
-            _read_number(values.get("r"), "r", where),
-            _read_number(values.get("lora_alpha"), "lora_alpha", where),
-            _read_table(values.get("rank_pattern"), "rank_pattern", where),
-            _read_table(values.get("alpha_pattern"), "alpha_pattern", where),
-            _read_switch(values.get("use_rslora"), "use_rslora", where),
-            _read_switch(values.get("use_dora"), "use_dora", where),
-        )
+        return checked(values, cls, where, fix="fetch the configuration again")
 
     def scale(self, module: str, rank: int, alpha: float | None) -> float:
         """Return s = alpha / r, or alpha / sqrt(r) with rsLoRA.
@@ -105,23 +101,23 @@ class Settings:
         Raises:
             ValueError: if the configuration names another rank than the factors have.
         """
-        named = _match(self.ranks, module, self.rank)
+        named = _match(self.rank_pattern, module, self.r)
         if named is not None and named != rank:
             raise ValueError(f"{module} has rank {rank}, the configuration says {named:g}")
         if alpha is None:
-            alpha = _match(self.alphas, module, self.alpha)
+            alpha = _match(self.alpha_pattern, module, self.lora_alpha)
         if alpha is None:
-            self.without_alpha.append(module)
+            self._without_alpha.append(module)
             alpha = rank
-        return alpha / (math.sqrt(rank) if self.is_rslora else rank)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def notes(self, modules: int) -> list[str]:
         """Return what was assumed about a LoRA of so many modules."""
-        count = len(self.without_alpha)
+        count = len(self._without_alpha)
         if not count:
             return []
         share = "" if count == modules else f" for {count} of {modules} modules"
-        scale = "sqrt(r), as rsLoRA has it" if self.is_rslora else "1"
+        scale = "sqrt(r), as rsLoRA has it" if self.use_rslora else "1"
         note = f"alpha not given{share}: taken as r, so the scale is {scale}"
         return [f"{note}; put its {CONFIG} next to it if it has one"]
 
@@ -185,39 +181,10 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
             raise InputError(what, fix=f"{MERGE_FIRST}, or remove the setting if it is harmless")
 
 
-def _read_number(value: Any, name: str, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-        raise InputError(f"{where}: {name} is {str(value)[:40]!r}, not a number", fix=FETCH)
-    return float(value)
-
-
-def _read_switch(value: Any, name: str, where: str) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"{where}: {name} is {str(value)[:40]!r}, not true or false", fix=FETCH)
-    return bool(value)
-
-
-def _read_table(value: Any, name: str, where: str) -> dict[str, float]:
-    if value is not None and not isinstance(value, dict):
-        raise InputError(f"{where}: {name} is not a table", fix=FETCH)
-    table: dict[str, float] = {}
-    for key, entry in (value or {}).items():
-        module = key.replace("\\.", ".")
-        number = _read_number(entry, f"{name} of {key[:60]}", where)
-        if set(module.removeprefix("^")) & REGEX_CHARACTERS:
-            what = f"{where}: {name} has the regular expression {module[:60]!r}"
-            raise InputError(what, fix="write the modules' names out")
-        if number is not None:
-            table[module] = number
-    return table
-
-
-def _match(table: Mapping[str, float], module: str, default: float | None) -> float | None:
-    """Return the first entry whose key is the module's name or its end behind a dot."""
-    for key, value in table.items():
+def _match(table: Numbers | None, module: str, default: float | None) -> float | None:
+    """Return the first number whose key is the module's name or its end behind a dot."""
+    for key, value in (table or {}).items():
         is_suffix = not key.startswith("^") and module.endswith(f".{key}")
-        if is_suffix or module == key.removeprefix("^"):
+        if value is not None and (is_suffix or module == key.removeprefix("^")):
             return value
     return default

@@ -172,7 +172,13 @@ class Method:
         Raises:
             UsageError: if an option or the preset is unknown, or a value breaks its rule.
         """
-        options = self._with_preset(options)
+        preset = options.get("preset")
+        if preset is not None and "preset" not in self.options:
+            if str(preset) not in self.presets:
+                what = f"method {self.name} has no preset '{preset}'"
+                raise UsageError(what, fix=f"its presets: {', '.join(self.presets) or 'none'}")
+            own = {name: value for name, value in options.items() if name != "preset"}
+            options = {**self.presets[str(preset)], **own}
         for name in options:
             if name not in self.options:
                 known = ", ".join(f"{n}={o.default}" for n, o in self.options.items()) or "none"
@@ -181,15 +187,6 @@ class Method:
                 what = f"method {self.name} has no option '{name}'"
                 raise UsageError(what, fix=f"{hint}its options: {known}")
         return {n: o.parse(n, options.get(n, o.default)) for n, o in self.options.items()}
-
-    def _with_preset(self, options: Options) -> Options:
-        if "preset" not in options or "preset" in self.options:
-            return options
-        name = str(options["preset"])
-        if name not in self.presets:
-            what = f"method {self.name} has no preset '{name}'"
-            raise UsageError(what, fix=f"its presets: {', '.join(self.presets) or 'none'}")
-        return {**self.presets[name], **{n: value for n, value in options.items() if n != "preset"}}
 
     def split_inputs(self, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the method's options, and apart from them the entries NAME=PATH,PATH of inputs."""

@@ -127,7 +127,8 @@ def _from_file(name: str) -> Method:
         spec.loader.exec_module(module)
     except Exception as error:
         what = f"{path}: cannot be imported: {type(error).__name__}: {error}"
-        raise InputError(what, fix="fix the file") from error
+        fix = f"correct the code, until this shows no error: python {path}"
+        raise InputError(what, fix=fix) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UsageError(f"{path} has no function '{attribute}'", fix=FILE_FIX)

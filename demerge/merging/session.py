@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 from demerge.device import free_bytes
 from demerge.diffusion.schedule import snr_of
-from demerge.errors import InputError, ResourceError, UsageError
+from demerge.errors import ResourceError, UsageError
 from demerge.expert import find_expert_range
 from demerge.lora import Adapter, open_expert
 from demerge.merging.blocks import block_of, sort_blocks
@@ -103,14 +103,21 @@ class MergeSession:
         check_same_tensors(start, tuned, ["the base", *(f"expert {i}" for i in range(K))])
         sources = {name: _open_inputs(name, tuned, inputs or {}) for name in chosen.inputs}
         check_inputs(chosen, start, sources, K)
-        spans = [_range_of(expert) for expert in tuned] if ranges is None else list(ranges)
+        if ranges is None:
+            files = [getattr(expert, "place", None) for expert in tuned]
+            ranges = [find_expert_range(file) if file else None for file in files]
+        spans = list(ranges)
         if len(spans) != K:
             what = f"{len(spans)} ranges for {K} experts"
             raise UsageError(what, fix="give one for each, or None")
         check_measured_on(start, tuned, spans, sources)
         self.device = torch.device(device)
         self.bytes = bytes_needed(start, K, sources, needs_random=chosen.needs_random, dtype=dtype)
-        _check_memory(self.bytes, str(self.device))
+        free = free_bytes(str(self.device))
+        if free is not None and free < self.bytes:
+            what = f"base and deltas take {self.bytes:,} bytes on {device}, {free:,} are free"
+            fix = 'give dtype="stored" or torch.float16, fewer experts, or another device'
+            raise ResourceError(what, fix=fix)
         snr = None
         if isinstance(start, Checkpoint):
             snr = snr_of(find_scheduler_config(start.place))
@@ -210,22 +217,11 @@ class MergeSession:
         return lambda name: weights.mean(0) if name is None else weights[self._group[name]]
 
     def _targets(self, module: nn.Module) -> dict[str, Tensor]:
-        tensors, state = self._resident.tensors, module.state_dict(keep_vars=True)
-        targets = {n: t for n, t in state.items() if t.is_floating_point()}
-        common = [n for n in tensors if n in targets]
-        faults = {
-            "missing": [n for n in tensors if n not in targets],
-            "unknown to the base": [n for n in targets if n not in tensors],
-            "of another shape": [
-                f"{n} {list(targets[n].shape)}"
-                for n in common
-                if targets[n].shape != tensors[n].base.shape
-            ],
-        }
-        clauses = [f"{len(ns)} {kind}: {', '.join(ns[:5])}" for kind, ns in faults.items() if ns]
-        if clauses:
-            what = f"the module does not fit the base: {'; '.join(clauses)}"
-            raise InputError(what, fix="use a module of the base's architecture")
+        state = module.state_dict(keep_vars=True)
+        targets = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        base = {name: tensor.base for name, tensor in self._resident.tensors.items()}
+        fix = "use a module of the base's architecture"
+        check_same_tensors(base, [targets], ["the base", "the module"], fix)
         return targets
 
 
@@ -255,18 +251,6 @@ def _open_inputs(
     files = [e.place for e in experts if isinstance(e, Checkpoint | Adapter)]
     paths = [place.find_file(f"{name}.safetensors") for place in files]
     return [open_model(path) for path in paths if path]
-
-
-def _range_of(expert: Tensors) -> TimestepRange | None:
-    return find_expert_range(expert.place) if isinstance(expert, Checkpoint | Adapter) else None
-
-
-def _check_memory(needed: int, device: str) -> None:
-    free = free_bytes(device)
-    if free is not None and free < needed:
-        what = f"base and deltas take {needed:,} bytes on {device}, {free:,} are free"
-        fix = 'give dtype="stored" or torch.float16, fewer experts, or another device'
-        raise ResourceError(what, fix=fix)
 
 
 def _assign_groups(

@@ -289,7 +289,7 @@ def test_theta_is_a_copy_even_where_nothing_changes() -> None:
             nn.ModuleDict(
                 {"inner": nn.Linear(4, 5), "outer": nn.Linear(5, 2), "a": nn.Linear(1, 1)}
             ),
-            "2 unknown to the base",
+            "2 extra: a.weight",
         ),
     ],
 )

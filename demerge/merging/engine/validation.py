@@ -41,7 +41,12 @@ def holds_deltas(expert: Tensors) -> bool:
     return bool(getattr(expert, "holds_deltas", False))
 
 
-def check_same_tensors(base: Tensors, experts: Sequence[Tensors], names: Sequence[str]) -> None:
+def check_same_tensors(
+    base: Tensors,
+    experts: Sequence[Tensors],
+    names: Sequence[str],
+    fix: str = "merge models finetuned from this base",
+) -> None:
     """Refuse experts with missing, extra or different tensors."""
     for expert, label in zip(experts, names[1:], strict=True):
         if holds_deltas(expert):
@@ -56,7 +61,7 @@ def check_same_tensors(base: Tensors, experts: Sequence[Tensors], names: Sequenc
         clauses = [f"{len(ns)} {kind}: {listed(ns)}" for kind, ns in faults.items() if ns]
         if clauses:
             what = f"{label} does not fit {names[0]}: {'; '.join(clauses)}"
-            raise InputError(what, fix="merge models finetuned from this base")
+            raise InputError(what, fix=fix)
 
 
 def find_differences(

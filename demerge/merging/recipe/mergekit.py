@@ -50,6 +50,7 @@ SHARED = {
     "epsilon": "epsilon",
     "lambda": "scale",
 }
+EXAMPLES = dict.fromkeys(("normalize", "rescale", "filter_wise", "int8_mask"), "true")
 OTHERS = ("weight", "normalize", "rescale", "t", "filter_wise", "int8_mask")
 Models = list[tuple[str, dict[str, Any]]]  # (path, parameters)
 
@@ -130,11 +131,14 @@ def _check_parameters(parameters: Mapping[str, Any], where: str) -> dict[str, An
     """Return parameters that are one number or one truth each."""
     check_known_keys(parameters, (*SHARED, *OTHERS), f"{where}: parameters")
     for key, value in parameters.items():
-        if not isinstance(value, int | float):
+        what = f"{where}: {key} is {str(value)[:60]}"
+        if isinstance(value, list | dict):
             fix = "give one number, and write the rest as rules, for example"
             fix = f"{fix} rules: ['up.attn weights=0.2..0.8,0.5 density=0.3']"
-            what = f"{where}: {key} is {str(value)[:60]}, which differs from layer to layer"
-            raise UsageError(what, fix=fix)
+            raise UsageError(f"{what}, which differs from layer to layer", fix=fix)
+        if not isinstance(value, int | float):
+            what = f"{what}, not a number, true or false"
+            raise UsageError(what, fix=f"write for example {key}: {EXAMPLES.get(key, 0.5)}")
     return dict(parameters)
 
 

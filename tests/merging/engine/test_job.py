@@ -484,3 +484,11 @@ def test_a_full_disk_that_a_worker_meets_is_named_and_leaves_nothing(
     ):
         merge(base, experts, tmp_path / "out.safetensors", num_workers=2)
     assert set(tmp_path.iterdir()) == there
+
+
+def test_a_broken_file_of_a_method_says_how_to_see_the_error(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("import nothing_of_this_name\n")
+    with pytest.raises(InputError, match=r"broken\.py: cannot be imported") as error:
+        registry.find_method(f"{path}:halve")
+    assert error.value.fix == f"correct the code, until this shows no error: python {path}"

@@ -509,6 +509,10 @@ def test_recipes_of_mergekit_without_a_base(tmp_path: Path) -> None:
             "models: [{model: a, parameters: {weight: [0, 1]}}]\nbase_model: b\nmerge_method: ties\n",
             "differs from layer to layer",
         ),
+        (
+            "models: []\nbase_model: b\nmerge_method: ties\nparameters: {normalize: 'yes'}\n",
+            "normalize is yes, not a number, true or false",
+        ),
         ("models: [{model: a}]\nbase_model: b\nmerge_method: ties\n", "a has no weight"),
         (
             "models: [{model: a}]\nbase_model: b\nmerge_method: ties\ntokenizer_source: union\n",
