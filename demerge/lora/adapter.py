@@ -176,8 +176,7 @@ class Adapter(Mapping[str, Tensor]):
         shapes = [self._shape(key) for key in (up, mid, down) if key is not None]
         base = tuple(self._base[tensor].shape)
         if _as_linear(product_shape(shapes)) != _as_linear(base):
-            factors = " times ".join(str(list(shape)) for shape in shapes)
-            what = f"{up} and {down} are {factors}, {tensor} of the base is {list(base)}"
+            what = f"{up} and {down} are {as_product(shapes)}, {tensor} of the base is {list(base)}"
             self._refuse(what, "name the base that this LoRA was trained on")
 
     def _find_axis(self, tensor: str, key: str) -> int:
@@ -267,6 +266,11 @@ def product_shape(shapes: Sequence[Shape]) -> Shape:
     mid = middle[0]
     chained = len(mid) > 2 and mid[:2] == (up[1], down[0]) and math.prod(down[2:]) == 1
     return (up[0], down[1], *mid[2:]) if chained else ()
+
+
+def as_product(shapes: Sequence[Shape]) -> str:
+    """Return the shapes of factors as text: `[4, 2] times [2, 3]`."""
+    return " times ".join(str(list(shape)) for shape in shapes)
 
 
 def _as_linear(shape: Shape) -> Shape:

@@ -150,11 +150,6 @@ def _count_layers(modules: Iterable[str]) -> int:
     return len(resnets) or min(downsamplers, default=1) - 1
 
 
-def has_peft_names(names: Iterable[str]) -> bool:
-    """Whether a file has the names that peft and diffusers give to factors."""
-    return any(".lora_A." in name for name in names)
-
-
 def flat(name: str) -> str:
     """Return a name with underscores for its dots, as kohya writes it."""
     return name.replace(".", "_")

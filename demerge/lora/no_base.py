@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError
-from demerge.lora.adapter import Shape, product_shape
+from demerge.lora.adapter import Shape, as_product, product_shape
 from demerge.lora.names import Keys, flat, original, strip_prefixes
 from demerge.storage.checkpoint import Checkpoint, modern
 from demerge.storage.safetensors_header import Spec
@@ -99,8 +99,7 @@ def _measure(file: Checkpoint, named: str, parts: Mapping[str, str]) -> tuple[Sh
     shapes = [file.specs[parts[part]].shape for part in ("up", "mid", "down") if part in parts]
     shape = product_shape(shapes)
     if not shape:
-        factors = " times ".join(str(list(shape)) for shape in shapes)
-        raise InputError(f"{where}: {factors}", fix="fetch the file again")
+        raise InputError(f"{where}: {as_product(shapes)}", fix="fetch the file again")
     return shape, shapes[0][1]
 
 

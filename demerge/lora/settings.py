@@ -17,7 +17,6 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, field_validator
 
 from demerge.errors import InputError
-from demerge.lora.names import has_peft_names
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.safetensors_header import parse_json, read_json
 from demerge.storage.schema import Foreign, checked
@@ -128,8 +127,8 @@ def find_config(checkpoint: Checkpoint) -> Path | None:
     config = files[0].parent / CONFIG if files else None
     if config is None or not config.is_file():
         return None
-    is_peft = files[0].name.startswith("adapter_model") or has_peft_names(checkpoint)
-    return config if is_peft else None
+    has_peft_names = any(".lora_A." in name for name in checkpoint)
+    return config if has_peft_names or files[0].name.startswith("adapter_model") else None
 
 
 def _read_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

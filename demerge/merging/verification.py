@@ -40,11 +40,9 @@ class Verified:
     def lines(self) -> list[str]:
         """Return the finding for a person."""
         lines = [f"equal   {name}: SHA-256 {digest}" for name, digest in self.files.items()]
-        versions = self.versions.items()
-        return [
-            *lines,
-            *(f"version {name} {now}, recorded {then}" for name, (then, now) in versions),
-        ]
+        for name, (then, now) in self.versions.items():
+            lines.append(f"version {name} {now}, recorded {then}")
+        return lines
 
     def document(self) -> dict[str, Any]:
         """Return the finding as JSON values."""
@@ -90,11 +88,8 @@ def verify(
         raise UsageError(what, fix="give -o OUT")
     metadata = replace(plan.recipe.relative_to(home), versions=recipe.versions).metadata()
     digests = {part.path.as_posix(): part.digest(metadata) for part in parts}
-    versions = {
-        name: (then, installed(name))
-        for name, then in recipe.versions.items()
-        if installed(name) != then
-    }
+    versions = {name: (then, installed(name)) for name, then in recipe.versions.items()}
+    versions = {name: (then, now) for name, (then, now) in versions.items() if then != now}
     faults = [fault for part in parts for fault in _find_faults(part, files, digests, recipe)]
     if faults:
         faults += [f"{name} was {then}, is {now}" for name, (then, now) in versions.items()]

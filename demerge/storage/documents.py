@@ -147,7 +147,8 @@ def _check_unique_keys(path: Path, node: Any) -> None:
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path}: {what}", fix="fix the file")
+    fix = "write plain values (text, numbers, lists, tables), each key once, saved as UTF-8 text"
+    return InputError(f"{path}: {what}", fix=fix)
 
 
 def check_replaceable(path: Path, kind: str, is_own: Callable[[Path], bool], fix: str) -> None:

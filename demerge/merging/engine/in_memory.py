@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from demerge.merging.contract import Method
-from demerge.merging.engine.job import Execution, MergeJob
+from demerge.merging.engine.job import Execution, MergedChunk, MergeJob
 from demerge.merging.engine.reader import CHUNK
 from demerge.merging.engine.validation import (
     Tensors,
@@ -77,13 +77,11 @@ def merge_tensors(
 def assemble(job: MergeJob) -> dict[str, Tensor]:
     """Return all tensors of a merge, in the base's dtypes."""
     merged = {name: tensor.clone() for name, tensor in job.base.items()}
-    chunks = job.stream(
-        job.floating, lambda name, done: round_chunk(done.merged, job.base[name].dtype, name)
-    )
-    for name in job.floating:
-        start, flat = 0, torch.empty_like(merged[name]).reshape(-1)
-        while start < len(flat):
-            chunk = next(chunks)
-            flat[start : (start := start + len(chunk))] = chunk
-        merged[name] = flat.view(merged[name].shape)
+
+    def rounded(name: str, done: MergedChunk) -> Tensor:
+        return round_chunk(done.merged, job.base[name].dtype, name)
+
+    for name, chunks in job.stream_tensors(job.floating, rounded):
+        if chunks:
+            merged[name] = torch.cat(chunks).to(merged[name].device).view(merged[name].shape)
     return merged

@@ -134,6 +134,14 @@ class MergeJob:
             workers = min(self._usable_workers, len(self._items(filled)))
             yield from run(partial(self._program, filled, finish), workers)
 
+    def stream_tensors(
+        self, names: Sequence[str], finish: Callable[[str, MergedChunk], Value]
+    ) -> Iterator[tuple[str, list[Value]]]:
+        """Yield each named tensor with all that `stream` yields for it."""
+        chunks, step = self.stream(names, finish), self.execution.chunk
+        for name in names:
+            yield name, [next(chunks) for _ in self.reader.spans(name, step)]
+
     # -- the order of the work ---------------------------------------------------------------------
 
     def _program(

@@ -178,7 +178,6 @@ class _Process:
         return index, value, failure
 
     def stop(self) -> None:
-        """End it, whatever it is doing."""
         self.pipe.close()
         if self.status is None:
             with suppress(ProcessLookupError):
@@ -289,7 +288,6 @@ class _Unpickler(pickle.Unpickler):
         self._slot = slot
 
     def persistent_load(self, place: Any) -> Tensor:
-        """Return a tensor."""
         dtype, shape, data = place
         tensor = torch.empty(shape, dtype=dtype)
         target = _bytes_of(tensor)

@@ -106,14 +106,15 @@ def assign_experts(
     Raises:
         UsageError: if it is not known, or not possible, which denoiser an expert belongs to.
     """
-    known = [
-        [replace(denoiser, range=denoiser.range or span) for denoiser in denoisers]
-        for denoisers, span in zip(experts, ranges, strict=True)
-    ]
+    known: list[tuple[int, Denoiser]] = []
+    for i, (denoisers, span) in enumerate(zip(experts, ranges, strict=True)):
+        known += [(i, replace(each, range=each.range or span)) for each in denoisers]
     if len(base) == 1 and boundary is None:
         only = base[0]
         span = only.range if only.place.pipeline else None
-        return [Task(only.folder, only, _select_counterparts(only, known), span)]
+        if only.range is not None:  # of a pipeline of two denoisers only the counterpart
+            known = [(i, d) for i, d in known if len(experts[i]) == 1 or d.name == only.name]
+        return [Task(only.folder, only, known, span)]
     if len(base) == 2 and boundary is not None:
         what = f"{base[0].place.path} has two denoisers already"
         raise UsageError(what, fix="leave --boundary out")
@@ -122,10 +123,12 @@ def assign_experts(
     else:
         halves = split_timesteps(boundary or 0.0, _count_timesteps(base[0].place))
         tasks = [Task(Path(name), base[0], [], halves[name]) for name in (FIRST, SECOND)]
-    _check_sides(known, [task.range for task in tasks])
-    tasks = [replace(task, experts=_select_overlapping(task.range, known)) for task in tasks]
-    for task in tasks:
-        if boundary is not None and not task.experts:
+    for i in range(len(experts)):
+        _check_sides([each for j, each in known if j == i], [task.range for task in tasks])
+    for n, task in enumerate(tasks):
+        inside = [(i, each) for i, each in known if _overlap(task.range, each.range)]
+        tasks[n] = task = replace(task, experts=inside)
+        if boundary is not None and not inside:
             what = f"no expert reaches into {task.range}, and {task.folder} would be the base"
             raise UsageError(what, fix="name one")
     return tasks
@@ -183,38 +186,17 @@ def _count_timesteps(place: CheckpointLocation) -> int:
     return T
 
 
-def _select_counterparts(
-    base: Denoiser, experts: Sequence[Sequence[Denoiser]]
-) -> list[tuple[int, Denoiser]]:
-    """Return all experts; of a pipeline of two only the counterpart, if the base is one of two."""
-    chosen = []
-    for i, denoisers in enumerate(experts):
-        is_single = len(denoisers) == 1 or base.range is None
-        chosen += [(i, d) for d in denoisers if is_single or d.name == base.name]
-    return chosen
+def _overlap(one: TimestepRange | None, other: TimestepRange | None) -> bool:
+    return bool(one and other and one.start < other.stop and other.start < one.stop)
 
 
-def _select_overlapping(
-    span: TimestepRange | None, experts: Sequence[Sequence[Denoiser]]
-) -> list[tuple[int, Denoiser]]:
-    chosen = []
-    for i, denoisers in enumerate(experts):
-        for denoiser in denoisers:
-            other = denoiser.range
-            if span and other and other.start < span.stop and span.start < other.stop:
-                chosen.append((i, denoiser))
-    return chosen
-
-
-def _check_sides(
-    experts: Sequence[Sequence[Denoiser]], sides: Sequence[TimestepRange | None]
-) -> None:
-    for denoisers in experts:
-        path, spans = denoisers[0].place.path, [denoiser.range for denoiser in denoisers]
-        if None in spans:
-            what = f"cannot tell which of the two denoisers {path} belongs to"
-            raise UsageError(what, fix="give its --range START:STOP")
-        if len(spans) == 2 and spans != list(sides):
-            what = f"{path} changes its denoiser at {spans[0]}, the output at {sides[0]}"
-            fix = "name its folders transformer and transformer_2 as two experts, with --range each"
-            raise UsageError(what, fix=fix)
+def _check_sides(denoisers: Sequence[Denoiser], sides: Sequence[TimestepRange | None]) -> None:
+    """Refuse an expert of which it is not known, or not possible, which side it belongs to."""
+    path, spans = denoisers[0].place.path, [denoiser.range for denoiser in denoisers]
+    if None in spans:
+        what = f"cannot tell which of the two denoisers {path} belongs to"
+        raise UsageError(what, fix="give its --range START:STOP")
+    if len(spans) == 2 and spans != list(sides):
+        what = f"{path} changes its denoiser at {spans[0]}, the output at {sides[0]}"
+        fix = "name its folders transformer and transformer_2 as two experts, with --range each"
+        raise UsageError(what, fix=fix)

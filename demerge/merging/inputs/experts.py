@@ -54,9 +54,6 @@ def check_same_base(
 
     Args:
         no_base: the base is one of the models itself; their own base does not matter.
-
-    Raises:
-        InputError: naming both models.
     """
     if isinstance(base, NoBase) or not no_base:  # deltas of LoRA files belong to one base
         _check_base_hashes(base, experts)

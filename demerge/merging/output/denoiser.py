@@ -71,10 +71,6 @@ class Metadata:
     now: Mapping[str, str]
     later: Callable[[], Mapping[str, str]] | None = None
 
-    def final(self) -> Mapping[str, str]:
-        """Return it once it is known."""
-        return self.later() if self.later else self.now
-
 
 @dataclass(frozen=True, slots=True)
 class Lora:
@@ -157,7 +153,8 @@ class OutputDenoiser:
             before: called with what was observed, before the file is put in its place.
         """
         if self.lora:
-            return self._commit_lora(path, self.lora, metadata.final(), observe, before)
+            known = metadata.later() if metadata.later else metadata.now
+            return self._commit_lora(path, self.lora, known, observe, before)
         written: list[Written] = []
 
         def put(stream: BinaryIO) -> None:
@@ -201,7 +198,8 @@ class OutputDenoiser:
         before: BeforeCommit | None = None,
     ) -> Written:
         """Write the best factors of every tensor's merged delta."""
-        changed, sums, job = 0, [], self.job
+        changed, job = 0, self.job
+        sums: list[Sums] = []
 
         def finish(name: str, done: MergedChunk) -> tuple[Tensor, Sums | None]:
             delta = (done.merged - done.block.base.reshape(-1)).cpu()
@@ -213,14 +211,10 @@ class OutputDenoiser:
 
         def deltas() -> Iterator[tuple[str, Tensor]]:
             nonlocal changed
-            chunks = job.stream(job.floating, finish)
-            for name in job.floating:
-                delta = torch.empty(job.base[name].numel(), dtype=job.reader.dtype)
-                start = 0
-                while start < len(delta):
-                    chunk, observed = next(chunks)
-                    delta[start : (start := start + len(chunk))] = chunk
-                    sums.extend([] if observed is None else [observed])
+            for name, chunks in job.stream_tensors(job.floating, finish):
+                sums.extend(observed for _, observed in chunks if observed is not None)
+                parts = [delta for delta, _ in chunks] or [torch.empty(0)]
+                delta = torch.cat(parts).to(job.reader.dtype)
                 changed += int(delta.count_nonzero())
                 yield name, delta.view(job.base[name].shape)
             if before:

@@ -294,11 +294,7 @@ def is_file(out: Path) -> bool:
 
 
 def check_not_pickle(out: Path) -> None:
-    """Refuse an output that would be taken for a pickle.
-
-    Raises:
-        UsageError: naming it.
-    """
+    """Refuse an output that would be taken for a pickle."""
     if out.suffix in PICKLES:
         fix = "give a name that ends in .safetensors, or that of a folder"
         raise UsageError(f"{out} has the name of a pickle", fix=fix)

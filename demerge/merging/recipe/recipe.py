@@ -130,28 +130,12 @@ class Recipe(MergeOptions):
         """
         path = Path(path)
         path = path / DOCUMENT if path.is_dir() else path
-        if path.suffix != ".safetensors":
-            return cls.parse(read_document(path), path.parent, str(path))
-        text = read_header(path).metadata.get(METADATA)
-        if text is None:
-            raise InputError(f"{path} holds no recipe", fix="name a model that demerge merged")
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            what = f"{path}: its recipe is damaged: {str(error)[:80]}"
-            raise InputError(what, fix="use demerge.json") from error
-        return cls.parse(document, find_home(path), str(path))
-
-    @classmethod
-    def parse(cls, document: Any, folder: Path, where: str) -> Recipe:
-        """Return the recipe that the values in a file of `folder` describe; `where` names the file.
-
-        Raises:
-            UsageError: if a key is unknown or a value wrong.
-        """
+        is_merged = path.suffix == ".safetensors"
+        document = _read_metadata(path) if is_merged else read_document(path)
         if isinstance(document, dict) and MARK in document:
-            document = from_mergekit(document, where)
-        return cls(**read_fields(document, folder, where))
+            document = from_mergekit(document, str(path))
+        folder = find_home(path) if is_merged else path.parent
+        return cls(**read_fields(document, folder, str(path)))
 
     def relative_to(self, folder: Path) -> Recipe:
         """Return the recipe as it is written in `folder`, with paths relative to it."""
@@ -200,6 +184,17 @@ def find_home(weights: Path) -> Path:
     """Return the folder that the recipe in a file of weights is relative to: the output's."""
     folders = (weights.parent, weights.parent.parent)
     return next((folder for folder in folders if (folder / DOCUMENT).is_file()), weights.parent)
+
+
+def _read_metadata(path: Path) -> Any:
+    text = read_header(path).metadata.get(METADATA)
+    if text is None:
+        raise InputError(f"{path} holds no recipe", fix="name a model that demerge merged")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = f"{path}: its recipe is damaged: {str(error)[:80]}"
+        raise InputError(what, fix="use demerge.json") from error
 
 
 def _parse_range(span: TimestepRange | str | None) -> TimestepRange | None:

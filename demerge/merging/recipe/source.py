@@ -68,11 +68,7 @@ class Source:
         return replace(self, path=write_path(self.path, folder), inputs=inputs)
 
     def check_unchanged(self, now: Source) -> None:
-        """Refuse an input that has other hashes now than this record of it.
-
-        Raises:
-            InputError: naming the first file that differs.
-        """
+        """Refuse an input that has other hashes now than this record of it."""
         recorded = {f"{now.path}: {name}": sha for name, sha in self.files.items()}
         found = {f"{now.path}: {name}": sha for name, sha in now.files.items()}
         for files in self.inputs.values():

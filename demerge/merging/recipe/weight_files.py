@@ -46,11 +46,7 @@ def read_weight_file(path: str | Path) -> Coefficients:
 
 
 def check_order(path: str | Path, experts: Sequence[str]) -> None:
-    """Refuse a file that `demerge coefficients` made for the same experts in another order.
-
-    Raises:
-        UsageError: naming the order of the file.
-    """
+    """Refuse a file that `demerge coefficients` made for the same experts in another order."""
     path = Path(path)
     record = read_document(path).get("record") if path.suffix != ".csv" else None
     try:
