@@ -6,6 +6,7 @@ test would read all of it. The fonts of matplotlib stay where they are.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -23,12 +24,19 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+gc.disable()  # no import leaves garbage worth the search
 USERS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 CACHE = tempfile.TemporaryDirectory(prefix="demerge-tests-")  # removed in the end
 os.environ.setdefault("MPLCONFIGDIR", str(USERS_CACHE / "matplotlib"))
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 settings.load_profile("patient")
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but not among the modules."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -143,13 +143,27 @@ def test_a_map_without_layers_says_how_to_measure_them(run: Any, conflict: Path)
     assert (done.code, "--layers" in done.err) == (3, True)
 
 
-def test_neither_diffusers_nor_plots_are_loaded(conflict: Path) -> None:
-    code = (
-        f"import sys; sys.argv = ['demerge', 'layers', {str(conflict)!r}]\n"
-        "from demerge.cli.main import main\n"
-        "heavy = {'diffusers', 'transformers', 'matplotlib', 'seaborn'}\n"
-        "try: main()\n"
-        "finally: print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+LIGHT = """
+import json, sys
+from demerge.cli.main import main
+for command, heavy in json.loads(sys.argv[1]):
+    sys.argv = ["demerge", *command]
+    try:
+        main()
+    except SystemExit as stopped:
+        assert not stopped.code, command
+    assert not {"diffusers", "transformers", *heavy} & set(sys.modules), command
+"""
+
+
+def test_merges_and_maps_load_neither_diffusers_nor_plots(
+    tiny: Path, conflict: Path, tmp_path: Path
+) -> None:
+    """One process for the three commands: most of its time goes into importing torch."""
+    merged, plots = str(tmp_path / "merged"), ["matplotlib", "seaborn"]
+    commands = [
+        (["merge", str(tiny), str(tiny), "--method", "ties", "-o", merged], ["pandas", *plots]),
+        (["ranges", str(conflict)], plots),
+        (["layers", str(conflict)], plots),
+    ]
+    subprocess.run([sys.executable, "-c", LIGHT, json.dumps(commands)], check=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +151,3 @@ def test_a_broken_map_is_a_bad_input(run: Any, tmp_path: Path, content: bytes | 
         (tmp_path / "conflict.safetensors").write_bytes(content)
     done = run("ranges", tmp_path)
     assert (done.code, "not a conflict map" in done.err, "fix:" in done.err) == (3, True, True)
-
-
-def test_neither_diffusers_nor_plots_are_loaded(conflict: Path) -> None:
-    code = (
-        f"import sys; sys.argv = ['demerge', 'ranges', {str(conflict)!r}]\n"
-        "from demerge.cli.main import main\n"
-        "try: main()\n"
-        "finally: print(sorted({'diffusers', 'transformers', 'matplotlib', 'seaborn'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"

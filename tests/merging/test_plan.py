@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,17 +304,6 @@ def test_a_fault_midway_leaves_nothing(tiny: Path, tune: Tune, tmp_path: Path) -
 
 
 # -- house rules -----------------------------------------------------------------------------------
-
-
-def test_merging_imports_no_diffusers(tiny: Path, tmp_path: Path) -> None:
-    code = f"""
-import sys
-from pathlib import Path
-from demerge.merging import merge
-merge(Path({str(tiny)!r}), [Path({str(tiny)!r})], Path({str(tmp_path / "out")!r}), method="ties")
-assert not {{"diffusers", "transformers", "pandas"}} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

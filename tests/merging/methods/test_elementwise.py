@@ -412,7 +412,7 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize(("name", "options"), [*OPTIONS, *VARIANTS], ids=str)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.integers(1, 5).flatmap(
         lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=2, max_size=4)
