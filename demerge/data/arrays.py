@@ -120,10 +120,7 @@ def _idx_values(file: Path, dims: int) -> Pixels8:
 
 
 def read_npz(path: Path) -> Source:
-    """Read uint8 images [N H W C], [N C H W] or [N H W] from the key `images` or `arr_0`.
-
-    The key `labels` may hold integer labels.
-    """
+    """Read uint8 images [N H W C], [N C H W] or [N H W] and, if there are any, integer labels."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             key = next((k for k in ("images", "arr_0") if k in archive.files), None)

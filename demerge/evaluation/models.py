@@ -101,10 +101,7 @@ def specify_models(
 
 
 def leave_out_reports(models: Models) -> tuple[Models, list[str]]:
-    """Split a list of paths, as a shell's `*` makes it, into models and folders of demerge's plots.
-
-    A folder that was given a name is not left out: `specify_models` refuses it.
-    """
+    """Split a shell's `*` into models and folders of demerge's plots that were given no name."""
     if isinstance(models, Mapping):
         return models, []
     reports = [str(m) for m in models if not _split(m)[0] and is_report(m)]

@@ -36,10 +36,7 @@ def png(image: Tensor, *, scale: int = 1) -> bytes:
 
 
 def grid(images: Tensor, columns: int, *, gap: int = 1, background: int = 255) -> Tensor:
-    """Lay out images, uint8 [B C H W], row by row as one image [C H' W'].
-
-    The last row is filled up with background.
-    """
+    """Lay out images, uint8 [B C H W], as rows of one image [C H' W'], the last one filled up."""
     images = torch.nn.functional.pad(images, (gap, gap, gap, gap), value=background)
     missing = -len(images) % columns
     filler = images.new_full((missing, *images.shape[1:]), background)

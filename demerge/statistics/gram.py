@@ -95,11 +95,6 @@ def gram_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.weight".lstrip("."): layer for name, layer in named if _has_gram(layer)}
 
 
-def gram_bytes(module: nn.Module) -> int:
-    """Return the bytes of all Gram matrices in float32."""
-    return sum(4 * input_width(layer) ** 2 for layer in gram_layers(module).values())
-
-
 def input_width(layer: Any) -> int:
     """Return the length of an input x of a layer."""
     return int(layer.weight.shape[1])

@@ -23,7 +23,7 @@ from demerge.progress import Progress, silent
 from demerge.stage import Cost
 from demerge.statistics.examples import Collected
 from demerge.statistics.fisher import range_fisher
-from demerge.statistics.gram import gram_bytes, range_gram
+from demerge.statistics.gram import gram_layers, input_width, range_gram
 from demerge.statistics.options import StatisticsOptions
 from demerge.statistics.record import commit_measured, commit_stats, has_statistic, inputs_of
 from demerge.storage.atomic import check_disk_space, place_for
@@ -175,7 +175,9 @@ def _seconds(
 
 def _bytes(model: Diffusion, statistic: str) -> int:
     """Return the bytes of a statistic in float32; its sums take twice as many of memory."""
-    return gram_bytes(model.denoiser) if statistic == "gram" else 4 * model.parameters
+    if statistic == "gram":
+        return sum(4 * input_width(layer) ** 2 for layer in gram_layers(model.denoiser).values())
+    return 4 * model.parameters
 
 
 def _jobs(

@@ -37,10 +37,8 @@ class RandomNet(nn.Module):
     @property
     def sha256(self) -> str:
         """SHA-256 of the weights."""
-        digest = hashlib.sha256()
-        for weight in self.filters:
-            digest.update(weight.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        parts = [weight.detach().cpu().numpy().tobytes() for weight in self.filters]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B 3 32 32] to [B 224]."""

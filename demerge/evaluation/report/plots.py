@@ -90,10 +90,7 @@ def tradeoff(rows: Sequence[Row], theme: Theme = LIGHT) -> Figure:
 
 @styled
 def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme = LIGHT) -> Figure:
-    """Draw each range's change of loss against the base's, in percent.
-
-    Faint numbers are within 2 s.e. of zero.
-    """
+    """Draw each range's change of loss in percent; faint numbers are within 2 s.e. of zero."""
     changes, certain = {}, []
     for row in rows:
         if row.losses is not None:
@@ -130,10 +127,7 @@ def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme = LIGHT) -> Figu
 def contact_sheet(
     images: Mapping[str, Tensor], kinds: Mapping[str, str], theme: Theme = LIGHT
 ) -> Figure:
-    """Draw rows of images, uint8 [n C H W] for each model; one column is one noise.
-
-    Names are coloured by `kinds`.
-    """
+    """Draw a row of images, uint8 [n C H W], for each model; one column is one noise."""
     columns = max(map(len, images.values()))
     room = 0.15 + 0.08 * max(len(plain(name)) for name in images)
     width, height = room + CELL * columns, CELL * len(images)

@@ -57,8 +57,7 @@ class Report:
     """Models that share a protocol, compared.
 
     Attributes:
-        ranked: the largest group of models that share a protocol.
-        unranked: the other groups, which are named and not ranked.
+        ranked, unranked: the largest group of models that share a protocol, and the others.
         contact: images of each model, uint8 [n C H W], image i of every model from the same noise.
         figures: pictures about conflict and ranges, with captions.
         commands: the command lines that made the run.
@@ -78,7 +77,6 @@ class Report:
         """Compare scores; those of kind `real` are noise floors and are not ranked.
 
         Args:
-            notes: sentences that stand with the caveats.
             parts: title, contact, figures and commands; see the attributes.
 
         Raises:

@@ -35,7 +35,7 @@ Verdict = Literal["better", "worse", "inconclusive", "none"]
 Comparisons = Mapping[tuple[Key, Key], "Comparison"]
 LEVEL = 0.05
 LEAST_SEEDS = 3
-CONTROLS: frozenset[Kind] = frozenset({"base", "joint"})
+CONTROLS: dict[Kind, str] = {"base": "the base", "joint": "the joint control"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def compare_rows(rows: Sequence[Row], metric: str = "fd") -> Comparisons:
     """Compare every model of a table with every control; keys are (model, control)."""
     pairs = []
     for a, b in combinations(rows, 2):
-        if {a.kind, b.kind} & CONTROLS or {a.kind, b.kind} == {"merge", "ensemble"}:
+        if {a.kind, b.kind} & CONTROLS.keys() or {a.kind, b.kind} == {"merge", "ensemble"}:
             pairs.append((a, b))
     check_same_protocol(rows)
     values = [_paired_values(a, b, metric) for a, b in pairs]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from demerge.evaluation.report.significance import (
+    CONTROLS,
     LEAST_SEEDS,
     Comparison,
     Comparisons,
@@ -17,7 +18,6 @@ from demerge.evaluation.scores import Kind, Protocol, Row, Table, rank
 
 ENOUGH = 10_000
 FEW_SEEDS = 5
-CONTROLS: dict[Kind, str] = {"base": "the base", "joint": "the joint control"}
 ADVICE: dict[Kind, str] = {
     "base": "Name the base among the models of `demerge evaluate`.",
     "joint": "Train it with `demerge finetune --ranges joint` and evaluate it too.",
