@@ -225,7 +225,12 @@ def describe_method(
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     needs = [n for n, default in defaults.items() if default is inspect.Parameter.empty]
-    hints = _type_hints(function, name, needs)
+    try:
+        inspect.signature(function).bind(None, None, **dict.fromkeys(needs))
+        hints = get_type_hints(function, include_extras=True)
+    except (TypeError, NameError) as error:
+        fix = "write function(base, deltas, *, weights, ...), and import what its annotations name"
+        raise UsageError(f"{name} is not a merge method: {error}", fix=fix) from error
     found = {*SUPPLIED, *(statistic.name for statistic in fields.get("statistics", ()))}
     inputs = tuple(n for n in needs if n not in found)
     text = inspect.getdoc(function) or ""
@@ -244,16 +249,6 @@ def describe_method(
         needs_random="uniform" in needs,
         **fields,
     )
-
-
-def _type_hints(function: Callable[..., Tensor], name: str, needs: list[str]) -> dict[str, Any]:
-    """Return the annotations of a function that can be called as a method."""
-    try:
-        inspect.signature(function).bind(None, None, **dict.fromkeys(needs))
-        return get_type_hints(function, include_extras=True)
-    except (TypeError, NameError) as error:
-        fix = "write function(base, deltas, *, weights, ...), and import what its annotations name"
-        raise UsageError(f"{name} is not a merge method: {error}", fix=fix) from error
 
 
 def call_with(function: Callable[..., Any], *positional: Any, supplied: Mapping[str, Any]) -> Any:

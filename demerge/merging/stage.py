@@ -6,6 +6,7 @@ component folder gives a component folder. An output that ends in `.safetensors`
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from demerge.merging.inputs.experts import name_base
 from demerge.merging.output.denoiser import Metadata, OutputDenoiser, Written
 from demerge.merging.output.lora import AdapterSummary
 from demerge.merging.output.model_card import render_card
-from demerge.merging.output.writer import Tally, copy_files, is_file, list_kept_files
+from demerge.merging.output.writer import Tally, is_file, list_kept_files
 from demerge.merging.recipe.recipe import DOCUMENT, Recipe
 from demerge.merging.report.diagnosis import DIAGNOSIS, Diagnosis, Sums, sum_chunk
 from demerge.progress import Progress, silent
@@ -263,7 +264,9 @@ class Plan:
         kept = self._list_kept()
         observe = None if report is None else sum_chunk
         with commit_dir(out) as folder:
-            copy_files(kept, folder)
+            for source, path in kept:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / path)
             if draft.boundary is not None:
                 commit_json(folder / INDEX, make_pair_index(first.place, draft.boundary))
             written = [part.commit(folder / part.path, metadata, observe) for part in parts]

@@ -23,9 +23,9 @@ from demerge.merging.output.writer import (
     Observe,
     Sink,
     Tally,
-    count_survivors,
     make_header,
     pieces,
+    round_and_count,
     write_stream,
 )
 from demerge.merging.recipe.rules import RuleMatch
@@ -205,9 +205,8 @@ class OutputDenoiser:
             delta = (done.merged - done.block.base.reshape(-1)).cpu()
             if observe is None:
                 return delta, None
-            stored = self.storage.round(name, done.start, done.merged)
-            base = self.storage.round_base(name, done, job.base[name].dtype)
-            return delta, observe(name, done, *count_survivors(stored, done, base))
+            _, changed, survived = round_and_count(self.storage, job, name, done)
+            return delta, observe(name, done, changed, survived)
 
         def deltas() -> Iterator[tuple[str, Tensor]]:
             nonlocal changed

@@ -67,11 +67,6 @@ class Storage:
             chunk = self.scaled[name].over(chunk.cpu(), start)
         return round_chunk(chunk, self.dtypes[name], name)
 
-    def round_base(self, name: str, done: MergedChunk, dtype: torch.dtype) -> Tensor:
-        """Return the base's values [n], which have `dtype`, as they would be stored."""
-        base = done.block.base.reshape(-1).cpu()
-        return base if self.dtypes[name] == dtype else self.round(name, done.start, base)
-
     def squares(self, name: str, stored: Tensor, done: MergedChunk) -> Squares:
         """Return sums of squares of merged, merged - base and stored - merged, of scaled fp8."""
         if name not in self.scaled:

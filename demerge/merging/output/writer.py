@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -141,9 +140,7 @@ def pieces(
         return stored.new_empty(0)
 
     def finish(name: str, done: MergedChunk) -> Piece:
-        stored = storage.round(name, done.start, done.merged)
-        base = storage.round_base(name, done, job.base[name].dtype)
-        changed, survived = count_survivors(stored, done, base)
+        stored, changed, survived = round_and_count(storage, job, name, done)
         sums = observe(name, done, changed, survived) if observe else None
         tally = Tally(changed, survived, storage.squares(name, stored, done))
         return Piece(len(stored), place(name, done.start, stored), tally, sums)
@@ -167,17 +164,22 @@ def pieces(
     progress(len(entries), len(entries), "merge")
 
 
-def count_survivors(stored: Tensor, done: MergedChunk, base_stored: Tensor) -> tuple[int, int]:
-    """Count the entries that the merge changes, and those that still differ once stored.
+def round_and_count(
+    storage: Storage, job: MergeJob, name: str, done: MergedChunk
+) -> tuple[Tensor, int, int]:
+    """Return a chunk as it is stored, how many entries the merge changes, and how many survive.
 
     numpy compares and counts several times faster than torch.
     """
+    stored = storage.round(name, done.start, done.merged)
     merged, base = done.merged.cpu(), done.block.base.reshape(-1).cpu()
+    is_rounded = storage.dtypes[name] != job.base[name].dtype
+    base_stored = storage.round(name, done.start, base) if is_rounded else base
     changed = int(np.count_nonzero(merged.numpy() != base.numpy()))
     one, other = (
         decoded(t) if t.dtype.itemsize == 1 else t.to(base.dtype) for t in (stored, base_stored)
     )
-    return changed, int(np.count_nonzero(one.numpy() != other.numpy()))
+    return stored, changed, int(np.count_nonzero(one.numpy() != other.numpy()))
 
 
 def write_stream(
@@ -279,13 +281,6 @@ def list_kept_files(
         if name is not None:
             kept.append((source, relative.with_name(name)))
     return kept
-
-
-def copy_files(files: Sequence[tuple[Path, Path]], folder: Path) -> None:
-    """Copy the kept files into a folder."""
-    for source, relative in files:
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / relative)
 
 
 def is_file(out: Path) -> bool:

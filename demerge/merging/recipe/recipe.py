@@ -95,10 +95,7 @@ class Recipe(MergeOptions):
     def changed(self, *, ranges: Ranges | None = None, **options: Any) -> Recipe:
         """Return the recipe with other options; those of the method are added to the present ones.
 
-        With `no_base` the base becomes the first expert.
-
-        Raises:
-            UsageError: as for `of`.
+        With `no_base` the base becomes the first expert. It raises as `of` does.
         """
         experts = list(self.experts)
         weights = options.get("weights")

@@ -25,10 +25,10 @@ from demerge.storage.documents import check_known_keys, read_document, read_rows
 
 KEYS = ("format", "weights", "tensors", "blocks", "record")
 WHOLE = "*"
-Coefficients = tuple[list[float] | None, list[Rule]]
+FileWeights = tuple[list[float] | None, list[Rule]]
 
 
-def read_weight_file(path: str | Path) -> Coefficients:
+def read_weight_file(path: str | Path) -> FileWeights:
     """Return the weights of the model, None if the file has none, and rules for its parts.
 
     Raises:
@@ -59,7 +59,7 @@ def check_order(path: str | Path, experts: Sequence[str]) -> None:
         raise UsageError(what, fix=f"give them as {' '.join(named)}")
 
 
-def _parse_rows(rows: list[list[str]]) -> Coefficients:
+def _parse_rows(rows: list[list[str]]) -> FileWeights:
     weights: list[float] | None = None
     rules = []
     for name, *numbers in rows:
@@ -72,7 +72,7 @@ def _parse_rows(rows: list[list[str]]) -> Coefficients:
     return weights, rules
 
 
-def _parse_table(table: Mapping[str, Any]) -> Coefficients:
+def _parse_table(table: Mapping[str, Any]) -> FileWeights:
     check_known_keys(table, KEYS, "the table")
     weights = typed(table, "weights", list, "the table")
     parts = [typed(table, key, dict, "the table") or {} for key in ("tensors", "blocks")]
