@@ -9,6 +9,7 @@ has a stream of its own.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,7 +45,8 @@ def normal(
     draw = np.random.Generator(philox).standard_normal
     state = philox.state
     state["state"]["counter"] = _ZERO
-    for row, key in zip(rows, _keys(seed, purpose, step, samples), strict=True):
+    flat = rows.reshape(len(rows), math.prod(shape))
+    for row, key in zip(flat, _keys(seed, purpose, step, samples), strict=True):
         state["state"]["key"] = key
         philox.state = state  # costs a third of a new generator
         draw(out=row, dtype=np.float32)

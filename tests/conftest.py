@@ -267,3 +267,12 @@ def make_scores() -> Callable[..., list[Any]]:
         ]
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs an accelerator, and say so, if there is none."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an accelerator")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)

@@ -10,6 +10,7 @@ schedule-free  AdamW whose average replaces a decaying rate, of schedulefree (ar
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -95,11 +96,10 @@ def state_of(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> State:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{key}.{name}"] = value
-            elif isinstance(value, bool | int | float):
+            elif _is_finite(value):
                 numbers.setdefault(name, {})[key] = value
-    kept = (bool, int, float, str, type(None))
     groups = [
-        {key: value for key, value in group.items() if isinstance(value, kept)}
+        {key: value for key, value in group.items() if _is_finite(value)}
         for group in optimizer.param_groups
     ]
     return tensors, {"groups": groups, "numbers": numbers}
@@ -122,6 +122,11 @@ def restore(
         optimizer.state[parameters[name]].update(numbers)
     for group, numbers in zip(optimizer.param_groups, values.get("groups", ()), strict=False):
         group.update(numbers)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that JSON can hold; an infinite one is an option, not a state."""
+    return isinstance(value, bool | int | float) and math.isfinite(value)
 
 
 def _package(optimizer: str) -> ModuleType:

@@ -346,7 +346,6 @@ def test_exactly_k_entries_are_kept_of_equal_ones_the_first() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_every_method_does_the_same_on_a_gpu() -> None:
     g = torch.Generator().manual_seed(6)
     base = {
