@@ -23,7 +23,16 @@ from torch import Tensor
 
 from demerge.errors import InputError
 from demerge.storage.atomic import commit_bytes, commit_dir, commit_json, sha256
-from demerge.storage.schema import Count, Record, Table, read_record
+from demerge.storage.schema import Count, Record, Settings, Table, read_record
+
+Number = bool | int | float
+
+
+class OptimizerValues(Record):
+    """What an optimizer keeps besides tensors: numbers of its groups, and of single parameters."""
+
+    groups: tuple[dict[str, Number], ...] = ()
+    numbers: dict[str, dict[str, Number]] = Field(default_factory=dict)
 
 
 class Manifest(Record):
@@ -33,8 +42,8 @@ class Manifest(Record):
     skipped: Count
     parts: Annotated[int, Field(ge=1)] = 1
     log_bytes: Count
-    optimizer: Table = Field(default_factory=dict)
-    options: Table
+    optimizer: OptimizerValues = OptimizerValues()
+    options: Settings
     inputs: Table
     sha256: str
 

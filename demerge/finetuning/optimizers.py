@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from demerge.errors import UsageError
+from demerge.finetuning.checkpoint import Number, OptimizerValues
 from demerge.finetuning.options import FinetuneOptions
 
 PACKAGES = {
@@ -27,7 +28,7 @@ PACKAGES = {
     "prodigy": "prodigyopt",
     "schedule-free": "schedulefree",
 }
-State = tuple[dict[str, Tensor], dict[str, Any]]
+State = tuple[dict[str, Tensor], OptimizerValues]
 
 
 def check_installed(options: FinetuneOptions) -> None:
@@ -90,7 +91,7 @@ def state_of(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> State:
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, Number]] = {}
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
         for key, value in state.items():
@@ -98,18 +99,18 @@ def state_of(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> State:
                 tensors[f"optimizer.{key}.{name}"] = value
             elif _is_finite(value):
                 numbers.setdefault(name, {})[key] = value
-    groups = [
+    groups = tuple(
         {key: value for key, value in group.items() if _is_finite(value)}
         for group in optimizer.param_groups
-    ]
-    return tensors, {"groups": groups, "numbers": numbers}
+    )
+    return tensors, OptimizerValues(groups=groups, numbers=numbers)
 
 
 def restore(
     optimizer: Optimizer,
     parameters: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-    values: Mapping[str, Any],
+    values: OptimizerValues,
 ) -> None:
     """Load what `state_of` returned."""
     for key, tensor in tensors.items():
@@ -118,9 +119,9 @@ def restore(
             parameter = parameters[name]
             on_host = moment == "step" and parameter.device.type != "cuda"
             optimizer.state[parameter][moment] = tensor if on_host else tensor.to(parameter.device)
-    for name, numbers in values.get("numbers", {}).items():
+    for name, numbers in values.numbers.items():
         optimizer.state[parameters[name]].update(numbers)
-    for group, numbers in zip(optimizer.param_groups, values.get("groups", ()), strict=False):
+    for group, numbers in zip(optimizer.param_groups, values.groups, strict=False):
         group.update(numbers)
 
 

@@ -355,7 +355,7 @@ class ExpertTraining:
             "skipped": self.skipped,
             "parts": self.one_step.parts,
             "log_bytes": log.stat().st_size if log.exists() else 0,
-            "optimizer": values,
+            "optimizer": values.model_dump(),
             "options": self.options.document(),
             "inputs": self.job.inputs,
         }

@@ -45,7 +45,7 @@ from demerge.expert import list_experts
 from demerge.finetuning.checkpoint import Manifest
 from demerge.finetuning.layers import load_layers
 from demerge.finetuning.options import FinetuneOptions
-from demerge.finetuning.trainer import ExpertTraining
+from demerge.finetuning.trainer import ExpertTraining, Job
 from demerge.inspection import inspect_model
 from demerge.lora import open_expert
 from demerge.merging import Recipe
@@ -351,7 +351,9 @@ def targets(
     facts = {"base_sha256": model.sha256, "data": images.name}
 
     def begun() -> ExpertTraining:
-        return ExpertTraining(model, images, TimestepRange(0, 500), options, root / "state", facts)
+        return ExpertTraining(
+            Job(model, images, options, facts), TimestepRange(0, 500), root / "state"
+        )
 
     run = begun()
     run.step = 1
