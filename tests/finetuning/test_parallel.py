@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,8 +43,12 @@ def data() -> ImageData:
     return load_images("digits", split="train", limit=32)
 
 
-def run_two(work: Callable[[World], object]) -> list[int]:
-    """Run `work` in two processes that torch.distributed joins; return their exit codes."""
+def run_two(work: Callable[[World], object], killed_after: float | None = None) -> list[int]:
+    """Run `work` in two processes that torch.distributed joins; return their exit codes.
+
+    Args:
+        killed_after: seconds after which both are killed.
+    """
     torch.set_num_threads(1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -71,6 +76,10 @@ def run_two(work: Callable[[World], object]) -> list[int]:
                 traceback.print_exc()
             os._exit(code)
         children.append(child)
+    if killed_after is not None:
+        time.sleep(killed_after)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
@@ -145,6 +154,25 @@ def test_a_signal_to_one_stops_all_and_they_resume_to_the_same_bytes(
     assert run_two(interrupted) == [75, 75]
     assert not (tmp_path / "cut" / str(SPAN)).exists()
     assert run_two(lambda world: train(tiny, data, tmp_path / "cut", world)()) == [0, 0]
+    assert sha256(tmp_path / "cut") == sha256(tmp_path / "whole")
+
+
+@FORKS
+@pytest.mark.slow
+def test_two_killed_processes_resume_to_the_same_bytes(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, max_train_steps=20, checkpointing_steps=1)
+
+    def work(name: str) -> Callable[[World], None]:
+        return lambda world: train(tiny, data, tmp_path / name, world, options)()
+
+    start = time.perf_counter()
+    assert run_two(work("whole")) == [0, 0]
+    longest = time.perf_counter() - start
+    for share in (0.4, 0.6, 0.5, 0.7):
+        run_two(work("cut"), killed_after=share * longest)
+    assert run_two(work("cut")) == [0, 0]
     assert sha256(tmp_path / "cut") == sha256(tmp_path / "whole")
 
 
