@@ -46,7 +46,7 @@ Satterthwaite, Biometrics Bulletin 2, 1946; of the noise scale McCandlish et al.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -66,30 +66,19 @@ LISTED = 16  # groups up to which all halves are listed and chosen from without 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Similarity:
-    """What a map says about its bins.
+    """What a map says about its bins."""
 
-    Attributes:
-        K, K_se, K_half: estimate of <mu_i, mu_j>, its SE, and half its 95 % interval, [N N].
-        cosine, cosine_se, cosine_half: rho and the same of it, [N N], not clipped to [-1, 1];
-            NaN if a bin is unresolved.
-        resolved: whether K_ii > 3 SE, [N].
-        weak: whether a bin is resolved, but may have passed by luck: K_ii < 4.64 SE, [N].
-        naive: cosine of the mean gradients, [N N], biased.
-        reliability: cosine of two halves of the groups, [N].
-        noise: nu in samples, [N], NaN if a bin is unresolved.
-    """
-
-    K: Array
-    K_se: Array
-    K_half: Array
-    cosine: Array
-    cosine_se: Array
-    cosine_half: Array
-    resolved: NDArray[np.bool_]
-    weak: NDArray[np.bool_]
-    naive: Array
-    reliability: Array
-    noise: Array
+    K: Array  # estimate of <mu_i, mu_j>, [N N]
+    K_se: Array  # its standard error, [N N]
+    K_half: Array  # half its 95 % interval, [N N]
+    cosine: Array  # rho, not clipped to [-1, 1]; NaN if a bin is unresolved, [N N]
+    cosine_se: Array  # [N N]
+    cosine_half: Array  # [N N]
+    resolved: NDArray[np.bool_]  # whether K_ii > 3 SE, [N]
+    weak: NDArray[np.bool_]  # resolved, perhaps by luck: K_ii < 4.64 SE, [N]
+    naive: Array  # cosine of the mean gradients, [N N], biased
+    reliability: Array  # cosine of two halves of the groups, [N]
+    noise: Array  # nu in samples, [N], NaN if a bin is unresolved
 
 
 def similarity(map: ConflictMap) -> Similarity:
@@ -100,6 +89,7 @@ def similarity(map: ConflictMap) -> Similarity:
     resolved = signal > RESOLVED * se
     cosine_error = estimate_error(normalised(pairs, resolved))
     naive = pair_weighted_gram(map, np.ones((map.M, map.M)))
+    squares, known = np.einsum("imim->i", map.gram) / map.M, np.where(resolved, signal, np.nan)
     return Similarity(
         K=K,
         K_se=K_error.se,
@@ -111,11 +101,8 @@ def similarity(map: ConflictMap) -> Similarity:
         weak=resolved & (signal < SURE * se),
         naive=normalised(naive, np.ones(map.N, dtype=bool)),
         reliability=reliability(map),
-        noise=_noise_scale(map, K, resolved),
+        noise=map.origin.batch_size * (squares - known) / known,
     )
-
-
-# -- K for any weights on pairs of groups ----------------------------------------------------------
 
 
 def pair_weighted_gram(map: ConflictMap, pairs: Array) -> Array:
@@ -148,8 +135,7 @@ def without_pair(map: ConflictMap) -> Array:
     m, n = np.triu_indices(map.M, 1)
     products = map.gram[:, m, :, n]  # [P N N]
     products = (products + products.transpose(0, 2, 1)) / 2
-    left: Array = (products.sum(0) - products) / (len(m) - 1)
-    return left
+    return np.asarray((products.sum(0) - products) / (len(m) - 1))
 
 
 def halves(groups: Sequence[int], M: int, seed: int) -> tuple[Array, Array]:
@@ -167,9 +153,6 @@ def halves(groups: Sequence[int], M: int, seed: int) -> tuple[Array, Array]:
         row[list(first)] = 1
     everyone[list(groups)] = 1
     return A, everyone - A
-
-
-# -- errors ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -232,9 +215,22 @@ class Estimate:
         """Return whether the value lies more than `factor` standard errors above 0."""
         return self.value > factor * self.se
 
-    def document(self) -> dict[str, float | None]:
-        """Return JSON values."""
-        return {"value": json_number(self.value), "se": json_number(self.se)}
+    def document(self, value: str = "value") -> dict[str, float | None]:
+        """Return JSON values; `value` names the number."""
+        return {value: json_number(self.value), "se": json_number(self.se)}
+
+
+def estimate_table(
+    corner: str, rows: Mapping[str, Mapping[str, Estimate]], marked: str, caption: str
+) -> list[str]:
+    """Return lines for a person: a row of estimates by column for each label, one row marked."""
+    lines: list[str] = []
+    for label, row in rows.items():
+        if not lines:
+            lines.append(f"{corner:>12}  {'  '.join(f'{name:>13}' for name in row)}   {caption}")
+        cells = "  ".join(f"{each.value:6.2f} ± {each.se:.2f}" for each in row.values())
+        lines.append(f"{label:>12}  {cells}{'   <' if label == marked else ''}")
+    return lines
 
 
 def json_number(value: float) -> float | None:
@@ -242,15 +238,11 @@ def json_number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-# -- what is made of K -----------------------------------------------------------------------------
-
-
 def normalised(K: Array, resolved: NDArray[np.bool_]) -> Array:
     """Return K_ij / sqrt(K_ii K_jj), [* N N], NaN if K_ii or K_jj is unresolved or not positive."""
     signal = np.diagonal(K, axis1=-2, axis2=-1)
     norms = np.sqrt(np.where(resolved & (signal > 0), signal, np.nan))
-    rho: Array = K / (norms[..., :, None] * norms[..., None, :])
-    return rho
+    return np.asarray(K / (norms[..., :, None] * norms[..., None, :]))
 
 
 def reliability(map: ConflictMap) -> Array:
@@ -262,19 +254,7 @@ def reliability(map: ConflictMap) -> Array:
     ]
     norms = np.sqrt(products[0] * products[1])
     cosines = np.divide(products[2], norms, out=np.zeros_like(norms), where=norms > 0)
-    mean: Array = cosines.mean(0)
-    return mean
-
-
-def _noise_scale(map: ConflictMap, K: Array, resolved: NDArray[np.bool_]) -> Array:
-    """Return nu_i = B (mean_m |s_i^m|^2 - K_ii) / K_ii."""
-    squares = np.einsum("imim->i", map.gram) / map.M
-    signal = np.where(resolved, np.diagonal(K), np.nan)
-    nu: Array = map.origin.batch_size * (squares - signal) / signal
-    return nu
-
-
-# -- tables ----------------------------------------------------------------------------------------
+    return np.asarray(cosines.mean(0))
 
 
 def frame(map: ConflictMap) -> pd.DataFrame:
@@ -286,24 +266,13 @@ def frame(map: ConflictMap) -> pd.DataFrame:
     bins = similarity(map)
     i, j = (index.ravel() for index in np.indices((map.N, map.N)))
     both = bins.resolved[i] & bins.resolved[j]
-    columns = {
-        "bin_i": i,
-        "bin_j": j,
-        "t_i": map.timesteps[i],
-        "t_j": map.timesteps[j],
-        "cosine": bins.cosine[i, j],
-        "se": bins.cosine_se[i, j],
-        "resolved": both,
-        "weak": both & (bins.weak[i] | bins.weak[j]),
-    }
-    return pd.DataFrame(columns)
+    pair = {"bin_i": i, "bin_j": j, "t_i": map.timesteps[i], "t_j": map.timesteps[j]}
+    values = {"cosine": bins.cosine[i, j], "se": bins.cosine_se[i, j], "resolved": both}
+    return pd.DataFrame({**pair, **values, "weak": both & (bins.weak[i] | bins.weak[j])})
 
 
 def by_lag(bins: Similarity, pairs: Array) -> pd.DataFrame:
-    """Return the mean rho of resolved pairs, and naive of all, at each lag of bins.
-
-    Args:
-        pairs: K without each pair of groups, [P N N].
+    """Return the mean rho of resolved pairs, and naive of all, at each lag; pairs: K [P N N].
 
     Columns lag, cosine, se, half (of its 95 % interval), naive, pairs.
     """
@@ -331,10 +300,5 @@ def by_log_snr(map: ConflictMap, bins: Similarity) -> pd.DataFrame:
     i, j = np.triu_indices(map.N, 1)
     known = np.isfinite(bins.cosine[i, j])
     i, j = i[known], j[known]
-    columns = {
-        "distance": abs(level[i] - level[j]),
-        "cosine": bins.cosine[i, j],
-        "se": bins.cosine_se[i, j],
-        "t": map.timesteps[i],
-    }
-    return pd.DataFrame(columns)
+    values = {"cosine": bins.cosine[i, j], "se": bins.cosine_se[i, j], "t": map.timesteps[i]}
+    return pd.DataFrame({"distance": abs(level[i] - level[j]), **values})

@@ -40,11 +40,12 @@ def list_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     """Return in words which settings changed; those of nested values in `before` alone count."""
     before, now = dict(_flatten(before)), dict(_flatten(now))
     removed = sorted({name for name in before if "." in name} - now.keys())
-    return [
-        f"{short(name)} was {short(repr(before.get(name)))}, now {short(repr(now.get(name)))}"
-        for name in [*now, *removed]
-        if before.get(name) != now.get(name)
-    ]
+    differences = []
+    for name in [*now, *removed]:
+        if before.get(name) != now.get(name):
+            was = short(repr(before[name])) if name in before else "not recorded"
+            differences.append(f"{short(name)} was {was}, now {short(repr(now.get(name)))}")
+    return differences
 
 
 def check_same_settings(

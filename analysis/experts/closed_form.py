@@ -32,12 +32,10 @@ import numpy as np
 from demerge.analysis.experts.responses import Responses
 from demerge.analysis.similarity import standard_error, t_quantile
 from demerge.conflict import Array
-from demerge.errors import UsageError
 
 RIDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 INTERVAL = (-1.0, 2.0)
 RESOLUTION = 1e-6  # of products of float32 outputs, at unit diagonal
-LEVEL = 0.95
 Bend = Callable[[Array], Array]
 
 
@@ -51,15 +49,13 @@ class Change:
 
     @classmethod
     def of(cls, change: Array, loss: Array, without: Array | None = None) -> Change:
-        """Return sum_m change_m / sum_m loss_m of M groups, with the jackknife's error.
+        """Return sum_m change_m / sum_m loss_m of M groups [M], with the jackknife's error.
 
-        Args:
-            change, loss: of each group, [M].
-            without: [M M], row g without group g; `change` itself by default.
+        Row g of `without` [M M] is the change without group g; `change` itself by default.
         """
         rows = np.broadcast_to(change, (len(change),) * 2) if without is None else without
         se = float(standard_error((rows.sum(1) - np.diagonal(rows)) / (loss.sum() - loss)))
-        return cls(float(change.sum() / loss.sum()), se, se * t_quantile(len(loss), LEVEL))
+        return cls(float(change.sum() / loss.sum()), se, se * t_quantile(len(loss)))
 
     @property
     def is_resolved(self) -> bool:
@@ -91,35 +87,24 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coefficients:
-    """The weights that follow from responses.
-
-    Attributes:
-        w: the weights [K], or [B K] per block or layer.
-        ridge: rho.
-        predicted: the change of w, cross-fitted, with the bend.
-        fitted: the total change on the samples that chose w, without the bend: too good.
-        bend: the part of the predicted change that the quadratic form does not see.
-        average: the change of the weights 1/K, on the same samples, with its bend.
-        against_average: how much more w changes the total than the average does; below 0 is better.
-        inner_ridge: the least of RIDGES from rho on with all weights in INTERVAL, None if none has.
-    """
+    """The weights that follow from responses."""
 
     responses: Responses
-    w: Array
-    ridge: float
-    predicted: Prediction
-    fitted: float
-    bend: Change
-    average: Prediction
-    against_average: Change
-    inner_ridge: float | None = None
+    w: Array  # the weights [K], or [B K] per block or layer
+    ridge: float  # rho
+    predicted: Prediction  # the change of w, cross-fitted, with the bend
+    fitted: float  # the total change on the samples that chose w, without the bend: too good
+    bend: Change  # the part of the predicted change that the quadratic form does not see
+    average: Prediction  # the change of the weights 1/K, on the same samples, with its bend
+    against_average: Change  # change of w minus that of the average; below 0 is better
+    inner_ridge: float | None = None  # least of RIDGES from rho on with all weights in INTERVAL
 
     @property
     def outside(self) -> list[tuple[str, int, float]]:
         """Block (or ""), expert and weight of the weights outside INTERVAL, farthest first."""
         rows, names = np.atleast_2d(self.w), self.responses.blocks or ("",)
-        places = np.argwhere(~_is_inside(rows)).tolist()
-        entries = [(names[b], k, float(rows[b, k])) for b, k in places]
+        indices = np.argwhere(~_is_inside(rows)).tolist()
+        entries = [(names[b], k, float(rows[b, k])) for b, k in indices]
         return sorted(entries, key=lambda entry: -abs(entry[2] - sum(INTERVAL) / 2))
 
 
@@ -142,20 +127,17 @@ class Objective:
         stretched = np.maximum(e, 0) + rho
         kept = stretched > RESOLUTION * stretched[:, -1:]
         v = np.where(kept, V.T @ (-b / (2 * unit)), 0) / np.where(kept, stretched, 1) @ V.T
-        w: Array = np.where(scale > 0, v / unit, 0)
-        return w
+        return np.where(scale > 0, v / unit, 0)
 
     def changes(self, m: int, W: Array) -> Array:
         """Return the change on group m of weights [n P], [n]."""
-        changes: Array = W @ self.b[m] + np.einsum("np,np->n", W @ self.A[m], W)
-        return changes
+        return np.asarray(W @ self.b[m] + np.einsum("np,np->n", W @ self.A[m], W))
 
 
 def cross_fit(objective: Objective, ridges: Sequence[float]) -> Array:
-    """Return weights for each group that it did not choose, [1+M M P].
+    """Return weights for each group m that it did not choose, [1+M M P]; row 1+g is without g too.
 
-    Row 0 has for each group m weights that are not fitted on m. Row 1 + g has weights fitted
-    neither on m nor on g. Those of m have the rho that serves the groups other than m best.
+    Those of m have the rho that serves the groups other than m best.
     """
     M, P = objective.b.shape
     pairs = {(m, g): objective.solve(ridges, m, g) for m in range(M) for g in range(m)}
@@ -183,12 +165,7 @@ def solve_coefficients(
         relative: whether a range's loss counts relative to the base's. Else small t decide alone.
         bend: gives what the quadratic form does not see at weights [P], [R M]; None for a linear
             model.
-
-    Raises:
-        UsageError: if the ridge is negative or not finite.
     """
-    if ridge is not None and not 0 <= ridge < float("inf"):
-        raise UsageError(f"ridge {ridge} is not a shrinkage", fix="give a finite number >= 0")
     loss, q = responses.loss, responses.shares / (responses.loss.mean(1) if relative else 1)
     b = np.einsum("r,rmp->mp", q, responses.slope)
     objective = Objective(b, np.einsum("r,rmpq->mpq", q, responses.products))
@@ -229,9 +206,8 @@ def _predict(responses: Responses, W: Iterable[Array], q: Array, bend: Array) ->
     loss = responses.loss
     change, *without = (responses.change(row) + bend for row in W)
     rows = np.stack(without, 1)
-    ranges: dict[str, Change] = {}
-    for r, span in enumerate(responses.ranges):
-        ranges[str(span)] = Change.of(change[r], loss[r], rows[r])
+    each = map(Change.of, change, loss, rows)
+    ranges = dict(zip(map(str, responses.ranges), each, strict=True))
     return Prediction(ranges, Change.of(q @ change, q @ loss, np.einsum("r,rgm->gm", q, rows)))
 
 

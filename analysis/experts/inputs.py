@@ -18,8 +18,6 @@ from demerge.storage.checkpoint import Checkpoint, content_sha256, finite
 from demerge.storage.hashing import remembered_content
 from demerge.timesteps import Partition, TimestepRange
 
-FIX = "give --ranges, for example uniform:4"
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenedExperts:
@@ -37,34 +35,23 @@ class OpenedExperts:
 
     @property
     def notes(self) -> list[str]:
-        """What is supposed or passed over, as lines of a plan."""
+        """What is assumed or ignored, as lines of a plan."""
         return [f"note    {note}" for note in note_ignored(self.base, self.models)]
 
     def find_ranges(self, text: str | None, T: int, *, experts: int | None = None) -> Partition:
-        """Return the ranges that `text` asks for, or else the experts' own, of T timesteps.
+        """Return the ranges of a text, or else those of the first `experts` models, of T timesteps.
 
         All tensors are checked to be finite before any record is read.
-
-        Args:
-            text: uniform:N, joint or a partition.json; None for the experts' own ranges.
-            experts: how many of the models are experts; all by default.
-
-        Raises:
-            UsageError: if the text is none of these, or the experts' ranges are not a partition.
-            InputError: if a model holds NaN or Inf.
         """
         partition = None if text is None else Partition.parse(text, T)
-        self._check_finite()
-        return partition or _own_ranges(self.spans[:experts], T)
-
-    def _check_finite(self) -> None:
-        paths = (self.base_path, *self.paths)
-        for path, model in zip(paths, (self.base, *self.models), strict=True):
+        paths, models = (self.base_path, *self.paths), (self.base, *self.models)
+        for path, model in zip(paths, models, strict=True):
             for name in model:
                 if not finite(model[name]):
                     file = model.specs[name].file if isinstance(model, Checkpoint) else path
                     what = f"{file}: tensor '{name}' holds NaN or Inf"
                     raise InputError(what, fix="use another checkpoint of this model")
+        return partition or _own_ranges(self.spans[:experts], T)
 
     def describe_base(self) -> dict[str, str]:
         """Return path and hash of the base, for a record."""
@@ -82,24 +69,13 @@ class OpenedExperts:
             expert = find_expert(model.place)
             if expert and expert.inputs.get("data_fingerprint") == images.fingerprint:
                 trained_on.append(path)
-        return {
-            "data": images.name,
-            "data_fingerprint": images.fingerprint,
-            "split": split,
-            "trained_on": trained_on,
-            "ranges": [[span.start, span.stop] for span in ranges],
-        }
+        data = {"data": images.name, "data_fingerprint": images.fingerprint, "split": split}
+        spans = [[span.start, span.stop] for span in ranges]
+        return {**data, "trained_on": trained_on, "ranges": spans}
 
 
 def open_experts(base: str, paths: Sequence[str], *, skip_text: bool = False) -> OpenedExperts:
-    """Open a base and models finetuned from it, and check that they fit each other.
-
-    Args:
-        skip_text: leave out what a LoRA does to text encoders. It is an error else.
-
-    Raises:
-        InputError: if a model cannot be read or does not fit the base.
-    """
+    """Open a base and models finetuned from it, and check that they fit each other."""
     origin = Checkpoint.open(base)
     models = tuple(open_expert(path, origin, skip_text=skip_text) for path in paths)
     check_same_base(origin, models)
@@ -109,14 +85,15 @@ def open_experts(base: str, paths: Sequence[str], *, skip_text: bool = False) ->
 
 def _own_ranges(spans: Sequence[TimestepRange | None], T: int) -> Partition:
     known = sorted(span for span in spans if span)
+    fix = "give --ranges, for example uniform:4"
     try:
         partition = Partition(tuple(dict.fromkeys(known)))
     except UsageError as error:
         what = f"the ranges of the experts are not a partition: {error.what}"
-        raise UsageError(what, fix=FIX) from error
+        raise UsageError(what, fix=fix) from error
     if partition.total != T:
         what = f"the ranges of the experts, {partition}, do not cover [0, {T})"
-        raise UsageError(what, fix=FIX)
+        raise UsageError(what, fix=fix)
     return partition
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,6 @@ import pandas as pd
 from demerge.conflict import Array
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
-from demerge.errors import UsageError
 from demerge.evaluation.metrics.range_losses import RangeLosses, range_losses
 from demerge.merging.session import MergeSession, Model
 from demerge.progress import Progress, silent
@@ -40,31 +40,12 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class Landscape:
-    """Losses of each range at P points.
+    """Losses of each range at P points."""
 
-    Attributes:
-        axes: the names of the coordinates, `s` of a path, `w_i` and `w_j` of a plane.
-        points: coordinates [P][A].
-        losses: at each point.
-        base: at the base, which need not be a point.
-
-    Raises:
-        UsageError: unless each point has a loss and a coordinate for each axis.
-    """
-
-    axes: tuple[str, ...]
-    points: tuple[Point, ...]
-    losses: tuple[RangeLosses, ...]
-    base: RangeLosses
-
-    def __post_init__(self) -> None:
-        lengths = {len(point) for point in self.points}
-        if len(self.points) != len(self.losses) or lengths != {len(self.axes)}:
-            counts = f"{len(self.points)} points on {len(self.axes)} axes"
-            raise UsageError(
-                f"{counts} and {len(self.losses)} losses do not fit",
-                fix="give a coordinate for each axis and a loss for each point",
-            )
+    axes: tuple[str, ...]  # the names of the coordinates, `s` of a path, `w_i` and `w_j` of a plane
+    points: tuple[Point, ...]  # coordinates [P][A]
+    losses: tuple[RangeLosses, ...]  # at each point
+    base: RangeLosses  # at the base, which need not be a point
 
     @property
     def ranges(self) -> tuple[str, ...]:
@@ -81,14 +62,7 @@ class Landscape:
         return pd.DataFrame(rows, columns=[*self.axes, "range", "loss", "change", "se"])
 
     def grid(self, column: str, span: str) -> tuple[Array, Array, Array]:
-        """Return a plane's coordinates w_i [A] and w_j [B], and a column for one range, [B A].
-
-        Raises:
-            UsageError: if this is not a plane, or the table has no such column or range.
-        """
-        if self.axes != PLANE or column not in ("loss", "change", "se") or span not in self.ranges:
-            what = f"no {column} of {span} on {' x '.join(self.axes)}"
-            raise UsageError(what, fix="ask for a column and a range of a plane's table")
+        """Return a plane's coordinates w_i [A] and w_j [B], and a column for one range, [B A]."""
         table = self.table()
         grid = table[table.range == span].pivot(index=PLANE[1], columns=PLANE[0], values=column)
         x, y = grid.columns.to_numpy(np.float64), grid.index.to_numpy(np.float64)
@@ -97,30 +71,19 @@ class Landscape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """How losses around a base `model` are measured.
-
-    Attributes:
-        data: images that neither the base nor the experts were trained on.
-        samples: draws for each range and point.
-    """
+    """How losses around a base `model` are measured."""
 
     model: Diffusion
-    data: ImageData
+    data: ImageData  # images that neither the base nor the experts were trained on
     ranges: Partition
-    samples: int = 256
+    samples: int = 256  # draws for each range and point
     seed: int = 0
     batch_size: int = 64
 
     def measure(self, model: Diffusion) -> RangeLosses:
         """Return the losses of a model."""
-        return range_losses(
-            model,
-            self.data,
-            self.ranges,
-            samples=self.samples,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
+        size: Any = {"samples": self.samples, "seed": self.seed, "batch_size": self.batch_size}
+        return range_losses(model, self.data, self.ranges, **size)
 
 
 def measure_landscape(
@@ -137,17 +100,7 @@ def measure_landscape(
         ends: one merged model or two experts: paths, state dicts, modules or `Diffusion`s.
         points: the coordinates (s,) or (w_i, w_j).
         progress: called after each point.
-
-    Raises:
-        UsageError: if a point is given twice or not finite, or an argument is out of its range.
-        InputError: if the models do not fit each other.
-        NumericalError: if a loss is not finite.
     """
-    if not points or len(set(points)) != len(points) or not np.isfinite(points).all():
-        what = "there is no point, or one is given twice or not finite"
-        raise UsageError(what, fix="give distinct finite numbers")
-    if probe.batch_size < 1:
-        raise UsageError(f"a batch size of {probe.batch_size} is too small", fix="give at least 1")
     model, axes = probe.model, PATH if len(ends) == 1 else PLANE
     experts = [end.denoiser if isinstance(end, Diffusion) else end for end in ends]
     session = MergeSession(model.denoiser, experts, model.device)
@@ -158,6 +111,6 @@ def measure_landscape(
     for done, point in enumerate(todo, 1):
         session.apply(point, live.denoiser)
         losses[point] = probe.measure(live)
-        place = (f"{axis} = {value:g}" for axis, value in zip(axes, point, strict=True))
-        progress(done, len(todo), ", ".join(place))
+        text = (f"{axis} = {value:g}" for axis, value in zip(axes, point, strict=True))
+        progress(done, len(todo), ", ".join(text))
     return Landscape(axes, tuple(points), tuple(losses[at] for at in points), losses[origin])

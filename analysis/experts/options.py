@@ -43,17 +43,13 @@ class ExpertOptions(DataOptions, DeviceOptions):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CoefficientsOptions(ExpertOptions):
-    """How the weights of a merge are found.
-
-    Raises:
-        UsageError: if a value breaks its rule.
-    """
+    """How the weights of a merge are found."""
 
     out: Path = option(
         help="A new .json file, for `demerge merge --weights`.", flags=("-o", "--out")
     )
     granularity: Literal["model", "block", "layer"] = option(
-        "model", "What has weights of its own.", panel=SOLUTION
+        "model", "Part of the model that gets merge weights of its own.", panel=SOLUTION
     )
     ridge: float | None = option(
         None,
@@ -65,11 +61,11 @@ class CoefficientsOptions(ExpertOptions):
     )
     relative: bool = option(
         False,
-        "Count each range's loss relative to the base's. Else small timesteps decide alone.",
+        "Divide each range's loss by the base's. Otherwise ranges of large losses decide alone.",
         panel=SOLUTION,
     )
     step: float = option(
-        1.0, "Part of a task vector over which its effect is measured.", panel=SOLUTION
+        1.0, "Point on the way from base (0) to expert (1) at which to measure.", panel=SOLUTION
     )
     samples: int = option(
         512, "Samples per range, each with a timestep and noise.", ge=1, panel=SAMPLES
@@ -85,18 +81,14 @@ class CoefficientsOptions(ExpertOptions):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LandscapeOptions(ExpertOptions):
-    """Where around a base the loss is measured.
-
-    Raises:
-        UsageError: if a value breaks its rule.
-    """
+    """Where around a base the loss is measured."""
 
     split: Split = again(DataOptions, "split", default="test")
     out: Path | None = option(
         None, "A new folder for landscape.json, tables and plots.", flags=("-o", "--out")
     )
     merged: str | None = option(
-        None, "A merged model. The path leads to it, not to each expert.", panel=POINTS
+        None, "Merged model to measure the loss on the way to, in place of experts.", panel=POINTS
     )
     plane: str = option(
         "auto",

@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from demerge.analysis.experts.first_order import Transfer
-from demerge.analysis.experts.loss_landscape import PATH, PLANE, Landscape
-from demerge.analysis.experts.task_vectors import TaskVectors, check_labels
+from demerge.analysis.experts.loss_landscape import Landscape
+from demerge.analysis.experts.task_vectors import TaskVectors
 from demerge.analysis.similarity import t_quantile
-from demerge.errors import UsageError
 from demerge.evaluation.metrics.range_losses import BLOCKS
 from demerge.merging.blocks import group_by_block
 from demerge.reporting.theme import GREY, plain, styled
@@ -34,12 +33,7 @@ CHANGE = "held-out loss against the base, %"
 
 @styled
 def draw_path(path: Landscape, label: str = "merged") -> Figure:
-    """Draw the change of each range's loss from the base (s = 0) to the merged model (s = 1).
-
-    Raises:
-        UsageError: if the landscape is not a path.
-    """
-    _require(path, PATH)
+    """Draw the change of each range's loss from the base (s = 0) to the merged model (s = 1)."""
     table, factor = path.table(), t_quantile(BLOCKS)
     figure = Figure(figsize=(6.8, 4.2), layout="constrained")
     ax = figure.add_subplot()
@@ -50,14 +44,10 @@ def draw_path(path: Landscape, label: str = "merged") -> Figure:
         ax.plot(rows.s, change, color=colour, marker=MARKERS[k % len(MARKERS)], ms=5, label=name)
         ax.fill_between(rows.s, change - half, change + half, color=colour, alpha=0.18, lw=0)
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
-    corner: dict[str, Any] = {
-        "xycoords": ("data", "axes fraction"),
-        "textcoords": "offset points",
-        "fontsize": 8,
-    }
-    for place, text in ((0, "base"), (1, plain(label))):
-        ax.axvline(place, color=GREY, lw=0.8, ls=":", zorder=0)
-        ax.annotate(text, (place, 1), xytext=(2, 2), **corner)
+    corner: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    for s, text in ((0, "base"), (1, plain(label))):
+        ax.axvline(s, color=GREY, lw=0.8, ls=":", zorder=0)
+        ax.annotate(text, (s, 1), xytext=(2, 2), fontsize=8, **corner)
     ax.set(xlabel="s, the way from the base to the merged model", ylabel=CHANGE)
     ax.legend(frameon=False, title="range of timesteps", fontsize=8)
     sns.despine(ax=ax)
@@ -69,13 +59,7 @@ def draw_plane(plane: Landscape, labels: Sequence[str] = ("expert i", "expert j"
     """Draw the change of each range's loss over the coefficients of two experts, on one scale.
 
     Points that are not distinguishable from the base at 95 % carry a cross.
-
-    Raises:
-        UsageError: if the landscape is not a plane, or there are not two labels.
     """
-    _require(plane, PLANE)
-    if len(labels) != 2:
-        raise UsageError(f"{len(labels)} labels for two experts", fix="give two")
     R, changes = len(plane.ranges), 100 * plane.table().change.to_numpy()
     columns = min(R, COLUMNS)
     rows = -(-R // columns)
@@ -101,8 +85,8 @@ def _panel(ax: Axes, plane: Landscape, name: str, norm: TwoSlopeNorm) -> QuadMes
     at_y, at_x = np.nonzero(abs(change) <= t_quantile(BLOCKS) * se)
     ax.scatter(x[at_x], y[at_y], marker="x", s=14, color="0.35", lw=0.8)
     box = {"boxstyle": "round", "fc": "white", "ec": "0.4"}
-    for text, place in (("base", (0, 0)), ("i", (1, 0)), ("j", (0, 1))):
-        ax.annotate(text, place, ha="center", va="center", fontsize=8, bbox=box)
+    for text, point in (("base", (0, 0)), ("i", (1, 0)), ("j", (0, 1))):
+        ax.annotate(text, point, ha="center", va="center", fontsize=8, bbox=box)
     ax.set_title(name, loc="left", fontsize=10)
     ax.set_aspect("equal")
     return mesh
@@ -110,11 +94,7 @@ def _panel(ax: Axes, plane: Landscape, name: str, norm: TwoSlopeNorm) -> QuadMes
 
 @styled
 def draw_norms_by_block(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
-    """Draw |tau_k| for each block of the denoiser and expert, and the effective rank next to it.
-
-    Raises:
-        UsageError: unless there is one label for each expert.
-    """
+    """Draw |tau_k| for each block of the denoiser and expert, and the effective rank next to it."""
     blocks, K = vectors.by_block(), len(labels)
     table, names = blocks.table(labels), [plain(name) for name in blocks.names]
     norms = pd.DataFrame(blocks.norms, index=names, columns=[plain(label) for label in labels])
@@ -125,8 +105,8 @@ def draw_norms_by_block(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
     sns.heatmap(norms, ax=left, cmap="viridis", annot=True, fmt=".2g", cbar_kws=bar)
     left.set(xlabel="expert", ylabel="")
     left.tick_params(axis="y", rotation=0, length=0)
-    places = np.arange(len(norms)) + 0.5
-    right.barh(places, table.effective_rank, color=sns.color_palette("colorblind")[0], height=0.7)
+    middles = np.arange(len(norms)) + 0.5
+    right.barh(middles, table.effective_rank, color=sns.color_palette("colorblind")[0], height=0.7)
     right.set(xlim=(0, K), ylim=(len(norms), 0), xlabel=f"effective rank, of {K}", yticks=[])
     sns.despine(ax=right, left=True)
     return figure
@@ -134,12 +114,7 @@ def draw_norms_by_block(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
 
 @styled
 def draw_norms_by_layer(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
-    """Draw |tau_k| for each layer and expert, from input to output, on a logarithmic scale.
-
-    Raises:
-        UsageError: unless there is one label for each expert.
-    """
-    check_labels(vectors, labels)
+    """Draw |tau_k| for each layer and expert, from input to output, on a logarithmic scale."""
     layers = vectors.by_layer()
     order: list[tuple[str, int]] = []
     for block, names in group_by_block(layers.names).items():
@@ -169,8 +144,7 @@ def draw_norms_by_layer(vectors: TaskVectors, labels: Sequence[str]) -> Figure:
 def draw_transfer(transfer: Transfer) -> Figure:
     """Draw the predicted changes of the loss with 95 % intervals; unresolved cells are hatched.
 
-    Losses of ranges have no common scale: a colour is a share of its range's largest resolved
-    change.
+    Losses of ranges have no common scale: a colour is a share of its range's largest change.
     """
     changes, labels = transfer.changes, [plain(name) for name in transfer.names]
     K, R = changes.value.shape
@@ -202,9 +176,3 @@ def draw_transfer(transfer: Transfer) -> Figure:
     figure.colorbar(mesh, ax=ax, label="share of the range's largest change", ticks=[-1, 0, 1])
     sns.despine(ax=ax, left=True, bottom=True)
     return figure
-
-
-def _require(landscape: Landscape, axes: tuple[str, ...]) -> None:
-    if landscape.axes != axes:
-        what = f"the landscape is over {landscape.axes}, not over {axes}"
-        raise UsageError(what, fix="draw a path with draw_path, a plane with draw_plane")

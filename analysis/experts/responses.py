@@ -9,9 +9,7 @@
 is what the loss of range R changes by, for f(theta_0 + sum_p w_p tau_p) = f(theta_0) + sum_p w_p
 u_p: exact if f is linear in the weights. Else it leaves out how f bends along each tau_p beyond the
 chord of length s, and between two of them. `measure_bend` measures what is left out at given
-weights, on the same samples. On digits (four experts of 150 steps, 24 weightings within [-0.5, 1])
-predicted and measured changes of other draws have rank correlations of 0.94, 0.95, 0.95 and 0.99 in
-the four ranges.
+weights, on the same samples.
 
 Samples lie in M groups of disjoint images, so that groups are independent. A group has the same
 images in each range. Sample j of J of a group has t in the j-th of J equal parts of R. Image, t and
@@ -33,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from demerge.conflict import MIN_GROUPS, Array
+from demerge.conflict import Array
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion, squared_error
 from demerge.errors import NumericalError, UsageError
@@ -49,26 +47,14 @@ COLUMNS = 1 << 12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Responses:
-    """The loss of R ranges around a base as a function of P weights, for each of M groups.
+    """The loss of R ranges around a base as a function of P weights, for each of M groups."""
 
-    Attributes:
-        ranges: of timesteps.
-        blocks: names of the B blocks or layers with weights of their own; empty for the model's.
-        K: the number of experts; P = K or B K, expert by expert within each block.
-        loss: E|r|^2 [R M].
-        slope: 2 E<r, u_p> [R M P].
-        products: E<u_p, u_q> [R M P P].
-
-    Raises:
-        NumericalError: if a value is not finite, or the base's loss in a range is 0.
-    """
-
-    ranges: Partition
-    blocks: tuple[str, ...]
-    K: int
-    loss: Array
-    slope: Array
-    products: Array
+    ranges: Partition  # of timesteps
+    blocks: tuple[str, ...]  # with weights of their own; empty for the model's
+    K: int  # the number of experts; P = K or B K, expert by expert within each block
+    loss: Array  # E|r|^2 [R M]
+    slope: Array  # 2 E<r, u_p> [R M P]
+    products: Array  # E<u_p, u_q> [R M P P]
 
     def __post_init__(self) -> None:
         if not all(np.isfinite(values).all() for values in (self.loss, self.slope, self.products)):
@@ -97,8 +83,7 @@ class Responses:
         """Return dL_R(w) on each group, [R M]; w [P], or [M P] for weights of each group's own."""
         W = np.broadcast_to(w, (self.M, self.P))
         linear = np.einsum("rmp,mp->rm", self.slope, W)
-        change: Array = linear + np.einsum("mp,rmpq,mq->rm", W, self.products, W)
-        return change
+        return np.asarray(linear + np.einsum("mp,rmpq,mq->rm", W, self.products, W))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +98,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The samples of a measurement: M groups of J samples in each range.
-
-    Raises:
-        UsageError: if there are fewer than 5 groups, a group has no sample or no image, or T is
-            not the model's.
-    """
+    """The samples of a measurement: M groups of J samples in each range."""
 
     model: Diffusion
     data: ImageData
@@ -128,16 +108,10 @@ class Draws:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        M, T = self.groups, self.model.T
-        if self.ranges.total != T:
-            what = f"the ranges cover {self.ranges.total} timesteps, the model has {T}"
-            raise UsageError(what, fix=f"give ranges of [0, {T})")
-        if M < MIN_GROUPS:
-            raise UsageError(f"{M} groups are too few for errors", fix=f"use at least {MIN_GROUPS}")
         for name, n in (("samples per range", self.samples), ("images", len(self.data))):
-            if n < M:
+            if n < self.groups:
                 fix = "give more, or fewer groups"
-                raise UsageError(f"{n} {name} do not fill {M} groups", fix=fix)
+                raise UsageError(f"{n} {name} do not fill {self.groups} groups", fix=fix)
 
     @property
     def J(self) -> int:
@@ -153,8 +127,8 @@ class Draws:
             chosen = [images[j % len(images)] for j in numbers.tolist()]
             x0, condition = model.encode_from(self.data, chosen)
             noise = normal(model.sample_shape, self.seed, "coefficients-noise", **key)
-            place = (numbers + uniform(self.seed, "coefficients-t", **key)) / self.J
-            offset = (place * len(span)).long().clamp(max=len(span) - 1)
+            position = (numbers + uniform(self.seed, "coefficients-t", **key)) / self.J
+            offset = (position * len(span)).long().clamp(max=len(span) - 1)
             noise, t = noise.to(model.device), (span.start + offset).to(model.device)
             yield Cell(model.add_noise(x0, noise, t), t, model.target(x0, noise, t), condition)
 
@@ -201,17 +175,14 @@ def measure_responses(
     Args:
         step: s, the length of the chord along each task vector; 1 for the expert itself.
         progress: counts samples sent through a model.
-
-    Raises:
-        UsageError: if the step is 0 or not finite.
-        NumericalError: if an output is not finite.
     """
-    if step == 0 or not math.isfinite(step):
-        raise UsageError(f"step {step} is not a length", fix="give a finite number other than 0")
     model = draws.model.with_denoiser(copy.deepcopy(draws.model.denoiser).eval())
     M, P, size = draws.groups, math.prod(session.shape), math.prod(model.sample_shape)
     gram, done, total = np.zeros((len(draws.ranges), M, P + 1, P + 1)), 0, draws.count_passes(P)
     rows = torch.eye(P + 1)[:, 1:] * step  # the base, then one expert at a time
+    labels = ["the base"]
+    for group in session.groups or ("",):
+        labels += [f"expert {k}{group and f' in {group}'}" for k in range(session.shape[-1])]
     for r, span in enumerate(draws.ranges):
         for part in draws.parts(span, r, P):
             lengths = [len(cell.t) for _, cell in part]
@@ -221,7 +192,7 @@ def measure_responses(
                 outputs = torch.cat(
                     [model.predict(cell.x_t, cell.t, cell.condition).float() for _, cell in part]
                 )
-                _check_finite(outputs, _label(session, p - 1), span)
+                _check_finite(outputs, labels[p], span)
                 moved[p] = outputs.flatten(1).cpu().numpy()
                 done += len(outputs)
                 progress(done, total, f"range {span}")
@@ -231,26 +202,13 @@ def measure_responses(
             for (m, _), stop, length in zip(part, np.cumsum(lengths), lengths, strict=True):
                 gram[r, m] += _products(moved[:, stop - length : stop].reshape(P + 1, -1))
     gram /= draws.J * size
-    return Responses(
-        draws.ranges,
-        session.groups,
-        session.shape[-1],
-        gram[:, :, 0, 0].copy(),
-        2 * gram[:, :, 0, 1:],
-        gram[:, :, 1:, 1:],
-    )
+    loss, slope, products = gram[:, :, 0, 0].copy(), 2 * gram[:, :, 0, 1:], gram[:, :, 1:, 1:]
+    return Responses(draws.ranges, session.groups, session.shape[-1], loss, slope, products)
 
 
 @torch.inference_mode()
 def measure_bend(draws: Draws, session: MergeSession, responses: Responses, w: Array) -> Array:
-    """Return what the loss at theta(w) changes by beyond dL_R(w), on the same samples, [R M].
-
-    Args:
-        w: the weights [P].
-
-    Raises:
-        NumericalError: if a loss is not finite.
-    """
+    """Return what the loss at theta(w) changes by beyond dL_R(w), for w [P], [R M]."""
     model = draws.model.with_denoiser(copy.deepcopy(draws.model.denoiser).eval())
     session.apply(torch.tensor(w).view(session.shape), model.denoiser)
     loss = np.zeros_like(responses.loss)
@@ -260,8 +218,7 @@ def measure_bend(draws: Draws, session: MergeSession, responses: Responses, w: A
             each = [squared_error(model.predict(c.x_t, c.t, c.condition), c.y) for c in cells]
             _check_finite(torch.cat(each), "the merge", span)
             loss[r, m] = float(torch.cat(each).double().mean())
-    bend: Array = loss - responses.loss - responses.change(w)
-    return bend
+    return np.asarray(loss - responses.loss - responses.change(w))
 
 
 def _products(rows: NDArray[np.float32]) -> Array:
@@ -271,14 +228,6 @@ def _products(rows: NDArray[np.float32]) -> Array:
         block = rows[:, start : start + COLUMNS].astype(np.float64)
         gram += block @ block.T
     return gram
-
-
-def _label(session: MergeSession, p: int) -> str:
-    """Return what weight p belongs to; -1 stands for the base."""
-    if p < 0:
-        return "the base"
-    b, k = divmod(p, session.shape[-1])
-    return f"expert {k} in {session.groups[b]}" if session.groups else f"expert {k}"
 
 
 def _check_finite(outputs: Tensor, name: str, span: TimestepRange) -> None:

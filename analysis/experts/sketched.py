@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from demerge.analysis.experts.task_vectors import task_vector
@@ -25,19 +26,12 @@ Model = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SketchedVectors:
-    """K task vectors, shortened.
+    """K task vectors, shortened."""
 
-    Attributes:
-        sketch: h(tau_n) [K k].
-        layers: the sketches of its layers side by side, [K W]; 0 if the map has none.
-        squares: |tau_n|^2 on each layer [K L].
-        outside: |tau_n|^2 on the coordinates that the map does not have, [K].
-    """
-
-    sketch: Array
-    layers: Array
-    squares: Array
-    outside: Array
+    sketch: Array  # h(tau_n) [K k]
+    layers: Array  # the sketches of its layers side by side, [K W]; 0 if the map has none
+    squares: Array  # |tau_n|^2 on each layer [K L]
+    outside: Array  # |tau_n|^2 on the coordinates that the map does not have, [K]
 
 
 def sketch_vectors(
@@ -47,21 +41,12 @@ def sketch_vectors(
     labels: Sequence[str],
     progress: Progress = silent,
 ) -> SketchedVectors:
-    """Sketch the task vectors of K experts with the signs of a map, one tensor at a time.
-
-    Args:
-        base, experts: as `predict_transfer` takes them; each is read once.
-        labels: of the experts, for errors.
-        progress: called after each tensor.
-
-    Raises:
-        InputError: if base, experts and map do not fit each other, or a value is not finite.
-    """
-    places, names = _places(map, base), [name for name in base if base[name].is_floating_point()]
+    """Sketch the task vectors of K experts with the signs of a map, one tensor at a time."""
+    coordinates = _coordinates(map, base)
+    names = [name for name in base if base[name].is_floating_point()]
     sketch, K = CountSketch.of(map.origin.parameters, map.origin.seed), len(experts)
     short = sketch.layers(map.layout)
-    whole = [sketch.zeros() for _ in experts]
-    parts = [sketch.zeros().new_zeros(short.width) for _ in experts]
+    whole, parts = (torch.zeros(K, each.width, dtype=torch.float64) for each in (sketch, short))
     squares, outside = np.zeros((K, len(short.parts))), np.zeros(K)
     for done, name in enumerate(names, 1):
         for n, expert in enumerate(experts):
@@ -72,20 +57,19 @@ def sketch_vectors(
                 what = f"{labels[n]} or the base: tensor '{name}' holds NaN or Inf"
                 raise InputError(what, fix="use another checkpoint of it")
             square = float(tau.square().sum())
-            if name not in places:
+            if name not in coordinates:
                 outside[n] += square
                 continue
-            start, layer = places[name]
+            start, layer = coordinates[name]
             squares[n, layer] += square
             sketch.add(whole[n], start, tau)
             if map.layers is not None:
                 short.add(parts[n], start, tau)
         progress(done, len(names), name)
-    h, layers = (np.stack([total.double().numpy() for total in each]) for each in (whole, parts))
-    return SketchedVectors(h, layers, squares, outside)
+    return SketchedVectors(whole.numpy(), parts.numpy(), squares, outside)
 
 
-def _places(map: ConflictMap, base: Model) -> dict[str, tuple[int, int]]:
+def _coordinates(map: ConflictMap, base: Model) -> dict[str, tuple[int, int]]:
     """Return the first coordinate and the number of the layer of each tensor that the map has."""
     fix = "name the base that the map was measured on"
     of, layers = {modern(name): name for name in base}, list(layers_of(map.layout))
@@ -93,12 +77,12 @@ def _places(map: ConflictMap, base: Model) -> dict[str, tuple[int, int]]:
     if missing:
         what = f"{len(missing)} parameters of the map are not in the base: {', '.join(missing[:5])}"
         raise InputError(what, fix=fix)
-    places, start = {}, 0
+    coordinates, start = {}, 0
     for name, numel in map.layout.items():
         tensor = base[of[modern(name)]]
         if tensor.numel() != numel or not tensor.is_floating_point():
             held = f"{tensor.dtype} {list(tensor.shape)} in the base"
             raise InputError(f"'{name}' is {held}, {numel} coordinates in the map", fix=fix)
-        places[of[modern(name)]] = (start, layers.index(layer_of(name)))
+        coordinates[of[modern(name)]] = (start, layers.index(layer_of(name)))
         start += numel
-    return places
+    return coordinates

@@ -32,30 +32,17 @@ from demerge.merging.report.diagnosis import effective_rank
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskVectors:
-    """How K task vectors relate to each other.
+    """How K task vectors relate to each other."""
 
-    Attributes:
-        names: the L floating-point tensors.
-        gram: inner products on each tensor [L K K].
-        opposed: sum_p |tau_kp tau_np| over p of unequal signs, on each tensor [L K K].
-        energy: sum_p |tau_kp tau_np| [L K K].
-    """
-
-    names: tuple[str, ...]
-    gram: Array
-    opposed: Array
-    energy: Array
+    names: tuple[str, ...]  # the L floating-point tensors
+    gram: Array  # inner products on each tensor [L K K]
+    opposed: Array  # sum_p |tau_kp tau_np| over p of unequal signs, on each tensor [L K K]
+    energy: Array  # sum_p |tau_kp tau_np| [L K K]
 
     @property
     def norms(self) -> Array:
         """|tau_k| on each tensor, [L K]."""
-        norms: Array = np.sqrt(np.einsum("lkk->lk", self.gram))
-        return norms
-
-    @property
-    def effective_ranks(self) -> Array:
-        """The effective rank on each tensor, [L]; 0 if no expert changes the tensor."""
-        return np.array([effective_rank(torch.from_numpy(gram)) for gram in self.gram])
+        return np.asarray(np.sqrt(np.einsum("lkk->lk", self.gram)))
 
     @property
     def effective_rank(self) -> float:
@@ -94,90 +81,52 @@ class TaskVectors:
         )
         return TaskVectors(tuple(groups), gram, opposed, energy)
 
-    def whole_norms(self) -> Array:
-        """Return |tau_k| of the whole model, [K]."""
-        norms: Array = np.sqrt(np.diagonal(self.gram.sum(0)))
-        return norms
+    def whole(self) -> TaskVectors:
+        """Return the same for the whole model as one tensor."""
+        return self._summed({"whole": self.names})
 
     def table(self, labels: Sequence[str]) -> pd.DataFrame:
-        """Return a row per tensor: norms, means over pairs of cosine and sign conflict, rank.
-
-        Raises:
-            UsageError: unless there is one label for each expert.
-        """
-        check_labels(self, labels)
-        norms, pairs = self.norms, np.triu_indices(self.gram.shape[1], 1)
+        """Return a row per tensor: norms, means over pairs of cosine and sign conflict, rank."""
+        K, norms = self.gram.shape[1], self.norms
+        if len(labels) != K:
+            raise UsageError(f"{len(labels)} labels for {K} task vectors", fix="give one for each")
+        pairs = np.triu_indices(K, 1)
         cosine = _ratio(self.gram, norms[:, :, None] * norms[:, None, :])[:, *pairs]
         opposed = _ratio(self.opposed, self.energy)[:, *pairs]
         columns = [f"norm {label}" for label in labels]
         return pd.DataFrame(norms, index=list(self.names), columns=columns).assign(
             cosine=_mean(cosine),
             sign_conflict=_mean(opposed),
-            effective_rank=self.effective_ranks,
+            effective_rank=[effective_rank(torch.from_numpy(gram)) for gram in self.gram],
         )
-
-
-def check_labels(vectors: TaskVectors, labels: Sequence[str]) -> None:
-    """Check that there is one label for each expert.
-
-    Raises:
-        UsageError: if there are more or fewer.
-    """
-    K = vectors.gram.shape[1]
-    if len(labels) != K:
-        raise UsageError(f"{len(labels)} labels for {K} task vectors", fix="give one for each")
 
 
 def compare_task_vectors(
     base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]
 ) -> TaskVectors:
-    """Compare the task vectors of experts, given as state dicts or as the deltas of a LoRA.
-
-    Raises:
-        UsageError: if there is no expert.
-        InputError: if an expert's keys or shapes are not the base's.
-    """
+    """Compare the task vectors of experts, given as state dicts or as the deltas of a LoRA."""
     if not experts:
         raise UsageError("no expert was given", fix="give at least one")
     for k, expert in enumerate(experts):
-        _check_keys(base, expert, k)
-    names = [name for name in base if base[name].is_floating_point()]
-    parts = [_products(base[name], experts, name) for name in names]
-    shape = (len(names), len(experts), len(experts))
-    gram, opposed, energy = (np.array([part[i] for part in parts]).reshape(shape) for i in range(3))
-    return TaskVectors(tuple(names), gram, opposed, energy)
-
-
-def _check_keys(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], k: int) -> None:
-    missing = [] if holds_deltas(expert) else sorted(set(base) - set(expert))
-    extra = sorted(set(expert) - set(base))
-    if missing or extra:
-        what = f"expert {k}: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}"
-        raise InputError(what, fix="use experts of this base")
-
-
-def _products(
-    base: Tensor, experts: Sequence[Mapping[str, Tensor]], name: str
-) -> tuple[Array, Array, Array]:
-    """Return gram, opposed and energy [K K] of one tensor."""
-    tau = torch.zeros(len(experts), base.numel(), dtype=torch.float64)
-    for k, expert in enumerate(experts):
-        row = task_vector(base, expert, name, f"expert {k}")
-        if row is not None:
-            tau[k] = row
-    gram, energy = tau @ tau.T, tau.abs() @ tau.abs().T
-    return gram.numpy(), ((energy - gram) / 2).clamp(min=0).numpy(), energy.numpy()
+        missing = [] if holds_deltas(expert) else sorted(set(base) - set(expert))
+        extra = sorted(set(expert) - set(base))
+        if missing or extra:
+            what = f"expert {k}: missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}"
+            raise InputError(what, fix="use experts of this base")
+    names, K = [name for name in base if base[name].is_floating_point()], len(experts)
+    gram, energy = np.zeros((2, len(names), K, K))
+    for i, name in enumerate(names):
+        tau = torch.zeros(K, base[name].numel(), dtype=torch.float64)
+        for k, expert in enumerate(experts):
+            row = task_vector(base[name], expert, name, f"expert {k}")
+            if row is not None:
+                tau[k] = row
+        gram[i], energy[i] = tau @ tau.T, tau.abs() @ tau.abs().T
+    return TaskVectors(tuple(names), gram, ((energy - gram) / 2).clip(min=0), energy)
 
 
 def task_vector(base: Tensor, expert: Mapping[str, Tensor], name: str, label: str) -> Tensor | None:
-    """Return tau on one tensor, flat, float64 on the CPU; None if a LoRA does not change it.
-
-    Args:
-        label: of the expert, for errors.
-
-    Raises:
-        InputError: if the expert lacks the tensor or has another shape.
-    """
+    """Return tau on one tensor, flat, float64 on the CPU; None if a LoRA does not change it."""
     fix = "use experts of this base"
     if name not in expert:
         if holds_deltas(expert):
@@ -198,5 +147,4 @@ def _mean(values: Array) -> Array:
 
 
 def _ratio(above: Array, below: Array) -> Array:
-    ratio: Array = np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-    return ratio
+    return np.asarray(np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0))

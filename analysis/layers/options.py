@@ -11,11 +11,7 @@ from demerge.options import Options, again, option
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LayersOptions(Options):
-    """From which map layers are chosen, for which ranges, and how many.
-
-    Raises:
-        UsageError: if a value breaks its rule.
-    """
+    """From which map layers are chosen, for which ranges, and how many."""
 
     map: Path = option(
         help="conflict.safetensors of `demerge analyze --layers`, or its folder.",

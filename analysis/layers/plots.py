@@ -20,9 +20,6 @@ def draw_gains(choice: LayerChoice, top: int = TOP) -> Figure:
     """Draw the layers with the highest gain per parameter, and the held-out gain by trained share.
 
     Bars of layers that are to be trained are filled, those of others open. Intervals are of 95 %.
-
-    Args:
-        top: how many layers have a bar.
     """
     height = max(3.6, 1.3 + 0.24 * min(top, len(choice.layers)))
     figure = Figure(figsize=(10.4, height), layout="constrained")
@@ -36,7 +33,7 @@ def draw_gains(choice: LayerChoice, top: int = TOP) -> Figure:
 
 def _draw_bars(ax: Axes, choice: LayerChoice, top: int) -> None:
     layers = choice.layers[:top]
-    train, places = set(choice.train), np.arange(len(layers))
+    train, rows = set(choice.train), np.arange(len(layers))
     scale, unit = 1.0, f"{choice.metric} metric"
     if choice.curve:
         scale, unit = 100 / choice.total.value, "% of that of all layers"
@@ -45,9 +42,9 @@ def _draw_bars(ax: Axes, choice: LayerChoice, top: int) -> None:
     faces = [BLUE if layer.name in train else "white" for layer in layers]
     whiskers = {"ecolor": "0.3", "elinewidth": 1}
     style = {"height": 0.7, "edgecolor": BLUE, "error_kw": whiskers}
-    ax.barh(places, gains, color=faces, xerr=half, **style)
+    ax.barh(rows, gains, color=faces, xerr=half, **style)
     names = [f"{plain(layer.name)} ({layer.parameters:,})" for layer in layers]
-    ax.set_yticks(places, names, fontsize=8)
+    ax.set_yticks(rows, names, fontsize=8)
     ax.set(ylim=(len(layers) - 0.4, -0.6), xlabel=f"gain of experts, {unit}")
     ax.axvline(0, color=GREY, lw=0.8)
     ax.set_title("Highest gain per parameter (parameters)", loc="left", fontsize=10)

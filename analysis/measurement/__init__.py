@@ -5,5 +5,4 @@ samples      what gradients are measured on   backward     one gradient, in piec
 sketch       what shortens it                 collector    the cells, one after the other
 fisher       their squares, by range          budget       how many groups are enough
 checkpoint   finished parts                   run          measure(model, data, options)
-parallel     several processes                lock         one process at a time in a folder
 """

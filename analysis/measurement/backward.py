@@ -31,9 +31,6 @@ def select_parameters(denoiser: nn.Module, which: str = "all") -> dict[str, nn.P
 
     Args:
         which: `all`, `lora` for those of adapters, or a REGEX that occurs in their names.
-
-    Raises:
-        UsageError: if the text is not a regular expression or matches no name.
     """
     parameters = dict(denoiser.named_parameters())
     if which == "all":
@@ -41,29 +38,19 @@ def select_parameters(denoiser: nn.Module, which: str = "all") -> dict[str, nn.P
     try:
         pattern = re.compile(LORA if which == "lora" else which)
     except re.error as error:
-        raise UsageError(
-            f"params '{which}' is not a regular expression: {error}",
-            fix="give all, lora or a REGEX",
-        ) from error
+        what = f"params '{which}' is not a regular expression: {error}"
+        raise UsageError(what, fix="give all, lora or a REGEX") from error
     chosen = {name: p for name, p in parameters.items() if pattern.search(name)}
     if not chosen:
         examples = list(parameters)[:: max(1, len(parameters) // 3)][:3]
-        raise UsageError(
-            f"params '{which}' fits none of the {len(parameters)} parameters",
-            fix=f"give all or a REGEX that occurs in names like {', '.join(examples)}",
-        )
+        what = f"params '{which}' fits none of the {len(parameters)} parameters"
+        fix = f"give all or a REGEX that occurs in names like {', '.join(examples)}"
+        raise UsageError(what, fix=fix)
     return chosen
 
 
 class Backward:
-    """Computes gradients of losses by chosen parameters of a denoiser; it sets their requires_grad.
-
-    Attributes:
-        D: the number of coordinates.
-
-    Raises:
-        UsageError: if `which` fits no parameter, or the mode is unknown.
-    """
+    """Gradients of losses by chosen parameters of a denoiser; it sets their requires_grad."""
 
     def __init__(self, denoiser: nn.Module, which: str = "all", mode: str = "auto") -> None:
         if mode not in MODES:

@@ -26,35 +26,21 @@ from demerge.conflict import Array, ConflictMap
 
 @dataclass(slots=True)
 class StopRule:
-    """Ends a measurement: if one more group would not fit the budget, or if the SE is reached.
+    """Ends a measurement: if one more group would not fit the budget, or if the SE is reached."""
 
-    Attributes:
-        budget: seconds, None for any.
-        target_se: the SE that is enough, None for none.
-        took: seconds of the groups that were measured, which the measurement adds to.
-        map: makes a map of the rows' inner products [M N M N].
-        width: how many numbers of a row its products are made of.
-        began: when, by the monotonic clock.
-    """
-
-    budget: float | None
-    target_se: float | None
-    took: Sequence[float]
-    map: Callable[[Array], ConflictMap]
-    width: int
-    began: float
+    budget: float | None  # seconds, None for any
+    target_se: float | None  # the SE that is enough, None for none
+    took: Sequence[float]  # seconds of the groups that were measured, which the measurement adds to
+    map: Callable[[Array], ConflictMap]  # makes a map of the rows' inner products [M N M N]
+    width: int  # how many numbers of a row its products are made of
+    began: float  # when, by the monotonic clock
     gram: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __call__(self, rows: Tensor) -> bool:
         """Return whether the groups so far, rows [M N *], are enough."""
-        return self._is_late() or self._is_sure(rows)
-
-    def _is_late(self) -> bool:
-        if self.budget is None or not self.took:
-            return False
-        return time.monotonic() - self.began + statistics.median(self.took) > self.budget
-
-    def _is_sure(self, rows: Tensor) -> bool:
+        left = math.inf if self.budget is None else self.began + self.budget - time.monotonic()
+        if self.took and statistics.median(self.took) > left:
+            return True
         if self.target_se is None:
             return False
         flat, known = rows[..., : self.width].flatten(0, 1), len(self.gram)
@@ -79,10 +65,8 @@ def describe_se(map: ConflictMap, target: float) -> str:
     """Return whether a map reached the target SE, and how many groups would."""
     se = neighbour_se(map)
     if not math.isfinite(se):
-        return (
-            f"half of the neighbouring bins are not resolved after {map.M} groups;"
-            " larger batches or more groups may resolve them"
-        )
+        text = f"half of the neighbouring bins are not resolved after {map.M} groups"
+        return f"{text}; larger batches or more groups may resolve them"
     text = f"the similarity of neighbouring bins has a median SE of {se:.3g} after {map.M} groups"
     if se <= target:
         return f"{text}; the target was {target:g}"

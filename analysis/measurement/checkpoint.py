@@ -36,11 +36,7 @@ class MeasurementCheckpoint:
     key: Mapping[str, Any]
 
     def check(self) -> None:
-        """Check that the folder holds no part of another measurement.
-
-        Raises:
-            UsageError: if it does, naming the differences.
-        """
+        """Check that the folder holds no part of another measurement."""
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder is not None else ():
             with (
                 contextlib.suppress(*UNREADABLE),
@@ -49,11 +45,7 @@ class MeasurementCheckpoint:
                 self._check_key(file)
 
     def load(self, name: str, shape: Sequence[int]) -> Tensor | None:
-        """Return a part [*shape], None if it is missing or damaged.
-
-        Raises:
-            UsageError: if it is part of another measurement.
-        """
+        """Return a part [*shape], None if it is missing or damaged."""
         path = self._path(name)
         if path is None or not path.is_file():
             return None
@@ -94,7 +86,6 @@ class MeasurementCheckpoint:
         key = parse_json((file.metadata() or {})["demerge"])
         if key != self.key:
             differences = "; ".join(list_differences(key, self.key))
-            raise UsageError(
-                f"{self.folder} holds parts of another measurement: {differences}",
-                fix=f"finish that one, choose another folder, or remove {self.folder}",
-            )
+            what = f"{self.folder} holds parts of another measurement: {differences}"
+            fix = f"finish that one, choose another folder, or remove {self.folder}"
+            raise UsageError(what, fix=fix)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from demerge.analysis.measurement.backward import Backward, Consume
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.fisher import RangeFisher
 from demerge.analysis.measurement.samples import TRIALS, Draw, Draws
+from demerge.analysis.measurement.sketch import Sketches
 from demerge.conflict import MIN_GROUPS, Array
 from demerge.diffusion.numerics import accumulator
 from demerge.errors import NumericalError
@@ -32,17 +32,6 @@ from demerge.timesteps import TimestepRange
 
 COLUMNS = 1 << 15
 TIMED, TIMED_SECONDS = 6, 1.0
-
-
-class Reduction(Protocol):
-    """What is stored of a gradient: a linear map to `width` numbers."""
-
-    @property
-    def width(self) -> int:
-        """How many numbers."""
-
-    def add(self, total: Tensor, start: int, x: Tensor) -> None:
-        """Add what is stored of coordinates [start, start + n), x [n], to `total` [width]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,57 +45,27 @@ class Identity:
         total[start : start + len(x)] += x
 
 
-@dataclass(frozen=True, slots=True)
-class SideBySide:
-    """Stores several things of a gradient, one after the other."""
-
-    parts: Sequence[Reduction]
-
-    @property
-    def width(self) -> int:
-        """How many numbers all of them store."""
-        return sum(part.width for part in self.parts)
-
-    def add(self, total: Tensor, start: int, x: Tensor) -> None:
-        """Add x [n] to each part."""
-        pieces = total.split([part.width for part in self.parts])
-        for part, piece in zip(self.parts, pieces, strict=True):
-            part.add(piece, start, x)
-
-
 @dataclass(slots=True)
 class GradientCollector:
-    """The cells of a measurement, run through once.
-
-    Attributes:
-        reduction: what is stored of a gradient.
-        checkpoint: where finished groups are stored.
-        world: the processes that share the groups; every n-th one is this one's.
-        precision: of the model's forward pass, `no` or `bf16` under autocast.
-        fisher: gets its share of each cell, if it is wanted.
-        progress: called after each backward pass; `total` is how many there will be.
-        scale: v^(-1/4) [D] of the adam metric.
-        took: seconds of each group that was measured, not loaded.
-    """
+    """The cells of a measurement, run through once."""
 
     draws: Draws
     backward: Backward
-    reduction: Reduction
-    checkpoint: MeasurementCheckpoint
-    world: World = ALONE
-    precision: str = "no"
-    fisher: RangeFisher | None = None
-    progress: Progress = silent
+    reduction: Identity | Sketches  # what is stored of a gradient, `width` numbers
+    checkpoint: MeasurementCheckpoint  # where finished groups are stored
+    world: World = ALONE  # the processes that share the groups; every n-th one is this one's
+    precision: str = "no"  # of the model's forward pass, `no` or `bf16` under autocast
+    fisher: RangeFisher | None = None  # gets its share of each cell, if it is wanted
+    progress: Progress = silent  # called after each backward pass
     total: int = 0
-    scale: Tensor | None = None
+    scale: Tensor | None = None  # v^(-1/4) [D] of the adam metric
     done: int = 0
-    took: list[float] = field(default_factory=list)
+    took: list[float] = field(default_factory=list)  # seconds of each measured group
 
     def rows(
         self,
         most: int,
-        *,
-        adam: bool = False,
+        is_adam: bool = False,
         start: Tensor | None = None,
         is_enough: Callable[[Tensor], bool] | None = None,
         first: Callable[[Tensor], None] | None = None,
@@ -119,26 +78,27 @@ class GradientCollector:
             is_enough: whether rows [m N *] are enough; asked from 5 groups on, and from those that
                 the Fisher holds.
             first: called once by the first process, with the first rows that `is_enough` could get.
-
-        Raises:
-            NumericalError: if a gradient is not finite, naming bin, group and sample.
         """
         known = 0 if start is None else len(start)
         rows = torch.zeros(most, len(self.draws.bins), self.reduction.width, device=self.device)
         if start is not None:
             rows[:known] = start.to(rows.device)
             self.done += known * len(self.draws.bins)
-        if adam:
-            self.scale = adam_scale(self.pilot())
+        if is_adam:
+            v = self._load_or_make("pilot", (self.backward.D,), self._mean_squares)
+            self.scale = adam_scale(v)
         least = max(MIN_GROUPS, 0 if self.fisher is None else self.fisher.done)
         while known < most:
             stop = min(known + self.world.size, most)
             if known + self.world.rank < stop:
                 self._measure_group(rows[known + self.world.rank], known + self.world.rank)
-            for m in range(known, stop):
-                self.world.broadcast(rows[m], m - known)
+            for owner, m in enumerate(range(known, stop)):
+                self.world.broadcast(rows[m], owner)
+                began = time.perf_counter()
                 if self.fisher is not None:
-                    self._commit_fisher(self.fisher, m, m - known)
+                    self.fisher.commit(m, owner)
+                if self.took and owner == self.world.rank:  # it counts to the process's own group
+                    self.took[-1] += time.perf_counter() - began
             known = stop
             if known < least:
                 continue
@@ -174,10 +134,6 @@ class GradientCollector:
                 break
         return self.world.broadcast_number(statistics.median(passes[1:] or passes), self.device)
 
-    def pilot(self) -> Tensor:
-        """Return v [D], the mean square of each coordinate over a cell of each bin."""
-        return self._load_or_make("pilot", (self.backward.D,), self._mean_squares).to(self.device)
-
     def noise(self) -> tuple[bool, ...]:
         """Return for each bin whether antithetic noise gives the shorter gradients.
 
@@ -206,6 +162,7 @@ class GradientCollector:
         return self.world.broadcast(values)
 
     def _mean_squares(self) -> Tensor:
+        """Return v [D], the mean square of each coordinate over a cell of each bin."""
         v = torch.zeros(self.backward.D, device=self.device)
 
         def add(start: int, values: Tensor) -> None:
@@ -233,7 +190,7 @@ class GradientCollector:
         """Load group m into rows [N *], or measure and commit it."""
         name = f"group-{m:04d}"
         loaded = self.checkpoint.load(name, rows.shape)
-        if loaded is not None and (self.fisher is None or self.fisher.holds(m)):
+        if loaded is not None and (self.fisher is None or m < self.fisher.done):
             rows.copy_(loaded)
             self.done += len(rows) * self.world.size
             return
@@ -250,13 +207,6 @@ class GradientCollector:
             self._count(f"bin {span}", self.world.size)
         self.checkpoint.save(name, rows)
         self.took.append(time.perf_counter() - began)
-
-    def _commit_fisher(self, fisher: RangeFisher, m: int, owner: int) -> None:
-        """Add group m to the Fisher; the time counts to this process's own group."""
-        began = time.perf_counter()
-        fisher.commit(m, owner)
-        if self.took and owner == self.world.rank:
-            self.took[-1] += time.perf_counter() - began
 
     def _reduced(self, draw: Draw, span: TimestepRange) -> Tensor:
         """Return what is stored [*] of the gradient of one cell, summed in float64."""
@@ -284,25 +234,20 @@ class GradientCollector:
         """Check a cell; the error names its first sample whose gradient is not finite."""
         if bool(values.isfinite().all()):
             return
-        sample = "though that of each sample is"
-        for b, image in enumerate(draw.images):
-            if not self._is_finite(draw.select(slice(b, b + 1)), span):
-                t = int(draw.timesteps(span)[b])
-                sample = f"at sample {b} (image {image} of {self.draws.data.name}, t = {t})"
-                break
-        raise NumericalError(
-            f"the gradient in bin {span}, {where}, is not finite, {sample}",
-            fix="check the model's weights and this image",
-        )
-
-    def _is_finite(self, draw: Draw, span: TimestepRange) -> bool:
         finite: list[bool] = []
 
         def check(start: int, values: Tensor) -> None:
             finite.append(bool(values.isfinite().all()))
 
-        self.backward(self._loss(draw, span), check)
-        return all(finite)
+        sample = "though that of each sample is"
+        for b, image in enumerate(draw.images):
+            self.backward(self._loss(draw.select(slice(b, b + 1)), span), check)
+            if not all(finite):
+                t = int(draw.timesteps(span)[b])
+                sample = f"at sample {b} (image {image} of {self.draws.data.name}, t = {t})"
+                break
+        what = f"the gradient in bin {span}, {where}, is not finite, {sample}"
+        raise NumericalError(what, fix="check the model's weights and this image")
 
 
 def products(rows: Tensor, others: Tensor | None = None) -> Array:
@@ -311,8 +256,7 @@ def products(rows: Tensor, others: Tensor | None = None) -> Array:
     gram = torch.zeros(len(rows), len(against), dtype=torch.float64)
     for block, other in zip(rows.split(COLUMNS, dim=1), against.split(COLUMNS, dim=1), strict=True):
         gram += (block @ other.T).cpu().double()
-    values: Array = ((gram + gram.T) / 2 if others is None else gram).numpy()
-    return values
+    return ((gram + gram.T) / 2 if others is None else gram).numpy()
 
 
 def adam_scale(v: Tensor) -> Tensor:

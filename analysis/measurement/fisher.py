@@ -18,14 +18,8 @@ means of their own in either case.
 
 What is not seen is how mu varies within a bin, since all microbatches have timesteps from all of
 it: F lacks the variance of mu over the bin. Samples that are not independent within a cell are
-refused. Draws that bins share make their errors alike, so that more microbatches are worth more:
-digits base, 20 bins, 8 groups of 16, against 2048 examples one by one:
-
-    k                      2            4            8            256 examples one by one (`stats`)
-    trace, 4 ranges        0.60-1.10    0.70-0.98    0.94-1.04    0.96-1.04
-    |dtheta - theirs|      0.120        0.097        0.090        0.143
-
-where the last row is of `merge --method fisher`, relative; `average` has 0.82.
+an error. Draws that bins share make their errors alike, so that more microbatches are worth more:
+docs/studies.md has the numbers for k = 2, 4 and 8.
 
 The cells of a group are summed by themselves, and the groups one after the other, so that the sums
 do not depend on how many processes share the groups. They are committed after each group:
@@ -57,45 +51,28 @@ MAX_PARTS = 8
 
 @dataclass(slots=True, eq=False)
 class RangeFisher:
-    """The Fisher of each range of a partition, as cells of M groups of B samples are run through.
-
-    Attributes:
-        groups: M, or the most there may be.
-        world: the processes that share the groups.
-        done: how many groups, from the first, the sums hold.
-        sums: over the groups, [R D].
-        part: over the cells of the current group, [R D]; with one process those of the current
-            range alone, [1 D].
-
-    Raises:
-        UsageError: if an edge of a range is not one of the bins', or B samples do not make
-            microbatches.
-    """
+    """The Fisher of each range, while cells of M groups of B samples are measured."""
 
     ranges: Partition
     bins: Partition
-    groups: int
+    groups: int  # M, or the most there may be
     batch_size: int
     checkpoint: MeasurementCheckpoint
-    world: World = ALONE
-    done: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    part: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    world: World = ALONE  # the processes that share the groups
+    done: int = 0  # how many groups, from the first, the sums hold
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # over the groups, [R D]
+    part: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # of the current group
 
     def __post_init__(self) -> None:
         inside = sorted(set(self.ranges.cuts) - set(self.bins.cuts))
         if inside or self.ranges.total != self.bins.total:
             edges = ", ".join(map(str, inside))
-            raise UsageError(
-                f"the ranges {self.ranges} of the Fisher have edges inside of bins: {edges}",
-                fix=f"choose other --bins, or ranges with boundaries among {self.bins.cuts}",
-            )
+            what = f"the ranges {self.ranges} of the Fisher have edges inside of bins: {edges}"
+            fix = f"choose other --bins, or ranges with boundaries among {self.bins.cuts}"
+            raise UsageError(what, fix=fix)
         if self.batch_size > 1 and self.parts == 1:
-            raise UsageError(
-                f"batch size {self.batch_size} cannot be split into 2 to {MAX_PARTS} equal parts,"
-                " which the Fisher needs",
-                fix="give an even --batch-size",
-            )
+            what = f"the Fisher needs 2 to {MAX_PARTS} equal parts of a batch of {self.batch_size}"
+            raise UsageError(what, fix="give an even --batch-size")
 
     @property
     def parts(self) -> int:
@@ -104,10 +81,7 @@ class RangeFisher:
 
     @property
     def vectors(self) -> int:
-        """How many vectors of D numbers it takes.
-
-        Sums, parts, two of the current cell, and one of another process.
-        """
+        """How many vectors of D numbers it takes: sums, parts, and three of current passes."""
         R = len(self.ranges)
         return 2 * R + 3 if self.world.size > 1 else R + 3
 
@@ -130,17 +104,13 @@ class RangeFisher:
         self.done = int(self.world.broadcast_number(self.done, device))
         self.world.broadcast(self.sums)
 
-    def holds(self, m: int) -> bool:
-        """Return whether the sums hold group m."""
-        return m < self.done
-
     def add_cell(
         self, m: int, i: int, draw: Draw, loss: Loss, backward: Backward, consume: Consume
     ) -> None:
         """Run the backward passes of bin i and group m, `consume` its gradient, and add to F."""
         B, k, span = self.batch_size, self.parts, self.bins[i]
         s, squares = self.passes(draw, span, loss, backward, consume)
-        if self.holds(m):
+        if m < self.done:
             return
         r = self.ranges.route(span.start)
         weight, total = len(span) / len(self.ranges[r]), self.part[r % len(self.part)]
@@ -172,7 +142,7 @@ class RangeFisher:
 
     def commit(self, m: int, owner: int) -> None:
         """Add group m of the process that measured it, and commit the sums."""
-        if self.holds(m):
+        if m < self.done:
             return
         for r in range(len(self.ranges) if self.world.size > 1 else 0):
             self._add_part(r, owner)
@@ -192,10 +162,8 @@ class RangeFisher:
 
     def means(self, r: int, denoiser: nn.Module) -> dict[str, Tensor]:
         """Return F of range r for each tensor of the state dict, float32 on the CPU."""
-        parameters = dict(denoiser.named_parameters())
-        pieces = (self.sums[r] / self.done).cpu().split([p.numel() for p in parameters.values()])
-        shaped = {
-            name: piece.view(parameter.shape)
-            for (name, parameter), piece in zip(parameters.items(), pieces, strict=True)
-        }
+        mean, shaped, start = (self.sums[r] / self.done).cpu(), {}, 0
+        for name, parameter in denoiser.named_parameters():
+            shaped[name] = mean[start : start + parameter.numel()].view(parameter.shape)
+            start += parameter.numel()
         return by_state_name(denoiser, shaped)

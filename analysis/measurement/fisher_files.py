@@ -32,24 +32,15 @@ class FisherFiles:
     folder: Path
     inputs: Mapping[TimestepRange, Mapping[str, Any]]
     options: Mapping[str, Any]
-    parameters: int
+    bytes: int  # of the sums and the current cell
 
     @property
     def paths(self) -> list[Path]:
         """The files."""
         return [self.folder / str(span) / f"{NAME}.safetensors" for span in self.fisher.ranges]
 
-    @property
-    def bytes(self) -> int:
-        """What the sums and the current cell take."""
-        return 4 * self.fisher.vectors * self.parameters
-
     def exist(self) -> bool:
-        """Return whether all files exist with all groups; those of fewer groups are made again.
-
-        Raises:
-            UsageError: if one was made with other settings.
-        """
+        """Return whether all files exist with all groups; those of fewer groups are made again."""
         wanted, complete = self.fisher.groups, True
         for span in self.fisher.ranges:
             groups = min(self._recorded_groups(span), wanted)
@@ -60,12 +51,12 @@ class FisherFiles:
 
     def write(self, denoiser: nn.Module) -> list[Path]:
         """Write the files, each with its record, of the groups that the sums hold."""
-        k, groups = self.fisher.parts, self.fisher.done
+        k = self.fisher.parts
         facts = {"gradients": f"{k} microbatches a cell", "batch": self.fisher.batch_size // k}
         for r, span in enumerate(self.fisher.ranges):
             collected = Collected(self.fisher.means(r, denoiser), facts)
-            folder, options = self.folder / str(span), self._options(span, groups)
-            commit_statistic(folder, NAME, collected, self.inputs[span], options)
+            options = self._options(span, self.fisher.done)
+            commit_statistic(self.folder / str(span), NAME, collected, self.inputs[span], options)
         return self.paths
 
     def _options(self, span: TimestepRange, groups: int) -> dict[str, Any]:
@@ -83,20 +74,20 @@ class FisherFiles:
         return groups if type(groups) is int else self.fisher.groups
 
     def __str__(self) -> str:
-        k, wanted = self.fisher.parts, self.fisher.groups
-        passes = "each cell is an example"
+        k, text = self.fisher.parts, f"fisher    {self.fisher.ranges}: each cell is an example"
         if k > 1:
-            passes = f"{k} passes of {self.fisher.batch_size // k} samples for each cell"
-        text = f"fisher    {self.fisher.ranges}: {passes}, {self.bytes / 1e6:,.0f} MB of sums"
-        text = f"{text}, into {self.folder}"
-        older = {self._recorded_groups(span) for span in self.fisher.ranges} - {wanted}
+            samples = self.fisher.batch_size // k
+            text = f"fisher    {self.fisher.ranges}: {k} passes of {samples} samples for each cell"
+        text += f", {self.bytes / 1e6:,.0f} MB of sums, into {self.folder}"
+        recorded = {self._recorded_groups(span) for span in self.fisher.ranges}
+        older = sorted(recorded - {self.fisher.groups})
         if older:
-            text += f", in place of the one of {' and '.join(map(str, sorted(older)))} groups"
+            text += f", in place of the one of {' and '.join(map(str, older))} groups"
         return text
 
 
 def plan_fisher(
-    measurement: Measurement, ranges: str, out: Path, world: World = ALONE
+    measurement: Measurement, ranges: str | Path, out: str | Path, world: World = ALONE
 ) -> FisherFiles:
     """Plan the Fisher of ranges that a measurement computes too, and check it.
 
@@ -110,7 +101,7 @@ def plan_fisher(
             parameters count.
         ResourceError: if memory or disk does not suffice for the sums.
     """
-    model, o = measurement.model, measurement.options
+    model, o, out = measurement.model, measurement.options, Path(out)
     if o.mixed_precision != "no":
         raise UsageError("the Fisher needs float32", fix="leave out --mixed-precision")
     if o.antithetic != "off":
@@ -119,28 +110,19 @@ def plan_fisher(
     if o.params != "all":
         what = f"the Fisher of params '{o.params}' alone does not merge a model"
         raise UsageError(what, fix="leave out --params")
-    spans = Partition.parse(ranges, model.T)
-    edges = [0, *spans.cuts, spans.total]
-    key = {**measurement.key(), NAME: edges, "parts": MAX_PARTS}
-    fisher = RangeFisher(
-        spans,
-        measurement.bins,
-        measurement.most_groups,
-        o.batch_size,
-        MeasurementCheckpoint(out / "conflict.partial" / NAME, key),
-        world,
-    )
+    spans, groups = Partition.parse(str(ranges), model.T), measurement.most_groups
+    key = {**measurement.key(), NAME: [0, *spans.cuts, spans.total], "parts": MAX_PARTS}
+    checkpoint = MeasurementCheckpoint(out / "conflict.partial" / NAME, key)
+    fisher = RangeFisher(spans, measurement.bins, groups, o.batch_size, checkpoint, world)
     options = {"bins": o.bins, "batch_size": o.batch_size, "draws": o.draws, "seed": o.seed}
     inputs = {span: inputs_of(model.sha256, measurement.data, span) for span in spans}
-    files = FisherFiles(fisher, out / NAME, inputs, options, model.parameters)
+    size = 4 * fisher.vectors * model.parameters
+    files = FisherFiles(fisher, out / NAME, inputs, options, size)
     if not files.exist():
         fisher.checkpoint.check()
         free = free_bytes(str(model.device))
-        if free is not None and free < files.bytes:
-            raise ResourceError(
-                f"the sums of the Fisher take {files.bytes:,} bytes on {model.device},"
-                f" {free:,} are free",
-                fix="take fewer ranges, or another device",
-            )
-        check_disk_space(out / NAME, 3 * files.bytes)
+        if free is not None and free < size:
+            what = f"the sums of the Fisher take {size:,} bytes, {model.device} has {free:,} free"
+            raise ResourceError(what, fix="take fewer ranges, or another device")
+        check_disk_space(out / NAME, 3 * size)
     return files

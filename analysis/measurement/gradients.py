@@ -37,25 +37,15 @@ from demerge.timesteps import Partition
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementCost:
-    """What a measurement takes.
+    """What a measurement takes."""
 
-    Attributes:
-        passes: backward passes of B samples.
-        extra: backward passes beyond one for each cell, as a Fisher needs microbatches.
-        trials: backward passes of two samples, for the choice of the noise.
-        engine: how gradients are stored.
-        bytes: of what is stored of them.
-        seconds: expected, None if they were not measured.
-        at_most: whether it may be less, as the number of groups is open.
-    """
-
-    passes: int
-    engine: str
-    bytes: int
-    seconds: float | None = None
-    trials: int = 0
-    at_most: bool = False
-    extra: int = 0
+    passes: int  # backward passes of B samples
+    engine: str  # how gradients are stored
+    bytes: int  # of what is stored of them
+    seconds: float | None = None  # expected, None if they were not measured
+    trials: int = 0  # backward passes of two samples, for the choice of the noise
+    at_most: bool = False  # whether it may be less, as the number of groups is open
+    extra: int = 0  # backward passes beyond one for each cell, as a Fisher needs microbatches
 
     def __str__(self) -> str:
         passes = f"{'up to ' * self.at_most}{self.passes + self.extra} backward passes"
@@ -116,7 +106,11 @@ class Measurement:
         if o.engine != "auto":
             return o.engine == "exact"
         needed = o.bins * o.most_groups * self._cell_bytes(True)
-        return needed <= o.memory_bytes or self.parameters <= K
+        return needed <= self._memory or self.parameters <= K
+
+    @property
+    def _memory(self) -> int:
+        return round(self.options.memory * 1e9)
 
     @property
     def most_groups(self) -> int:
@@ -124,7 +118,7 @@ class Measurement:
         o = self.options
         if not o.is_open:
             return o.most_groups
-        fitting = o.memory_bytes // (o.bins * self._cell_bytes(self.is_exact))
+        fitting = self._memory // (o.bins * self._cell_bytes(self.is_exact))
         return max(MIN_GROUPS, min(o.most_groups, fitting, MAX_CELLS // o.bins))
 
     def _cell_bytes(self, exact: bool) -> int:
@@ -136,16 +130,11 @@ class Measurement:
         return 4 * numbers
 
     def cost(self, groups: int | None = None, parts: int = 1) -> MeasurementCost:
-        """Return what it takes.
-
-        Args:
-            groups: how many; the most by default.
-            parts: microbatches of each cell.
-        """
+        """Return what `groups` take, the most by default, with `parts` microbatches a cell."""
         o, D, exact = self.options, self.parameters, self.is_exact
         cells = o.bins * (groups or self.most_groups)
         needed = cells * self._cell_bytes(exact)
-        if needed > o.memory_bytes:
+        if needed > self._memory:
             stored = "gradients" if exact else "sketches"
             instead = ", or --engine sketch" if exact and D > K else ""
             raise ResourceError(
@@ -154,10 +143,8 @@ class Measurement:
                 fix=f"give more --memory{instead}, or take fewer bins or groups",
             )
         if cells > MAX_CELLS:
-            raise UsageError(
-                f"{cells:,} cells are more than the {MAX_CELLS:,} of a map",
-                fix=f"take {MAX_CELLS // o.bins} groups, or fewer bins",
-            )
+            fix = f"take {MAX_CELLS // o.bins} groups, or fewer bins"
+            raise UsageError(f"{cells:,} cells are more than the {MAX_CELLS:,} of a map", fix=fix)
         return MeasurementCost(
             passes=cells + (o.bins if o.metric == "adam" else 0),
             engine="exact" if exact else f"sketch-{K}",

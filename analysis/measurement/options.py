@@ -31,11 +31,7 @@ DRAWS: tuple[DrawKind, ...] = get_args(DrawKind)
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MeasurementOptions(Options):
-    """How gradients are measured.
-
-    Raises:
-        UsageError: if a value breaks its rule.
-    """
+    """How gradients are measured."""
 
     bins: int = option(20, "Bins of timesteps.", ge=1, panel=PANEL)
     groups: int | None = option(
@@ -48,7 +44,7 @@ class MeasurementOptions(Options):
     batch_size: int = option(16, "Samples per bin and group.", ge=1, panel=PANEL)
     budget: float | None = option(
         None,
-        "Time for as many groups as fit, such as 90s, 10m or 2h. An existing map is used as it is.",
+        "Time limit, such as 90s, 10m or 2h: measure as many groups as fit. Does not extend a map.",
         gt=0,
         lt=math.inf,
         parse=parse_seconds,
@@ -61,42 +57,42 @@ class MeasurementOptions(Options):
         lt=math.inf,
         panel=PANEL,
     )
-    draws: DrawKind = option("shared", "Samples of the bins of a group.", panel=PANEL)
+    draws: DrawKind = option(
+        "shared", "Whether the bins of a group share their samples or draw their own.", panel=PANEL
+    )
     antithetic: Literal["off", "on", "auto"] = option(
         "off",
         "Use each noise with its opposite; auto does so in the bins where it helps.",
         panel=PANEL,
     )
-    metric: Literal["euclid", "adam"] = option("euclid", "Inner product.", panel=PANEL)
+    metric: Literal["euclid", "adam"] = option(
+        "euclid", "How gradients are compared: as they are, or scaled as Adam does.", panel=PANEL
+    )
     engine: Literal["auto", "exact", "sketch"] = option(
         "auto",
         "How gradients are stored; auto is exact if that fits --memory, else sketch.",
         panel=PANEL,
     )
     params: str = option(
-        "all", "Parameters that count: all, lora, or a REGEX in their names.", panel=PANEL
+        "all", "Parameters to take gradients of: all, lora, or a REGEX in their names.", panel=PANEL
     )
     layers: bool = option(False, "Sketch each layer too, for `demerge layers`.", panel=PANEL)
     mixed_precision: Literal["no", "bf16"] = option(
         "no", "Precision of the model's passes.", panel=PANEL
     )
     memory: float = option(
-        2.0, "GB for gradients or their sketches.", gt=0, lt=math.inf, panel=PANEL
+        2.0, "Memory for the stored gradients, in GB.", gt=0, lt=math.inf, panel=PANEL
     )
     seed: int = again(SeedOptions, "seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.antithetic != "off" and self.batch_size % 2:
-            raise UsageError(
-                f"batch size {self.batch_size} cannot be split into antithetic pairs",
-                fix="give an even --batch-size",
-            )
+            what = f"batch size {self.batch_size} cannot be split into antithetic pairs"
+            raise UsageError(what, fix="give an even --batch-size")
         if self.target_se is not None and self.bins < 2:
-            raise UsageError(
-                "a target SE compares neighbouring bins, and there is only one bin",
-                fix="give --bins 2 or more",
-            )
+            what = "a target SE compares neighbouring bins, and there is only one bin"
+            raise UsageError(what, fix="give --bins 2 or more")
 
     @property
     def is_open(self) -> bool:
@@ -109,11 +105,6 @@ class MeasurementOptions(Options):
         if self.groups is not None:
             return self.groups
         return MAX_GROUPS if self.is_open else GROUPS
-
-    @property
-    def memory_bytes(self) -> int:
-        """The memory in bytes."""
-        return round(self.memory * 1e9)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

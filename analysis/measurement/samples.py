@@ -28,20 +28,13 @@ TRIALS = 4  # of each kind of noise, in the pilot that chooses between them
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draw:
-    """B samples.
+    """B samples."""
 
-    Attributes:
-        images: their indices in the data set.
-        x0, noise: [B *].
-        condition: what the denoiser is given besides, if anything.
-        position: of the timestep in a range, in [0, 1), [B].
-    """
-
-    images: list[int]
-    x0: Tensor
-    condition: Tensor | None
-    noise: Tensor
-    position: Tensor
+    images: list[int]  # their indices in the data set
+    x0: Tensor  # [B *]
+    condition: Tensor | None  # what the denoiser is given besides, if anything
+    noise: Tensor  # [B *]
+    position: Tensor  # of the timestep in a range, in [0, 1), [B]
 
     def timesteps(self, span: TimestepRange) -> Tensor:
         """Return the timesteps [B] in a range; each t of the range has an equal share."""
@@ -55,22 +48,13 @@ class Draw:
     def select(self, samples: slice) -> Draw:
         """Return some of the samples."""
         condition = None if self.condition is None else self.condition[samples]
-        return Draw(
-            self.images[samples],
-            self.x0[samples],
-            condition,
-            self.noise[samples],
-            self.position[samples],
-        )
+        x0, noise, position = self.x0[samples], self.noise[samples], self.position[samples]
+        return Draw(self.images[samples], x0, condition, noise, position)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """The draws of a measurement on a partition into N bins.
-
-    Attributes:
-        antithetic: whether noise comes with its opposite, for all bins or for each.
-    """
+    """The draws of a measurement on a partition into N bins."""
 
     model: Diffusion
     data: ImageData
@@ -78,7 +62,7 @@ class Draws:
     batch_size: int
     seed: int
     shared: bool
-    antithetic: bool | Sequence[bool]
+    antithetic: bool | Sequence[bool]  # noise with its opposite, for all bins or for each
 
     def group(self, m: int) -> Iterator[Draw]:
         """Yield the draw of each bin of group m."""
@@ -97,11 +81,10 @@ class Draws:
     def trial(self, i: int, j: int) -> tuple[Draw, Draw]:
         """Return trial j of the noise in bin i: two samples, and one with its opposite noise."""
         key = MAX_CELLS * (2 + len(self.bins) + i) + j
-        plain = draw(self.model, self.data, key, 2, self.seed, False)
-        return plain, draw(self.model, self.data, key, 2, self.seed, True)
+        return self._draw(key, False, 2), self._draw(key, True, 2)
 
-    def _draw(self, key: int, antithetic: bool) -> Draw:
-        return draw(self.model, self.data, key, self.batch_size, self.seed, antithetic)
+    def _draw(self, key: int, antithetic: bool, size: int | None = None) -> Draw:
+        return draw(self.model, self.data, key, size or self.batch_size, self.seed, antithetic)
 
 
 def draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithetic: bool) -> Draw:
@@ -116,10 +99,6 @@ def draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithe
     position = (torch.arange(n) + uniform(seed, "analysis-t", samples=samples, step=key)) / n
     if not antithetic:
         return Draw(images, x0, condition, noise, position)
-    return Draw(
-        2 * images,
-        torch.cat([x0, x0]),
-        None if condition is None else torch.cat([condition, condition]),
-        torch.cat([noise, -noise]),
-        torch.cat([position, position]),
-    )
+    twice = None if condition is None else torch.cat([condition] * 2)
+    noise = torch.cat([noise, -noise])
+    return Draw(2 * images, torch.cat([x0] * 2), twice, noise, torch.cat([position] * 2))

@@ -29,9 +29,6 @@ def check_same_schedule(map: ConflictMap, path: Path, model: str) -> None:
     """Check that a map was measured on the model's schedule; the model's weights are not read.
 
     Weights alone have no schedule, and pass.
-
-    Raises:
-        InputError: if the schedules differ, naming both.
     """
     try:
         folder = find_pipeline(model)
@@ -41,7 +38,6 @@ def check_same_schedule(map: ConflictMap, path: Path, model: str) -> None:
     of_map = describe_schedule(map.log_snr)
     of_model = describe_schedule(schedule.log_snr(scheduler.alphas_cumprod).numpy())
     if of_map != of_model:
-        raise InputError(
-            f"{path} was measured on a schedule {of_map}, {model} has one {of_model}",
-            fix="name the base of the map, or measure this one with `demerge analyze`",
-        )
+        what = f"{path} was measured on a schedule {of_map}, {model} has one {of_model}"
+        fix = "name the base of the map, or measure this one with `demerge analyze`"
+        raise InputError(what, fix=fix)

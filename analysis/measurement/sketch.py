@@ -37,10 +37,10 @@ WORD = 1 << 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CountSketch:
-    """The map h from D coordinates to k; `signs` [D] int8 is sigma."""
+    """The map h from D coordinates to `width` numbers, k; `signs` [D] int8 is sigma."""
 
     signs: Tensor
-    k: int = K
+    width: int = K
 
     @classmethod
     def of(
@@ -51,51 +51,42 @@ class CountSketch:
         pieces = [signs(start, min(start + HASHED, D), seed, device) for start in starts]
         return cls(torch.cat(pieces), min(k, D))
 
-    @property
-    def width(self) -> int:
-        """How many numbers are kept, k."""
-        return self.k
-
-    def layers(self, layout: Mapping[str, int]) -> LayerSketches:
+    def layers(self, layout: Mapping[str, int]) -> Sketches:
         """Return the sketch of each layer of a layout, with the same signs."""
         parts, start = [], 0
         for size, width in zip(layers_of(layout).values(), layer_widths(layout), strict=True):
             parts.append((start, CountSketch(self.signs[start : start + size], width)))
             start += size
-        return LayerSketches(parts)
-
-    def zeros(self) -> Tensor:
-        """Return the sketch [k] of 0, in float64 if the device has it, for `add`."""
-        return accumulator((self.k,), self.signs.device)
+        return Sketches(parts)
 
     def add(self, total: Tensor, start: int, x: Tensor) -> None:
         """Add the sketch of the coordinates [start, start + n), x [n], to `total` [k] in place."""
         rows = ROWS if x.device.type == "cpu" else ACCELERATED_ROWS
-        for a, b in _spans(start, start + len(x), self.k, rows):
+        for a, b in _spans(start, start + len(x), self.width, rows):
             signed = x[a - start : b - start].float() * self.signs[a:b]
-            bucket = a % self.k
-            if bucket or b - a < self.k:
+            bucket = a % self.width
+            if bucket or b - a < self.width:
                 total[bucket : bucket + b - a] += signed
             else:
-                total += signed.view(-1, self.k).sum(0)
+                total += signed.view(-1, self.width).sum(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return h(x) [k] in float32 of a whole gradient x [D]."""
-        total = self.zeros()
+        total = accumulator((self.width,), self.signs.device)
         self.add(total, 0, x)
         return total.float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayerSketches:
-    """The sketches of layers side by side; `parts`: first coordinate and sketch of each."""
+class Sketches:
+    """Several sketches of one gradient, side by side; `parts`: first coordinate and sketch."""
 
     parts: Sequence[tuple[int, CountSketch]]
 
     @property
     def width(self) -> int:
-        """How many numbers are kept, W."""
-        return sum(sketch.k for _, sketch in self.parts)
+        """How many numbers all of them have, W."""
+        return sum(sketch.width for _, sketch in self.parts)
 
     def add(self, total: Tensor, start: int, x: Tensor) -> None:
         """Add the sketches of coordinates [start, start + n), x [n], to `total` [W] in place."""
@@ -103,8 +94,9 @@ class LayerSketches:
         for first, sketch in self.parts:
             a, b = max(first, start), min(first + len(sketch.signs), start + len(x))
             if a < b:
-                sketch.add(total[column : column + sketch.k], a - first, x[a - start : b - start])
-            column += sketch.k
+                own = total[column : column + sketch.width]
+                sketch.add(own, a - first, x[a - start : b - start])
+            column += sketch.width
 
 
 def _spans(start: int, stop: int, k: int, most: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,6 @@ A draw has weights Exp(1) on the groups, and unequal groups are paired.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -33,10 +32,6 @@ class CutSupport:
     low: int | None
     high: int | None
 
-    def document(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {"cut": self.cut, "support": self.support, "low": self.low, "high": self.high}
-
 
 @once
 def drawn_cuts(reading: Reading, n: int, method: str = "gradient") -> Array:
@@ -49,17 +44,16 @@ def drawn_cuts(reading: Reading, n: int, method: str = "gradient") -> Array:
     K = pair_weighted_gram(map, group_weights_to_pairs(weights))
     (edges,) = reading.edges(reading.objective.table(K), [n], method)
     inner = edges[edges[:, -2] < edges[:, -1]][:, 1:-1]
-    places: Array = np.array(map.edges, dtype=np.float64)[inner]
-    return places
+    return np.asarray(np.array(map.edges, dtype=np.float64)[inner])
 
 
 def support(map: ConflictMap, partition: Partition, draws: Array) -> list[CutSupport]:
     """Return the support of each cut of a partition in draws [S n-1]."""
-    edges, found = np.array(map.edges), []
-    for k, place in enumerate(partition.cuts):
-        low = edges[np.searchsorted(edges, place) - 1]
-        high = edges[np.searchsorted(edges, place, side="right")]
+    edges, rows = np.array(map.edges), []
+    for k, cut in enumerate(partition.cuts):
+        low = edges[np.searchsorted(edges, cut) - 1]
+        high = edges[np.searchsorted(edges, cut, side="right")]
         near = ((draws >= low) & (draws <= high)).any(1).mean()
         a, b = np.quantile(draws[:, k], [0.05, 0.95], method="nearest")
-        found.append(CutSupport(place, float(near), int(a), int(b)))
-    return found
+        rows.append(CutSupport(cut, float(near), int(a), int(b)))
+    return rows

@@ -92,9 +92,9 @@ def held_out_gain(reading: Reading, partition: Partition) -> Array:
 
 def _judged(reading: Reading, edges: Sequence[Sequence[Edges | Sequence[int]]]) -> Array:
     rows = []
-    for (_, K_B), found in zip(halved(reading), edges, strict=True):
+    for (_, K_B), chosen in zip(halved(reading), edges, strict=True):
         table = reading.objective.table(K_B)
-        rows.append([(total(table, each) - table[:, 0, -1]).mean() for each in found])
+        rows.append([(total(table, each) - table[:, 0, -1]).mean() for each in chosen])
     return np.array(rows)
 
 
@@ -104,33 +104,18 @@ def held_out_share(reading: Reading, gains: Array) -> Estimate:
     return Estimate(float(shares[0]), float(standard_error(shares[1:])))
 
 
-# -- how many ranges -------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class RangeCount:
-    """How many ranges a map supports.
+    """How many ranges a map supports."""
 
-    Attributes:
-        chosen: n*.
-        reason: why, in words.
-        shares: ES_x for 1, 2, ... ranges by method: one that looks at the map, and those that do
-            not.
-    """
-
-    chosen: int
-    reason: str
-    shares: dict[str, list[Estimate]]
+    chosen: int  # n*
+    reason: str  # why, in words
+    shares: dict[str, list[Estimate]]  # ES_x for 1, 2, ... ranges by method
 
 
 @once
 def cross_validation(reading: Reading, method: str = "gradient") -> RangeCount:
-    """Find how many ranges a map supports, by the one-SE rule; 1 if no conflict is resolved.
-
-    Raises:
-        UsageError: if the method is unknown.
-        NumericalError: if the map is not as wide as the least width.
-    """
+    """Find how many ranges a map supports, by the one-SE rule; 1 if no conflict is resolved."""
     check_choice("method", method, METHODS)
     if not reading.is_sure:
         return RangeCount(1, reading.doubt, {})
@@ -180,9 +165,6 @@ def _counts(reading: Reading, method: str) -> tuple[int, ...]:
             break
         counts.append(n)
     return tuple(counts)
-
-
-# -- the partition that was found against those that do not look -----------------------------------
 
 
 @once

@@ -28,26 +28,16 @@ on the map, J and share are means over halves (A, B) of the groups, of the parti
 judged on B, with the jackknife's error. All else is of the partition that was taken, on all groups,
 and flatters it a little.
 
-Held against training: digits UNet after 400 steps of 64 at 1e-3 (cosine), a map of 10 bins and 12
-groups of 128, four ranges cut at 100, 200 and 500, experts on their ranges alone (p = 0,
-lambda = 0), losses on test images, two seeds. A joint AdamW step missed
-
-    batches of 128, lr 5e-5     89 and 84 % after 20 steps, 82 and 83 % after 40    79 % predicted
-    batches of 1,024, lr 1e-4   68 and 82 % after 15 steps                          66 % predicted
-
-with predictions for these batches, where `share` is 50 % and `sgd` 86 %. So `share` is the careful
-number, that of large batches. At batches as small as those of `finetune` a joint AdamW step misses
-nearly as much as a plain one does. In its first 5 to 10 steps Adam's own start rules.
-
-A promise is one of direction: at a converged base the joint step gains nothing, and the share is 1
-by calculus. How much there is to gain, and how far, only training tells. Experts of `finetune` see
-30 % of other timesteps and stay near the base by default; both shrink their lead.
+`share` is the careful number, that of large batches; docs/studies.md compares both with training.
+At a converged base the joint step gains nothing, and the share is 1 by calculus. How much there is
+to gain, and how far, only training tells. Experts of `finetune` see 30 % of other timesteps and
+stay near the base by default; both shrink their lead.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -73,22 +63,17 @@ class Interval:
     high: float
 
     @classmethod
-    def from_pairs(cls, value: float, without: Array) -> Interval:
-        """Make one from the value of all groups and those without each pair of them, [P]."""
-        if not (math.isfinite(value) and np.isfinite(without).all()):
-            return UNKNOWN
-        error = estimate_error(without)
-        half = float(error.half())
-        return cls(value, float(error.se), value - half, value + half)
-
-    @classmethod
-    def from_groups(cls, value: float, left_out: Array) -> Interval:
-        """Make one from the value of all groups and those without each group, [M]."""
-        if not (math.isfinite(value) and np.isfinite(left_out).all()):
-            return UNKNOWN
-        se = float(standard_error(left_out))
-        half = t_quantile(len(left_out)) * se
-        return cls(value, se, value - half, value + half)
+    def of(cls, value: Array, replicates: Array, *, by_group: bool = False) -> Interval:
+        """Make one from the value of all groups and those without each pair of them (or group)."""
+        if not (np.isfinite(value) and np.isfinite(replicates).all()):
+            return cls(math.nan, math.nan, math.nan, math.nan)
+        if by_group:
+            se = float(standard_error(replicates))
+            half = t_quantile(len(replicates)) * se
+        else:
+            error = estimate_error(replicates)
+            se, half = float(error.se), float(error.half())
+        return cls(float(value), se, float(value) - half, float(value) + half)
 
     @property
     def is_known(self) -> bool:
@@ -102,11 +87,7 @@ class Interval:
 
     def document(self) -> dict[str, float | None]:
         """Return JSON values, None for what is not known."""
-        numbers = {"value": self.value, "se": self.se, "low": self.low, "high": self.high}
-        return {name: json_number(number) for name, number in numbers.items()}
-
-
-UNKNOWN = Interval(math.nan, math.nan, math.nan, math.nan)
+        return {name: json_number(number) for name, number in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,36 +100,22 @@ class RangeGain:
 
     def document(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {
-            "range": [self.span.start, self.span.stop],
-            "missed": self.missed.document(),
-            "length": self.length.document(),
-        }
+        numbers = {"missed": self.missed.document(), "length": self.length.document()}
+        return {"range": [self.span.start, self.span.stop], **numbers}
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedGain:
-    """What a partition promises.
+    """What a partition promises."""
 
-    Attributes:
-        ranges: of the partition that was taken.
-        gain, share: J and its share, for steps of fixed length: direction alone.
-        batch: the share of AdamW steps of BATCH samples, with their noise.
-        sgd: the share of plain gradient steps.
-        sgd_length: its part that comes from unequal lengths.
-        is_held_out: whether J and share are of partitions judged on groups that did not choose
-            them.
-        doubt: why the map allows no promise, whatever the interval says; empty if it does.
-    """
-
-    ranges: tuple[RangeGain, ...]
-    gain: Interval
-    share: Interval
-    batch: Interval
-    sgd: Interval
-    sgd_length: Interval
-    is_held_out: bool
-    doubt: str = ""
+    ranges: tuple[RangeGain, ...]  # of the partition that was taken
+    gain: Interval  # J for steps of fixed length: direction alone
+    share: Interval  # its share
+    batch: Interval  # the share of AdamW steps of BATCH samples, with their noise
+    sgd: Interval  # the share of plain gradient steps
+    sgd_length: Interval  # its part that comes from unequal lengths
+    is_held_out: bool  # J and share are judged on groups that did not choose the ranges
+    doubt: str = ""  # why the map allows no promise, whatever the interval says; empty if it does
 
     @property
     def is_promised(self) -> bool:
@@ -167,17 +134,19 @@ class ExpectedGain:
         if not self.share.is_known:
             return "noise hides what steps of the ranges would gain"
         where = "covers" if self.gain.high >= 0 else "lies below"
-        missed = f"a joint AdamW step misses {self.share} of what separate ones gain"
-        return f"{missed}, and the interval {where} 0"
+        return f"{self._missed}, and the interval {where} 0"
 
     @property
     def sentence(self) -> str:
         """What to expect, in words."""
         if not self.is_promised:
-            return f"no promise: {self.obstacle}"
-        missed = f"a joint AdamW step misses {self.share} of what separate ones gain"
+            return f"no gain is predicted: {self.obstacle}"
         noisy = f"; with the noise of batches of {BATCH}, {self.batch.value:.0%}"
-        return f"{missed}, by direction alone{noisy if self.batch.is_known else ''}"
+        return f"{self._missed}, by direction alone{noisy if self.batch.is_known else ''}"
+
+    @property
+    def _missed(self) -> str:
+        return f"a joint AdamW step misses {self.share} of what separate ones gain"
 
     @property
     def plain(self) -> str:
@@ -208,26 +177,21 @@ def expected_gain(
 ) -> ExpectedGain:
     """Predict what experts of the ranges gain over a joint model.
 
-    Args:
-        method: how the partition was found; J is cross-fitted for methods that look at the map.
-        doubt: why the map allows no promise.
+    J is cross-fitted if the method that found the partition looks at the map.
     """
     shares = cover(reading.map, partition)
     at = _Steps.of(reading.map, reading.bins.K, shares)
     without = _Steps.of(reading.map, reading.pairs, shares)
 
-    def interval(name: str, k: int | None = None) -> Interval:
-        value, replicates = getattr(at, name), getattr(without, name)
-        if k is None:
-            return Interval.from_pairs(float(value), replicates)
-        return Interval.from_pairs(float(value[k]), replicates[:, k])
+    def interval(name: str, *k: int) -> Interval:
+        return Interval.of(getattr(at, name)[k], getattr(without, name)[:, *k])
 
     is_held_out = method in ADAPTIVE and len(partition) > 1
     if is_held_out:
         explained, gains = _cross_fitted(reading, len(partition), method)
         ratio = np.divide(gains, explained, out=np.full_like(gains, np.nan), where=explained > 0)
-        gain = Interval.from_groups(float(gains[0]), gains[1:])
-        share = Interval.from_groups(float(ratio[0]), ratio[1:])
+        gain = Interval.of(gains[0], gains[1:], by_group=True)
+        share = Interval.of(ratio[0], ratio[1:], by_group=True)
     else:
         gain, share = interval("gain"), interval("share")
     ranges = tuple(
@@ -258,8 +222,8 @@ class _Steps:
         p = u / w[:, None]
         products = p @ K @ p.T  # <gbar_R, gbar_S>
         along = products @ w  # <gbar_R, gbar>
-        own = _positive(np.diagonal(products, axis1=-2, axis2=-1))
-        joint = _positive(along @ w)
+        own, joint = np.diagonal(products, axis1=-2, axis2=-1), along @ w
+        own, joint = (np.where(squares > 0, squares, np.nan) for squares in (own, joint))
         length, joint_length = np.sqrt(own), np.sqrt(joint)
         mean, energy = length @ w, own @ w
         noise, joint_noise = _noise(map, K, p, own, joint)
@@ -276,10 +240,6 @@ class _Steps:
         )
 
 
-def _positive(squares: Array) -> Array:
-    return np.where(squares > 0, squares, np.nan)
-
-
 def _noise(map: ConflictMap, K: Array, p: Array, own: Array, joint: Array) -> tuple[Array, Array]:
     """Return tr Sigma of one sample, of each range [* R] and of all [*]."""
     signal = np.diagonal(K, axis1=-2, axis2=-1)
@@ -293,8 +253,8 @@ def _noise(map: ConflictMap, K: Array, p: Array, own: Array, joint: Array) -> tu
 def _cross_fitted(reading: Reading, n: int, method: str) -> tuple[Array, Array]:
     """Return sum_R w_R |gbar_R| and J of partitions found on A and judged on B, [1+M] each."""
     step, rows = Objective.of(reading.map, "step", reading.bins), []
-    found = held_out_edges(reading, (n,), method)
-    for (_, K_B), (edges,) in zip(halved(reading), found, strict=True):
+    chosen = held_out_edges(reading, (n,), method)
+    for (_, K_B), (edges,) in zip(halved(reading), chosen, strict=True):
         table = step.table(K_B)
         explained = total(table, edges)
         rows.append((explained.mean(), (explained - table[:, 0, -1]).mean()))

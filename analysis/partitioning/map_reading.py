@@ -1,8 +1,7 @@
-"""The reading of a map: what all questions about it share, computed once.
+"""The reading of a map: what all questions about it share, computed at first use and remembered.
 
-A command makes one `Reading` of its map and passes it down. Every part is computed when it is first
-asked for and kept. A function of a reading that is marked `once` keeps its results there too, so
-that verdict, summary, plots and page take the same numbers without computing them again.
+A function of a reading that is marked `once` stores its results there too, so that verdict,
+summary, plots and page take the same numbers without computing them again.
 
     ES(ranges) = J(ranges) / J(blocks)     0: no more than one range; 1: as much as all blocks apart
 
@@ -54,9 +53,6 @@ class Reading:
         score: `step`, `energy` or `cosine`, what partitions maximise.
         minimum: least width of a range in bins, for methods that look at the map; None is a
             twentieth of [0, T).
-
-    Raises:
-        UsageError: if the score is unknown.
     """
 
     map: ConflictMap
@@ -125,9 +121,9 @@ class Reading:
     @property
     def doubt(self) -> str:
         """Why a map that is not sure of its conflict gives nothing to cut by."""
-        if not self.blocks.is_enough:
-            return self.blocks.reason
-        return "no conflict between bins is resolved"
+        return (
+            "no conflict between bins is resolved" if self.blocks.is_enough else self.blocks.reason
+        )
 
     @cached_property
     def is_converged(self) -> bool:
@@ -173,14 +169,14 @@ def once(function: Callable[Concatenate[Reading, P], R]) -> Callable[Concatenate
     """Make a function of a reading keep its result for each list of arguments in the reading."""
 
     @wraps(function)
-    def kept(reading: Reading, /, *arguments: P.args, **keywords: P.kwargs) -> R:
+    def remembered(reading: Reading, /, *arguments: P.args, **keywords: P.kwargs) -> R:
         key = (function.__module__, function.__qualname__, arguments, *sorted(keywords.items()))
         if key not in reading._results:
             reading._results[key] = function(reading, *arguments, **keywords)
         result: R = reading._results[key]
         return result
 
-    return kept
+    return remembered
 
 
 def partition(
@@ -191,16 +187,12 @@ def partition(
     score: str = "step",
     minimum: int | None = None,
 ) -> Partition:
-    """Partition [0, T) into n ranges.
+    """Partition [0, T) into n ranges: `Reading.partition` of a reading with this score and minimum.
 
     Args:
         method: `gradient` (maximise J on the map), `hierarchical` (split where J gains most, again
             and again), `uniform` (equal widths), `logsnr` (equal widths in log SNR).
         score: `step`, `energy` or `cosine`, for methods that look at the map.
         minimum: least width of a range in bins, for these methods; None is a twentieth of [0, T).
-
-    Raises:
-        UsageError: if an argument is out of its range.
-        NumericalError: if noise leaves too few blocks of bins, or less than half of [0, T).
     """
     return Reading(map, score, minimum).partition(n, method)

@@ -41,18 +41,11 @@ ADAPTIVE = ("gradient", "hierarchical")  # look at the map
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Objective:
-    """J as a function of K, for one map and score.
+    """J as a function of K, for one map and score."""
 
-    Attributes:
-        weights: w of each bin [N].
-        scale: what each bin's gradient is multiplied by [N]; fixed, so that resampled K are scaled
-            alike.
-        is_length: whether v is the length |gbar| and not its square.
-    """
-
-    weights: Array
-    scale: Array
-    is_length: bool
+    weights: Array  # w of each bin [N]
+    scale: Array  # factor on each bin's gradient [N], the same for resampled K
+    is_length: bool  # whether v is the length |gbar| and not its square
 
     @classmethod
     def of(cls, map: ConflictMap, score: str, bins: Similarity) -> Objective:
@@ -77,29 +70,23 @@ class Objective:
         return np.triu(np.divide(squares, widths, out=np.zeros_like(squares), where=widths > 0), 1)
 
 
-# -- ways to partition -----------------------------------------------------------------------------
-
-
 def adaptive_edges(
     table: Array, counts: Sequence[int], allowed: Sequence[int], method: str, minimum: int
 ) -> list[Edges]:
     """Return the edges [* n+1] that `gradient` or `hierarchical` finds in tables of v, for each n.
 
     If `hierarchical` can split no more, its last edge is repeated: those ranges are empty.
-
-    Raises:
-        NumericalError: if there is no such partition for `gradient`.
     """
     if method == "gradient":
         return best_edges(table, counts, allowed, minimum)
     rows = table.reshape(-1, *table.shape[-2:])
     nested = [nested_edges(each, max(counts), allowed, minimum) for each in rows]
-    found = []
+    results = []
     for n in counts:
         edges = [row[min(n, len(row)) - 1] for row in nested]
         padded = [row + row[-1:] * (n + 1 - len(row)) for row in edges]
-        found.append(np.array(padded, dtype=np.intp).reshape(*table.shape[:-2], n + 1))
-    return found
+        results.append(np.array(padded, dtype=np.intp).reshape(*table.shape[:-2], n + 1))
+    return results
 
 
 def fixed_partition(map: ConflictMap, n: int, method: str) -> Partition:
@@ -120,9 +107,9 @@ def equal_log_snr(map: ConflictMap, n: int) -> Partition:
     """Return n ranges of equal width in log SNR, each of at least one timestep."""
     levels = np.linspace(map.log_snr[0], map.log_snr[-1], n + 1)[1:-1]
     cuts = np.searchsorted(-map.log_snr, -levels)
-    places = np.arange(1, n)
-    cuts = np.maximum.accumulate(np.maximum(cuts, places) - places) + places
-    return Partition.from_cuts(map.T, np.minimum(cuts, map.T - n + places).tolist())
+    least = np.arange(1, n)
+    cuts = np.maximum.accumulate(np.maximum(cuts, least) - least) + least
+    return Partition.from_cuts(map.T, np.minimum(cuts, map.T - n + least).tolist())
 
 
 FIXED: dict[str, Callable[[ConflictMap, int], Partition]] = {  # do not look at the map
@@ -143,8 +130,8 @@ def nearest_edges(map: ConflictMap, partition: Partition) -> list[int]:
     cuts on the grid whatever the gradients are. Cuts are compared on these edges, like with like.
     Of two edges equally near it is the even one. Ranges that are too narrow to be seen vanish.
     """
-    places = np.interp(partition.cuts, map.edges, np.arange(map.N + 1))
-    return sorted({0, *np.rint(places).astype(int).tolist(), map.N})
+    indices = np.interp(partition.cuts, map.edges, np.arange(map.N + 1))
+    return sorted({0, *np.rint(indices).astype(int).tolist(), map.N})
 
 
 def cover(map: ConflictMap, partition: Partition) -> Array:
@@ -153,15 +140,10 @@ def cover(map: ConflictMap, partition: Partition) -> Array:
     low = np.array([span.start for span in partition])[:, None]
     high = np.array([span.stop for span in partition])[:, None]
     overlap = np.clip(np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]), 0, None)
-    shares: Array = overlap / np.diff(edges)
-    return shares
+    return np.asarray(overlap / np.diff(edges))
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Check that a value is one of the choices.
-
-    Raises:
-        UsageError: if it is not.
-    """
+    """Check that a value is one of the choices."""
     if value not in choices:
         raise UsageError(f"{name} '{value}' is unknown", fix=f"use one of {', '.join(choices)}")

@@ -17,11 +17,7 @@ Score = Literal["step", "energy", "cosine"]
 
 
 def parse_range_count(text: str) -> int | None:
-    """Return a number of ranges, None for `auto`.
-
-    Raises:
-        UsageError: if the text is neither.
-    """
+    """Return a number of ranges, None for `auto`."""
     if text == "auto":
         return None
     if not (text.isascii() and text.isdigit()):
@@ -43,15 +39,15 @@ class PartitionOptions(Options):
         panel=PANEL,
     )
     method: Method = option("gradient", "How boundaries are chosen.", panel=PANEL)
-    score: Score = option("step", "What gradient and hierarchical maximise.", panel=PANEL)
+    score: Score = option(
+        "step",
+        "Gain that boundaries maximise: of steps of fixed length, gradient steps or directions.",
+        panel=PANEL,
+    )
 
 
 def parse_cuts(text: str) -> tuple[int, ...]:
-    """Read a list of timesteps: `125,500`.
-
-    Raises:
-        UsageError: if the text is not a list of ascending timesteps above 0.
-    """
+    """Read a list of timesteps: `125,500`."""
     fix = "give ascending timesteps above 0, for example --cuts 125,500"
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text, re.ASCII):
         raise UsageError(f"cuts '{text}' are not a list of timesteps", fix=fix)
@@ -90,7 +86,9 @@ class RangesOptions(Options):
         shown_default="a twentieth of [0, T)",
         panel=PANEL,
     )
-    model: str | None = option(None, "The base. A map of other weights is an error.", panel=PAGE)
+    model: str | None = option(
+        None, "Base of the map; an error if the map was measured on other weights.", panel=PAGE
+    )
     data: str | None = again(DataOptions, "data", default=None, panel=PAGE)
     split: Split = again(DataOptions, "split", panel=PAGE)
     out: Path | None = option(
@@ -105,7 +103,5 @@ class RangesOptions(Options):
             return
         if self.method is not None or self.ranges not in (None, len(self.cuts) + 1):
             cuts = ",".join(str(cut) for cut in self.cuts)
-            raise UsageError(
-                f"cuts {cuts} fix the method and {len(self.cuts) + 1} ranges",
-                fix="leave out --method and --ranges",
-            )
+            what = f"cuts {cuts} fix the method and {len(self.cuts) + 1} ranges"
+            raise UsageError(what, fix="leave out --method and --ranges")

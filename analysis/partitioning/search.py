@@ -31,14 +31,11 @@ def best_edges(
         table: value of the range of bins [a, b), [* N+1 N+1].
         allowed: indices where an edge may lie, ascending from 0 to N.
         minimum: least width of a range, in bins.
-
-    Raises:
-        NumericalError: if there is no such partition.
     """
-    places, found = np.asarray(allowed), {}
-    wide = places[None, :] - places[:, None] >= max(1, minimum)
-    steps = np.where(wide, table[..., places[:, None], places[None, :]], -np.inf)
-    best = np.broadcast_to(np.where(places == places[0], 0.0, -np.inf), steps.shape[:-1])
+    indices, edges = np.asarray(allowed), {}
+    wide = indices[None, :] - indices[:, None] >= max(1, minimum)
+    steps = np.where(wide, table[..., indices[:, None], indices[None, :]], -np.inf)
+    best = np.broadcast_to(np.where(indices == indices[0], 0.0, -np.inf), steps.shape[:-1])
     came: list[Edges] = []
     for n in range(1, max(counts) + 1):
         totals = best[..., :, None] + steps
@@ -48,11 +45,11 @@ def best_edges(
             continue
         if not np.isfinite(best[..., -1]).all():
             raise no_partition(allowed, n, minimum)
-        path = [np.full(best.shape[:-1], len(places) - 1)]
+        path = [np.full(best.shape[:-1], len(indices) - 1)]
         for step in reversed(came):
             path.append(np.take_along_axis(step, path[-1][..., None], -1)[..., 0])
-        found[n] = places[np.stack(path[::-1], -1)]
-    return [found[n] for n in counts]
+        edges[n] = indices[np.stack(path[::-1], -1)]
+    return [edges[n] for n in counts]
 
 
 def nested_edges(table: Array, n: int, allowed: Sequence[int], minimum: int = 1) -> list[list[int]]:
@@ -61,26 +58,25 @@ def nested_edges(table: Array, n: int, allowed: Sequence[int], minimum: int = 1)
     Each adds the one edge that gains most, table[a, c] + table[c, b] - table[a, b], to the one
     before it; of equals the one of lower t. Arguments as those of `best_edges`, table [N+1 N+1].
     """
-    width, found = max(1, minimum), [[int(allowed[0]), int(allowed[-1])]]
-    while len(found) < n:
+    width, nested = max(1, minimum), [[int(allowed[0]), int(allowed[-1])]]
+    while len(nested) < n:
         splits = [
             (table[a, c] + table[c, b] - table[a, b], -c)
-            for a, b in pairwise(found[-1])
+            for a, b in pairwise(nested[-1])
             for c in allowed
             if c - a >= width and b - c >= width
         ]
         if not splits:
             break
-        found.append(sorted([*found[-1], int(-max(splits)[1])]))
-    return found
+        nested.append(sorted([*nested[-1], int(-max(splits)[1])]))
+    return nested
 
 
 def no_partition(allowed: Sequence[int], n: int, minimum: int) -> NumericalError:
     """Return the error that says that no such partition exists."""
-    return NumericalError(
-        f"{len(allowed) - 1} blocks of bins give no {n} ranges of {minimum} bins or more",
-        fix="give fewer ranges or a smaller --minimum, measure more groups, or cut uniformly",
-    )
+    what = f"{len(allowed) - 1} blocks of bins give no {n} ranges of {minimum} bins or more"
+    fix = "give fewer ranges or a smaller --minimum, measure more groups, or cut uniformly"
+    return NumericalError(what, fix=fix)
 
 
 def total(table: Array, edges: Edges | Sequence[int]) -> Array:

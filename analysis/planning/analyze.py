@@ -13,16 +13,12 @@ from demerge.analysis.measurement.budget import describe_se, neighbour_se
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.fisher_files import FisherFiles, plan_fisher
 from demerge.analysis.measurement.gradients import Measurement, MeasurementCost
-from demerge.analysis.measurement.options import (
-    AnalyzeInputs,
-    MeasurementOptions,
-)
+from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
 from demerge.analysis.measurement.run import Run, begin
 from demerge.analysis.measurement.schedule import describe_schedule
 from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.options import PartitionOptions
-from demerge.analysis.partitioning.resolution import LEAST_KNOWN
-from demerge.analysis.partitioning.sample_size import MOST, sample_size
+from demerge.analysis.partitioning.resolution import LEAST_KNOWN, MOST_GROUPS, sample_size
 from demerge.analysis.report.next_steps import CommandNames
 from demerge.analysis.report.page import write_report
 from demerge.analysis.report.summary import ConflictSummary, summarize
@@ -43,17 +39,13 @@ MAP, PARTIAL = "conflict.safetensors", "conflict.partial"
 
 @dataclass(frozen=True, slots=True)
 class AnalysisResult:
-    """What an analysis found, and the files it wrote.
-
-    Attributes:
-        target_se: the SE that was wanted, if any.
-    """
+    """What an analysis found, and the files it wrote."""
 
     map: ConflictMap
     summary: ConflictSummary
     out: Path
     files: list[Path]
-    target_se: float | None = None
+    target_se: float | None = None  # the SE that was wanted, if any
 
     def lines(self) -> list[str]:
         """Return the result for a person."""
@@ -69,33 +61,18 @@ class AnalysisResult:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything one analysis needs.
-
-    Attributes:
-        checkpoint: OUT/conflict.partial, the finished groups.
-        map: the map in OUT, if it is the one that was asked for.
-        pending: what is to be measured: a map, more groups for it, or a Fisher; None for nothing.
-        fisher: the Fisher that is wanted; its files exist if there is no run.
-        world: the processes that share the work; the first one writes.
-        condition: what the denoiser is given besides the images, in words.
-        tell: called during the run with a line on a map that will say little.
-    """
+    """Everything one analysis needs."""
 
     inputs: AnalyzeInputs
     partition: PartitionOptions
     measurement: Measurement
-    checkpoint: MeasurementCheckpoint
-    map: ConflictMap | None
-    pending: Run | None
-    fisher: FisherFiles | None = None
-    world: World = ALONE
-    condition: str | None = None
-    tell: Callable[[str], None] | None = None
-
-    @property
-    def out(self) -> Path:
-        """The folder of the results."""
-        return self.inputs.out
+    checkpoint: MeasurementCheckpoint  # OUT/conflict.partial, the finished groups
+    map: ConflictMap | None  # the map in OUT, if it has all that is wanted
+    pending: Run | None  # a map, more groups for it, or a Fisher; None for nothing
+    fisher: FisherFiles | None = None  # its files exist if nothing is pending
+    world: World = ALONE  # the processes that share the work; the first one writes
+    condition: str | None = None  # what the denoiser gets besides the images
+    tell: Callable[[str], None] | None = None  # called with a line if the map will say little
 
     @property
     def measurement_cost(self) -> MeasurementCost:
@@ -110,70 +87,56 @@ class Plan:
 
     def describe(self) -> list[str]:
         """Return what will be done, for a person."""
-        if self.pending is None:
-            groups = ""
-            if self.map is not None:
-                groups = f", with {self.map.M} groups; --groups N adds to them"
+        run, o = self.pending, self.measurement.options
+        if run is None:
+            groups = f", with {self.map.M} groups; --groups N adds to them" if self.map else ""
             return [f"cost      nothing: the map of this measurement exists already{groups}"]
-        o, start = self.measurement.options, self.pending.start
-        cost = f"cost      {self.measurement_cost}; batches of {o.batch_size}"
-        if self._repeated_groups > 0:
-            missing = "exact gradients" if self.fisher is None else "the sums of the Fisher"
-            cost += f"; {self._repeated_groups} groups of the map are measured again, as it lacks"
-            cost += f" {missing}"
-        elif start is not None:
-            cost += f"; {start.M * o.bins} passes were done before"
+        cost = f"cost      {run.cost}; batches of {o.batch_size}"
+        existing = self.map or run.start
+        missing, measured = "exact gradients", run.known
+        if self.fisher is not None:
+            missing, measured = "the sums of the Fisher", self.fisher.fisher.committed
+        if existing is not None and measured < existing.M:
+            cost += f"; {existing.M - measured} groups of the map are measured again,"
+            cost += f" as it lacks {missing}"
+        elif run.start is not None:
+            cost += f"; {run.start.M * o.bins} passes were done before"
         if self.world.size > 1:
             cost += f"; shared by {self.world.size} processes"
-        text = [f"given     {self.condition}"] if self.condition else []
+        text = [f"input     {self.condition}"] if self.condition else []
         return [*text, cost, *([] if self.fisher is None else [str(self.fisher)])]
 
-    @property
-    def _repeated_groups(self) -> int:
-        """How many groups of an existing map are measured again, for what the map lacks."""
-        run = self.pending
-        known = self.map or (None if run is None else run.start)
-        if known is None:
-            return 0
-        if self.fisher is not None:
-            return known.M - self.fisher.fisher.committed
-        return 0 if run is None else max(0, known.M - run.known)
-
     def run(self, progress: Progress = silent) -> AnalysisResult:
-        """Measure what is missing, save it, partition [0, T), and write the results.
-
-        Raises:
-            UsageError: if another process is working in OUT.
-            NumericalError: if a gradient is not finite.
-        """
-        map, inputs = self.measure(progress), self.inputs
-        reading = Reading(map, self.partition.score)
-        summary = summarize(reading, self.partition.ranges, self.partition.method)
+        """Measure what is missing, save it, partition [0, T), and write the results."""
+        map, inputs, partition = self.measure(progress), self.inputs, self.partition
+        summary = summarize(Reading(map, partition.score), partition.ranges, partition.method)
         words = ["--split", inputs.split] if inputs.split != "train" else []
         words += ["--skip-broken"] if inputs.skip_broken else []
         names = CommandNames(inputs.model, inputs.data, tuple(words))
-        files = write_report(summary, self.out, names, is_stored=True)
+        files = write_report(summary, inputs.out, names, is_stored=True)
         files += [] if self.fisher is None else self.fisher.paths
-        return AnalysisResult(map, summary, self.out, files, self.measurement.options.target_se)
+        return AnalysisResult(map, summary, inputs.out, files, self.measurement.options.target_se)
 
     def measure(self, progress: Progress = silent) -> ConflictMap:
-        """Return the existing map, or measure and save it; finished groups are not measured again.
-
-        Raises:
-            UsageError: if another process is working in OUT.
-            NumericalError: if a gradient is not finite.
-        """
-        with lock_folder(self.out / PARTIAL) if self.world.is_main else nullcontext():
-            if self.world.is_main:
-                self._check_no_new_map()
-            measured = None if self.pending is None else self.pending.map(progress, self._tell)
+        """Return the existing map, or measure what is missing of it and save it."""
+        folder, run, is_main = self.inputs.out, self.pending, self.world.is_main
+        with lock_folder(folder / PARTIAL) if is_main else nullcontext():
+            is_first = run is not None and run.start is None and self.map is None
+            if is_main and is_first and (folder / MAP).exists():
+                what = f"another process has finished {folder / MAP} meanwhile"
+                raise UsageError(what, fix="run the same command again")
+            measured = None if run is None else run.map(progress, self._note)
             map = self.map or measured
             assert map is not None
-            if self.world.is_main:
-                self._save(map)
+            if is_main:
+                if self.map is None:
+                    map.save(folder / MAP)
+                if self.fisher is not None and run is not None:
+                    self.fisher.write(self.measurement.model.denoiser)
+                self.checkpoint.remove()
         return map
 
-    def _tell(self, map: ConflictMap) -> None:
+    def _note(self, map: ConflictMap) -> None:
         line = self.early_note(map)
         if line is not None and self.tell is not None:
             self.tell(line)
@@ -185,32 +148,15 @@ class Plan:
         if reading.blocks.is_enough or needed <= self.measurement.most_groups:
             return None
         seconds = None if self.pending is None else self.pending.seconds
+        known = f"gradients stand out from noise on {reading.blocks.known:.0%} of the timesteps."
+        if reading.is_converged:
+            known += " Noise hides the joint gradient too: the base has converged or was annealed."
         advice = "No affordable number of groups would resolve half of it."
-        if needed < MOST:
+        if needed < MOST_GROUPS:
             time = "" if seconds is None else f", {format_seconds(needed * o.bins * seconds)}"
             advice = f"About {needed:,} groups{time} would resolve half of it."
-        state = " The joint gradient is not told from 0: the base has converged or was annealed."
-        return (
-            f"early     after {map.M} groups, gradients are resolved on"
-            f" {reading.blocks.known:.0%} of [0, T).{state if reading.is_converged else ''}"
-            f" {advice} Ctrl-C keeps the groups that are measured."
-        )
-
-    def _check_no_new_map(self) -> None:
-        """Check that no other process finished a map since `plan` looked."""
-        starts_anew = self.pending is not None and self.pending.start is None and not self.map
-        if starts_anew and (self.out / MAP).exists():
-            raise UsageError(
-                f"another process has finished {self.out / MAP} meanwhile",
-                fix="run the same command again",
-            )
-
-    def _save(self, map: ConflictMap) -> None:
-        if map is not self.map:
-            map.save(self.out / MAP)
-        if self.fisher is not None and self.pending is not None:
-            self.fisher.write(self.measurement.model.denoiser)
-        self.checkpoint.remove()
+        stop = "Ctrl-C stops; groups that are measured stay."
+        return f"early     after {map.M} groups, {known} {advice} {stop}"
 
 
 def plan(
@@ -223,9 +169,8 @@ def plan(
     """Load what an analysis needs and check it, and time a few backward passes.
 
     A map in OUT of the same measurement is used as it is if it has as many groups as wanted, if
-    their number is open, or if it reaches the target SE; it is extended if more are wanted. A
-    Fisher is one of all groups of the map; if it exists of fewer, or not at all, all are measured
-    for it.
+    their number is open, or if it reaches the target SE; otherwise it is extended. A Fisher needs
+    all groups of the map: if its files lack some, all are measured for it.
 
     Raises:
         UsageError: if an option is wrong, or OUT holds parts of another measurement.
@@ -240,10 +185,8 @@ def plan(
         options = replace(options, engine=earlier.origin.kept)
     base = Diffusion.load(inputs.model, device=device)
     if not (partition.ranges or 1) <= options.bins <= base.T:
-        raise UsageError(
-            f"{partition.ranges} ranges, {options.bins} bins and {base.T} timesteps do not fit",
-            fix="give ranges <= bins <= timesteps",
-        )
+        what = f"{partition.ranges} ranges, {options.bins} bins and {base.T} timesteps do not fit"
+        raise UsageError(what, fix="give ranges <= bins <= timesteps")
     images = base.load_images(inputs.data, split=inputs.split, skip_broken=inputs.skip_broken)
     condition = base.describe_condition(images)
     measurement = Measurement(base, images, options)
@@ -264,20 +207,16 @@ def plan(
         checkpoint.check()
         sums = None if fisher is None else fisher.fisher
         run = begin(measurement, checkpoint, world=world, start=start, fisher=sums, timed=True)
-        if map is not None:
-            _check_fisher_budget(map, run.cost, options.budget)
-    return Plan(
-        replace(inputs, out=out),
-        partition,
-        measurement,
-        checkpoint,
-        map,
-        run,
-        fisher,
-        world,
-        condition,
-        tell,
-    )
+        seconds, budget = run.cost.seconds, options.budget
+        if map is not None and budget is not None and seconds is not None and seconds > budget:
+            raise ResourceError(
+                f"the Fisher of the map's {map.M} groups takes about {format_seconds(seconds)},"
+                f" and the budget is {format_seconds(budget)}",
+                fix=f"give --budget {math.ceil(seconds * 1.1)}s, or leave it out",
+            )
+    inputs = replace(inputs, out=out)
+    work = (measurement, checkpoint, map, run, fisher, world)
+    return Plan(inputs, partition, *work, condition, tell)
 
 
 def _check_groups(
@@ -286,42 +225,23 @@ def _check_groups(
     """Check that all processes see one map, and that it has no more groups than wanted."""
     groups = 0 if map is None else map.M
     if world.broadcast_number(groups, device) != groups:
-        raise UsageError(
-            f"{out / MAP} is not the same file for all processes",
-            fix="give a folder that they share",
-        )
+        what = f"{out / MAP} is not the same file for all processes"
+        raise UsageError(what, fix="give a folder that they share")
     if not options.is_open and options.groups is not None and options.groups < groups:
-        raise UsageError(
-            f"{out / MAP} has more groups than wanted: groups was {groups}, now {options.groups}",
-            fix=f"choose another folder, or leave out --groups to use the map with {groups}",
-        )
+        what = f"{out / MAP} has more groups than wanted: groups was {groups}, now {options.groups}"
+        fix = f"choose another folder, or leave out --groups to use the map with {groups}"
+        raise UsageError(what, fix=fix)
 
 
 def _check_same_measurement(map: ConflictMap, path: Path, key: Mapping[str, Any]) -> None:
     """Check that a map is of the measurement `key`."""
-    own = {
-        **asdict(map.origin),
-        "bins": map.N,
-        "layers": key["layers"] and map.layers is not None,
-        "schedule": describe_schedule(map.log_snr),
-        "antithetic": map.origin.noise,
-    }
+    own = {**asdict(map.origin), "bins": map.N, "antithetic": map.origin.noise}
+    own["layers"] = key["layers"] and map.layers is not None
+    own["schedule"] = describe_schedule(map.log_snr)
     differences = list_differences(own, key)
     if differences:
-        raise UsageError(
-            f"{path} was measured with other settings: {'; '.join(differences)}",
-            fix="choose another folder",
-        )
-
-
-def _check_fisher_budget(map: ConflictMap, cost: MeasurementCost, budget: float | None) -> None:
-    """Check that a Fisher of all groups of a map fits the budget."""
-    if budget is not None and cost.seconds is not None and cost.seconds > budget:
-        raise ResourceError(
-            f"the Fisher of the map's {map.M} groups takes about {format_seconds(cost.seconds)},"
-            f" and the budget is {format_seconds(budget)}",
-            fix=f"give --budget {math.ceil(cost.seconds * 1.1)}s, or leave it out",
-        )
+        what = f"{path} was measured with other settings: {'; '.join(differences)}"
+        raise UsageError(what, fix="choose another folder")
 
 
 def _suffices(map: ConflictMap, measurement: Measurement) -> bool:

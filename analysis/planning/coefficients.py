@@ -20,12 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from demerge.analysis.experts.closed_form import (
-    INTERVAL,
-    Change,
-    Coefficients,
-    solve_coefficients,
-)
+from demerge.analysis.experts.closed_form import INTERVAL, Change, Coefficients, solve_coefficients
 from demerge.analysis.experts.inputs import open_experts
 from demerge.analysis.experts.options import CoefficientsOptions
 from demerge.analysis.experts.responses import BATCH, Draws, measure_bend, measure_responses
@@ -41,10 +36,6 @@ from demerge.stage import Cost
 from demerge.storage.atomic import check_is_new, commit_json, place_for
 
 SHOWN = 16
-REMEMBERED = (
-    "note    the experts were trained on these images: the predicted gain is too large, by what "
-    "they remember"
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,27 +53,23 @@ class CoefficientsResult:
     def weights_file(self) -> dict[str, Any]:
         """Return what `demerge merge --weights` reads; the model's are the mean of the blocks'."""
         made, responses = self.solution, self.solution.responses
-        blocks = responses.blocks
+        blocks, losses = responses.blocks, responses.loss.mean(1).tolist()
         weights: dict[str, Any] = {"weights": (made.w.mean(0) if blocks else made.w).tolist()}
         if blocks:
             weights["blocks"] = dict(zip(blocks, made.w.tolist(), strict=True))
-        means = zip(responses.ranges, responses.loss.mean(1), strict=True)
-        outside = [{"block": b or None, "expert": k, "weight": w} for b, k, w in made.outside]
-        found = {
+        far = [{"block": b or None, "expert": k, "weight": w} for b, k, w in made.outside]
+        ridge = made.inner_ridge if far else None
+        solution = {
             "ridge": made.ridge,
-            "base_loss": {str(span): float(mean) for span, mean in means},
+            "base_loss": dict(zip(map(str, responses.ranges), losses, strict=True)),
             "predicted": made.predicted.document(),
             "fitted": made.fitted,
             "bend": made.bend.document(),
             "average": made.average.document(),
             "against_average": made.against_average.document(),
-            "outside": {
-                "interval": list(INTERVAL),
-                "weights": outside,
-                "ridge": made.inner_ridge if outside else None,
-            },
+            "outside": {"interval": list(INTERVAL), "weights": far, "ridge": ridge},
         }
-        record = {**self.record, **found}
+        record = {**self.record, **solution}
         return {"format": "demerge.coefficients/1", **weights, "record": record}
 
     def lines(self) -> list[str]:
@@ -94,14 +81,9 @@ class CoefficientsResult:
             average = _format(made.average.ranges[name])
             lines.append(f"{name}  {loss:9.5f}  {_format(change)}  {average}")
         total = f"{_format(made.predicted.total)}  {_format(made.average.total)}"
-        return [
-            *lines,
-            f"{'all':20s}  {total}",
-            *self._weights(),
-            *self._outside(),
-            f"ridge      {made.ridge:g}",
-            f"bend       {made.bend}: measured at these weights, beyond the closed form",
-        ]
+        lines += [f"{'all':20s}  {total}", *self._weights(), *self._outside()]
+        bend = f"bend       {made.bend}: measured at these weights, beyond the closed form"
+        return [*lines, f"ridge      {made.ridge:g}", bend]
 
     def verdict(self) -> list[str]:
         """Return whether a gain is predicted, and what to do."""
@@ -117,11 +99,8 @@ class CoefficientsResult:
         second = f"not distinguishable from 1/K each: {average}"
         if average.is_resolved:
             second = f"{'better' if average.value < 0 else 'worse'} than 1/K each by {average}"
-        return [
-            first,
-            second,
-            "Loss does not rank models as images do: compare them with `demerge evaluate`.",
-        ]
+        third = "Loss does not rank models as images do: compare them with `demerge evaluate`."
+        return [first, second, third]
 
     def _weights(self) -> Iterator[str]:
         """Yield the weights; of many blocks or layers the least, the median and the most."""
@@ -159,37 +138,29 @@ class CoefficientsPlan:
     inputs: Mapping[str, Any]
     seconds: float
 
-    @property
-    def P(self) -> int:
-        """The number of weights."""
-        return math.prod(self.session.shape)
-
     def describe(self) -> list[str]:
         """Return notes, data, ranges and cost."""
-        draws, data = self.draws, self.draws.data
-        condition = draws.model.describe_condition(data)
-        cost = self.cost()
+        draws, data, cost = self.draws, self.draws.data, self.cost()
+        seen = "the experts were trained on these images: the predicted gain is too large"
+        condition, weights = draws.model.describe_condition(data), math.prod(self.session.shape)
         return [
-            *([REMEMBERED] if self.inputs["trained_on"] else []),
+            *([f"note    {seen}"] if self.inputs["trained_on"] else []),
             *(f"note    {note}" for note in self.session.notes),
             f"data    {data.name}, {data.split}: {len(data):,} images in {draws.groups} groups",
-            *([f"given   {condition}"] if condition else []),
+            *([f"input   {condition}"] if condition else []),
             f"ranges  {draws.ranges}",
-            f"cost    {cost.steps:,} samples through the model for {self.P} weights: "
+            f"cost    {cost.steps:,} samples through the model for {weights} weights: "
             f"some {self.seconds:.0f} s, {(cost.memory or 0) / 1e6:.0f} MB",
         ]
 
     def cost(self) -> Cost:
         """Return the samples that go through the model, the time and the memory."""
-        memory = self.session.bytes + self.draws.count_bytes(self.P)
-        return Cost(steps=self.draws.count_passes(self.P), seconds=self.seconds, memory=memory)
+        P = math.prod(self.session.shape)
+        memory = self.session.bytes + self.draws.count_bytes(P)
+        return Cost(steps=self.draws.count_passes(P), seconds=self.seconds, memory=memory)
 
     def run(self, progress: Progress = silent) -> CoefficientsResult:
-        """Measure, solve, and write the file of weights.
-
-        Raises:
-            NumericalError: if an output is not finite.
-        """
+        """Measure, solve, and write the file of weights."""
         options = self.options
         responses = measure_responses(
             self.draws, self.session, step=options.step, progress=progress
@@ -198,19 +169,10 @@ class CoefficientsPlan:
         solution = solve_coefficients(
             responses, ridge=options.ridge, relative=options.relative, bend=bend
         )
-        record = {
-            "inputs": dict(self.inputs),
-            "options": {
-                "per": options.granularity,
-                "samples": options.samples,
-                "groups": options.groups,
-                "ridge": options.ridge,
-                "relative": options.relative,
-                "step": options.step,
-            },
-            "seed": options.seed,
-            "versions": versions("demerge", "torch", "diffusers"),
-        }
+        names = ("samples", "groups", "ridge", "relative", "step")
+        chosen = {"per": options.granularity, **{name: getattr(options, name) for name in names}}
+        record = {"inputs": dict(self.inputs), "options": chosen, "seed": options.seed}
+        record["versions"] = versions("demerge", "torch", "diffusers")
         result = CoefficientsResult(solution, record, options.out)
         commit_json(options.out, result.weights_file())
         return result
@@ -249,11 +211,11 @@ def _seconds(draws: Draws, session: MergeSession) -> float:
     cell = next(draws.cells(draws.ranges[0], 0, 0, BATCH))
     start = time.perf_counter()
     draws.model.predict(cell.x_t, cell.t, cell.condition)
-    predicted = time.perf_counter()
+    each = (time.perf_counter() - start) / len(cell.t)
+    start = time.perf_counter()
     session.apply(0.5, denoiser)
-    merged = time.perf_counter()
-    each = (predicted - start) / len(cell.t)
-    return each * draws.count_passes(P) + (merged - predicted) * draws.count_merges(P)
+    merge = time.perf_counter() - start
+    return each * draws.count_passes(P) + merge * draws.count_merges(P)
 
 
 def merge_groups(

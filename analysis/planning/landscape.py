@@ -11,6 +11,7 @@ layers by experts is layers by ranges.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +21,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from demerge.analysis.experts.inputs import OpenedExperts, open_experts
+from demerge.analysis.experts.inputs import open_experts
 from demerge.analysis.experts.loss_landscape import Landscape, Probe, measure_landscape
 from demerge.analysis.experts.options import LandscapeOptions
 from demerge.analysis.experts.task_vectors import TaskVectors, compare_task_vectors
 from demerge.analysis.similarity import t_quantile
-from demerge.conflict import Array
 from demerge.device import resolve_device
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
@@ -40,36 +39,21 @@ from demerge.storage.atomic import check_is_new, commit_dir, commit_json, commit
 from demerge.timesteps import Partition, TimestepRange
 
 FORMAT = "demerge.landscape/1"
-AUTO, NONE = "auto", "none"
 BATCH = 64
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LandscapeResult:
-    """What was found around a base.
+    """What was found around a base."""
 
-    Attributes:
-        labels: of the experts, their ranges if they have some.
-        paths: by the name of the model that each leads to.
-        pair: the numbers of the plane's experts.
-        record: inputs, options, seed and versions as JSON values.
-        out, files: the folder and its files, if it was written.
-    """
-
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # of the experts, their ranges if they have some
     vectors: TaskVectors
-    paths: Mapping[str, Landscape]
-    pair: Pair | None
+    paths: Mapping[str, Landscape]  # by the name of the model that each leads to
+    pair: tuple[str, ...]  # the labels of the plane's experts; empty without a plane
     plane: Landscape | None
-    record: Mapping[str, Any]
-    out: Path | None
+    record: Mapping[str, Any]  # inputs, options, seed and versions as JSON values
+    out: Path | None  # None if nothing was written
     files: Sequence[Path] = ()
-
-    @property
-    def pair_labels(self) -> list[str]:
-        """The labels of the plane's experts."""
-        return [self.labels[k] for k in self.pair or ()]
 
     def document(self) -> dict[str, Any]:
         """Return the folder, its files, and the content of landscape.json as JSON values."""
@@ -80,7 +64,7 @@ class LandscapeResult:
         vectors = self.vectors
         compared = {
             "labels": list(self.labels),
-            "norms": _plain(vectors.whole_norms()),
+            "norms": _plain(vectors.whole().norms[0]),
             "cosine": _plain(vectors.cosine),
             "sign_conflict": _plain(vectors.sign_conflict),
             "effective_rank": vectors.effective_rank,
@@ -89,14 +73,10 @@ class LandscapeResult:
             compared[name] = _rows(table.reset_index())
         plane = None
         if self.plane is not None:
-            plane = {"experts": self.pair_labels, "points": _rows(self.plane.table())}
-        return {
-            "format": FORMAT,
-            "task_vectors": compared,
-            "paths": {name: _rows(path.table()) for name, path in self.paths.items()},
-            "plane": plane,
-            "record": dict(self.record),
-        }
+            plane = {"experts": list(self.pair), "points": _rows(self.plane.table())}
+        paths = {name: _rows(path.table()) for name, path in self.paths.items()}
+        losses = {"paths": paths, "plane": plane, "record": dict(self.record)}
+        return {"format": FORMAT, "task_vectors": compared, **losses}
 
     def _tables(self) -> Iterator[tuple[str, pd.DataFrame]]:
         parts = {"blocks": self.vectors.by_block(), "layers": self.vectors.by_layer()}
@@ -105,35 +85,26 @@ class LandscapeResult:
 
     def save(self, out: Path) -> list[Path]:
         """Write document, tables and plots into a new folder; return its files."""
+        from demerge.analysis.experts import plots
         from demerge.reporting.theme import save_figure
 
         with commit_dir(out) as folder:
             commit_json(folder / "landscape.json", self.landscape_file())
             for name, table in self._tables():
                 commit_text(folder / f"{name}.csv", table.to_csv(lineterminator="\n"))
-            for name, figure in self.figures().items():
-                save_figure(figure, folder, name)
+            for kind in ("block", "layer"):
+                draw = getattr(plots, f"draw_norms_by_{kind}")
+                save_figure(draw(self.vectors, self.labels), folder, f"norms_by_{kind}")
+            for i, (name, path) in enumerate(self.paths.items()):
+                file = "loss_along_path" if len(self.paths) == 1 else f"loss_along_path_{i}"
+                save_figure(plots.draw_path(path, name), folder, file)
+            if self.plane is not None:
+                save_figure(plots.draw_plane(self.plane, self.pair), folder, "loss_on_plane")
         return sorted(out.iterdir())
-
-    def figures(self) -> dict[str, Figure]:
-        """Return the plots by the name of their file."""
-        from demerge.analysis.experts import plots
-
-        figures = {
-            "norms_by_block": plots.draw_norms_by_block(self.vectors, self.labels),
-            "norms_by_layer": plots.draw_norms_by_layer(self.vectors, self.labels),
-        }
-        for i, (name, path) in enumerate(self.paths.items()):
-            file = "loss_along_path" if len(self.paths) == 1 else f"loss_along_path_{i}"
-            figures[file] = plots.draw_path(path, name)
-        if self.plane is not None:
-            figures["loss_on_plane"] = plots.draw_plane(self.plane, self.pair_labels)
-        return figures
 
     def lines(self) -> list[str]:
         """Return the verdict, then task vectors, paths and plane."""
-        along = list(self._along())
-        return [self._verdict(), *self._compared(), *along, *self._on_plane()]
+        return [self._verdict(), *self._compared(), *self._along(), *self._on_plane()]
 
     def _verdict(self) -> str:
         """Say how many losses fall at the ends of the paths, and what to do."""
@@ -146,15 +117,11 @@ class LandscapeResult:
 
     def _compared(self) -> Iterator[str]:
         vectors, labels = self.vectors, [label[:12] for label in self.labels]
-        blocks = vectors.by_block()
-        heads = "".join(f"{label:>13s}" for label in labels)
-        yield f"{'length by block':16s}{heads}   cosine  opposed  rank"
-        rows = blocks.table(self.labels).itertuples()
-        for name, norms, row in zip(blocks.names, blocks.norms, rows, strict=True):
-            shares = f"   {row.cosine:6.2f}  {row.sign_conflict:7.0%}  {row.effective_rank:4.1f}"
-            yield f"{name[:16]:16s}{_columns(norms)}{shares}"
-        whole = _columns(vectors.whole_norms())
-        yield f"{'whole':16s}{whole}{'':19s}  {vectors.effective_rank:4.1f}"
+        parts = (vectors.by_block(), vectors.whole())
+        table = pd.concat([part.table(self.labels) for part in parts])
+        table.columns = pd.Index([*labels, "cosine", "opposed", "rank"], name="length by block")
+        forms = {"cosine": "{:.2f}".format, "opposed": "{:.0%}".format, "rank": "{:.1f}".format}
+        yield from table.to_string(formatters=forms, float_format="%.4g").splitlines()
         for n, k in combinations(range(len(labels)), 2):
             cosine, opposed = vectors.cosine[k, n], vectors.sign_conflict[k, n]
             yield f"{labels[n]} and {labels[k]}: cosine {cosine:.2f}, opposed {opposed:.0%}"
@@ -169,32 +136,26 @@ class LandscapeResult:
     def _on_plane(self) -> Iterator[str]:
         if self.plane is None:
             return
-        first, second = self.pair_labels
+        first, second = self.pair
         for span, _, best in _best_points(self.plane):
-            place = f"{best.w_i:g} {first} {best.w_j:+g} {second}"
-            yield f"plane {first} x {second}  loss in {span}: lowest at {place}: {_format(best)}"
+            point = f"{best.w_i:g} {first} {best.w_j:+g} {second}"
+            yield f"plane {first} x {second}  loss in {span}: lowest at {point}: {_format(best)}"
         yield "The lowest points were picked on these images: their losses are a little too low."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LandscapePlan:
-    """What is compared and measured.
-
-    Attributes:
-        ends: the models that paths lead to, by name.
-        pair: the numbers of the plane's experts.
-        seconds: estimated.
-    """
+    """What is compared and measured."""
 
     options: LandscapeOptions
-    opened: OpenedExperts
     probe: Probe
-    labels: tuple[str, ...]
     vectors: TaskVectors
-    ends: Mapping[str, Expert]
-    pair: Pair | None
+    experts: Mapping[str, Expert]  # by label
+    ends: Mapping[str, Expert]  # the models that paths lead to, by name
+    pair: tuple[str, ...]  # the labels of the plane's experts; empty without a plane
     inputs: Mapping[str, Any]
-    seconds: float
+    notes: Sequence[str]
+    seconds: float  # of a batch, measured
 
     @property
     def path_points(self) -> list[tuple[float, ...]]:
@@ -206,43 +167,36 @@ class LandscapePlan:
     def plane_points(self) -> list[tuple[float, ...]]:
         """The points of the plane, if there is one."""
         steps = [i / self.options.points for i in range(-1, self.options.points + 2)]
-        return [(i, j) for j in steps for i in steps] if self.pair is not None else []
-
-    @property
-    def passes(self) -> int:
-        """Samples that go through a model."""
-        return self.cost().steps * self.options.samples * len(self.probe.ranges)
+        return [(i, j) for j in steps for i in steps] if self.pair else []
 
     def describe(self) -> list[str]:
         """Return notes, data, ranges, paths, plane and cost."""
         data, condition = self.probe.data, self.probe.model.describe_condition(self.probe.data)
-        plane = "none"
-        if self.pair is not None:
-            names, side = " and ".join(self.labels[k] for k in self.pair), self.options.points + 3
-            plane = f"{names}, {side} x {side} points"
+        plane, side = "none", self.options.points + 3
+        if self.pair:
+            plane = f"{' and '.join(self.pair)}, {side} x {side} points"
+        images = f"{data.name}, {data.split}: {len(data):,} images"
+        steps, seconds = self.cost().steps, self.cost().seconds
+        passes = steps * self.options.samples * len(self.probe.ranges)
         return [
             *(f"note    {path} was trained on these images" for path in self.inputs["trained_on"]),
-            *self.opened.notes,
-            f"data    {data.name}, {data.split}: {len(data):,} images"
-            + (f"; {condition}" if condition else ""),
+            *self.notes,
+            f"data    {images}; {condition}" if condition else f"data    {images}",
             f"ranges  {self.probe.ranges}",
             f"paths   from the base to {', '.join(self.ends)}, {len(self.path_points)} points each",
             f"plane   {plane}",
-            f"cost    {self.passes:,} forward passes of a sample: some {self.seconds:.0f} s",
+            f"cost    {passes:,} forward passes of a sample: some {seconds:.0f} s",
         ]
 
     def cost(self) -> Cost:
         """Return the points of all paths and of the plane, and the time."""
         points = len(self.ends) * len(self.path_points) + len(self.plane_points)
-        return Cost(steps=points, seconds=self.seconds)
+        batches = points * self.options.samples * len(self.probe.ranges) / BATCH
+        return Cost(steps=points, seconds=self.seconds * batches)
 
     def run(self, progress: Progress = silent) -> LandscapeResult:
-        """Measure, and write the folder if one is named.
-
-        Raises:
-            NumericalError: if a loss is not finite.
-        """
-        options, steps, before = self.options, self.cost().steps, 0
+        """Measure, and write the folder if one is named."""
+        options, before, steps = self.options, 0, self.cost().steps
 
         def count(done: int, total: int, text: str = "") -> None:
             progress(before + done, steps, text)
@@ -252,18 +206,14 @@ class LandscapePlan:
             paths[name] = measure_landscape(self.probe, [end], self.path_points, count)
             before += len(self.path_points)
         plane = None
-        if self.pair is not None:
-            pair = [self.opened.models[k] for k in self.pair]
+        if self.pair:
+            pair = [self.experts[label] for label in self.pair]
             plane = measure_landscape(self.probe, pair, self.plane_points, count)
-        record = {
-            "inputs": dict(self.inputs),
-            "options": {"points": options.points, "samples": options.samples},
-            "seed": options.seed,
-            "versions": versions("demerge", "torch", "diffusers"),
-        }
-        result = LandscapeResult(
-            self.labels, self.vectors, paths, self.pair, plane, record, options.out
-        )
+        chosen = {"points": options.points, "samples": options.samples}
+        record = {"inputs": dict(self.inputs), "options": chosen, "seed": options.seed}
+        record["versions"] = versions("demerge", "torch", "diffusers")
+        labels = tuple(self.experts)
+        result = LandscapeResult(labels, self.vectors, paths, self.pair, plane, record, options.out)
         return result if options.out is None else replace(result, files=result.save(options.out))
 
 
@@ -277,7 +227,7 @@ def plan(options: LandscapeOptions) -> LandscapePlan:
     if options.out is not None:
         check_is_new(place_for(options.out))
     K = len(options.experts)
-    pair = _parse_pair(options.plane, K)
+    pair = None if options.plane == "auto" else _parse_pair(options.plane, K)
     merged = [options.merged] if options.merged is not None else []
     opened = open_experts(options.base, [*options.experts, *merged])
     model = Diffusion.load(options.base, device=resolve_device(options.device))
@@ -285,49 +235,36 @@ def plan(options: LandscapeOptions) -> LandscapePlan:
     images = model.load_images(options.data, split=options.split, skip_broken=options.skip_broken)
     model.describe_condition(images)
     labels = _labels(opened.spans[:K], options.experts)
-    models, sources = opened.models, opened.describe_models()
-    labelled = [
-        {"path": source["path"], "label": label, "sha256": source["sha256"]}
-        for source, label in zip(sources[:K], labels, strict=True)
-    ]
+    sources = opened.describe_models()
+    pairs = zip(sources[:K], labels, strict=True)
     inputs = {
         "base": opened.describe_base(),
-        "experts": labelled,
+        "experts": [{"path": s["path"], "label": x, "sha256": s["sha256"]} for s, x in pairs],
         "merged": sources[K] if merged else None,
         **opened.describe_data(images, options.split, ranges),
     }
-    ends = dict(zip(labels, models[:K], strict=True))
-    if merged:
-        ends = {Path(merged[0]).name: models[K]}
-    vectors = compare_task_vectors(opened.base, models[:K])
-    if pair == AUTO:
-        pair = _least_alike(vectors)
-    chosen = None if isinstance(pair, str) else pair
+    experts = dict(zip(labels, opened.models[:K], strict=True))
+    ends = {Path(merged[0]).name: opened.models[K]} if merged else experts
+    vectors = compare_task_vectors(opened.base, opened.models[:K])
+    pair = _least_alike(vectors) if pair is None else pair
+    names = tuple(labels[k] for k in pair)
     settings = {"samples": options.samples, "seed": options.seed, "batch_size": BATCH}
     probe = Probe(model=model, data=images, ranges=ranges, **settings)
-    made = LandscapePlan(options, opened, probe, labels, vectors, ends, chosen, inputs, seconds=0.0)
-    return replace(made, seconds=_seconds(probe, made.passes))
-
-
-def _seconds(probe: Probe, passes: int) -> float:
-    """Estimate the time of a number of forward passes by one batch; the first run warms up."""
-    whole = Partition.uniform(probe.model.T, 1)
-    for n in (BLOCKS, BATCH):
+    for n in (BLOCKS, BATCH):  # the first run warms up
         start = time.perf_counter()
-        part = Probe(model=probe.model, data=probe.data, ranges=whole, samples=n, batch_size=BATCH)
-        part.measure(probe.model)
-    return (time.perf_counter() - start) * passes / BATCH
+        replace(probe, ranges=Partition.uniform(model.T, 1), samples=n).measure(model)
+    seconds, notes = time.perf_counter() - start, opened.notes
+    return LandscapePlan(options, probe, vectors, experts, ends, names, inputs, notes, seconds)
 
 
-def _parse_pair(text: str, K: int) -> Pair | str:
-    """Read the experts of a plane."""
-    if text in (AUTO, NONE):
-        return text
-    numbers = text.split(",")
-    if not all(number.isascii() and number.isdigit() for number in numbers) or len(numbers) != 2:
+def _parse_pair(text: str, K: int) -> tuple[int, ...]:
+    """Read the numbers of the experts of a plane; none for `none`."""
+    if text == "none":
+        return ()
+    if re.fullmatch(r"\d+,\d+", text, re.ASCII) is None:
         fix = "give their numbers from 0 on, as 0,1, or auto or none"
         raise UsageError(f"plane '{text}' does not name two experts", fix=fix)
-    i, j = map(int, numbers)
+    i, j = map(int, text.split(","))
     if i == j or max(i, j) >= K:
         count = "1 is given" if K == 1 else f"{K} are given"
         fix = f"give two of 0..{K - 1}" if K > 1 else "name a second expert, or give --plane none"
@@ -335,12 +272,12 @@ def _parse_pair(text: str, K: int) -> Pair | str:
     return i, j
 
 
-def _least_alike(vectors: TaskVectors) -> Pair | str:
-    """Return the two experts of the least cosine; no plane for one expert."""
+def _least_alike(vectors: TaskVectors) -> tuple[int, ...]:
+    """Return the two experts of the least cosine; none for one expert."""
     K = vectors.gram.shape[1]
     pairs = sorted(combinations(range(K), 2), key=lambda pair: pair[1])
     cosine = np.nan_to_num(vectors.cosine, nan=0.0)  # of an expert that is the base
-    return min(pairs, key=lambda pair: float(cosine[pair])) if pairs else NONE
+    return min(pairs, key=lambda pair: float(cosine[pair]), default=())
 
 
 def _labels(spans: Sequence[TimestepRange | None], paths: Sequence[str]) -> tuple[str, ...]:
@@ -374,10 +311,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | int):
         return value
     return float(value) if math.isfinite(value) else None
-
-
-def _columns(norms: Array) -> str:
-    return "".join(f"{norm:13.4g}" for norm in norms)
 
 
 def _format(row: Any) -> str:

@@ -14,6 +14,7 @@ from demerge.errors import UsageError
 from demerge.progress import Progress, silent
 from demerge.stage import Cost
 from demerge.storage.atomic import commit_bytes, commit_json
+from demerge.storage.documents import check_replaceable
 from demerge.storage.safetensors_header import format_of
 from demerge.timesteps import Partition
 
@@ -56,12 +57,7 @@ class LayersPlan:
         return Cost()
 
     def run(self, progress: Progress = silent) -> LayersResult:
-        """Choose, and write the files that are named.
-
-        Raises:
-            InputError: if the map has no sketches of layers.
-            UsageError: if the share is too small for any layer, or the ranges do not fit the map.
-        """
+        """Choose, and write the files that are named."""
         options = self.options
         choice = choose_layers(self.map, self.ranges, share=options.share)
         if options.out is not None:
@@ -86,8 +82,8 @@ def plan(options: LayersOptions) -> LayersPlan:
     if plot is not None and (plot.suffix not in PLOTS or plot.is_dir()):
         fix = "name a file, for example --plot layers.svg"
         raise UsageError(f"plot {plot} is neither .svg nor .png", fix=fix)
-    if out is not None and out.exists() and format_of(out) != FORMAT:
+    if out is not None:
         fix = "name another file, for example layers.json"
-        raise UsageError(f"{out} exists and is not a choice of layers", fix=fix)
+        check_replaceable(out, "a choice of layers", lambda file: format_of(file) == FORMAT, fix)
     map = load_map(options.map, options.model)
     return LayersPlan(options, map, Partition.parse(options.ranges, map.T))

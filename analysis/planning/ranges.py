@@ -46,15 +46,14 @@ class RangesPlan:
         summary = summarize(
             self.reading, o.ranges, o.method or ADVISED, given=self.given, with_counts=True
         )
-        if o.out is None:
-            return RangesResult(summary, None)
-        summary.partition.save(o.out)
-        from demerge.analysis.report.next_steps import CommandNames
-        from demerge.analysis.report.page import write_page
+        if o.out is not None:
+            from demerge.analysis.report.next_steps import CommandNames
+            from demerge.analysis.report.page import write_page
 
-        words = ("--split", o.split) if o.split != "train" else ()
-        names = CommandNames(o.model or "MODEL", o.data or "DATA", words, o.map, o.out)
-        write_page(summary, o.out.parent / PAGE, names)
+            summary.partition.save(o.out)
+            words = ("--split", o.split) if o.split != "train" else ()
+            names = CommandNames(o.model or "MODEL", o.data or "DATA", words, o.map, o.out)
+            write_page(summary, o.out.parent / PAGE, names)
         return RangesResult(summary, o.out)
 
 
@@ -82,8 +81,14 @@ def plan(options: RangesOptions) -> RangesPlan:
         InputError: if the map cannot be read, or was measured on other weights.
         UsageError: if the options do not fit the map, or OUT holds something else.
     """
-    map = load_map(options.map, options.model)
-    _check_fit(map, options.ranges, options.minimum)
+    map, n, minimum = load_map(options.map, options.model), options.ranges, options.minimum
+    if n is not None and n > map.N:
+        fix = f"give --ranges {map.N} or fewer, or auto"
+        raise UsageError(f"{n} ranges, and the map has {map.N} bins", fix=fix)
+    parts = n or min(2, map.N)
+    if minimum is not None and minimum > map.N // parts:
+        what = f"minimum {minimum}: {parts} ranges of {minimum} bins or more do not fit the map's"
+        raise UsageError(f"{what} {map.N} bins", fix=f"give 1 <= minimum <= {map.N // parts}")
     if options.out is not None:
         fix = "name another file, for example partition.json"
         check_replaceable(options.out, "a partition", is_partition, fix)
@@ -93,32 +98,12 @@ def plan(options: RangesOptions) -> RangesPlan:
     return RangesPlan(options, Reading(map, options.score, options.minimum), given)
 
 
-def _check_fit(map: ConflictMap, n: int | None, minimum: int | None) -> None:
-    if n is not None and n > map.N:
-        fix = f"give --ranges {map.N} or fewer, or auto"
-        raise UsageError(f"{n} ranges, and the map has {map.N} bins", fix=fix)
-    parts = n or min(2, map.N)
-    if minimum is not None and minimum > map.N // parts:
-        wanted = f"minimum {minimum}: {parts} ranges of {minimum} bins or more"
-        raise UsageError(
-            f"{wanted} do not fit the map's {map.N} bins",
-            fix=f"give 1 <= minimum <= {map.N // parts}",
-        )
-
-
 def partition_at(cuts: Sequence[int], total: int) -> Partition:
-    """Return [0, total) cut at ascending timesteps.
-
-    Raises:
-        UsageError: if the last one is not below `total`.
-    """
+    """Return [0, total) cut at ascending timesteps."""
     if cuts[-1] >= total:
         fix = f"give timesteps between 0 and {total}, ascending"
         raise UsageError(f"cuts {list(cuts)} do not ascend within (0, {total})", fix=fix)
     return Partition.from_cuts(total, cuts)
-
-
-# -- files -----------------------------------------------------------------------------------------
 
 
 def load_map(path: Path | str, model: str | None = None) -> ConflictMap:

@@ -8,12 +8,13 @@ OUT/transfer.*      the matrix of experts and ranges, svg and png
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from demerge.analysis.experts.first_order import Products, Transfer, predict_transfer, sketches_of
 from demerge.analysis.experts.inputs import OpenedExperts, open_experts
@@ -25,6 +26,7 @@ from demerge.progress import Progress, silent
 from demerge.provenance import versions
 from demerge.stage import Cost
 from demerge.storage.atomic import commit_json
+from demerge.storage.documents import check_replaceable
 from demerge.storage.safetensors_header import format_of
 from demerge.timesteps import Partition
 
@@ -54,17 +56,14 @@ class TransferResult:
     def lines(self) -> list[str]:
         """Return the table of experts by ranges, how to read it, and the largest layers."""
         made = self.transfer
-        rows = [["predicted change of the loss", *map(str, made.ranges), "all"]]
+        columns = [*map(str, made.ranges), "all"]
+        table = pd.DataFrame(index=list(made.names), columns=columns)
         for k, name in enumerate(made.names):
-            cells = [_format(made.changes[k, r]) for r in range(len(made.ranges))]
-            rows.append([name, *cells, _format(made.total[k])])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = []
-        for row in rows:
-            cells = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)]
-            table.append("  ".join(cells).rstrip())
+            cells = [made.changes[k, r] for r in range(len(made.ranges))]
+            table.loc[name] = [_format(cell) for cell in (*cells, made.total[k])]
+        rows = table.rename_axis(columns="predicted change of the loss").to_string().splitlines()
         notes = [*LEGEND, self._sketch_error(), *self._outside(), *self._largest_layers()]
-        return [self._verdict(), *table, *notes]
+        return [self._verdict(), *rows, *notes]
 
     def _verdict(self) -> str:
         """Say how many changes are resolved, and what to do."""
@@ -100,8 +99,8 @@ class TransferResult:
         listing = "; the largest:" if cells else ""
         yield f"layers    {count}, by chance {layers.value.size // 20} would be{listing}"
         for k, layer, r in cells[:LISTED]:
-            place = f"{made.layers[layer]}: {made.names[k]} on {made.ranges[r]}"
-            yield f"layer     {place} {_format(layers[k, layer, r])}"
+            cell = f"{made.layers[layer]}: {made.names[k]} on {made.ranges[r]}"
+            yield f"layer     {cell} {_format(layers[k, layer, r])}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +111,6 @@ class TransferPlan:
     map: ConflictMap
     opened: OpenedExperts
     ranges: Partition
-    inputs: Mapping[str, Any]
 
     def describe(self) -> list[str]:
         """Return map, parameters and notes."""
@@ -125,10 +123,10 @@ class TransferPlan:
             which = f"params {map.origin.params}: {D:,} of the base's {total:,} numbers"
             lines.append(f"params    only what the map was measured on counts, {which}")
         lines += self.opened.notes
-        inner = [str(cut) for cut in self.ranges.cuts if cut not in map.edges]
+        inner = sorted(set(self.ranges.cuts) - set(map.edges))
         if inner:
             what = "within bins of the map: gradients count as constant in a bin"
-            lines.append(f"note      {', '.join(inner)} {what}")
+            lines.append(f"note      {', '.join(str(cut) for cut in inner)} {what}")
         return lines
 
     def cost(self) -> Cost:
@@ -137,20 +135,18 @@ class TransferPlan:
 
     def run(self, progress: Progress = silent) -> TransferResult:
         """Predict, and write the folder if one is named."""
-        opened, out = self.opened, self.options.out
+        opened, out, files = self.opened, self.options.out, list[Path]()
         names = short_names(opened.paths)
         made = predict_transfer(
             self.map, opened.base, opened.models, self.ranges, names=names, progress=progress
         )
-        if out is None:
-            return TransferResult(made, self)
-        from demerge.analysis.experts.plots import draw_transfer
-        from demerge.reporting.theme import save_figure
+        if out is not None:
+            from demerge.analysis.experts.plots import draw_transfer
+            from demerge.reporting.theme import save_figure
 
-        file = commit_json(out / "transfer.json", transfer_file(made, self))
-        return TransferResult(
-            made, self, [file, *save_figure(draw_transfer(made), out, "transfer")]
-        )
+            files = [commit_json(out / "transfer.json", transfer_file(made, self))]
+            files += save_figure(draw_transfer(made), out, "transfer")
+        return TransferResult(made, self, files)
 
 
 def plan(options: TransferOptions) -> TransferPlan:
@@ -163,45 +159,36 @@ def plan(options: TransferOptions) -> TransferPlan:
             another base, or an expert does not fit the base or holds NaN or Inf.
     """
     if options.out is not None:
-        _check_replaceable(options.out)
+        file, fix = options.out / "transfer.json", "name another folder"
+        if options.out.exists() and not options.out.is_dir():
+            raise UsageError(f"{options.out} exists and is not a folder", fix=fix)
+        kind = "a prediction of `demerge transfer`"
+        check_replaceable(file, kind, lambda file: format_of(file) == FORMAT, fix)
     map = load_map(options.map, options.base)
     sketches_of(map)
     opened = open_experts(options.base, options.experts, skip_text=options.skip_text_encoder)
     ranges = opened.find_ranges(options.ranges, map.T)
-    inputs = {
-        "map": str(options.map),
-        "base": {"path": options.base, "sha256": map.origin.model},
-        "experts": opened.describe_models(),
-    }
-    return TransferPlan(options, map, opened, ranges, inputs)
+    return TransferPlan(options, map, opened, ranges)
 
 
 def transfer_file(made: Transfer, plan: TransferPlan) -> dict[str, Any]:
     """Return the content of transfer.json; `layers` holds lists by expert, layer and range."""
-    experts = []
-    for k, source in enumerate(plan.inputs["experts"]):
-        ranges = {str(span): made.changes[k, r].document() for r, span in enumerate(made.ranges)}
+    experts, sources, origin = [], plan.opened.describe_models(), plan.map.origin
+    for k, source in enumerate(sources):
+        changes = {str(span): made.changes[k, r].document() for r, span in enumerate(made.ranges)}
         row = {"name": made.names[k], **source, "norm": float(made.norms[k])}
-        row |= {"outside": float(made.outside[k]), "ranges": ranges}
+        row |= {"outside": float(made.outside[k]), "ranges": changes}
         experts.append({**row, "total": made.total[k].document()})
-    origin = plan.map.origin
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "order": 1,
-        "ranges": [[span.start, span.stop] for span in made.ranges],
-        "experts": experts,
-    }
+    ranges = [[span.start, span.stop] for span in made.ranges]
+    document: dict[str, Any] = {"format": FORMAT, "order": 1, "ranges": ranges, "experts": experts}
     if made.by_layer is not None:
         document["layers"] = {"names": list(made.layers), **made.by_layer.document()}
-    map_record = {
-        "bins": plan.map.N,
-        "groups": plan.map.M,
-        "batch_size": origin.batch_size,
-        "params": origin.params,
-        "coordinates": origin.parameters,
-        "kept": int(sketches_of(plan.map).shape[-1]),
-    }
-    record = {"inputs": dict(plan.inputs), "map": map_record, "versions": versions("demerge")}
+    size = {"bins": plan.map.N, "groups": plan.map.M, "batch_size": origin.batch_size}
+    kept = int(sketches_of(plan.map).shape[-1])
+    map_record = {**size, "params": origin.params, "coordinates": origin.parameters, "kept": kept}
+    base = {"path": plan.options.base, "sha256": origin.model}
+    inputs = {"map": str(plan.options.map), "base": base, "experts": sources}
+    record = {"inputs": inputs, "map": map_record, "versions": versions("demerge")}
     return {**document, "record": record}
 
 
@@ -210,20 +197,6 @@ def short_names(paths: Sequence[str]) -> list[str]:
     names = [Path(path).name or path for path in paths]
     count = Counter(names)
     return [name if count[name] == 1 else path for name, path in zip(names, paths, strict=True)]
-
-
-def _check_replaceable(out: Path) -> None:
-    """Check that an output is a folder whose transfer.json, if it has one, is a prediction.
-
-    Raises:
-        UsageError: naming it.
-    """
-    file, fix = out / "transfer.json", "name another folder"
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} exists and is not a folder", fix=fix)
-    if file.exists() and format_of(file) != FORMAT:
-        what = f"{file} exists and is not a prediction of `demerge transfer`"
-        raise UsageError(what, fix=fix)
 
 
 def _format(one: Products) -> str:

@@ -2,6 +2,6 @@
 
 verdict            what a map says and what to do, from one rule, for analyze, ranges and the page
 summary            the conclusion: `summarize(reading, n) -> ConflictSummary`
-plots, partition_plots   figures of a map and of its partition
+plots              figures of a map and of its partition
 page, next_steps   conflict.html and the files of an analysis: `write_report(summary, out)`
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from demerge.analysis.measurement.options import GROUPS, MeasurementOptions
-from demerge.analysis.partitioning.sample_size import MOST
+from demerge.analysis.partitioning.resolution import MOST_GROUPS
 from demerge.analysis.report.summary import ConflictSummary
 from demerge.conflict import MAX_CELLS, ConflictMap
 
@@ -26,19 +26,12 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CommandNames:
-    """What the commands on the page are about.
+    """What the commands on the page are about."""
 
-    Attributes:
-        model, data: as they were named on the command line.
-        options: words of the command line that say how data is read, known to `analyze` and
-            `finetune`.
-        map, partition: the files of the map, or its folder, and of its partition.
-    """
-
-    model: str = "MODEL"
+    model: str = "MODEL"  # as on the command line
     data: str = "DATA"
-    options: tuple[str, ...] = ()
-    map: Path = Path("conflict.safetensors")
+    options: tuple[str, ...] = ()  # how data is read, words of `analyze` and `finetune`
+    map: Path = Path("conflict.safetensors")  # the file of the map, or its folder
     partition: Path = Path("partition.json")
 
     @property
@@ -52,45 +45,42 @@ class CommandNames:
         return self.map.parent if self.map.suffix == ".safetensors" else self.map
 
     def next_to(self, name: str) -> str:
-        """Return a place in the run, next to the folder of the map, as a word of a command."""
+        """Return a path next to the folder of the map, as a word of a command."""
         return shlex.quote(str(self.folder.parent / name))
 
 
 def next_steps(summary: ConflictSummary, names: CommandNames) -> list[Step]:
     """Return what to do next; without a promise, measuring more comes first."""
-    map, is_split = summary.reading.map, len(summary.partition) > 1
-    train = _train(summary, names) if is_split else []
     more = _measure_more(summary, names)
+    if len(summary.partition) == 1:
+        return more
+    train = _train(summary, names)
     steps = [*train, *more] if summary.expected_gain.is_promised else [*more, *train]
-    if is_split and summary.reading.bins.resolved.any():
-        steps.append(_layers(map, names))
+    if summary.reading.bins.resolved.any():
+        steps.append(_layers(summary.reading.map, names))
     return steps
 
 
 def _train(summary: ConflictSummary, names: CommandNames) -> list[Step]:
     partition, file = summary.partition, shlex.quote(str(names.partition))
-    is_promised = summary.expected_gain.is_promised
-    text = "Train" if is_promised else "To try all the same: train"
+    text = "Train" if summary.expected_gain.is_promised else "To try all the same: train"
     finetune = f"demerge finetune {names.inputs} --ranges"
-    commands = [
-        f"{finetune} {file} -o {names.next_to('experts')}",
-        f"{finetune} joint:{len(partition)} -o {names.next_to('joint')}",
-    ]
+    experts = f"{finetune} {file} -o {names.next_to('experts')}"
+    joint = f"{finetune} joint:{len(partition)} -o {names.next_to('joint')}"
     control = "and the control that gets as many steps without ranges"
-    steps = [Step(f"{text} an expert for each range, {control}.", commands)]
+    steps = [Step(f"{text} an expert for each range, {control}.", [experts, joint])]
     if summary.reading.map.sketches is not None:
-        experts = " ".join(names.next_to(f"experts/{span}") for span in partition)
-        base = f"--base {shlex.quote(names.model)}"
-        transfer = f"demerge transfer {shlex.quote(str(names.map))} {experts} {base}"
+        trained = " ".join(names.next_to(f"experts/{span}") for span in partition)
+        map, base = shlex.quote(str(names.map)), shlex.quote(names.model)
         text = "After training: predict what each expert does to each range, from the map alone."
-        steps.append(Step(text, [transfer]))
+        steps.append(Step(text, [f"demerge transfer {map} {trained} --base {base}"]))
     return steps
 
 
 def _measure_more(summary: ConflictSummary, names: CommandNames) -> list[Step]:
     """Return what resolves more bins: more groups, or larger batches if the map is full."""
     map, groups = summary.reading.map, summary.groups_needed
-    if not summary.unresolved or groups >= MOST:
+    if not summary.unresolved or groups >= MOST_GROUPS:
         return []
     hidden = f"{len(summary.unresolved)} of {map.N} bins are unresolved"
     text = f"{hidden}. Some {groups:,} groups or more would resolve them"

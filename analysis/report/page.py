@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from demerge.analysis.partitioning.expected_gain import BATCH, Interval
+from demerge.analysis.partitioning.expected_gain import BATCH
 from demerge.analysis.report.next_steps import CommandNames, Step, next_steps
 from demerge.analysis.report.plots import report_plots
 from demerge.analysis.report.summary import ConflictSummary, RowSums
 from demerge.analysis.report.verdict import HEADLINES, list_cuts
+from demerge.analysis.similarity import Estimate
 from demerge.conflict import ConflictMap
 from demerge.reporting.html import PageFigure, escape, figure, render_page, section, table
 from demerge.reporting.theme import Pictures, pictures
@@ -37,28 +38,17 @@ FOOTER = (
     " `demerge ranges` partitions it again."
 )
 CAPTIONS = {
-    "heatmap": (
-        "Cosine of the mean gradients of two bins of timesteps. Warm: one step helps both. Cold:"
-        " what helps one harms the other. Above the diagonal: its standard error. Hatched: noise"
-        " hides it. Dotted: a bin may be resolved by luck. Dashed: the cuts."
-    ),
-    "curve": (
-        "Share of the conflict that cuts resolve, judged on groups that did not choose them,"
-        " with standard errors. Pale: judged on the groups that chose them, which flatters the"
-        " cuts."
-    ),
-    "support": (
-        "Where cuts land if the groups are resampled. Tall bars are places that do not depend on"
-        " a few samples."
-    ),
-    "similarity": (
-        "How similarity falls with the distance of timesteps. The naive cosine of the literature"
-        " is biased by noise that bins share."
-    ),
-    "strength": (
-        "Left: how strongly each bin pulls. Right: the number of samples at which noise is as"
-        " large as that pull."
-    ),
+    "heatmap": "Cosine of the mean gradients of two bins of timesteps. Warm: one step helps both."
+    " Cold: what helps one harms the other. Above the diagonal: its standard error. Hatched: noise"
+    " hides it. Dotted: a bin may be resolved by luck. Dashed: the cuts.",
+    "curve": "Share of the conflict that cuts resolve, judged on groups that did not choose them,"
+    " with standard errors. Pale: judged on the groups that chose them, which flatters the cuts.",
+    "support": "Where cuts land if the groups are resampled. Tall bars are places that do not"
+    " depend on a few samples.",
+    "similarity": "How similarity falls with the distance of timesteps. The naive cosine of the"
+    " literature is biased by noise that bins share.",
+    "strength": "Left: how strongly each bin pulls. Right: the number of samples at which noise is"
+    " as large as that pull.",
 }
 RANGES = (
     "Missed: the part of what a first AdamW step along the range's own gradient gains there that"
@@ -72,31 +62,23 @@ MEASURED = (
     " that noise neither invents similarity nor hides it. Errors come from the spread between"
     " pairs of groups or, for held-out shares, between groups."
 )
-HEADS = (
-    "timesteps",
-    "of all",
-    "pull",
-    "missed by a joint step",
-    "95 % interval",
-    "support of its end",
-)
+HEADS = ("timesteps", "of all", "pull", "missed by a joint step", "95 % interval", "support of end")
 
 
 def conflict_page(
     summary: ConflictSummary, plots: Mapping[str, PageFigure], names: CommandNames
 ) -> str:
     """Return the page of a summary; `plots` are pictures by name, as in CAPTIONS."""
-    map = summary.reading.map
-    gallery = _figures(plots, "curve", "support") if summary.share is not None else ""
+    map, sure = summary.reading.map, ""
+    if summary.explained.share is not None and (gallery := _figures(plots, "curve", "support")):
+        sure = section("How sure the cut is", "", f'<div class="gallery">{gallery}</div>')
     sections = [
         _verdict(summary),
         section("The map", "", figure(plots["heatmap"])),
         _tiles(summary),
         section("The ranges", RANGES, table(HEADS, _ranges(summary))),
         section("What to do next", "", _steps(next_steps(summary, names))),
-        section("How sure the cut is", "", f'<div class="gallery">{gallery}</div>')
-        if gallery
-        else "",
+        sure,
         section("How the gradients change", "", _figures(plots, "similarity", "strength")),
         section("How it was measured", MEASURED, _origin(map)),
     ]
@@ -110,9 +92,6 @@ def _figures(plots: Mapping[str, PageFigure], *names: str) -> str:
     return "".join(figure(plots[name]) for name in names if name in plots)
 
 
-# -- the verdict -----------------------------------------------------------------------------------
-
-
 def _verdict(summary: ConflictSummary) -> str:
     verdict, partition = summary.verdict, summary.partition
     kind = "better" if verdict.is_promised else "inconclusive"
@@ -121,10 +100,8 @@ def _verdict(summary: ConflictSummary) -> str:
         promise = summary.expected_gain
         held_out = ", judged on samples that did not choose the cut" if promise.is_held_out else ""
         more += f" Of this cut: {promise.sentence}{held_out}."
-    return (
-        f'<section class="verdict {kind}">\n'
-        f"<p>{escape(verdict)}</p>\n<p>{escape(more)}</p></section>"
-    )
+    text = f"<p>{escape(verdict)}</p>\n<p>{escape(more)}</p>"
+    return f'<section class="verdict {kind}">\n{text}</section>'
 
 
 def _reason(summary: ConflictSummary) -> str:
@@ -139,30 +116,26 @@ def _reason(summary: ConflictSummary) -> str:
     return f"The timesteps are cut at {cuts} into {n} ranges, the {summary.taken} cut: {why}."
 
 
-# -- the numbers -----------------------------------------------------------------------------------
-
-
 def _tiles(summary: ConflictSummary) -> str:
-    map, share, promise = summary.reading.map, summary.share, summary.expected_gain
+    map, promise = summary.reading.map, summary.expected_gain
+    share = summary.explained.share or Estimate(math.nan, math.nan)
     resolved = f"{map.N - len(summary.unresolved)} of {map.N}"
     joint = "of what separate AdamW steps gain is missed by a joint one, by direction alone"
     noisy = f"with the noise of batches of {BATCH} and unequal lengths too"
-    explained = f"of the conflict is resolved by this cut{_error(share.se if share else math.nan)}"
+    explained = f"of the conflict is resolved by this cut{_error(share.se)}"
     tiles = [
         (resolved, "bins whose mean gradient stands out from noise"),
         _lowest_cosine(summary),
-        (_percent(share.value if share else math.nan), explained),
+        (_percent(share.value), explained),
         (_percent(promise.share.value), joint),
         (_percent(promise.batch.value), noisy),
         _joint(summary.row_sums),
     ]
     if summary.supported is not None:
-        supported = str(summary.supported.chosen)
-        tiles.append((supported, "ranges are supported by held-out samples"))
-    boxes = [
-        f'<div class="tile"><b>{escape(number)}</b><span>{escape(meaning)}</span></div>'
-        for number, meaning in tiles
-    ]
+        count = str(summary.supported.chosen)
+        tiles.append((count, "ranges are supported by held-out samples"))
+    form = '<div class="tile"><b>{}</b><span>{}</span></div>'
+    boxes = [form.format(escape(number), escape(meaning)) for number, meaning in tiles]
     return f'<div class="tiles">{"".join(boxes)}</div>'
 
 
@@ -191,14 +164,13 @@ def _ranges(summary: ConflictSummary) -> Iterable[list[str]]:
     support = {each.cut: f"{each.support:.0%}" for each in summary.support if is_judged}
     for gain in summary.expected_gain.ranges:
         length = gain.length.value
-        yield [
-            _span(gain.span),
-            f"{len(gain.span) / summary.reading.map.T:.0%}",
-            f"{length:.1f} ×" if math.isfinite(length) else "?",
-            _percent(gain.missed.value),
-            _between(gain.missed),
-            support.get(gain.span.stop, ""),
-        ]
+        share = f"{len(gain.span) / summary.reading.map.T:.0%}"
+        pull = f"{length:.1f} ×" if math.isfinite(length) else "?"
+        missed, interval = gain.missed, "noise hides it"
+        if missed.is_known:
+            interval = f"{missed.low:.0%} to {missed.high:.0%}"
+        end = support.get(gain.span.stop, "")
+        yield [_span(gain.span), share, pull, _percent(missed.value), interval, end]
 
 
 def _span(span: TimestepRange) -> str:
@@ -213,15 +185,6 @@ def _error(se: float) -> str:
     return f", ± {se:.0%}" if math.isfinite(se) else ""
 
 
-def _between(interval: Interval) -> str:
-    if not interval.is_known:
-        return "noise hides it"
-    return f"{interval.low:.0%} to {interval.high:.0%}"
-
-
-# -- what to do next, how it was measured ----------------------------------------------------------
-
-
 def _steps(steps: Sequence[Step]) -> str:
     blocks = []
     for step in steps:
@@ -232,19 +195,12 @@ def _steps(steps: Sequence[Step]) -> str:
 
 def _origin(map: ConflictMap) -> str:
     facts = {"bins": map.N, "groups": f"{map.M} of {map.origin.batch_size} samples"}
-    for each in fields(map.origin):
-        if each.name != "batch_size":
-            facts[each.name.replace("_", " ")] = getattr(map.origin, each.name)
+    for name, value in asdict(map.origin).items():
+        if name != "batch_size" and value != "":
+            facts[name] = value
     facts["antithetic"] = map.origin.noise
-    rows = [
-        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
-        for name, value in facts.items()
-        if value != ""
-    ]
+    rows = (f"<dt>{escape(name)}</dt><dd>{escape(facts[name])}</dd>" for name in facts)
     return f"<dl>{''.join(rows)}</dl>"
-
-
-# -- files -----------------------------------------------------------------------------------------
 
 
 def draw_plots(summary: ConflictSummary) -> dict[str, Pictures]:
@@ -254,15 +210,14 @@ def draw_plots(summary: ConflictSummary) -> dict[str, Pictures]:
 
 def write_page(
     summary: ConflictSummary,
-    path: Path,
+    path: str | Path,
     names: CommandNames,
     plots: Mapping[str, Pictures] | None = None,
 ) -> Path:
     """Write the page; the plots are drawn if they are not given."""
-    plots = draw_plots(summary) if plots is None else plots
-    figures = {
-        name: PageFigure(CAPTIONS[name], plot.svg, dark=plot.dark) for name, plot in plots.items()
-    }
+    figures: dict[str, PageFigure] = {}
+    for name, plot in (plots or draw_plots(summary)).items():
+        figures[name] = PageFigure(CAPTIONS[name], plot.svg, dark=plot.dark)
     return commit_text(path, conflict_page(summary, figures, names))
 
 

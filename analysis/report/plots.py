@@ -7,6 +7,7 @@ resolved is hatched, never coloured. Nothing touches pyplot's state.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,17 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from demerge.analysis.partitioning.cross_validation import cross_validation
+from demerge.analysis.partitioning.bootstrap import drawn_cuts
+from demerge.analysis.partitioning.cross_validation import RangeCount, cross_validation
 from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.objective import ADAPTIVE
-from demerge.analysis.report.partition_plots import cut_support, explained_share, has_support
 from demerge.analysis.report.summary import ConflictSummary
 from demerge.analysis.similarity import Similarity, by_lag, by_log_snr
 from demerge.conflict import Array, ConflictMap
-from demerge.reporting.theme import BLUE, DARK, GREY, LIGHT, ORANGE, Draw, Theme, styled
+from demerge.errors import NumericalError
+from demerge.reporting.theme import BLUE, DARK, GREEN, GREY, LIGHT, ORANGE, Draw, Theme, styled
 from demerge.timesteps import Partition
 
 MANY = 40
+LABELS = {"uniform": "uniform in t", "logsnr": "uniform in log SNR"}
 
 
 def report_plots(summary: ConflictSummary) -> dict[str, Draw]:
@@ -47,9 +50,6 @@ def _axes(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-# -- the map ---------------------------------------------------------------------------------------
-
-
 @styled
 def heat_map(
     map: ConflictMap | Reading, partition: Partition | None = None, theme: Theme = LIGHT
@@ -69,9 +69,9 @@ def heat_map(
     cosine = np.where(upper, np.nan, np.clip(bins.cosine, -1, 1))
     _mesh(ax, map, cosine, theme.maps, (-1.0, 1.0), "cosine of gradients (below)")
     _hatch(ax, map, bins, theme)
-    for place in partition.cuts if partition else []:
-        ax.axvline(place, color=theme.ink, lw=1.4, ls="--")
-        ax.axhline(place, color=theme.ink, lw=1.4, ls="--")
+    for cut in partition.cuts if partition else []:
+        ax.axvline(cut, color=theme.ink, lw=1.4, ls="--")
+        ax.axhline(cut, color=theme.ink, lw=1.4, ls="--")
     ax.set(xlabel="timestep t (0 = least noise)", ylabel="timestep t", aspect="equal")
     ax.set(xlim=(0, map.T), ylim=(map.T, 0))
     unresolved, weak = int((~bins.resolved).sum()), int(bins.weak.sum())
@@ -107,9 +107,6 @@ def _hatch(ax: Axes, map: ConflictMap, bins: Similarity, theme: Theme) -> None:
         squares = np.array(corners).transpose(2, 0, 1)
         style = {"facecolor": colour, "edgecolor": edge, "linewidth": 0, "hatch": hatch}
         ax.add_collection(PolyCollection(squares, **style), autolim=False)  # type: ignore[arg-type]
-
-
-# -- similarity by distance ------------------------------------------------------------------------
 
 
 @styled
@@ -148,9 +145,6 @@ def _limits(*series: pd.Series) -> tuple[float, float]:
     return min(-0.1, float(np.clip(values.min(), -1, 1)) - 0.1), 1.05
 
 
-# -- strength and noise ----------------------------------------------------------------------------
-
-
 @styled
 def strength(
     map: ConflictMap | Reading, partition: Partition | None = None, theme: Theme = LIGHT
@@ -164,10 +158,8 @@ def strength(
     spread = [size - low, high - size]
     left.errorbar(map.timesteps, size, spread, color=BLUE, lw=1, elinewidth=1, capsize=2)
     ground = left.get_facecolor()
-    for marked, face, label in (
-        (bins.resolved, BLUE, "resolved"),
-        (~bins.resolved, ground, "unresolved"),
-    ):
+    kinds = ((bins.resolved, BLUE, "resolved"), (~bins.resolved, ground, "unresolved"))
+    for marked, face, label in kinds:
         if marked.any():
             style = {"facecolor": face, "edgecolor": BLUE, "s": 28, "zorder": 3, "label": label}
             left.scatter(map.timesteps[marked], size[marked], **style)
@@ -181,6 +173,71 @@ def strength(
     right.set(xlabel="timestep t", ylabel="noise scale, samples", yscale="log")
     right.set_xlim(left.get_xlim())
     for ax in (left, right):
-        for place in partition.cuts if partition else []:
-            ax.axvline(place, color=theme.ink, lw=1, ls="--", zorder=0)
+        for cut in partition.cuts if partition else []:
+            ax.axvline(cut, color=theme.ink, lw=1, ls="--", zorder=0)
+    return figure
+
+
+@styled
+def explained_share(
+    reading: Reading, method: str = "gradient", chosen: int | None = None, theme: Theme = LIGHT
+) -> Figure:
+    """Draw the share of the conflict that partitions explain on held-out groups, by their number.
+
+    Pale: partitions that the map chose, judged on the groups that chose them.
+    """
+    count = cross_validation(reading, method)
+    figure, (ax,) = _axes(1, 6.4, 4.2)
+    looks = zip(count.shares.items(), (BLUE, ORANGE, GREEN), "os^", strict=bool(count.shares))
+    for (name, shares), colour, marker in looks:
+        values, errors = [each.value for each in shares], [each.se for each in shares]
+        label = LABELS.get(name, f"{name}, held out")
+        style = {"color": colour, "marker": marker, "ms": 5, "capsize": 2, "label": label}
+        ax.errorbar(range(1, len(shares) + 1), values, errors, **style)
+    _draw_seen(ax, reading, count)
+    ax.axhline(0, color=GREY, lw=0.8, zorder=0)
+    if chosen:
+        ax.axvline(chosen, color=GREY, lw=1, ls=":", zorder=0)
+    ax.legend(frameon=False, loc="lower right", fontsize=9)
+    ax.set(xlabel="number of ranges", ylabel=f"explained share of the conflict ({reading.score})")
+    return figure
+
+
+def _draw_seen(ax: Axes, reading: Reading, count: RangeCount) -> None:
+    for method, shares in list(count.shares.items())[:1]:
+        counts = range(1, len(shares) + 1)
+        partitions = [reading.partition(n, method) for n in counts]
+        seen = [reading.explained_share(each).value for each in partitions]
+        label = f"{method}, on the groups it saw"
+        ax.plot(counts, seen, color=BLUE, alpha=0.5, lw=1, ls="--", label=label)
+        ax.set_xticks(counts)
+
+
+def has_support(reading: Reading, n: int, method: str = "gradient") -> bool:
+    """Return whether there are cuts whose places `cut_support` can show."""
+    if n == 1 or not reading.is_sure:
+        return False
+    try:
+        return len(drawn_cuts(reading, n, method)) > 0
+    except NumericalError:
+        return False
+
+
+@styled
+def cut_support(
+    reading: Reading, partition: Partition, method: str = "gradient", theme: Theme = LIGHT
+) -> Figure:
+    """Draw how often the bootstrap puts a cut at each edge of bins; those taken as dashed lines."""
+    map = reading.map
+    draws = drawn_cuts(reading, len(partition), method)
+    figure, (ax,) = _axes(1, 6.4, 3.0)
+    edges = np.array(map.edges[1:-1])
+    share = (draws[:, :, None] == edges).any(1).mean(0)
+    ax.bar(edges, share, width=0.6 * map.T / map.N, color=BLUE)
+    style: Any = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+    for cut in partition.cuts:
+        ax.axvline(cut, color=theme.ink, lw=1.2, ls="--")
+        ax.text(cut, 1, str(cut), fontsize=8, **style)
+    ax.set(xlabel="timestep t (0 = least noise)", ylabel="share of draws with a cut here")
+    ax.set(xlim=(0, map.T), ylim=(0, 1.02))
     return figure

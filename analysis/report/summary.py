@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from demerge.analysis.partitioning.cross_validation import (
 from demerge.analysis.partitioning.expected_gain import ExpectedGain, expected_gain
 from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.objective import ADAPTIVE, METHODS, check_choice
-from demerge.analysis.partitioning.sample_size import MOST, sample_size
+from demerge.analysis.partitioning.resolution import MOST_GROUPS, sample_size
 from demerge.analysis.report.verdict import Verdict, advised_method, verdict
-from demerge.analysis.similarity import Estimate, estimate_error, json_number
+from demerge.analysis.similarity import Estimate, estimate_error, estimate_table, json_number
 from demerge.errors import NumericalError
 from demerge.timesteps import Partition, TimestepRange
 
@@ -35,12 +36,8 @@ class Explained:
 
     def document(self) -> dict[str, Any]:
         """Return JSON values."""
-        share = {} if self.share is None else self.share.document()
-        return {
-            "cuts": self.partition.cuts,
-            "share": share.get("value"),
-            "se": share.get("se"),
-        }
+        share = self.share.document("share") if self.share else {"share": None, "se": None}
+        return {"cuts": self.partition.cuts, **share}
 
     def __str__(self) -> str:
         return f"{self.partition.cuts} explains {_pair(self.share)}"
@@ -48,20 +45,10 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class RowSums:
-    """Whether the base has converged: then every row sum_j w_j K_ij = <mu_i, gbar> is 0.
+    """Whether the base has converged: then every row sum_j w_j K_ij = <mu_i, gbar> is 0."""
 
-    Attributes:
-        ratio: |gbar|^2 / sum_i w_i |mu_i|^2, 0 if converged, 1 if all bins pull alike.
-        rows: how many of the N rows differ from 0 by more than a 95 % interval.
-    """
-
-    ratio: Estimate
-    rows: int
-
-    def document(self) -> dict[str, Any]:
-        """Return JSON values."""
-        ratio = self.ratio.document()
-        return {"ratio": ratio["value"], "se": ratio["se"], "rows": self.rows}
+    ratio: Estimate  # |gbar|^2 / sum_i w_i |mu_i|^2, 0 if converged, 1 if all bins pull alike
+    rows: int  # how many of the N rows differ from 0 by more than a 95 % interval
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,30 +88,26 @@ class ConflictSummary:
     is_automatic: bool = False
 
     @property
-    def partition(self) -> Partition:
-        """The ranges that were taken."""
+    def explained(self) -> Explained:
+        """The ranges that were taken, and the share of the conflict that they explain."""
         explained = self.cuts[self.taken]
         assert explained is not None  # `summarize` takes no other
-        return explained.partition
+        return explained
 
     @property
-    def share(self) -> Estimate | None:
-        """The share of the conflict that these ranges explain."""
-        explained = self.cuts[self.taken]
-        return None if explained is None else explained.share
+    def partition(self) -> Partition:
+        """The ranges that were taken."""
+        return self.explained.partition
 
     @property
     def unresolved(self) -> list[TimestepRange]:
         """The bins that noise hides."""
-        return self._bins(~self.reading.bins.resolved)
+        return list(compress(self.reading.map.bins, ~self.reading.bins.resolved))
 
     @property
     def weak(self) -> list[TimestepRange]:
         """The bins that may be resolved by luck."""
-        return self._bins(self.reading.bins.weak)
-
-    def _bins(self, mask: Any) -> list[TimestepRange]:
-        return [self.reading.map.bins[i] for i in np.flatnonzero(mask).tolist()]
+        return list(compress(self.reading.map.bins, self.reading.bins.weak))
 
     def document(self) -> dict[str, Any]:
         """Return JSON values only, None for what is not known."""
@@ -144,9 +127,9 @@ class ConflictSummary:
             "conflict": self.reading.conflict.document(),
             "cuts": {name: each and each.document() for name, each in self.cuts.items()},
             "judged": self.judged,
-            "support": [each.document() for each in self.support],
+            "support": [asdict(each) for each in self.support],
             "held_out": {name: gain.document() for name, gain in self.held_out.items()},
-            "row_sums": self.row_sums.document(),
+            "row_sums": {**self.row_sums.ratio.document("ratio"), "rows": self.row_sums.rows},
             "advice": self.advice,
             "reason": self.reason,
             "taken": self.taken,
@@ -161,21 +144,23 @@ class ConflictSummary:
             "automatic": self.is_automatic,
             "supported": {"ranges": self.supported.chosen, "reason": self.supported.reason},
             **conclusion,
-            "held_out_shares": _shares_by_count(self.supported),
+            "held_out_shares": [
+                {"ranges": n, **{method: asdict(share) for method, share in row.items()}}
+                for n, row in _shares_by_count(self.supported).items()
+            ],
         }
 
     def lines(self) -> list[str]:
         """Return the conclusion for a person: what was found and what to do first."""
         map, blocks, rows = self.reading.map, self.reading.blocks, self.row_sums
-        groups = (
-            f"{map.N} bins, {map.M} groups of {map.origin.batch_size}, {map.origin.draws} draws"
-        )
+        origin = map.origin
+        size = f"{map.N} bins, {map.M} groups of {origin.batch_size}, {origin.draws} draws"
         merged = f"merged to {len(blocks)} blocks, resolved on {blocks.known:.0%} of [0, T)"
         ratio = f"|gbar|^2 / sum w |mu|^2 = {_pair(rows.ratio)}, {rows.rows} of {map.N} rows not 0"
         ranges = _counted(self.ranges, "range")
         rows_of_text = [
             ("verdict", str(self.verdict)),
-            ("map", f"{groups}, {self._unresolved}; {merged}"),
+            ("map", f"{size}, {self._unresolved}; {merged}"),
             ("row sums", f"{ratio} (near 0 at a converged base: bins must then oppose each other)"),
             *((name, str(each) if each else "no cut") for name, each in self.cuts.items()),
             *((f"cut {each.cut}", self._supported(each)) for each in self.support),
@@ -189,15 +174,15 @@ class ConflictSummary:
         ]
         if self.expected_gain.is_promised:
             rows_of_text.append(("plain SGD", self.expected_gain.plain))
-        return [*(f"{label:12}  {text}" for label, text in rows_of_text), *self._ranges_lines()]
-
-    def _ranges_lines(self) -> list[str]:
-        """Return the shares by number of ranges, and the ranges at the end."""
+        lines = [f"{label:12}  {text}" for label, text in rows_of_text]
         if self.supported is None:
-            return []
+            return lines
         spans = " ".join(f"[{span.start}, {span.stop})" for span in self.partition)
+        shares = {str(n): row for n, row in _shares_by_count(self.supported).items()}
+        caption = "explained on held-out groups"
         return [
-            *_table(self.supported, self.ranges),
+            *lines,
+            *estimate_table("ranges", shares, str(self.ranges), caption),
             f"{'supported':12}  {self.supported.chosen}: {self.supported.reason}",
             f"{'ranges':12}  {spans}, {self.taken}",
         ]
@@ -211,7 +196,7 @@ class ConflictSummary:
     @property
     def _unresolved(self) -> str:
         text = f"{_counted(len(self.unresolved), 'bin')} unresolved"
-        if self.unresolved and self.groups_needed < MOST:
+        if self.unresolved and self.groups_needed < MOST_GROUPS:
             text += f" ({self.groups_needed} groups or more would do)"
         return text + (f", {len(self.weak)} perhaps resolved by luck" if self.weak else "")
 
@@ -230,31 +215,10 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _shares_by_count(count: RangeCount) -> list[dict[str, Any]]:
-    rows = zip(*count.shares.values(), strict=True)
-    return [
-        {"ranges": n}
-        | {
-            name: {"value": share.value, "se": share.se}
-            for name, share in zip(count.shares, row, strict=True)
-        }
-        for n, row in enumerate(rows, 1)
-    ]
-
-
-def _table(count: RangeCount, chosen: int) -> list[str]:
-    """Return a line for each number of ranges, with the share that each method explains."""
-    if not count.shares:
-        return []
-    heads = "  ".join(f"{name:>13}" for name in count.shares)
-    lines = [f"{'ranges':>12}  {heads}   explained on held-out groups"]
-    for n, row in enumerate(zip(*count.shares.values(), strict=True), 1):
-        shares = "  ".join(f"{share.value:6.2f} ± {share.se:.2f}" for share in row)
-        lines.append(f"{n:12}  {shares}{'   <' if n == chosen else ''}")
-    return lines
-
-
-# -- making it -------------------------------------------------------------------------------------
+def _shares_by_count(count: RangeCount) -> dict[int, dict[str, Estimate]]:
+    """Return the share that each method explains on held-out groups, by the number of ranges."""
+    rows = enumerate(zip(*count.shares.values(), strict=True), 1)
+    return {n: dict(zip(count.shares, row, strict=True)) for n, row in rows}
 
 
 def summarize(
@@ -270,7 +234,7 @@ def summarize(
     Args:
         n: number of ranges; None is the number that cross-validation supports, or that of `given`.
         method: one of METHODS, or `advised`: `gradient` or `uniform`, whichever the advice is.
-        given: a partition of your own to be judged and taken, called `given`.
+        given: a partition of your own to be judged and taken, with the method `given`.
         with_counts: whether the summary says how many ranges are supported, as `demerge ranges`
             does.
 
@@ -287,9 +251,18 @@ def summarize(
     elif n is None and counted is not None:
         n = counted.chosen
     assert n is not None
-    partitions, obstacles = _partitions(reading, n)
-    if given is not None:
-        partitions = {GIVEN: given, **partitions}
+    partitions: dict[str, Partition | None] = {} if given is None else {GIVEN: given}
+    obstacles: dict[str, str] = {}
+    for each in METHODS:
+        try:
+            partitions[each] = reading.partition(n, each)
+        except NumericalError as error:
+            partitions[each], obstacles[each] = None, error.what
+    cuts: dict[str, Explained | None] = dict.fromkeys(partitions)
+    for name, ranges in partitions.items():
+        if ranges is not None:
+            share = reading.explained_share(ranges) if reading.is_sure else None
+            cuts[name] = Explained(ranges, share)
     judged = method if method in (*ADAPTIVE, GIVEN) else "gradient"
     best = partitions[judged]
     if best is None or not reading.is_sure:
@@ -306,7 +279,7 @@ def summarize(
         reading=reading,
         verdict=conclusion,
         ranges=n,
-        cuts={name: _explained(reading, each) for name, each in partitions.items()},
+        cuts=cuts,
         judged=judged,
         support=_support(reading, judged, best),
         held_out=gains_over_fixed(reading, best, judged) if best and is_judged else {},
@@ -319,24 +292,6 @@ def summarize(
         supported=counted if with_counts else None,
         is_automatic=is_automatic,
     )
-
-
-def _partitions(reading: Reading, n: int) -> tuple[dict[str, Partition | None], dict[str, str]]:
-    """Return the partition of each method, None if noise leaves none, and why it leaves none."""
-    partitions: dict[str, Partition | None] = {}
-    obstacles: dict[str, str] = {}
-    for method in METHODS:
-        try:
-            partitions[method] = reading.partition(n, method)
-        except NumericalError as error:
-            partitions[method], obstacles[method] = None, error.what
-    return partitions, obstacles
-
-
-def _explained(reading: Reading, partition: Partition | None) -> Explained | None:
-    if partition is None:
-        return None
-    return Explained(partition, reading.explained_share(partition) if reading.is_sure else None)
 
 
 def _support(reading: Reading, judged: str, best: Partition | None) -> tuple[CutSupport, ...]:

@@ -19,8 +19,7 @@ from typing import Any
 from demerge.analysis.partitioning.cross_validation import cross_validation, gains_over_fixed
 from demerge.analysis.partitioning.expected_gain import Interval, expected_gain
 from demerge.analysis.partitioning.map_reading import Reading, once
-from demerge.analysis.partitioning.resolution import LEAST_KNOWN
-from demerge.analysis.partitioning.sample_size import MOST, sample_size
+from demerge.analysis.partitioning.resolution import LEAST_KNOWN, MOST_GROUPS, sample_size
 from demerge.timesteps import Partition
 
 BEAT = 2.0
@@ -33,25 +32,15 @@ HEADLINES = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a map says.
+    """What a map says."""
 
-    Attributes:
-        kind: one of HEADLINES.
-        partition: the ranges that the map supports; one range without a conflict.
-        method: how they were found: `gradient`, or `uniform` if that is no worse.
-        share: what a joint AdamW step misses of what separate ones gain, by direction.
-        reason: why there is no promise; empty for a conflict.
-        finding: what was found, a sentence.
-        advice: what to do, a sentence.
-    """
-
-    kind: str
-    partition: Partition
-    method: str
-    share: Interval | None
-    reason: str
-    finding: str
-    advice: str
+    kind: str  # one of HEADLINES
+    partition: Partition  # the ranges that the map supports; one range without a conflict
+    method: str  # how they were found: `gradient`, or `uniform` if that is no worse
+    share: Interval | None  # what a joint AdamW step misses, by direction
+    reason: str  # why there is no promise; empty for a conflict
+    finding: str  # what was found, a sentence
+    advice: str  # what to do, a sentence
 
     @property
     def is_promised(self) -> bool:
@@ -63,16 +52,10 @@ class Verdict:
 
     def document(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {
-            "kind": self.kind,
-            "promised": self.is_promised,
-            "found": self.finding,
-            "do": self.advice,
-            "ranges": len(self.partition),
-            "method": self.method,
-            "cuts": self.partition.cuts,
-            "share": None if self.share is None else self.share.document(),
-        }
+        text = {"kind": self.kind, "promised": self.is_promised, "found": self.finding}
+        ranges = {"ranges": len(self.partition), "method": self.method, "cuts": self.partition.cuts}
+        share = None if self.share is None else self.share.document()
+        return {**text, "do": self.advice, **ranges, "share": share}
 
 
 @once
@@ -110,12 +93,11 @@ def _unresolved(reading: Reading) -> Verdict:
     map, reason = reading.map, reading.doubt
     finding = f"Too little is resolved: {reason}."
     if reading.is_converged:
-        finding += " The joint gradient is hidden by noise too,"
-        finding += " as at a base that has converged or was annealed."
+        finding += " Noise hides the joint gradient too: the base has converged or was annealed."
     groups = sample_size(map, reading.bins, LEAST_KNOWN)
-    if groups >= MOST:
-        advice = "No affordable number of groups would resolve it: train jointly,"
-        advice += " or measure an earlier checkpoint."
+    if groups >= MOST_GROUPS:
+        fix = "train jointly, or measure an earlier checkpoint"
+        advice = f"No affordable number of groups would resolve it: {fix}."
     else:
         passes = f"{groups} groups of {map.origin.batch_size}, {groups * map.N:,} backward passes"
         advice = f"Measure about {passes}, for half of [0, T) to be resolved, or train jointly."
@@ -143,5 +125,5 @@ def advised_method(reading: Reading, best: Partition, method: str) -> tuple[str,
 
 def list_cuts(partition: Partition) -> str:
     """Return the cuts of a partition in words: 125, 250 and 375."""
-    places = [str(cut) for cut in partition.cuts]
-    return " and ".join([", ".join(places[:-1]), places[-1]] if len(places) > 1 else places)
+    *first, last = [str(cut) for cut in partition.cuts] or [""]
+    return f"{', '.join(first)} and {last}" if first else last

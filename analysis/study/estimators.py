@@ -53,9 +53,6 @@ def measure_errors(
         rmse: root of the mean squared error.
         covered: share of the 95 % intervals that hold the truth.
         unresolved: share of bins for which the estimator gives nothing; the plug-in has none.
-
-    Raises:
-        UsageError: as `KnownProblem.measure` does, and for fewer than 2 maps.
     """
     if maps < 2:
         raise UsageError(f"{maps} maps have no spread", fix="give at least 2")
@@ -63,16 +60,18 @@ def measure_errors(
     for kind in draws:
         size = {"groups": groups, "batch_size": batch_size}
         measured = [problem.measure(draws=kind, seed=seed + i, **size) for i in range(maps)]
-        for name, estimate in ((PLUG_IN, _plug_in), (UNBIASED, _unbiased)):
-            estimates = [estimate(map) for map in measured]
-            summary = _summarise(problem.cosine, estimates)
+        bins = [similarity(map) for map in measured]
+        halves = [t_quantile(map.M) * standard_error(_plug_in_without(map)) for map in measured]
+        plug_in = _summarise(problem.cosine, [each.naive for each in bins], halves)
+        halves = [each.cosine_half for each in bins]
+        unbiased = _summarise(problem.cosine, [each.cosine for each in bins], halves)
+        for name, summary in ((PLUG_IN, plug_in), (UNBIASED, unbiased)):
             rows.append({"draws": kind, "estimator": name, **summary})
     return pd.DataFrame(rows)
 
 
-def _summarise(truth: Array, estimates: list[tuple[Array, Array]]) -> dict[str, float]:
-    off = np.array([value for value, _ in estimates]) - truth  # [maps N N], NaN if unresolved
-    half = np.array([half for _, half in estimates])
+def _summarise(truth: Array, values: list[Array], halves: list[Array]) -> dict[str, float]:
+    off, half = np.array(values) - truth, np.array(halves)  # [maps N N], NaN if unresolved
     i, j = np.triu_indices(len(truth), 1)
     known = np.isfinite(off[:, i, j])
     bias, bias_se = _mean(off[:, i, j])
@@ -81,15 +80,9 @@ def _summarise(truth: Array, estimates: list[tuple[Array, Array]]) -> dict[str, 
     if known.any():
         rmse = float(np.sqrt(np.mean(off[:, i, j][known] ** 2)))
         covered = float((abs(off[:, i, j]) <= half[:, i, j])[known].mean())
-    return {
-        "bias": bias,
-        "bias_se": bias_se,
-        "neighbours": near,
-        "neighbours_se": near_se,
-        "rmse": rmse,
-        "covered": covered,
-        "unresolved": float(np.isnan(np.diagonal(off, axis1=1, axis2=2)).mean()),
-    }
+    unresolved = float(np.isnan(np.diagonal(off, axis1=1, axis2=2)).mean())
+    errors = {"bias": bias, "bias_se": bias_se, "neighbours": near, "neighbours_se": near_se}
+    return {**errors, "rmse": rmse, "covered": covered, "unresolved": unresolved}
 
 
 def _mean(values: Array) -> tuple[float, float]:
@@ -118,26 +111,23 @@ def compare_by_samples(maps: Mapping[str, ConflictMap], groups: Iterable[int]) -
     for kind, map in maps.items():
         for count in (n for n in counts if n <= map.M):
             part = take_groups(map, count)
-            found, samples = similarity(part), count * map.origin.batch_size
+            bins, samples = similarity(part), count * map.origin.batch_size
             left_out = np.array([_mean_neighbour(each) for each in _plug_in_without(part)])
             half = t_quantile(count) * float(standard_error(left_out))
-            rows.append((kind, PLUG_IN, samples, _mean_neighbour(found.naive), half, 0))
-            pairs = normalised(without_pair(part), found.resolved)
+            rows.append((kind, PLUG_IN, samples, _mean_neighbour(bins.naive), half, 0))
+            pairs = normalised(without_pair(part), bins.resolved)
             half = float(estimate_error(np.array([_mean_neighbour(each) for each in pairs])).half())
-            unresolved = int((~found.resolved).sum())
-            mean = _mean_neighbour(found.cosine)
+            unresolved = int((~bins.resolved).sum())
+            mean = _mean_neighbour(bins.cosine)
             rows.append((kind, UNBIASED, samples, mean, half, unresolved))
     return pd.DataFrame(rows, columns=columns)
 
 
 def take_groups(map: ConflictMap, groups: int) -> ConflictMap:
     """Return the map of the first groups alone, as if no more had been measured."""
-    return replace(
-        map,
-        gram=np.ascontiguousarray(map.gram[:, :groups, :, :groups]),
-        sketches=None if map.sketches is None else map.sketches[:, :groups],
-        layers=None if map.layers is None else map.layers[:, :groups],
-    )
+    sketches, layers = (s if s is None else s[:, :groups] for s in (map.sketches, map.layers))
+    gram = np.ascontiguousarray(map.gram[:, :groups, :, :groups])
+    return replace(map, gram=gram, sketches=sketches, layers=layers)
 
 
 def measure_disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFrame:
@@ -148,47 +138,33 @@ def measure_disagreement(first: ConflictMap, second: ConflictMap) -> pd.DataFram
 
     Returns one row for each estimator: the mean of <mu_i, mu_j> over pairs of bins i < j in each
     map, the standard errors, and `z`, the difference in units of its own.
-
-    Raises:
-        UsageError: if the maps have other bins, or fewer than two.
     """
     if first.edges != second.edges or first.N < 2:
         what = f"maps of {first.N} and {second.N} bins do not compare"
         raise UsageError(what, fix="measure both on the same bins")
     rows = []
-    for name, pair_mean in ((PLUG_IN, _plug_in_pair_mean), (UNBIASED, _unbiased_pair_mean)):
-        (a, a_se), (b, b_se) = pair_mean(first), pair_mean(second)
+    i, j = np.triu_indices(first.N, 1)
+    for name in (PLUG_IN, UNBIASED):
+        means: list[float] = []
+        for map in (first, second):
+            if name == PLUG_IN:
+                K, left_out = _plug_in_kernels(map)
+                se = standard_error(left_out[:, i, j].mean(1))
+            else:
+                K = pair_weighted_gram(map, all_cross_pairs(map.M))
+                se = estimate_error(without_pair(map)[:, i, j].mean(1)).se
+            means += [float(K[i, j].mean()), float(se)]
+        a, a_se, b, b_se = means
         scale = float(np.hypot(a_se, b_se))
-        rows.append((name, a, a_se, b, b_se, (a - b) / scale if scale else 0.0))
+        rows.append((name, *means, (a - b) / scale if scale else 0.0))
     columns = ["estimator", "first", "first_se", "second", "second_se", "z"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _plug_in_pair_mean(map: ConflictMap) -> tuple[float, float]:
-    K, left_out = _plug_in_kernels(map)
-    i, j = np.triu_indices(map.N, 1)
-    return float(K[i, j].mean()), float(standard_error(left_out[:, i, j].mean(1)))
-
-
-def _unbiased_pair_mean(map: ConflictMap) -> tuple[float, float]:
-    i, j = np.triu_indices(map.N, 1)
-    mean = pair_weighted_gram(map, all_cross_pairs(map.M))[i, j].mean()
-    return float(mean), float(estimate_error(without_pair(map)[:, i, j].mean(1)).se)
 
 
 def _mean_neighbour(cosine: Array) -> float:
     values = np.diagonal(cosine, 1)
     known = np.isfinite(values)
     return float(values[known].mean()) if known.any() else float("nan")
-
-
-def _unbiased(map: ConflictMap) -> tuple[Array, Array]:
-    found = similarity(map)
-    return found.cosine, found.cosine_half
-
-
-def _plug_in(map: ConflictMap) -> tuple[Array, Array]:
-    return similarity(map).naive, t_quantile(map.M) * standard_error(_plug_in_without(map))
 
 
 def _plug_in_without(map: ConflictMap) -> Array:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from demerge.analysis.measurement.options import DRAWS
+from demerge.analysis.partitioning.objective import check_choice
 from demerge.analysis.similarity import normalised
 from demerge.conflict import MIN_GROUPS, Array, ConflictMap, Origin
 from demerge.errors import UsageError
@@ -36,22 +37,12 @@ STRENGTHS = (1.0,) * 8 + (0.3, 0.2)
 
 @dataclass(frozen=True, slots=True)
 class KnownProblem:
-    """A problem with known truth.
+    """A problem with known truth."""
 
-    Attributes:
-        strengths: a_i = |mu_i|, for N bins.
-        neighbours: rho, the cosine of two neighbours.
-        noise: nu.
-        dimensions: D >= N.
-
-    Raises:
-        UsageError: if a number is out of its range.
-    """
-
-    strengths: tuple[float, ...] = field(default=STRENGTHS)
-    neighbours: float = 0.56
-    noise: float = 56.0
-    dimensions: int = 256
+    strengths: tuple[float, ...] = field(default=STRENGTHS)  # a_i = |mu_i|, for N bins
+    neighbours: float = 0.56  # rho, the cosine of two neighbours
+    noise: float = 56.0  # nu
+    dimensions: int = 256  # D >= N
 
     def __post_init__(self) -> None:
         is_cosine, least = -1 < self.neighbours < 1, min(self.strengths, default=0)
@@ -66,8 +57,7 @@ class KnownProblem:
     def cosine(self) -> Array:
         """The true rho_ij [N N]."""
         i = np.arange(len(self.strengths))
-        rho: Array = np.float64(self.neighbours) ** abs(i[:, None] - i)
-        return rho
+        return np.asarray(np.float64(self.neighbours) ** abs(i[:, None] - i))
 
     @property
     def means(self) -> Array:
@@ -78,7 +68,7 @@ class KnownProblem:
 
     def predict_plug_in(self, samples: int, draws: str = "shared") -> Array:
         """Return the plug-in cosine that theory expects at n samples for each bin, [N N]."""
-        _check_draws(draws)
+        check_choice("draws", draws, DRAWS)
         mu, N = self.means, len(self.strengths)
         shared = np.ones((N, N)) if draws == "shared" else np.eye(N)
         return normalised(mu @ mu.T + self.noise / samples * shared, np.ones(N, dtype=bool))
@@ -86,12 +76,8 @@ class KnownProblem:
     def measure(
         self, *, groups: int = 8, batch_size: int = 8, draws: str = "shared", seed: int = 0
     ) -> ConflictMap:
-        """Draw the gradients and return their map.
-
-        Raises:
-            UsageError: if groups are fewer than 5, samples than 1, or draws are of an unknown kind.
-        """
-        _check_draws(draws)
+        """Draw the gradients and return their map."""
+        check_choice("draws", draws, DRAWS)
         if groups < MIN_GROUPS or batch_size < 1:
             fix = f"give {MIN_GROUPS} groups of 1 or more"
             raise UsageError(f"{groups} groups of {batch_size} are too few", fix=fix)
@@ -104,8 +90,3 @@ class KnownProblem:
             "known", "known", self.dimensions, "exact", draws, False, "euclid", batch_size, seed
         )
         return ConflictMap(Partition.uniform(T, len(mu)), gram, np.linspace(9, -10, T), origin)
-
-
-def _check_draws(draws: str) -> None:
-    if draws not in DRAWS:
-        raise UsageError(f"draws '{draws}' is unknown", fix=f"use one of {', '.join(DRAWS)}")

@@ -16,7 +16,7 @@ STYLES = {PLUG_IN: (ORANGE, "s", "--"), UNBIASED: (BLUE, "o", "-")}
 @styled
 def draw_neighbours(table: pd.DataFrame, truth: float | None = None) -> Figure:
     """Draw the table of `compare_by_samples` with 95 % intervals; a known truth is a line."""
-    kinds, places = list(table.draws.unique()), sorted(table.samples.unique())
+    kinds, ticks = list(table.draws.unique()), sorted(table.samples.unique())
     figure = Figure(figsize=(4.8 * len(kinds), 3.8), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
     for ax, kind in zip(axes, kinds, strict=True):
@@ -24,12 +24,9 @@ def draw_neighbours(table: pd.DataFrame, truth: float | None = None) -> Figure:
         if truth is not None:
             ax.axhline(truth, color=GREY, lw=1.2, ls=":", zorder=0, label=f"truth, {truth:.2f}")
         ax.set_title(f"{kind} draws", loc="left", fontsize=10)
-        ax.set(
-            xlabel="samples for each bin",
-            ylabel="mean cosine of neighbours" if ax is axes[0] else "",
-            xscale="log",
-        )
-        ax.set_xticks(places, [str(place) for place in places])
+        ax.set(xlabel="samples for each bin", xscale="log")
+        ax.set_ylabel("mean cosine of neighbours" if ax is axes[0] else "")
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
         sns.despine(ax=ax)
     axes[0].legend(frameon=False, loc="best", fontsize=9)
@@ -40,7 +37,5 @@ def _panel(ax: Axes, table: pd.DataFrame) -> None:
     for name, (colour, marker, line) in STYLES.items():
         rows = table[table.estimator == name].dropna(subset=["cosine"])
         label = f"{name} (resolved bins)" if name == UNBIASED else name
-        style = {"color": colour, "marker": marker, "ls": line, "label": label}
-        ax.errorbar(
-            rows.samples, rows.cosine, rows.half, ms=5, lw=1.4, elinewidth=1, capsize=2, **style
-        )
+        style = {"color": colour, "marker": marker, "ls": line, "label": label, "capsize": 2}
+        ax.errorbar(rows.samples, rows.cosine, rows.half, ms=5, lw=1.4, elinewidth=1, **style)

@@ -193,7 +193,7 @@ def _jobs(
         spans = [own]
     else:
         fix = "give --ranges, for example uniform:4"
-        raise UsageError(f"{model} is not an expert with a range of its own", fix=fix)
+        raise UsageError(f"{model} has no expert.json that names its range of timesteps", fix=fix)
     if out is None and record is None:
         raise UsageError(f"no output is named and {model} is not an expert", fix="give -o DIR")
     if out is None and len(spans) > 1:

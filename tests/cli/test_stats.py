@@ -171,7 +171,7 @@ def test_other_weights_are_other_statistics(run: Run, experts: list[Path], tmp_p
 def test_models_without_a_range_or_a_place_are_refused(
     run: Run, tiny: Path, experts: list[Path], tmp_path: Path
 ) -> None:
-    assert "not an expert with a range of its own" in run("stats", tiny, *QUICK).err
+    assert "has no expert.json that names its range" in run("stats", tiny, *QUICK).err
     assert "no output is named" in run("stats", tiny, *QUICK, "--ranges", "joint").err
     twice = run("stats", experts[0], experts[0], *QUICK)
     assert (twice.code, "2 models have" in twice.err) == (2, True)

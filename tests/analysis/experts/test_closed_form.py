@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from demerge.analysis.experts import responses as module
 from demerge.analysis.experts.closed_form import Change, Coefficients, predict, solve_coefficients
+from demerge.analysis.experts.options import CoefficientsOptions
 from demerge.analysis.experts.responses import (
     Draws,
     Responses,
@@ -458,26 +459,19 @@ def test_many_weights_are_told_by_their_spread() -> None:
 
 def test_bad_draws_are_refused(draws: Draws) -> None:
     model, data, ranges = draws.model, draws.data, draws.ranges
-    with pytest.raises(UsageError, match="the model has 30"):
-        Draws(model, data, Partition.uniform(20, 2))
-    with pytest.raises(UsageError, match="4 groups are too few"):
-        Draws(model, data, ranges, groups=4)
     with pytest.raises(UsageError, match="7 samples per range do not fill 8 groups"):
         Draws(model, data, ranges, samples=7, groups=8)
     with pytest.raises(UsageError, match="40 images do not fill 41 groups"):
         Draws(model, data, ranges, groups=41)
 
 
-@pytest.mark.parametrize("step", [0.0, float("nan"), float("inf")])
-def test_bad_steps_are_refused(draws: Draws, step: float) -> None:
-    with pytest.raises(UsageError, match="is not a length"):
-        measure_responses(draws, session(draws.model, moved(draws.model.denoiser, 1)), step=step)
-
-
-@pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
-def test_bad_ridges_are_refused(ridge: float) -> None:
-    with pytest.raises(UsageError, match="is not a shrinkage"):
-        solve_coefficients(planted([0.5]), ridge=ridge)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"step": 0.0}, {"step": np.nan}, {"ridge": -1.0}, {"ridge": np.inf}, {"groups": 4}],
+)
+def test_bad_numbers_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(wrong))} is"):
+        CoefficientsOptions(base="base", experts=["expert"], data="data", out="w.json", **wrong)
 
 
 def test_outputs_that_overflow_are_refused_and_name_the_range(draws: Draws) -> None:

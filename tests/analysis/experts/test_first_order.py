@@ -23,7 +23,7 @@ from demerge.analysis.similarity import t_quantile
 from demerge.conflict import LAYER_K, Array, ConflictMap, K, Origin, layers_of
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
-from demerge.errors import InputError, UsageError
+from demerge.errors import InputError
 from demerge.evaluation.metrics.range_losses import range_losses
 from demerge.finetuning import FinetuneOptions, finetune
 from demerge.merging import MergeSession
@@ -214,17 +214,6 @@ def test_what_does_not_fit_is_refused(change: Callable[..., Any], message: str) 
     with pytest.raises(InputError) as refused:
         predict_transfer(map, base, [expert], TWO)
     assert message in refused.value.what and refused.value.fix
-
-
-def test_experts_names_and_ranges_must_fit() -> None:
-    map, base, experts, _ = drawn(0, 1)
-    for given, names, ranges in (
-        ([], [], TWO),
-        (experts, ["a", "b"], TWO),
-        (experts, ["a"], Partition.uniform(50, 2)),
-    ):
-        with pytest.raises(UsageError):
-            predict_transfer(map, base, given, ranges, names=names)
 
 
 def test_names_are_short_where_that_tells_them_apart() -> None:

@@ -155,12 +155,8 @@ def test_layers_are_taken_while_they_fit() -> None:
 @pytest.mark.parametrize(
     ("partition", "share", "error", "message"),
     [
-        (HALVES, 0.0, UsageError, "share 0 is not in"),
-        (HALVES, 1.5, UsageError, r"share 1\.5"),
-        (HALVES, float("nan"), UsageError, "share nan"),
         (HALVES, 0.01, UsageError, r"no layer fits into 0\.01 of 60"),
         (Partition.uniform(1000, 1), 0.1, UsageError, "one range decouples nothing"),
-        (Partition.uniform(999, 2), 0.1, UsageError, "covers 999 timesteps, the map 1000"),
         (Partition.from_cuts(1000, [100]), 0.1, UsageError, "0000-0100 holds no whole bin"),
         (Partition.uniform(1000, 7), 0.1, UsageError, "holds no whole bin"),
     ],

@@ -108,7 +108,7 @@ def test_a_cell_is_the_gradient_of_a_plain_loop(case: Case) -> None:
     gradient = plain_gradient(model, data, drawn, t)
     assert map.gram[i, m, i, m] == pytest.approx(float(gradient.double().square().sum()), rel=1e-4)
     sketch = CountSketch.of(len(gradient), 3)
-    total = sketch.zeros()
+    total = torch.zeros(sketch.width, dtype=torch.float64)
     sketch.add(total, 0, gradient)
     assert map.sketches is not None
     assert np.allclose(

@@ -434,7 +434,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ("settings", "ranges", "message"),
     [
         ({}, "uniform:4", "have edges inside of bins: 8, 22"),
-        ({"batch_size": 11}, "joint", "batch size 11 cannot be split into 2 to"),
+        ({"batch_size": 11}, "joint", "2 to 8 equal parts of a batch of 11"),
         ({"antithetic": "on"}, "joint", "needs independent samples"),
         ({"params": "theta"}, "joint", "does not merge a model"),
         ({}, "unifrom:2", "neither uniform:N"),

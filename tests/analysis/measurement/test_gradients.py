@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
-from demerge.analysis.measurement.collector import Identity, SideBySide, adam_scale, products
+from demerge.analysis.measurement.collector import Identity, adam_scale, products
 from demerge.analysis.measurement.gradients import Measurement
 from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.run import begin, measure
 from demerge.analysis.measurement.samples import draw
-from demerge.analysis.measurement.sketch import CountSketch
+from demerge.analysis.measurement.sketch import CountSketch, Sketches
 from demerge.analysis.similarity import all_cross_pairs, pair_weighted_gram, similarity
 from demerge.conflict import Array, ConflictMap
 from demerge.data import load_images
@@ -120,7 +120,11 @@ def test_low_precision_passes_are_summed_in_full(
 def test_pieces_of_low_precision_add_up_in_full(dtype: torch.dtype) -> None:
     """4096 gradients of 2^-9 add up to 8, and in bf16 to no more than 0.5."""
     sketch, piece = CountSketch.of(10, 0), torch.full((10,), 2.0**-9, dtype=dtype)
-    for keep in (sketch, Identity(10), SideBySide([sketch, sketch.layers({"a.weight": 10})])):
+    for keep in (
+        sketch,
+        Identity(10),
+        Sketches([(0, sketch), *sketch.layers({"a.weight": 10}).parts]),
+    ):
         total = accumulator((keep.width,), torch.device("cpu"))
         for _ in range(4096):
             keep.add(total, 0, piece)

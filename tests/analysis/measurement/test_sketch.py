@@ -35,9 +35,9 @@ def test_the_sketch_is_a_scattered_sum(D: int) -> None:
     sketch = CountSketch.of(D, seed=3, k=7)
     x = torch.randn(D, generator=torch.Generator().manual_seed(D))
     assert torch.allclose(
-        sketch(x).double(), reference(x, sketch.signs, sketch.k), atol=1e-6 * float(x.norm())
+        sketch(x).double(), reference(x, sketch.signs, sketch.width), atol=1e-6 * float(x.norm())
     )
-    pieces = sketch.zeros()
+    pieces = torch.zeros(sketch.width, dtype=torch.float64)
     for start in range(0, D, 13):
         sketch.add(pieces, start, x[start : start + 13])
     assert torch.allclose(pieces.float(), sketch(x), atol=1e-6 * float(x.norm()))

@@ -80,7 +80,7 @@ def test_a_cut_that_is_the_nearest_to_uniform_gains_nothing_over_it(planted: Any
 def test_noise_supports_one_range(map_of: Any) -> None:
     for seed in range(5):
         found = count_ranges(map_of(np.random.default_rng(seed).standard_normal((8, 6, 200))))
-        assert (found.chosen, found.shares) == (1, {}) and "resolved on 0%" in found.reason
+        assert (found.chosen, found.shares) == (1, {}) and "noise on 0%" in found.reason
 
 
 @pytest.mark.parametrize("score", SCORES)

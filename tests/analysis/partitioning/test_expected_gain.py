@@ -13,7 +13,7 @@ import torch
 from demerge.analysis import MeasurementOptions, measure, summarize
 from demerge.analysis.partitioning.expected_gain import ExpectedGain, expected_gain
 from demerge.analysis.partitioning.map_reading import Reading
-from demerge.analysis.partitioning.sample_size import MOST, sample_size
+from demerge.analysis.partitioning.resolution import MOST_GROUPS, sample_size
 from demerge.analysis.similarity import similarity
 from demerge.analysis.study.known import KnownProblem
 from demerge.conflict import Array, ConflictMap
@@ -83,7 +83,10 @@ def test_a_doubt_forbids_a_promise(planted: Any) -> None:
     map = planted([0, 4, 8])
     assert of(map, Partition.uniform(1000, 2)).is_promised
     doubted = of(map, Partition.uniform(1000, 2), doubt="too little is resolved")
-    assert not doubted.is_promised and doubted.sentence == "no promise: too little is resolved"
+    assert (
+        not doubted.is_promised
+        and doubted.sentence == "no gain is predicted: too little is resolved"
+    )
 
 
 @pytest.mark.parametrize("draws", ["shared", "independent"])
@@ -175,7 +178,7 @@ def test_one_direction_and_one_range_promise_nothing(planted: Any) -> None:
     alike = of(planted([0, 8]), Partition.uniform(1000, 4))
     assert (
         not alike.is_promised
-        and alike.sentence.startswith("no promise")
+        and alike.sentence.startswith("no gain is predicted")
         and alike.share.value < 0.05
     )
     single = of(planted([0, 4, 8]), Partition.uniform(1000, 1), method="gradient")
@@ -310,5 +313,5 @@ def test_a_bin_without_any_gradient_needs_more_than_can_be_said(map_of: Any) -> 
     s = np.random.default_rng(0).standard_normal((3, 6, 20))
     s[1] = 0
     map = map_of(s)
-    assert sample_size(map, similarity(map)) == MOST
+    assert sample_size(map, similarity(map)) == MOST_GROUPS
     assert "would do" not in summarize(Reading(map), 2).lines()[0]

@@ -123,7 +123,7 @@ def test_a_map_that_will_say_little_is_noted_early(tiny: Path, tmp_path: Path, m
     hidden = map_of(np.random.default_rng(0).standard_normal((2, 5, 400)) + 0.02)
     line = of.early_note(hidden)
     assert line is not None and line.startswith(
-        "early     after 5 groups, gradients are resolved on 0% of [0, T). The joint gradient is not"
+        "early     after 5 groups, gradients stand out from noise on 0% of the timesteps. Noise hides"
     )
     assert "would resolve half of it" in line and of.early_note(map_of(np.ones((2, 5, 4)))) is None
     assert of.pending is not None

@@ -69,7 +69,7 @@ def test_noise_says_why_and_what_to_do(map_of: Any, ranges: Ranges) -> None:
     document = summary.document()
     assert (summary.ranges, summary.taken, document["held_out_shares"]) == (1, "uniform", [])
     assert document["partition"] == [[0, 1000]]
-    assert "resolved on 0%" in summary.reason and "Measure about" in summary.lines()[0]
+    assert "noise on 0%" in summary.reason and "Measure about" in summary.lines()[0]
     json.dumps(document, allow_nan=False)
 
 

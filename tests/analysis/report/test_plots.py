@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 
 from demerge.analysis.partitioning.cross_validation import cross_validation
 from demerge.analysis.partitioning.map_reading import Reading
-from demerge.analysis.report.partition_plots import cut_support, explained_share, has_support
 from demerge.analysis.report.plots import (
+    cut_support,
+    explained_share,
+    has_support,
     heat_map,
     report_plots,
     similarity_by_distance,

@@ -94,7 +94,7 @@ def test_planted_uniform_cuts_are_advised_as_uniform(planted: Any) -> None:
 
 def test_a_cut_without_a_choice_is_not_advised(planted: Any) -> None:
     said = summary(planted([0, 1, 2, 3, 4]), 4)
-    assert said.share is not None and said.share.value == 1
+    assert said.explained.share is not None and said.explained.share.value == 1
     assert said.advice == "uniform" and "nothing to choose" in said.reason
 
 
