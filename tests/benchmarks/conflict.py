@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from demerge.analysis.measurement.gradients import Measurement
 from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.run import measure
 from demerge.analysis.measurement.samples import Draws
 from demerge.conflict import ConflictMap
 from demerge.data import ImageData, load_images
 from demerge.diffusion.model import Diffusion
+from demerge.errors import ResourceError, UsageError
 from demerge.timesteps import Partition
 
 MODELS = ("digits", "small", "cifar10")
@@ -100,14 +102,14 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
     """Return a line for the plain passes of a model and one for each engine."""
     model, data = load(name, asked.device)
     cells = {"bins": asked.bins, "groups": asked.groups, "batch_size": asked.batch_size}
-    plain(model, data, 1, 1, asked.batch_size)  # warms up
-    fits = 4 * asked.bins * asked.groups * model.parameters <= asked.memory * 1e9
     rows = {"plain": lambda: plain(model, data, **cells)}
     for row, settings in ENGINES.items():
-        if row != "exact" or fits:
-            mode, engine = settings["mode"], {k: v for k, v in settings.items() if k != "mode"}
-            options = MeasurementOptions(**cells, **engine)
+        mode, engine = settings["mode"], {k: v for k, v in settings.items() if k != "mode"}
+        options = MeasurementOptions(**cells, **engine, memory=asked.memory)
+        if row != "exact" or fits(model, data, options):
+            Measurement(model, data, options, mode)  # refused now, and not after the warm-up
             rows[row] = partial(measure, model, data, options, mode=mode)
+    plain(model, data, 1, 1, asked.batch_size)  # warms up
     times: dict[str, list[float]] = {row: [] for row in rows}
     maps: dict[str, ConflictMap] = {}
     for _ in range(asked.repeat):
@@ -129,6 +131,15 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
         }
         for row in rows
     ]
+
+
+def fits(model: Diffusion, data: ImageData, options: MeasurementOptions) -> bool:
+    """Return whether what a measurement stores fits its memory."""
+    try:
+        Measurement(model, data, options)
+    except ResourceError:
+        return False
+    return True
 
 
 def rmse(maps: dict[str, ConflictMap], row: str) -> float | None:
@@ -163,12 +174,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
-        "--memory", type=float, default=2.0, help="GB that exact gradients may take"
+        "--memory", type=float, default=2.0, help="GB that gradients or their sketches may take"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    lines = [line for name in asked.models.split(",") for line in compare(name, asked)]
+    try:
+        lines = [line for name in asked.models.split(",") for line in compare(name, asked)]
+    except (UsageError, ResourceError) as error:
+        parser.error(str(error))
     show(lines)
     if asked.json:
         ratio = next(line["overhead"] for line in reversed(lines) if line["row"] == "sketch flat")
