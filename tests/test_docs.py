@@ -22,7 +22,13 @@ from demerge.merging import all_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = sorted((ROOT / "docs").rglob("*.md"))
-OTHERS = ("README.md", "CONTRIBUTING.md", "examples/README.md", "notebooks/cifar10/README.md")
+OTHERS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "examples/README.md",
+    "examples/cifar10/README.md",
+    "notebooks/cifar10/README.md",
+)
 PAGES = [*(ROOT / name for name in OTHERS), *WRITTEN]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -89,3 +95,97 @@ def test_the_commands_of_the_readme_run(workplace: Path, monkeypatch: pytest.Mon
     assert not torch.equal(
         base["mid_block.resnets.0.conv1.weight"], only["mid_block.resnets.0.conv1.weight"]
     )
+
+
+# -- the recipe of examples/cifar10 ----------------------------------------------------------------
+
+
+def save_images(file: Path, side: int, channels: int) -> Path:
+    """Save 40 random images as an npz."""
+    shape = (40, side, side, channels) if channels > 1 else (40, side, side)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(file, images=images)
+    return file
+
+
+def run_recipe(folder: Path, *words: str | Path) -> dict[str, float]:
+    """Run the recipe at its smallest size; return the distance of each model."""
+    script = EXAMPLES / "cifar10" / "run.py"
+    command = [sys.executable, script, "--smoke", "--device", "cpu", "--out", folder / "run"]
+    ended = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "report/index.html" in ended.stdout
+    scores = [json.loads(path.read_text()) for path in (folder / "run/scores").glob("*.json")]
+    return {score["model"]: score["metrics"]["fd"] for score in scores}
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_and_goes_on_where_it_stopped(
+    tmp_path: Path, make_tiny: Callable[..., Path]
+) -> None:
+    base, data = make_tiny(), save_images(tmp_path / "images.npz", 8, 1)
+    files = ("--base", base, "--data", data)
+    scores = run_recipe(tmp_path, *files)
+    names = {"base", "joint", "ensemble", "average", "task-arithmetic", "ties", "dare", "fisher"}
+    assert names < scores.keys() and len(scores) == len(names) + 1  # and the noise floor
+    record = json.loads((tmp_path / "run/recipe.json").read_text())
+    steps = [
+        json.loads(path.read_text())["steps"] for path in tmp_path.glob("run/*/0*/expert.json")
+    ]
+    assert sorted(steps) == [2, 2, 2, 2, 8]  # four experts, and the control with all their steps
+    # as after a stop in the middle: the last merge, and all that comes after it, are missing
+    finished = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("run/*/0*/expert.json"))]
+    for name in ("merged/fisher", "scores", "report"):
+        shutil.rmtree(tmp_path / "run" / name)
+    assert run_recipe(tmp_path, *files) == scores
+    after = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("run/*/0*/expert.json"))]
+    assert after == finished
+    assert json.loads((tmp_path / "run/recipe.json").read_text()) == record
+
+
+@pytest.mark.parametrize(
+    ("minutes", "images", "seeds"), [(5, 750, 1), (60, 9_000, 1), (600, 10_000, 3)]
+)
+def test_the_size_of_the_recipe_fits_its_minutes(
+    minutes: float, images: int, seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = runpy.run_path(str(EXAMPLES / "cifar10" / "run.py"))
+    step, image = 0.05, 0.002  # seconds, of a step and of an image in 5 sampling steps
+    taken = {"finetune": step, "sample": image}
+    choose_size, names = recipe["choose_size"], recipe["choose_size"].__globals__
+    monkeypatch.setitem(names, "seconds_each", lambda command, *_: taken[command[0]])
+    monkeypatch.setitem(names, "shutil", SimpleNamespace(rmtree=lambda *_, **__: None))
+    words = ["--base", "b", "--data", "d", "--device", "cuda", "--minutes", str(minutes)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    monkeypatch.setitem(names, "resolve_device", str)
+    size = choose_size(recipe["parse"]())
+    training = size.steps * 8 * step
+    assert 0.39 < training / (60 * minutes) < 0.41
+    assert size.images == pytest.approx(images, rel=0.02) and size.seeds == seeds
+    assert size.groups == f"--budget {6 * minutes:.0f}s"
+
+
+def test_the_recipe_refuses_to_go_on_with_other_options(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"options": {}, "commands": []}))
+    script = EXAMPLES / "cifar10" / "run.py"
+    words = ["--base", "a", "--data", "b", "--device", "cpu", "--out", tmp_path]
+    command = [sys.executable, script, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "begun with other options" in ended.stderr and "fix:" in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_the_recipe_runs_on_a_real_base(tmp_path: Path) -> None:
+    """With statistics of real images: the distance is an FID."""
+    assets = Path(os.environ.get("DEMERGE_ASSETS") or EXAMPLES.parents[1] / "shared/assets")
+    base, data = assets / "cifar10-base", save_images(tmp_path / "images.npz", 32, 3)
+    weights = assets / "inception/pt_inception-2015-12-05.nofc.safetensors"
+    if not (base.exists() and weights.exists()):
+        pytest.skip(f"neither base nor Inception is in {assets}")
+    reference = base / "cifar10-train-inception.safetensors"
+    files = ("--base", base, "--data", data, "--inception", weights, "--reference", reference)
+    assert "ties" in run_recipe(tmp_path, *files)
+    score = json.loads((tmp_path / "run/scores/base.seed0.json").read_text())
+    assert score["protocol"]["distance"] == "FID" and score["protocol"]["reference_n"] == 50_000
