@@ -239,7 +239,7 @@ class Step:
 
     def take_log(self) -> tuple[float, list[float]]:
         """Return the mean error, that of each bin, NaN if it is empty, and begin new sums."""
-        sums, counts = self.sums.cpu(), self.counts.cpu()
+        sums, counts = self.sums.cpu().clone(), self.counts.cpu().clone()
         self.sums.zero_()
         self.counts.zero_()
         if self.world.size > 1:

@@ -417,3 +417,15 @@ def test_ranges_from_text(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("[1")
     with pytest.raises(InputError, match=r"bad\.json"):
         parse_ranges(str(tmp_path / "bad.json"), 1000)
+
+
+def test_the_log_has_the_mean_error_and_that_of_each_bin(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
+    options = replace(FAST, train_batch_size=32, global_prob=1.0)
+    train(Diffusion.load(tiny), data, tmp_path, options)
+    log = [json.loads(line) for line in (tmp_path / str(SPAN) / "log.jsonl").open()]
+    assert [line["step"] for line in log] == [4, 6]
+    for line in log:
+        assert len(line["loss_by_bin"]) == 10
+        assert min(line["loss_by_bin"]) < line["loss"] < max(line["loss_by_bin"])
