@@ -196,7 +196,7 @@ def test_tests_mirror_the_tree():
     """A folder of tests is one of the product's, or one that CONTRIBUTING's map names."""
     product = {path.parent.relative_to(ROOT).as_posix() for _, path in MODULES}
     product = {folder.removeprefix("demerge/") for folder in product}
-    own = {"benchmarks", "fault", "fuzz", "cli/help"}
+    own = {"benchmarks", "fault", "fuzz", "gpu", "cli/help"}
     folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     assert folders - product - own - {"."} == set()
 
