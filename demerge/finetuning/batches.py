@@ -66,7 +66,7 @@ class _Drawn:
     t: Tensor
     captions: list[str] | None
     labels: list[int] | None
-    u: Tensor  # decides whose label is dropped
+    u: Tensor | None  # decides whose label is dropped
 
     def pinned(self) -> _Drawn:
         pin = {name: getattr(self, name).pin_memory() for name in ("images", "noise", "t")}
@@ -137,7 +137,8 @@ class Batches:
         if o.antithetic:
             noise[[s % 2 == 1 for s in samples]] *= -1
         t = draw_timesteps(self.span, self.base.T, o, step, sources)
-        drawn = _Drawn(images, noise, t, captions, labels, draw("label"))
+        u = draw("label") if self.base.classes is not None else None
+        drawn = _Drawn(images, noise, t, captions, labels, u)
         return drawn.pinned() if self.base.device.type == "cuda" else drawn
 
     def _encode(self, drawn: _Drawn) -> Batch:
@@ -146,7 +147,7 @@ class Batches:
             tensor.to(device, non_blocking=True) for tensor in (drawn.images, drawn.noise, drawn.t)
         )
         x0, condition = self.base.encode(as_floats(images), drawn.captions, drawn.labels)
-        if condition is not None and classes is not None:
+        if condition is not None and classes is not None and drawn.u is not None:
             condition = classes.drop(condition, drawn.u)
         return Batch(x0, noise, t, condition)
 
