@@ -150,7 +150,7 @@ class FinetunePlan:
         lines.append(f"data    {job.data.name}: {len(job.data):,} images {job.data.shape}")
         if self.condition:
             dropped = f"; {o.caption_dropout:.0%} of them left empty" if base.requires_text else ""
-            lines.append(f"given   {self.condition}{dropped}")
+            lines.append(f"input   {self.condition}{dropped}")
         lines += [
             f"ranges  {' '.join(map(str, self.ranges))}",
             f"steps   {o.max_train_steps} each, batch {batch} ({epochs:.1f} epochs)",
@@ -170,8 +170,8 @@ class FinetunePlan:
             spans = " ".join(map(str, self.ranked_for))
             lines.append(f"note    the layers were chosen for the ranges {spans}")
         if o.consistency > 0:
-            reach = f"{1 / (1 + o.consistency):.0%} of its correction"
-            lines.append(f"note    consistency {o.consistency:g} lets an expert reach {reach}")
+            reach = f"{1 / (1 + o.consistency):.0%} of the change that the data calls for"
+            lines.append(f"note    consistency {o.consistency:g} leaves an expert {reach}")
         return lines
 
     def run(self, progress: Progress = silent) -> FinetuneResult:
