@@ -22,7 +22,7 @@ from torch import Tensor
 from demerge.errors import UsageError
 from demerge.merging.method_options import Between, Share
 from demerge.merging.methods.dare import keep_mask
-from demerge.merging.methods.shared.geometry import l1_norms
+from demerge.merging.methods.shared.geometry import l1_norms, norm_ratio
 from demerge.merging.methods.shared.stages import Then, aggregate
 from demerge.merging.methods.ties import Mean, Undecided, balance, elect
 from demerge.merging.registry import method
@@ -59,8 +59,9 @@ def prune(
     remaining = delta * keep_mask(uniform, p)
     if rescale == "own":
         return remaining / p
-    before, after = l1_norms([delta, remaining]).tolist()
-    return remaining * (before / after) if rescale == "l1" and after > 0 else remaining
+    if rescale == "none":
+        return remaining
+    return remaining * float(norm_ratio(*l1_norms([delta, remaining])))
 
 
 @method(

@@ -22,9 +22,9 @@ from demerge.merging.engine import job
 from demerge.merging.engine.in_memory import assemble
 from demerge.merging.engine.job import MergeJob
 from demerge.merging.engine.reader import uniform
-from demerge.merging.methods.della import probabilities
+from demerge.merging.methods.della import probabilities, prune
 from demerge.merging.methods.karcher import direction
-from demerge.merging.methods.shared.geometry import cosines, gram, row_grams
+from demerge.merging.methods.shared.geometry import cosines, gram, norm_ratio, row_grams
 from demerge.merging.registry import find_method
 from demerge.randomness import key_of
 from demerge.testing import HeldBlocks
@@ -678,3 +678,18 @@ def test_range_weighted_by_fisher_trace_differs_by_tensor() -> None:
     assert {float(t[0]) for t in merged(scope="model").values()} == {
         1.6666666269302368
     }  # 12:6 of all
+
+
+def test_a_1_norm_that_cannot_be_restored_leaves_finite_numbers() -> None:
+    """All large entries may be dropped: what is left would be multiplied by more than float32."""
+    delta = torch.tensor([[1e-30, 1e36, 1e-30, 0.0]])
+    uniform = torch.tensor([[0.0, 0.99, 0.0, 0.0]])
+    thinned = prune(delta, uniform, 0.5, 0.15, "tensor", "l1")
+    assert torch.isfinite(thinned).all() and thinned[0, 1] == thinned[0, 3] == 0
+    assert norm_ratio(
+        torch.tensor([1e36, 2.0, 1.0]).double(), torch.tensor([1e-30, 4, 0])
+    ).tolist() == [
+        torch.finfo(torch.float32).max,
+        0.5,
+        1,
+    ]

@@ -56,7 +56,16 @@ def l1_factors(blocks: Blocks, thinned: Callable[[Block], list[Tensor]], K: int)
         return torch.stack([l1_norms(block.deltas), l1_norms(thinned(block))]).cpu()
 
     before, after = summed(blocks, both_norms, torch.zeros(2, K, dtype=torch.float64))
-    return torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
+    return norm_ratio(before, after)
+
+
+def norm_ratio(before: Tensor, after: Tensor) -> Tensor:
+    """Return before / after for norms in float64; 1 if after is 0.
+
+    At most the largest float32: with an infinite factor an entry of 0 would become NaN.
+    """
+    ratio = torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
+    return ratio.clamp(max=torch.finfo(torch.float32).max)
 
 
 def l1_norms(deltas: Tensor | list[Tensor]) -> Tensor:
