@@ -58,7 +58,7 @@ class DrawnImages:
     def document(self) -> dict[str, Any]:
         """Return the result as JSON values."""
         images = {"out": str(self.out), "images": self.options.num_images, "drawn": self.drawn}
-        names = ("seed", "steps", "sampler", "guidance_scale")
+        names = ("seed", "steps", "sampler", "guidance_scale", "mixed_precision")
         return images | {name: getattr(self.options, name) for name in names}
 
 
@@ -75,6 +75,7 @@ class SamplePlan:
         options = self.options
         images = f"{options.num_images:,} images of {self.sampler.model.folder}"
         how = f"{options.sampler}, {options.steps} steps, seed {options.seed}"
+        how += "" if options.mixed_precision == "no" else f", {options.mixed_precision}"
         return [f"{images} ({how}) to {self.out}"]
 
     def cost(self) -> Cost:
@@ -106,7 +107,9 @@ class SamplePlan:
         if path.is_file():
             fix = f"draw into another folder than {self.out}"
             recorded = read_record(path, SampleRecord, fix=fix)
-            check_same_settings(self.out, recorded.model_dump(), record.options, record.inputs)
+            before = recorded.model_dump()
+            before["options"] = {"mixed_precision": "no", **recorded.options}
+            check_same_settings(self.out, before, record.options, record.inputs)
             return
         files = self.out.iterdir() if self.out.is_dir() else [path]
         if any(not file.name.startswith(f".{SAMPLE}.") for file in files):
@@ -122,7 +125,8 @@ class SamplePlan:
             "captions": digest if captions else "",
             "labels": ",".join(map(str, options.labels or ())),
         }
-        names = ("num_images", "seed", "steps", "sampler", "guidance_scale", "batch_size")
+        names = ["num_images", "seed", "steps", "sampler", "guidance_scale", "batch_size"]
+        names.append("mixed_precision")
         settings: Table = {name: getattr(options, name) for name in names}
         settings["guidance_scale"] = float(options.guidance_scale)
         return SampleRecord(inputs=inputs, options=settings | {"device": model.device.type})

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from demerge.diffusion.model import Diffusion
 
 LITTLE = 4e9  # floating point operations of a forward pass: about 0.1 s of one core
+_FLOPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def accumulator(shape: Sequence[int], device: torch.device) -> Tensor:
@@ -61,9 +63,15 @@ def fitting_threads(model: Diffusion, batch: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@torch.no_grad()
 def flops(model: Diffusion) -> int:
-    """Return the floating point operations of one forward pass of one sample."""
+    """Return the floating point operations of one forward pass of one sample, counted once."""
+    if model.denoiser not in _FLOPS:
+        _FLOPS[model.denoiser] = _count_flops(model)
+    return _FLOPS[model.denoiser]
+
+
+@torch.no_grad()
+def _count_flops(model: Diffusion) -> int:
     condition = model.condition(1, [""], [0])
     with FlopCounterMode(display=False) as counter:
         model.predict(torch.zeros(1, *model.sample_shape), 0, condition)

@@ -43,6 +43,9 @@ class SamplingOptions(Options):
         lt=math.inf,
     )
     batch_size: int = option(64, "Images per forward pass.", panel=SAMPLING, ge=1)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "Autocast dtype of the denoiser.", panel=SAMPLING
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

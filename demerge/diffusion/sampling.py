@@ -20,6 +20,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from demerge.diffusion.forward import Forward
 from demerge.diffusion.loading import running
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import fitting_threads
@@ -80,6 +81,7 @@ class ImageSampler:
     captions: Sequence[str] | None = None
     labels: Sequence[int] | None = None
     scheduler: Any = field(init=False, repr=False)
+    forward: Forward = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         model, labels = self.model, self.labels
@@ -94,6 +96,7 @@ class ImageSampler:
         object.__setattr__(self, "labels", labels)
         scheduler = make_scheduler(model, self.options.steps, self.options.sampler)
         object.__setattr__(self, "scheduler", scheduler)
+        object.__setattr__(self, "forward", Forward(model, self.options.mixed_precision))
 
     @torch.inference_mode()
     def draw(self, indices: Sequence[int]) -> Tensor:
@@ -112,7 +115,7 @@ class ImageSampler:
             for t in scheduler.timesteps:
                 scaled = scheduler.scale_model_input(x, t)
                 scaled = torch.cat([scaled, scaled]) if is_guided else scaled
-                prediction = model.predict(scaled, t.to(model.device), condition)
+                prediction = self.forward(scaled, t, condition)
                 if is_guided:
                     without, conditional = prediction.chunk(2)
                     prediction = without + scale * (conditional - without)
@@ -120,6 +123,8 @@ class ImageSampler:
                     x = scheduler.step(prediction, t, x, **arguments).prev_sample
         if not bool(torch.isfinite(x).all()):
             fix = "check the weights: `demerge inspect MODEL`"
+            if self.options.mixed_precision == "fp16":
+                fix = "use --mixed-precision bf16: values above 65,504 overflow in fp16"
             raise NumericalError("sampling produced NaN or Inf: an image is not finite", fix=fix)
         return to_uint8(model.decode(x)).cpu()
 
@@ -137,7 +142,9 @@ class ImageSampler:
 
     def _generators(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return the random numbers of each image, if the scheduler's step takes some."""
-        if "generator" not in inspect.signature(self.scheduler.step).parameters:
+        is_deterministic = isinstance(self.scheduler, diffusers.DDIMScheduler)  # eta is 0
+        takes_none = "generator" not in inspect.signature(self.scheduler.step).parameters
+        if is_deterministic or takes_none:
             return {}
         keys = [key_of(self.seed, "sampler", i) % 2**63 for i in indices]
         device = self.model.device

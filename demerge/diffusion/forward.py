@@ -1,0 +1,127 @@
+"""The denoiser's forward passes while images are drawn: all samples share one t.
+
+On a GPU the pass is captured as a CUDA graph, one for each batch shape, and replayed over the
+steps, because a small model is bound by the launches of its kernels. In a routed ensemble the
+expert of t is looked up on the host, and each expert has graphs of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from demerge.diffusion.model import Diffusion
+from demerge.diffusion.routing import RoutedDenoiser
+
+WARM_UP = 3
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Forward:
+    """The predictions of a model, in autocast of `no`, `bf16` or `fp16`."""
+
+    def __init__(self, model: Diffusion, mixed_precision: str = "no") -> None:
+        self.model, self.dtype = model, DTYPES.get(mixed_precision)
+        self.captures = model.device.type == "cuda"
+        self._experts: dict[nn.Module, Diffusion] = {}
+        self._graphs: dict[tuple[object, ...], CapturedForward] = {}
+        self._pool: tuple[int, int] | None = None
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return f(x, t, c) [B C H W] in the dtype of x, for one t, a scalar on the CPU.
+
+        The returned tensor holds until the next call.
+        """
+        model = self._model_at(t)
+        graph = self._graph(model, x, t, condition) if self.captures else None
+        if graph is None:
+            return self._compute(model, x, t, condition)
+        return graph(x, t, condition)
+
+    def _compute(self, model: Diffusion, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        if self.dtype is None:
+            return model.predict(x, t, condition)
+        # autocast caches no weight that needs no gradient, and a graph wants no cache
+        with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
+            return model.predict(x, t, condition).to(x.dtype)
+
+    def _model_at(self, t: Tensor) -> Diffusion:
+        """Return the model, or that of the expert whose range holds t."""
+        denoiser = self.model.denoiser
+        if not isinstance(denoiser, RoutedDenoiser):
+            return self.model
+        expert = denoiser.expert_at(t.item())
+        if expert not in self._experts:
+            self._experts[expert] = self.model.with_denoiser(expert)
+        return self._experts[expert]
+
+    def _graph(
+        self, model: Diffusion, x: Tensor, t: Tensor, condition: Tensor | None
+    ) -> CapturedForward | None:
+        """Return the graph of this model and shape; None if it cannot be captured, said once."""
+        shape = None if condition is None else condition.shape
+        key = (model.denoiser, x.shape, x.dtype, t.dtype, shape)
+        if key in self._graphs:
+            return self._graphs[key]
+
+        def compute(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            return self._compute(model, x, t, condition)
+
+        try:
+            # graphs of one pool share memory; no two of them run at the same time
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = CapturedForward(compute, x, t, condition, self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            what = f"the denoiser cannot be captured as a CUDA graph: {reason}"
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
+            self.captures = False
+        return self._graphs.get(key)
+
+
+class CapturedForward:
+    """One denoiser on one batch shape, replayed; it reads its arguments from buffers of its own.
+
+    Raises:
+        RuntimeError: if a module cannot be captured.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor | None,
+        pool: tuple[int, int],
+    ) -> None:
+        self.x, self.t = x.clone(), t.to(x.device).expand(len(x)).clone()
+        self.condition = None if condition is None else condition.clone()
+        self._source = condition
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    compute(self.x, self.t, self.condition)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # another thread may use the device meanwhile
+            with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+                self.prediction = compute(self.x, self.t, self.condition)
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        """Replay the pass; the returned tensor holds until the next call."""
+        self.x.copy_(x)
+        self.t.fill_(t.item())
+        if self.condition is not None and condition is not self._source:
+            self.condition.copy_(condition)
+            self._source = condition
+        self.graph.replay()
+        return self.prediction
