@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Forward:
         self.captures = model.device.type == "cuda"
         self._experts: dict[nn.Module, Diffusion] = {}
         self._graphs: dict[tuple[object, ...], CapturedForward] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -99,7 +100,7 @@ class CapturedForward:
         x: Tensor,
         t: Tensor,
         condition: Tensor | None,
-        pool: tuple[int, int],
+        pool: Any,
     ) -> None:
         self.x, self.t = x.clone(), t.to(x.device).expand(len(x)).clone()
         self.condition = None if condition is None else condition.clone()
@@ -120,7 +121,8 @@ class CapturedForward:
         """Replay the pass; the returned tensor holds until the next call."""
         self.x.copy_(x)
         self.t.fill_(t.item())
-        if self.condition is not None and condition is not self._source:
+        is_new = condition is not self._source
+        if self.condition is not None and condition is not None and is_new:
             self.condition.copy_(condition)
             self._source = condition
         self.graph.replay()

@@ -39,6 +39,24 @@ def test_the_same_command_draws_what_is_missing_and_then_says_that_nothing_is(
     assert "seed was 0, now 1" in done.err
 
 
+def test_images_of_another_precision_are_not_mixed(run, tiny: Path, tmp_path: Path) -> None:
+    """A record of a time before the option is one in float32."""
+    out = tmp_path / "i"
+    command = ("sample", tiny, "--num-images", 2, "--steps", 2, "-o", out, "--device", "cpu")
+    done = run(*command, "--json")
+    assert (done.code, json.loads(done.out)["mixed_precision"]) == (0, "no")
+    record = json.loads((out / "sample.json").read_text())
+    assert record["options"].pop("mixed_precision") == "no"
+    (out / "sample.json").write_text(json.dumps(record))
+    assert run(*command).code == 0
+    done = run(*command, "--mixed-precision", "bf16")
+    assert done.code == 2
+    assert "mixed_precision was 'no', now 'bf16'" in done.err
+    done = run(*command[:-4], "-o", tmp_path / "j", "--device", "cpu", "--mixed-precision", "bf16")
+    assert done.code == 0
+    assert "2 steps, seed 0, bf16" in done.err
+
+
 def test_a_foreign_folder_is_a_usage_error(run, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "i").mkdir()
     (tmp_path / "i" / "mine.txt").write_text("x")

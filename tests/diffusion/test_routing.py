@@ -13,7 +13,7 @@ from demerge.diffusion.model import Diffusion
 from demerge.diffusion.options import SamplingOptions
 from demerge.diffusion.routing import load_routed, routed
 from demerge.diffusion.sampling import make_scheduler, sample
-from demerge.errors import InputError
+from demerge.errors import InputError, UsageError
 from demerge.timesteps import Partition
 
 
@@ -37,6 +37,55 @@ def test_each_sample_goes_to_the_expert_of_its_timestep(model: Diffusion) -> Non
         x, t = torch.randn(4, 1, 8, 8), torch.tensor([499, 500, 0, 999])
         difference = ensemble.predict(x, t) - model.predict(x, t)
     assert [round(float(d.mean()), 4) for d in difference] == [0.0, 1.0, 0.0, 1.0]
+
+
+@pytest.fixture
+def ensemble(model: Diffusion) -> Diffusion:
+    """Four experts that differ in the bias of their output, 0 to 3."""
+    experts = [copy.deepcopy(model.denoiser) for _ in range(4)]
+    with torch.no_grad():
+        for number, expert in enumerate(experts):
+            expert.conv_out.bias.add_(float(number))
+    return routed(model, Partition.from_cuts(1000, [100, 450, 451]), experts)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float64])
+@torch.no_grad()
+def test_rows_of_one_expert_are_computed_together(ensemble: Diffusion, dtype: torch.dtype) -> None:
+    """As bits, each expert's rows are what that expert makes of them in one batch."""
+    denoiser = ensemble.denoiser
+    x = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([450, 0, 99, 100, 999, 449, 451, 450, 1], dtype=dtype)
+    routes = torch.tensor([denoiser.partition.route(value) for value in t.tolist()])
+    expected = torch.empty_like(x)
+    for route, expert in enumerate(denoiser.experts):
+        rows = (routes == route).nonzero().flatten()
+        expected[rows] = expert(x[rows], t[rows]).sample
+    assert torch.equal(denoiser(x, t).sample, expected)
+
+
+@torch.no_grad()
+def test_a_fraction_below_a_boundary_stays_below(ensemble: Diffusion) -> None:
+    x, t = torch.zeros(3, 1, 8, 8), torch.tensor([99.9, 100.0, 450.5])
+    parts = [ensemble.denoiser.experts[i](x[:1], t[i : i + 1]).sample for i in range(3)]
+    assert torch.equal(ensemble.denoiser(x, t).sample, torch.cat(parts))
+
+
+@pytest.mark.parametrize("t", [1000, -1, torch.tensor([5, 1000]), torch.tensor([-0.5, 5.0])])
+def test_a_timestep_outside_the_ranges_is_refused(ensemble: Diffusion, t: object) -> None:
+    with pytest.raises(UsageError, match="lies outside"):
+        ensemble.denoiser(torch.zeros(2, 1, 8, 8), t)
+
+
+def test_one_timestep_for_all_asks_one_expert(
+    ensemble: Diffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "bucketize", None)  # mixed timesteps alone need it
+    with torch.no_grad():
+        prediction = ensemble.denoiser(torch.zeros(2, 1, 8, 8), 450).sample
+        expected = ensemble.denoiser.experts[2](torch.zeros(2, 1, 8, 8), 450).sample
+    assert torch.equal(prediction, expected)
+    assert len(sample(ensemble, 2, SamplingOptions(steps=3), seed=0)) == 2
 
 
 def test_ensemble_of_copies_is_the_base(model: Diffusion) -> None:
