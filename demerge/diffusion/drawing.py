@@ -95,7 +95,8 @@ class SamplePlan:
         for start in range(0, n, batch_size):
             indices = range(start, min(start + batch_size, n))
             if missing.intersection(indices):
-                for i, image in zip(indices, self.sampler.draw(indices), strict=True):
+                images = self.sampler.draw(indices).cpu()
+                for i, image in zip(indices, images, strict=True):
                     if i in missing:
                         commit_bytes(self._path(i), png(image))
             progress(indices.stop, n)

@@ -40,6 +40,7 @@ def sample(
     captions: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
     first: int = 0,
+    on_device: bool = False,
     progress: Progress = silent,
 ) -> Tensor:
     """Draw images first .. first + n - 1 of the seed's sequence, uint8 [n C H W].
@@ -50,6 +51,7 @@ def sample(
         captions: for a text-to-image model; image i gets captions[i % len(captions)].
         labels: for a model of C classes, likewise; 0, 1 .. C - 1 by default. A DiT takes C for
             no class.
+        on_device: leave the images on the model's device; else they come to the CPU.
 
     Raises:
         UsageError: if an option does not suit the model, or captions are missing.
@@ -59,7 +61,8 @@ def sample(
     if num_images < 1:
         raise UsageError(f"num_images is {num_images}", fix="give at least 1")
     sampler = ImageSampler(model, options, seed, captions, labels)
-    images = torch.empty(num_images, *model.image_shape, dtype=torch.uint8)
+    device = model.device if on_device else "cpu"
+    images = torch.empty(num_images, *model.image_shape, dtype=torch.uint8, device=device)
     for start in range(0, num_images, options.batch_size):
         stop = min(start + options.batch_size, num_images)
         images[start:stop] = sampler.draw(range(first + start, first + stop))
@@ -100,7 +103,7 @@ class ImageSampler:
 
     @torch.inference_mode()
     def draw(self, indices: Sequence[int]) -> Tensor:
-        """Draw the images of these numbers, uint8 [B C H W].
+        """Draw the images of these numbers, uint8 [B C H W], on the model's device.
 
         Raises:
             NumericalError: if an image is not finite.
@@ -126,7 +129,7 @@ class ImageSampler:
             if self.options.mixed_precision == "fp16":
                 fix = "use --mixed-precision bf16: values above 65,504 overflow in fp16"
             raise NumericalError("sampling produced NaN or Inf: an image is not finite", fix=fix)
-        return to_uint8(model.decode(x)).cpu()
+        return to_uint8(model.decode(x))
 
     def _condition(self, indices: Sequence[int]) -> Tensor | None:
         """Return the condition of images, after the empty one if there is guidance."""

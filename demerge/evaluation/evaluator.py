@@ -32,6 +32,7 @@ class Evaluator:
     sampler: str = "ddim"
     steps: int = 50
     guidance_scale: float = 1.0
+    mixed_precision: str = "no"
     perceptual: LPIPS | None = field(default=None, repr=False)
     perceptual_images: int = 200
 
@@ -51,6 +52,7 @@ class Evaluator:
             sampler=self.sampler,
             steps=self.steps,
             guidance_scale=self.guidance_scale,
+            mixed_precision=self.mixed_precision,
             perceptual=perceptual,
         )
 
@@ -82,7 +84,7 @@ class Evaluator:
         Real images that are disjoint from the reference's give the noise floor: what a perfect
         model would score.
         """
-        return replace(self, sampler=source, steps=0, guidance_scale=1.0)
+        return replace(self, sampler=source, steps=0, guidance_scale=1.0, mixed_precision="no")
 
     def _perceptual_metrics(self, images: Tensor, base: Tensor | None) -> dict[str, float]:
         if self.perceptual is None:

@@ -41,7 +41,7 @@ class EvaluationOptions(SamplingOptions, DeviceOptions):
         panel=METRICS,
     )
     preprocess: Preprocess = option("clean", "Resize in front of Inception.", panel=METRICS)
-    mixed_precision: Precision = option("no", "Precision of Inception.", panel=METRICS)
+    features_precision: Precision = option("no", "Autocast dtype of Inception.", panel=METRICS)
     reference: Path | None = option(
         None,
         "Statistics of real images in place of --data's (.npz of pytorch-fid, EDM or ADM).",

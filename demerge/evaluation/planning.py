@@ -109,7 +109,7 @@ def plan(
     net = make_feature_net(
         features,
         preprocess=options.preprocess,
-        mixed_precision=options.mixed_precision,
+        mixed_precision=options.features_precision,
         device=options.device,
     )
     notes = [f"{r} holds plots that demerge wrote, not a model. It was left out." for r in reports]

@@ -6,6 +6,7 @@ exists, so that the same command again resumes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,8 @@ from demerge.progress import Progress, silent
 from demerge.reporting.html import printable
 from demerge.stage import Cost
 from demerge.timesteps import Partition
+
+MOST_ON_DEVICE = 1 << 30  # bytes of images that go from the sampler to the features directly
 
 
 def load_model_images(folder: str | Path, shape: Shape, n: int) -> ImageData:
@@ -111,6 +114,7 @@ class EvaluationPlan:
             sampler=options.sampler,
             steps=options.steps,
             guidance_scale=options.guidance_scale,
+            mixed_precision=options.mixed_precision,
             perceptual=load_lpips(device=options.device) if options.lpips else None,
         )
         return EvaluationResult(self.out, list(_Run(self, evaluator, progress).scores()))
@@ -205,7 +209,15 @@ class _Run:
     def _draw(self, model: Diffusion, seed: int, n: int, name: str) -> Tensor:
         captions = self.plan.losses_on.captions if model.requires_text else None
         progress = partial(self.progress, text=f"{name}, seed {seed}: images")
-        return sample(model, n, self.plan.options, seed=seed, captions=captions, progress=progress)
+        return sample(
+            model,
+            n,
+            self.plan.options,
+            seed=seed,
+            captions=captions,
+            on_device=n * math.prod(model.image_shape) <= MOST_ON_DEVICE,
+            progress=progress,
+        )
 
     def _images_of_base(self, seed: int) -> Tensor | None:
         base, options = self.plan.base, self.plan.options

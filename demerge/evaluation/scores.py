@@ -44,6 +44,7 @@ class Protocol:
     steps: int
     perceptual: str = ""
     guidance_scale: float = 1.0
+    mixed_precision: str = "no"  # of the sampler
 
     def __post_init__(self) -> None:
         if min(self.num_images, self.reference_n) < 2:
@@ -66,6 +67,7 @@ class Protocol:
     def __str__(self) -> str:
         sampler = f"{self.sampler}, {self.steps} steps" if self.steps else self.sampler
         sampler += f", guidance {self.guidance_scale:g}" if self.guidance_scale > 1 else ""
+        sampler += "" if self.mixed_precision == "no" else f", {self.mixed_precision}"
         return (
             f"{self.title} of {self.num_images:,} images against {self.reference_n:,} of"
             f" {self.reference}; {sampler}; features {self.features}"

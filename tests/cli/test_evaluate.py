@@ -44,6 +44,21 @@ def draw_digits(folder: Path, count: int) -> None:
         (folder / f"{i}.png").write_bytes(png(image))
 
 
+def test_scores_of_another_precision_are_made_anew(
+    run: Callable[..., Any], tiny: Path, tmp_path: Path
+) -> None:
+    """The noise floor is of real images, which no sampler made."""
+    command = ("evaluate", tiny, *SMALL, "--seeds", "0", "-o", tmp_path)
+    path = tmp_path / "scores" / f"{tiny.name}.seed0.json"
+    assert run(*command).code == 0
+    exact = Scores.load(path)
+    assert run(*command, "--mixed-precision", "bf16").code == 0
+    half = Scores.load(path)
+    assert (exact.protocol.mixed_precision, half.protocol.mixed_precision) == ("no", "bf16")
+    assert exact.images != half.images
+    assert Scores.load(tmp_path / "scores" / "real.json").protocol.mixed_precision == "no"
+
+
 def test_from_models_to_a_report(
     run: Callable[..., Any], make_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -7,11 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import demerge.evaluation
 from demerge import Diffusion, load_images
+from demerge.diffusion.options import SamplingOptions
+from demerge.diffusion.sampling import sample
 from demerge.errors import UsageError
 from demerge.evaluation import evaluate
+from demerge.evaluation.features.nets import make_feature_net
+from demerge.evaluation.metrics.distances import Reference, evaluate_images
 from demerge.evaluation.options import EvaluationOptions
 from demerge.reporting.html import render_page
 
@@ -59,3 +64,23 @@ def test_the_package_names_what_it_offers() -> None:
     assert demerge.evaluation.EvaluationOptions is EvaluationOptions
     with pytest.raises(AttributeError):
         demerge.evaluation.nothing  # noqa: B018
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_scores_as_the_cpu_does_and_keeps_the_reference(tiny: Path) -> None:
+    """On equal images all distances agree; images go from the sampler to the features."""
+    model = Diffusion.load(tiny, device="cuda")
+    images = sample(model, 40, SamplingOptions(steps=2), on_device=True)
+    assert images.is_cuda
+    assert torch.equal(images.cpu(), sample(model, 40, SamplingOptions(steps=2)))
+    real = load_images("digits", split="train", limit=100)
+    pixels = real.images(range(len(real)))
+    metrics = {}
+    for device in ("cpu", "cuda"):
+        net = make_feature_net("digits-cnn", device=device)
+        reference = Reference.from_images(net, pixels)
+        places = (reference.features, reference.root, reference.reach, reference.moments.mean)
+        assert {place.device.type for place in places} == {device}
+        metrics[device] = evaluate_images(images, reference, net)
+    assert metrics["cuda"] == pytest.approx(metrics["cpu"], rel=1e-3, abs=1e-3)

@@ -49,6 +49,18 @@ def test_guidance_is_part_of_the_name(make_scores: Make) -> None:
     assert "steps, guidance 7.5" in str(replace(protocol, guidance_scale=7.5))
 
 
+def test_precision_is_part_of_the_name_and_was_no_before_it_was_recorded(
+    make_scores: Make, tmp_path: Path
+) -> None:
+    scores = make_scores("ties", "merge", [7.1])[0]
+    assert "bf16" not in str(scores.protocol)
+    assert "steps, bf16" in str(replace(scores.protocol, mixed_precision="bf16"))
+    document = scores.document()
+    assert document["protocol"].pop("mixed_precision") == "no"
+    (tmp_path / "old.json").write_text(json.dumps(document))
+    assert Scores.load(tmp_path / "old.json") == scores
+
+
 def test_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("[1, 2")
     with pytest.raises(InputError, match=r"bad\.json"):
@@ -69,6 +81,7 @@ def test_infinite_metrics_are_refused(make_scores: Make) -> None:
         ("reference_sha256", "00"),
         ("sampler", "base"),
         ("guidance_scale", 7.5),
+        ("mixed_precision", "bf16"),
     ],
 )
 def test_unlike_protocols_are_not_ranked(make_scores: Make, name: str, value: object) -> None:

@@ -55,17 +55,22 @@ class FeatureNet:
         names = {"features": self.name, "features_sha256": self.sha256}
         return names | {"preprocess": self.preprocess}
 
+    @property
+    def home(self) -> torch.device:
+        """Where features stay: on the net's device, if it has float64 for the sums over them."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     @torch.inference_mode()
     def __call__(self, images: Tensor, *, progress: Progress = silent) -> Tensor:
-        """Return the features [n D] float32, on the CPU, of images uint8 [n C H W]."""
+        """Return the features [n D] float32, at `home`, of images uint8 [n C H W]."""
         if len(images) == 0:
             raise UsageError("there is no image to take features of", fix="give at least one")
-        rows = torch.empty(len(images), self.dim)
+        rows = torch.empty(len(images), self.dim, device=self.home)
         for start in range(0, len(images), self.batch_size):
             batch = self.to_input(images[start : start + self.batch_size].to(self.device))
             # With TF32, GPUs would score differently from CPUs.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                rows[start : start + len(batch)] = self.network(batch).float().cpu()
+                rows[start : start + len(batch)] = self.network(batch).float()
             progress(start + len(batch), len(images), self.name)
         if not bool(rows.isfinite().all()):
             what = f"{self.name}: a feature is not finite"

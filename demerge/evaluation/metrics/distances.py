@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -38,7 +38,10 @@ UNKNOWN_NET = "it does not say by which net and preprocessing"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """Moments of real images under one feature net, and their features [n D] if these are known."""
+    """Moments of real images under one feature net, and their features [n D] if these are known.
+
+    All lie where the net leaves its features, for the comparison with any number of models.
+    """
 
     moments: Moments
     name: str
@@ -77,7 +80,8 @@ class Reference:
         if features is None or len(features) != len(images):
             features = net(images, progress=progress)
             if cache is not None:
-                commit_bytes(cache, save({"features": features}, metadata=record))
+                commit_bytes(cache, save({"features": features.cpu()}, metadata=record))
+        features = features.to(net.home)
         value = moments([features], net.protocol)
         reach = radii(features, NEAREST) if len(features) > NEAREST else None
         return cls(value, name, digest, square_root(value.covariance), features, reach)
@@ -110,6 +114,9 @@ class Reference:
             raise InputError(what, fix="give --features inception:FILE for 2048 features")
         digest = hashlib.sha256(value.mean.numpy().tobytes() + value.covariance.numpy().tobytes())
         name = name if value.protocol else f"{name} ({UNKNOWN_NET})"
+        value = replace(
+            value, mean=value.mean.to(net.home), covariance=value.covariance.to(net.home)
+        )
         return cls(value, name, digest.hexdigest(), square_root(value.covariance))
 
 

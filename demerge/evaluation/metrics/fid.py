@@ -79,7 +79,7 @@ def moments(batches: Iterable[Tensor], protocol: Mapping[str, str] | None = None
     """Sum the moments of features given in batches [B D], holding one batch at a time."""
     n, origin, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
     for batch in batches:
-        x = batch.detach().to("cpu", torch.float64)
+        x = batch.detach().double()
         origin = origin if n else x.mean(0)
         x = x - origin
         n += len(x)
@@ -117,7 +117,8 @@ def frechet_distance(a: Moments, b: Moments, *, root: Tensor | None = None) -> f
 
 def save_moments(path: str | Path, value: Moments) -> Path:
     """Write `mu`, `sigma`, `n` and the protocol as an npz that pytorch-fid and EDM read."""
-    arrays: dict[str, Any] = {"mu": value.mean.numpy(), "sigma": value.covariance.numpy()}
+    arrays: dict[str, Any] = {"mu": value.mean.numpy(force=True)}
+    arrays["sigma"] = value.covariance.numpy(force=True)
     arrays["n"] = np.asarray(value.n)
     arrays |= {f"{PREFIX}{key}": np.asarray(text) for key, text in value.protocol.items()}
     return commit_file(Path(path), lambda stream: np.savez(stream, **arrays))

@@ -80,7 +80,7 @@ class LPIPS(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
-        """Embed images uint8 [n C H W], C = 1 or 3, as [n E] on the CPU, batch by batch."""
+        """Embed images uint8 [n C H W], C = 1 or 3, as [n E], batch by batch; mps: on the CPU."""
         check_uint8(images)
         factor, parts = SHORTEST / min(images.shape[2:]), []
         for batch in images.split(BATCH):
@@ -88,7 +88,8 @@ class LPIPS(nn.Module):
             if factor > 1:
                 size = [round(side * factor) for side in x.shape[2:]]
                 x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-            parts.append(self(x).cpu())
+            embedding = self(x)
+            parts.append(embedding.cpu() if x.device.type == "mps" else embedding)
         return torch.cat(parts)
 
 

@@ -46,8 +46,8 @@ def prdc(real: Tensor, generated: Tensor, *, k: int = NEAREST, reach: Tensor | N
         raise UsageError(what, fix=f"give more than {k} of each")
     x, y = real.double(), generated.double()
     reach_x, reach_y = radii(x, k) if reach is None else reach, radii(y, k)
-    near_real, in_balls = [], torch.zeros(len(y), dtype=torch.long)
-    covered = torch.zeros(len(x), dtype=torch.bool)
+    near_real, in_balls = [], torch.zeros(len(y), dtype=torch.long, device=y.device)
+    covered = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)
         distances = torch.cdist(x[rows], y)
