@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed
@@ -40,10 +41,24 @@ class World:
         kind = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return float(self.broadcast(torch.tensor([value], dtype=kind, device=device)))
 
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set in any process; no device is waited for."""
+        if self.size == 1:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(values, group=_host_group())
+        return [value > 0 for value in values.tolist()]
+
     def wait(self) -> None:
         """Return when all processes have come here."""
         if self.size > 1:
             torch.distributed.barrier()
+
+
+@cache
+def _host_group() -> torch.distributed.ProcessGroup | None:
+    """Return the group of all processes that talks about tensors of the host."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 ALONE = World()

@@ -193,11 +193,10 @@ class FinetunePlan:
 
 
 def measure_step(job: Job, span: TimestepRange) -> StepCost:
-    """Take one or two steps that change nothing, and time the last."""
+    """Take one or two steps of a training that is thrown away, and time the last."""
     is_cuda, taken = job.base.device.type == "cuda", list[float]()
     with TemporaryDirectory() as empty, fitting_threads(job.base, job.options.train_batch_size):
         training = ExpertTraining(job, span, Path(empty))
-        training.one_step.hold.fill_(1)
         while not taken or (len(taken) == 1 and taken[0] < LONG_STEP):  # the first also warms up
             start = time.perf_counter()
             training.take_step()

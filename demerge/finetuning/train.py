@@ -127,12 +127,18 @@ def check_output(
     for span in ranges:
         finished, state = out / str(span), out / "state" / str(span)
         if (finished / name).is_file():
-            record = Expert.load(finished / name).model_dump()
+            record = _completed(Expert.load(finished / name).model_dump())
             check_same_settings(finished, record, options.binding(), inputs)
         elif snapshot := newest_state(state):
             binding = options.binding(snapshot.record.step)
-            check_same_settings(state, snapshot.record.model_dump(), binding, inputs)
+            record = _completed(snapshot.record.model_dump())
+            check_same_settings(state, record, binding, inputs)
     return inputs
+
+
+def _completed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the defaults of options that did not exist when it was written."""
+    return {**record, "options": FinetuneOptions().document() | record["options"]}
 
 
 def _check_no_overlap(out: Path, ranges: Sequence[TimestepRange]) -> None:

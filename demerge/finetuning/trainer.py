@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -185,7 +185,7 @@ class ExpertTraining:
                 loss = self.take_step()
                 self.step += 1
                 is_last = self.step == total
-                is_stopping, is_due = self._agree(stop(), self._is_due())
+                is_stopping, is_due = self.world.any_of(stop(), self._is_due())
                 saves = is_stopping or is_last or is_due or self.step % o.checkpointing_steps == 0
                 if is_last or self.step % o.logging_steps == 0:
                     self._log()
@@ -207,7 +207,8 @@ class ExpertTraining:
             ResourceError: if a single sample does not fit the memory.
         """
         batches, rates = self.batches.step(self.step), self.one_step.rates(self.step)
-        with self._dropout():
+        cuda = [self.base.device] if self.base.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda) if self.has_dropout else nullcontext():
             loss = self._compute(batches, rates)
         self._unread.append(_Reading(self.step, loss))
         return self.read_losses(but=1 if self.one_step.is_async else 0)
@@ -218,6 +219,7 @@ class ExpertTraining:
             try:
                 if self._may_capture and self._captured is None:
                     self._captured = self._capture(batches, rates)
+                self._seed_dropout()  # after the capture, which draws too
                 return (self._captured or self.one_step)(batches, rates)
             except torch.OutOfMemoryError as error:
                 self._captured = None
@@ -277,14 +279,6 @@ class ExpertTraining:
         every = self.options.save_every
         return every is not None and time.monotonic() - self._saved_at >= every
 
-    def _agree(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether it is set in any process."""
-        if self.world.size == 1:
-            return list(flags)
-        values = torch.tensor(flags, dtype=torch.float32, device=self.base.device)
-        torch.distributed.all_reduce(values)
-        return [value > 0 for value in values.tolist()]
-
     def _allows_graph(self) -> bool:
         """Whether the step may be captured; say why not if that was asked for."""
         o, reason = self.options, None
@@ -303,17 +297,11 @@ class ExpertTraining:
             raise UsageError(what, fix="give --cuda-graph auto")
         return reason is None
 
-    @contextmanager
-    def _dropout(self) -> Iterator[None]:
+    def _seed_dropout(self) -> None:
         """Make dropout a function of (seed, step, process), so that it survives a resume."""
-        if not self.has_dropout:
-            yield
-            return
-        cuda = [self.base.device] if self.base.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        if self.has_dropout:
             key = (self.options.seed, "dropout", self.step, self.world.rank)
             torch.manual_seed(key_of(*key) % 2**63)
-            yield
 
     def _say(self, text: str) -> None:
         if self.job.tell is not None and self.world.is_main:

@@ -211,6 +211,20 @@ def test_finished_expert_is_left_alone_and_other_options_are_refused(
         train(base, data, tmp_path, replace(FAST, learning_rate=0.5))
 
 
+def test_a_record_without_a_newer_option_had_its_default(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
+    base = Diffusion.load(tiny)
+    whole = train(base, data, tmp_path)
+    file = tmp_path / str(SPAN) / "expert.json"
+    record = json.loads(file.read_text())
+    del record["options"]["optimizer"], record["options"]["antithetic"]
+    file.write_text(json.dumps(record))
+    assert train(base, data, tmp_path) == whole
+    with pytest.raises(UsageError, match="antithetic was False, now True"):
+        train(base, data, tmp_path, replace(FAST, antithetic=True))
+
+
 def test_expert_is_a_stock_pipeline_with_its_record(
     tiny: Path, data: ImageData, tmp_path: Path
 ) -> None:
