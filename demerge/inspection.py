@@ -9,6 +9,8 @@ from typing import Any
 
 from demerge.expert import find_expert
 from demerge.storage.checkpoint import Checkpoint
+from demerge.storage.hub import resolve_model_path
+from demerge.storage.layout import PROJECTED, locate
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
 MODEL_CLASSES = (
@@ -62,7 +64,7 @@ def inspect_model(path: str | Path) -> ModelFacts:
     Raises:
         InputError: if a file is missing, damaged or hostile.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint(locate(resolve_model_path(path), projected=True))
     place, config = checkpoint.place, checkpoint.config or {}
     folder, expert = place.pipeline, find_expert(place)
     recipe = _read(place.find_file("demerge.json"))
@@ -119,6 +121,8 @@ def _judge(checkpoint: Checkpoint, latents: Any) -> tuple[bool, str]:
     model_class = config.get("_class_name")
     if checkpoint.parameters == 0:
         return False, "no floating point tensor"
+    if checkpoint.place.files[0].name == PROJECTED:
+        return False, "keeps the W of `finetune --projection paper`: sample and evaluate take it"
     if any(part in name for name in checkpoint for part in FACTORS):
         return True, "a LoRA: merges as an expert of the base that it was trained on"
     if checkpoint.place.pipeline is None:

@@ -27,10 +27,11 @@ from demerge.diffusion.configs import (
     VaeConfig,
     check_config,
 )
+from demerge.diffusion.projection import attach_to_blocks
 from demerge.errors import InputError, ResourceError, UsageError
 from demerge.storage.checkpoint import Checkpoint, modern
 from demerge.storage.hub import resolve_model_path
-from demerge.storage.layout import COMPONENTS, component_place, inside, read_index
+from demerge.storage.layout import COMPONENTS, PROJECTED, component_place, inside, read_index
 from demerge.storage.safetensors_header import read_json, read_scheduler
 from demerge.storage.schema import Foreign
 
@@ -89,7 +90,7 @@ def denoiser_part(folder: str | Path) -> str:
 
 
 def load_denoiser(folder: str | Path) -> diffusers.ModelMixin:
-    """Load the denoiser in float32.
+    """Load the denoiser in float32, with the W of `--projection paper` if the folder has them.
 
     Raises:
         InputError: if its class is not supported, or the weights do not fit the config.
@@ -99,7 +100,9 @@ def load_denoiser(folder: str | Path) -> diffusers.ModelMixin:
     if name not in DENOISERS:
         what = f"{folder}: denoiser class '{name}' is not supported"
         raise InputError(what, fix=f"use one of {', '.join(DENOISERS)}")
-    build = DENOISERS[name].from_config
+    stock: Callable[[dict[str, Any]], nn.Module] = DENOISERS[name].from_config
+    is_projected = (_component_folder(Path(folder), component) / PROJECTED).is_file()
+    build = (lambda config: attach_to_blocks(stock(config))) if is_projected else stock
     denoiser: diffusers.ModelMixin = _load(folder, component, DenoiserConfig, build)
     keep_labels(denoiser)
     return denoiser
@@ -241,7 +244,7 @@ def _load(
 ) -> Any:
     """Build a component without memory, compare it with its weights file, and only then load it."""
     where = _checked_folder(folder, component)
-    weights = Checkpoint(component_place(where))
+    weights = Checkpoint(component_place(where, projected=True))
     config = read_json(where / "config.json")
     check_config(config, kind, f"{where}/config.json", len(weights))
     with init_empty_weights(include_buffers=False):

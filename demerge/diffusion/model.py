@@ -47,12 +47,13 @@ from demerge.diffusion.loading import (
     load_vae,
     running,
 )
+from demerge.diffusion.projection import FOLDABLE, has_projection
 from demerge.errors import InputError, UsageError
 from demerge.inspection import find_other_input
 from demerge.storage.atomic import commit_json
-from demerge.storage.checkpoint import content_sha256, finite
+from demerge.storage.checkpoint import commit_tensors, content_sha256, finite
 from demerge.storage.hashing import Hashing
-from demerge.storage.layout import inside, read_index
+from demerge.storage.layout import PROJECTED, inside, read_index
 from demerge.storage.schema import Record, Table, read_record
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -131,9 +132,20 @@ class Diffusion:
             torch.manual_seed(seed)
             return cls(build_unet(parts.unet, f"{config}: unet"), scheduler)
 
-    def save(self, path: str | Path) -> None:
-        """Write a stock pipeline into the empty folder `path`; `folder` gives the components."""
-        path = Path(path)
+    def save(self, path: str | Path, *, keeps_projection: bool = False) -> None:
+        """Write a stock pipeline into the empty folder `path`; `folder` gives the components.
+
+        Args:
+            keeps_projection: whether a denoiser with the W of `--projection paper` may be written,
+                as a folder that only demerge loads.
+
+        Raises:
+            UsageError: if the denoiser has such W and may not be written.
+        """
+        path, is_projected = Path(path), has_projection(self.denoiser)
+        if is_projected and not keeps_projection:
+            what = "a stock pipeline has no place for the W of `--projection paper`"
+            raise UsageError(f"{self.folder or 'the denoiser'}: {what}", fix=FOLDABLE)
         if self.folder is None:
             diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
             return
@@ -149,7 +161,11 @@ class Diffusion:
                 index[name] = [None, None]
         commit_json(path / "model_index.json", index)
         self.scheduler.save_pretrained(path / "scheduler")
-        self.denoiser.save_pretrained(path / own[0])  # type: ignore[operator]
+        if is_projected:
+            self.denoiser.save_config(path / own[0])  # type: ignore[operator]
+            commit_tensors(path / own[0] / PROJECTED, self.denoiser.state_dict())
+        else:
+            self.denoiser.save_pretrained(path / own[0])  # type: ignore[operator]
 
     def with_denoiser(self, denoiser: nn.Module) -> Diffusion:
         """Return the same diffusion around another denoiser."""

@@ -80,8 +80,11 @@ class FinetuneOptions(Options):
         False, "Draw samples in pairs: same image, same timestep, opposite noise.", panel=OBJECTIVE
     )
     snr_gamma: float = option(5.0, "Gamma of min-snr.", panel=OBJECTIVE, gt=0, lt=math.inf)
-    projection: Literal["foldable", "none"] = option(
-        "foldable", "Channel-wise projection, folded into the weights.", panel=OBJECTIVE
+    projection: Literal["foldable", "paper", "none"] = option(
+        "foldable",
+        "Channel-wise projection: folded into the weights, or kept behind each block of the UNet"
+        " as the paper does; paper experts cannot be merged.",
+        panel=OBJECTIVE,
     )
     use_ema: bool = option(True, "Keep a moving average of the weights.", panel=TRAINING)
     ema_decay: float = option(0.9999, "Largest decay of the average.", panel=TRAINING, ge=0, lt=1)

@@ -13,6 +13,8 @@ nothing is left at inference.
 Sites: the convolutions of down- and upsamplers; conv2 with conv_shortcut of a resnet block, one W
 for both, since their sum is what is stored; attention `to_out`; feed-forward out; `proj_out`.
 W = I leaves every output bit-identical.
+
+`--projection paper` is the paper's own: `demerge.diffusion.projection`.
 """
 
 from __future__ import annotations
@@ -25,9 +27,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from demerge.diffusion.model import Diffusion
+from demerge.diffusion.projection import check_has_blocks, has_projection
+from demerge.errors import UsageError
+from demerge.finetuning.options import FinetuneOptions
+
 SITES = re.compile(
     r"(downsamplers\.\d+\.conv|upsamplers\.\d+\.conv|to_out\.0|ff\.net\.2|proj_out|conv_shortcut)$"
 )
+
+
+def check_projection(base: Diffusion, options: FinetuneOptions) -> None:
+    """Check that the projection of the options can be put into the base.
+
+    Raises:
+        UsageError: if the paper's needs another denoiser, or the base has it and keeps it.
+    """
+    if options.projection == "paper":
+        check_has_blocks(base.denoiser)
+    elif has_projection(base.denoiser):
+        what = f"{base.folder} keeps the W of `--projection paper`, so its experts do too"
+        raise UsageError(what, fix="give --projection paper, or another base")
 
 
 class ChannelMix(nn.Module):
@@ -68,7 +88,7 @@ def attach(denoiser: nn.Module, frozen: Collection[nn.Module] = ()) -> nn.Module
 
 @torch.no_grad()
 def fold(mixed: nn.Module, stock: nn.Module) -> nn.Module:
-    """Copy the weights of `mixed`, with K' = W K and b' = W b, into `stock`, which has no W.
+    """Copy the weights of `mixed`, with K' = W K and b' = W b, into `stock`, which has no such W.
 
     Returns:
         stock, changed in place.

@@ -23,6 +23,7 @@ from demerge.expert import Expert
 from demerge.finetuning.checkpoint import disk_bytes, newest_state
 from demerge.finetuning.layers import check_layers_exist, hash_layers, trained_parameters
 from demerge.finetuning.options import FinetuneOptions
+from demerge.finetuning.projection import check_projection
 from demerge.finetuning.trainer import ExpertTraining, Job, TrainingStep, record_name
 from demerge.provenance import check_same_settings
 from demerge.storage.atomic import check_disk_space, check_is_new, place_for
@@ -112,6 +113,7 @@ def check_output(
         if not (out / str(span) / name).is_file():
             check_is_new(out / str(span))
     _check_no_overlap(out, ranges)
+    check_projection(base, options)
     check_layers_exist(base.denoiser, layers or (), "layers")
     trained = trained_parameters(base.denoiser, layers)
     disk = disk_bytes(base.parameters, len(ranges), trained, options.checkpoints_total_limit)

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion, not_finite
+from demerge.diffusion.projection import attach_to_blocks
 from demerge.errors import NumericalError, Preempted, ResourceError, UsageError
 from demerge.expert import BASE, EXPERT, Expert
 from demerge.finetuning.batches import Batch, Batches
@@ -131,6 +132,8 @@ class ExpertTraining:
         frozen = freeze_others(denoiser, job.layers)
         if options.projection == "foldable":
             attach(denoiser, frozen)
+        elif options.projection == "paper":
+            attach_to_blocks(denoiser)
         self.denoiser = denoiser
         self.has_dropout = any(
             isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules()
@@ -382,7 +385,10 @@ class ExpertTraining:
             truncate(log, min(log.stat().st_size, snapshot.record.log_bytes))
 
     def finish(self, path: Path) -> None:
-        """Write the expert as a stock pipeline with `expert.json` and its log, whole or absent."""
+        """Write the expert as a pipeline with `expert.json` and its log, whole or absent.
+
+        It is a stock pipeline, unless the W of `--projection paper` are kept in it.
+        """
         if not self.world.is_main:
             return
         dtype = self.options.save_dtype
@@ -393,7 +399,7 @@ class ExpertTraining:
                 fix = "run the same command with --save-dtype float32, or lower --learning-rate"
                 what = f"range {self.range}: as {dtype} the expert holds NaN or Inf in {bad}"
                 raise NumericalError(what, fix=fix)
-            expert.save(temporary)
+            expert.save(temporary, keeps_projection=True)
             if self.options.fisher_samples:
                 self._add_fisher(temporary, expert)
             if (log := self.folder / "log.jsonl").exists():
@@ -422,7 +428,7 @@ class ExpertTraining:
 
     @torch.no_grad()
     def averaged_denoiser(self) -> nn.Module:
-        """Return the averaged weights in a stock module, in eval mode."""
+        """Return the averaged weights in a stock module, with the kept W if any, in eval mode."""
         means = self.one_step.ema
         if averages_itself(self.optimizer):
             self.optimizer.eval()  # type: ignore[attr-defined]
@@ -432,7 +438,10 @@ class ExpertTraining:
         for name, parameter in averaged.named_parameters():
             if name in means:
                 parameter.copy_(means[name])
-        return fold(averaged, copy.deepcopy(self.base.denoiser)).eval().requires_grad_(False)
+        expert = copy.deepcopy(self.base.denoiser)
+        if self.options.projection == "paper":
+            attach_to_blocks(expert)
+        return fold(averaged, expert).eval().requires_grad_(False)
 
 
 def _rounded(value: float) -> float | None:

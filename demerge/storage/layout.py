@@ -25,6 +25,7 @@ WEIGHTS = re.compile(
 )
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 STATISTICS = frozenset({"fisher.safetensors", "gram.safetensors"})  # they are not weights
+PROJECTED = "projected.safetensors"  # weights and the W of `finetune --projection paper`
 PICKLES = ("*.bin", "*.ckpt", "*.pth", "*.pt")
 
 
@@ -70,7 +71,11 @@ def read_index(pipeline: Path) -> dict[str, Any]:
 
 
 def locate(
-    path: Path, variant: str | None = None, component: str | None = None
+    path: Path,
+    variant: str | None = None,
+    component: str | None = None,
+    *,
+    projected: bool = False,
 ) -> CheckpointLocation:
     """Find the denoiser's weights: a .safetensors file, a component folder or a pipeline folder.
 
@@ -78,12 +83,14 @@ def locate(
         variant: which weights of a folder that holds several, for example fp16. If a folder holds
             one kind it is taken as it is, and so is a file.
         component: which folder of a pipeline; the unet or transformer by default.
+        projected: whether the weights may come with those of `finetune --projection paper`.
 
     Raises:
-        InputError: if there is none, only pickles, several variants and none wanted, or a path that
-            leads out of the folder.
+        InputError: if there is none, only pickles, several variants and none wanted, a path that
+            leads out of the folder, or a projection that is not expected.
     """
     if path.is_file():
+        _check_projection(path, projected)
         if path.name.endswith(".json"):
             return _sharded(path, None, path.parent, path)
         return CheckpointLocation(path, None, None, (path,))
@@ -92,24 +99,31 @@ def locate(
         fix = "name a pipeline folder, a component folder or a .safetensors file"
         raise InputError(what, fix=fix)
     if not (path / "model_index.json").is_file():
-        return component_place(path, variant)
+        return component_place(path, variant, projected=projected)
     index = read_index(path)
     wanted = COMPONENTS if component is None else (component,)
     for name in wanted:
         if name in index and (path / name).is_dir():
             inside(path, path / name)
-            return component_place(path / name, variant, pipeline=path)
+            return component_place(path / name, variant, pipeline=path, projected=projected)
     if (path / "config.json").is_file() and component is None:
-        return component_place(path, variant, pipeline=path)
+        return component_place(path, variant, pipeline=path, projected=projected)
     what = f"{path}: no folder {' or '.join(wanted)}"
     raise InputError(what, fix="use a pipeline with a UNet or a transformer")
 
 
 def component_place(
-    folder: Path, variant: str | None = None, *, pipeline: Path | None = None
+    folder: Path,
+    variant: str | None = None,
+    *,
+    pipeline: Path | None = None,
+    projected: bool = False,
 ) -> CheckpointLocation:
     """Find the weights in the folder of a component, alone or of a pipeline; see `locate`."""
-    path = pipeline or folder
+    path, whole = pipeline or folder, folder / PROJECTED
+    if whole.is_file():
+        _check_projection(whole, projected)
+        return CheckpointLocation(path, pipeline, folder, (inside(folder, whole),))
     present = [p for p in sorted(folder.glob("*.safetensors*")) if p.name not in STATISTICS]
     chosen = _main_file(folder, present, variant) or _only_file(present)
     if chosen is None:
@@ -117,6 +131,14 @@ def component_place(
     if chosen.suffix == ".json":
         return _sharded(path, pipeline, folder, inside(folder, chosen))
     return CheckpointLocation(path, pipeline, folder, (inside(folder, chosen),))
+
+
+def _check_projection(file: Path, projected: bool) -> None:
+    """Refuse weights that are not complete without the W of `--projection paper`."""
+    if file.name == PROJECTED and not projected:
+        what = f"{file} keeps the W of `--projection paper`, which no stock model and no merge has"
+        fix = "train the expert with `demerge finetune --projection foldable`"
+        raise InputError(what, fix=fix)
 
 
 def _main_file(folder: Path, present: Sequence[Path], variant: str | None) -> Path | None:
