@@ -91,7 +91,7 @@ def choose_size(asked: argparse.Namespace) -> Size:
     train += training_options(asked, batch)
     step = seconds_each(train, "--max-train-steps", 1, 4 if is_cpu else 50, folder)
     draw = ["sample", asked.base, "--steps", "5", "--batch-size", str(batch)]
-    draw += ["--device", asked.device]
+    draw += ["--device", asked.device, "--mixed-precision", precision(asked)]
     image = seconds_each(draw, "--num-images", batch, 5 * batch, folder)
     shutil.rmtree(folder)
     left = 60 * asked.minutes - (time.perf_counter() - start)
@@ -116,12 +116,16 @@ def choose_size(asked: argparse.Namespace) -> Size:
 
 def training_options(asked: argparse.Namespace, batch: int) -> list[str]:
     """Return the options that experts and control share."""
-    precision = "no" if asked.device == "cpu" else "bf16"
     return shlex.split(
         f"--train-batch-size {batch} --learning-rate {asked.learning_rate} --lr-scheduler cosine"
         f" --global-prob 0.5 --consistency 0 --ema-decay 0.99 --random-flip"
-        f" --mixed-precision {precision} --device {asked.device}"
+        f" --mixed-precision {precision(asked)} --device {asked.device}"
     )
+
+
+def precision(asked: argparse.Namespace) -> str:
+    """Return the precision of training and of sampling: bfloat16 on a GPU."""
+    return "no" if asked.device == "cpu" else "bf16"
 
 
 def commands(asked: argparse.Namespace, size: Size) -> Iterator[str]:
@@ -143,6 +147,7 @@ def commands(asked: argparse.Namespace, size: Size) -> Iterator[str]:
     models += "".join(f" {at}/merged/{name}" for name in MERGES)
     images = f"--num-images {size.images} --seeds {','.join(map(str, range(size.seeds)))}"
     images += f" --steps {size.sampling_steps} --batch-size {size.batch}"
+    images += f" --mixed-precision {precision(asked)}"
     losses = f"{ranges} --loss-samples {size.loss_samples}"
     yield f"evaluate {models} {data} {images} {losses} {features(asked)} {device} -o {at}"
     yield f"compare {at} --title 'One base, four experts, their merges'"
