@@ -17,7 +17,6 @@ from demerge.options import (
     again,
     option,
 )
-from demerge.timesteps import TimestepRange
 
 TRAINING, OBJECTIVE, DATA = "Training", "Objective", "Data"
 SPEED, STATE = "Speed and memory", "Checkpoints and logs"
@@ -159,15 +158,6 @@ class FinetuneOptions(Options):
         return {name: value for name, value in self.document().items() if name not in free}
 
 
-def parse_spans(texts: Sequence[str]) -> tuple[TimestepRange, ...]:
-    """Read ranges of timesteps.
-
-    Raises:
-        UsageError: if a text is none.
-    """
-    return tuple(TimestepRange.parse(text) for text in texts)
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FinetuneInputs(DataOptions, DeviceOptions):
     """The base, the data and the output folder."""
@@ -181,10 +171,10 @@ class FinetuneInputs(DataOptions, DeviceOptions):
         "uniform:N, joint, joint:K (K times the steps), or a partition.json.",
         shown_default="uniform:4",
     )
-    only: Sequence[TimestepRange] = option(
+    only: Sequence[str] = option(
         (),
         "One of the ranges, for example 0:250, if not all are trained. May be repeated.",
-        parse=parse_spans,
+        parse=tuple,
         multiple=True,
         metavar="RANGE",
     )

@@ -264,16 +264,15 @@ def plan(
     )
 
 
-def _choose(
-    ranges: tuple[TimestepRange, ...], only: Sequence[TimestepRange]
-) -> tuple[TimestepRange, ...]:
+def _choose(ranges: tuple[TimestepRange, ...], only: Sequence[str]) -> tuple[TimestepRange, ...]:
     """Return the ranges of `only`, or all if it is empty.
 
     Raises:
-        UsageError: if one is not among the ranges.
+        UsageError: if one is not a range, or not among the ranges.
     """
-    for span in only:
+    chosen = [TimestepRange.parse(text) for text in only]
+    for span in chosen:
         if span not in ranges:
             fix = f"give some of {' '.join(map(str, ranges))}"
             raise UsageError(f"--only {span} is not one of the ranges", fix=fix)
-    return tuple(span for span in ranges if span in only) if only else ranges
+    return tuple(span for span in ranges if span in chosen) if chosen else ranges
