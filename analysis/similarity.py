@@ -49,14 +49,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from demerge.conflict import Array, ConflictMap
 from demerge.randomness import generator
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESOLVED = 3.0
 SURE = RESOLVED + 1.64  # another map would resolve the bin, with a chance of 95 %
@@ -263,6 +266,8 @@ def frame(map: ConflictMap) -> pd.DataFrame:
     Columns bin_i, bin_j (indices), t_i, t_j (the middles of the bins), cosine, se, resolved (both
     bins), weak (one of them).
     """
+    import pandas as pd
+
     bins = similarity(map)
     i, j = (index.ravel() for index in np.indices((map.N, map.N)))
     both = bins.resolved[i] & bins.resolved[j]
@@ -276,6 +281,8 @@ def by_lag(bins: Similarity, pairs: Array) -> pd.DataFrame:
 
     Columns lag, cosine, se, half (of its 95 % interval), naive, pairs.
     """
+    import pandas as pd
+
     replicates, rows = normalised(pairs, bins.resolved), []
     for lag in range(1, len(bins.K)):
         cosines, naive = np.diagonal(bins.cosine, lag), np.diagonal(bins.naive, lag).mean()
@@ -296,6 +303,8 @@ def by_log_snr(map: ConflictMap, bins: Similarity) -> pd.DataFrame:
 
     Columns distance, cosine, se, t (of the lower bin).
     """
+    import pandas as pd
+
     level = np.array([map.log_snr[span.start : span.stop].mean() for span in map.bins])
     i, j = np.triu_indices(map.N, 1)
     known = np.isfinite(bins.cosine[i, j])

@@ -20,7 +20,6 @@ from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.options import PartitionOptions
 from demerge.analysis.partitioning.resolution import LEAST_KNOWN, MOST_GROUPS, sample_size
 from demerge.analysis.report.next_steps import CommandNames
-from demerge.analysis.report.page import write_report
 from demerge.analysis.report.summary import ConflictSummary, summarize
 from demerge.conflict import ConflictMap
 from demerge.device import resolve_device
@@ -108,6 +107,8 @@ class Plan:
 
     def run(self, progress: Progress = silent) -> AnalysisResult:
         """Measure what is missing, save it, partition [0, T), and write the results."""
+        from demerge.analysis.report.page import write_report  # with seaborn
+
         map, inputs, partition = self.measure(progress), self.inputs, self.partition
         summary = summarize(Reading(map, partition.score), partition.ranges, partition.method)
         words = ["--split", inputs.split] if inputs.split != "train" else []

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import nan, sqrt
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from demerge.data import ImageData
-from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import fitting_threads
 from demerge.errors import NumericalError, UsageError
 from demerge.progress import Progress, silent
 from demerge.randomness import normal, permutation, uniform
 from demerge.timesteps import Partition, TimestepRange
+
+if TYPE_CHECKING:
+    from demerge.diffusion.model import Diffusion
 
 BLOCKS = 16
 GOLDEN = (5**0.5 - 1) / 2
