@@ -21,7 +21,7 @@ def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*arguments: Any, **names: Any) -> list[Path]:
         return []
 
-    monkeypatch.setattr("demerge.analysis.planning.analyze.write_report", write)
+    monkeypatch.setattr("demerge.analysis.report.page.write_report", write)
 
 
 def test_analyze_as_scripts_call_it(run: Any, tiny: Path, tmp_path: Path) -> None:
