@@ -37,7 +37,7 @@ app = typer.Typer(
 PANELS = {
     "The path, in order": ("analyze", "ranges", "finetune", "merge", "evaluate", "compare"),
     "Start and check": ("demo", "doctor"),
-    "Models and methods": ("methods", "sample", "inspect", "convert"),
+    "Models and methods": ("methods", "sample", "ema", "inspect", "convert"),
     "Diagnostics": ("stats", "layers", "transfer", "coefficients", "landscape"),
 }
 for panel, names in PANELS.items():

@@ -28,6 +28,7 @@ class Expert(Record):
         range: [start, stop) of the timesteps that it was trained on.
         base_sha256: `content_sha256` of the denoiser that it was trained from.
         train_layers: the layers that were trained, None for all.
+        sigma_rel: the length of the power-function average that `demerge ema` made of it.
         inputs, options: what must be equal for the same expert.
     """
 
@@ -37,6 +38,7 @@ class Expert(Record):
     steps: Count | None = None
     skipped_steps: Count = 0
     train_layers: tuple[str, ...] | None = None
+    sigma_rel: float | None = None
     inputs: Table = Field(default_factory=dict)
     options: Settings = Field(default_factory=dict)
 

@@ -149,7 +149,8 @@ class Options:
 
     def document(self) -> dict[str, Any]:
         """Return the options as JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 Split = Literal["train", "test", "all"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from demerge.durations import parse_seconds
+from demerge.errors import UsageError
 from demerge.options import (
     DataOptions,
     DeviceOptions,
@@ -30,11 +31,35 @@ FREE = frozenset(
         "cuda_graph",
         "gradient_checkpointing",
         "logging_steps",
+        "num_previews",
+        "preview_steps",
+        "report_to",
         "resume_from_checkpoint",
         "save_every",
     }
 )
 Decay = Literal["constant", "linear", "cosine"]
+TRACKERS = ("tensorboard", "wandb", "trackio")
+LONGEST = 0.28  # of an average, as sigma_rel; 12 ** -0.5 is the plain mean of all steps
+SNAPSHOTS = 8  # of each length by default
+
+
+def parse_texts(texts: Sequence[str]) -> tuple[str, ...]:
+    """Read values that are separated by commas."""
+    return tuple(part.strip() for text in texts for part in str(text).split(","))
+
+
+def parse_lengths(texts: Sequence[str]) -> tuple[float, ...]:
+    """Read lengths of averages, in the order of their size.
+
+    Raises:
+        UsageError: if one is no number.
+    """
+    try:
+        return tuple(sorted({float(text) for text in parse_texts(texts)}))
+    except ValueError as error:
+        what = f"--ema-lengths: {error}"
+        raise UsageError(what, fix="give numbers such as 0.05 and 0.10") from error
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -87,6 +112,23 @@ class FinetuneOptions(Options):
     )
     use_ema: bool = option(True, "Keep a moving average of the weights.", panel=TRAINING)
     ema_decay: float = option(0.9999, "Largest decay of the average.", panel=TRAINING, ge=0, lt=1)
+    ema_lengths: Sequence[float] = option(
+        (),
+        "Also keep a power-function average of this length (sigma_rel, EDM2) and store snapshots"
+        " of it, for `demerge ema`. May be repeated; 0.05 and 0.10 fit most. Each costs one copy of"
+        " the trained weights in memory, and one on disk per snapshot.",
+        panel=TRAINING,
+        parse=parse_lengths,
+        multiple=True,
+        metavar="SIGMA_REL",
+    )
+    ema_snapshot_steps: int | None = option(
+        None,
+        "Steps between snapshots of --ema-lengths.",
+        panel=TRAINING,
+        ge=1,
+        shown_default="an eighth of the run",
+    )
     random_flip: bool = option(False, "Mirror half of the images.", panel=DATA)
     caption_dropout: float = option(0.1, "Share of captions left empty.", panel=DATA, ge=0, le=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
@@ -126,6 +168,18 @@ class FinetuneOptions(Options):
         "latest", "Which checkpoint is continued; never: a checkpoint is an error.", panel=STATE
     )
     logging_steps: int = option(50, "Steps between lines of log.jsonl.", panel=STATE, ge=1)
+    preview_steps: int = option(
+        0, "Steps between previews: images beside those of the base; 0 is none.", panel=STATE, ge=0
+    )
+    num_previews: int = option(8, "Images of a preview.", panel=STATE, ge=1)
+    report_to: Sequence[str] = option(
+        (),
+        "Tracker that gets the log: tensorboard, wandb or trackio. May be repeated.",
+        panel=STATE,
+        parse=parse_texts,
+        multiple=True,
+        metavar="NAME",
+    )
     seed: int = again(SeedOptions, "seed")
 
     def __post_init__(self) -> None:
@@ -137,6 +191,16 @@ class FinetuneOptions(Options):
         if self.optimizer == "schedule-free":
             rule = "False with schedule-free, which averages by itself: give --no-use-ema"
             self.require("use_ema", not self.use_ema, rule)
+            rule = "empty with schedule-free, which averages by itself"
+            self.require("ema_lengths", not self.ema_lengths, rule)
+        are_known = set(self.report_to) <= set(TRACKERS)
+        self.require("report_to", are_known, f"some of {', '.join(TRACKERS)}")
+        are_lengths = all(0 < length <= LONGEST for length in self.ema_lengths)
+        self.require("ema_lengths", are_lengths, f"above 0 and at most {LONGEST}")
+
+    def steps_between_snapshots(self) -> int:
+        """Return the steps between two snapshots of `ema_lengths`."""
+        return self.ema_snapshot_steps or max(1, self.max_train_steps // SNAPSHOTS)
 
     def samples_per_step(self, processes: int = 1) -> int:
         """Return the number of samples of an optimizer step, over all processes."""
@@ -191,3 +255,16 @@ class FinetuneInputs(DataOptions, DeviceOptions):
     train_layers: Path | None = option(
         None, "layers.json of `demerge layers`: the layers to train.", panel=TRAINING
     )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ReaverageOptions(Options):
+    """Which expert gets which average."""
+
+    run: Path = option(
+        help="Folder of an expert that was trained with --ema-lengths.", argument=True
+    )
+    sigma_rel: float = option(
+        help="Length of the average, as its width by the steps of the run.", gt=0, le=LONGEST
+    )
+    out: Path = option(help="Folder that gets the expert.", flags=("-o", "--out"))

@@ -21,7 +21,8 @@ from demerge.finetuning.layers import load_layers, trained_parameters
 from demerge.finetuning.objective import loss_weights
 from demerge.finetuning.optimizers import check_installed
 from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
-from demerge.finetuning.train import Stop, check_output, never, train_ranges
+from demerge.finetuning.power_averages import disk_bytes_of_averages
+from demerge.finetuning.train import Stop, check_output, make_observers, never, train_ranges
 from demerge.finetuning.trainer import ExpertTraining, Job, record_name
 from demerge.parallel import join
 from demerge.progress import Progress, silent
@@ -116,6 +117,7 @@ class FinetunePlan:
         disk = disk_bytes(
             self.base.parameters, len(self.ranges), self.trained, o.checkpoints_total_limit
         )
+        disk += disk_bytes_of_averages(o, len(self.ranges), self.trained)
         steps = len(self.ranges) * o.max_train_steps
         seconds = None if step is None else step.seconds * (steps - self.finished_steps)
         memory = None if step is None else step.memory
@@ -228,6 +230,7 @@ def plan(
     random = inputs.init == "random"
     world, device = join(resolve_device(inputs.device), inputs.num_processes)
     check_installed(options)
+    observers = make_observers(options, out)
     if random and inputs.train_layers is not None:
         fix = "leave out --train-layers, or give a pretrained base"
         raise UsageError("a random start trains all layers", fix=fix)
@@ -251,7 +254,7 @@ def plan(
     recorded = check_output(base, data, ranges, options, out, layers=layers)
     records = [out / str(span) / record_name(base) for span in ranges]
     unfinished = [s for s, record in zip(ranges, records, strict=True) if not record.is_file()]
-    job = Job(base, data, options, recorded, layers, world, tell)
+    job = Job(base, data, options, recorded, layers, world, tell, observers)
     return FinetunePlan(
         job,
         ranges,

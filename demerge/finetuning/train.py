@@ -22,9 +22,13 @@ from demerge.errors import UsageError
 from demerge.expert import Expert
 from demerge.finetuning.checkpoint import disk_bytes, newest_state
 from demerge.finetuning.layers import check_layers_exist, hash_layers, trained_parameters
+from demerge.finetuning.losses import LossFiles
 from demerge.finetuning.options import FinetuneOptions
+from demerge.finetuning.power_averages import disk_bytes_of_averages
+from demerge.finetuning.previews import Previews
 from demerge.finetuning.projection import check_projection
-from demerge.finetuning.trainer import ExpertTraining, Job, TrainingStep, record_name
+from demerge.finetuning.trackers import Trackers, check_trackers
+from demerge.finetuning.trainer import ExpertTraining, Job, Observer, TrainingStep, record_name
 from demerge.provenance import check_same_settings
 from demerge.storage.atomic import check_disk_space, check_is_new, place_for
 from demerge.storage.lock import lock_folder
@@ -62,7 +66,24 @@ def finetune(
     """
     out = place_for(out)
     inputs = check_output(base, data, ranges, options, out, layers=layers)
-    yield from train_ranges(Job(base, data, options, inputs, layers), ranges, out, stop)
+    observers = make_observers(options, out)
+    job = Job(base, data, options, inputs, layers, observers=observers)
+    yield from train_ranges(job, ranges, out, stop)
+
+
+def make_observers(options: FinetuneOptions, out: Path) -> tuple[Observer, ...]:
+    """Return what watches a training: files of losses, previews and trackers.
+
+    Raises:
+        UsageError: if the package of a tracker is not installed.
+    """
+    check_trackers(options)
+    observers: list[Observer] = [LossFiles()]
+    if options.preview_steps:
+        observers.append(Previews())
+    if options.report_to:
+        observers.append(Trackers(tuple(options.report_to), out / "logs"))
+    return tuple(observers)
 
 
 def train_ranges(
@@ -117,7 +138,7 @@ def check_output(
     check_layers_exist(base.denoiser, layers or (), "layers")
     trained = trained_parameters(base.denoiser, layers)
     disk = disk_bytes(base.parameters, len(ranges), trained, options.checkpoints_total_limit)
-    check_disk_space(out, disk)
+    check_disk_space(out, disk + disk_bytes_of_averages(options, len(ranges), trained))
     identity = base.identity
     inputs = {
         "base_sha256": identity.pop("sha256"),

@@ -3,6 +3,8 @@
 run       base, data, span, options; `demerge.finetuning.step` computes a step
 OUT/state/RANGE/step-N    checkpoints        OUT/state/RANGE/log.jsonl    losses by tenth of t
 OUT/RANGE                 the finished expert, a stock pipeline with expert.json and log.jsonl
+
+Observers add files of losses and previews, and feed trackers (`demerge.finetuning.train`).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from demerge.finetuning.graph import CapturedStep
 from demerge.finetuning.layers import freeze_others
 from demerge.finetuning.optimizers import averages_itself, make_optimizer, restore, state_of
 from demerge.finetuning.options import FinetuneOptions
+from demerge.finetuning.power_averages import PowerAverages, copy_snapshots
 from demerge.finetuning.projection import attach, fold
 from demerge.finetuning.step import Rates, Step
 from demerge.finetuning.uncertainty import Uncertainty
@@ -72,6 +75,9 @@ class Observer(Protocol):
 
     def logged(self, training: ExpertTraining, line: dict[str, Any]) -> None:
         """Take a line of the log, after it is written."""
+
+    def stepped(self, training: ExpertTraining) -> None:
+        """Take note of a step that was taken, before it is logged."""
 
     def finish(self, training: ExpertTraining, folder: Path) -> None:
         """Add files to the folder of the finished expert, before it is committed."""
@@ -141,6 +147,8 @@ class ExpertTraining:
         self.parameters: dict[str, Tensor] = {
             name: p for name, p in denoiser.named_parameters() if p.requires_grad
         }
+        has_powers = options.ema_lengths and job.world.is_main
+        self.powers = PowerAverages(self.parameters, options) if has_powers else None
         learned = Uncertainty(base) if options.loss_weight == "uncertainty" else None
         if learned is not None:
             self.parameters["uncertainty"] = learned.weight
@@ -187,6 +195,7 @@ class ExpertTraining:
             while self.step < total:
                 loss = self.take_step()
                 self.step += 1
+                self._note_step()
                 is_last = self.step == total
                 is_stopping, is_due = self.world.any_of(stop(), self._is_due())
                 saves = is_stopping or is_last or is_due or self.step % o.checkpointing_steps == 0
@@ -239,7 +248,7 @@ class ExpertTraining:
             if self.options.cuda_graph == "on":
                 raise UsageError(reason, fix="give --cuda-graph off") from error
             self._may_capture = False
-            self._say(reason)
+            self.say(reason)
             return None
 
     def _halve(self, error: Exception) -> None:
@@ -255,7 +264,15 @@ class ExpertTraining:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size = -(-B // take.parts)
-        self._say(f"out of memory: batches of {size} are accumulated; the batch of a step stays")
+        self.say(f"out of memory: batches of {size} are accumulated; the batch of a step stays")
+
+    def _note_step(self) -> None:
+        """Update the power averages, and let the observers see the step."""
+        if self.powers is not None:
+            self.powers.update(self.step, self.folder)
+        if self.world.is_main:
+            for observer in self.job.observers:
+                observer.stepped(self)
 
     def read_losses(self, but: int = 0) -> float:
         """Read the losses that were not read yet, but the newest ones; return the last.
@@ -306,7 +323,8 @@ class ExpertTraining:
             key = (self.options.seed, "dropout", self.step, self.world.rank)
             torch.manual_seed(key_of(*key) % 2**63)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tell the person a line, from the first process."""
         if self.job.tell is not None and self.world.is_main:
             self.job.tell(text)
 
@@ -333,7 +351,7 @@ class ExpertTraining:
             NumericalError: if weights or their averages hold NaN or Inf; the last one stays.
         """
         self._saved_at = time.monotonic()
-        own = self.one_step.state()
+        own = self.one_step.state() | (self.powers.means if self.powers else {})
         self._check_finite("weights", self.parameters)
         self._check_finite("averaged weights", self.one_step.ema)
         if not self.world.is_main:
@@ -378,6 +396,8 @@ class ExpertTraining:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
         self.one_step.restore(tensors)
+        if self.powers is not None:
+            self.powers.restore(tensors)
         restore(self.optimizer, self.parameters, tensors, snapshot.record.optimizer)
         self.step, self.skipped = snapshot.record.step, snapshot.record.skipped
         self.one_step.parts = snapshot.record.parts
@@ -404,6 +424,7 @@ class ExpertTraining:
                 self._add_fisher(temporary, expert)
             if (log := self.folder / "log.jsonl").exists():
                 shutil.copyfile(log, temporary / log.name)
+            copy_snapshots(self.folder, temporary)
             for observer in self.job.observers:
                 observer.finish(self, temporary)
             record = Expert(
