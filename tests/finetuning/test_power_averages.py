@@ -207,3 +207,24 @@ def test_the_kept_projection_is_averaged_too(tiny: Path, data: ImageData, tmp_pa
     snapshot = load_file(run / "ema" / "0.05-00000008.safetensors")
     name = "down_blocks.0.projection.W"
     torch.testing.assert_close(made.get_parameter(name), snapshot[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_a_captured_run_has_the_same_snapshots_after_a_resume(
+    tiny: Path, data: ImageData, tmp_path: Path
+) -> None:
+    """Previews are drawn too: neither they nor the averages change a bit, and graphs take them in."""
+    base = Diffusion.load(tiny, device="cuda")
+    options = replace(FAST, cuda_graph="on")
+    plain = train(base, data, tmp_path / "plain", replace(options, ema_lengths=()))
+    watched = replace(options, preview_steps=4, num_previews=2)
+    whole = train(base, data, tmp_path / "whole", watched)
+    with pytest.raises(Preempted):
+        train(base, data, tmp_path / "cut", watched, stop_at=7)
+    again = train(base, data, tmp_path / "cut", watched)
+    assert Diffusion.load(plain).sha256 == Diffusion.load(whole).sha256
+    for path in (whole / "ema").iterdir():
+        assert (again / "ema" / path.name).read_bytes() == path.read_bytes()
+    last = load_file(whole / "ema" / "0.05-00000024.safetensors")["conv_in.weight"]
+    first = load_file(whole / "ema" / "0.05-00000003.safetensors")["conv_in.weight"]
+    assert not torch.equal(first, last)
