@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -238,6 +241,35 @@ def test_a_missing_package_is_named_before_the_training(
     assert "pip install wandb" in refused.value.fix
     with pytest.raises(UsageError, match="report_to is"):
         replace(FAST, report_to=("tensorbord",))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_accelerates_classes_work_without_an_accelerator(
+    tiny: Path, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class Service(ModuleType):
+        lines: ClassVar[list[tuple[int, dict[str, float]]]] = []
+
+        def init(self, **settings: Any) -> Service:
+            self.settings = settings
+            return self
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            Service.lines.append((step, values))
+
+        def finish(self) -> None:
+            self.is_closed = True
+
+    PartialState._reset_state()
+    service = Service(name)
+    service.__spec__ = ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, service)
+    told: list[str] = []
+    watch(Diffusion.load(tiny), data, tmp_path, Trackers((name,), tmp_path / "logs"), told)
+    assert told == [] and service.is_closed
+    assert (service.settings["project"], service.settings["name"]) == ("demerge", str(SPAN))
+    assert service.settings["config"]["max_train_steps"] == FAST.max_train_steps
+    assert [step for step, _ in Service.lines] == [2, 4, 5]
 
 
 def test_tensorboard(tiny: Path, data: ImageData, tmp_path: Path) -> None:
