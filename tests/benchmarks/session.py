@@ -5,7 +5,7 @@
 makes four experts of a model by random moves of its weights and opens a `MergeSession` for each
 method, on the CPU and on the device. Rows: `open` computes the deltas, `apply` writes the merged
 weights into the module, `gradient` takes a loss of the merged model and its gradient in the four
-merge weights. `seconds` is the median on the device, `cpu` that on the CPU, `speedup` their ratio.
+merge weights. `seconds` is the median on the device, `cpu` one run on the CPU, `speedup` their ratio.
 `--json` prints one document.
 """
 
@@ -47,15 +47,15 @@ def noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def seconds(work: Callable[[], object], device: str, repeat: int) -> float:
-    """Return the median of the seconds of some runs, after one that warms up."""
-    times = []
-    for _ in range(1 + repeat):
+    """Return the median of the seconds of some runs; a GPU warms up by one more."""
+    times, warm_up = [], int(device != "cpu")
+    for _ in range(warm_up + repeat):
         start = time.perf_counter()
         work()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[warm_up:])
 
 
 def measure(
@@ -87,8 +87,8 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
     model, _ = load(name, "cpu")
     experts = experts_of(model.denoiser)
     lines: list[dict[str, object]] = []
-    for method in METHODS:
-        cpu = measure(model.denoiser, experts, method, "cpu", asked.repeat)
+    for method in asked.methods:
+        cpu = measure(model.denoiser, experts, method, "cpu", 1)
         own = cpu
         if asked.device != "cpu":
             own = measure(model.denoiser, experts, method, asked.device, asked.repeat)
@@ -104,6 +104,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["digits", "small"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", action="store_true")
