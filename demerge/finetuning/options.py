@@ -70,7 +70,7 @@ class FinetuneOptions(Options):
     """
 
     max_train_steps: int = option(1000, "Optimizer steps per expert.", panel=TRAINING, ge=1)
-    train_batch_size: int = option(64, "Images per step.", panel=TRAINING, ge=1)
+    train_batch_size: int = option(64, "Images per batch, in each process.", panel=TRAINING, ge=1)
     gradient_accumulation_steps: int = option(
         1, "Batches per optimizer step.", panel=TRAINING, ge=1
     )
