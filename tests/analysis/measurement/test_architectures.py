@@ -221,7 +221,7 @@ def test_experts_of_a_dit_are_trained_weighed_and_judged(dit: Diffusion, tmp_pat
     from demerge.analysis.experts.responses import Draws, measure_responses
     from demerge.evaluation.metrics.range_losses import range_losses
     from demerge.finetuning import FinetuneOptions
-    from demerge.finetuning.trainer import ExpertTraining
+    from demerge.finetuning.trainer import ExpertTraining, Job
     from demerge.merging import MergeSession
     from demerge.statistics.fisher import range_fisher
     from demerge.timesteps import Partition, TimestepRange
@@ -233,9 +233,8 @@ def test_experts_of_a_dit_are_trained_weighed_and_judged(dit: Diffusion, tmp_pat
     options = FinetuneOptions(
         max_train_steps=2, train_batch_size=2, learning_rate=1e-3, checkpointing_steps=2
     )
-    run = ExpertTraining(
-        dit, data, TimestepRange(0, 500), options, tmp_path / "state", {"base_sha256": dit.sha256}
-    )
+    job = Job(dit, data, options, {"base_sha256": dit.sha256})
+    run = ExpertTraining(job, TimestepRange(0, 500), tmp_path / "state")
     assert [step.step for step in run.train(lambda: False)] == [1, 2]
     run.finish(tmp_path / "0000-0500")
     expert = Diffusion.load(tmp_path / "0000-0500")
