@@ -153,7 +153,7 @@ def test_each_expert_has_a_graph_of_its_own(tiny: Path) -> None:
     mixed = ensemble.predict(x, t.cuda())
     for i in range(6):
         alone = ensemble.predict(x[i : i + 1], int(t[i]))
-        assert float((mixed[i] - alone[0]).abs().max()) < 1e-4
+        assert float((mixed[i] - alone[0]).abs().max()) < 1e-3  # TF32
 
 
 @pytest.mark.gpu
