@@ -200,7 +200,7 @@ class FinetuneOptions(Options):
 
     def steps_between_snapshots(self) -> int:
         """Return the steps between two snapshots of `ema_lengths`."""
-        return self.ema_snapshot_steps or max(1, self.max_train_steps // SNAPSHOTS)
+        return self.ema_snapshot_steps or -(-self.max_train_steps // SNAPSHOTS)
 
     def samples_per_step(self, processes: int = 1) -> int:
         """Return the number of samples of an optimizer step, over all processes."""
