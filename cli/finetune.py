@@ -6,21 +6,28 @@ from dataclasses import replace
 
 from demerge.cli.common import DryRun, Json, execute, preview, say, stop_signals
 from demerge.cli.options import from_options
+from demerge.finetuning.executors.options import ExecutorOptions
 from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
 
 
 @from_options
 def finetune(
-    inputs: FinetuneInputs, options: FinetuneOptions, *, dry_run: DryRun = False, json: Json = False
+    inputs: FinetuneInputs,
+    options: FinetuneOptions,
+    execution: ExecutorOptions,
+    *,
+    dry_run: DryRun = False,
+    json: Json = False,
 ) -> None:
     """Finetune one expert per range of timesteps. Run the command again to resume.
 
     Each expert is a stock pipeline folder OUT/0000-0250 with expert.json and log.jsonl. Under
-    `accelerate launch` or `torchrun` the processes share each step.
+    `accelerate launch` or `torchrun` the processes share each step. With several GPUs and without
+    a launcher, each GPU trains an expert of its own.
     """
     from demerge.finetuning import plan
 
-    planned = plan(inputs, options, tell=say)
+    planned = plan(inputs, options, execution, tell=say)
     with stop_signals() as stop:
         if dry_run:
             preview(planned, json=json)

@@ -41,11 +41,14 @@ def from_options(
     groups = {name: kind for name, kind in hints.items() if _is_options(kind)}
     parameters: list[inspect.Parameter] = []
     keys: dict[str, str] = {}
+    unrecorded = set(HOW_TO_RUN)
     for kind in groups.values():
         types = types_of(kind)
         for field in dataclasses.fields(kind):
             parameters.append(_parameter(field, types[field.name]))
             keys[field.name] = _key(_flags(field))
+            if not spec_of(field).recorded:
+                unrecorded.add(field.name)
     others = {n: p for n, p in inspect.signature(command).parameters.items() if n not in groups}
     parameters += [p.replace(annotation=hints[name]) for name, p in others.items()]
     parameters += [_parameter_of("config", CONFIG)]
@@ -58,7 +61,7 @@ def from_options(
         recorded = {
             keys.get(name, name): value
             for name, value in values.items()
-            if name not in HOW_TO_RUN and value is not None
+            if name not in unrecorded and value is not None
         }
         try:
             options = {name: _build(kind, values) for name, kind in groups.items()}
@@ -141,7 +144,8 @@ def _parameter(field: dataclasses.Field[Any], type_: Any) -> inspect.Parameter:
         type_, default = list[str] | None, None
     elif spec.parse is not None:
         type_ = str if default is inspect.Parameter.empty else str | None
-        default = default if default is None or isinstance(default, str) else _text(default)
+        if not (default is None or isinstance(default, str)):
+            default = (spec.write or _text)(default)
     if spec.argument:
         annotation: Any = Annotated[type_, typer.Argument(**shown)]
     else:

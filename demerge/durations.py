@@ -22,6 +22,11 @@ def parse_seconds(text: str) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
+def write_seconds(seconds: float) -> str:
+    """Return seconds as `parse_seconds` reads them."""
+    return f"{seconds:f}s"
+
+
 def format_seconds(seconds: float) -> str:
     """Return seconds for a person: `3.2 s`, `42 s`, `7 min`, `2.5 h`."""
     if seconds < 10:

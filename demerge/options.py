@@ -44,6 +44,8 @@ class Spec:
         parse: makes the value out of the text of the command line or of a config file.
         shown_default: the words for the default where None stands for something else.
         multiple: whether the command line takes it several times; `parse` gets all the texts.
+        write: the inverse of `parse`, if that does not read `str(value)`.
+        recorded: whether OUT/COMMAND.yaml holds it: how work is shared out is no part of it.
     """
 
     help: str
@@ -58,6 +60,8 @@ class Spec:
     parse: Callable[[Any], Any] | None = None
     shown_default: str | None = None
     multiple: bool = False
+    write: Callable[[Any], str] | None = None
+    recorded: bool = True
 
     @property
     def rule(self) -> str:
@@ -151,6 +155,25 @@ class Options:
         """Return the options as JSON values."""
         values = asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def config_of(*groups: Options) -> dict[str, Any]:
+    """Return options as a file for `--config` holds them; those that are None are left out."""
+    values = {}
+    for group in groups:
+        for of in fields(group):
+            spec, value = spec_of(of), getattr(group, of.name)
+            if value is None:
+                continue
+            if spec.multiple:
+                value = [str(each) for each in value]
+            elif spec.write is not None:
+                value = spec.write(value)
+            elif isinstance(value, Path):
+                value = str(value)
+            name = max(spec.flags or (of.name,), key=len).lstrip("-")
+            values[name.replace("-", "_")] = value
+    return values
 
 
 Split = Literal["train", "test", "all"]

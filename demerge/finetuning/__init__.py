@@ -1,9 +1,10 @@
 """Decoupled finetuning: one expert per range of timesteps, and the joint control, from one loop.
 
-`options` the options, `planning` the plan and its cost, `train` the loop over ranges, `trainer` the
-training of one expert, `objective` its loss, `projection` the foldable W, `layers` which layers
-train, `checkpoint` its state on disk. `losses`, `previews` and `trackers` watch a training;
-`power_averages` are stored by it, and `reaveraging` makes an expert of them.
+`options` the options, `planning` the plan and its cost, `executors` who trains the ranges,
+`train` the loop over ranges, `trainer` the training of one expert, `objective` its loss,
+`projection` the foldable W, `layers` which layers train, `checkpoint` its state on disk.
+`losses`, `previews` and `trackers` watch a training; `power_averages` are stored by it, and
+`reaveraging` makes an expert of them.
 """
 
 from __future__ import annotations

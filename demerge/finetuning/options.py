@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from demerge.durations import parse_seconds
+from demerge.durations import parse_seconds, write_seconds
 from demerge.errors import UsageError
 from demerge.options import (
     DataOptions,
@@ -158,6 +158,7 @@ class FinetuneOptions(Options):
         "Also save after this time, for example 90s, 30m or 2h.",
         panel=STATE,
         parse=parse_seconds,
+        write=write_seconds,
         shown_default="by steps alone",
         metavar="TIME",
     )
@@ -241,6 +242,7 @@ class FinetuneInputs(DataOptions, DeviceOptions):
         parse=tuple,
         multiple=True,
         metavar="RANGE",
+        recorded=False,
     )
     num_processes: int | None = option(
         None,

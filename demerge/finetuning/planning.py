@@ -17,6 +17,10 @@ from demerge.diffusion.numerics import fitting_threads
 from demerge.durations import format_seconds
 from demerge.errors import UsageError
 from demerge.finetuning.checkpoint import disk_bytes
+from demerge.finetuning.executors.choice import choose
+from demerge.finetuning.executors.local import LocalExecutor
+from demerge.finetuning.executors.options import ExecutorOptions
+from demerge.finetuning.executors.tasks import Executor, Task
 from demerge.finetuning.layers import load_layers, trained_parameters
 from demerge.finetuning.objective import loss_weights
 from demerge.finetuning.optimizers import check_installed
@@ -50,13 +54,18 @@ def parse_ranges(text: str, T: int) -> tuple[Partition, int]:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """The experts of a finetune."""
+    """The experts of a finetune.
+
+    Attributes:
+        notes: lines of the executor, such as how to submit the jobs that it wrote.
+    """
 
     plan: FinetunePlan
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """Return nothing: the experts and their logs are on disk."""
-        return []
+        """Return the notes: the experts and their logs are on disk."""
+        return list(self.notes)
 
     def document(self) -> dict[str, Any]:
         """Return the plan, which names the experts, as JSON values."""
@@ -82,7 +91,9 @@ class FinetunePlan:
         trained: the number of parameters that train.
         condition: what the denoiser takes besides x_t and t; None if nothing.
         ranked_for: the ranges that the job's layers were chosen for.
-        step: what a step takes, measured; None if nothing is left to do.
+        step: what a step takes, measured; None if nothing is left to do here.
+        executor: runs the tasks; None if this process trains the ranges one after the other.
+        tasks: one for each unfinished range.
         stop: as in `demerge.finetuning.finetune`.
     """
 
@@ -95,6 +106,8 @@ class FinetunePlan:
     ranked_for: tuple[TimestepRange, ...] = ()
     step: StepCost | None = None
     stop: Stop = never
+    executor: Executor | None = None
+    tasks: tuple[Task, ...] = ()
 
     @property
     def base(self) -> Diffusion:
@@ -161,6 +174,8 @@ class FinetunePlan:
             lines.append(
                 f"shared  by {job.world.size} processes, {o.samples_per_step()} images each"
             )
+        if self.executor is not None and self.tasks:
+            lines.append(f"tasks   {self.executor.describe(len(self.tasks))}")
         if self.step is not None and cost.seconds is not None:
             seconds = self.step.seconds
             speed = f"{1e3 * seconds:.3g} ms a step, {batch / seconds:,.0f} images/s"
@@ -178,6 +193,8 @@ class FinetunePlan:
 
     def run(self, progress: Progress = silent) -> FinetuneResult:
         """Train the experts that are not finished; see `demerge.finetuning.finetune`."""
+        if self.executor is not None:
+            return self._run_tasks(self.executor, progress)
         total, finished = self.cost().steps, self.finished_steps
         batch = self.options.samples_per_step(self.job.world.size)
         start, first = 0.0, 0
@@ -192,6 +209,19 @@ class FinetunePlan:
             if step.step == step.total:
                 finished += step.total
         return FinetuneResult(replace(self, finished_steps=finished))
+
+    def _run_tasks(self, executor: Executor, progress: Progress) -> FinetuneResult:
+        """Let the executor train the experts that are not finished."""
+        all_steps, finished = self.cost().steps, self.finished_steps
+        notes: list[str] = []
+        if self.tasks:
+
+            def add_finished(done: int, total: int, text: str = "") -> None:
+                progress(finished + done, all_steps, text)
+
+            notes = executor.run(self.tasks, add_finished, self.stop)
+        finished += sum(task.steps for task in self.tasks if task.is_finished())
+        return FinetuneResult(replace(self, finished_steps=finished), tuple(notes))
 
 
 def measure_step(job: Job, span: TimestepRange) -> StepCost:
@@ -211,6 +241,7 @@ def measure_step(job: Job, span: TimestepRange) -> StepCost:
 def plan(
     inputs: FinetuneInputs,
     options: FinetuneOptions,
+    execution: ExecutorOptions | None = None,
     *,
     tell: Callable[[str], None] | None = None,
 ) -> FinetunePlan:
@@ -228,7 +259,10 @@ def plan(
     """
     out = place_for(inputs.out)
     random = inputs.init == "random"
-    world, device = join(resolve_device(inputs.device), inputs.num_processes)
+    executor = choose(execution or ExecutorOptions(), inputs.device)
+    device = "cpu" if executor else resolve_device(inputs.device)  # else the tasks need the GPUs
+    world, device = join(device, inputs.num_processes)
+    wanted = options
     check_installed(options)
     observers = make_observers(options, out)
     if random and inputs.train_layers is not None:
@@ -254,16 +288,22 @@ def plan(
     recorded = check_output(base, data, ranges, options, out, layers=layers)
     records = [out / str(span) / record_name(base) for span in ranges]
     unfinished = [s for s, record in zip(ranges, records, strict=True) if not record.is_file()]
+    if isinstance(executor, LocalExecutor) and len(unfinished) < 2:
+        executor, base = None, base.to(resolve_device(inputs.device))
+    steps = options.max_train_steps
+    tasks = tuple(Task(span, inputs, wanted, steps) for span in unfinished)
     job = Job(base, data, options, recorded, layers, world, tell, observers)
     return FinetunePlan(
         job,
         ranges,
         out,
-        (len(ranges) - len(unfinished)) * options.max_train_steps,
+        (len(ranges) - len(unfinished)) * steps,
         trained_parameters(base.denoiser, layers),
         condition,
         ranked_for,
-        measure_step(job, unfinished[0]) if unfinished else None,
+        measure_step(job, unfinished[0]) if unfinished and executor is None else None,
+        executor=executor,
+        tasks=() if executor is None else tasks,
     )
 
 

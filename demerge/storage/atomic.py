@@ -169,6 +169,13 @@ def append_line(path: Path, line: str) -> None:
         stream.write(line.rstrip("\n") + "\n")
 
 
+def open_log(path: Path) -> BinaryIO:
+    """Open a log to append what another program prints; its folder is created if missing."""
+    with _explain_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab")
+
+
 def truncate(path: Path, size: int) -> None:
     """Shorten a log to its first `size` bytes."""
     with _explain_errors(path):

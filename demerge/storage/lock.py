@@ -13,6 +13,10 @@ from demerge.errors import ResourceError, UsageError
 NAME = "lock"
 
 
+class FolderInUse(UsageError):
+    """Another process holds the lock of a folder."""
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, which is created if missing, while the block runs.
@@ -21,7 +25,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         ResourceError: if the folder cannot be written.
-        UsageError: if another process holds the lock, with its number and host.
+        FolderInUse: if another process holds the lock, with its number and host.
     """
     try:
         import fcntl
@@ -41,7 +45,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read(200).strip() or "unknown"
             what = f"another process ({holder}) is working in {folder.parent}"
-            raise UsageError(what, fix="wait for it to end, or choose another folder") from None
+            raise FolderInUse(what, fix="wait for it to end, or choose another folder") from None
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
