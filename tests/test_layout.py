@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -354,7 +355,7 @@ def test_nothing_big_is_shipped():
 
 
 def required(dependency: str) -> str:
-    return dependency.split(">", maxsplit=1)[0].lower().replace("_", "-")
+    return re.split(r"[\[>]", dependency)[0].lower().replace("_", "-")
 
 
 def test_constraints_pin_every_dependency():
@@ -377,7 +378,7 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
     core = {required(dependency) for dependency in PROJECT["project"]["dependencies"]}
     extras = {
         required(d)
-        for extra in ("sd", "data")
+        for extra in ("sd", "data", "cluster")
         for d in PROJECT["project"]["optional-dependencies"][extra]
     }
     assert imported - extras == core

@@ -65,7 +65,6 @@ class ExecutorOptions(Options):
         86400.0,
         "Time of a Slurm job.",
         panel=PANEL,
-        ge=300,
         parse=parse_seconds,
         write=write_seconds,
         shown_default="24h",
@@ -87,6 +86,7 @@ class ExecutorOptions(Options):
         super().__post_init__()
         if isinstance(self.sbatch, Mapping):
             object.__setattr__(self, "sbatch", tuple(self.sbatch.items()))
+        self.require("time_limit", self.time_limit >= 300, "at least 5m")
         is_slurm = self.executor == "slurm"
         self.require("submit", is_slurm or not self.submit, "False without --executor slurm")
         self.require("sbatch", is_slurm or not self.sbatch, "empty without --executor slurm")

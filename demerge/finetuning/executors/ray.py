@@ -57,17 +57,25 @@ class RayExecutor:
         """
         is_ours = not self.ray.is_initialized()
         if is_ours:
-            try:
-                self.ray.init(log_to_driver=False)
-            except ConnectionError as error:
-                fix = "start a cluster with ray start --head, and set RAY_ADDRESS"
-                raise UsageError(f"no Ray cluster answers: {error}", fix=fix) from error
+            self._connect()
         try:
             settle(self._run(tasks, progress, stop), len(tasks))
         finally:
             if is_ours:
                 self.ray.shutdown()
         return []
+
+    def _connect(self) -> None:
+        """Connect to the cluster; the handler of SIGTERM stays, which Ray would replace."""
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            self.ray.init(log_to_driver=False)
+        except ConnectionError as error:
+            fix = "start a cluster with ray start --head, and set RAY_ADDRESS"
+            raise UsageError(f"no Ray cluster answers: {error}", fix=fix) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)
 
     def _run(self, tasks: Sequence[Task], progress: Progress, stop: Stop) -> list[Outcome]:
         has_gpus = self.device != "cpu" and self.ray.cluster_resources().get("GPU", 0) >= 1

@@ -83,6 +83,7 @@ def test_a_task_waits_for_the_lock_of_a_process_that_ends(
         ({"submit": True}, "submit is True"),
         ({"executor": "ray", "num_workers": 2}, "num_workers is 2"),
         ({"retries": -1}, "retries is -1"),
+        ({"time_limit": 60.0}, "time_limit is 60.0"),
         ({"executor": "pbs"}, "executor is 'pbs'"),
     ],
 )
