@@ -58,7 +58,7 @@ def test_a_config_holds_every_option(run, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr("demerge.finetuning.plan", plan, raising=False)
     done = run("finetune", "--config", config, "--num-workers", 1, "--only", SPAN)
     assert "enough" in done.err
-    assert read[0].document() == replace(inputs, only=(SPAN,)).document()
+    assert read[0].document() == replace(inputs, only=(str(SPAN),)).document()
     assert read[1].document() == options.document()
     assert read[2] == ExecutorOptions(num_workers=1)
 

@@ -104,7 +104,7 @@ def run_task(task: Task, stop: Stop = never, patience: float = 0.0) -> Outcome:
     """
     from demerge.finetuning.planning import plan
 
-    inputs = replace(task.inputs, only=(task.span,))
+    inputs = replace(task.inputs, only=(str(task.span),))
     deadline = time.monotonic() + patience
     while True:
         try:

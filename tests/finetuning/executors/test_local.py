@@ -49,17 +49,29 @@ def test_two_processes_write_the_bytes_of_one(tiny: Path, tmp_path: Path) -> Non
     assert again.run().plan.finished_steps == 6
 
 
-def test_a_failure_is_named_and_the_others_go_on(tiny: Path, tmp_path: Path) -> None:
+FAILS_ONCE = """
+import pathlib, sys
+out, span = pathlib.Path(sys.argv[1]), sys.argv[2]
+if span == "0000-0334":
+    print("demerge: no such data\\n  fix: look for it", file=sys.stderr)
+    sys.exit(3)
+(out / span).mkdir()
+(out / span / "expert.json").write_text("{}")
+"""
+
+
+def test_a_failure_is_named_and_the_others_go_on(tiny: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "e"
+    command = [sys.executable, "-S", "-c", FAILS_ONCE, str(out)]
+    monkeypatch.setattr("demerge.finetuning.executors.local.command_of", lambda config: command)
     planned = plan(inputs(tiny, out, "uniform:3"), FAST, TWO)
-    out.mkdir()
-    (out / "0000-0334").write_text("in the way")  # after the plan, so that only the child sees it
     names = [str(task.span) for task in planned.tasks]
-    (out / "0000-0334").rename(out / names[0])
-    with pytest.raises(TasksFailed, match=f"1 of 3 experts failed: {names[0]}") as failed:
+    assert names[0] == "0000-0334"
+    with pytest.raises(TasksFailed) as failed:
         planned.run()
-    assert failed.value.exit_code in (2, 3)
-    assert f"local/{names[0]}.log" in failed.value.what
+    assert failed.value.exit_code == 3
+    end = f"no such data; fix: look for it (see {out}/local/0000-0334.log)"
+    assert failed.value.what == f"1 of 3 experts failed: 0000-0334 (exit code 3): {end}"
     assert all((out / name / "expert.json").is_file() for name in names[1:])
 
 
@@ -82,20 +94,24 @@ def test_a_stop_signal_reaches_each_process_once(tiny: Path, tmp_path: Path) -> 
         assert list((out / "state" / name).glob("step-*"))
 
 
-def test_ctrl_c_and_sigterm_end_the_command_with_their_codes(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_end_the_command_with_their_codes(
+    tiny: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     words = ["--data", "digits", "--device", "cpu", "--ranges", "uniform:2", "--num-workers", "2"]
     words += ["--logging-steps", "1", "--max-train-steps", "100000", "--train-batch-size", "2"]
     command = [sys.executable, "-m", "demerge.cli.main", "finetune", str(tiny), *words]
     out = tmp_path / "e"
     process = subprocess.Popen([*command, "-o", str(out)], stderr=subprocess.PIPE, text=True)
-    log = out / "state" / "0000-0500" / "log.jsonl"
+    logs = [out / "state" / name / "log.jsonl" for name in ("0000-0500", "0500-1000")]
     deadline = time.monotonic() + 240
-    while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not all(log.exists() for log in logs) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=240)
-    assert (process.returncode, "of 2 experts are not finished" in err) == (75, True)
-    assert list((out / "state" / "0000-0500").glob("step-*"))
+    assert (process.returncode, "2 of 2 experts are not finished" in err) == (code, True)
+    assert all(list(log.parent.glob("step-*")) for log in logs)
 
 
 def test_each_process_gets_a_gpu(monkeypatch) -> None:

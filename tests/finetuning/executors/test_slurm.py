@@ -17,6 +17,7 @@ from demerge.finetuning import FinetuneInputs, FinetuneOptions, plan
 from demerge.finetuning.executors.options import ExecutorOptions
 from demerge.finetuning.executors.slurm import SlurmExecutor
 from demerge.finetuning.executors.tasks import Task
+from demerge.progress import silent
 from demerge.timesteps import TimestepRange
 
 FAST = FinetuneOptions(max_train_steps=2, train_batch_size=2, logging_steps=1)
@@ -111,22 +112,29 @@ def test_hostile_paths_are_quoted(tiny: Path, tmp_path: Path, monkeypatch) -> No
     assert {p.name for p in tmp_path.iterdir()} == {HOSTILE, "tools", "log"}
 
 
+SAVES = 'trap "sleep 0.3; touch saved; exit 75" USR1; touch begun; while :; do sleep 0.05; done'
+
+
 @pytest.mark.parametrize(("restarts", "requeued"), [("0", "requeue 4711\n"), ("5", "")])
 def test_a_job_saves_and_is_queued_again(
-    tiny: Path, tmp_path: Path, restarts: str, requeued: str
+    tmp_path: Path, monkeypatch, restarts: str, requeued: str
 ) -> None:
-    out = tmp_path / "e"
-    options = FinetuneOptions(max_train_steps=100_000, train_batch_size=2, logging_steps=1)
-    plan(inputs(tiny, out), options, ExecutorOptions(executor="slurm")).run()
-    path = out / "slurm" / "finetune.sbatch"
-    tools, log = tmp_path / "tools", tmp_path / "log"
+    """The script waits for the child, which saves after the signal, and keeps its exit code."""
+    work, tools, log = tmp_path / "work", tmp_path / "tools", tmp_path / "log"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    command = ["bash", "-c", SAVES]
+    monkeypatch.setattr("demerge.finetuning.executors.slurm.command_of", lambda config: command)
+    task = Task(SPANS[0], inputs("m", work / "e"), FAST, 2)
+    SlurmExecutor(ExecutorOptions(executor="slurm"), "cpu").run([task], silent)
+    path = work / "e" / "slurm" / "finetune.sbatch"
     process = run_script(path, 0, tools, log, SLURM_RESTART_COUNT=restarts)
-    begun, deadline = out / "state" / "0000-0500" / "log.jsonl", time.monotonic() + 240
-    while not begun.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    deadline = time.monotonic() + 60
+    while not (work / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)  # to the shell alone, as B: in --signal says
-    assert process.wait(240) == 75, log.read_text()
-    assert list((out / "state" / "0000-0500").glob("step-*"))
+    assert process.wait(60) == 75, log.read_text()
+    assert (work / "saved").exists()
     notes = tools / "notes"
     assert (notes.read_text() if notes.exists() else "") == requeued
 
