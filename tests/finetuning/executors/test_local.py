@@ -52,7 +52,7 @@ def test_two_processes_write_the_bytes_of_one(tiny: Path, tmp_path: Path) -> Non
 FAILS_ONCE = """
 import pathlib, sys
 out, span = pathlib.Path(sys.argv[1]), sys.argv[2]
-if span == "0000-0334":
+if span == "0000-0333":
     print("demerge: no such data\\n  fix: look for it", file=sys.stderr)
     sys.exit(3)
 (out / span).mkdir()
@@ -66,12 +66,12 @@ def test_a_failure_is_named_and_the_others_go_on(tiny: Path, tmp_path: Path, mon
     monkeypatch.setattr("demerge.finetuning.executors.local.command_of", lambda config: command)
     planned = plan(inputs(tiny, out, "uniform:3"), FAST, TWO)
     names = [str(task.span) for task in planned.tasks]
-    assert names[0] == "0000-0334"
+    assert names[0] == "0000-0333"
     with pytest.raises(TasksFailed) as failed:
         planned.run()
     assert failed.value.exit_code == 3
-    end = f"no such data; fix: look for it (see {out}/local/0000-0334.log)"
-    assert failed.value.what == f"1 of 3 experts failed: 0000-0334 (exit code 3): {end}"
+    end = f"no such data; fix: look for it (see {out}/local/0000-0333.log)"
+    assert failed.value.what == f"1 of 3 experts failed: 0000-0333 (exit code 3): {end}"
     assert all((out / name / "expert.json").is_file() for name in names[1:])
 
 
