@@ -44,7 +44,7 @@ class SamplingOptions(Options):
     )
     batch_size: int = option(64, "Images per forward pass.", panel=SAMPLING, ge=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "no", "Autocast dtype of the denoiser.", panel=SAMPLING
+        "no", "dtype of the denoiser: weights in bf16, or autocast to fp16.", panel=SAMPLING
     )
 
 
