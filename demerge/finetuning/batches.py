@@ -1,20 +1,25 @@
-"""The batches of a training run, made ahead by a thread.
+"""The batches of a training run, made ahead.
 
 Image, flip, timestep, noise and dropped caption of a sample are functions of (seed, step, sample)
 alone. Sample numbers count over the whole step: over its batches, and over the processes that share
 it. So neither the number of processes nor the size of a batch changes what a step sees.
 
-While the device works on one step, a thread draws the next one, and puts it into pinned memory if
-the device is a GPU.
+While the device works on one step, the next one is drawn: by a thread on the CPU, where a step is
+long, and by a process for a GPU, since a thread would keep the interpreter from launching kernels.
+The values are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from demerge.data import ImageData
 from demerge.data.values import as_floats
@@ -68,13 +73,64 @@ class _Drawn:
     labels: list[int] | None
     u: Tensor | None  # decides whose label is dropped
 
-    def pinned(self) -> _Drawn:
+    def pin_memory(self) -> _Drawn:
+        """Return the batch in pinned memory; torch's loader calls it."""
         pin = {name: getattr(self, name).pin_memory() for name in ("images", "noise", "t")}
         return replace(self, **pin)
 
 
+Draw = Callable[[int], list[_Drawn]]
+
+
+class _Steps(IterableDataset[list[_Drawn]]):
+    """What each step draws, in order."""
+
+    def __init__(self, draw: Draw, steps: range) -> None:
+        self.draw, self.steps = draw, steps
+
+    def __iter__(self) -> Iterator[list[_Drawn]]:
+        return map(self.draw, self.steps)
+
+
+def _by_thread(draw: Draw, steps: range) -> Iterator[list[_Drawn]]:
+    """Yield what each step draws; a thread is one step ahead."""
+    with ThreadPoolExecutor(1, thread_name_prefix="demerge-batches") as thread:
+        ahead = None
+        for step in steps:
+            drawn = (ahead or thread.submit(draw, step)).result()
+            following = step + 1
+            ahead = thread.submit(draw, following) if following in steps else None
+            yield drawn
+
+
+def _by_process(draw: Draw, steps: range) -> Iterator[list[_Drawn]]:
+    """Yield what each step draws; a forked process is two steps ahead."""
+    return iter(
+        DataLoader(
+            _Steps(draw, steps),
+            batch_size=None,
+            num_workers=1,
+            prefetch_factor=2,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork",
+            worker_init_fn=_leave_signals,
+        )
+    )
+
+
+def _leave_signals(worker: int) -> None:
+    """Let the parent alone answer signals; it ends this process."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Batches:
-    """The batches of each step of one process."""
+    """The batches of each step of one process.
+
+    Args:
+        by_process: whether a process draws ahead; by default for a GPU on Linux.
+    """
 
     def __init__(
         self,
@@ -83,29 +139,34 @@ class Batches:
         span: TimestepRange,
         options: FinetuneOptions,
         world: World = ALONE,
+        by_process: bool | None = None,
     ) -> None:
         self.base, self.data, self.span, self.options = base, data, span, options
         self.world = world
         self._orders: dict[int, list[int]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="demerge-batches")
-        self._ahead: tuple[int, Future[list[_Drawn]]] | None = None
+        if by_process is None:
+            by_process = base.device.type == "cuda" and sys.platform == "linux"
+        self._make = _by_process if by_process else _by_thread
+        self._ahead: Iterator[list[_Drawn]] | None = None
+        self._next = -1
 
     def step(self, step: int) -> list[Batch]:
         """Return the batches of a step on the model's device, one for each accumulation.
 
         The next step is begun.
         """
-        if self._ahead is None or self._ahead[0] != step:
-            self._ahead = (step, self._thread.submit(self._draw_step, step))
-        drawn = self._ahead[1].result()
-        following = step + 1
-        if following < self.options.max_train_steps:
-            self._ahead = (following, self._thread.submit(self._draw_step, following))
-        return [self._encode(batch) for batch in drawn]
+        end = self.options.max_train_steps
+        if self._ahead is None or step != self._next or step >= end:
+            self.close()
+            self._ahead = self._make(self._draw_step, range(step, max(step + 1, end)))
+        self._next = step + 1
+        return [self._encode(batch) for batch in next(self._ahead)]
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the thread or the process."""
+        if isinstance(self._ahead, Generator):
+            self._ahead.close()
+        self._ahead = None
 
     def _draw_step(self, step: int) -> list[_Drawn]:
         o, world = self.options, self.world
@@ -138,8 +199,7 @@ class Batches:
             noise[[s % 2 == 1 for s in samples]] *= -1
         t = draw_timesteps(self.span, self.base.T, o, step, sources)
         u = draw("label") if self.base.classes is not None else None
-        drawn = _Drawn(images, noise, t, captions, labels, u)
-        return drawn.pinned() if self.base.device.type == "cuda" else drawn
+        return _Drawn(images, noise, t, captions, labels, u)
 
     def _encode(self, drawn: _Drawn) -> Batch:
         device, classes = self.base.device, self.base.classes

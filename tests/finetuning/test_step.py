@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +200,19 @@ def test_antithetic_samples_come_in_pairs(base: Diffusion, data: ImageData) -> N
     assert not torch.equal(batch.x0[0], batch.x0[2])
     with pytest.raises(UsageError, match="train_batch_size is 3"):
         replace(FAST, antithetic=True, train_batch_size=3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_a_process_draws_what_a_thread_draws(base: Diffusion, data: ImageData) -> None:
+    options = replace(FAST, random_flip=True, gradient_accumulation_steps=2)
+    thread, process = (Batches(base, data, SPAN, options, by_process=p) for p in (False, True))
+    for step in (0, 1, 3, 2, 3):  # in order, and after a jump
+        for mine, theirs in zip(thread.step(step), process.step(step), strict=True):
+            pairs = zip(mine.tensors(), theirs.tensors(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+    thread.close()
+    process.close()
+    assert not multiprocessing.active_children()
 
 
 def test_uncertainty_learns_the_error_of_each_timestep(
