@@ -39,6 +39,8 @@ docs: .venv/installed-docs
 bench: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/merge.py --size tiny
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/conflict.py --models digits --repeat 1
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/finetune.py --models digits --repeat 3
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/sample.py --models digits --repeat 3
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
