@@ -26,8 +26,8 @@ Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class Forward:
     """The predictions of a model: in float32, with weights in bf16, or in fp16 by autocast.
 
-    Weights in bf16 are a copy. They are faster than autocast, which casts them at each pass, and as
-    near to float32; fp16 needs autocast, which keeps what may overflow in float32.
+    Weights in bf16 are a copy. They are faster than autocast, which casts them at each pass, and
+    nearly as exact; fp16 needs autocast, which keeps what may overflow in float32.
     """
 
     def __init__(self, model: Diffusion, mixed_precision: str = "no") -> None:
