@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demerge.diffusion.cuda_graph import capture
 from demerge.diffusion.model import Diffusion
+from demerge.diffusion.numerics import DTYPES
 from demerge.diffusion.routing import RoutedDenoiser
 
-WARM_UP = 3
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -31,7 +31,7 @@ class Forward:
     """
 
     def __init__(self, model: Diffusion, mixed_precision: str = "no") -> None:
-        self.model, self.dtype = model, DTYPES.get(mixed_precision)
+        self.model, self.dtype = model, DTYPES[mixed_precision]
         self.captures = model.device.type == "cuda"
         self._models: dict[nn.Module, Diffusion] = {}
         self._graphs: dict[tuple[object, ...], CapturedForward] = {}
@@ -116,17 +116,9 @@ class CapturedForward:
         self.x, self.t = x.clone(), t.to(x.device).expand(len(x)).clone()
         self.condition = None if condition is None else condition.clone()
         self._source = condition
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    compute(self.x, self.t, self.condition)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            # another thread may use the device meanwhile
-            with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
-                self.prediction = compute(self.x, self.t, self.condition)
+        self.graph, self.prediction = capture(
+            lambda: compute(self.x, self.t, self.condition), x.device, pool
+        )
 
     def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """Replay the pass; the returned tensor holds until the next call."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LITTLE = 4e9  # floating point operations of a forward pass: about 0.1 s of one core
 _FLOPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
+# what `mixed_precision` stands for
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def accumulator(shape: Sequence[int], device: torch.device) -> Tensor:
     """Return zeros in float64 on a device, or on the CPU if the device has no float64."""

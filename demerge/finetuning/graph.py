@@ -1,22 +1,19 @@
 """The whole step as one CUDA graph: captured once, then replayed with the next batch's values.
 
-A small model on a fast GPU is bound by the launches of its kernels. A replay launches all of them
-at once. What it needs: every batch has the same shapes, the batch lies in buffers of its own, the
-rates are scalars on the device, and no kernel waits for the host. `demerge.finetuning.step` is
-written for that. The steps before the capture compute everything and change nothing (`Step.hold`).
+What it needs, besides what all graphs do (`demerge.diffusion.cuda_graph`): every batch has the same
+shapes, and the rates are scalars on the device. `demerge.finetuning.step` is written for that. The
+steps before the capture compute everything and change nothing (`Step.hold`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from demerge.diffusion.cuda_graph import capture
 from demerge.finetuning.batches import Batch
 from demerge.finetuning.step import Rates, Step
-
-WARM_UP = 3
 
 
 class CapturedStep:
@@ -27,21 +24,10 @@ class CapturedStep:
     """
 
     def __init__(self, step: Step, batches: Sequence[Batch], rates: Rates) -> None:
-        self.step, self.rates = step, rates
         self.batches = [batch.copy() for batch in batches]
         step.hold.fill_(1)
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    step(self.batches, rates)
-            torch.cuda.current_stream().wait_stream(stream)
-            step.optimizer.zero_grad(set_to_none=True)
-            self.graph = torch.cuda.CUDAGraph()
-            # a thread may pin the memory of the next batch meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.loss = step(self.batches, rates)
+            self.graph, self.loss = capture(lambda: step(self.batches, rates), step.device)
         finally:
             step.hold.fill_(0)
 

@@ -12,24 +12,16 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from demerge.finetuning.trainer import ExpertTraining, Observer
 from demerge.storage.atomic import commit_bytes, commit_text
-
-if TYPE_CHECKING:
-    from demerge.finetuning.trainer import ExpertTraining
 
 Line = Mapping[str, Any]
 
 
-class LossFiles:
+class LossFiles(Observer):
     """Writes losses.csv and losses.svg next to the log of a finished expert."""
-
-    def logged(self, training: ExpertTraining, line: dict[str, Any]) -> None:
-        """Do nothing: the log itself is read in the end."""
-
-    def stepped(self, training: ExpertTraining) -> None:
-        """Do nothing."""
 
     def finish(self, training: ExpertTraining, folder: Path) -> None:
         """Write both files, if there is a log."""

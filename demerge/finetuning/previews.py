@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,24 +19,19 @@ from demerge.diffusion.model import Diffusion
 from demerge.diffusion.options import SamplingOptions
 from demerge.diffusion.sampling import sample
 from demerge.errors import DemergeError
+from demerge.finetuning.trainer import ExpertTraining, Observer
 from demerge.reporting.images import grid, png
 from demerge.storage.atomic import commit_bytes
-
-if TYPE_CHECKING:
-    from demerge.finetuning.trainer import ExpertTraining
 
 STEPS = 20  # of the sampler
 SMALLEST = 64  # pixels that an image has in a strip, at least
 
 
-class Previews:
+class Previews(Observer):
     """Writes a strip of images every `preview_steps` steps and after the last one."""
 
     def __init__(self) -> None:
         self._of_base: Tensor | None = None
-
-    def logged(self, training: ExpertTraining, line: dict[str, Any]) -> None:
-        """Do nothing."""
 
     def stepped(self, training: ExpertTraining) -> None:
         """Write a preview if one is due; say so if it cannot be drawn."""

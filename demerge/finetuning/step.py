@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from demerge.diffusion.model import Diffusion, squared_error
+from demerge.diffusion.numerics import DTYPES
 from demerge.finetuning import objective
 from demerge.finetuning.batches import Batch
 from demerge.finetuning.options import FinetuneOptions
@@ -164,7 +165,7 @@ class Step:
         return losses, error
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.mixed_precision)
+        dtype = DTYPES[self.options.mixed_precision]
         if dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype, cache_enabled=False)

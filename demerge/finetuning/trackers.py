@@ -12,15 +12,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from demerge.errors import UsageError
 from demerge.finetuning import objective
 from demerge.finetuning.losses import name_bins
 from demerge.finetuning.options import FinetuneOptions
-
-if TYPE_CHECKING:
-    from demerge.finetuning.trainer import ExpertTraining
+from demerge.finetuning.trainer import ExpertTraining, Observer
 
 PROJECT = "demerge"
 
@@ -37,7 +35,7 @@ def check_trackers(options: FinetuneOptions) -> None:
             raise UsageError(what, fix=f"pip install {name}, or leave the option out")
 
 
-class Trackers:
+class Trackers(Observer):
     """Sends each line of the log to the trackers; each expert is a run of its own.
 
     Args:

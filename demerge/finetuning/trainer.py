@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class TrainingStep:
     skipped: int
 
 
-class Observer(Protocol):
+class Observer:
     """What watches a training, in the first process, and never changes it."""
 
     def logged(self, training: ExpertTraining, line: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class _Reading:
             self._value = torch.empty((), pin_memory=True)
             self._value.copy_(loss, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(loss.device))
 
     def loss(self) -> float:
         """Return the loss, as soon as its step is done."""
@@ -253,17 +253,17 @@ class ExpertTraining:
 
     def _halve(self, error: Exception) -> None:
         """Compute each batch in twice as many pieces, and say so."""
-        B, take = self.options.train_batch_size, self.one_step
+        B, step = self.options.train_batch_size, self.one_step
         is_shared = self.world.size > 1
-        if take.parts >= B or is_shared:
+        if step.parts >= B or is_shared:
             fix = "give a smaller --train-batch-size, or --gradient-checkpointing"
-            what = f"range {self.range}: {-(-B // take.parts)} images do not fit the memory"
+            what = f"range {self.range}: {-(-B // step.parts)} images do not fit the memory"
             raise ResourceError(what, fix=fix) from error
-        take.parts *= 2
+        step.parts *= 2
         self.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        size = -(-B // take.parts)
+        size = -(-B // step.parts)
         self.say(f"out of memory: batches of {size} are accumulated; the batch of a step stays")
 
     def _note_step(self) -> None:
