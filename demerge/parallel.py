@@ -64,6 +64,11 @@ def _host_group() -> torch.distributed.ProcessGroup | None:
 ALONE = World()
 
 
+def launched_processes() -> int:
+    """Return the number of processes that the launcher of this one started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join(device: str, expected: int | None = None) -> tuple[World, str]:
     """Join the processes that a launcher started; return this one's place and its own device.
 
@@ -73,7 +78,7 @@ def join(device: str, expected: int | None = None) -> tuple[World, str]:
     Raises:
         UsageError: if there is another number of them, or accelerate is set to split the model.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched_processes()
     if expected is not None and size != expected:
         what = f"{expected} processes were expected, and this is one of {size}"
         fix = f"start them with: torchrun --nproc-per-node {expected} -m demerge.cli.main ..."

@@ -92,7 +92,7 @@ class _Steps(IterableDataset[list[_Drawn]]):
         return map(self.draw, self.steps)
 
 
-def _by_thread(draw: Draw, steps: range) -> Iterator[list[_Drawn]]:
+def _by_thread(draw: Draw, steps: range) -> Generator[list[_Drawn]]:
     """Yield what each step draws; a thread is one step ahead."""
     with ThreadPoolExecutor(1, thread_name_prefix="demerge-batches") as thread:
         ahead = None
@@ -103,18 +103,16 @@ def _by_thread(draw: Draw, steps: range) -> Iterator[list[_Drawn]]:
             yield drawn
 
 
-def _by_process(draw: Draw, steps: range) -> Iterator[list[_Drawn]]:
+def _by_process(draw: Draw, steps: range) -> Generator[list[_Drawn]]:
     """Yield what each step draws; a forked process is two steps ahead."""
-    return iter(
-        DataLoader(
-            _Steps(draw, steps),
-            batch_size=None,
-            num_workers=1,
-            prefetch_factor=2,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork",
-            worker_init_fn=_leave_signals,
-        )
+    yield from DataLoader(
+        _Steps(draw, steps),
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=2,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork",
+        worker_init_fn=_leave_signals,
     )
 
 
@@ -147,7 +145,7 @@ class Batches:
         if by_process is None:
             by_process = base.device.type == "cuda" and sys.platform == "linux"
         self._make = _by_process if by_process else _by_thread
-        self._ahead: Iterator[list[_Drawn]] | None = None
+        self._ahead: Generator[list[_Drawn]] | None = None
         self._next = -1
 
     def step(self, step: int) -> list[Batch]:
@@ -164,7 +162,7 @@ class Batches:
 
     def close(self) -> None:
         """End the thread or the process."""
-        if isinstance(self._ahead, Generator):
+        if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
 

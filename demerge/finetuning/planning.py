@@ -16,7 +16,6 @@ from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import fitting_threads
 from demerge.durations import format_seconds
 from demerge.errors import UsageError
-from demerge.finetuning.checkpoint import disk_bytes
 from demerge.finetuning.executors.choice import choose
 from demerge.finetuning.executors.local import LocalExecutor
 from demerge.finetuning.executors.options import ExecutorOptions
@@ -25,8 +24,14 @@ from demerge.finetuning.layers import load_layers, trained_parameters
 from demerge.finetuning.objective import loss_weights
 from demerge.finetuning.optimizers import check_installed
 from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
-from demerge.finetuning.power_averages import disk_bytes_of_averages
-from demerge.finetuning.train import Stop, check_output, make_observers, never, train_ranges
+from demerge.finetuning.train import (
+    Stop,
+    check_output,
+    disk_of_run,
+    make_observers,
+    never,
+    train_ranges,
+)
 from demerge.finetuning.trainer import ExpertTraining, Job, record_name
 from demerge.parallel import join
 from demerge.progress import Progress, silent
@@ -127,10 +132,7 @@ class FinetunePlan:
     def cost(self) -> Cost:
         """Return the steps over all ranges, the seconds left, and the most bytes on disk."""
         o, step = self.options, self.step
-        disk = disk_bytes(
-            self.base.parameters, len(self.ranges), self.trained, o.checkpoints_total_limit
-        )
-        disk += disk_bytes_of_averages(o, len(self.ranges), self.trained)
+        disk = disk_of_run(self.base, len(self.ranges), self.trained, o)
         steps = len(self.ranges) * o.max_train_steps
         seconds = None if step is None else step.seconds * (steps - self.finished_steps)
         memory = None if step is None else step.memory

@@ -137,8 +137,7 @@ def check_output(
     check_projection(base, options)
     check_layers_exist(base.denoiser, layers or (), "layers")
     trained = trained_parameters(base.denoiser, layers)
-    disk = disk_bytes(base.parameters, len(ranges), trained, options.checkpoints_total_limit)
-    check_disk_space(out, disk + disk_bytes_of_averages(options, len(ranges), trained))
+    check_disk_space(out, disk_of_run(base, len(ranges), trained, options))
     identity = base.identity
     inputs = {
         "base_sha256": identity.pop("sha256"),
@@ -157,6 +156,12 @@ def check_output(
             record = _completed(snapshot.record.model_dump())
             check_same_settings(state, record, binding, inputs)
     return inputs
+
+
+def disk_of_run(base: Diffusion, experts: int, trained: int, options: FinetuneOptions) -> int:
+    """Return the most bytes on disk during a run: experts, checkpoints and stored averages."""
+    disk = disk_bytes(base.parameters, experts, trained, options.checkpoints_total_limit)
+    return disk + disk_bytes_of_averages(options, experts, trained)
 
 
 def _completed(record: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from demerge.errors import UsageError
 from demerge.finetuning.executors.local import LocalExecutor, visible_gpus
 from demerge.finetuning.executors.options import ExecutorOptions
 from demerge.finetuning.executors.ray import RayExecutor
 from demerge.finetuning.executors.slurm import SlurmExecutor
 from demerge.finetuning.executors.tasks import Executor
+from demerge.parallel import launched_processes
 
 
 def choose(options: ExecutorOptions, device: str) -> Executor | None:
@@ -20,7 +19,7 @@ def choose(options: ExecutorOptions, device: str) -> Executor | None:
             package is missing.
     """
     workers = options.num_workers
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         if options.executor == "local" and workers in (None, 1):
             return None
         name = "--num-workers" if options.executor == "local" else f"--executor {options.executor}"
