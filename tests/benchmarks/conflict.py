@@ -15,54 +15,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
+from turns import CLOCK, CPU, MODELS, load, median, ratio, show, take_turns
 
 from demerge.analysis.measurement.gradients import Measurement
 from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.run import measure
 from demerge.analysis.measurement.samples import Draws
 from demerge.conflict import ConflictMap
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.errors import ResourceError, UsageError
 from demerge.timesteps import Partition
 
-MODELS = ("digits", "small", "cifar10")
 ENGINES: dict[str, dict[str, Any]] = {
     "exact": {"engine": "exact", "mode": "flat"},
     "sketch flat": {"engine": "sketch", "mode": "flat"},
     "sketch hooks": {"engine": "sketch", "mode": "hooks"},
     "sketch layers": {"engine": "sketch", "mode": "flat", "layers": True},
 }
-
-
-def load(name: str, device: str) -> tuple[Diffusion, ImageData]:
-    """Make a model, with data of its shape."""
-    if name == "digits":
-        return Diffusion.load("digits-base", device=device), load_images("digits", split="train")
-    import diffusers
-
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 32,
-        "block_out_channels": (32, 64, 64) if name == "small" else (128, 256, 256, 256),
-        "norm_num_groups": 32,
-        "attention_head_dim": None if name == "cifar10" else 8,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"]
-        + ["DownBlock2D"] * (1 if name == "small" else 2),
-        "up_block_types": ["UpBlock2D"] * (1 if name == "small" else 2)
-        + ["AttnUpBlock2D", "UpBlock2D"],
-    }
-    model = Diffusion(diffusers.UNet2DModel(**config), diffusers.DDPMScheduler()).to(device)
-    return model, load_images("digits", split="train", resolution=32, channels=3)
 
 
 def plain(model: Diffusion, data: ImageData, bins: int, groups: int, batch_size: int) -> None:
@@ -76,18 +51,6 @@ def plain(model: Diffusion, data: ImageData, bins: int, groups: int, batch_size:
             draw.loss(model, span).backward()
     model.denoiser.zero_grad()
     model.denoiser.requires_grad_(False)
-
-
-def seconds(work: Callable[[], object], device: str) -> tuple[float, object]:
-    """Run and time: CPU seconds on the CPU, seconds of the clock elsewhere."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = clock()
-    result = work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return clock() - start, result
 
 
 def cosines(map: ConflictMap) -> np.ndarray:
@@ -110,23 +73,16 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
             Measurement(model, data, options, mode)  # refused now, and not after the warm-up
             rows[row] = partial(measure, model, data, options, mode=mode)
     plain(model, data, 1, 1, asked.batch_size)  # warms up
-    times: dict[str, list[float]] = {row: [] for row in rows}
-    maps: dict[str, ConflictMap] = {}
-    for _ in range(asked.repeat):
-        for row, work in rows.items():
-            took, result = seconds(work, asked.device)
-            times[row].append(took)
-            if isinstance(result, ConflictMap):
-                maps[row] = result
+    times, results = take_turns(rows, asked.repeat, asked.device)
+    maps = {row: result for row, result in results.items() if isinstance(result, ConflictMap)}
+    clock = CPU if asked.device == "cpu" else CLOCK
     return [
         {
             "model": name,
             "parameters": model.parameters,
             "row": row,
-            "seconds": statistics.median(times[row]),
-            "overhead": statistics.median(
-                t / p for t, p in zip(times[row], times["plain"], strict=True)
-            ),
+            "seconds": median(times, row, clock),
+            "overhead": ratio(times, row, "plain", clock),
             "rmse": rmse(maps, row),
         }
         for row in rows
@@ -147,18 +103,6 @@ def rmse(maps: dict[str, ConflictMap], row: str) -> float | None:
     if row not in maps or "exact" not in maps:
         return None
     return float(np.sqrt(np.mean((cosines(maps[row]) - cosines(maps["exact"])) ** 2)))
-
-
-def show(lines: list[dict[str, object]]) -> None:
-    """Print the lines as a table of Markdown on stderr."""
-    names = list(lines[0])
-    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", file=sys.stderr)
-    for line in lines:
-        cells = (
-            f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
-            for value in line.values()
-        )
-        print(f"| {' | '.join(cells)} |", file=sys.stderr)
 
 
 def main() -> None:

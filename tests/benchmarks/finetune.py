@@ -17,21 +17,21 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from conflict import MODELS, load, show
+from turns import CLOCK, CPU, MODELS, load, median, ratio, show, take_turns
 
 from demerge.data import ImageData
 from demerge.data.values import as_floats
 from demerge.diffusion.model import Diffusion
+from demerge.diffusion.numerics import DTYPES
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.trainer import ExpertTraining, Job
 from demerge.timesteps import TimestepRange
@@ -47,7 +47,7 @@ def bare(base: Diffusion, data: ImageData, o: FinetuneOptions) -> Turn:
     parameters = list(student.parameters())
     means = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=1e-6, fused=True)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(o.mixed_precision)
+    dtype = DTYPES[o.mixed_precision]
 
     def steps(n: int) -> None:
         for _ in range(n):
@@ -84,17 +84,6 @@ def ours(base: Diffusion, data: ImageData, o: FinetuneOptions, folder: Path) -> 
     return steps
 
 
-def seconds(turn: Turn, n: int, device: str) -> tuple[float, float]:
-    """Return the seconds of n steps, by the clock and of the CPU."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start, cpu = time.perf_counter(), time.process_time()
-    turn(n)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - cpu
-
-
 def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
     """Return a line for the bare loop of a model and one for each way of ours."""
     base, data = load(name, asked.device)
@@ -124,26 +113,19 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
         turns[row] = make()
         turns[row](asked.warm_up)
         memory[row] = torch.cuda.max_memory_allocated() / 1e6 if is_cuda else None
-    times: dict[str, list[tuple[float, float]]] = {row: [] for row in turns}
-    for _ in range(asked.repeat):
-        for row, turn in turns.items():
-            times[row].append(seconds(turn, asked.steps, asked.device))
-
-    def ratio(row: str, clock: int) -> float:
-        pairs = zip(times[row], times["bare"], strict=True)
-        return statistics.median(mine[clock] / floor[clock] for mine, floor in pairs)
-
+    work = {row: partial(turn, asked.steps) for row, turn in turns.items()}
+    times, _ = take_turns(work, asked.repeat, asked.device)
     lines = []
     for row in turns:
-        took = statistics.median(wall for wall, _ in times[row])
+        took = median(times, row, CLOCK)
         lines.append(
             {
                 "model": name,
                 "row": row,
                 "ms": 1e3 * took / asked.steps,
                 "images": asked.steps * asked.batch_size / took,
-                "ratio": ratio(row, 0),
-                "cpu": ratio(row, 1),
+                "ratio": ratio(times, row, "bare", CLOCK),
+                "cpu": ratio(times, row, "bare", CPU),
                 "memory": memory[row],
             }
         )

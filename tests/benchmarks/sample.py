@@ -16,23 +16,22 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import diffusers
 import torch
-from conflict import MODELS, load, seconds, show
+from turns import CLOCK, CPU, MODELS, load, median, ratio, show, take_turns
 
 from demerge.diffusion.model import Diffusion
+from demerge.diffusion.numerics import DTYPES
 from demerge.diffusion.options import SamplingOptions
 from demerge.diffusion.routing import routed
 from demerge.diffusion.sampling import ImageSampler, make_scheduler
 from demerge.timesteps import Partition
 
 EXPERTS = 4
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Turn = Callable[[], object]
 
 
@@ -40,7 +39,7 @@ def stock(model: Diffusion, o: SamplingOptions, precision: str) -> Turn:
     """Return a function that draws a batch with diffusers' own pipeline."""
     pipeline = diffusers.DDIMPipeline(model.denoiser, make_scheduler(model, o.steps, "ddim"))
     pipeline.set_progress_bar_config(disable=True)
-    dtype, kind = DTYPES.get(precision), model.device.type
+    dtype, kind = DTYPES[precision], model.device.type
 
     def turn() -> object:
         with torch.autocast(kind, dtype, enabled=dtype is not None):
@@ -77,18 +76,15 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
         start = time.perf_counter()
         turn()
         first[row] = time.perf_counter() - start
-    times: dict[str, list[float]] = {row: [] for row in turns}
-    for _ in range(asked.repeat):
-        for row, turn in turns.items():
-            times[row].append(seconds(turn, asked.device)[0])
-    pairs = {row: zip(times[row], times["stock"], strict=True) for row in turns}
+    times, _ = take_turns(turns, asked.repeat, asked.device)
+    clock = CPU if asked.device == "cpu" else CLOCK
     return [
         {
             "model": name,
             "row": row,
-            "ms per step": 1e3 * statistics.median(times[row]) / o.steps,
-            "images": o.batch_size / statistics.median(times[row]),
-            "ratio": statistics.median(own / other for own, other in pairs[row]),
+            "ms per step": 1e3 * median(times, row, clock) / o.steps,
+            "images": o.batch_size / median(times, row, clock),
+            "ratio": ratio(times, row, "stock", clock),
             "first": first[row],
         }
         for row in turns

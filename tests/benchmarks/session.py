@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from conflict import MODELS, load, show
 from torch import Tensor, nn
+from turns import MODELS, load, show
 
 from demerge.merging.session import MergeSession
 
