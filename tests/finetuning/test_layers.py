@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from demerge.conflict import layers_of
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError, Preempted, UsageError
 from demerge.finetuning import FinetuneOptions, finetune
@@ -31,11 +32,6 @@ RESNET = "down_blocks.1.resnets.0"
 SOME = ("mid_block.attentions.0.to_out.0", f"{RESNET}.conv2", f"{RESNET}.norm1", "conv_out")
 
 
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_images("digits", split="train", limit=32)
-
-
 def train(
     base: Diffusion,
     data: ImageData,
@@ -44,14 +40,16 @@ def train(
     stop_at: int | None = None,
     **changes: Any,
 ) -> Path:
-    seen = 0
-
-    def stop() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen == stop_at
-
-    for _ in finetune(base, data, [SPAN], replace(FAST, **changes), out, layers=layers, stop=stop):
+    steps = itertools.count(1)
+    for _ in finetune(
+        base,
+        data,
+        [SPAN],
+        replace(FAST, **changes),
+        out,
+        layers=layers,
+        stop=lambda: next(steps) == stop_at,
+    ):
         pass
     return out / str(SPAN)
 

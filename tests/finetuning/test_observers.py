@@ -34,11 +34,6 @@ FAST = FinetuneOptions(
 SPAN = TimestepRange(0, 500)
 
 
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_images("digits", split="train", limit=32)
-
-
 @pytest.fixture(autouse=True)
 def no_state_is_left() -> Iterator[None]:
     """Let no later test find the state of processes that a tracker made."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.options import SamplingOptions
 from demerge.diffusion.projection import (
@@ -53,20 +54,16 @@ SD14 = {
 }
 
 
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_images("digits", split="train", limit=32)
-
-
 def train(base: Path, data: ImageData, out: Path, stop_at: int | None = None, **o: Any) -> Path:
-    seen = 0
-
-    def stop() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen == stop_at
-
-    for _ in finetune(Diffusion.load(base), data, [SPAN], replace(FAST, **o), out, stop=stop):
+    steps = itertools.count(1)
+    for _ in finetune(
+        Diffusion.load(base),
+        data,
+        [SPAN],
+        replace(FAST, **o),
+        out,
+        stop=lambda: next(steps) == stop_at,
+    ):
         pass
     return out / str(SPAN)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from demerge.cli.common import stop_signals
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.errors import Preempted, UsageError
 from demerge.finetuning import FinetuneOptions
@@ -36,11 +36,6 @@ OPTIONS = FinetuneOptions(
     adam_epsilon=1e-3,
 )
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_images("digits", split="train", limit=32)
 
 
 def run_two(work: Callable[[World], object], killed_after: float | None = None) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.errors import Preempted, UsageError
 from demerge.finetuning import FinetuneOptions, finetune
@@ -29,11 +29,6 @@ FAST = FinetuneOptions(
     ema_lengths=(0.05, 0.1),
 )
 SPAN = TimestepRange(0, 500)
-
-
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_images("digits", split="train", limit=32)
 
 
 def train(

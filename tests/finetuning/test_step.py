@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demerge.data import ImageData, load_images
+from demerge.data import ImageData
 from demerge.diffusion.model import Diffusion
 from demerge.errors import NumericalError, Preempted, ResourceError, UsageError
 from demerge.finetuning import FinetuneOptions, finetune
@@ -38,11 +39,6 @@ FAST = FinetuneOptions(
 GPU = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_images("digits", split="train", limit=32)
-
-
 @pytest.fixture
 def base(tiny: Path) -> Diffusion:
     return Diffusion.load(tiny)
@@ -52,14 +48,8 @@ def train(
     base: Diffusion, data: ImageData, out: Path, options: FinetuneOptions, stop_at: int = 0
 ) -> str:
     """Train an expert, stopped once after `stop_at` steps; return its hash."""
-    seen = 0
-
-    def stop() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen == stop_at
-
-    for _ in finetune(base, data, [SPAN], options, out, stop=stop):
+    steps = itertools.count(1)
+    for _ in finetune(base, data, [SPAN], options, out, stop=lambda: next(steps) == stop_at):
         pass
     return Diffusion.load(out / str(SPAN)).sha256
 

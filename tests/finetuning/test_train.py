@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -33,11 +34,6 @@ FAST = FinetuneOptions(
 SPAN = TimestepRange(0, 500)
 
 
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_images("digits", split="train", limit=32)
-
-
 def train(
     base: Diffusion,
     data: ImageData,
@@ -45,14 +41,8 @@ def train(
     options: FinetuneOptions = FAST,
     stop_at: int | None = None,
 ) -> str:
-    seen = 0
-
-    def stop() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen == stop_at
-
-    for _ in finetune(base, data, [SPAN], options, out, stop=stop):
+    steps = itertools.count(1)
+    for _ in finetune(base, data, [SPAN], options, out, stop=lambda: next(steps) == stop_at):
         pass
     return Diffusion.load(out / str(SPAN)).sha256
 
