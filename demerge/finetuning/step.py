@@ -113,7 +113,8 @@ class Step:
         norm = nn.utils.get_total_norm(gradients) / self.scale
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         factor = (self.options.max_grad_norm / (norm + 1e-6)).clamp(max=1) / self.scale
-        torch._foreach_mul_(gradients, factor)
+        if self.is_async or float(factor) != 1:
+            torch._foreach_mul_(gradients, factor)
         if self.options.mixed_precision == "fp16":
             self._rescale(finite)
         if self.is_async:
@@ -192,7 +193,8 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = rates.learning_rate
         self.optimizer.step()
-        torch._foreach_lerp_(self._means(), self._values(), float(rates.ema))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._means(), self.parameters, float(rates.ema))
 
     def _update_on_device(self, finite: Tensor, rates: Rates) -> None:
         """Update as `_update` does, if `finite`, without a decision of the host."""
@@ -201,7 +203,7 @@ class Step:
             group["lr"] = rates.learning_rate
         self.optimizer.found_inf = skips  # type: ignore[attr-defined]  # as torch's GradScaler does
         self.optimizer.step()
-        change = torch._foreach_sub(self._values(), self._means())
+        change = torch._foreach_sub([p.detach() for p in self.parameters], self._means())
         torch._foreach_mul_(change, rates.ema * (1 - skips))
         torch._foreach_add_(self._means(), change)
 
@@ -215,9 +217,6 @@ class Step:
 
     def _means(self) -> list[Tensor]:
         return list(self.ema.values())
-
-    def _values(self) -> list[Tensor]:
-        return [parameter.detach() for parameter in self.parameters]
 
     # -- state -------------------------------------------------------------------------------------
 
