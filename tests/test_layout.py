@@ -378,7 +378,7 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
     core = {required(dependency) for dependency in PROJECT["project"]["dependencies"]}
     extras = {
         required(d)
-        for extra in ("sd", "data", "cluster")
+        for extra in ("sd", "data", "lora", "cluster")
         for d in PROJECT["project"]["optional-dependencies"][extra]
     }
     assert imported - extras == core

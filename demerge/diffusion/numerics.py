@@ -76,6 +76,8 @@ def flops(model: Diffusion) -> int:
 @torch.no_grad()
 def _count_flops(model: Diffusion) -> int:
     condition = model.condition(1, [""], [0])
-    with FlopCounterMode(display=False) as counter:
+    dtype = next(model.denoiser.parameters()).dtype
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with FlopCounterMode(display=False) as counter, autocast:
         model.predict(torch.zeros(1, *model.sample_shape), 0, condition)
     return int(counter.get_total_flops())

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from demerge.diffusion.adapters import load_model
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.expert import list_experts
@@ -88,6 +89,6 @@ def load_routed(
         InputError: if there is no expert, or their ranges do not cover [0, T).
     """
     folders = list_experts(experts)
-    denoisers = [Diffusion.load(folder, device=device).denoiser for folder in folders.values()]
     base = base if isinstance(base, Diffusion) else Diffusion.load(base, device=device)
+    denoisers = [load_model(path, base, device=device).denoiser for path in folders.values()]
     return routed(base, Partition(tuple(folders)), denoisers)

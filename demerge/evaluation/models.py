@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from demerge.diffusion.adapters import is_lora_path, load_model
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.routing import load_routed
 from demerge.errors import UsageError
@@ -52,14 +53,23 @@ class ModelSpec:
         return Path(self.source).is_dir() and not _is_pipeline(Path(self.source))
 
     def load(self, base: ModelSpec | None = None, device: str = "cpu") -> Diffusion:
-        """Load the model; a routed ensemble takes the schedule of `base`."""
+        """Load the model; a LoRA and a routed ensemble need `base`."""
         if self.model is not None:
             return self.model.to(device)
-        if self.kind != "ensemble":
+        is_lora = is_lora_path(self.source)
+        if self.kind != "ensemble" and not is_lora:
             return Diffusion.load(self.source, device=device)
         if base is None:
-            raise UsageError("a routed ensemble needs the base's schedule", fix="give --base MODEL")
-        return load_routed(base.model or base.source, self.source, device=device)
+            what = (
+                "a LoRA needs its base"
+                if is_lora
+                else "a routed ensemble needs the base's schedule"
+            )
+            raise UsageError(f"{self.source}: {what}", fix="give --base MODEL")
+        origin = base.model or Diffusion.load(base.source, device=device)
+        if is_lora:
+            return load_model(self.source, origin, device=device)
+        return load_routed(origin, self.source, device=device)
 
     @property
     def slug(self) -> str:
@@ -86,7 +96,7 @@ def specify_models(
     specs = [_specify(name, source, (kinds or {}).get(name)) for name, source in pairs]
     if base is None:
         stock = (s for s in specs if s.kind in ("model", "base") and not s.is_images)
-        base = next((spec.source for spec in stock), None)
+        base = next((spec.source for spec in stock if not is_lora_path(spec.source)), None)
     specs = [replace(s, kind="base") if base in (s.source, s.name) else s for s in specs]
     counts = Counter(spec.slug for spec in specs)
     repeated = sorted(slug for slug in counts if counts[slug] > 1)
@@ -172,10 +182,17 @@ def _split(model: str | Path) -> tuple[str, str]:
 
 
 def _is_pipeline(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    has_config = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    return has_config or is_lora_path(folder)
 
 
 def _is_whole(span: Any, folder: Path) -> bool:
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    total = read_scheduler(scheduler).get("num_train_timesteps") if scheduler.is_file() else None
+    config: Any = {}
+    if scheduler.is_file():
+        config = read_scheduler(scheduler)
+    elif (folder / EXPERT).is_file():  # a LoRA, whose record describes its base
+        base: Any = Expert.load(folder).inputs.get("base") or {}
+        config = base.get("scheduler") or {}
+    total = config.get("num_train_timesteps")
     return total is not None and span == [0, total]

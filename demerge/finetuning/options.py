@@ -19,7 +19,7 @@ from demerge.options import (
     option,
 )
 
-TRAINING, OBJECTIVE, DATA = "Training", "Objective", "Data"
+TRAINING, OBJECTIVE, LORA, DATA = "Training", "Objective", "LoRA", "Data"
 SPEED, STATE = "Speed and memory", "Checkpoints and logs"
 # what may change between two runs of one expert: how often it saves, and how it is computed
 FREE = frozenset(
@@ -40,6 +40,7 @@ FREE = frozenset(
 )
 Decay = Literal["constant", "linear", "cosine"]
 TRACKERS = ("tensorboard", "wandb", "trackio")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that get a LoRA by default
 LONGEST = 0.28  # of an average, as sigma_rel; 12 ** -0.5 is the plain mean of all steps
 SNAPSHOTS = 8  # of each length by default
 
@@ -109,6 +110,31 @@ class FinetuneOptions(Options):
         "Channel-wise projection: folded into the weights, or kept behind each block of the UNet"
         " as the paper does; paper experts cannot be merged.",
         panel=OBJECTIVE,
+    )
+    lora_rank: int | None = option(
+        None,
+        "Train a LoRA of this rank, and write it instead of a whole model; needs peft. The base is"
+        " frozen, in the dtype of --mixed-precision. --projection is none.",
+        panel=LORA,
+        ge=1,
+        shown_default="all weights train",
+    )
+    lora_alpha: float | None = option(
+        None,
+        "Alpha: the LoRA counts alpha / rank times.",
+        panel=LORA,
+        gt=0,
+        lt=math.inf,
+        shown_default="the rank",
+    )
+    target_modules: Sequence[str] = option(
+        (),
+        "Layers that get a LoRA, by their names or the ends of them. May be repeated.",
+        panel=LORA,
+        parse=parse_texts,
+        multiple=True,
+        metavar="NAME",
+        shown_default=",".join(ATTENTION),
     )
     use_ema: bool = option(True, "Keep a moving average of the weights.", panel=TRAINING)
     ema_decay: float = option(0.9999, "Largest decay of the average.", panel=TRAINING, ge=0, lt=1)
@@ -194,6 +220,17 @@ class FinetuneOptions(Options):
             self.require("use_ema", not self.use_ema, rule)
             rule = "empty with schedule-free, which averages by itself"
             self.require("ema_lengths", not self.ema_lengths, rule)
+        if self.lora_rank is None:
+            rule = "left out without --lora-rank"
+            self.require("lora_alpha", self.lora_alpha is None, rule)
+            self.require("target_modules", not self.target_modules, rule)
+        else:
+            rule = "none with --lora-rank: W K has full rank"
+            self.require("projection", self.projection != "paper", rule)
+            object.__setattr__(self, "projection", "none")
+            rule = "0 with --lora-rank, whose experts have no whole weights"
+            self.require("fisher_samples", self.fisher_samples == 0, rule)
+            object.__setattr__(self, "target_modules", tuple(self.target_modules) or ATTENTION)
         are_known = set(self.report_to) <= set(TRACKERS)
         self.require("report_to", are_known, f"some of {', '.join(TRACKERS)}")
         are_lengths = all(0 < length <= LONGEST for length in self.ema_lengths)

@@ -20,7 +20,8 @@ from demerge.finetuning.executors.choice import choose
 from demerge.finetuning.executors.local import LocalExecutor
 from demerge.finetuning.executors.options import ExecutorOptions
 from demerge.finetuning.executors.tasks import Executor, Task
-from demerge.finetuning.layers import load_layers, trained_parameters
+from demerge.finetuning.layers import load_layers
+from demerge.finetuning.lora import count_trained, freeze_base, lora_targets
 from demerge.finetuning.objective import loss_weights
 from demerge.finetuning.optimizers import check_installed
 from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
@@ -164,6 +165,10 @@ class FinetunePlan:
         if job.layers is not None:
             share = f"{self.trained / base.parameters:.1%} of the parameters train"
             lines.append(f"layers  {len(job.layers)}: {share}")
+        if o.lora_rank is not None:
+            count = len(lora_targets(base.denoiser, o))
+            share = f"{self.trained:,} parameters, {self.trained / base.parameters:.2%} of the base"
+            lines.append(f"lora    rank {o.lora_rank} on {count} layers: {share}")
         lines.append(f"data    {job.data.name}: {len(job.data):,} images {job.data.shape}")
         if self.condition:
             dropped = f"; {o.caption_dropout:.0%} of them left empty" if base.requires_text else ""
@@ -290,6 +295,8 @@ def plan(
     recorded = check_output(base, data, ranges, options, out, layers=layers)
     records = [out / str(span) / record_name(base) for span in ranges]
     unfinished = [s for s, record in zip(ranges, records, strict=True) if not record.is_file()]
+    trained = count_trained(base.denoiser, options, layers)
+    base = freeze_base(base, options)
     if isinstance(executor, LocalExecutor) and len(unfinished) < 2:
         executor, base = None, base.to(resolve_device(inputs.device))
     steps = options.max_train_steps
@@ -300,7 +307,7 @@ def plan(
         ranges,
         out,
         (len(ranges) - len(unfinished)) * steps,
-        trained_parameters(base.denoiser, layers),
+        trained,
         condition,
         ranked_for,
         measure_step(job, unfinished[0]) if unfinished and executor is None else None,

@@ -65,10 +65,12 @@ class Previews(Observer):
 def _images(model: Diffusion, training: ExpertTraining) -> Tensor:
     """Draw the images of a preview, uint8 [B C H W]."""
     o, captions = training.options, training.job.data.captions
+    precision = "no" if o.lora_rank is None else o.mixed_precision  # that of the frozen weights
+    count = o.num_previews
     return sample(
         model,
-        o.num_previews,
-        SamplingOptions(steps=min(STEPS, model.T), batch_size=o.num_previews),
+        count,
+        SamplingOptions(steps=min(STEPS, model.T), batch_size=count, mixed_precision=precision),
         seed=o.seed,
-        captions=captions[: o.num_previews] if captions and model.requires_text else None,
+        captions=captions[:count] if captions and model.requires_text else None,
     )

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from demerge.diffusion.model import Diffusion, not_finite
-from demerge.errors import InputError, NumericalError
+from demerge.errors import InputError, NumericalError, listed
 from demerge.expert import BASE, EXPERT, Expert
 from demerge.finetuning.layers import freeze_others
+from demerge.finetuning.lora import FILE, write_lora
 from demerge.finetuning.options import LONGEST, ReaverageOptions
 from demerge.finetuning.power_averages import FOLDER, Floats, fit_profile
 from demerge.finetuning.projection import attach, fold
 from demerge.progress import Progress, silent
 from demerge.stage import Cost
 from demerge.storage.atomic import check_disk_space, check_is_new, commit_dir
-from demerge.storage.checkpoint import Checkpoint
+from demerge.storage.checkpoint import Checkpoint, finite
 
 POOR = 0.05
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -108,6 +109,8 @@ class ReaveragePlan:
             InputError: if a stored average does not fit the expert.
             NumericalError: if the result holds NaN or Inf.
         """
+        if self.record.options.get("lora_rank"):
+            return self._write_lora(progress)
         model = Diffusion.load(self.options.run)
         trainable = copy.deepcopy(model.denoiser)
         frozen = freeze_others(trainable, self.record.train_layers)
@@ -119,14 +122,32 @@ class ReaveragePlan:
         denoiser = fold(trainable, copy.deepcopy(model.denoiser))
         dtype = DTYPES.get(str(self.record.options.get("save_dtype")), torch.float32)
         nn.Module.to(denoiser, dtype=dtype)
-        if bad := not_finite(denoiser):
-            what = f"the average of {self.options.run} holds NaN or Inf in {bad}"
-            raise NumericalError(what, fix="train the expert again with --save-dtype float32")
+        self._check_saved(not_finite(denoiser))
         with commit_dir(self.options.out) as folder:
             model.with_denoiser(denoiser).save(folder, keeps_projection=True)
             made = self.record.model_copy(update={"sigma_rel": self.options.sigma_rel})
             made.save(folder / self.name)
         return Reaveraged(self)
+
+    def _write_lora(self, progress: Progress) -> Reaveraged:
+        """Write the LoRA, whole or absent."""
+        tensors, options = self.snapshots[0].tensors, self.record.options
+        factors = {name: torch.empty_like(tensors[name]) for name in tensors}
+        self._sum(factors, progress)
+        dtype = DTYPES.get(str(options.get("save_dtype")), torch.float32)
+        cast = {name: factor.to(dtype) for name, factor in factors.items()}
+        self._check_saved(listed([name for name, factor in cast.items() if not finite(factor)]))
+        part = next(iter(Checkpoint.open(self.options.run / FILE))).partition(".")[0]
+        with commit_dir(self.options.out) as folder:
+            write_lora(folder / FILE, cast, options, part)
+            made = self.record.model_copy(update={"sigma_rel": self.options.sigma_rel})
+            made.save(folder / self.name)
+        return Reaveraged(self)
+
+    def _check_saved(self, bad: str) -> None:
+        if bad:
+            what = f"the average of {self.options.run} holds NaN or Inf in {bad}"
+            raise NumericalError(what, fix="train the expert again with --save-dtype float32")
 
     @torch.no_grad()
     def _sum(self, parameters: Mapping[str, Tensor], progress: Progress) -> None:

@@ -1,6 +1,7 @@
 """The loop over ranges: a base and data in, one expert folder per range out.
 
     OUT/0000-0250/          a stock diffusers pipeline, expert.json (base.json of a base), log.jsonl
+                            with --lora-rank: pytorch_lora_weights.safetensors, and no pipeline
     OUT/state/0000-0250/    checkpoints and log of an unfinished expert
 
 The same call again continues each unfinished expert from its newest checkpoint and leaves finished
@@ -21,7 +22,8 @@ from demerge.diffusion.numerics import fitting_threads
 from demerge.errors import UsageError
 from demerge.expert import Expert
 from demerge.finetuning.checkpoint import disk_bytes, newest_state
-from demerge.finetuning.layers import check_layers_exist, hash_layers, trained_parameters
+from demerge.finetuning.layers import check_layers_exist, hash_layers
+from demerge.finetuning.lora import check_lora, count_trained, freeze_base
 from demerge.finetuning.losses import LossFiles
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.power_averages import disk_bytes_of_averages
@@ -67,7 +69,8 @@ def finetune(
     out = place_for(out)
     inputs = check_output(base, data, ranges, options, out, layers=layers)
     observers = make_observers(options, out)
-    job = Job(base, data, options, inputs, layers, observers=observers)
+    frozen = freeze_base(base, options)
+    job = Job(frozen, data, options, inputs, layers, observers=observers)
     yield from train_ranges(job, ranges, out, stop)
 
 
@@ -136,7 +139,8 @@ def check_output(
     _check_no_overlap(out, ranges)
     check_projection(base, options)
     check_layers_exist(base.denoiser, layers or (), "layers")
-    trained = trained_parameters(base.denoiser, layers)
+    check_lora(base, options, layers)
+    trained = count_trained(base.denoiser, options, layers)
     check_disk_space(out, disk_of_run(base, len(ranges), trained, options))
     identity = base.identity
     inputs = {
@@ -160,7 +164,8 @@ def check_output(
 
 def disk_of_run(base: Diffusion, experts: int, trained: int, options: FinetuneOptions) -> int:
     """Return the most bytes on disk during a run: experts, checkpoints and stored averages."""
-    disk = disk_bytes(base.parameters, experts, trained, options.checkpoints_total_limit)
+    written = base.parameters if options.lora_rank is None else trained
+    disk = disk_bytes(written, experts, trained, options.checkpoints_total_limit)
     return disk + disk_bytes_of_averages(options, experts, trained)
 
 

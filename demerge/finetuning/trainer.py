@@ -25,14 +25,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from demerge.data import ImageData
+from demerge.diffusion.adapters import share_weights
 from demerge.diffusion.model import Diffusion, not_finite
 from demerge.diffusion.projection import attach_to_blocks
-from demerge.errors import NumericalError, Preempted, ResourceError, UsageError
+from demerge.errors import NumericalError, Preempted, ResourceError, UsageError, listed
 from demerge.expert import BASE, EXPERT, Expert
 from demerge.finetuning.batches import Batch, Batches
 from demerge.finetuning.checkpoint import newest_state, save_state
 from demerge.finetuning.graph import CapturedStep
 from demerge.finetuning.layers import freeze_others
+from demerge.finetuning.lora import FILE, add_lora, part_name, write_lora
 from demerge.finetuning.optimizers import averages_itself, make_optimizer, restore, state_of
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.power_averages import PowerAverages, copy_snapshots
@@ -134,13 +136,7 @@ class ExpertTraining:
         self.job, self.range, self.folder = job, span, folder
         self.base, self.options, self.world = job.base, job.options, job.world
         base, options = job.base, job.options
-        denoiser = copy.deepcopy(base.denoiser).train()
-        frozen = freeze_others(denoiser, job.layers)
-        if options.projection == "foldable":
-            attach(denoiser, frozen)
-        elif options.projection == "paper":
-            attach_to_blocks(denoiser)
-        self.denoiser = denoiser
+        self.denoiser = denoiser = self._trainable().train()
         self.has_dropout = any(
             isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules()
         )
@@ -165,6 +161,19 @@ class ExpertTraining:
         self._saved_at = time.monotonic()
         self._resume()
 
+    def _trainable(self) -> nn.Module:
+        """Return the base's denoiser with what trains: its layers, a projection, or a LoRA."""
+        base, options = self.base, self.options
+        if options.lora_rank is not None:
+            return add_lora(base.denoiser, options)
+        denoiser = copy.deepcopy(base.denoiser)
+        frozen = freeze_others(denoiser, self.job.layers)
+        if options.projection == "foldable":
+            attach(denoiser, frozen)
+        elif options.projection == "paper":
+            attach_to_blocks(denoiser)
+        return denoiser
+
     def _prepare(self, denoiser: nn.Module) -> tuple[Diffusion, Diffusion]:
         """Return student and teacher as the options want them computed."""
         o, teacher = self.options, self.base
@@ -175,7 +184,7 @@ class ExpertTraining:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         torch.backends.cuda.matmul.allow_tf32 = o.allow_tf32
         if o.compile:
-            teacher = self.base.with_denoiser(copy.deepcopy(self.base.denoiser))
+            teacher = self.base.with_denoiser(share_weights(self.base.denoiser))
             for module in (denoiser, teacher.denoiser):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 module.compile()
@@ -405,23 +414,14 @@ class ExpertTraining:
             truncate(log, min(log.stat().st_size, snapshot.record.log_bytes))
 
     def finish(self, path: Path) -> None:
-        """Write the expert as a pipeline with `expert.json` and its log, whole or absent.
+        """Write the expert as a pipeline or a LoRA, its `expert.json` and its log, whole or absent.
 
         It is a stock pipeline, unless the W of `--projection paper` are kept in it.
         """
         if not self.world.is_main:
             return
-        dtype = self.options.save_dtype
         with commit_dir(path) as temporary:
-            expert = self.base.with_denoiser(self.averaged_denoiser())
-            nn.Module.to(expert.denoiser, dtype=getattr(torch, dtype))
-            if bad := not_finite(expert.denoiser):
-                fix = "run the same command with --save-dtype float32, or lower --learning-rate"
-                what = f"range {self.range}: as {dtype} the expert holds NaN or Inf in {bad}"
-                raise NumericalError(what, fix=fix)
-            expert.save(temporary, keeps_projection=True)
-            if self.options.fisher_samples:
-                self._add_fisher(temporary, expert)
+            self._save_weights(temporary)
             if (log := self.folder / "log.jsonl").exists():
                 shutil.copyfile(log, temporary / log.name)
             copy_snapshots(self.folder, temporary)
@@ -439,6 +439,35 @@ class ExpertTraining:
             record.save(temporary / record_name(self.base))
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _save_weights(self, folder: Path) -> None:
+        """Write the averages of the weights.
+
+        Raises:
+            NumericalError: if one is NaN or Inf in the dtype of the files.
+        """
+        name = self.options.save_dtype
+        dtype = getattr(torch, name)
+        if self.options.lora_rank is not None:
+            means = self.averages()
+            factors = {key: means[key].to(dtype) for key in means if key != "uncertainty"}
+            bad = [key for key, factor in factors.items() if not finite(factor)]
+            self._check_saved(name, listed(bad))
+            record = self.options.document()
+            write_lora(folder / FILE, factors, record, part_name(self.base))
+            return
+        expert = self.base.with_denoiser(self.averaged_denoiser())
+        nn.Module.to(expert.denoiser, dtype=dtype)
+        self._check_saved(name, not_finite(expert.denoiser))
+        expert.save(folder, keeps_projection=True)
+        if self.options.fisher_samples:
+            self._add_fisher(folder, expert)
+
+    def _check_saved(self, dtype: str, bad: str) -> None:
+        if bad:
+            fix = "run the same command with --save-dtype float32, or lower --learning-rate"
+            what = f"range {self.range}: as {dtype} the expert holds NaN or Inf in {bad}"
+            raise NumericalError(what, fix=fix)
+
     def _add_fisher(self, folder: Path, expert: Diffusion) -> None:
         """Write the Fisher of the expert's range, as `demerge stats` does for the saved weights."""
         nn.Module.to(expert.denoiser, dtype=torch.float32)
@@ -448,17 +477,27 @@ class ExpertTraining:
         commit_statistic(folder, "fisher", fisher, inputs, {"samples": samples, "seed": seed})
 
     @torch.no_grad()
+    def averages(self) -> dict[str, Tensor]:
+        """Return the averages of what trains, by the names of the parameters."""
+        if not averages_itself(self.optimizer):
+            return self.one_step.ema
+        self.optimizer.eval()  # type: ignore[attr-defined]
+        means = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer.train()  # type: ignore[attr-defined]
+        return means
+
+    @torch.no_grad()
     def averaged_denoiser(self) -> nn.Module:
-        """Return the averaged weights in a stock module, with the kept W if any, in eval mode."""
-        means = self.one_step.ema
-        if averages_itself(self.optimizer):
-            self.optimizer.eval()  # type: ignore[attr-defined]
-            means = {name: p.detach().clone() for name, p in self.parameters.items()}
-            self.optimizer.train()  # type: ignore[attr-defined]
-        averaged = copy.deepcopy(self.denoiser)
+        """Return the averaged weights in eval mode: in a stock module, or as factors of a LoRA.
+
+        A stock module has the kept W, if any. One with a LoRA shares the base's tensors.
+        """
+        means, averaged = self.averages(), share_weights(self.denoiser)
         for name, parameter in averaged.named_parameters():
             if name in means:
                 parameter.copy_(means[name])
+        if self.options.lora_rank is not None:
+            return averaged.eval().requires_grad_(False)
         expert = copy.deepcopy(self.base.denoiser)
         if self.options.projection == "paper":
             attach_to_blocks(expert)

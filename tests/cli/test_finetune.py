@@ -205,3 +205,27 @@ def test_dry_run_compares_with_what_is_there(run, tiny: Path, tmp_path: Path) ->
     assert run("finetune", tiny, "-o", out, *FAST, "--dry-run").code == 0
     refused = run("finetune", tiny, "-o", out, *FAST, "--learning-rate", 1e-4, "--dry-run")
     assert (refused.code, "learning_rate was 5e-05, now 0.0001" in refused.err) == (2, True)
+
+
+def test_lora_experts_go_the_whole_way(run, tiny: Path, tmp_path: Path) -> None:
+    """Planned, trained, inspected, merged, sampled and evaluated as full experts are."""
+    out = tmp_path / "e"
+    train = ("finetune", tiny, "--ranges", "uniform:2", "-o", out, *FAST, "--lora-rank", 2)
+    done = run(*train)
+    assert done.code == 0
+    assert "lora    rank 2 on 16 layers: 1,024 parameters, " in done.err
+    known = json.loads(run("inspect", out / "0000-0500", "--json").out)
+    assert (known["range"], known["mergeable"]) == ([0, 500], True)
+    merged = tmp_path / "merged"
+    assert run("merge", tiny, *sorted(out.glob("*-*")), "--weights", "1,1", "-o", merged).code == 0
+    images = tmp_path / "images"
+    draw = ("--num-images", 2, "--steps", 2, "--device", "cpu")
+    assert run("sample", tiny, "--experts", out, "-o", images, *draw).code == 0
+    models = (tiny, out, out / "0500-1000")
+    judge = ("--data", "digits", "-o", tmp_path / "run", "--seeds", 1, "--ranges", "none")
+    done = run("evaluate", *models, *judge, "--num-images", 8, "--steps", 1)
+    assert done.code == 0, done.err
+    kinds = [
+        json.loads(path.read_text())["kind"] for path in (tmp_path / "run/scores").glob("*.json")
+    ]
+    assert sorted(kinds) == ["base", "ensemble", "expert", "real"]

@@ -16,6 +16,7 @@ import torch
 
 from demerge.cli.common import stop_signals
 from demerge.data import ImageData
+from demerge.diffusion.adapters import load_model
 from demerge.diffusion.model import Diffusion
 from demerge.errors import Preempted, UsageError
 from demerge.finetuning import FinetuneOptions
@@ -78,6 +79,9 @@ def run_two(work: Callable[[World], object], killed_after: float | None = None) 
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
+LORA = replace(OPTIONS, lora_rank=2)
+
+
 def train(
     folder: Path, data: ImageData, out: Path, world: World, options: FinetuneOptions = OPTIONS
 ) -> Callable[[], None]:
@@ -114,14 +118,18 @@ def test_samples_count_over_all_processes(tiny: Path, data: ImageData) -> None:
 
 
 @FORKS
-def test_two_processes_take_the_steps_of_one(tiny: Path, data: ImageData, tmp_path: Path) -> None:
-    train(tiny, data, tmp_path / "one", World(), replace(OPTIONS, train_batch_size=4))()
-    codes = run_two(lambda world: train(tiny, data, tmp_path / "two", world)())
+@pytest.mark.parametrize("options", [OPTIONS, LORA], ids=["whole", "lora"])
+def test_two_processes_take_the_steps_of_one(
+    tiny: Path, data: ImageData, tmp_path: Path, options: FinetuneOptions
+) -> None:
+    train(tiny, data, tmp_path / "one", World(), replace(options, train_batch_size=4))()
+    codes = run_two(lambda world: train(tiny, data, tmp_path / "two", world, options)())
     assert codes == [0, 0]
-    experts = [Diffusion.load(tmp_path / name / str(SPAN)).denoiser for name in ("one", "two")]
+    base = Diffusion.load(tiny)
+    experts = [load_model(tmp_path / name / str(SPAN), base).denoiser for name in ("one", "two")]
     for first, second in zip(*(expert.parameters() for expert in experts), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
-    assert sha256(tmp_path / "two") != Diffusion.load(tiny).sha256
+    assert load_model(tmp_path / "two" / str(SPAN), base).sha256 != base.sha256
     logs = [(tmp_path / n / str(SPAN) / "log.jsonl").read_text() for n in ("one", "two")]
     assert [line.count("loss_by_bin") for line in logs] == [2, 2]
 
