@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,29 +139,3 @@ def test_a_map_without_layers_says_how_to_measure_them(run: Any, conflict: Path)
     replace(ConflictMap.load(conflict), layers=None).save(conflict)
     done = run("layers", conflict)
     assert (done.code, "--layers" in done.err) == (3, True)
-
-
-LIGHT = """
-import json, sys
-from demerge.cli.main import main
-for command, heavy in json.loads(sys.argv[1]):
-    sys.argv = ["demerge", *command]
-    try:
-        main()
-    except SystemExit as stopped:
-        assert not stopped.code, command
-    assert not {"diffusers", "transformers", *heavy} & set(sys.modules), command
-"""
-
-
-def test_merges_and_maps_load_neither_diffusers_nor_plots(
-    tiny: Path, conflict: Path, tmp_path: Path
-) -> None:
-    """One process for the three commands: most of its time goes into importing torch."""
-    merged, plots = str(tmp_path / "merged"), ["matplotlib", "seaborn"]
-    commands = [
-        (["merge", str(tiny), str(tiny), "--method", "ties", "-o", merged], ["pandas", *plots]),
-        (["ranges", str(conflict)], plots),
-        (["layers", str(conflict)], plots),
-    ]
-    subprocess.run([sys.executable, "-c", LIGHT, json.dumps(commands)], check=True)

@@ -1,16 +1,26 @@
-"""Several experts at the same time on one machine: the same bytes, named failures, one stop signal."""
+"""Several experts at the same time on one machine: the same bytes, named failures, one stop signal.
+
+By default the processes are forks of this one, since a new one imports torch. `test_slurm.py` runs the
+command of a task in a process of its own, and so do the slow tests here.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 
+from demerge.cli.main import main
 from demerge.errors import Preempted
 from demerge.finetuning import FinetuneInputs, FinetuneOptions, plan
 from demerge.finetuning.executors.local import LocalExecutor, visible_gpus
@@ -20,6 +30,43 @@ from demerge.storage.atomic import sha256
 
 FAST = FinetuneOptions(max_train_steps=3, train_batch_size=2, logging_steps=1)
 TWO = ExecutorOptions(num_workers=2)
+
+
+class Forked(ForkProcess):
+    """Runs a command of demerge as `subprocess.Popen` does, in a fork of this process."""
+
+    def __init__(
+        self, command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str], **_: object
+    ) -> None:
+        super().__init__(target=self.work, args=(command, stdout.fileno(), env))
+        self.start()
+
+    @staticmethod
+    def work(command: Sequence[str], log: int, environment: Mapping[str, str]) -> None:
+        os.setsid()
+        for number in (1, 2):
+            os.dup2(log, number)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+        os.environ |= environment
+        sys.argv = command[command.index("demerge.cli.main") :]
+        main()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.exitcode
+
+    wait = ForkProcess.join
+
+
+@pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.slow)])
+def processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor forks this process, or starts new ones."""
+    if request.param == "forked":
+        forking = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
+        monkeypatch.setattr("demerge.finetuning.executors.local.subprocess", forking)
 
 
 def inputs(model: Path, out: Path, ranges: str = "uniform:2") -> FinetuneInputs:
@@ -32,6 +79,7 @@ def content(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): sha256(path) for path in files}
 
 
+@pytest.mark.usefixtures("processes")
 def test_two_processes_write_the_bytes_of_one(tiny: Path, tmp_path: Path) -> None:
     plan(inputs(tiny, tmp_path / "one"), FAST).run()
     planned = plan(inputs(tiny, tmp_path / "two"), FAST, TWO)
@@ -83,6 +131,7 @@ def test_a_killed_process_is_a_failure(tiny: Path, tmp_path: Path, monkeypatch) 
     assert failed.value.exit_code == 137
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_stop_signal_reaches_each_process_once(tiny: Path, tmp_path: Path) -> None:
     out, long = tmp_path / "e", replace(FAST, max_train_steps=100_000)
     logs = [out / "state" / name / "log.jsonl" for name in ("0000-0500", "0500-1000")]
