@@ -6,6 +6,7 @@ form.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +15,15 @@ from pydantic import Field
 from demerge.errors import InputError
 from demerge.storage.atomic import commit_json
 from demerge.storage.layout import CheckpointLocation, inside
+from demerge.storage.safetensors_header import read_header
 from demerge.storage.schema import Count, Record, Settings, Span, Table, read_record
-from demerge.timesteps import TimestepRange
+from demerge.timesteps import STEPS, TimestepRange
 
 EXPERT = "expert.json"
 BASE = "base.json"
+SPEC_RANGE = "modelspec.timestep_range"  # metadata of kohya, musubi and demerge
+SPEC_TEXT = re.compile(r"\s*(\d{1,6})\s*[,-]\s*(\d{1,6})\s*")
+NOISE = re.compile(r"(high|low)[ _-]?noise", re.IGNORECASE)
 
 
 class Expert(Record):
@@ -77,9 +82,39 @@ def find_expert(location: CheckpointLocation) -> Expert | None:
 
 
 def find_expert_range(location: CheckpointLocation) -> TimestepRange | None:
-    """Return the range of the expert at a location; see `find_expert`."""
+    """Return the range of the expert at a location, by its expert.json or the file's metadata.
+
+    Trainers write `--min_timestep` and `--max_timestep`, "875,1000"; ModelSpec's own example counts
+    the last timestep in, "0,999".
+
+    Raises:
+        InputError: if the record or the header of the file is damaged.
+    """
     expert = find_expert(location)
-    return None if expert is None else expert.span
+    if expert is not None:
+        return expert.span
+    metadata = read_header(location.files[0]).metadata if location.files else {}
+    match = SPEC_TEXT.fullmatch(metadata.get(SPEC_RANGE, ""))
+    if match is None:
+        return None
+    start, stop = int(match[1]), int(match[2])
+    if stop == STEPS - 1:
+        stop = STEPS
+    return TimestepRange(start, stop) if start < stop else None
+
+
+def find_noise_side(location: CheckpointLocation) -> Literal["high", "low"] | None:
+    """Return which of Wan 2.2's two experts a file or its folder is named after, None for neither.
+
+    Trainers name them NAME_high_noise and NAME_low_noise, the originals high_noise_model and
+    low_noise_model.
+    """
+    folder = location.component or location.path.parent
+    for name in (location.path.name, folder.name):
+        sides = {side.lower() for side in NOISE.findall(name)}
+        if len(sides) == 1:
+            return "high" if "high" in sides else "low"
+    return None
 
 
 def list_experts(folder: str | Path) -> dict[TimestepRange, Path]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from demerge.expert import find_expert
+from demerge.expert import find_expert_range, find_noise_side
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import PROJECTED, locate
@@ -26,6 +26,7 @@ class ModelFacts:
 
     Attributes:
         range: [start, stop) of an expert.
+        noise: high or low, if the name says that it is one of Wan 2.2's two experts.
         merged_by: the method, if demerge merged it.
         mergeable: whether `demerge merge` accepts it.
         note: what else a user should know, for example what the other commands need.
@@ -44,6 +45,7 @@ class ModelFacts:
     scheduler: str | None
     timesteps: int | None
     range: list[int] | None
+    noise: str | None
     merged_by: str | None
     mergeable: bool
     note: str
@@ -66,7 +68,7 @@ def inspect_model(path: str | Path) -> ModelFacts:
     """
     checkpoint = Checkpoint(locate(resolve_model_path(path), projected=True))
     place, config = checkpoint.place, checkpoint.config or {}
-    folder, expert = place.pipeline, find_expert(place)
+    folder, span = place.pipeline, find_expert_range(place)
     recipe = _read(place.find_file("demerge.json"))
     scheduler = index = vae = {}
     if folder is not None:
@@ -86,7 +88,8 @@ def inspect_model(path: str | Path) -> ModelFacts:
         prediction_type=scheduler.get("prediction_type"),
         scheduler=scheduler.get("_class_name"),
         timesteps=scheduler.get("num_train_timesteps"),
-        range=None if expert is None else list(expert.range),
+        range=None if span is None else [span.start, span.stop],
+        noise=find_noise_side(place),
         merged_by=recipe.get("method"),
         mergeable=mergeable,
         note=note,

@@ -8,6 +8,7 @@ timesteps (DeMe, arXiv 2410.06664, section 3).
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,12 @@ from typing import Literal
 
 from demerge.errors import InputError, UsageError
 from demerge.storage.atomic import commit_json
+from demerge.storage.layout import SECOND, read_index, read_pipeline_scheduler
 from demerge.storage.schema import Record, Span, read_record
 
 SHOWN = 12  # inner boundaries up to which a repr lists all
 FIX = 'write {"ranges": [[0, 250], [250, 1000]]}'
+STEPS = 1000  # diffusers' default of num_train_timesteps
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -105,8 +108,43 @@ class Partition:
         return cls.from_cuts(total, [round(i * total / n) for i in range(1, n)])
 
     @classmethod
+    def from_boundary(cls, boundary: float, total: int) -> Partition:
+        """Cut [0, total) in two as diffusers' WanPipeline does: t >= boundary total is high noise.
+
+        Raises:
+            UsageError: if one of the two would have no timestep.
+        """
+        cut = math.ceil(boundary * total)
+        if not 0 < cut < total:
+            what = f"boundary {boundary} leaves a denoiser without timesteps"
+            raise UsageError(what, fix="give a number between 0 and 1")
+        return cls.from_cuts(total, [cut])
+
+    @classmethod
+    def of_pipeline(cls, folder: Path) -> Partition | None:
+        """Read the two ranges, low noise first, of a pipeline of two denoisers; None if it has one.
+
+        `transformer` has the timesteps t >= b T, `transformer_2` the others, with b the
+        `boundary_ratio` of model_index.json and T the scheduler's `num_train_timesteps`.
+
+        Raises:
+            InputError: if b is missing or not in (0, 1), or T is not a number of timesteps.
+        """
+        if not (folder / "model_index.json").is_file() or not (folder / SECOND).is_dir():
+            return None
+        index = read_index(folder)
+        if not isinstance(index.get(SECOND), list) or None in index[SECOND]:
+            return None
+        ratio = index.get("boundary_ratio")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+            what = f"{folder}/model_index.json: two denoisers and the boundary_ratio {ratio!r}"
+            fix = "write the number between 0 and 1 that the pipeline was made with"
+            raise InputError(what, fix=fix)
+        return cls.from_boundary(ratio, count_timesteps(folder))
+
+    @classmethod
     def parse(cls, text: str, total: int, *, also: str = "") -> Partition:
-        """Read `uniform:N`, `joint` (one range) or the path of a partition.json, for [0, total).
+        """Read `uniform:N`, `joint` (one range) or a file or pipeline of `load`, for [0, total).
 
         Args:
             also: what else the caller understands, named in the error, for example `none`.
@@ -119,7 +157,7 @@ class Partition:
         kind, _, count = text.partition(":")
         if text == "joint" or (kind == "uniform" and count.isascii() and count.isdigit()):
             return cls.uniform(total, int(count or 1))
-        if not Path(text).is_file():
+        if not any(path.is_file() for path in (Path(text), Path(text) / "model_index.json")):
             known = ", ".join(["uniform:N", "joint", *([also] if also else [])])
             what = f"ranges '{text}' are neither {known} nor a file"
             raise UsageError(what, fix="for example uniform:4")
@@ -131,12 +169,21 @@ class Partition:
 
     @classmethod
     def load(cls, path: Path | str) -> Partition:
-        """Read a `partition.json`.
+        """Read a `partition.json`, or the folder of a pipeline of two denoisers.
 
         Raises:
-            InputError: if the file has no list of ranges [[0, 250], ...] under the key `ranges`.
+            InputError: if the file has no list of ranges [[0, 250], ...] under the key `ranges`, or
+                the pipeline has one denoiser.
         """
         path = Path(path)
+        if path.is_dir():
+            partition = cls.of_pipeline(path)
+            if partition is None:
+                what = f"{path}: not a pipeline of two denoisers"
+                raise InputError(
+                    what, fix="name a partition.json, or a pipeline with transformer_2"
+                )
+            return partition
         try:
             record = read_record(path, PartitionRecord, fix=FIX)
             return cls(tuple(TimestepRange(*span) for span in record.ranges))
@@ -158,6 +205,14 @@ class Partition:
     def cuts(self) -> list[int]:
         """The inner boundaries, ascending."""
         return [r.start for r in self.ranges[1:]]
+
+    @property
+    def boundary_ratio(self) -> float | None:
+        """The b of diffusers' pipelines of two denoisers; None unless there are two ranges."""
+        if len(self) != 2:
+            return None
+        cut, T = self.ranges[0].stop, self.total
+        return cut / T if math.ceil(cut / T * T) == cut else math.nextafter(cut / T, 0)
 
     def route(self, t: float) -> int:
         """Return the index of the range that holds t.
@@ -186,3 +241,17 @@ class Partition:
 
     def __str__(self) -> str:
         return " ".join(str(r) for r in self.ranges)
+
+
+def count_timesteps(pipeline: Path | None) -> int:
+    """Return T of a pipeline's scheduler, 1000 if no file says it.
+
+    Raises:
+        InputError: if it is not a number of timesteps.
+    """
+    config = {} if pipeline is None else read_pipeline_scheduler(pipeline)
+    T = config.get("num_train_timesteps", STEPS)
+    if not isinstance(T, int) or not 1 < T < 1 << 20:
+        fix = "use the scheduler_config.json of this model"
+        raise InputError(f"{pipeline}: num_train_timesteps is {T!r}", fix=fix)
+    return T

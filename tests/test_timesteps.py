@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,46 @@ def test_files_that_are_no_partition_are_input_errors(tmp_path, text):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match=r"partition\.json"):
         Partition.load(path)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """A pipeline of two denoisers with the boundary 0.875, of weights of no bytes."""
+    (tmp_path / "transformer_2").mkdir()
+    index = {"transformer": ["diffusers", "X"], "transformer_2": ["diffusers", "X"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.875}))
+    return tmp_path
+
+
+def test_a_pipeline_of_two_denoisers_is_a_partition(pair):
+    partition = Partition.load(pair)
+    assert (partition.cuts, partition.total, partition.boundary_ratio) == ([875], 1000, 0.875)
+    assert Partition.parse(str(pair), 1000) == partition
+    (pair / "scheduler").mkdir()
+    (pair / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": 100}')
+    assert Partition.load(pair).cuts == [88]
+    index = json.loads((pair / "model_index.json").read_text())
+    (pair / "model_index.json").write_text(json.dumps(index | {"transformer_2": [None, None]}))
+    assert Partition.of_pipeline(pair) is None
+    with pytest.raises(InputError, match="not a pipeline of two denoisers"):
+        Partition.load(pair)
+
+
+@given(st.integers(2, 2000).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T - 1))))
+def test_two_ranges_have_the_boundary_ratio_that_gives_them_back(case):
+    T, cut = case
+    partition = Partition.from_cuts(T, [cut])
+    ratio = partition.boundary_ratio
+    assert Partition.from_boundary(ratio, T) == partition
+    assert cut >= ratio * T > cut - 1  # diffusers sends t >= ratio T to `transformer`
+    assert ratio == pytest.approx(cut / T)
+
+
+def test_three_ranges_have_no_boundary_ratio_and_a_boundary_needs_two_sides():
+    assert Partition.uniform(1000, 3).boundary_ratio is None
+    assert Partition.from_boundary(0.1234, 1000).cuts == [124]
+    with pytest.raises(UsageError, match="without timesteps"):
+        Partition.from_boundary(1.0, 1000)
 
 
 def test_a_file_with_a_gap_says_so(tmp_path):

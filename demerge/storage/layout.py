@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from demerge.errors import InputError
-from demerge.storage.safetensors_header import read_json
+from demerge.storage.safetensors_header import read_json, read_scheduler
 
 COMPONENTS = ("unet", "transformer")
 PART_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # of a folder that model_index.json names
@@ -68,6 +68,14 @@ def read_index(pipeline: Path) -> dict[str, Any]:
             what = f"{pipeline}/model_index.json: {key[:80]!r} is not a name of a component"
             raise InputError(what, fix="fetch the pipeline again")
     return index
+
+
+def read_pipeline_scheduler(pipeline: Path) -> dict[str, Any]:
+    """Return the config of a pipeline's scheduler, empty if there is none."""
+    for folder in (pipeline / "scheduler", pipeline):
+        if (folder / "scheduler_config.json").is_file():
+            return read_scheduler(folder / "scheduler_config.json")
+    return {}
 
 
 def locate(

@@ -134,7 +134,7 @@ def test_the_recipe_is_in_three_places(tiny: Path, tune: Tune, tmp_path: Path) -
         key: value for key, value in recipe.items() if key != "output"
     }
     assert recipe["output"] == {WEIGHTS.as_posix(): sha256(tmp_path / "out" / WEIGHTS)}
-    assert metadata["modelspec.timestep_range"] == "0000-1000"
+    assert metadata["modelspec.timestep_range"] == "0,1000"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model_relation: " in card and '"merge"' in card and "0500-1000" in card
 

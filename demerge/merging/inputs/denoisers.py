@@ -4,26 +4,25 @@
 
 with b the `boundary_ratio` of model_index.json and T the scheduler's `num_train_timesteps`. For a
 base of one denoiser such a pipeline is two experts, with ranges [ceil(b T), T) and [0, ceil(b T)).
-With a base of two, an expert goes to the side that its range reaches into, and each of two to its
-counterpart. `--boundary` makes a pipeline of two out of a base of one denoiser.
+With a base of two, an expert goes to the side that its range reaches into, or that its name says
+(`high_noise`, `low_noise`), and each of two to its counterpart. `--boundary` makes a pipeline of
+two out of a base of one denoiser.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from demerge.errors import InputError, UsageError
-from demerge.merging.inputs.experts import find_scheduler_config
+from demerge.errors import UsageError
+from demerge.expert import find_noise_side
 from demerge.storage.layout import SECOND, CheckpointLocation, locate, read_index
-from demerge.timesteps import TimestepRange
+from demerge.timesteps import Partition, TimestepRange, count_timesteps
 
 FIRST = "transformer"
 PAIR_CLASSES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")  # of diffusers
-STEPS = 1000  # diffusers' default of num_train_timesteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +79,10 @@ def find_denoisers(place: CheckpointLocation, variant: str | None = None) -> lis
     if component is None or name not in (FIRST, SECOND):
         return [Denoiser(name, place)]
     folder = place.pipeline or component.parent
-    ranges = _read_ranges(replace(place, pipeline=folder), folder)
-    if ranges is None:
+    partition = Partition.of_pipeline(folder)
+    if partition is None:
         return [Denoiser(name, place)]
+    ranges = name_halves(partition)
     first = Denoiser(name, place, ranges[name])
     if place.pipeline is None:
         return [first]
@@ -121,8 +121,14 @@ def assign_experts(
     if len(base) == 2:
         tasks = [Task(side.folder, side, [], side.range) for side in base]
     else:
-        halves = split_timesteps(boundary or 0.0, _count_timesteps(base[0].place))
+        T = count_timesteps(base[0].place.pipeline)
+        halves = name_halves(Partition.from_boundary(boundary or 0.0, T))
         tasks = [Task(Path(name), base[0], [], halves[name]) for name in (FIRST, SECOND)]
+    sides = {"high": tasks[0].range, "low": tasks[1].range}
+    for n, (i, denoiser) in enumerate(known):
+        side = None if denoiser.range else find_noise_side(denoiser.place)
+        if side is not None:
+            known[n] = (i, replace(denoiser, range=sides[side]))
     for i in range(len(experts)):
         _check_sides([each for j, each in known if j == i], [task.range for task in tasks])
     for n, task in enumerate(tasks):
@@ -134,17 +140,10 @@ def assign_experts(
     return tasks
 
 
-def split_timesteps(boundary: float, T: int) -> dict[str, TimestepRange]:
-    """Return the ranges of the two denoisers, as diffusers cuts them: t >= b T is the first one's.
-
-    Raises:
-        UsageError: if one would have no timestep.
-    """
-    cut = math.ceil(boundary * T)
-    if not 0 < cut < T:
-        what = f"boundary {boundary} leaves a denoiser without timesteps"
-        raise UsageError(what, fix="give a number between 0 and 1")
-    return {FIRST: TimestepRange(cut, T), SECOND: TimestepRange(0, cut)}
+def name_halves(partition: Partition) -> dict[str, TimestepRange]:
+    """Return the range of each of a pipeline's two denoisers, high noise first."""
+    low, high = partition
+    return {FIRST: high, SECOND: low}
 
 
 def make_pair_index(base: CheckpointLocation, boundary: float) -> dict[str, Any]:
@@ -163,29 +162,6 @@ def make_pair_index(base: CheckpointLocation, boundary: float) -> dict[str, Any]
     return {**index, SECOND: index[FIRST], "boundary_ratio": boundary}
 
 
-def _read_ranges(place: CheckpointLocation, folder: Path) -> Mapping[str, TimestepRange] | None:
-    """Return the ranges of a pipeline's two denoisers, None if it has one."""
-    if not (folder / "model_index.json").is_file() or not (folder / SECOND).is_dir():
-        return None
-    index = read_index(folder)
-    if not isinstance(index.get(SECOND), list) or None in index[SECOND]:
-        return None
-    ratio = index.get("boundary_ratio")
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
-        what = f"{folder}/model_index.json: two denoisers and the boundary_ratio {ratio!r}"
-        fix = "write the number between 0 and 1 that the pipeline was made with"
-        raise InputError(what, fix=fix)
-    return split_timesteps(ratio, _count_timesteps(place))
-
-
-def _count_timesteps(place: CheckpointLocation) -> int:
-    T = find_scheduler_config(place).get("num_train_timesteps", STEPS)
-    if not isinstance(T, int) or not 1 < T < 1 << 20:
-        fix = "use the scheduler_config.json of this model"
-        raise InputError(f"{place.path}: num_train_timesteps is {T!r}", fix=fix)
-    return T
-
-
 def _overlap(one: TimestepRange | None, other: TimestepRange | None) -> bool:
     return bool(one and other and one.start < other.stop and other.start < one.stop)
 
@@ -195,7 +171,9 @@ def _check_sides(denoisers: Sequence[Denoiser], sides: Sequence[TimestepRange | 
     path, spans = denoisers[0].place.path, [denoiser.range for denoiser in denoisers]
     if None in spans:
         what = f"cannot tell which of the two denoisers {path} belongs to"
-        raise UsageError(what, fix="give its --range START:STOP")
+        raise UsageError(
+            what, fix="give its --range START:STOP, or name it _high_noise or _low_noise"
+        )
     if len(spans) == 2 and spans != list(sides):
         what = f"{path} changes its denoiser at {spans[0]}, the output at {sides[0]}"
         fix = "name its folders transformer and transformer_2 as two experts, with --range each"

@@ -13,8 +13,8 @@ from demerge.lora import Adapter, NoBase
 from demerge.merging.recipe.source import Source
 from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hashing import remembered_content
-from demerge.storage.layout import CheckpointLocation
-from demerge.storage.safetensors_header import read_json, read_scheduler
+from demerge.storage.layout import CheckpointLocation, read_pipeline_scheduler
+from demerge.storage.safetensors_header import read_json
 from demerge.timesteps import TimestepRange
 
 BaseWeights = Checkpoint | NoBase
@@ -34,17 +34,17 @@ FUNCTION: Mapping[str, Any] = dict.fromkeys((  # what changes a denoiser's funct
 
 
 def resolve_range(place: CheckpointLocation, source: Source) -> TimestepRange | None:
-    """Return the timesteps that an expert was trained on, by the recipe or by its record.
+    """Return the timesteps that an expert was trained on, by the recipe, record or metadata.
 
     Raises:
-        UsageError: if the two disagree.
+        UsageError: if the recipe and expert.json disagree.
     """
-    recorded = find_expert_range(place)
-    if source.range and recorded and source.range != recorded:
-        what = f"{source.path} was trained on {recorded} as its expert.json says, not on"
+    expert = find_expert(place)
+    if source.range and expert and source.range != expert.span:
+        what = f"{source.path} was trained on {expert.span} as its expert.json says, not on"
         fix = "leave its range out, or name the expert of that range"
         raise UsageError(f"{what} {source.range}", fix=fix)
-    return source.range or recorded
+    return source.range or find_expert_range(place)
 
 
 def check_same_base(
@@ -110,11 +110,7 @@ def _as_number(value: Any) -> Any:
 
 def find_scheduler_config(place: CheckpointLocation) -> dict[str, Any]:
     """Return the scheduler's config, empty if there is none."""
-    folder = place.pipeline
-    for path in (folder / "scheduler", folder) if folder else ():
-        if (path / "scheduler_config.json").is_file():
-            return read_scheduler(path / "scheduler_config.json")
-    return {}
+    return {} if place.pipeline is None else read_pipeline_scheduler(place.pipeline)
 
 
 def record_source(

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import InputError, UsageError
+from demerge.expert import SPEC_RANGE
 from demerge.merging.options import MergeOptions, parse_weights
 from demerge.merging.recipe.mergekit import MARK, from_mergekit
 from demerge.merging.recipe.reading import FORMAT, read_fields
@@ -170,10 +171,10 @@ class Recipe(MergeOptions):
             "modelspec.merged_from": ", ".join(model.name for model in models),
             METADATA: replace(self, output={}).canonical(),
         }
-        spans = [str(expert.range) for expert in self.experts if expert.range]
+        spans = [expert.range for expert in self.experts if expert.range]
         if spans:
-            span = f"{min(spans)[:4]}-{max(span[5:] for span in spans)}"
-            metadata["modelspec.timestep_range"] = span
+            start, stop = min(span.start for span in spans), max(span.stop for span in spans)
+            metadata[SPEC_RANGE] = f"{start},{stop}"
         return metadata
 
 

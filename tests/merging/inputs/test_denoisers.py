@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from demerge.errors import InputError, UsageError
+from demerge.expert import SPEC_RANGE, find_expert_range
 from demerge.merging import merge
 from demerge.merging.inputs.denoisers import (
     Denoiser,
     assign_experts,
     find_denoisers,
     make_pair_index,
-    split_timesteps,
 )
 from demerge.storage.layout import locate
 from demerge.timesteps import TimestepRange
@@ -83,15 +83,6 @@ def test_a_pipeline_has_one_denoiser_or_two_with_their_ranges(make: Make, two: P
     assert [(d.name, d.range) for d in of(file)] == [("", None)]
 
 
-def test_the_boundary_is_the_one_of_diffusers() -> None:
-    assert split_timesteps(0.9, 1000) == {
-        "transformer": TimestepRange(900, 1000),
-        "transformer_2": TimestepRange(0, 900),
-    }
-    cut = split_timesteps(0.1234, 1000)["transformer"].start
-    assert cut == 124 and cut >= 0.1234 * 1000 > cut - 1
-
-
 def test_two_are_two_experts_of_a_base_of_one(make: Make, two: Path) -> None:
     base, other = make("base"), make("other")
     assert taken(base, [other, two], [None, None]) == {
@@ -120,6 +111,30 @@ def test_an_expert_goes_to_the_sides_that_its_range_reaches(make: Make, two: Pat
         "transformer": [],
         "transformer_2": [(0, "transformer_2")],
     }
+
+
+def test_a_file_goes_to_the_side_that_its_name_or_its_metadata_says(
+    two: Path, tmp_path: Path
+) -> None:
+    high, low = (
+        tmp_path / "style_high_noise.safetensors",
+        tmp_path / "HighNoise-LowNoise.safetensors",
+    )
+    folder = tmp_path / "low_noise_model"
+    folder.mkdir()
+    for file in (high, low, folder / "a.safetensors"):
+        save_file({"a": torch.ones(1)}, file)
+    save_file({"a": torch.ones(1)}, tmp_path / "b.safetensors", {SPEC_RANGE: "900,1000"})
+    experts = [high, folder, folder / "a.safetensors", tmp_path / "b.safetensors"]
+    ranges = [find_expert_range(locate(path)) for path in experts]
+    assert ranges == [None, None, None, TimestepRange(900, 1000)]
+    assert taken(two, experts, ranges) == {
+        "transformer": [(0, ""), (3, "")],
+        "transformer_2": [(1, "low_noise_model"), (2, "")],
+    }
+    with pytest.raises(UsageError, match="cannot tell which"):
+        taken(two, [low], [None])
+    assert taken(two / "transformer", [high], [None]) == {".": [(0, "")]}
 
 
 def test_a_boundary_makes_two_of_one(make: Make, two: Path) -> None:

@@ -97,7 +97,7 @@ def test_yaml_and_flags_give_one_recipe(models: Path) -> None:
     card = (models / "a" / "README.md").read_text()
     assert "up weights=0.2..0.8,0.5" in card and "0500-1000" in card
     with safe_open(models / "a" / WEIGHTS, "pt") as file:
-        assert file.metadata()["modelspec.timestep_range"] == "0000-1000"
+        assert file.metadata()["modelspec.timestep_range"] == "0,1000"
 
 
 def test_every_form_of_a_finished_recipe_reads_alike(models: Path) -> None:
