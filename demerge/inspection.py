@@ -17,7 +17,9 @@ MODEL_CLASSES = (
     "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel"
 )  # fmt: skip
 Reader = Callable[[Path], dict[str, Any]]
-FACTORS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
+FACTORS = (
+    "lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "hada_w", "lokr_w"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

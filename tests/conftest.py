@@ -161,6 +161,95 @@ def tiny_dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+UNET = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (4, 8), "norm_num_groups": 2}
+CROSS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 32,
+}
+ATTN = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 8,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "UNet2D": ("UNet2DModel", {**UNET, **ATTN, "attention_head_dim": 4}),
+    "SD 1.x": (
+        "UNet2DConditionModel",
+        {**UNET, **CROSS, "attention_head_dim": 2, "cross_attention_dim": 6},
+    ),
+    "SDXL": (
+        "UNet2DConditionModel",
+        {
+            **UNET,
+            **CROSS,
+            **SDXL,
+            "attention_head_dim": (1, 2),
+            "cross_attention_dim": 6,
+            "use_linear_projection": True,
+        },
+    ),
+    "DiT": (
+        "DiTTransformer2DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 8},
+    ),
+    "SD3": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 1,
+            "attention_head_dim": 4,
+        }
+        | {
+            "num_attention_heads": 2,
+            "joint_attention_dim": 8,
+            "caption_projection_dim": 8,
+            "pooled_projection_dim": 8,
+        }
+        | {"out_channels": 4, "pos_embed_max_size": 8},
+    ),
+    "Flux": (
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+        }
+        | {"joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (2, 2, 4)},
+    ),
+    "Wan": ("WanTransformer3DModel", {**WAN, "ffn_dim": 16, "num_layers": 1}),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_denoiser() -> Callable[..., Any]:
+    """Make a tiny denoiser of a stock class: tiny_denoiser("Flux", seed=0, num_layers=2)."""
+    import diffusers
+
+    def make(name: str, seed: int = 0, **changes: object) -> Any:
+        kind, config = MODELS[name]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return getattr(diffusers, kind)(**{**config, **changes})
+
+    return make
+
+
 def _tiny_vae() -> Any:
     import diffusers
 

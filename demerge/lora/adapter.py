@@ -1,19 +1,19 @@
 r"""A LoRA as an expert: the factors of a file, expanded to the exact deltas of the base's weights.
 
-    delta           s B A,   s = alpha / r, or alpha / sqrt(r) for rsLoRA
-    convolution     delta[o, i, h, w] = s sum_p B[o, p] A[p, i, h, w]
-    with a middle   delta[o, i, h, w] = s sum_pq B[o, p] M[p, q, h, w] A[q, i]
-    DoRA            delta = m V / ||V|| - W_0,   V = W_0 + s B A, norm over each output's weights
+    delta           s P,   s = alpha / r, or alpha / sqrt(r) for rsLoRA
+    DoRA            delta = m V / ||V|| - W_0,   V = W_0 + s P, norm over each output's weights
 
-LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353). With a `dora_scale` of shape
-[1, in] the norm is over each input's weights. Products are computed in float64 and rounded once, so
-that they do not depend on torch's threads.
+P is a product of `demerge.lora.products`. DoRA (arXiv 2402.09353), rsLoRA (2312.03732). With a
+`dora_scale` of shape [1, in] the norm is over each input's weights. Products are computed in
+float64 and rounded once, so that they do not depend on torch's threads.
+
+A delta of a matrix that the base has in parts, or that is a part of the base's, is split by rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,26 +22,33 @@ import torch
 from torch import Tensor
 
 from demerge.errors import InputError, listed
-from demerge.lora.names import Keys, Modules
+from demerge.lora.names import Keys, Modules, Piece, Target
+from demerge.lora.products import MissingFactorError, Product, Shape, find_product, read
 from demerge.lora.settings import MERGE_FIRST, Settings, find_config
 from demerge.storage.checkpoint import Checkpoint, finite
 from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import CheckpointLocation, locate
+from demerge.storage.names import Span
 
 BLOCK = 1 << 20  # elements in float64 at once
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
-    """The keys of one delta's parts, the base's axis that DoRA's magnitude runs along, and s."""
+class Delta:
+    """Rows of a module's delta, and the rows of the base's tensor that they change.
 
-    down: str
-    up: str
-    mid: str | None
-    magnitude: str | None
-    axis: int
+    Attributes:
+        named: the module, as the file names it.
+        scale: s.
+        magnitude: the key of DoRA's m, which runs along the base's `axis`.
+    """
+
+    named: str
+    piece: Piece
+    product: Product
     scale: float
+    magnitude: str | None = None
+    axis: int = 0
 
 
 class Adapter(Mapping[str, Tensor]):
@@ -69,8 +76,8 @@ class Adapter(Mapping[str, Tensor]):
         self._check_kind(keys, skip_text)
         self.skipped = tuple(keys.text)
         settings = Settings.of(checkpoint)
-        self._factors = self._find_factors(keys, settings)
-        notes = settings.notes(len(self._factors))
+        self._deltas = self._find_deltas(keys, settings)
+        notes = settings.notes(len(keys.parts))
         if self.skipped:
             notes.append(f"{len(self.skipped)} tensors of text encoders are left out")
         self.notes = tuple(f"{self.place.path}: {note}" for note in notes)
@@ -82,28 +89,29 @@ class Adapter(Mapping[str, Tensor]):
         return f"Adapter({str(self.place.path)!r}, {len(self)} deltas, rank {span})"
 
     def __getitem__(self, name: str) -> Tensor:
-        factors = self._factors[name]
+        deltas = self._deltas[name]
         if name not in self._last:
             self._last = {}  # before the next is expanded
-            self._last = {name: self._expand(name, factors)}
+            self._last = {name: self._expand(name, deltas)}
         return self._last[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._factors)
+        return iter(self._deltas)
 
     def __len__(self) -> int:
-        return len(self._factors)
+        return len(self._deltas)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._factors
+        return name in self._deltas
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each tensor's delta."""
-        return {name: self._shape(factors.down)[0] for name, factors in self._factors.items()}
-
-    def _shape(self, key: str) -> Shape:
-        return self._file.specs[key].shape
+        """The largest rank that each tensor's delta can have."""
+        ranks = {}
+        for name, deltas in self._deltas.items():
+            modules = {delta.named: delta.product.bound for delta in deltas}
+            ranks[name] = sum(modules.values())
+        return ranks
 
     # -- what is checked on opening ----------------------------------------------------------------
 
@@ -112,8 +120,8 @@ class Adapter(Mapping[str, Tensor]):
             what = f"{kind}, which demerge does not expand: {listed(names)}"
             self._refuse(what, MERGE_FIRST)
         if keys.unknown:
-            what = f"keys that are not factors of a LoRA: {listed(keys.unknown)}"
-            self._refuse(what, MERGE_FIRST)
+            what = f"{len(keys.unknown)} keys that are not factors of a LoRA"
+            self._refuse(f"{what}: {listed(keys.unknown)}", MERGE_FIRST)
         if keys.text and not skip_text:
             what = "it also changes a text encoder, and only the denoiser is merged"
             fix = f"give --skip-text-encoder to leave that out, or {MERGE_FIRST}"
@@ -121,73 +129,103 @@ class Adapter(Mapping[str, Tensor]):
         if not keys.parts:
             self._refuse("nothing in it changes the denoiser", "leave it out")
 
-    def _find_factors(self, keys: Keys, settings: Settings) -> dict[str, Factors]:
-        modules = Modules(name for name, tensor in self._base.items() if tensor.ndim > 1)
-        tensors = {named: modules.find(named) for named in keys.parts}
-        unknown = [named for named, tensor in tensors.items() if tensor is None]
+    def _find_deltas(self, keys: Keys, settings: Settings) -> dict[str, list[Delta]]:
+        modules = Modules({name: tuple(tensor.shape) for name, tensor in self._base.items()})
+        targets = {named: modules.find(named) for named in keys.parts}
+        unknown = [named for named, target in targets.items() if target is None]
         if unknown:
-            count = f"{len(unknown)} of {len(tensors)} modules"
+            count = f"{len(unknown)} of {len(targets)} modules"
             fix = "name the base it was trained on, or load and save it with diffusers to rename it"
             self._refuse(f"{count} are not in the base by this name: {listed(unknown)}", fix)
-        factors: dict[str, Factors] = {}
-        for named, tensor in tensors.items():
-            if tensor is None or tensor in factors:
-                what = f"two deltas of {tensor}, the second in {named}"
-                self._refuse(what, "fetch the file again")
-            module = modules.module(tensor)
-            factors[tensor] = self._check_parts(tensor, keys.parts[named], settings, module)
-        return {name: factors[name] for name in self._base if name in factors}
+        found: dict[str, list[Delta]] = {}
+        for named, target in targets.items():
+            for delta in self._read_module(named, keys.parts[named], target, modules, settings):
+                others = found.setdefault(delta.piece.tensor, [])
+                if any(_overlap(delta.piece, other.piece) for other in others):
+                    what = f"two deltas of {delta.piece.tensor}, the second in {named}"
+                    self._refuse(what, "fetch the file again")
+                others.append(delta)
+        return {name: found[name] for name in self._base if name in found}
 
-    def _check_parts(
-        self, tensor: str, parts: Mapping[str, str], settings: Settings, module: str
-    ) -> Factors:
+    def _read_module(
+        self,
+        named: str,
+        parts: Mapping[str, str],
+        target: Target | None,
+        modules: Modules,
+        settings: Settings,
+    ) -> Iterator[Delta]:
+        """Yield the deltas of one module, one for each run of rows."""
+        assert target is not None
         magnitude = parts.get("magnitude") or parts.get("dora_scale")
-        absent = [part for part in ("down", "up") if part not in parts]
-        if settings.use_dora and magnitude is None:
-            absent.append("magnitude")
-        if absent:
-            what = f"{listed(list(parts.values()))} without {' and '.join(absent)}"
+        self._check_dtypes(parts)
+        try:
+            product = find_product(self._file, parts)
+            if settings.use_dora and magnitude is None:
+                raise MissingFactorError("magnitude")
+            pieces = modules.pieces(target, product.shape[0])
+        except MissingFactorError as error:
+            what = f"{listed(list(parts.values()))} without {error}"
             self._refuse(what, "fetch the file again")
+        except ValueError as error:
+            self._refuse(f"{named}: {error}", "name the base that this LoRA was trained on")
+        for piece in pieces:
+            self._check_shape(named, product, piece)
+        axis = 0 if magnitude is None else self._find_axis(magnitude, product, pieces)
+        try:
+            alpha = self._read_alpha(parts)
+            module = modules.module(target)
+            scale = 1.0
+            if product.kind != "difference":
+                scale = settings.scale(module, product.rank, alpha)
+        except ValueError as error:
+            self._refuse(str(error), "fetch file and configuration again")
+        for piece in pieces:
+            yield Delta(named, piece, product, scale, magnitude, axis)
+
+    def _check_dtypes(self, parts: Mapping[str, str]) -> None:
         integers = [key for key in parts.values() if not self._file.specs[key].is_float]
         if integers and integers != [parts.get("alpha")]:
             what = f"{integers[0]} is in {self._file.specs[integers[0]].dtype}"
             self._refuse(what, "use factors in floating point")
-        down, up, mid = parts["down"], parts["up"], parts.get("mid")
-        self._check_shapes(tensor, down, mid, up)
-        axis = 0 if magnitude is None else self._find_axis(tensor, magnitude)
-        try:
-            scale = settings.scale(module, self._shape(down)[0], self._read_alpha(parts))
-        except ValueError as error:
-            self._refuse(str(error), "fetch file and configuration again")
-        return Factors(down, up, mid, magnitude, axis, scale)
 
     def _read_alpha(self, parts: Mapping[str, str]) -> float | None:
         key = parts.get("alpha")
         if key is None:
             return None
         if self._file.specs[key].numel != 1:
-            raise ValueError(f"{key} is {list(self._shape(key))}, not one number")
+            raise ValueError(f"{key} is {list(self._file.specs[key].shape)}, not one number")
         value = float(self._file[key].reshape(()))
         if not math.isfinite(value):
             raise ValueError(f"{key} is {value}")
         return value
 
-    def _check_shapes(self, tensor: str, down: str, mid: str | None, up: str) -> None:
-        shapes = [self._shape(key) for key in (up, mid, down) if key is not None]
-        base = tuple(self._base[tensor].shape)
-        if _as_linear(product_shape(shapes)) != _as_linear(base):
-            what = f"{up} and {down} are {as_product(shapes)}, {tensor} of the base is {list(base)}"
+    def _check_shape(self, named: str, product: Product, piece: Piece) -> None:
+        base = tuple(self._base[piece.tensor].shape)
+        rows = (_count(piece.rows, product.shape[0]), *product.shape[1:])
+        wanted = (_count(piece.at, base[0] if base else 1), *base[1:])
+        if product.kind in ("LoHa", "LoKr"):  # of a convolution they may be matrices
+            is_fit = rows[0] == wanted[0] and math.prod(rows) == math.prod(wanted)
+        else:
+            is_fit = _as_linear(rows) == _as_linear(wanted)
+        if not is_fit:
+            what = f"the {product.kind} of {named} is {list(product.shape)}"
+            what = f"{what}, {piece.tensor} of the base is {list(base)}"
             self._refuse(what, "name the base that this LoRA was trained on")
 
-    def _find_axis(self, tensor: str, key: str) -> int:
+    def _find_axis(self, key: str, product: Product, pieces: list[Piece]) -> int:
         """Return the axis of the base that a magnitude runs along: 0 its outputs, 1 its inputs."""
-        shape, base = self._shape(key), list(self._base[tensor].shape)
-        outputs, inputs = base[:2]
+        shape, whole = self._file.specs[key].shape, pieces[0]
+        base = list(self._base[whole.tensor].shape)
+        outputs, inputs = product.shape[0], base[1]
         is_row = shape[:2] == (1, inputs) and math.prod(shape) == inputs
         if key.endswith(".dora_scale") and outputs > 1 and is_row:
+            if whole.rows or whole.at:
+                what = f"{key} has a norm over all rows of a matrix that the base has in parts"
+                self._refuse(what, MERGE_FIRST)
             return 1
         if math.prod(shape) != outputs or max(shape, default=1) != outputs:
-            what = f"{key} is {list(shape)}, {tensor} of the base is {base}"
+            what = f"{key} is {list(shape)}, {whole.tensor} of the base is {base}"
             self._refuse(what, "name the base that this LoRA was trained on")
         return 0
 
@@ -196,23 +234,41 @@ class Adapter(Mapping[str, Tensor]):
 
     # -- expansion ---------------------------------------------------------------------------------
 
-    def _expand(self, name: str, factors: Factors) -> Tensor:
-        base, file = self._base[name], self._file
-        A, B = (file[key].double().flatten(1) for key in (factors.down, factors.up))
-        if factors.mid is not None:
-            M = file[factors.mid].double().flatten(2)
-            A = torch.einsum("pqk,qi->pik", M, A).flatten(1)
-        blocks = ((rows @ A).mul_(factors.scale) for rows in B.split(max(1, BLOCK // A.shape[1])))
-        if factors.magnitude is None:
-            dense = torch.cat([block.float() for block in blocks]).view(base.shape)
-        else:
-            m = file[factors.magnitude].double().reshape(-1)
-            delta = torch.cat(list(blocks)).view(base.shape)
-            dense = _decompose(base.double(), delta, m, factors.axis).float()
-        if not finite(dense):
-            what = f"{factors.up} and {factors.down} make NaN or Inf"
-            self._refuse(what, "use another file of this LoRA")
-        return dense
+    def _expand(self, name: str, deltas: list[Delta]) -> Tensor:
+        base = self._base[name]
+        height = base.shape[0] if base.ndim else 1
+        dense = torch.zeros(height, max(1, base.numel() // height))
+        for delta in deltas:
+            start, stop = delta.piece.at or (0, height)
+            self._fill(dense[start:stop], delta)
+            if not finite(dense[start:stop]):
+                self._refuse(
+                    f"{delta.named}: its factors make NaN or Inf", "use another file of it"
+                )
+        return dense.view(base.shape)
+
+    def _fill(self, dense: Tensor, delta: Delta) -> None:
+        """Write the rows [m n] of a delta."""
+        rows, piece = delta.product.open(), delta.piece
+        first = piece.rows[0] if piece.rows else 0
+        m, n = dense.shape
+        step = m if delta.magnitude and delta.axis else max(1, BLOCK // n)
+        magnitude = None
+        if delta.magnitude is not None:
+            magnitude = read(self._file, delta.magnitude).reshape(-1)
+        for start in range(0, m, step):
+            stop = min(start + step, m)
+            block = rows(first + start, first + stop).mul_(delta.scale)
+            if magnitude is not None:
+                at = (piece.at[0] if piece.at else 0) + start
+                W = self._base[piece.tensor].flatten(1)[at : at + stop - start].double()
+                if delta.axis:
+                    kernel = self._base[piece.tensor][0, 0].numel()
+                    block = _decompose(W, block, magnitude, kernel)
+                else:
+                    m_rows = magnitude[first + start : first + stop]
+                    block = _decompose_rows(W, block, m_rows)
+            dense[start:stop] = block
 
 
 def open_expert(
@@ -248,29 +304,28 @@ def notes_of(experts: Iterable[object]) -> list[str]:
     return [note for expert in experts if isinstance(expert, Adapter) for note in expert.notes]
 
 
-def _decompose(W: Tensor, delta: Tensor, magnitude: Tensor, axis: int) -> Tensor:
-    """Return m V / ||V|| - W [*], V = W + delta; a row or column of V that is 0 stays 0."""
+def _decompose_rows(W: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """Return m V / ||V|| - W [m n], V = W + delta, norm over rows; one that is 0 stays 0."""
     V = W + delta
-    norm = V.transpose(0, axis).flatten(1).norm(dim=1)
-    ratio = torch.where(norm > 0, magnitude / norm, 0)
-    return V * ratio.view([-1 if d == axis else 1 for d in range(V.ndim)]) - W
+    norm = V.norm(dim=1)
+    return V * torch.where(norm > 0, magnitude / norm, 0).unsqueeze(1) - W
 
 
-def product_shape(shapes: Sequence[Shape]) -> Shape:
-    """Return the shape of B A or B M A from those of its factors, () if they do not chain."""
-    up, *middle, down = shapes
-    if len(up) < 2 or len(down) < 2 or math.prod(up[2:]) != 1 or 0 in (*up, *down):
-        return ()
-    if not middle:
-        return (up[0], *down[1:]) if up[1] == down[0] else ()
-    mid = middle[0]
-    chained = len(mid) > 2 and mid[:2] == (up[1], down[0]) and math.prod(down[2:]) == 1
-    return (up[0], down[1], *mid[2:]) if chained else ()
+def _decompose(W: Tensor, delta: Tensor, magnitude: Tensor, kernel: int) -> Tensor:
+    """Return the same with norms over the columns of each input, of which there are `kernel`."""
+    W, delta = (t.unflatten(1, (-1, kernel)).transpose(0, 1) for t in (W, delta))
+    made = _decompose_rows(W.flatten(1), delta.flatten(1), magnitude)
+    return made.view(W.shape).transpose(0, 1).flatten(1)
 
 
-def as_product(shapes: Sequence[Shape]) -> str:
-    """Return the shapes of factors as text: `[4, 2] times [2, 3]`."""
-    return " times ".join(str(list(shape)) for shape in shapes)
+def _count(span: Span | None, rows: int) -> int:
+    return span[1] - span[0] if span else rows
+
+
+def _overlap(one: Piece, other: Piece) -> bool:
+    if one.at is None or other.at is None:
+        return True
+    return one.at[0] < other.at[1] and other.at[0] < one.at[1]
 
 
 def _as_linear(shape: Shape) -> Shape:

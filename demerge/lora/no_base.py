@@ -9,21 +9,33 @@ some module has no other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from demerge.errors import InputError
-from demerge.lora.adapter import Shape, as_product, product_shape
-from demerge.lora.names import Keys, flat, original, strip_prefixes
+from demerge.lora.names import Keys
+from demerge.lora.products import MissingFactorError, Shape, find_product
 from demerge.storage.checkpoint import Checkpoint, modern
+from demerge.storage.names import find_family, flat
 from demerge.storage.safetensors_header import Spec
 
-RESNETS = 2  # in a block of Stable Diffusion 1, 2 and XL: for kohya's two ways to name a module
 PEFT = "base_model.model."
 DOTTED = (PEFT, "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+FLAT = ("lora_unet_", "lora_transformer_", "lora_", "lycoris_")
 FIX = "name the base that they were trained on: demerge merge BASE LORA LORA --lora-rank R"
+
+
+@dataclass(slots=True)
+class _Module:
+    """A module that some file changes; `flat_prefix` is kohya's, if no file has a dotted name."""
+
+    name: str
+    shape: Shape
+    flat_prefix: str = ""
+    rank: int = 0
 
 
 class NoBase(Mapping[str, Tensor]):
@@ -43,31 +55,39 @@ class NoBase(Mapping[str, Tensor]):
 
     def __init__(self, files: Sequence[Checkpoint]) -> None:
         self.place = files[0].place
-        modules: dict[str, tuple[str, Shape]] = {}  # one name for all programs -> name here, shape
-        ranks: dict[str, int] = {}
+        modules = [(f, named, parts) for f in files for named, parts in Keys.of(f).parts.items()]
+        family = find_family(_plain(named) for _, named, _ in modules)
+        known: dict[str, _Module] = {}  # by diffusers' names of its rows
         prefixes: list[str] = []
-        kohya: dict[str, str] = {}  # modules without a dotted name -> kohya's prefix of it
-        for file in files:
-            for named, parts in Keys.of(file).parts.items():
-                shape, rank = _measure(file, named, parts)
-                plain = list(strip_prefixes(flat(modern(named))))[-1]
-                key = original(plain, RESNETS)
-                ranks[key] = ranks.get(key, 0) + rank
-                name = plain
-                if named.startswith("lora_") and "." not in named:
-                    if key not in modules:
-                        kohya[key] = named.removesuffix(plain)
-                else:
-                    name, prefix = _split_prefix(modern(named))
-                    prefixes.append(prefix)
-                    kohya.pop(key, None)
-                if key not in modules or key not in kohya:
-                    modules[key] = (name, modules[key][1] if key in modules else shape)
-        self._shapes = {f"{name}.weight": shape for name, shape in modules.values()}
+        for file, named, parts in modules:
+            shape, rank = _measure(file, named, parts)
+            plain = _plain(named)
+            names = [flat(part) for part in family.to_diffusers(plain)] or [plain]
+            here = {id(known[name]): known[name] for name in names if name in known}
+            if any(name in known for name in names) and not all(name in known for name in names):
+                what = f"{file.place.path}: {named[:200]}: another file changes a part of its rows"
+                raise InputError(what, fix=FIX)
+            if not here:
+                module = _Module(plain, shape)
+                if _is_flat(named):
+                    module.flat_prefix = named.removesuffix(plain)
+                here = {id(module): module}
+                known |= dict.fromkeys(names, module)
+            if not _is_flat(named):
+                name, prefix = _split_prefix(modern(named))
+                prefixes.append(prefix)
+                for module in here.values():
+                    if flat(module.name) == plain or len(names) == 1 == _count(known, module):
+                        module.name, module.flat_prefix = name, ""
+            for module in here.values():
+                module.rank += rank
+        found = list({id(module): module for module in known.values()}.values())
+        self._shapes = {f"{module.name}.weight": module.shape for module in found}
         first = self.place.files[0]
         self.specs = {n: Spec(first, "F32", shape, 0, 0) for n, shape in self._shapes.items()}
-        self.prefix = next(iter(kohya.values()), prefixes[0] if prefixes else "")
-        self.rank = max(ranks.values(), default=0)
+        flat_prefixes = [module.flat_prefix for module in found if module.flat_prefix]
+        self.prefix = next(iter(flat_prefixes or prefixes), "")
+        self.rank = max((module.rank for module in found), default=0)
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.zeros(1).expand(self._shapes[name])
@@ -87,6 +107,21 @@ def is_lora(checkpoint: Mapping[str, Any]) -> bool:
     return Keys.of(checkpoint).is_adapter
 
 
+def _plain(named: str) -> str:
+    """Return the flat name of a module without prefixes."""
+    if _is_flat(named):
+        return named.removeprefix(next(p for p in FLAT if named.startswith(p)))
+    return flat(_split_prefix(modern(named))[0])
+
+
+def _is_flat(named: str) -> bool:
+    return named.startswith(FLAT) and "." not in named
+
+
+def _count(known: Mapping[str, _Module], module: _Module) -> int:
+    return sum(other is module for other in known.values())
+
+
 def _measure(file: Checkpoint, named: str, parts: Mapping[str, str]) -> tuple[Shape, int]:
     """Return the shape of a delta and its rank."""
     where = f"{file.place.path}: {named[:200]}"
@@ -94,13 +129,17 @@ def _measure(file: Checkpoint, named: str, parts: Mapping[str, str]) -> tuple[Sh
     if dora is not None:
         what = f"{file.place.path}: {dora[:200]}: a DoRA's delta depends on its base"
         raise InputError(what, fix=FIX)
-    if "up" not in parts or "down" not in parts:
-        raise InputError(f"{where} lacks one of its factors", fix="fetch the file again")
-    shapes = [file.specs[parts[part]].shape for part in ("up", "mid", "down") if part in parts]
-    shape = product_shape(shapes)
-    if not shape:
-        raise InputError(f"{where}: {as_product(shapes)}", fix="fetch the file again")
-    return shape, shapes[0][1]
+    try:
+        product = find_product(file, parts)
+    except MissingFactorError as error:
+        what = f"{where} lacks one of its factors, {error}"
+        raise InputError(what, fix="fetch the file again") from error
+    except ValueError as error:
+        raise InputError(f"{where}: {error}", fix="fetch the file again") from error
+    if product.kind != "LoRA":
+        what = f"{where}: the base alone knows the shape that a {product.kind} has"
+        raise InputError(what, fix=FIX)
+    return product.shape, product.bound
 
 
 def _split_prefix(name: str) -> tuple[str, str]:

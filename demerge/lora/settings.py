@@ -28,19 +28,21 @@ BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")  # of init_lora_
 OTHER_PARTS = ("text_encoder", "transformer_2.")
 USED = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type",
-    "init_lora_weights", "bias",
+    "init_lora_weights", "bias", "alpha",
 )  # fmt: skip
 HARMLESS = (  # of training, or where the deltas go, which the keys say
     "auto_mapping", "arrow_config", "base_model_name_or_path", "corda_config", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
     "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_version",
     "revision", "runtime_config", "target_modules", "task_type", "ensure_weight_tying",
-    "qalora_group_size",
+    "qalora_group_size", "rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights",
+    "use_effective_conv2d", "decompose_both", "decompose_factor",
 )  # fmt: skip
 REFUSED = (
     "alora_invocation_tokens", "fan_in_fan_out", "layer_replication", "lora_bias",
     "modules_to_save", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
+KINDS = ("LORA", "LOHA", "LOKR")
 LARGEST = 1e9
 REGEX_CHARACTERS = frozenset("*+?[](){}|\\^$")
 MERGE_FIRST = "merge the adapter into its base first"
@@ -88,19 +90,26 @@ class Settings(Foreign):
                     fix = "move the file to a folder of its own"
                     raise InputError(f"{checkpoint.place.path}: {what}", fix=fix)
             values = config | values
+            if "alpha" in config:  # of LoHa and LoKr
+                values.setdefault("lora_alpha", config["alpha"])
         _check_kind(values, where)
         return checked(values, cls, where, fix="fetch the configuration again")
 
-    def scale(self, module: str, rank: int, alpha: float | None) -> float:
+    def scale(self, module: str, rank: int | None, alpha: float | None) -> float:
         """Return s = alpha / r, or alpha / sqrt(r) with rsLoRA.
 
         Args:
+            rank: of the factors; None for whole ones, whose s is 1 without a configuration.
             alpha: of the file's keys, which wins; without any alpha it is r.
 
         Raises:
             ValueError: if the configuration names another rank than the factors have.
         """
         named = _match(self.rank_pattern, module, self.r)
+        if rank is None:
+            if named is None:
+                return 1.0
+            rank = int(named)
         if named is not None and named != rank:
             raise ValueError(f"{module} has rank {rank}, the configuration says {named:g}")
         if alpha is None:
@@ -128,6 +137,7 @@ def find_config(checkpoint: Checkpoint) -> Path | None:
     if config is None or not config.is_file():
         return None
     has_peft_names = any(".lora_A." in name for name in checkpoint)
+    has_peft_names |= any(name.startswith("base_model.model.") for name in checkpoint)
     return config if has_peft_names or files[0].name.startswith("adapter_model") else None
 
 
@@ -164,7 +174,7 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
     initial = str(values.get("init_lora_weights", "")).lower()
     bias = str(values.get("bias") or "none").lower()
     others = [name for name in REFUSED if values.get(name)]
-    if kind != "LORA":
+    if kind not in KINDS:
         others.insert(0, kind[:40])
     if initial.startswith(BASE_CHANGING):
         others.append(f"init_lora_weights {initial[:40]}")

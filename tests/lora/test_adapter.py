@@ -474,12 +474,22 @@ def test_a_dora_row_of_zeros_stays_zero(save: Save) -> None:
 
 PAIR = {f"{TO_Q}.lora_A.weight": torch.ones(R, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, R)}
 BAD: dict[str, tuple[Tensors, str]] = {
-    "LoHa": ({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
-    "LoKr": ({"unet.conv_in.lokr_w1": torch.ones(2, 2)}, "LoKr"),
+    "half a LoHa": ({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, "without hada_w1_b"),
+    "half a LoKr": ({"unet.conv_in.lokr_w1": torch.ones(2, 2)}, "without lokr_w2_a"),
+    "LoKr of another size": (
+        {"unet.conv_in.lokr_w1": torch.ones(2, 2), "unet.conv_in.lokr_w2": torch.ones(2, 2)},
+        "the LoKr of unet.conv_in is [4, 4]",
+    ),
+    "LoHa and LoRA": (
+        PAIR | {f"{TO_Q}.hada_w1_a": torch.ones(2, 2)},
+        "factors of LoRA and LoHa",
+    ),
+    "LoKr's first core": ({"unet.conv_in.lokr_t1": torch.ones(2, 2)}, "LoKr with a core"),
     "IA3": ({"base_model.model.conv_in.ia3_l": torch.ones(2)}, "IA3"),
     "OFT": ({"lora_unet_conv_in.oft_blocks": torch.ones(2)}, "OFT"),
     "bias": (PAIR | {f"{TO_Q}.lora_B.bias": torch.ones(4)}, "trained biases"),
-    "full difference": (PAIR | {"conv_in.diff": torch.ones(4)}, "full difference"),
+    "difference of another shape": (PAIR | {"conv_in.diff": torch.ones(4)}, "the difference of"),
+    "set weight": (PAIR | {"conv_in.set_weight": torch.ones(4)}, "in place of the base's"),
     "other keys": (PAIR | {"base_model.model.conv_norm_out.weight": torch.ones(4)}, "not factors"),
     "text encoder": (
         PAIR | {"lora_te_text_model_q.lora_down.weight": torch.ones(2, 2)},
@@ -519,7 +529,7 @@ def test_refuses_by_name(tensors: Tensors, words: str, base: Tensors, save: Save
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "OFT"}, "OFT"),
         ({"use_dora": True}, "magnitude"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
@@ -560,7 +570,7 @@ def test_a_text_encoder_is_left_out_where_that_is_allowed(base: Tensors, save: S
 
 def test_values_that_are_not_finite_are_named_when_they_are_read(base: Tensors, save: Save) -> None:
     adapter = opened(save(PAIR | {f"{TO_Q}.lora_A.weight": torch.full((R, 4), math.inf)}), base)
-    with pytest.raises(InputError, match="lora_A"):
+    with pytest.raises(InputError, match="to_q: its factors make NaN"):
         adapter[f"{TO_Q}.weight"]
 
 
@@ -631,3 +641,73 @@ def test_agrees_with_peft(options: dict[str, Any], model: torch.nn.Module, tmp_p
     for name in changed:
         torch.testing.assert_close(before[name] + adapter[name], after[name], rtol=1e-4, atol=1e-4)
     assert sha256(adapter.place.files[1]) == sha256(tmp_path / "adapter_config.json")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LoHa", {}),
+        ("LoHa", {"use_effective_conv2d": True}),
+        ("LoKr", {}),
+        ("LoKr", {"decompose_both": True, "r": 1, "alpha": 4}),
+        ("LoKr", {"use_effective_conv2d": True, "r": 1, "alpha": 3}),
+        ("LoKr", {"decompose_factor": 2, "r": 99}),
+    ],
+)
+def test_loha_and_lokr_agree_with_peft(
+    kind: str, options: dict[str, Any], model: torch.nn.Module, tmp_path: Path
+) -> None:
+    import copy
+
+    peft = pytest.importorskip("peft")
+    wanted = {"r": R, "alpha": 5, "target_modules": ["to_q", "conv1", "proj_in"], **options}
+    config = getattr(peft, f"{kind}Config")(**wanted, init_weights=False)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    wrapped.save_pretrained(tmp_path)
+    adapter = opened(tmp_path, before)
+    after = wrapped.merge_and_unload().state_dict()
+    changed = [n for n in before if not torch.equal(before[n], after[n])]
+    assert changed and set(changed) == set(adapter) and not adapter.notes
+    for name in changed:
+        delta = after[name] - before[name]
+        torch.testing.assert_close(adapter[name], delta, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("module", [TO_Q, CONV])
+@pytest.mark.parametrize("tucker", [False, True])
+def test_loha_and_lokr_of_lycoris_have_its_scale(
+    module: str, tucker: bool, base: Tensors, save: Save
+) -> None:
+    """LyCORIS divides alpha by the rank; factors that it stores whole it does not scale."""
+    weight, g = base[f"{module}.weight"], torch.Generator().manual_seed(0)
+    out, inputs, *kernel = weight.shape
+    stem = "lora_unet_" + module.replace(".", "_")
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    if not kernel and tucker:
+        return
+    n = inputs if tucker else inputs * math.prod(kernel)
+    sides = {i: (random(R, out) if tucker else random(out, R), random(R, n)) for i in (1, 2)}
+    held = {f"{stem}.hada_w{i}_a": a for i, (a, _) in sides.items()}
+    held |= {f"{stem}.hada_w{i}_b": b for i, (_, b) in sides.items()}
+    cores = {i: random(R, R, *kernel) for i in (1, 2)} if tucker else {}
+    held |= {f"{stem}.hada_t{i}": core for i, core in cores.items()}
+    products = []
+    for i, (a, b) in sides.items():
+        if tucker:
+            products.append(torch.einsum("i j k l, j r, i p -> p r k l", cores[i], b, a))
+        else:
+            products.append(a @ b)
+    path = save(held | {f"{stem}.alpha": torch.tensor(3.0)})
+    expected = (products[0] * products[1]).view(weight.shape) * (3 / R)
+    torch.testing.assert_close(only(path, base, module), expected, rtol=1e-4, atol=1e-4)
+
+    w1, w2 = random(2, 2), random(out // 2, inputs // 2, *kernel)
+    whole = {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2, f"{stem}.alpha": torch.tensor(9e9)}
+    expected = torch.kron(w1.view(2, 2, *(1 for _ in kernel)), w2)
+    torch.testing.assert_close(only(save(whole), base, module), expected)

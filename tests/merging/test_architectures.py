@@ -18,87 +18,8 @@ from demerge.merging import merge, merge_tensors
 from demerge.storage.checkpoint import Checkpoint, content_sha256
 from demerge.timesteps import TimestepRange
 
-UNET = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (4, 8), "norm_num_groups": 2}
-CROSS = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
-SDXL = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 4,
-    "projection_class_embeddings_input_dim": 32,
-}
-ATTN = {
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
-WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 8,
-    "freq_dim": 8,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "UNet2D": ("UNet2DModel", {**UNET, **ATTN, "attention_head_dim": 4}),
-    "SD 1.x": (
-        "UNet2DConditionModel",
-        {**UNET, **CROSS, "attention_head_dim": 2, "cross_attention_dim": 6},
-    ),
-    "SDXL": (
-        "UNet2DConditionModel",
-        {
-            **UNET,
-            **CROSS,
-            **SDXL,
-            "attention_head_dim": (1, 2),
-            "cross_attention_dim": 6,
-            "use_linear_projection": True,
-        },
-    ),
-    "DiT": (
-        "DiTTransformer2DModel",
-        {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 8},
-    ),
-    "SD3": (
-        "SD3Transformer2DModel",
-        {
-            "sample_size": 8,
-            "patch_size": 2,
-            "in_channels": 4,
-            "num_layers": 1,
-            "attention_head_dim": 4,
-        }
-        | {
-            "num_attention_heads": 2,
-            "joint_attention_dim": 8,
-            "caption_projection_dim": 8,
-            "pooled_projection_dim": 8,
-        }
-        | {"out_channels": 4, "pos_embed_max_size": 8},
-    ),
-    "Flux": (
-        "FluxTransformer2DModel",
-        {
-            "in_channels": 4,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-        }
-        | {"joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (2, 2, 4)},
-    ),
-    "Wan": ("WanTransformer3DModel", {**WAN, "ffn_dim": 16, "num_layers": 1}),
-}
+NAMES = ("UNet2D", "SD 1.x", "SDXL", "DiT", "SD3", "Flux", "Wan")
 Tensors = dict[str, torch.Tensor]
-
-
-def tiny(name: str, seed: int = 0) -> Any:
-    kind, config = MODELS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return getattr(diffusers, kind)(**config)
 
 
 def moved(model: Any, seed: int) -> Any:
@@ -129,9 +50,11 @@ def states(models: list[Any], names: Any) -> list[Tensors]:
     return [{n: t for n, t in m.state_dict().items() if n in names} for m in models]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_components_of_every_architecture(name: str, tmp_path: Path) -> None:
-    base = tiny(name)
+@pytest.mark.parametrize("name", NAMES)
+def test_components_of_every_architecture(
+    name: str, tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    base = tiny_denoiser(name)
     models = [base, moved(base, 1), moved(base, 2)]
     for i, model in enumerate(models):
         model.save_pretrained(tmp_path / str(i), max_shard_size="20KB" if i == 1 else "10GB")
@@ -146,8 +69,8 @@ def test_components_of_every_architecture(name: str, tmp_path: Path) -> None:
         )
 
 
-def test_variants_are_read_by_name(tmp_path: Path) -> None:
-    base = tiny("SD 1.x").half()
+def test_variants_are_read_by_name(tmp_path: Path, tiny_denoiser: Callable[..., Any]) -> None:
+    base = tiny_denoiser("SD 1.x").half()
     expert = moved(base, 1).half()
     base.save_pretrained(tmp_path / "base", variant="fp16", max_shard_size="10KB")
     expert.save_pretrained(tmp_path / "expert", variant="fp16")
@@ -179,8 +102,10 @@ def age(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("old", ["base", "expert"])
-def test_old_and_new_names_of_attention_are_the_same_tensors(old: str, tmp_path: Path) -> None:
-    base = tiny("UNet2D")
+def test_old_and_new_names_of_attention_are_the_same_tensors(
+    old: str, tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    base = tiny_denoiser("UNet2D")
     expert = moved(base, 1)
     for name, model in (("base", base), ("expert", expert)):
         model.save_pretrained(tmp_path / name)
@@ -200,8 +125,10 @@ def test_old_and_new_names_of_attention_are_the_same_tensors(old: str, tmp_path:
     assert_same(read(base, tmp_path / "out"), expected)
 
 
-def test_tensors_that_a_method_needs_are_found_under_either_name(tmp_path: Path) -> None:
-    base = tiny("UNet2D")
+def test_tensors_that_a_method_needs_are_found_under_either_name(
+    tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    base = tiny_denoiser("UNet2D")
     for i, model in enumerate([base, moved(base, 1), moved(base, 2)]):
         model.save_pretrained(tmp_path / str(i))
     for i in (1, 2):
@@ -246,8 +173,10 @@ def pair(folder: Path) -> list[Tensors]:
     return [dict(model.state_dict()) for model in (pipeline.transformer, pipeline.transformer_2)]
 
 
-def test_two_denoisers_are_merged_with_their_counterparts(wan: Pipeline, tmp_path: Path) -> None:
-    high, low = tiny("Wan", 0), tiny("Wan", 1)
+def test_two_denoisers_are_merged_with_their_counterparts(
+    wan: Pipeline, tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    high, low = tiny_denoiser("Wan", 0), tiny_denoiser("Wan", 1)
     experts = [[moved(high, 10 * i), moved(low, 10 * i + 1)] for i in (1, 2)]
     base = wan("base", [high, low], 0.875)
     paths = [wan(str(i), models, 0.875) for i, models in enumerate(experts)]
@@ -268,8 +197,10 @@ def test_two_denoisers_are_merged_with_their_counterparts(wan: Pipeline, tmp_pat
     assert_same(read(low, tmp_path / "low"), merged[1])
 
 
-def test_an_expert_of_one_side_leaves_the_other(wan: Pipeline, tmp_path: Path) -> None:
-    high, low = tiny("Wan", 0), tiny("Wan", 1)
+def test_an_expert_of_one_side_leaves_the_other(
+    wan: Pipeline, tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    high, low = tiny_denoiser("Wan", 0), tiny_denoiser("Wan", 1)
     expert = moved(low, 2)
     other = wan("other", [moved(high, 3), expert], 0.875)
     merge(
@@ -283,8 +214,10 @@ def test_an_expert_of_one_side_leaves_the_other(wan: Pipeline, tmp_path: Path) -
     assert_same(merged[1], dict(expert.state_dict()))
 
 
-def test_two_denoisers_are_two_experts_of_a_base_of_one(wan: Pipeline, tmp_path: Path) -> None:
-    base = tiny("Wan")
+def test_two_denoisers_are_two_experts_of_a_base_of_one(
+    wan: Pipeline, tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    base = tiny_denoiser("Wan")
     models = [moved(base, 1), moved(base, 2)]
     merge(wan("base", [base]), [wan("two", models, 0.875)], tmp_path / "out", method="average")
     expected = merge_tensors(
@@ -293,8 +226,10 @@ def test_two_denoisers_are_two_experts_of_a_base_of_one(wan: Pipeline, tmp_path:
     assert_same(read(base, tmp_path / "out" / "transformer"), expected)
 
 
-def test_a_boundary_makes_a_pipeline_of_two(wan: Pipeline, tmp_path: Path) -> None:
-    base = tiny("Wan")
+def test_a_boundary_makes_a_pipeline_of_two(
+    wan: Pipeline, tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    base = tiny_denoiser("Wan")
     models = [moved(base, i) for i in (1, 2, 3)]
     spans = [TimestepRange(0, 500), TimestepRange(500, 875), TimestepRange(875, 1000)]
     paths = []
@@ -318,8 +253,10 @@ def test_a_boundary_makes_a_pipeline_of_two(wan: Pipeline, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["SDXL", "Flux"])
-def test_an_adapter_in_and_an_adapter_out(name: str, tmp_path: Path) -> None:
-    base = tiny(name)
+def test_an_adapter_in_and_an_adapter_out(
+    name: str, tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    base = tiny_denoiser(name)
     base.save_pretrained(tmp_path / "base")
     tensors = dict(base.state_dict())
     prefix = "unet" if name == "SDXL" else "transformer"
@@ -358,8 +295,10 @@ def test_an_adapter_in_and_an_adapter_out(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(half[weight], adapter[weight] / 2, rtol=1e-4, atol=1e-5)
 
 
-def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
-    base = tiny("DiT")
+def test_links_of_the_hub_cache_are_followed(
+    tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    base = tiny_denoiser("DiT")
     base.save_pretrained(tmp_path / "plain")
     snapshot = tmp_path / "models--a--b" / "snapshots" / "1"
     blobs = tmp_path / "models--a--b" / "blobs"

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from demerge.errors import NumericalError, UsageError
-from demerge.lora.names import flat
 from demerge.storage.checkpoint import commit_tensors, modern
 from demerge.storage.layout import CheckpointLocation
+from demerge.storage.names import flat
 
 BLOCK = 1 << 12  # columns taken to float64 at once
 EMBEDDING = re.compile(
