@@ -13,6 +13,7 @@ import math
 import struct
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ Part = list[tuple[Pixels8, Pixels8 | None]]  # arrays of images and labels
 Test = tuple[int, ...] | None  # positions of the test split
 
 
+@cache  # its text takes scikit-learn a while
 def read_digits() -> Source:
     """Read scikit-learn's 1,797 digits, 8 x 8, values 0..16 scaled to 0..255; 500 are the test."""
     from sklearn.datasets import load_digits
