@@ -68,6 +68,7 @@ class Origin:
         batch_size: samples per bin and group.
         seed: of all draws and of a sketch.
         params: which parameters count: `all`, `lora` or a regular expression.
+        lora_rank, target_modules: of the LoRA that was put into a base without one for `lora`.
         precision: of the model's own arithmetic: `no` (float32), or `bf16` under autocast.
         prediction: what the model predicts: `epsilon`, `v_prediction` or `sample`.
         base: fingerprint of the whole base, with its configs, schedule and other components.
@@ -86,6 +87,8 @@ class Origin:
     precision: str = "no"
     prediction: str = ""
     base: str = ""
+    lora_rank: int | None = None
+    target_modules: tuple[str, ...] = ()
 
     @property
     def noise(self) -> str:

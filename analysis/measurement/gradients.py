@@ -10,6 +10,17 @@ pass. Gradients of all cells must meet in pairs, and one of two engines stores w
 
 The first is used if it fits `memory`, and is the oracle of the second (sketch.py).
 
+`params="lora"` takes the gradients of a LoRA at its start, f(x) = W x + s B A x with B = 0, that is
+put into the base for the measurement. There the gradient of A is 0, and that of B is
+
+    dL/dB = s (dL/dW) A^T          [m r], with dL/dW [m n] of the layer
+
+so only B counts: a random projection of each weight's gradient by A, which is that of the finetune
+of the same seed, with s = 1. Over the draws of A, <s_i, s_j> is r / (3 n) times <dL_i/dW, dL_j/dW>
+in each layer of fan-in n. So cosines in one layer are those of the weights, with an error of about
+1/sqrt(r m), and wide layers count less than they do with all weights. The base exists once, and a
+gradient has as many numbers as B: large models fit.
+
 The metric `adam` scales coordinate p by v_p^(-1/4), so that <a, b> becomes
 sum_p a_p b_p / sqrt(v_p), as an Adam step weighs it; in `euclid` a few tensors carry nearly all of
 it, noise included. v, the mean of squared gradients over all bins, must be known before a gradient
@@ -19,20 +30,29 @@ that the metric is the same and does not depend on the noise of any group.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from demerge.analysis.measurement.backward import select_parameters
+import torch
+from torch import nn
+
+from demerge.analysis.measurement.backward import LORA, select_parameters
 from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.samples import TRIALS
 from demerge.analysis.measurement.schedule import describe_schedule, log_snr
 from demerge.conflict import MAX_CELLS, MIN_GROUPS, Array, K, Origin, layer_widths
 from demerge.data import ImageData
+from demerge.diffusion.adapters import share_weights
 from demerge.diffusion.model import Diffusion
 from demerge.durations import format_seconds
 from demerge.errors import ResourceError, UsageError
+from demerge.finetuning.lora import add_lora, check_lora
+from demerge.finetuning.options import FinetuneOptions
 from demerge.timesteps import Partition
+
+FACTOR_B = r"\.lora_B\."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +95,9 @@ class Measurement:
     def __post_init__(self) -> None:
         if len(self.data) < 1:
             raise UsageError("there is no image to measure gradients on", fix="give more data")
+        if self.options.layers and self.lora is not None:
+            what = "--layers sketches the layers of the base, and --params lora measures others"
+            raise UsageError(what, fix="leave out --layers or --params")
         _ = self.bins
         self.cost()
 
@@ -86,8 +109,31 @@ class Measurement:
     @cached_property
     def layout(self) -> dict[str, int]:
         """How many coordinates each parameter has, by name, in their order."""
-        chosen = select_parameters(self.model.denoiser, self.options.params)
+        chosen = select_parameters(self.denoiser, self.which)
         return {name: p.numel() for name, p in chosen.items()}
+
+    @cached_property
+    def lora(self) -> FinetuneOptions | None:
+        """The LoRA that is put into the base; None if it has one, or other parameters count."""
+        o = self.options
+        names = (name for name, _ in self.model.denoiser.named_parameters())
+        if o.params != "lora" or any(re.search(LORA, name) for name in names):
+            return None
+        targets = tuple(o.target_modules)
+        return FinetuneOptions(lora_rank=o.lora_rank, target_modules=targets, seed=o.seed)
+
+    @cached_property
+    def denoiser(self) -> nn.Module:
+        """The denoiser whose gradients are taken: the base's, or one with a LoRA that shares it."""
+        if self.lora is None:
+            return self.model.denoiser
+        check_lora(self.model, self.lora)
+        return add_lora(share_weights(self.model.denoiser, torch.float32), self.lora)
+
+    @property
+    def which(self) -> str:
+        """The parameters that count, as `select_parameters` takes it."""
+        return self.options.params if self.lora is None else FACTOR_B
 
     @property
     def parameters(self) -> int:
@@ -170,6 +216,8 @@ class Measurement:
             precision=o.mixed_precision,
             prediction=model.prediction_type,
             base=model.fingerprint,
+            lora_rank=None if self.lora is None else self.lora.lora_rank,
+            target_modules=() if self.lora is None else tuple(self.lora.target_modules),
         )
 
     def key(self) -> dict[str, Any]:

@@ -7,12 +7,14 @@ SE as many as it takes (budget.py). Then `groups` is the most there may be.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from demerge.durations import parse_seconds
 from demerge.errors import UsageError
+from demerge.finetuning.options import FinetuneOptions
 from demerge.options import (
     DataOptions,
     DeviceOptions,
@@ -76,6 +78,13 @@ class MeasurementOptions(Options):
     params: str = option(
         "all", "Parameters to take gradients of: all, lora, or a REGEX in their names.", panel=PANEL
     )
+    lora_rank: int = option(16, "Rank of --params lora.", ge=1, panel=PANEL)
+    target_modules: Sequence[str] = again(
+        FinetuneOptions,
+        "target_modules",
+        help="Layers of --params lora, by their names or the ends of them. May be repeated.",
+        panel=PANEL,
+    )
     layers: bool = option(False, "Sketch each layer too, for `demerge layers`.", panel=PANEL)
     mixed_precision: Literal["no", "bf16"] = option(
         "no", "Precision of the model's passes.", panel=PANEL
@@ -90,6 +99,10 @@ class MeasurementOptions(Options):
         if self.antithetic != "off" and self.batch_size % 2:
             what = f"batch size {self.batch_size} cannot be split into antithetic pairs"
             raise UsageError(what, fix="give an even --batch-size")
+        if self.params != "lora":
+            self.require("lora_rank", self.lora_rank == 16, "left out without --params lora")
+            rule = "left out without --params lora"
+            self.require("target_modules", not self.target_modules, rule)
         if self.target_se is not None and self.bins < 2:
             what = "a target SE compares neighbouring bins, and there is only one bin"
             raise UsageError(what, fix="give --bins 2 or more")

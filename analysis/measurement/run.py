@@ -217,10 +217,12 @@ def begin(
     if start is not None and start.layers is not None and not o.layers:
         what = f"the map of {start.M} groups has sketches of layers, which more groups would lack"
         raise UsageError(what, fix="add --layers")
-    denoiser = copy.deepcopy(model.denoiser).float().eval()
+    denoiser = measurement.denoiser.eval()
+    if measurement.lora is None:
+        denoiser = copy.deepcopy(denoiser).float()
     samples = (model.with_denoiser(denoiser), measurement.data, measurement.bins)
     draws = Draws(*samples, o.batch_size, o.seed, o.draws == "shared", o.antithetic == "on")
-    backward = Backward(denoiser, o.params, measurement.mode)
+    backward = Backward(denoiser, measurement.which, measurement.mode)
     sketch = CountSketch.of(backward.D, o.seed, device=model.device)
     layers = sketch.layers(measurement.layout).parts if o.layers else ()
     short = Sketches([(0, sketch), *layers])

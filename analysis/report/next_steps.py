@@ -116,6 +116,8 @@ def _measure_again(map: ConflictMap, names: CommandNames, out: str, **changes: o
         "metric": (origin.metric, usual.metric),
         "engine": (origin.kept, "exact"),  # what auto comes to if that fits
         "params": (origin.params, usual.params),
+        "lora_rank": (origin.lora_rank or usual.lora_rank, usual.lora_rank),
+        "target_modules": (",".join(origin.target_modules), ""),
         "mixed_precision": (origin.precision, usual.mixed_precision),
         "seed": (origin.seed, usual.seed),
     }
