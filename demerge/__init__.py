@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from demerge.analysis import MeasurementOptions, measure, partition
     from demerge.conflict import ConflictMap
     from demerge.data import ImageData, load_images
+    from demerge.diffusion.ensemble import load_routed, routed
     from demerge.diffusion.model import Diffusion
     from demerge.diffusion.options import SamplingOptions
-    from demerge.diffusion.routing import load_routed, routed
     from demerge.diffusion.sampling import sample
     from demerge.errors import DemergeError
     from demerge.evaluation import EvaluationOptions, Scores, evaluate
@@ -41,7 +41,7 @@ MODULES = {
     "data": ["ImageData", "load_images"],
     "diffusion.model": ["Diffusion"],
     "diffusion.options": ["SamplingOptions"],
-    "diffusion.routing": ["load_routed", "routed"],
+    "diffusion.ensemble": ["load_routed", "routed"],
     "diffusion.sampling": ["sample"],
     "errors": ["DemergeError"],
     "evaluation": ["EvaluationOptions", "Scores", "evaluate"],

@@ -14,8 +14,10 @@ from demerge.storage.layout import PROJECTED, locate
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
 MODEL_CLASSES = (
-    "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel"
+    "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "Transformer2DModel",
+    "SD3Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel",
 )  # fmt: skip
+PACKED = ("FluxTransformer2DModel",)  # their input is 2 x 2 latents side by side
 Reader = Callable[[Path], dict[str, Any]]
 FACTORS = (
     "lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "hada_w", "lokr_w"
@@ -76,7 +78,7 @@ def inspect_model(path: str | Path) -> ModelFacts:
     if folder is not None:
         scheduler = _read(folder / "scheduler" / "scheduler_config.json", read_scheduler)
         index, vae = _read(folder / "model_index.json"), _read(folder / "vae" / "config.json")
-    mergeable, note = _judge(checkpoint, vae.get("latent_channels"))
+    mergeable, note = _judge(checkpoint, vae.get("latent_channels", vae.get("z_dim")))
     return ModelFacts(
         path=str(path),
         kind="pipeline" if folder else "component" if place.component else "file",
@@ -108,6 +110,8 @@ def find_other_input(config: Mapping[str, Any], latents: Any) -> str:
     inputs, outputs = config.get("in_channels"), config.get("out_channels")
     if inputs is None:
         return ""
+    if config.get("_class_name") in PACKED:
+        inputs, outputs = inputs // 4, None if outputs is None else outputs // 4
     channels = outputs if latents is None else latents
     learns_variance = latents is None and channels == 2 * inputs
     if channels not in (None, inputs) and not learns_variance:

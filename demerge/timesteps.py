@@ -215,13 +215,13 @@ class Partition:
         return cut / T if math.ceil(cut / T * T) == cut else math.nextafter(cut / T, 0)
 
     def route(self, t: float) -> int:
-        """Return the index of the range that holds t.
+        """Return the index of the range that holds t; T, pure noise of a flow, is in the last.
 
         Raises:
-            UsageError: if t lies outside [0, T).
+            UsageError: if t lies outside [0, T].
         """
-        if not 0 <= t < self.total:
-            what = f"timestep {t} lies outside [0, {self.total})"
+        if not 0 <= t <= self.total:
+            what = f"timestep {t} lies outside [0, {self.total}]"
             raise UsageError(what, fix="use the timesteps of the base's schedule")
         return bisect_right(self.cuts, t)
 

@@ -28,7 +28,7 @@ import torch
 from demerge import ConflictMap, Diffusion, FinetuneOptions, Partition, partition
 from demerge.cli.main import app
 from demerge.conflict import Origin
-from demerge.diffusion.loading import DENOISERS
+from demerge.diffusion.families import DENOISERS
 from demerge.evaluation.features.nets import make_feature_net
 from demerge.evaluation.metrics.distances import Reference, evaluate_images
 from demerge.evaluation.report.tables import LABELS

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from demerge.conflict import Array
 from demerge.data import ImageData
+from demerge.diffusion.conditioning import Condition
 from demerge.diffusion.model import Diffusion, squared_error
 from demerge.errors import NumericalError, UsageError
 from demerge.merging import MergeSession
@@ -88,12 +89,12 @@ class Responses:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """B samples: x_t and y [B *], t [B], and the condition [B L D] of a model that takes text."""
+    """B samples: x_t and y [B *], t [B], and the condition."""
 
     x_t: Tensor
     t: Tensor
     y: Tensor
-    condition: Tensor | None
+    condition: Condition
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,7 @@ class Draws:
             x0, condition = model.encode_from(self.data, chosen)
             noise = normal(model.sample_shape, self.seed, "coefficients-noise", **key)
             position = (numbers + uniform(self.seed, "coefficients-t", **key)) / self.J
-            offset = (position * len(span)).long().clamp(max=len(span) - 1)
-            noise, t = noise.to(model.device), (span.start + offset).to(model.device)
+            noise, t = noise.to(model.device), model.timesteps(span, position).to(model.device)
             yield Cell(model.add_noise(x0, noise, t), t, model.target(x0, noise, t), condition)
 
     def count_passes(self, P: int) -> int:

@@ -243,7 +243,7 @@ class GradientCollector:
         for b, image in enumerate(draw.images):
             self.backward(self._loss(draw.select(slice(b, b + 1)), span), check)
             if not all(finite):
-                t = int(draw.timesteps(span)[b])
+                t = int(self.draws.model.timesteps(span, draw.position)[b])
                 sample = f"at sample {b} (image {image} of {self.draws.data.name}, t = {t})"
                 break
         what = f"the gradient in bin {span}, {where}, is not finite, {sample}"

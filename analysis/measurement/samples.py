@@ -19,6 +19,7 @@ from torch import Tensor
 
 from demerge.conflict import MAX_CELLS
 from demerge.data import ImageData
+from demerge.diffusion.conditioning import Condition, rows, stack
 from demerge.diffusion.model import Diffusion
 from demerge.randomness import normal, uniform
 from demerge.timesteps import Partition, TimestepRange
@@ -32,22 +33,18 @@ class Draw:
 
     images: list[int]  # their indices in the data set
     x0: Tensor  # [B *]
-    condition: Tensor | None  # what the denoiser is given besides, if anything
+    condition: Condition  # what the denoiser is given besides
     noise: Tensor  # [B *]
     position: Tensor  # of the timestep in a range, in [0, 1), [B]
 
-    def timesteps(self, span: TimestepRange) -> Tensor:
-        """Return the timesteps [B] in a range; each t of the range has an equal share."""
-        return span.start + (self.position * len(span)).long().clamp(max=len(span) - 1)
-
     def loss(self, model: Diffusion, span: TimestepRange) -> Tensor:
         """Return the mean loss [] at the timesteps of a range."""
-        t = self.timesteps(span).to(model.device)
+        t = model.timesteps(span, self.position).to(model.device)
         return model.loss(self.x0, self.noise, t, self.condition).mean()
 
     def select(self, samples: slice) -> Draw:
         """Return some of the samples."""
-        condition = None if self.condition is None else self.condition[samples]
+        condition = rows(self.condition, samples)
         x0, noise, position = self.x0[samples], self.noise[samples], self.position[samples]
         return Draw(self.images[samples], x0, condition, noise, position)
 
@@ -99,6 +96,6 @@ def draw(model: Diffusion, data: ImageData, key: int, B: int, seed: int, antithe
     position = (torch.arange(n) + uniform(seed, "analysis-t", samples=samples, step=key)) / n
     if not antithetic:
         return Draw(images, x0, condition, noise, position)
-    twice = None if condition is None else torch.cat([condition] * 2)
     noise = torch.cat([noise, -noise])
+    twice = stack(condition, condition)
     return Draw(2 * images, torch.cat([x0] * 2), twice, noise, torch.cat([position] * 2))

@@ -3,11 +3,14 @@
     denoiser                 condition                  without one
     UNet2DModel              none                       -
       num_class_embeds = C   a class 0 .. C - 1         it has no label for that
-    UNet2DConditionModel     hidden states [B L D]      it has none for that
     DiTTransformer2DModel    a class 0 .. C - 1         C, no class, as a tenth of its training had
+    all others               what their text encoders   the text encoders' states of ""
+                             make of a caption
+
+A condition is a dict of the denoiser's own arguments; the sample is on their first axis.
 
 In training mode a DiT drops labels anew in each of its blocks, outside demerge's random streams. A
-student would then see other classes than its teacher. `keep_labels` stops that, and `Classes.drop`
+student would then see other classes than its teacher. Its family stops that, and `Classes.drop`
 drops labels once for the whole model, from a stream of the caller's.
 
 Papers: DiT (arXiv 2212.09748), classifier-free guidance (arXiv 2207.12598).
@@ -20,12 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import LabelEmbedding
-from torch import Tensor, nn
+from torch import Tensor
 
 from demerge.errors import UsageError
 
 DROPPED = 0.1
+Condition = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +68,11 @@ class Classes:
         return f"{len(set(labels))} of the base's {self.count} classes"
 
 
-def classes_of(config: Any) -> Classes | None:
-    """Return the classes that a denoiser of this config takes; None if it takes none.
-
-    Raises:
-        UsageError: if it takes something besides text or classes, or both of them.
-    """
-    kind = getattr(config, "class_embed_type", None)
-    count = getattr(config, "num_class_embeds", None)
-    takes_text = getattr(config, "cross_attention_dim", None) is not None
-    added = getattr(config, "addition_embed_type", None)
-    if added or kind is not None or (takes_text and count is not None):
-        what = "the denoiser takes conditions besides text or a class (addition, class embeddings)"
-        fix = "use an unconditional base, one with class labels, or one like SD 1.x or 2.x"
-        raise UsageError(what, fix=fix)
-    if count is not None:
-        return Classes(int(count))
-    count = getattr(config, "num_embeds_ada_norm", None)
-    return None if count is None else Classes(int(count), int(count))
+def rows(condition: Condition, chosen: Any) -> Condition:
+    """Return some rows of a condition."""
+    return {name: tensor[chosen] for name, tensor in condition.items()}
 
 
-def keep_labels(denoiser: nn.Module) -> None:
-    """Stop a denoiser from dropping labels by itself, in place; its tensors stay."""
-    for module in denoiser.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0
+def stack(*conditions: Condition) -> Condition:
+    """Return the rows of conditions of the same arguments below one another."""
+    return {name: torch.cat([c[name] for c in conditions]) for name in conditions[0]}

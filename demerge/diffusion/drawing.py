@@ -16,9 +16,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from demerge.device import resolve_device
+from demerge.diffusion.ensemble import load_routed
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.options import SampleInputs, SampleOptions
-from demerge.diffusion.routing import load_routed
 from demerge.diffusion.sampling import ImageSampler
 from demerge.errors import InputError, UsageError
 from demerge.progress import Progress, silent

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demerge.diffusion.conditioning import Condition
 from demerge.diffusion.cuda_graph import capture
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import DTYPES
 from demerge.diffusion.routing import RoutedDenoiser
 
-Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Compute = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 class Forward:
@@ -38,24 +39,27 @@ class Forward:
         self._pool: Any = None
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return f(x, t, c) [B C H W] in the dtype of x, for one t, a scalar on the CPU.
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """Return f(x, t, c) [B *] in the dtype of x, for one t, a scalar on the CPU.
 
         The returned tensor holds until the next call.
         """
+        condition = {} if condition is None else condition
         model = self._model_at(t)
         graph = self._graph(model, x, t, condition) if self.captures else None
         if graph is None:
             return self._compute(model, x, t, condition)
         return graph(x, t, condition)
 
-    def _compute(self, model: Diffusion, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def _compute(self, model: Diffusion, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if self.dtype is None:
             return model.predict(x, t, condition)
         if self.dtype == torch.bfloat16:
-            if condition is not None and condition.is_floating_point():
-                condition = condition.to(self.dtype)
-            return model.predict(x.to(self.dtype), t, condition).to(x.dtype)
+            own = {
+                name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in condition.items()
+            }
+            return model.predict(x.to(self.dtype), t, own).to(x.dtype)
         # autocast caches no weight that needs no gradient, and a graph wants no cache
         with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
             return model.predict(x, t, condition).to(x.dtype)
@@ -73,15 +77,15 @@ class Forward:
         return self._models[denoiser]
 
     def _graph(
-        self, model: Diffusion, x: Tensor, t: Tensor, condition: Tensor | None
+        self, model: Diffusion, x: Tensor, t: Tensor, condition: Condition
     ) -> CapturedForward | None:
         """Return the graph of this model and shape; None if it cannot be captured, said once."""
-        shape = None if condition is None else condition.shape
-        key = (model.denoiser, x.shape, x.dtype, t.dtype, shape)
+        shapes = tuple(tensor.shape for tensor in condition.values())
+        key = (model.denoiser, x.shape, x.dtype, t.dtype, shapes)
         if key in self._graphs:
             return self._graphs[key]
 
-        def compute(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        def compute(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             return self._compute(model, x, t, condition)
 
         try:
@@ -110,23 +114,23 @@ class CapturedForward:
         compute: Compute,
         x: Tensor,
         t: Tensor,
-        condition: Tensor | None,
+        condition: Condition,
         pool: Any,
     ) -> None:
         self.x, self.t = x.clone(), t.to(x.device).expand(len(x)).clone()
-        self.condition = None if condition is None else condition.clone()
+        self.condition = {name: tensor.clone() for name, tensor in condition.items()}
         self._source = condition
         self.graph, self.prediction = capture(
             lambda: compute(self.x, self.t, self.condition), x.device, pool
         )
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Replay the pass; the returned tensor holds until the next call."""
         self.x.copy_(x)
         self.t.fill_(t.item())
-        is_new = condition is not self._source
-        if self.condition is not None and condition is not None and is_new:
-            self.condition.copy_(condition)
+        if condition is not self._source:
+            for name, tensor in condition.items():
+                self.condition[name].copy_(tensor)
             self._source = condition
         self.graph.replay()
         return self.prediction

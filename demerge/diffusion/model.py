@@ -1,20 +1,22 @@
 """A diffusion model: denoiser, noise schedule and, if it has them, text encoder and autoencoder.
 
     q(x_t | x_0):      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    eps ~ N(0, I), t in [0, T)
-    target y:          epsilon       eps
-                       v_prediction  sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
-                       sample        x_0
+    flow matching:     x_t = (1 - sigma) x_0 + sigma eps,  sigma = t / T,  t in [0, T]
+    target y:          epsilon          eps
+                       v_prediction     sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+                       sample           x_0
+                       flow_prediction  eps - x_0
     loss at t:         |y - f(x_t, t, c)|^2, averaged over the elements of one sample
-    SNR(t):            abar_t / (1 - abar_t)
+    SNR(t):            abar_t / (1 - abar_t), or ((1 - sigma) / sigma)^2
 
-abar, the prediction type and T are the base's own, read from its scheduler's config; nothing is
-filled in by a default. Models are stock diffusers pipelines, read by `demerge.diffusion.loading`:
-UNet2DModel, UNet2DConditionModel with a CLIP text encoder and an AutoencoderKL, or a DiT with class
-labels and an AutoencoderKL. The condition c is that of `demerge.diffusion.conditioning`. Of a
+The schedule, the prediction type and T are the base's own, read from its scheduler's config;
+nothing is filled in by a default. Models are stock diffusers pipelines, read by
+`demerge.diffusion.loading`. What is particular to a kind of denoiser is in its file of
+`demerge.diffusion.families`. The condition c is that of `demerge.diffusion.conditioning`. Of a
 denoiser that also learns the variance (a DiT: 2 C channels) the first C channels are f.
 
 Papers: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512), latent diffusion (arXiv
-2112.10752).
+2112.10752), rectified flow (arXiv 2209.03003, 2403.03206).
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ from torch import Tensor, nn
 
 from demerge.data import ImageData, load_images
 from demerge.diffusion import schedule
-from demerge.diffusion.conditioning import Classes, classes_of
+from demerge.diffusion.components import running
+from demerge.diffusion.conditioning import Classes, Condition
+from demerge.diffusion.families import Family, Text, family_of
 from demerge.diffusion.loading import (
-    TextEncoder,
     build_scheduler,
     build_unet,
     denoiser_part,
@@ -45,9 +48,9 @@ from demerge.diffusion.loading import (
     load_scheduler,
     load_text,
     load_vae,
-    running,
 )
 from demerge.diffusion.projection import FOLDABLE, has_projection
+from demerge.diffusion.routing import RoutedDenoiser
 from demerge.errors import InputError, UsageError
 from demerge.inspection import find_other_input
 from demerge.storage.atomic import commit_json
@@ -55,8 +58,9 @@ from demerge.storage.checkpoint import commit_tensors, content_sha256, finite
 from demerge.storage.hashing import Hashing
 from demerge.storage.layout import PROJECTED, inside, read_index
 from demerge.storage.schema import Record, Table, read_record
+from demerge.timesteps import TimestepRange
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 class RandomConfig(Record):
@@ -78,22 +82,38 @@ class Diffusion:
     scheduler: Any
     folder: Path | None = None
     vae: Any | None = None
-    text: TextEncoder | None = None
+    text: Text | None = None
+    resolution: int | None = None
+    _family: Family | None = field(default=None, repr=False)
     _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not hasattr(self.scheduler, "alphas_cumprod"):
+        if not self.is_flow and not hasattr(self.scheduler, "alphas_cumprod"):
             what = f"scheduler {type(self.scheduler).__name__} has no alphas_cumprod"
-            fix = "use a base with a DDPM-like schedule (DDPM, DDIM, PNDM, Euler, DPM-Solver)"
+            fix = "use a base with a schedule like DDPM's or of flow matching"
             raise UsageError(what, fix=fix)
         if self.prediction_type not in PREDICTION_TYPES:
             what = f"prediction type '{self.prediction_type}' is unknown"
             raise UsageError(what, fix=f"use one of {', '.join(PREDICTION_TYPES)}")
-        latents = None if self.vae is None else self.vae.config.latent_channels
-        if other := find_other_input(self.config, latents):
+        if self._family is None:
+            object.__setattr__(self, "_family", self._find_family())
+
+    def _find_family(self) -> Family:
+        """Return the denoiser's family.
+
+        Raises:
+            UsageError: if it takes something besides x_t, t, text and classes.
+        """
+        denoiser, config = self.denoiser, self.config
+        if isinstance(denoiser, RoutedDenoiser):
+            denoiser = denoiser.experts[0]
+        name = type(denoiser).__name__
+        family = family_of(name, config)(config, self.vae, self.resolution)
+        if other := find_other_input({"_class_name": name, **config}, family.latent_channels):
             fix = "use a base that takes x_t alone, as its text-to-image model; merge takes both"
             raise UsageError(f"{self.folder or 'the denoiser'}: {other}", fix=fix)
-        classes_of(self.config)
+        family.check()
+        return family
 
     def __repr__(self) -> str:
         kind, where = type(self.denoiser).__name__, f", {str(self.folder)!r}" if self.folder else ""
@@ -178,9 +198,15 @@ class Diffusion:
         return self
 
     def _modules(self) -> dict[str, nn.Module]:
-        text = None if self.text is None else self.text.model
-        parts = {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": text}
+        text = {} if self.text is None else self.text.modules
+        parts = {"denoiser": self.denoiser, "vae": self.vae, **text}
         return {name: module for name, module in parts.items() if module is not None}
+
+    @property
+    def family(self) -> Family:
+        """What is particular to the kind of the denoiser."""
+        assert self._family is not None
+        return self._family
 
     @property
     def config(self) -> Any:
@@ -198,22 +224,43 @@ class Diffusion:
         return int(self.scheduler.config.num_train_timesteps)
 
     @property
+    def is_flow(self) -> bool:
+        """Whether x_t is on the straight line from x_0 to noise: flow matching."""
+        return schedule.is_flow(self.scheduler.config, type(self.scheduler).__name__)
+
+    @property
     def prediction_type(self) -> str:
-        """`epsilon`, `v_prediction` or `sample`."""
-        return str(self.scheduler.config.get("prediction_type"))
+        """`epsilon`, `v_prediction`, `sample` or `flow_prediction`."""
+        return (
+            "flow_prediction" if self.is_flow else str(self.scheduler.config.get("prediction_type"))
+        )
+
+    @property
+    def shift(self) -> float:
+        """The s of a flow's schedule: sigma = s u / (1 + (s - 1) u) for u uniform in its steps."""
+        return schedule.shift_of(self.scheduler.config, self.family.tokens)
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """abar [T], float64."""
+        """The share of the signal in the variance of x_t, [T] float64: abar of a DDPM."""
+        if self.is_flow:
+            signal, noise = self.powers
+            return signal / (signal + noise)
         abar: Tensor = self.scheduler.alphas_cumprod.to("cpu", torch.float64)
         return abar
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of x_t."""
-        size = self.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(self.config.in_channels), int(height), int(width)
+    def powers(self) -> tuple[Tensor, Tensor]:
+        """a^2 and s^2 [T] float64 of x_t = a x_0 + s eps."""
+        if self.is_flow:
+            sigma = schedule.flow_sigmas(self.T)
+            return (1 - sigma) ** 2, sigma**2
+        return self.alphas_cumprod, 1 - self.alphas_cumprod
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of x_t; (C, F, H, W) of a video."""
+        return self.family.sample_shape
 
     def load_images(self, source: str, *, split: str, skip_broken: bool) -> ImageData:
         """Load a data set in the shape of this model's images, which are square."""
@@ -225,11 +272,7 @@ class Diffusion:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
-        if self.vae is None:
-            return self.sample_shape
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        _, height, width = self.sample_shape
-        return int(self.vae.config.out_channels), height * factor, width * factor
+        return self.family.image_shape
 
     @property
     def parameters(self) -> int:
@@ -244,7 +287,7 @@ class Diffusion:
     @property
     def classes(self) -> Classes | None:
         """The classes that the denoiser takes; None if it takes none."""
-        return classes_of(self.config)
+        return self.family.classes
 
     @property
     def sha256(self) -> str:
@@ -284,8 +327,9 @@ class Diffusion:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def snr(self) -> Tensor:
-        """SNR(t) = abar_t / (1 - abar_t), [T] float64."""
-        return schedule.snr(self.alphas_cumprod)
+        """SNR(t) = a^2 / s^2, [T] float64."""
+        signal, noise = self.powers
+        return signal / noise
 
     @torch.no_grad()
     def encode(
@@ -293,7 +337,7 @@ class Diffusion:
         images: Tensor,
         captions: Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Condition]:
         """Turn images [B C H W] in [-1, 1] into (x_0 [B *sample_shape], c); see `condition`.
 
         Raises:
@@ -304,27 +348,33 @@ class Diffusion:
             what = f"images are {tuple(images.shape[1:])}, the base expects {self.image_shape}"
             raise UsageError(what, fix="load the data with the base's resolution and channels")
         condition = self.condition(len(images), captions, labels)
-        images = images.to(self.device)
-        if self.vae is None:
-            return images, condition
         with running(f"{self.folder}/vae"):
-            x0 = self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
-        return x0, condition
+            return self.family.encode(images.to(self.device)), condition
 
     @torch.no_grad()
     def condition(
         self, n: int, captions: Sequence[str] | None = None, labels: Sequence[int] | None = None
-    ) -> Tensor | None:
-        """Return c for n samples: hidden states [n L D], labels [n], or None.
+    ) -> Condition:
+        """Return c of n samples, the denoiser's own arguments; each tensor has n rows.
 
         Raises:
             UsageError: if captions or labels are missing, or a label is not a class of the base.
         """
+        condition: Condition = {}
         if self.text is not None:
-            captions = _required(captions)
-            with running(f"{self.folder}/text_encoder"):
-                return self.text(captions)
-        return None if self.classes is None else self.classes.labels(labels, n).to(self.device)
+            condition = self.text(_required(captions))
+        elif self.classes is not None:
+            condition = {"class_labels": self.classes.labels(labels, n).to(self.device)}
+        return condition | self.family.extra(torch.empty(n, device=self.device))
+
+    @torch.no_grad()
+    def no_condition(self, n: int) -> Condition:
+        """Return what guidance takes in place of a caption or a class, for n samples."""
+        if self.text is None:
+            return self.condition(n, None, None)
+        return self.family.without(self.text, n) | self.family.extra(
+            torch.empty(n, device=self.device)
+        )
 
     def describe_condition(self, data: ImageData) -> str | None:
         """Describe the conditions that a data set gives the denoiser; None if it takes none.
@@ -339,37 +389,51 @@ class Diffusion:
         self.classes.labels(data.labels, len(data))
         return f"classes, {self.classes.describe_labels(data.labels)}"
 
-    def encode_from(self, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def encode_from(self, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Condition]:
         """Encode images of a data set with their captions or labels; see `encode`."""
         return self.encode(data.floats(indices), *data.annotations(indices))
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Turn x_0 [B *sample_shape] into images [B C H W], nominally in [-1, 1]."""
-        if self.vae is None:
-            return x0
         with running(f"{self.folder}/vae"):
-            images: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor).sample
-        return images
+            return self.family.decode(x0)
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sqrt(abar_t) and sqrt(1 - abar_t); no device is waited for."""
+        """Return a and s [B 1 ..] of x_t = a x_0 + s eps; no device is waited for."""
+        t, shape = t.to(like.device), (-1, *[1] * (like.ndim - 1))
+        if self.is_flow:
+            sigma = (t.to(torch.float32) / self.T).view(shape).to(like.dtype)
+            return 1 - sigma, sigma
         if like.device not in self._tables:
             abar = self.alphas_cumprod
             dtype = torch.float32 if like.device.type == "mps" else torch.float64
             table = torch.stack([abar.sqrt(), (1 - abar).sqrt()])
             self._tables[like.device] = table.to(like.device, dtype)
-        chosen = self._tables[like.device][:, t.to(like.device)].to(like.dtype)
-        a, s = chosen.view(2, -1, *[1] * (like.ndim - 1))
-        return a, s
+        a, s = self._tables[like.device][:, t].to(like.dtype)
+        return a.view(shape), s.view(shape)
+
+    def timesteps(self, span: TimestepRange, position: Tensor) -> Tensor:
+        """Return the timesteps [B] at these shares, in [0, 1), of a range.
+
+        They are integers, each with an equal share of positions; for flow matching any number.
+        """
+        if self.is_flow:
+            return below((span.start + position * len(span)).float(), span.stop)
+        return span.start + (position * len(span)).long().clamp(max=len(span) - 1)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Draw x_t from q(x_t | x_0) with the given noise; x0, noise [B *], t [B] integers."""
+        """Draw x_t from q(x_t | x_0) with the given noise; x0, noise [B *], t [B].
+
+        t are integers, but for flow matching, which takes any t in [0, T].
+        """
         a, s = self._coefficients(t, x0)
         return a * x0 + s * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return y [B *], what the denoiser is trained to predict."""
+        if self.is_flow:
+            return noise - x0
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -377,20 +441,15 @@ class Diffusion:
         a, s = self._coefficients(t, x0)
         return a * noise - s * x0
 
-    def arguments(self, condition: Tensor | None) -> dict[str, Tensor]:
-        """Return the denoiser's keyword arguments for a condition."""
-        if condition is None:
-            return {}
-        return {"encoder_hidden_states" if self.classes is None else "class_labels": condition}
-
-    def predict(self, x_t: Tensor, t: Tensor | float, condition: Tensor | None = None) -> Tensor:
-        """Return f(x_t, t, c) [B C H W] for t [B] or one for all, without a learned variance."""
+    def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition | None = None) -> Tensor:
+        """Return f(x_t, t, c) [B *] for t [B] or one for all, without a learned variance."""
         each = torch.as_tensor(t, device=x_t.device).reshape(-1).expand(len(x_t))
         with running(self.folder or "the model"):
-            output: Tensor = self.denoiser(x_t, each, **self.arguments(condition)).sample
-        return output[:, : x_t.shape[1]]
+            return self.family.predict(self.denoiser, x_t, each, condition or {})
 
-    def loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def loss(
+        self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition | None = None
+    ) -> Tensor:
         """Return |y - f(x_t, t, c)|^2 for each sample [B], averaged over its elements."""
         prediction = self.predict(self.add_noise(x0, noise, t), t, condition)
         return squared_error(prediction, self.target(x0, noise, t))
@@ -405,6 +464,12 @@ def _required(captions: Sequence[str] | None) -> Sequence[str]:
         fix = "add a metadata.jsonl with file_name and text, or a NAME.txt next to each image"
         raise UsageError("the base takes text and the data has no captions", fix=fix)
     return captions
+
+
+def below(t: Tensor, stop: int) -> Tensor:
+    """Return float32 timesteps, those that were rounded up to `stop` just below it."""
+    most = torch.tensor(stop, dtype=torch.float32).nextafter(torch.tensor(0.0))
+    return t.clamp(max=float(most))
 
 
 def not_finite(module: nn.Module) -> str:

@@ -5,19 +5,18 @@ It is what merging is measured against (DeMe, arXiv 2410.06664, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from demerge.diffusion.adapters import load_model
-from demerge.diffusion.model import Diffusion
+from demerge.diffusion.conditioning import Condition
 from demerge.errors import UsageError
-from demerge.expert import list_experts
 from demerge.timesteps import Partition
+
+Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 
 
 class RoutedDenoiser(nn.Module):
@@ -49,46 +48,39 @@ class RoutedDenoiser(nn.Module):
         return self.experts[self.partition.route(t)]
 
     def forward(self, x: Tensor, t: Tensor | float, **condition: Any) -> UNet2DOutput:
-        """Return the prediction [B C H W] for x [B C H W] at t, a number or [B].
+        """Return `predict` of stock denoisers that are called by (x, t, **condition)."""
+        return UNet2DOutput(sample=self.predict(_call, x, t, condition))
+
+    def predict(self, call: Call, x: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
+        """Return the prediction [B *] for x [B *] at t, a number or [B].
 
         No device is waited for if t is a number or a scalar on the CPU. Else the host waits once,
         for the number of rows of each expert.
+
+        Args:
+            call: calls one expert with x, t and condition of its rows.
         """
         t = torch.as_tensor(t)
         timesteps = t.reshape(-1).expand(len(x)).to(x.device)
         if t.numel() == 1 and t.device.type == "cpu":
-            prediction: Tensor = self.expert_at(t.item())(x, timesteps, **condition).sample
-            return UNet2DOutput(sample=prediction)
+            return call(self.expert_at(t.item()), x, timesteps, condition)
         edges = torch.tensor([0, *self.partition.cuts, self.partition.total])
         routes = torch.bucketize(timesteps, edges.to(x.device, timesteps.dtype), right=True)
+        routes -= (timesteps == self.partition.total).to(routes)
         below, *counts, above = torch.bincount(routes, minlength=len(edges) + 1).tolist()
         if below or above:
             for value in timesteps.tolist():
                 self.partition.route(value)  # raises for a timestep outside
         rows = routes.argsort(stable=True).split(counts)
-        parts = []
-        for expert, own in zip(self.experts, rows, strict=True):
-            if len(own):
-                given = {name: value[own] for name, value in condition.items()}
-                parts.append(expert(x[own], timesteps[own], **given).sample)
+        parts = [
+            call(expert, x[own], timesteps[own], {n: value[own] for n, value in condition.items()})
+            for expert, own in zip(self.experts, rows, strict=True)
+            if len(own)
+        ]
         sample = torch.cat(parts)
-        return UNet2DOutput(sample=torch.empty_like(sample).index_copy_(0, torch.cat(rows), sample))
+        return torch.empty_like(sample).index_copy_(0, torch.cat(rows), sample)
 
 
-def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]) -> Diffusion:
-    """Return the routed ensemble as a model that samples and scores like any other."""
-    return base.with_denoiser(RoutedDenoiser(partition, denoisers))
-
-
-def load_routed(
-    base: str | Path | Diffusion, experts: str | Path, *, device: str = "cpu"
-) -> Diffusion:
-    """Load the experts in the subfolders of `experts`, routed on the base's schedule.
-
-    Raises:
-        InputError: if there is no expert, or their ranges do not cover [0, T).
-    """
-    folders = list_experts(experts)
-    base = base if isinstance(base, Diffusion) else Diffusion.load(base, device=device)
-    denoisers = [load_model(path, base, device=device).denoiser for path in folders.values()]
-    return routed(base, Partition(tuple(folders)), denoisers)
+def _call(denoiser: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    prediction: Tensor = denoiser(x, t, **condition).sample
+    return prediction

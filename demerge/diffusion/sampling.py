@@ -20,11 +20,13 @@ import diffusers
 import torch
 from torch import Tensor
 
+from demerge.diffusion.components import running
+from demerge.diffusion.conditioning import Condition, stack
 from demerge.diffusion.forward import Forward
-from demerge.diffusion.loading import running
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import fitting_threads
 from demerge.diffusion.options import SamplingOptions
+from demerge.diffusion.schedule import dynamic_mu
 from demerge.errors import NumericalError, UsageError
 from demerge.progress import Progress, silent
 from demerge.randomness import key_of, normal
@@ -109,14 +111,15 @@ class ImageSampler:
             NumericalError: if an image is not finite.
         """
         model, scheduler, scale = self.model, self.scheduler, self.options.guidance_scale
-        condition, is_guided = self._condition(indices), scale > 1
-        scheduler.set_timesteps(self.options.steps)  # PNDM and others keep a history of the batch
+        is_guided = scale > 1 and not model.family.is_distilled
+        condition = self._condition(indices, is_guided)
+        set_timesteps(model, scheduler, self.options.steps)  # PNDM and others keep a history
         noise = normal(model.sample_shape, self.seed, "image", samples=indices)
-        x = noise.to(model.device) * scheduler.init_noise_sigma
+        x = noise.to(model.device) * getattr(scheduler, "init_noise_sigma", 1.0)
         arguments = self._generators(indices)
         with fitting_threads(model, len(indices)):
             for t in scheduler.timesteps:
-                scaled = scheduler.scale_model_input(x, t)
+                scaled = x if model.is_flow else scheduler.scale_model_input(x, t)
                 scaled = torch.cat([scaled, scaled]) if is_guided else scaled
                 prediction = self.forward(scaled, t, condition)
                 if is_guided:
@@ -131,17 +134,15 @@ class ImageSampler:
             raise NumericalError("sampling produced NaN or Inf: an image is not finite", fix=fix)
         return to_uint8(model.decode(x))
 
-    def _condition(self, indices: Sequence[int]) -> Tensor | None:
+    def _condition(self, indices: Sequence[int], is_guided: bool) -> Condition:
         """Return the condition of images, after the empty one if there is guidance."""
         model, captions, labels = self.model, self.captions, self.labels
         texts = [captions[i % len(captions)] for i in indices] if captions else None
         classes = [labels[i % len(labels)] for i in indices] if labels else None
         condition = model.condition(len(indices), texts, classes)
-        if self.options.guidance_scale == 1 or condition is None:
-            return condition
-        nulls = None if model.classes is None else [model.classes.null or 0] * len(indices)
-        empty = model.condition(len(indices), [""] * len(indices), nulls)
-        return condition if empty is None else torch.cat([empty, condition])
+        if model.family.is_distilled:
+            condition["guidance"] *= self.options.guidance_scale
+        return stack(model.no_condition(len(indices)), condition) if is_guided else condition
 
     def _generators(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return the random numbers of each image, if the scheduler's step takes some."""
@@ -165,7 +166,10 @@ def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
             step starts at SNR 0, at which a predicted epsilon says nothing of x_0.
     """
     own, config = model.scheduler, _own_config(model)
-    if sampler == "ddim":
+    if model.is_flow:
+        scheduler = own if sampler == "base" else _euler(model)
+        scheduler = type(scheduler).from_config(scheduler.config)
+    elif sampler == "ddim":
         scheduler = _ddim(model, config, steps)
     elif str(own.config.get("variance_type", "")).startswith("learned"):
         raise UsageError(
@@ -176,10 +180,30 @@ def make_scheduler(model: Diffusion, steps: int, sampler: str) -> Any:
     else:
         known = {name: config[name] for name in own.config if name in config}
         scheduler = type(own).from_config(known)
-    with running(f"the scheduler of {model.folder}"):
-        scheduler.set_timesteps(steps)
+    set_timesteps(model, scheduler, steps)
     _check_terminal_snr(model, scheduler.timesteps, steps)
     return scheduler
+
+
+def set_timesteps(model: Diffusion, scheduler: Any, steps: int) -> None:
+    """Set a scheduler's timesteps as the stock pipeline of the family does."""
+    sigmas = model.family.sigmas(steps)
+    if sigmas is None or scheduler.config.get("use_flow_sigmas"):
+        arguments: dict[str, Any] = {"num_inference_steps": steps}
+    else:
+        arguments = {"sigmas": sigmas}
+    if scheduler.config.get("use_dynamic_shifting"):
+        arguments["mu"] = dynamic_mu(scheduler.config, model.family.tokens)
+    with running(f"the scheduler of {model.folder}"):
+        scheduler.set_timesteps(**arguments)
+
+
+def _euler(model: Diffusion) -> Any:
+    """Return Euler's steps along a flow, which are those of DDIM with eta 0."""
+    own = model.scheduler
+    if isinstance(own, diffusers.FlowMatchEulerDiscreteScheduler):
+        return own
+    return diffusers.FlowMatchEulerDiscreteScheduler(model.T, shift=model.shift)
 
 
 def _ddim(model: Diffusion, config: dict[str, Any], steps: int) -> Any:
@@ -255,6 +279,8 @@ def check_sampling(
         fix = "give captions: --captions FILE, one per line"
         raise UsageError("the model takes text, and there are no captions", fix=fix)
     if options.guidance_scale == 1:
+        return
+    if model.family.is_distilled:
         return
     has_null = model.requires_text or (model.classes is not None and model.classes.null is not None)
     is_distilled = getattr(model.config, "time_cond_proj_dim", None) is not None

@@ -24,6 +24,36 @@ MAX_T = 100_000
 MAX_LOG_SNR = 20.0  # a schedule that ends in pure noise has log SNR = -inf
 
 
+def is_flow(config: Mapping[str, Any], name: str = "") -> bool:
+    """Return whether a scheduler's config, or its class, is of flow matching."""
+    return "Flow" in (name or str(config.get("_class_name"))) or bool(config.get("use_flow_sigmas"))
+
+
+def flow_sigmas(T: int) -> Tensor:
+    """Return sigma in the middle of each [t, t + 1), [T] float64; sigma is t / T."""
+    return (torch.arange(T, dtype=torch.float64) + 0.5) / T
+
+
+def shift_of(config: Mapping[str, Any], tokens: int) -> float:
+    """Return the shift s of a flow's schedule; sigma = s u / (1 + (s - 1) u).
+
+    With `use_dynamic_shifting` it depends on the length of the sequence: mu grows linearly with it,
+    and s is exp(mu), or mu itself with the `time_shift_type` linear.
+    """
+    if not config.get("use_dynamic_shifting"):
+        name = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+        return float(config.get(name) or 1.0)
+    mu = dynamic_mu(config, tokens)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
+    """Return mu of a sequence of so many tokens."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(first + (last - first) * (tokens - low) / (high - low))
+
+
 def snr(abar: Tensor) -> Tensor:
     """Return SNR(t) [T] of abar [T]."""
     return abar / (1 - abar)
@@ -43,23 +73,15 @@ def snr_of(config: Mapping[str, Any]) -> Tensor | None:
         T = int(config.get("num_train_timesteps", 1000))
         if not 0 < T <= MAX_T:
             return None
-        is_flow = "Flow" in str(config.get("_class_name")) or config.get("use_flow_sigmas")
-        ratio = _of_flow(config, T) if is_flow else _of_betas(config, T)
+        if is_flow(config):
+            sigma = flow_sigmas(T)
+            return ((1 - sigma) / sigma) ** 2
+        ratio = _of_betas(config, T)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         return None
     if ratio is None or ratio.shape != (T,):
         return None
     return ratio if bool(torch.isfinite(ratio).all() and (ratio >= 0).all()) else None
-
-
-def _of_flow(config: Mapping[str, Any], T: int) -> Tensor | None:
-    """Return the SNR of a shifted flow; None if the shift depends on the size of the image."""
-    if config.get("use_dynamic_shifting"):
-        return None
-    shift = float(config.get("flow_shift" if config.get("use_flow_sigmas") else "shift") or 1.0)
-    sigma = torch.arange(1, T + 1, dtype=torch.float64) / T
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    return ((1 - sigma) / sigma) ** 2
 
 
 def _of_betas(config: Mapping[str, Any], T: int) -> Tensor | None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from demerge.diffusion.adapters import is_lora_path, load_model
+from demerge.diffusion.ensemble import load_routed
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.routing import load_routed
 from demerge.errors import UsageError
 from demerge.evaluation.scores import FORMAT, Kind
 from demerge.expert import EXPERT, Expert

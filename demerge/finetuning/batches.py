@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from demerge.data import ImageData
 from demerge.data.values import as_floats
+from demerge.diffusion.conditioning import Condition, rows
 from demerge.diffusion.model import Diffusion
 from demerge.finetuning.objective import draw_timesteps
 from demerge.finetuning.options import FinetuneOptions
@@ -33,33 +34,32 @@ from demerge.timesteps import TimestepRange
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a step needs of B samples: x_0 [B *], noise [B *], t [B], and the condition or None."""
+    """What a step needs of B samples: x_0 [B *], noise [B *], t [B], and the condition."""
 
     x0: Tensor
     noise: Tensor
     t: Tensor
-    condition: Tensor | None = None
+    condition: Condition = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.t)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that are not None."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return [value for value in values if value is not None]
+        """Return all tensors, each with B rows."""
+        return [self.x0, self.noise, self.t, *self.condition.values()]
 
     def copy(self) -> Batch:
         """Return the batch in memory of its own."""
-        condition = None if self.condition is None else self.condition.clone()
+        condition = {name: tensor.clone() for name, tensor in self.condition.items()}
         return Batch(self.x0.clone(), self.noise.clone(), self.t.clone(), condition)
 
     def chunk(self, parts: int) -> Iterator[Batch]:
         """Yield the batch in `parts` pieces of about one size, fewer if it has fewer samples."""
         size = -(-len(self) // parts)
         for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            condition = None if self.condition is None else self.condition[rows]
-            yield Batch(self.x0[rows], self.noise[rows], self.t[rows], condition)
+            part = slice(start, start + size)
+            condition = rows(self.condition, part)
+            yield Batch(self.x0[part], self.noise[part], self.t[part], condition)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,7 @@ class Batches:
     ) -> None:
         self.base, self.data, self.span, self.options = base, data, span, options
         self.world = world
+        self._shift = (options.shift or base.shift) if base.is_flow else None
         self._orders: dict[int, list[int]] = {}
         if by_process is None:
             by_process = base.device.type == "cuda" and sys.platform == "linux"
@@ -195,7 +196,7 @@ class Batches:
         noise = normal(self.base.sample_shape, o.seed, "noise", samples=sources, step=step)
         if o.antithetic:
             noise[[s % 2 == 1 for s in samples]] *= -1
-        t = draw_timesteps(self.span, self.base.T, o, step, sources)
+        t = draw_timesteps(self.span, self.base.T, o, step, sources, self._shift)
         u = draw("label") if self.base.classes is not None else None
         return _Drawn(images, noise, t, captions, labels, u)
 
@@ -205,8 +206,8 @@ class Batches:
             tensor.to(device, non_blocking=True) for tensor in (drawn.images, drawn.noise, drawn.t)
         )
         x0, condition = self.base.encode(as_floats(images), drawn.captions, drawn.labels)
-        if condition is not None and classes is not None and drawn.u is not None:
-            condition = classes.drop(condition, drawn.u)
+        if classes is not None and drawn.u is not None:
+            condition["class_labels"] = classes.drop(condition["class_labels"], drawn.u)
         return Batch(x0, noise, t, condition)
 
     def _order(self, epoch: int) -> list[int]:

@@ -11,9 +11,10 @@ the run.
 Differs from the paper's released code, which overwrites f_0 by the student's average at each
 preview: ours never changes.
 
-Loss weights w(t), with a = abar_t, s = 1 - a and SNR = a / s. A weight is defined on one kind of
-error and divided for the others, since |eps - eps_hat|^2 = SNR |x_0 - x_hat|^2 and
-|v - v_hat|^2 = (SNR + 1) |x_0 - x_hat|^2:
+Loss weights w(t), with a = abar_t, s = 1 - a and SNR = a / s; for flow matching a = (1 - sigma)^2,
+s = sigma^2, and the column is v_prediction, since |x_0 - x_hat|^2 = sigma^2 |y - y_hat|^2. A weight
+is defined on one kind of error and divided for the others, since |eps - eps_hat|^2 = SNR |x_0 -
+x_hat|^2 and |v - v_hat|^2 = (SNR + 1) |x_0 - x_hat|^2:
 
                    on x_0            epsilon            v_prediction     sample           arXiv
     min-snr        min(SNR, gamma)   min(1, gamma s/a)  min(a, gamma s)  min(a/s, gamma)  2303.09556
@@ -35,10 +36,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from demerge.diffusion.model import Diffusion
+from demerge.diffusion.model import Diffusion, below
 from demerge.errors import UsageError
 from demerge.finetuning.options import Decay, FinetuneOptions
 from demerge.randomness import uniform
+from demerge.timestep_conventions import Density, LogitNormal, Mode, Uniform, shift, unshift
 from demerge.timesteps import TimestepRange
 
 # below 1 / 2^-24: for zero terminal SNR some schedulers of diffusers set abar = 2^-24
@@ -46,9 +48,17 @@ LARGEST_WEIGHT = 2.0**23
 
 
 def draw_timesteps(
-    span: TimestepRange, T: int, options: FinetuneOptions, step: int, samples: Sequence[int]
+    span: TimestepRange,
+    T: int,
+    options: FinetuneOptions,
+    step: int,
+    samples: Sequence[int],
+    flow_shift: float | None = None,
 ) -> Tensor:
-    """Draw t ~ q_i, [B] integers; t of a sample depends on (seed, step, sample).
+    """Draw t ~ q_i, [B]; t of a sample depends on (seed, step, sample).
+
+    They are integers. With `flow_shift`, the s of a flow's schedule, they are any numbers of the
+    density of `options`, restricted to the range by its quantiles.
 
     `sampling="mixture"` tosses the coin for each sample. `sampling="paper"` tosses it once for the
     batch and mirrors the second half of the batch inside the interval, as the paper's code does.
@@ -60,8 +70,26 @@ def draw_timesteps(
         u = torch.cat([u[:half], (1 - u[:half])[: len(samples) - half]]).clamp(max=1 - 2**-53)
     else:
         coin = uniform(options.seed, "range or all", samples=samples, step=step)
-    inside = (span.start + u * len(span)).long()
-    return torch.where(coin < options.global_prob, (u * T).long(), inside)
+    is_global = coin < options.global_prob
+    if flow_shift is None:
+        inside = (span.start + u * len(span)).long()
+        return torch.where(is_global, (u * T).long(), inside)
+    density = density_of(options)
+    edges = torch.tensor([span.start, span.stop], dtype=torch.float64) / T
+    low, high = density.cdf(unshift(edges, flow_shift))
+    v = torch.where(is_global, u, low + u * (high - low))
+    t = (T * shift(density.quantile(v), flow_shift)).float()
+    inside = below(t.clamp(min=span.start), span.stop)
+    return torch.where(is_global, below(t, T), inside)
+
+
+def density_of(options: FinetuneOptions) -> Density:
+    """Return the density of u, the time before the shift, that flow matching draws from."""
+    if options.density == "uniform":
+        return Uniform()
+    if options.density == "mode":
+        return Mode(options.mode_scale)
+    return LogitNormal(options.logit_mean, options.logit_std)
 
 
 def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
@@ -70,11 +98,12 @@ def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
     Raises:
         UsageError: if w(t) is infinite, or so large that float32 loses the other timesteps.
     """
-    a, gamma = model.alphas_cumprod, options.snr_gamma
-    s, one = 1 - a, torch.ones_like(a)
+    (a, s), gamma = model.powers, options.snr_gamma
+    one = torch.ones_like(a)
+    whole = a + s if model.is_flow else one
     k, power = options.p2_k, options.p2_gamma
     scaled = (k * s + a) ** power  # (k + SNR)^gamma s^gamma
-    weights = {
+    table = {
         "one": {"epsilon": one, "v_prediction": one, "sample": one},
         "min-snr": {
             "epsilon": (gamma * s / a).clamp(max=1),
@@ -86,13 +115,15 @@ def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
             "v_prediction": torch.maximum(a, s),
             "sample": (a / s).clamp(min=1),
         },
-        "snr+1": {"epsilon": 1 / a, "v_prediction": one, "sample": 1 / s},
+        "snr+1": {"epsilon": 1 / a, "v_prediction": whole, "sample": 1 / s},
         "p2": {
             "epsilon": s**power / scaled,
             "v_prediction": a * s**power / scaled,
             "sample": a * s ** (power - 1) / scaled,
         },
-    }[options.loss_weight if options.loss_weight != "uncertainty" else "one"][model.prediction_type]
+    }[options.loss_weight if options.loss_weight != "uncertainty" else "one"]
+    kind = "v_prediction" if model.is_flow else model.prediction_type
+    weights = table[kind]
     if float(weights.max()) > LARGEST_WEIGHT:
         t = int(weights.argmax())
         value, abar = f"{float(weights[t]):.3g}", f"{float(a[t]):.3g}"

@@ -101,6 +101,24 @@ class FinetuneOptions(Options):
     )
     p2_k: float = option(1.0, "k of p2.", panel=OBJECTIVE, gt=0, lt=math.inf)
     p2_gamma: float = option(1.0, "Gamma of p2.", panel=OBJECTIVE, ge=0, lt=math.inf)
+    density: Literal["uniform", "logit-normal", "mode"] = option(
+        "uniform", "Density of t before the shift, for flow matching.", panel=OBJECTIVE
+    )
+    logit_mean: float = option(
+        0.0, "Mean of logit-normal; above 0 draws more noise.", panel=OBJECTIVE, ge=-10, le=10
+    )
+    logit_std: float = option(
+        1.0, "Standard deviation of logit-normal.", panel=OBJECTIVE, gt=0, le=10
+    )
+    mode_scale: float = option(1.29, "Scale of mode.", panel=OBJECTIVE, ge=-1, le=1.75)
+    shift: float | None = option(
+        None,
+        "Shift of t in training, for flow matching.",
+        panel=OBJECTIVE,
+        gt=0,
+        le=1000,
+        shown_default="the base's own",
+    )
     antithetic: bool = option(
         False, "Draw samples in pairs: same image, same timestep, opposite noise.", panel=OBJECTIVE
     )

@@ -156,7 +156,7 @@ class Step:
         with self._autocast():
             prediction = self.student.predict(x_t, t, batch.condition)
             error = squared_error(prediction, y)
-            losses = self.weights[t].to(error) * error
+            losses = self.weights[t.long()].to(error) * error
             if self.uncertainty is not None:
                 losses = self.uncertainty(losses, t)
             if self.options.consistency > 0 and (self.is_async or rates.consistency > 0):

@@ -39,5 +39,5 @@ class Uncertainty(nn.Module):
 
     def forward(self, errors: Tensor, t: Tensor) -> Tensor:
         """Return exp(-u) error + u for errors [B] at t [B]."""
-        u = self.features[t] @ self.weight / math.sqrt(FEATURES)
+        u = self.features[t.long()] @ self.weight / math.sqrt(FEATURES)
         return errors * (-u).exp() + u

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from demerge.data import ImageData
+from demerge.diffusion.conditioning import Condition
 from demerge.diffusion.model import Diffusion
 from demerge.errors import NumericalError, UsageError
 from demerge.randomness import normal, permutation, uniform
@@ -25,16 +26,16 @@ from demerge.timesteps import TimestepRange
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """B examples: x_t and y [B *], t [B], and the condition [B L D] of a model that takes text."""
+    """B examples: x_t and y [B *], t [B], and the condition."""
 
     x_t: Tensor
     y: Tensor
     t: Tensor
-    condition: Tensor | None
+    condition: Condition
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors that are not None, each with its B rows."""
-        return (self.x_t, self.y, self.t, *([] if self.condition is None else [self.condition]))
+        """Return all tensors, each with its B rows."""
+        return (self.x_t, self.y, self.t, *self.condition.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Sampler:
         model = self.model
         x0, condition = model.encode_from(self.data, self.images_of(numbers))
         position = uniform(self.seed, "stats timestep", samples=numbers)
-        t = (self.span.start + position * len(self.span)).long().to(x0.device)
+        t = model.timesteps(self.span, position).to(x0.device)
         noise = normal(x0.shape[1:], self.seed, "stats noise", samples=numbers).to(x0.device)
         return Examples(model.add_noise(x0, noise, t), model.target(x0, noise, t), t, condition)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +70,9 @@ def one_by_one(model: Diffusion) -> Gradients:
     leaves = {name: p.detach().requires_grad_(True) for name, p in parameters}
 
     def gradients(examples: Examples) -> dict[str, Tensor]:
-        rows = []
+        rows, names = [], tuple(examples.condition)
         for example in zip(*examples.tensors(), strict=True):
-            loss, wanted = _loss(model, leaves, *example), list(leaves.values())
+            loss, wanted = _loss(model, names, leaves, *example), list(leaves.values())
             rows.append(
                 torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
             )
@@ -87,7 +88,8 @@ def side_by_side(model: Diffusion) -> Gradients:
 
     def gradients(examples: Examples) -> dict[str, Tensor]:
         tensors = examples.tensors()
-        each = vmap(grad(partial(_loss, model)), in_dims=(None, *[0] * len(tensors)))
+        loss = partial(_loss, model, tuple(examples.condition))
+        each = vmap(grad(loss), in_dims=(None, *[0] * len(tensors)))
         with sdpa_kernel(SDPBackend.MATH):  # the only attention that vmap runs without a loop
             result: dict[str, Tensor] = each(leaves, *tensors)
         return result
@@ -97,17 +99,25 @@ def side_by_side(model: Diffusion) -> Gradients:
 
 def _loss(
     model: Diffusion,
+    names: tuple[str, ...],
     parameters: dict[str, Tensor],
     x_t: Tensor,
     y: Tensor,
     t: Tensor,
-    condition: Tensor | None = None,
+    *values: Tensor,
 ) -> Tensor:
-    """Return |y - f(x_t, t, c)|^2 [] of one example with these parameters."""
-    keywords = model.arguments(None if condition is None else condition[None])
-    inputs = (x_t[None], t[None])
-    output: Tensor = functional_call(model.denoiser, parameters, inputs, keywords).sample
-    return squared_error(output[:, : len(x_t)], y[None]).sum()
+    """Return |y - f(x_t, t, c)|^2 [] of one example with these parameters.
+
+    Args:
+        names: of the values of the condition.
+    """
+
+    def denoiser(*inputs: Tensor, **keywords: Any) -> Any:
+        return functional_call(model.denoiser, parameters, inputs, keywords)
+
+    condition = {name: value[None] for name, value in zip(names, values, strict=True)}
+    output = model.family.predict(denoiser, x_t[None], t[None], condition)
+    return squared_error(output, y[None]).sum()
 
 
 def _engine(model: Diffusion, sampler: Sampler) -> tuple[Gradients, int, str]:

@@ -24,10 +24,10 @@ import diffusers
 import torch
 from turns import CLOCK, CPU, MODELS, load, median, ratio, show, take_turns
 
+from demerge.diffusion.ensemble import routed
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import DTYPES
 from demerge.diffusion.options import SamplingOptions
-from demerge.diffusion.routing import routed
 from demerge.diffusion.sampling import ImageSampler, make_scheduler
 from demerge.timesteps import Partition
 

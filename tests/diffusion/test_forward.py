@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from demerge.diffusion.ensemble import routed
 from demerge.diffusion.forward import Forward
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.options import SamplingOptions
-from demerge.diffusion.routing import routed
 from demerge.diffusion.sampling import ImageSampler, sample
 from demerge.errors import NumericalError, UsageError
 from demerge.timesteps import Partition

@@ -62,7 +62,7 @@ def test_components_are_those_that_the_libraries_load(tiny_text: Path) -> None:
     own: dict[str, Any] = {
         "unet": load_denoiser(str(tiny_text)),
         "vae": load_vae(str(tiny_text)),
-        "text_encoder": text.model,
+        **text.modules,
     }
     for name, theirs in stock.items():
         mine = own[name]
@@ -127,7 +127,7 @@ def test_an_only_variant_is_taken(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "kind"),
     [
-        ("vae", "AutoencoderTiny"),
+        ("vae", "AutoencoderKLWan"),
         ("text_encoder", "T5EncoderModel"),
         ("unet", "UNet3DConditionModel"),
     ],

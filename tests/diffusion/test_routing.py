@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from demerge.diffusion.ensemble import load_routed, routed
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.options import SamplingOptions
-from demerge.diffusion.routing import load_routed, routed
 from demerge.diffusion.sampling import make_scheduler, sample
 from demerge.errors import InputError, UsageError
 from demerge.timesteps import Partition
@@ -71,7 +71,7 @@ def test_a_fraction_below_a_boundary_stays_below(ensemble: Diffusion) -> None:
     assert torch.equal(ensemble.denoiser(x, t).sample, torch.cat(parts))
 
 
-@pytest.mark.parametrize("t", [1000, -1, torch.tensor([5, 1000]), torch.tensor([-0.5, 5.0])])
+@pytest.mark.parametrize("t", [1001, -1, torch.tensor([5, 1001]), torch.tensor([-0.5, 5.0])])
 def test_a_timestep_outside_the_ranges_is_refused(ensemble: Diffusion, t: object) -> None:
     with pytest.raises(UsageError, match="lies outside"):
         ensemble.denoiser(torch.zeros(2, 1, 8, 8), t)

@@ -261,8 +261,8 @@ def test_a_text_pipeline_neither_clips_nor_starts_at_0(tiny_text: Path, name: st
     )
     stock = diffusers.StableDiffusionPipeline(
         model.vae,
-        model.text.model,
-        model.text.tokenizer,
+        model.text.encoder.model,
+        model.text.encoder.tokenizer,
         model.denoiser,
         own,
         None,
@@ -318,8 +318,8 @@ def test_guidance_is_that_of_the_stock_pipeline(
     captions = ["a cat", "two dogs"]
     stock = diffusers.StableDiffusionPipeline(
         model.vae,
-        model.text.model,
-        model.text.tokenizer,
+        model.text.encoder.model,
+        model.text.encoder.tokenizer,
         model.denoiser,
         own,
         None,
@@ -364,7 +364,8 @@ def test_guidance_of_a_dit_is_against_no_class(tiny_dit: Path) -> None:
     with torch.no_grad():
         for t in scheduler.timesteps:
             null, given = (
-                model.predict(x, t, torch.tensor(labels)) for labels in ([10, 10], [3, 7])
+                model.predict(x, t, {"class_labels": torch.tensor(labels)})
+                for labels in ([10, 10], [3, 7])
             )
             x = scheduler.step(null + 4 * (given - null), t, x).prev_sample
         expected = ((model.decode(x).clamp(-1, 1) + 1) * 127.5).round().int()

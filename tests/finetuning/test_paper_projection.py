@@ -17,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 
 from demerge.data import ImageData
+from demerge.diffusion.ensemble import load_routed
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.options import SamplingOptions
 from demerge.diffusion.projection import (
@@ -25,7 +26,6 @@ from demerge.diffusion.projection import (
     find_blocks,
     has_projection,
 )
-from demerge.diffusion.routing import load_routed
 from demerge.diffusion.sampling import sample
 from demerge.errors import InputError, Preempted, UsageError
 from demerge.finetuning import FinetuneOptions, finetune

@@ -115,11 +115,7 @@ def _losses(
     chosen = [order[j % len(data)] for j in draws]
     x0, condition = model.encode_from(data, chosen)
     noise = normal(model.sample_shape, seed, "validation-noise", samples=draws, step=r)
-    t = _timesteps(span, r, draws, seed)
-    return model.loss(x0, noise.to(model.device), t.to(model.device), condition).cpu()
-
-
-def _timesteps(span: TimestepRange, r: int, draws: list[int], seed: int) -> Tensor:
     jitter = uniform(seed, "validation-t", samples=draws, step=r) / JITTER
     places = (torch.tensor(draws, dtype=torch.float64) * GOLDEN + jitter) % 1
-    return span.start + (places * len(span)).long().clamp(max=len(span) - 1)
+    t = model.timesteps(span, places)
+    return model.loss(x0, noise.to(model.device), t.to(model.device), condition).cpu()

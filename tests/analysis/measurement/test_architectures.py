@@ -85,7 +85,7 @@ def plain_gradient(model: Diffusion, images: ImageData, drawn: Any, t: Tensor) -
     x_t = model.scheduler.add_noise(drawn.x0, drawn.noise, t)
     given: dict[str, Any] = {}
     if model.text is not None and images.captions is not None:
-        given["encoder_hidden_states"] = model.text([images.captions[i] for i in drawn.images])
+        given |= model.text([images.captions[i] for i in drawn.images])
     if model.classes is not None and images.labels is not None:
         given["class_labels"] = torch.tensor([images.labels[i] for i in drawn.images])
     model.denoiser.requires_grad_(True)
@@ -163,16 +163,12 @@ def test_labels_of_the_data_are_the_condition_and_no_class_where_there_are_none(
     dit: Diffusion, tmp_path: Path
 ) -> None:
     data = load_images("digits", resolution=16, channels=3, limit=20)
-    _, labels = dit.encode_from(data, [3, 0])
-    assert (
-        labels is not None
-        and data.labels is not None
-        and labels.tolist() == [data.labels[3], data.labels[0]]
-    )
+    labels = dit.encode_from(data, [3, 0])[1]["class_labels"]
+    assert data.labels is not None and labels.tolist() == [data.labels[3], data.labels[0]]
     assert dit.describe_condition(data) == "classes, 8 of the base's 10 classes"
     np.savez(tmp_path / "bare.npz", images=data.images(range(5)).numpy())
     bare = load_images(tmp_path / "bare.npz", split="all")
-    assert dit.encode_from(bare, [1, 2])[1].tolist() == [10, 10]  # type: ignore[union-attr]
+    assert dit.encode_from(bare, [1, 2])[1]["class_labels"].tolist() == [10, 10]
     assert (
         dit.describe_condition(bare)
         == "classes, none in the data: every image is of no class (label 10)"
@@ -257,9 +253,9 @@ def test_a_student_sees_the_classes_its_teacher_sees(dit: Diffusion) -> None:
         torch.zeros(40, dtype=torch.long),
     )
     with torch.no_grad():
-        still = dit.predict(x, t, labels)
+        still = dit.predict(x, t, {"class_labels": labels})
         dit.denoiser.train()
-        assert torch.equal(dit.predict(x, t, labels), still)
+        assert torch.equal(dit.predict(x, t, {"class_labels": labels}), still)
     classes = dit.classes
     assert classes is not None
     assert classes.drop(labels[:4], torch.tensor([0.05, 0.2, 0.099, 0.9])).tolist() == [
