@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from demerge.data import ImageData, load_images
 from demerge.diffusion.adapters import load_model, share_weights
+from demerge.diffusion.ensemble import load_routed
 from demerge.diffusion.model import Diffusion
-from demerge.diffusion.routing import load_routed
 from demerge.errors import InputError, NumericalError, Preempted, UsageError
 from demerge.evaluation.models import detect_kind, specify_models
 from demerge.expert import Expert
