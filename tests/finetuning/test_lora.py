@@ -304,7 +304,7 @@ def test_stock_diffusers_loads_it(tiny_text: Path, image_folder: Path, tmp_path:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     states = base.condition(2, ["a", "b"])
     with torch.no_grad():
-        theirs = pipeline.unet(x, torch.tensor([7, 400]), encoder_hidden_states=states).sample
+        theirs = pipeline.unet(x, torch.tensor([7, 400]), **states).sample
         ours = load_model(file.parent, base).predict(x, torch.tensor([7, 400]), states)
         plain = base.predict(x, torch.tensor([7, 400]), states)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
