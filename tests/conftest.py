@@ -11,9 +11,11 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,18 @@ def one_core() -> Iterator[None]:
     """Merge without workers unless a test asks for some: two forks cost more than a tiny merge."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_loss_plots() -> Iterator[None]:
+    """Leave the plots of losses empty: one takes as long as a tiny training."""
+    from matplotlib.figure import Figure
+
+    empty = ModuleType("demerge.finetuning.loss_plot")
+    empty.draw_losses = lambda *_: Figure()  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, empty.__name__, empty)
         yield
 
 

@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from demerge.analysis.report.page import CAPTIONS
 from demerge.conflict import ConflictMap, Origin
+from demerge.reporting.theme import Pictures
 from demerge.timesteps import Partition
+
+PLOTS = "demerge.analysis.report.page.draw_plots"  # which take most of the time
+DRAWN = dict.fromkeys(CAPTIONS, Pictures(b"<svg/>", b"<svg/>", b""))
 
 
 @pytest.fixture
@@ -25,7 +30,9 @@ def conflict(tmp_path: Path) -> Path:
     )
 
 
-def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> None:
+def test_ranges_as_scripts_call_it(
+    run: Any, conflict: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = run("ranges", conflict)
     assert (done.code, done.out) == (0, "0:125 125:250 250:375 375:1000\n")
     for word in (
@@ -48,6 +55,7 @@ def test_ranges_as_scripts_call_it(run: Any, conflict: Path, tmp_path: Path) -> 
     assert (
         "125, 250 and 375 into 4 ranges" in page and f"--ranges {out}" in page and "joint:4" in page
     )
+    monkeypatch.setattr(PLOTS, lambda summary: DRAWN)
     said = json.loads(
         run("ranges", conflict, "--ranges", 2, "--method", "hierarchical", "-o", out, "--json").out
     )
@@ -64,7 +72,10 @@ def test_one_range_says_why_there_are_no_more(run: Any, conflict: Path) -> None:
     ) == (0, True)
 
 
-def test_a_list_of_cuts_is_judged_and_written(run: Any, conflict: Path, tmp_path: Path) -> None:
+def test_a_list_of_cuts_is_judged_and_written(
+    run: Any, conflict: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PLOTS, lambda summary: DRAWN)
     done = run(
         "ranges",
         conflict,

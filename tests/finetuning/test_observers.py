@@ -59,6 +59,13 @@ def watch(base: Diffusion, data: ImageData, out: Path, observer: Any, told: list
 # -- losses ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def real_loss_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the losses, which the other tests leave out."""
+    monkeypatch.delitem(sys.modules, "demerge.finetuning.loss_plot")
+
+
+@pytest.mark.usefixtures("real_loss_plots")
 def test_the_table_has_the_numbers_of_the_log(tiny: Path, data: ImageData, tmp_path: Path) -> None:
     train(Diffusion.load(tiny), data, tmp_path)
     folder = tmp_path / str(SPAN)
@@ -72,6 +79,7 @@ def test_the_table_has_the_numbers_of_the_log(tiny: Path, data: ImageData, tmp_p
     assert "0900-1000" in (folder / "losses.svg").read_text()
 
 
+@pytest.mark.usefixtures("real_loss_plots")
 def test_two_trainings_leave_the_same_files(tiny: Path, data: ImageData, tmp_path: Path) -> None:
     for name in ("a", "b"):
         train(Diffusion.load(tiny), data, tmp_path / name)

@@ -16,7 +16,7 @@ from demerge.analysis.partitioning.bootstrap import CutSupport, support
 from demerge.analysis.report.next_steps import CommandNames
 from demerge.analysis.report.summary import ConflictSummary, row_sums
 from demerge.conflict import ConflictMap
-from demerge.reporting.theme import Pictures
+from demerge.reporting.theme import LIGHT, Pictures
 from demerge.timesteps import Partition
 
 
@@ -235,6 +235,12 @@ def test_a_map_is_read_once(planted: Any, tmp_path: Path, monkeypatch: pytest.Mo
             return function(map)
 
         monkeypatch.setattr(statistics, name, counted)
+
+    def drawn(draw: Any) -> Pictures:
+        draw(LIGHT)  # and not rendered, which takes long and reads nothing
+        return Pictures(b"<svg/>", b"<svg/>", b"")
+
+    monkeypatch.setattr("demerge.analysis.report.page.pictures", drawn)
     said = summarize(Reading(planted([0, 1, 2, 3, 4])), None, "advised", with_counts=True)
     write_report(said, tmp_path / "out")
     assert said.lines() and said.document()
