@@ -177,7 +177,7 @@ class Modules:
                 self._tensors.setdefault(known, set()).add(Slot(name))
         for name, stem in stems.items():
             module, bias = _split_bias(stem)
-            parts = self.family.to_diffusers(module)
+            parts = self.family.to_diffusers(module) if self.family.is_original(module) else ()
             rows: Sequence[Span | None] = [None]
             if len(parts) > 1 and shapes[name]:
                 rows = self.family.split_rows(parts, shapes[name][0])

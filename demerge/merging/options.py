@@ -138,6 +138,12 @@ class MergeOptions(Options):
     lora_rank: int | None = option(
         None, "Write a LoRA of this rank instead of a model.", panel=OUTPUT, ge=1
     )
+    lora_format: Literal["auto", "diffusers", "comfy", "kohya"] = option(
+        "auto",
+        "Names in the LoRA: of diffusers, of ComfyUI, or of kohya and musubi; auto takes those of"
+        " the base, or of the LoRA files.",
+        panel=OUTPUT,
+    )
     save_dtype: Literal["keep", "float32", "float16", "bfloat16"] = option(
         "keep", "dtype of the merged weights.", panel=OUTPUT
     )

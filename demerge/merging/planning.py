@@ -36,6 +36,7 @@ from demerge.merging.inputs.experts import (
 )
 from demerge.merging.inputs.statistic_files import check_measured_on, find_inputs
 from demerge.merging.output.denoiser import Lora, OutputDenoiser
+from demerge.merging.output.lora import Naming
 from demerge.merging.output.writer import check_not_pickle, list_entries
 from demerge.merging.recipe.foreign_names import translate
 from demerge.merging.recipe.recipe import Ranges, Recipe
@@ -124,12 +125,13 @@ def plan(
     parts[0] = replace(parts[0], notes=[*parts[0].notes, *models.notes])
     is_whole = len(parts) == 1 and len(parts[0].experts) == len(recipe.experts)
     pairs = zip(recipe.experts, models.ranges, strict=True)
+    weights = None if recipe.weights is None else [float(weight) for weight in recipe.weights]
     draft = replace(
         recipe,
         experts=[replace(expert, range=span) for expert, span in pairs],
         method=method.name,
         options=parts[0].job.options,
-        weights=parts[0].job.weights if is_whole else recipe.weights,
+        weights=parts[0].job.weights if is_whole else weights,
         rules=[rule.parse_options(method) for rule in recipe.rules],
     )
     folder = find_report_folder(out, report)
@@ -232,11 +234,13 @@ class _Models:
             what = "--only merges a part of the denoiser, --components other parts too"
             raise UsageError(what, fix="leave one of them out")
         tasks = [*assign_experts(base, experts, ranges, recipe.boundary), *others]
+        if recipe.lora_rank is not None:
+            if others or recipe.boundary is not None:
+                what = "a LoRA is made for a denoiser of the base, and the output has more parts"
+                fix = "give --components denoiser" if others else "leave --boundary out"
+                raise UsageError(what, fix=fix)
+            tasks = [task for task in tasks if task.experts]
         sides = [_Side.open(task, recipe, method) for task in tasks]
-        if recipe.lora_rank is not None and len(sides) > 1:
-            what = "a LoRA is made for one denoiser, and the output has more parts"
-            fix = "give --components denoiser" if others else "merge each side alone"
-            raise UsageError(what, fix=fix)
         return cls(ranges, sides, notes)
 
     def record(self, recipe: Recipe, hashes: Mapping[Path, str]) -> Recipe:
@@ -299,7 +303,11 @@ def _plan_part(recipe: Recipe, side: _Side, execution: Execution) -> OutputDenoi
     lora = None
     if recipe.lora_rank is not None:
         save_dtype = "float32" if recipe.save_dtype == "keep" else recipe.save_dtype
-        lora = Lora(recipe.lora_rank, getattr(torch, save_dtype))
+        naming = Naming.of(recipe.lora_format, base, side.base.place)
+        lora = Lora(recipe.lora_rank, getattr(torch, save_dtype), naming)
+        if task.range is not None:  # of two denoisers
+            name = f"pytorch_lora_weights_{'low' if task.range.start == 0 else 'high'}_noise"
+            lora = replace(lora, file=f"{name}.safetensors", range=task.range)
     pairs = zip(sources, ranges, strict=True)
     part = OutputDenoiser(
         job=MergeJob(

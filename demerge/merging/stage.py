@@ -73,16 +73,21 @@ class MergeResult(Survey):
     """A finished merge: where it is, its recipe as stored there, and what survived the rounding.
 
     Attributes:
-        adapter: what a LoRA holds of the merge, if one was written.
+        adapters: what each LoRA holds of the merge, if some were written.
     """
 
     path: Path
     recipe: Recipe
-    adapter: AdapterSummary | None = None
+    adapters: Sequence[AdapterSummary] = ()
 
     def __repr__(self) -> str:
         share = f"{self.tally.share:.1%} of the changes survive"
         return f"MergeResult({str(self.path)!r}, {self.recipe!r}, {share})"
+
+    @property
+    def adapter(self) -> AdapterSummary | None:
+        """What the first LoRA holds of the merge, if one was written."""
+        return self.adapters[0] if self.adapters else None
 
     @property
     def report(self) -> Path | None:
@@ -92,9 +97,10 @@ class MergeResult(Survey):
     def lines(self) -> list[str]:
         """Return what was made, for a person."""
         lines = super().lines()
-        if self.adapter is not None:
-            energy = f"{self.adapter.share:.1%} of the energy of the merged change"
-            lines.append(f"adapter holds {energy} at rank {self.adapter.rank}")
+        for adapter in self.adapters:
+            energy = f"{adapter.share:.1%} of the energy of the merged change"
+            name = f"{adapter.path.name} " if len(self.adapters) > 1 else ""
+            lines.append(f"adapter {name}holds {energy} at rank {adapter.rank}")
         if self.report is not None:
             lines.append(f"report  {self.report / 'index.html'}")
         return lines
@@ -104,6 +110,8 @@ class MergeResult(Survey):
         document = super().document()
         if self.adapter is not None:
             document["adapter"] = self.adapter.document()
+        if len(self.adapters) > 1:
+            document["adapters"] = [adapter.document() for adapter in self.adapters]
         if self.report is not None:
             document["report"] = str(self.report)
         return document
@@ -236,7 +244,8 @@ class Plan:
         write = self._write_file if is_file(out) else self._write_folder
         recipe, written = write(out, parts)
         tally = sum((done.tally for done in written), Tally())
-        return MergeResult(self, tally, out, recipe, written[0].adapter)
+        adapters = [done.adapter for done in written if done.adapter]
+        return MergeResult(self, tally, out, recipe, adapters)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -275,7 +284,8 @@ class Plan:
             recipe = replace(self.recipe.relative_to(out), output=hashes)
             commit_text(folder / DOCUMENT, recipe.canonical() + "\n")
             tally = sum((done.tally for done in written), Tally())
-            share = written[0].adapter.share if written[0].adapter else tally.share
+            shares = [done.adapter.share for done in written if done.adapter]
+            share = min(shares, default=tally.share)
             base = name_base(first.place)
             card = render_card(recipe, base, share, tally.rounding, self.notes)
             commit_text(folder / "README.md", card)

@@ -13,9 +13,15 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from demerge.lora import NoBase
+from demerge.expert import SPEC_RANGE
 from demerge.merging.engine.job import MergedChunk, MergeJob
-from demerge.merging.output.lora import AdapterSummary, name_prefix, write_adapter
+from demerge.merging.output.lora import (
+    AdapterSummary,
+    Naming,
+    list_outside,
+    rename_deltas,
+    write_adapter,
+)
 from demerge.merging.output.storage import Storage
 from demerge.merging.output.writer import (
     WEIGHTS_FILE,
@@ -34,6 +40,7 @@ from demerge.merging.report.diagnosis import Sums
 from demerge.progress import Progress
 from demerge.storage.atomic import commit_file, sha256
 from demerge.storage.layout import CheckpointLocation
+from demerge.timesteps import TimestepRange
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 BeforeCommit = Callable[[Sequence[Sums]], object]
@@ -74,10 +81,24 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The LoRA that is written instead of a model: its rank, and the dtype of its factors."""
+    """The LoRA that is written instead of a model.
+
+    Attributes:
+        dtype: of its factors.
+        file: its name in an output folder.
+        range: the timesteps that a pipeline uses it for, if it is one of two.
+    """
 
     rank: int
     dtype: torch.dtype
+    naming: Naming
+    file: str = ADAPTER_FILE
+    range: TimestepRange | None = None
+
+    def describe(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """Return the metadata of its file."""
+        own = {SPEC_RANGE: f"{self.range.start},{self.range.stop}"} if self.range else {}
+        return {**metadata, **own}
 
 
 @dataclass(frozen=True)
@@ -112,7 +133,7 @@ class OutputDenoiser:
     @property
     def path(self) -> Path:
         """Its file, inside an output folder."""
-        return Path(ADAPTER_FILE) if self.lora else self.folder / self.file
+        return Path(self.lora.file) if self.lora else self.folder / self.file
 
     @property
     def ram_bytes(self) -> int:
@@ -219,7 +240,14 @@ class OutputDenoiser:
             if before:
                 before(sums)
 
-        prefix = job.base.prefix if isinstance(job.base, NoBase) else ""
-        prefix = prefix or name_prefix(self.place, job.base)
-        summary = write_adapter(path, deltas(), lora.rank, prefix, metadata, lora.dtype)
+        shapes = {name: tuple(tensor.shape) for name, tensor in job.base.items()}
+        summary = write_adapter(
+            path,
+            rename_deltas(deltas(), shapes, lora.naming),
+            lora.rank,
+            lora.naming,
+            lora.describe(metadata),
+            lora.dtype,
+            list_outside(shapes),
+        )
         return Written(Tally(changed, changed), sums, sha256(path), summary)

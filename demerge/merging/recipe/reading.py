@@ -20,7 +20,7 @@ KINDS: Mapping[str, Any] = {
     "weights": (list, str), "rules": list, "only": list, "seed": int, "save_dtype": str,
     "variant": str, "out_rank": int, "lora_rank": int, "boundary": (int, float), "versions": dict,
     "output": dict, "skip_text_encoder": bool, "missing": str, "extra": str, "components": str,
-    "no_base": bool,
+    "no_base": bool, "lora_format": str,
 }  # fmt: skip
 MODELS = ("format", "base", "experts", "weights", "rules")  # keys with a reader of their own
 EXPERT = ("path", "weight", "range", "files", "inputs")

@@ -42,10 +42,10 @@ METADATA = "demerge.recipe"
 DOCUMENT = "demerge.json"
 Ranges = Sequence[TimestepRange | str | None]
 WITHOUT_DEFAULTS: tuple[Any, ...] = (
-    "rules", "only", "variant", "out_rank", "boundary", "skip_text_encoder", "missing", "extra",
-    "components", "no_base", "versions", "output",
+    "rules", "only", "variant", "out_rank", "lora_format", "boundary", "skip_text_encoder",
+    "missing", "extra", "components", "no_base", "versions", "output",
 )  # fmt: skip
-DEFAULTS: tuple[Any, ...] = (None, (), [], {}, False, "error")
+DEFAULTS: tuple[Any, ...] = (None, (), [], {}, False, "error", "auto")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

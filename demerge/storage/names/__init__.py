@@ -20,13 +20,14 @@ from demerge.storage.names.sd3 import SD3
 from demerge.storage.names.unet import UNet
 from demerge.storage.names.wan import WAN
 
-__all__ = ["Family", "Span", "find_family", "flat"]
+__all__ = ["NO_FAMILY", "Family", "Span", "find_family", "flat"]
 
-# the first that a name begins with decides; transformer_blocks alone are of Flux or of SD3
-MARKS: tuple[tuple[str, Family], ...] = (
-    (r"(?:single_transformer_blocks|double_blocks|single_blocks)[._]\d", FLUX),
-    (r"joint_blocks[._]\d|pos_embed[._]proj", SD3),
-    (r"blocks[._]\d+[._](?:attn1|attn2|self_attn|cross_attn|ffn)[._]|condition_embedder[._]", WAN),
+# what names begin with, all of a row; transformer_blocks alone may be of Flux or of SD3
+MARKS: tuple[tuple[Family, tuple[str, ...]], ...] = (
+    (FLUX, (r"(?:single_transformer_blocks|double_blocks|single_blocks)[._]\d",)),
+    (SD3, (r"joint_blocks[._]\d",)),
+    (SD3, (r"transformer_blocks[._]\d", r"pos_embed[._]proj", "context_embedder")),
+    (WAN, (r"blocks[._]\d+[._](?:attn1|attn2|self_attn|cross_attn|ffn)[._]",)),
 )
 NO_FAMILY = Family("unknown", {})
 
@@ -34,8 +35,8 @@ NO_FAMILY = Family("unknown", {})
 def find_family(names: Iterable[str]) -> Family:
     """Return the family that modules without prefixes are of; one without names if unknown."""
     names = list(names)
-    for mark, family in MARKS:
-        if any(re.match(mark, name) for name in names):
+    for family, marks in MARKS:
+        if all(any(re.match(mark, name) for name in names) for mark in marks):
             return family
     unet = UNet.of(names)
     return unet if unet.is_known else NO_FAMILY

@@ -50,6 +50,18 @@ class Family:
                 return target.format(*match.groups()), part
         return name, 0
 
+    def is_original(self, name: str) -> bool:
+        """Whether a module has a name of the original code that diffusers does not have."""
+        return self.to_diffusers(name) not in ((), (name,))
+
+    def dotted(self, name: str) -> str:
+        """Return a module's name with dots, given the flat one, in the layout that it is of."""
+        if parts := self.to_diffusers(name):
+            return self.to_original(parts[0])[0]
+        original, part = self.to_original(name)
+        parts = self.to_diffusers(original)
+        return parts[part] if parts else name
+
     def is_swapped(self, original: str, shape: Sequence[int]) -> bool:
         """Whether diffusers has the two halves of a weight's rows [m n] the other way round."""
         is_listed = any(pattern.fullmatch(original) for pattern in self._swapped)

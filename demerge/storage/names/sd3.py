@@ -8,6 +8,7 @@ SD3 = Family(
     "SD3",
     {
         "pos_embed": "pos_embed.pos_embed",
+        "context_embedder": "context_embedder",
         "x_embedder.proj": "pos_embed.proj",
         "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
         "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",

@@ -28,8 +28,7 @@ class Renamed(Mapping[str, "Tensor"]):
         self, tensors: Mapping[str, Tensor], shapes: Shapes, family: Family, *, to_original: bool
     ) -> None:
         self._tensors = tensors
-        make = _join if to_original else _split
-        self.rows = make(shapes, family)
+        self.rows = rename_rows(shapes, family, to_original=to_original)
         self._last: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -55,6 +54,15 @@ class Renamed(Mapping[str, "Tensor"]):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def rename_rows(shapes: Shapes, family: Family, *, to_original: bool) -> dict[str, list[Rows]]:
+    """Return what each tensor of a layout is, of tensors in the other one; or as it is.
+
+    Raises:
+        ValueError: if a part of a joined matrix is missing, or a matrix cannot be split.
+    """
+    return _join(shapes, family) if to_original else _split(shapes, family)
+
+
 def _split(shapes: Shapes, family: Family) -> dict[str, list[Rows]]:
     """Return what each of diffusers' tensors is, of tensors in the original layout."""
     made: dict[str, list[Rows]] = {}
@@ -73,6 +81,9 @@ def _join(shapes: Shapes, family: Family) -> dict[str, list[Rows]]:
     made: dict[str, list[Rows]] = {}
     for name in shapes:
         module = _module(name)
+        if family.to_diffusers(module):
+            made[name] = [(name, None)]
+            continue
         original = family.to_original(module)[0] + name.removeprefix(module)
         if original == name:  # an entry of the table may be a tensor
             original = family.to_original(name)[0]

@@ -125,8 +125,9 @@ class UNet(Family):
         rest = FROM_INSIDE.get(rest, rest) if kind == "resnets" else rest
         return f"{stem}.{rest}" if rest else stem, 0
 
-
-def dotted(name: str) -> str:
-    """Return diffusers' name of a UNet's module with dots, given the flat one."""
-    kept = WORDS.sub(lambda match: match[0].replace("_", "\0"), name)
-    return kept.replace("_", ".").replace("\0", "_")
+    def dotted(self, name: str) -> str:
+        """Return a module's name with dots, given the flat one, in the layout that it is of."""
+        parts = self.to_diffusers(name)
+        kept = WORDS.sub(lambda match: match[0].replace("_", "\0"), parts[0] if parts else name)
+        plain = kept.replace("_", ".").replace("\0", "_")
+        return self.to_original(plain)[0] if parts else plain

@@ -15,6 +15,7 @@ ATTENTION = {
 WAN = Family(
     "Wan",
     {
+        "patch_embedding": "patch_embedding",
         "time_embedding.0": f"{TIME}.linear_1",
         "time_embedding.2": f"{TIME}.linear_2",
         "text_embedding.0": f"{TEXT}.linear_1",

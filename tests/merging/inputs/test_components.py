@@ -132,7 +132,7 @@ def test_refusals(tiny_text: Path, tune: Tune) -> None:
         ({"components": "tokenizer_9,denoiser"}, "the base has no 'tokenizer_9'"),
         ({"components": "vae"}, "leaves the denoiser out"),
         ({"components": "all", "only": ["mid"]}, "--only merges a part"),
-        ({"components": "all", "lora_rank": 2}, "a LoRA is made for one denoiser"),
+        ({"components": "all", "lora_rank": 2}, "a LoRA is made for a denoiser of the base"),
         ({"components": "all", "method": "fisher"}, "needs fisher"),
     ]
     for asked, message in cases:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from demerge.errors import NumericalError, UsageError
 from demerge.lora import Adapter, open_expert
-from demerge.merging.output.lora import AdapterSummary, factorize, name_prefix, write_adapter
+from demerge.merging.output.lora import (
+    AdapterSummary,
+    Naming,
+    factorize,
+    name_prefix,
+    write_adapter,
+)
 from demerge.storage.layout import CheckpointLocation
 
 SHAPES = {
@@ -21,6 +27,9 @@ SHAPES = {
     "mid_block.attentions.0.to_out.0.weight": (9, 6),
     "up_blocks.0.small.weight": (2, 8),
 }
+
+
+UNET = Naming("unet.{}")
 
 
 @pytest.fixture
@@ -45,8 +54,9 @@ def read(summary: AdapterSummary, base: dict[str, Tensor]) -> Adapter:
 def test_reads_back_as_the_nearest_of_the_rank(
     deltas: dict[str, Tensor], rank: int, prefix: str, tmp_path: Path
 ) -> None:
+    naming = Naming(f"{prefix}.{{}}")
     summary = write_adapter(
-        tmp_path / "a.safetensors", deltas.items(), rank, prefix, {"made": "here"}
+        tmp_path / "a.safetensors", deltas.items(), rank, naming, {"made": "here"}
     )
     adapter = read(summary, {n: torch.zeros_like(t) for n, t in deltas.items()})
     assert set(adapter) == set(deltas) and set(adapter.ranks.values()) == {rank}
@@ -73,7 +83,7 @@ def test_counts_the_energy_that_has_no_place_in_a_lora(
         "scale_shift_table": torch.ones(2, 8),
         "class_embedding.weight": torch.ones(3, 3),
     }
-    summary = write_adapter(tmp_path / "a.safetensors", {**others, **deltas}.items(), 12, "unet")
+    summary = write_adapter(tmp_path / "a.safetensors", {**others, **deltas}.items(), 12, UNET)
     assert summary.lost == {
         "conv_norm_out.weight": 4,
         "scale_shift_table": 16,
@@ -86,7 +96,7 @@ def test_counts_the_energy_that_has_no_place_in_a_lora(
 
 def test_old_names_of_attention_are_written_as_diffusers_loads_them(tmp_path: Path) -> None:
     summary = write_adapter(
-        tmp_path / "a.safetensors", [("mid.attentions.0.proj_attn.weight", torch.eye(2))], 1, "unet"
+        tmp_path / "a.safetensors", [("mid.attentions.0.proj_attn.weight", torch.eye(2))], 1, UNET
     )
     assert set(load_file(summary.path)) == {
         f"unet.mid.attentions.0.to_out.0.lora_{x}.weight" for x in "AB"
@@ -96,9 +106,9 @@ def test_old_names_of_attention_are_written_as_diffusers_loads_them(tmp_path: Pa
 def test_refuses_deltas_that_make_no_lora(tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
     with pytest.raises(UsageError, match="no linear layer"):
-        write_adapter(out, [("x.weight", torch.zeros(2, 2)), ("x.bias", torch.ones(2))], 1, "unet")
+        write_adapter(out, [("x.weight", torch.zeros(2, 2)), ("x.bias", torch.ones(2))], 1, UNET)
     with pytest.raises(NumericalError, match=r"x\.weight"):
-        write_adapter(out, [("x.weight", torch.full((2, 2), math.nan))], 1, "unet")
+        write_adapter(out, [("x.weight", torch.full((2, 2), math.nan))], 1, UNET)
     assert not out.exists()
 
 
@@ -151,9 +161,7 @@ def test_diffusers_loads_it(tmp_path: Path) -> None:
     )
     base = {n: t.clone() for n, t in model.state_dict().items()}
     deltas = {n: 0.1 * torch.randn_like(t) for n, t in base.items() if t.ndim > 1}
-    summary = write_adapter(
-        tmp_path / "pytorch_lora_weights.safetensors", deltas.items(), 5, "unet"
-    )
+    summary = write_adapter(tmp_path / "pytorch_lora_weights.safetensors", deltas.items(), 5, UNET)
     adapter = read(summary, base)
     model.load_lora_adapter(tmp_path, prefix="unet", weight_name=summary.path.name)
     model.fuse_lora()

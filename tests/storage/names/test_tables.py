@@ -14,7 +14,7 @@ from torch import Tensor
 
 from demerge.storage.names import find_family
 from demerge.storage.names.tensors import Renamed
-from demerge.storage.names.unet import UNet, dotted
+from demerge.storage.names.unet import UNet
 
 Make = Callable[..., Any]
 Tensors = dict[str, Tensor]
@@ -90,10 +90,14 @@ def test_kohya_has_the_original_names_of_all_but_small_unets() -> None:
     assert find_family(["double_blocks.0.img_attn.qkv"]).has_kohya_original
 
 
-def test_a_flat_name_of_a_unet_gets_its_dots(tiny_denoiser: Make) -> None:
-    for name in tiny_denoiser("SDXL").state_dict():
-        module = name.rpartition(".")[0]
-        assert dotted(module.replace(".", "_")) == module
+@pytest.mark.parametrize("name", MODELS)
+def test_a_flat_name_gets_its_dots(name: str, tiny_denoiser: Make) -> None:
+    tensors = dict(tiny_denoiser(name, **MODELS[name][1]).state_dict())
+    for layout in (tensors, renamed(tensors, to_original=True)):
+        family = find_family(layout)
+        for tensor in (n for n, t in layout.items() if n.endswith(".weight") and t.ndim > 1):
+            module = tensor.removesuffix(".weight")
+            assert family.dotted(module.replace(".", "_")) == family.dotted(module) == module
 
 
 def test_a_matrix_that_cannot_be_split_or_joined_is_refused() -> None:
