@@ -13,17 +13,31 @@ import signal
 import sys
 import traceback
 from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from demerge.cli import data
 from demerge.cli.common import printable
 from demerge.cli.options import explain_config
+from demerge.cli.ranges import check
 from demerge.errors import DemergeError
+
+
+class Commands(TyperGroup):
+    """The commands of the program; the name of one may have two words, as `ranges check`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Take two words for a name if they are one."""
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words in self.commands else args)
+
 
 app = typer.Typer(
     name="demerge",
+    cls=Commands,
     help="Turn a pretrained diffusion model into a better one by merging experts.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -44,6 +58,7 @@ for panel, names in PANELS.items():
     for name in names:
         command = getattr(import_module(f"demerge.cli.{name}"), name)
         app.command(rich_help_panel=panel)(command)
+app.command("ranges check", rich_help_panel="Start and check")(check)
 app.add_typer(data.app, name="data", rich_help_panel="Start and check")
 
 # errors of the path that the user gave, and not of the machine

@@ -23,6 +23,7 @@ Sources: rectified flow, logit-normal and mode draws, the shift (arXiv 2403.0320
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
@@ -31,6 +32,16 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", float, "Tensor")
 Convention = Literal["timestep", "sigma", "index", "unshifted"]
+DensityName = Literal["uniform", "logit-normal", "mode"]
+TrainerName = Literal[
+    "musubi", "ai-toolkit", "diffusion-pipe", "diffsynth", "simpletuner", "kohya", "onetrainer"
+]
+MEANINGS: Mapping[Convention, str] = {
+    "timestep": "t after the shift",
+    "sigma": "sigma after the shift",
+    "index": "share of a schedule's steps, from noise on",
+    "unshifted": "u before the shift",
+}
 HALVINGS = 60  # of [0, 1], beyond what float64 resolves
 
 

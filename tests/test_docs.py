@@ -92,7 +92,8 @@ def test_commands_exist_with_their_options(page: Path) -> None:
     for words in commands(page):
         command = top
         while hasattr(command, "commands") and words and not words[0].startswith("-"):
-            command, words = command.commands[words[0]], words[1:]
+            count = 2 if " ".join(words[:2]) in command.commands else 1
+            command, words = command.commands[" ".join(words[:count])], words[count:]
         known = {name for parameter in command.params for name in parameter.opts}
         known |= {name for parameter in command.params for name in parameter.secondary_opts}
         options = [word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)]

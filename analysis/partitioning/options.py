@@ -10,8 +10,9 @@ from typing import Literal
 
 from demerge.errors import UsageError
 from demerge.options import DataOptions, Options, Split, again, option
+from demerge.timestep_conventions import Convention, DensityName, TrainerName
 
-PANEL, PAGE = "Partition", "Commands on the page"
+PANEL, PAGE, TRAINER = "Partition", "Commands on the page", "Other trainers"
 Method = Literal["gradient", "hierarchical", "uniform", "logsnr"]
 Score = Literal["step", "energy", "cosine"]
 
@@ -97,11 +98,50 @@ class RangesOptions(Options):
         flags=("-o", "--out"),
     )
 
+    trainer: TrainerName | None = option(
+        None,
+        "Trainer whose flags or config lines are printed. The map may then also be a "
+        "partition.json or a pipeline of two denoisers.",
+        flags=("--for",),
+        panel=TRAINER,
+    )
+    shift: float | None = option(
+        None, "Shift of the trainer's timesteps.", gt=0, shown_default="1", panel=TRAINER
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shift is not None and self.trainer is None:
+            fix = "give --for TRAINER, for example --for musubi"
+            raise UsageError(f"shift {self.shift:g} is of a trainer, and none is named", fix=fix)
         if self.cuts is None:
             return
         if self.method is not None or self.ranges not in (None, len(self.cuts) + 1):
             cuts = ",".join(str(cut) for cut in self.cuts)
             what = f"cuts {cuts} fix the method and {len(self.cuts) + 1} ranges"
             raise UsageError(what, fix="leave out --method and --ranges")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BoundaryOptions(Options):
+    """A boundary between two experts, and how the timesteps of training are drawn."""
+
+    boundary: float = option(help="Boundary between two experts.", argument=True)
+    convention: Convention = option(
+        "sigma",
+        "What the number is: t or sigma after the shift, the share of a schedule's steps from "
+        "noise on, or u before the shift.",
+        flags=("--as",),
+    )
+    shift: float = option(1.0, "Shift s: sigma = s u / (1 + (s - 1) u).", gt=0)
+    num_train_timesteps: int = option(1000, "Number of training timesteps T.", ge=2)
+    density: DensityName = option("uniform", "Density of the draws of u in training.")
+    logit_mean: float = option(0.0, "Mean of logit(u), for logit-normal; above 0 is more noise.")
+    logit_std: float = option(1.0, "Standard deviation of logit(u), for logit-normal.", gt=0)
+    mode_scale: float = option(1.29, "Scale of the mode density.", ge=-1, le=1.75)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        top = self.num_train_timesteps if self.convention == "timestep" else 1
+        rule = f"between 0 and {top} as {self.convention}; --as names another convention"
+        self.require("boundary", 0 < self.boundary < top, rule)

@@ -20,20 +20,23 @@ from demerge.reporting.html import is_page
 from demerge.stage import Cost
 from demerge.storage.documents import check_replaceable
 from demerge.timesteps import Partition
+from demerge.trainers import TrainerLines, write_for
 
 PAGE = "conflict.html"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RangesPlan:
-    """A map that is open, and what is asked of it."""
+    """A map that is open, or a stored partition, and what is asked of it."""
 
     options: RangesOptions
-    reading: Reading
+    reading: Reading | None
     given: Partition | None = None
 
     def describe(self) -> list[str]:
         """Return what will be done, for a person."""
+        if self.reading is None:
+            return [f"ranges    {self.given}"]
         return [f"map       {self.reading.map!r}"]
 
     def cost(self) -> Cost:
@@ -43,6 +46,8 @@ class RangesPlan:
     def run(self, progress: Progress = silent) -> RangesResult:
         """Read the map; write the ranges and the page if OUT is given."""
         o = self.options
+        if self.reading is None:
+            return RangesResult(None, None, _write_for(o, self.given))
         summary = summarize(
             self.reading, o.ranges, o.method or ADVISED, given=self.given, with_counts=True
         )
@@ -54,33 +59,51 @@ class RangesPlan:
             words = ("--split", o.split) if o.split != "train" else ()
             names = CommandNames(o.model or "MODEL", o.data or "DATA", words, o.map, o.out)
             write_page(summary, o.out.parent / PAGE, names)
-        return RangesResult(summary, o.out)
+        return RangesResult(summary, o.out, _write_for(o, summary.partition))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RangesResult:
-    """What a map says, and the file that holds its ranges."""
+    """What a map says, the file that holds its ranges, and their form for another trainer."""
 
-    summary: ConflictSummary
+    summary: ConflictSummary | None
     out: Path | None
+    trainer: TrainerLines | None = None
 
     def lines(self) -> list[str]:
         """Return the result for a person."""
-        return self.summary.lines()
+        lines = [] if self.summary is None else self.summary.lines()
+        return lines if self.trainer is None else [*lines, *self.trainer.notes()]
+
+    def answer(self) -> list[str]:
+        """Return what a script takes: the ranges, or the lines of the trainer."""
+        if self.trainer is not None:
+            return self.trainer.lines()
+        if self.out is not None or self.summary is None:
+            return []
+        return [" ".join(f"{span.start}:{span.stop}" for span in self.summary.partition)]
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON values."""
         page = None if self.out is None else self.out.parent / PAGE
-        return {"out": self.out, "page": page, **self.summary.document()}
+        document: dict[str, Any] = {"out": self.out, "page": page}
+        if self.summary is not None:
+            document |= self.summary.document()
+        if self.trainer is not None:
+            document["for"] = self.trainer.document()
+        return document
 
 
 def plan(options: RangesOptions) -> RangesPlan:
-    """Open the map and check what is asked of it.
+    """Open the map, or with `trainer` a stored partition, and check what is asked of it.
 
     Raises:
         InputError: if the map cannot be read, or was measured on other weights.
         UsageError: if the options do not fit the map, or OUT holds something else.
     """
+    if options.trainer is not None and _holds_partition(options.map):
+        _check_no_map_options(options)
+        return RangesPlan(options, None, Partition.load(options.map))
     map, n, minimum = load_map(options.map, options.model), options.ranges, options.minimum
     if n is not None and n > map.N:
         fix = f"give --ranges {map.N} or fewer, or auto"
@@ -96,6 +119,25 @@ def plan(options: RangesOptions) -> RangesPlan:
         check_replaceable(page, "a page of a conflict map", is_page, fix)
     given = None if options.cuts is None else partition_at(options.cuts, map.T)
     return RangesPlan(options, Reading(map, options.score, options.minimum), given)
+
+
+def _write_for(options: RangesOptions, partition: Partition | None) -> TrainerLines | None:
+    if options.trainer is None or partition is None:
+        return None
+    return write_for(options.trainer, partition, options.shift)
+
+
+def _holds_partition(path: Path) -> bool:
+    return path.suffix == ".json" or (path / "model_index.json").is_file()
+
+
+def _check_no_map_options(options: RangesOptions) -> None:
+    """Refuse options of a map, for ranges that are there already."""
+    names = ("ranges", "method", "cuts", "minimum", "model", "out")
+    extra = [name for name in names if getattr(options, name) is not None]
+    if extra:
+        what = f"{options.map} is a partition already, and --{extra[0]} is for a conflict map"
+        raise UsageError(what, fix=f"leave --{extra[0]} out, or name a map")
 
 
 def partition_at(cuts: Sequence[int], total: int) -> Partition:

@@ -25,7 +25,7 @@ def commands(group: Any, *names: str) -> Iterator[tuple[str, ...]]:
     """The words of every command of the program, from the program's own list."""
     yield names
     for name, command in getattr(group, "commands", {}).items():
-        yield from commands(command, *names, name)
+        yield from commands(command, *names, *name.split())
 
 
 @pytest.fixture

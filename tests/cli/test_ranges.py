@@ -162,3 +162,36 @@ def test_a_broken_map_is_a_bad_input(run: Any, tmp_path: Path, content: bytes | 
         (tmp_path / "conflict.safetensors").write_bytes(content)
     done = run("ranges", tmp_path)
     assert (done.code, "not a conflict map" in done.err, "fix:" in done.err) == (3, True, True)
+
+
+def test_ranges_for_another_trainer(run: Any, conflict: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    done = run("ranges", conflict, "--cuts", 900, "-o", out, "--for", "musubi", "--shift", 5)
+    low, high = done.out.splitlines()[2::2]
+    assert done.code == 0 and done.out.startswith(f"{out}\n# 0000-0900\n")
+    assert low.endswith("--min_timestep 0 --max_timestep 900") and "shift 5" in high
+    assert "kohya-ss/musubi-tuner" in done.err and "boundary_ratio 0.9" in done.err
+    again = run("ranges", out, "--for", "musubi", "--shift", 5)
+    assert (again.code, again.out) == (0, done.out.partition("\n")[2])
+    said = json.loads(run("ranges", out, "--for", "diffsynth", "--shift", 5, "--json").out)["for"]
+    assert said["convention"] == "index" and said["boundary_ratio"] == 0.9
+    assert said["ranges"][1]["lines"] == ["--min_timestep_boundary 0 --max_timestep_boundary 0.358"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--for", "diffsynth"), "give --shift 5 for Wan"),
+        (("--for", "musubi", "--cuts", 100), "is a partition already, and --cuts"),
+        (("--for", "musubi", "-o", "p.json"), "is a partition already, and --out"),
+        (("--shift", 5), "give --for TRAINER"),
+        (("--for", "mine"), "'musubi'"),
+    ],
+)
+def test_mistakes_about_other_trainers(
+    run: Any, tmp_path: Path, arguments: tuple[Any, ...], message: str
+) -> None:
+    path = tmp_path / "partition.json"
+    Partition.from_cuts(1000, [900]).save(path)
+    done = run("ranges", path, *arguments)
+    assert (done.code, message in done.err, done.out) == (2, True, ""), done.err
