@@ -23,6 +23,7 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -38,6 +39,7 @@ settings.load_profile("patient")
 def pytest_collection_finish() -> None:
     """Collect garbage again, but not among the modules."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 100)  # a tenth of the searches
     gc.enable()
 
 
@@ -47,6 +49,24 @@ def one_core() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_values_for_empty_weights() -> Iterator[None]:
+    """Do not initialize tensors without memory: torch does it slowly, and they are loaded next."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_uniform_", "normal_", "ones_", "uniform_", "zeros_"):
+            patch.setattr(nn.init, name, unless_empty(getattr(nn.init, name)))
+        yield
+
+
+def unless_empty(initialize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what initializes a tensor if it has memory."""
+
+    def wrapped(tensor: Tensor, *values: Any, **options: Any) -> Tensor:
+        return tensor if tensor.is_meta else initialize(tensor, *values, **options)
+
+    return wrapped
 
 
 @pytest.fixture(scope="session", autouse=True)
