@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pydantic import Field
 
@@ -24,6 +24,8 @@ from demerge.errors import InputError
 from demerge.storage.atomic import commit_file
 from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import CheckpointLocation, locate
+from demerge.storage.names import NO_FAMILY, Family, find_family
+from demerge.storage.names.tensors import rename_rows
 from demerge.storage.quantised import numbers
 from demerge.storage.safetensors_header import Spec, header_bytes, read_header, read_json
 from demerge.storage.schema import Foreign, checked
@@ -39,6 +41,7 @@ TORCH_NAMES: Mapping[str, str] = {
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 HASH_CHUNK = 1 << 20
+Value = TypeVar("Value")
 OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=(\.(weight|bias))?\Z)")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 WRAPPERS = "_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
@@ -59,6 +62,18 @@ def canonical(name: str) -> str:
     plain = WRAPPER.sub("", name)
     prefix = next((prefix for prefix in PREFIXES if plain.startswith(prefix)), "")
     return modern(plain.removeprefix(prefix))
+
+
+def denoiser_of(names: Mapping[str, Value]) -> Mapping[str, Value]:
+    """Return the tensors of the denoiser: those with its prefix, if a file has it, else all."""
+    inside = {name: names[name] for name in names if name.startswith(PREFIXES[:2])}
+    return inside or names
+
+
+def has_original(family: Family, names: Mapping[str, Any]) -> bool:
+    """Whether a denoiser has the names of the original code."""
+    modules = (canonical(name).removesuffix(".weight") for name in denoiser_of(names))
+    return any(family.is_original(module) for module in modules)
 
 
 class Named(Foreign):
@@ -115,17 +130,39 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def named_like(self, base: Mapping[str, Any]) -> Checkpoint:
         """Return this checkpoint under the names of `base`; see `canonical`.
 
-        Names that mean nothing in the base, or two things, stay as they are.
+        If one has the names of the original code and the other those of diffusers, matrices are
+        split or joined by rows. Names that mean nothing in the base, or two things, stay.
         """
+        own = self.specs
+        family = find_family(map(canonical, base))
+        is_original = has_original(family, base)
+        if family is not NO_FAMILY and is_original != has_original(family, own):
+            own = self._in_other_layout(family, to_original=is_original)
         names: dict[str, str | None] = {}
         for name in base:
             names[canonical(name)] = None if canonical(name) in names else name
         renamed = {
             name if name in base else names.get(canonical(name)) or name: spec
-            for name, spec in self.specs.items()
+            for name, spec in own.items()
         }
-        same = len(renamed) != len(self.specs) or list(renamed) == list(self.specs)
+        same = len(renamed) != len(own) or list(renamed) == list(self.specs)
         return self if same else self._with(renamed)
+
+    def _in_other_layout(self, family: Family, *, to_original: bool) -> dict[str, Spec]:
+        """Return the tensors in the layout of the original code, or in that of diffusers."""
+        inside = {canonical(name): spec for name, spec in denoiser_of(self.specs).items()}
+        shapes = {name: spec.shape for name, spec in inside.items()}
+        try:
+            rows = rename_rows(shapes, family, to_original=to_original)
+        except ValueError as error:
+            what = f"{self.place.path} does not have the tensors of a {family.name} model: {error}"
+            raise InputError(what, fix="name a model of the base's kind") from error
+        made = {}
+        for name, sources in rows.items():
+            parts = [inside[n].rows(*span) if span else inside[n] for n, span in sources]
+            made[name] = parts[0] if len(parts) == 1 else Spec.join(parts)
+        outside = self.specs.keys() - denoiser_of(self.specs).keys()
+        return {name: self.specs[name] for name in self.specs if name in outside} | made
 
     def only(self, names: Iterable[str]) -> Checkpoint:
         """Return this checkpoint with some of its tensors."""
@@ -158,13 +195,22 @@ class Checkpoint(Mapping[str, "Tensor"]):
         if name in self._views:
             return self._views[name]
         spec = self.specs[name]
-        tensor = self._stored(spec)
-        if spec.scale is not None:
-            from demerge.storage.scaled import Scaled
+        tensor = self._read(spec)
+        is_view = spec.scale is not None or spec.parts or spec.start % tensor.itemsize == 0
+        return self._views.setdefault(name, tensor) if is_view else tensor
 
-            scaled = Scaled.of(tensor, self._stored(spec.scale.spec))
-            return self._views.setdefault(name, scaled)
-        return self._views.setdefault(name, tensor) if spec.start % tensor.itemsize == 0 else tensor
+    def _read(self, spec: Spec) -> Tensor:
+        """Return the numbers of a tensor."""
+        if spec.parts:
+            from demerge.storage.joined import Joined
+
+            return Joined.of([self._read(part) for part in spec.parts])
+        tensor = self._stored(spec)
+        if spec.scale is None:
+            return tensor
+        from demerge.storage.scaled import Scaled
+
+        return Scaled.of(tensor, self._stored(spec.scale.spec))
 
     def _stored(self, spec: Spec) -> Tensor:
         """Return a tensor as the file stores it; one that is not aligned is copied."""

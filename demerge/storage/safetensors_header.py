@@ -14,8 +14,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Spec:
 
     Attributes:
         scale: what its codes are multiplied with, for a weight in scaled fp8.
+        parts: what it is joined of by rows, if it is in no file as a whole.
     """
 
     file: Path
@@ -59,6 +60,7 @@ class Spec:
     start: int
     stop: int
     scale: Scale | None = None
+    parts: tuple[Spec, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -69,6 +71,23 @@ class Spec:
     def is_float(self) -> bool:
         """Whether the elements are floating point numbers."""
         return self.dtype in FLOATS
+
+    def rows(self, start: int, stop: int) -> Spec:
+        """Return some of its rows [m *] as a tensor."""
+        m, scale = self.shape[0], self.scale
+        size = (self.stop - self.start) // m
+        if scale is not None and scale.spec.numel == m > 1:
+            scale = replace(scale, spec=scale.spec.rows(start, stop))
+        shape, begin = (stop - start, *self.shape[1:]), self.start + start * size
+        end = self.start + stop * size
+        return replace(self, shape=shape, start=begin, stop=end, scale=scale)
+
+    @classmethod
+    def join(cls, parts: Sequence[Spec]) -> Spec:
+        """Return tensors [m_i *] as one, by rows."""
+        first, size = parts[0], sum(part.stop - part.start for part in parts)
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        return cls(first.file, first.dtype, shape, 0, size, parts=tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from demerge.storage.single_file import to_file
 
@@ -48,15 +49,17 @@ def test_the_command_says_what_it_needs_and_replaces_nothing(
     assert run("convert", tmp_path / "out", tmp_path / "out.safetensors").code == 2
 
 
-def test_what_merge_asks_for_works(run: Any, tiny_text: Path, tmp_path: Path) -> None:
+def test_merge_takes_a_single_file_as_an_expert_of_a_folder(
+    run: Any, tiny_text: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "model.safetensors"
     to_file(tiny_text, file)
-    refused = run("merge", tiny_text, file, "-o", tmp_path / "merged")
-    assert (
-        refused.code == 3 and f"demerge convert {file} FOLDER --config {tiny_text}" in refused.err
-    )
-    assert run("convert", file, tmp_path / "folder", "--config", tiny_text).code == 0
-    assert (
-        run("merge", tiny_text, tmp_path / "folder", "--weights", 1, "-o", tmp_path / "merged").code
-        == 0
-    )
+    refused = run("merge", tiny_text, file, "--weights", 1, "-o", tmp_path / "merged")
+    assert refused.code == 3 and "the base has no VAE and no text encoder" in refused.err
+    assert "--extra drop" in refused.err
+    merged = tmp_path / "merged"
+    done = run("merge", tiny_text, file, "--weights", 1, "--extra", "drop", "-o", merged)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    one, other = load_file(tiny_text / weights), load_file(merged / weights)
+    assert done.code == 0 and one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -9,8 +9,8 @@
                                   --extra: `error`, or `drop`
 
 Names that differ by a wrapper (`_orig_mod.`, `module.`) or by the denoiser's prefix are the same
-name (`Checkpoint.named_like`). A note says what is dropped or kept. Without a tensor, an expert has
-no delta there.
+name, and names of the original code are those of diffusers (`Checkpoint.named_like`). A note says
+what is dropped or kept. Without a tensor, an expert has no delta there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from demerge.merging.engine.validation import Tensors, find_differences, holds_d
 from demerge.merging.inputs.experts import BaseWeights
 from demerge.merging.options import MergeOptions
 from demerge.merging.recipe.rules import compile_pattern, is_pattern
-from demerge.storage.checkpoint import Checkpoint, canonical
+from demerge.storage.checkpoint import Checkpoint
 
 EMA = "model_ema."
 BUFFER = re.compile(
@@ -56,7 +56,6 @@ INPUTS = {
     8: "an image editing model",
     9: "an inpainting model",
 }
-LAYOUTS = {"LDM": "input_blocks.", "diffusers": "down_blocks."}
 
 
 def is_buffer(name: str) -> bool:
@@ -119,7 +118,6 @@ class _Comparison:
     def check(self) -> None:
         """Collect notes, and raise `InputError` with all faults."""
         base, expert = self.base, self.expert
-        self.check_layout()
         average = sum(name.startswith(EMA) for name in expert)
         if average:
             self.notes.append(_ema_note(self.label, average))
@@ -135,14 +133,6 @@ class _Comparison:
             fixes = "; ".join(dict.fromkeys(self.faults.values()))
             what = f"{self.label} does not fit {self.base_name}: {'; '.join(self.faults)}"
             raise InputError(what, fix=fixes)
-
-    def check_layout(self) -> None:
-        one, other = _layout(self.base), _layout(self.expert)
-        if one and other and one != other:
-            what = f"{self.label} has the names of the {other} layout, {self.base_name} those of"
-            to = f"FOLDER --config {self.base_name}" if one == "diffusers" else "FILE.safetensors"
-            fix = f"demerge convert {self.label} {to}, and merge what it writes"
-            raise InputError(f"{what} {one}", fix=fix)
 
     def check_markers(self) -> None:
         mine, theirs = _find_markers(self.base), _find_markers(self.expert)
@@ -271,9 +261,3 @@ def _part_of(name: str) -> str | None:
 
 def _has_part(part: str, names: Iterable[str]) -> bool:
     return any(name.startswith(PARTS[part]) for name in names)
-
-
-def _layout(names: Iterable[str]) -> str | None:
-    """Return the layout of a UNet's names."""
-    stages = {canonical(name).partition(".")[0] + "." for name in names}
-    return next((layout for layout, prefix in LAYOUTS.items() if prefix in stages), None)

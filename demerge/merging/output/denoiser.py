@@ -18,7 +18,6 @@ from demerge.merging.engine.job import MergedChunk, MergeJob
 from demerge.merging.output.lora import (
     AdapterSummary,
     Naming,
-    list_outside,
     rename_deltas,
     write_adapter,
 )
@@ -39,6 +38,7 @@ from demerge.merging.recipe.source import Source
 from demerge.merging.report.diagnosis import Sums
 from demerge.progress import Progress
 from demerge.storage.atomic import commit_file, sha256
+from demerge.storage.checkpoint import denoiser_of
 from demerge.storage.layout import CheckpointLocation
 from demerge.timesteps import TimestepRange
 
@@ -248,6 +248,6 @@ class OutputDenoiser:
             lora.naming,
             lora.describe(metadata),
             lora.dtype,
-            list_outside(shapes),
+            shapes.keys() - denoiser_of(shapes).keys(),
         )
         return Written(Tally(changed, changed), sums, sha256(path), summary)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from demerge.errors import NumericalError, UsageError
 from demerge.lora import NoBase
-from demerge.storage.checkpoint import PREFIXES, canonical, commit_tensors, modern
+from demerge.storage.checkpoint import canonical, commit_tensors, denoiser_of, has_original, modern
 from demerge.storage.layout import CheckpointLocation
 from demerge.storage.names import NO_FAMILY, Family, find_family, flat
 from demerge.storage.names.tensors import rename_rows
@@ -99,7 +99,7 @@ class Naming:
             return cls(f"{auto}{{}}", is_kohya=True)
         if lora_format == "auto" and auto:
             return cls(f"{auto}.{{}}")
-        is_original = any(family.is_original(canonical(n).removesuffix(".weight")) for n in base)
+        is_original = has_original(family, base)
         if lora_format == "comfy" and family is NO_FAMILY:
             what = "the names of this model in ComfyUI are not known"
             raise UsageError(what, fix="give --lora-format diffusers")
@@ -141,7 +141,7 @@ def rename_deltas(
     Raises:
         UsageError: if the base lacks a part of a joined matrix.
     """
-    outside = list_outside(shapes)
+    outside = shapes.keys() - denoiser_of(shapes).keys()
     inner = {name: name if name in outside else canonical(name) for name in shapes}
     if naming.to_original is None:
         yield from ((inner[name], delta) for name, delta in deltas)
@@ -183,13 +183,6 @@ def _dotted(name: str, family: Family) -> str:
     """Return the name of a weight with dots, which one of kohya's modules does not have."""
     module = name.removesuffix(".weight")
     return name if "." in module else f"{family.dotted(module)}{name.removeprefix(module)}"
-
-
-def list_outside(names: Collection[str]) -> frozenset[str]:
-    """Return which tensors of a single file are not the denoiser's."""
-    prefixes = PREFIXES[:2]
-    inside = {name for name in names if name.startswith(prefixes)}
-    return frozenset(set(names) - inside) if inside else frozenset()
 
 
 def write_adapter(

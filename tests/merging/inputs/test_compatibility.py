@@ -226,25 +226,6 @@ def test_a_full_checkpoint_on_a_bare_unet_says_what_the_base_has_not(
     )
 
 
-def test_the_names_of_another_layout_are_refused_with_the_command(
-    save: Save, tmp_path: Path
-) -> None:
-    diffusers = save(
-        "d",
-        {
-            "down_blocks.0.resnets.0.conv1.weight": torch.ones(2, 2, 3, 3),
-            "conv_in.weight": torch.ones(2),
-        },
-    )
-    ldm = save("ldm", tensors())
-    with pytest.raises(InputError, match="names of the diffusers layout") as error:
-        merge(ldm, [diffusers], tmp_path / "out.safetensors")
-    assert f"demerge convert {diffusers} FILE.safetensors" in error.value.fix
-    with pytest.raises(InputError, match="names of the LDM layout") as error:
-        merge(diffusers, [ldm], tmp_path / "out.safetensors")
-    assert f"demerge convert {ldm} FOLDER --config" in error.value.fix
-
-
 def test_unknown_words_are_usage_errors(save: Save, tmp_path: Path) -> None:
     path = save("base", tensors())
     for option in ("missing", "extra"):
