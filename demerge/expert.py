@@ -14,10 +14,10 @@ from pydantic import Field
 
 from demerge.errors import InputError
 from demerge.storage.atomic import commit_json
-from demerge.storage.layout import CheckpointLocation, inside
+from demerge.storage.layout import CheckpointLocation, inside, locate
 from demerge.storage.safetensors_header import read_header
 from demerge.storage.schema import Count, Record, Settings, Span, Table, read_record
-from demerge.timesteps import STEPS, TimestepRange
+from demerge.timesteps import STEPS, Partition, TimestepRange
 
 EXPERT = "expert.json"
 BASE = "base.json"
@@ -117,22 +117,58 @@ def find_noise_side(location: CheckpointLocation) -> Literal["high", "low"] | No
     return None
 
 
-def list_experts(folder: str | Path) -> dict[TimestepRange, Path]:
-    """Return the folders of the experts in a folder by their ranges, in the order of t.
+def find_plain_experts(folder: str | Path) -> list[Path]:
+    """Return the files of a folder that are experts of other trainers, if there are two or more.
+
+    They say by their metadata or by their names which timesteps they are for.
+    """
+    files, folder = [], Path(folder)
+    if (folder / EXPERT).is_file():
+        return []
+    for file in sorted(folder.glob("*.safetensors")):
+        location = locate(file)
+        if find_noise_side(location) or find_expert_range(location):
+            files.append(file)
+    return files if len(files) > 1 else []
+
+
+def list_experts(folder: str | Path, pair: Partition | None = None) -> dict[TimestepRange, Path]:
+    """Return the experts in a folder by their ranges, in the order of t.
+
+    They are the subfolders with an expert.json, or else the files of `find_plain_experts`.
+
+    Args:
+        pair: the ranges of the base's two denoisers, for files that say high_noise or low_noise.
 
     Raises:
-        InputError: if there is none, two have the same range, or a record is damaged or a link out
-            of the folder.
+        InputError: if there is none, two have the same range, the range of one is not known, or a
+            record is damaged or a link out of the folder.
     """
     folder = Path(folder)
     experts: dict[TimestepRange, Path] = {}
-    for path in sorted(folder.glob(f"*/{EXPERT}")):
-        span = Expert.load(inside(folder, path)).span
+    records = sorted(folder.glob(f"*/{EXPERT}"))
+    paths = [path.parent for path in records] or find_plain_experts(folder)
+    for path in paths:
+        span = Expert.load(inside(folder, path / EXPERT)).span if records else _range(path, pair)
         if span in experts:
-            both = f"{experts[span].name} and {path.parent.name}"
+            both = f"{experts[span].name} and {path.name}"
             raise InputError(f"{folder}: {both} both have the range {span}", fix="keep one of them")
-        experts[span] = path.parent
+        experts[span] = path
     if not experts:
         what = f"{folder}: no expert.json in its subfolders"
         raise InputError(what, fix="name the folder that `demerge finetune -o` filled")
     return dict(sorted(experts.items()))
+
+
+def _range(file: Path, pair: Partition | None) -> TimestepRange:
+    """Return the range of a file by its metadata, or else by its name and the base's ranges."""
+    location = locate(file)
+    span = find_expert_range(location)
+    if span is None and pair is not None:
+        low, high = pair
+        span = high if find_noise_side(location) == "high" else low
+    if span is None:
+        what = f"{file}: where its range ends is not known, as the base has one denoiser"
+        fix = f"name a base of two denoisers, or write {SPEC_RANGE} into the file's metadata"
+        raise InputError(what, fix=fix)
+    return span

@@ -13,7 +13,7 @@ from torch import nn
 
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError
-from demerge.expert import find_expert
+from demerge.expert import find_expert, find_plain_experts
 from demerge.lora import Adapter, open_expert
 from demerge.storage.hub import resolve_model_path
 
@@ -38,13 +38,13 @@ def share_weights(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Mod
 
 
 def is_lora_path(path: str | Path) -> bool:
-    """Whether a path is a file of weights or a folder of LoRA weights, and not a pipeline."""
+    """Whether a path is a file of weights or a folder of one LoRA, and not a pipeline."""
     path = Path(path)
     if path.is_file():
         return path.suffix == ".safetensors"
-    return not (path / "model_index.json").is_file() and any(
-        file for pattern in LORA_FILES for file in path.glob(pattern)
-    )
+    if (path / "model_index.json").is_file() or find_plain_experts(path):
+        return False
+    return any(file for pattern in LORA_FILES for file in path.glob(pattern))
 
 
 def load_model(

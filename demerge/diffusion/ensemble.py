@@ -22,12 +22,19 @@ def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]
 def load_routed(
     base: str | Path | Diffusion, experts: str | Path, *, device: str = "cpu"
 ) -> Diffusion:
-    """Load the experts in the subfolders of `experts`, routed on the base's schedule.
+    """Load the experts in the folder `experts`, routed on the base's schedule; see `list_experts`.
+
+    A LoRA for timesteps of one of a base's two denoisers is added to that one.
 
     Raises:
         InputError: if there is no expert, or their ranges do not cover [0, T).
     """
-    folders = list_experts(experts)
     base = base if isinstance(base, Diffusion) else Diffusion.load(base, device=device)
-    denoisers = [load_model(path, base, device=device).denoiser for path in folders.values()]
-    return routed(base, Partition(tuple(folders)), denoisers)
+    own = base.denoiser if isinstance(base.denoiser, RoutedDenoiser) else None
+    pair = None if own is None else own.partition
+    places = list_experts(experts, pair if pair is not None and len(pair) == 2 else None)
+    denoisers = []
+    for span, path in places.items():
+        start = base if own is None else base.with_denoiser(own.expert_at(span.start))
+        denoisers.append(load_model(path, start, device=device).denoiser)
+    return routed(base, Partition(tuple(places)), denoisers)

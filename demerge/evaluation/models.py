@@ -26,7 +26,7 @@ from demerge.diffusion.ensemble import load_routed
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.evaluation.scores import FORMAT, Kind
-from demerge.expert import EXPERT, Expert
+from demerge.expert import EXPERT, Expert, find_plain_experts
 from demerge.reporting.html import is_page, printable
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
@@ -173,7 +173,10 @@ def _specify(name: str, source: str | Path | Diffusion, kind: Kind | None) -> Mo
 
 
 def _expert_folders(folder: Path) -> list[Path]:
-    return [] if _is_pipeline(folder) else [path.parent for path in folder.glob(f"*/{EXPERT}")]
+    """Return the experts in a folder: subfolders, or files of other trainers."""
+    if _is_pipeline(folder):
+        return []
+    return [path.parent for path in folder.glob(f"*/{EXPERT}")] or find_plain_experts(folder)
 
 
 def _split(model: str | Path) -> tuple[str, str]:

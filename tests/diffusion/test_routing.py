@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from demerge.diffusion.adapters import is_lora_path, load_model
 from demerge.diffusion.ensemble import load_routed, routed
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.options import SamplingOptions
 from demerge.diffusion.sampling import make_scheduler, sample
 from demerge.errors import InputError, UsageError
+from demerge.evaluation.models import detect_kind
+from demerge.expert import SPEC_RANGE
 from demerge.timesteps import Partition
+
+SIDES = ("low", "high")
 
 
 @pytest.fixture
@@ -122,3 +128,37 @@ def test_experts_of_a_dit_are_routed(tiny_dit: Path) -> None:
         int((images.int() - sample(model, 3, SamplingOptions(steps=2), seed=0).int()).abs().max())
         <= 1
     )
+
+
+def save_lora(file: Path, size: float, span: str | None = None) -> None:
+    """Save a LoRA of the tiny UNet, as other trainers do."""
+    name = "unet.mid_block.attentions.0.to_q"
+    factors = {"lora_A": torch.ones(1, 16), "lora_B": torch.full((16, 1), size)}
+    tensors = {f"{name}.{part}.weight": tensor for part, tensor in factors.items()}
+    save_file(tensors, file, None if span is None else {SPEC_RANGE: span})
+
+
+def test_files_of_other_trainers_are_a_routed_ensemble(model: Diffusion, tmp_path: Path) -> None:
+    low, high = (tmp_path / f"pytorch_lora_weights_{side}_noise.safetensors" for side in SIDES)
+    save_lora(low, 0.1), save_lora(high, 0.2)
+    assert detect_kind(tmp_path) == "ensemble" and not is_lora_path(tmp_path)
+    with pytest.raises(InputError, match=r"where its range ends is not known"):
+        load_routed(model, tmp_path)
+    others = [copy.deepcopy(model.denoiser) for _ in range(2)]
+    with torch.no_grad():
+        others[1].conv_out.bias.add_(1.0)
+    base = routed(model, Partition.from_boundary(0.875, 1000), others)
+    own = [
+        load_model(file, model.with_denoiser(o))
+        for file, o in zip((low, high), others, strict=True)
+    ]
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([874, 875])
+    with torch.no_grad():
+        expected = torch.cat([own[i].predict(x[i : i + 1], t[i : i + 1]) for i in range(2)])
+        found = load_routed(base, tmp_path)
+        torch.testing.assert_close(found.predict(x, t), expected)
+        save_lora(low, 0.1, "0,500"), save_lora(high, 0.2, "500,999")
+        again = load_routed(model, tmp_path)
+    assert again.denoiser.partition == Partition.from_cuts(1000, [500])
+    low.unlink()
+    assert detect_kind(tmp_path) == "model" and is_lora_path(tmp_path)
