@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -47,18 +46,39 @@ def train(
     return Diffusion.load(out / str(SPAN)).sha256
 
 
+@pytest.fixture(scope="module")
+def runs(tiny: Path, data: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a `finished` run of `FAST`, and one that was stopped after 3 steps."""
+    folder, base = tmp_path_factory.mktemp("runs"), Diffusion.load(tiny)
+    train(base, data, folder / "finished")
+    with pytest.raises(Preempted):
+        train(base, data, folder / "unfinished", stop_at=3)
+    return folder
+
+
+@pytest.fixture
+def finished(runs: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(runs / "finished", tmp_path / "finished"))
+
+
+@pytest.fixture
+def whole(runs: Path) -> str:
+    """The hash of the finished expert."""
+    return Diffusion.load(runs / "finished" / str(SPAN)).sha256
+
+
 @pytest.mark.parametrize("stop_at", [1, 5])
 def test_resumed_run_equals_the_uninterrupted_one(
-    tiny: Path, data: ImageData, tmp_path: Path, stop_at: int
+    tiny: Path, data: ImageData, runs: Path, whole: str, tmp_path: Path, stop_at: int
 ) -> None:
     base = Diffusion.load(tiny)
-    whole = train(base, data, tmp_path / "whole")
     with pytest.raises(Preempted):
         train(base, data, tmp_path / "cut", stop_at=stop_at)
     assert not (tmp_path / "cut" / str(SPAN)).exists()
     assert train(base, data, tmp_path / "cut") == whole
-    logs = [(tmp_path / name / str(SPAN) / "log.jsonl").read_text() for name in ("whole", "cut")]
-    assert logs[0] == logs[1]
+    cut, log = tmp_path / "cut" / str(SPAN), runs / "finished" / str(SPAN) / "log.jsonl"
+    assert (cut / "log.jsonl").read_text() == log.read_text()
 
 
 def test_dropout_too_survives_a_resume(
@@ -108,18 +128,16 @@ def test_a_share_of_the_captions_is_left_empty(
 
 
 def test_ranges_of_one_folder_do_not_overlap_and_keep_their_states(
-    tiny: Path, data: ImageData, tmp_path: Path
+    tiny: Path, data: ImageData, runs: Path, tmp_path: Path
 ) -> None:
-    base = Diffusion.load(tiny)
-    with pytest.raises(Preempted):
-        train(base, data, tmp_path, stop_at=3)
+    base, out = Diffusion.load(tiny), Path(shutil.copytree(runs / "unfinished", tmp_path / "run"))
     with pytest.raises(UsageError, match="overlaps the range 0400-1000"):
-        next(finetune(base, data, [TimestepRange(400, 1000)], FAST, tmp_path))
-    for _ in finetune(base, data, [TimestepRange(500, 1000)], FAST, tmp_path):
+        next(finetune(base, data, [TimestepRange(400, 1000)], FAST, out))
+    for _ in finetune(base, data, [TimestepRange(500, 1000)], FAST, out):
         pass
-    assert list((tmp_path / "state" / str(SPAN)).glob("step-*"))
-    train(base, data, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000-0500", "0500-1000"]
+    assert list((out / "state" / str(SPAN)).glob("step-*"))
+    train(base, data, out)
+    assert sorted(p.name for p in out.iterdir()) == ["0000-0500", "0500-1000"]
 
 
 def test_a_foreign_folder_is_refused_before_training(
@@ -132,10 +150,9 @@ def test_a_foreign_folder_is_refused_before_training(
 
 
 def test_torn_newest_checkpoint_falls_back_to_the_one_before(
-    tiny: Path, data: ImageData, tmp_path: Path
+    tiny: Path, data: ImageData, whole: str, tmp_path: Path
 ) -> None:
     base = Diffusion.load(tiny)
-    whole = train(base, data, tmp_path / "whole")
     with pytest.raises(Preempted):
         train(base, data, tmp_path / "cut", stop_at=4)
     (newest,) = (tmp_path / "cut" / "state" / str(SPAN)).glob("step-*")
@@ -189,38 +206,31 @@ def test_mixed_target_has_the_same_gradient(tiny: Path, data: ImageData) -> None
 
 
 def test_finished_expert_is_left_alone_and_other_options_are_refused(
-    tiny: Path, data: ImageData, tmp_path: Path
+    tiny: Path, data: ImageData, finished: Path
 ) -> None:
-    base = Diffusion.load(tiny)
-    train(base, data, tmp_path)
-    record = tmp_path / str(SPAN) / "expert.json"
+    base, record = Diffusion.load(tiny), finished / str(SPAN) / "expert.json"
     before = record.stat().st_mtime_ns
-    train(base, data, tmp_path)
+    train(base, data, finished)
     assert record.stat().st_mtime_ns == before
     with pytest.raises(UsageError, match=r"learning_rate was 0\.001, now 0\.5"):
-        train(base, data, tmp_path, replace(FAST, learning_rate=0.5))
+        train(base, data, finished, replace(FAST, learning_rate=0.5))
 
 
 def test_a_record_without_a_newer_option_had_its_default(
-    tiny: Path, data: ImageData, tmp_path: Path
+    tiny: Path, data: ImageData, finished: Path, whole: str
 ) -> None:
     base = Diffusion.load(tiny)
-    whole = train(base, data, tmp_path)
-    file = tmp_path / str(SPAN) / "expert.json"
+    file = finished / str(SPAN) / "expert.json"
     record = json.loads(file.read_text())
     del record["options"]["optimizer"], record["options"]["antithetic"]
     file.write_text(json.dumps(record))
-    assert train(base, data, tmp_path) == whole
+    assert train(base, data, finished) == whole
     with pytest.raises(UsageError, match="antithetic was False, now True"):
-        train(base, data, tmp_path, replace(FAST, antithetic=True))
+        train(base, data, finished, replace(FAST, antithetic=True))
 
 
-def test_expert_is_a_stock_pipeline_with_its_record(
-    tiny: Path, data: ImageData, tmp_path: Path
-) -> None:
-    base = Diffusion.load(tiny)
-    train(base, data, tmp_path)
-    folder = tmp_path / "0000-0500"
+def test_expert_is_a_stock_pipeline_with_its_record(tiny: Path, runs: Path) -> None:
+    base, folder = Diffusion.load(tiny), runs / "finished" / "0000-0500"
     assert type(diffusers.DiffusionPipeline.from_pretrained(folder)) is diffusers.DDPMPipeline
     record = json.loads((folder / "expert.json").read_text())
     assert record["range"] == [0, 500]
@@ -310,17 +320,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("stop_at", [3, None], ids=["unfinished", "finished"])
+@pytest.mark.parametrize("run", ["unfinished", "finished"])
 def test_resume_sees_a_changed_base(
-    make_tiny: Callable[..., Path],
-    data: ImageData,
-    tmp_path: Path,
-    change: str,
-    stop_at: int | None,
+    tiny: Path, data: ImageData, runs: Path, tmp_path: Path, change: str, run: str
 ) -> None:
-    folder = make_tiny()
-    with contextlib.suppress(Preempted):
-        train(Diffusion.load(folder), data, tmp_path / "run", stop_at=stop_at)
+    shutil.copytree(runs / run, tmp_path / "run")
+    folder = Path(shutil.copytree(tiny, tmp_path / "base"))
     file, values, difference = CHANGES[change]
     edit(folder / file, **values)
     with pytest.raises(UsageError, match=difference):

@@ -288,32 +288,32 @@ def recorded(out: Path) -> list[tuple[int, int]]:
 
 def test_it_has_the_groups_of_the_map_that_is_there(tiny: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    planned(tiny, whole, groups=9).measure()
-    planned(tiny, out, groups=9, fisher=None).measure()
+    planned(tiny, whole, groups=6).measure()
+    planned(tiny, out, groups=6, fisher=None).measure()
     ready = planned(tiny, out)
-    assert ready.cost().steps + ready.measurement_cost.extra == 2 * 9 * 2
-    assert "36 backward passes, about" in describe(
+    assert ready.cost().steps + ready.measurement_cost.extra == 2 * 6 * 2
+    assert "24 backward passes, about" in describe(
         ready
-    ) and "9 groups of the map are measured again" in describe(ready)
-    assert ready.measure().M == 9 and recorded(out) == recorded(whole) == [(9, 18), (9, 18)]
+    ) and "6 groups of the map are measured again" in describe(ready)
+    assert ready.measure().M == 6 and recorded(out) == recorded(whole) == [(6, 12), (6, 12)]
     for path in (whole / "fisher").rglob("*.safetensors"):
         assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
 
 
 def test_more_groups_make_map_and_fisher_of_all_of_them(tiny: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    planned(tiny, whole, groups=10).measure()
+    planned(tiny, whole, groups=6).measure()
     planned(tiny, out, groups=5).measure()
-    ready = planned(tiny, out, groups=10)
-    assert "40 backward passes" in describe(
+    ready = planned(tiny, out, groups=6)
+    assert "24 backward passes" in describe(
         ready
     ) and "5 groups of the map are measured again" in describe(ready)
     assert "in place of the one of 5 groups" in describe(ready)
-    assert ready.measure().M == 10 and recorded(out) == [(10, 20), (10, 20)]
+    assert ready.measure().M == 6 and recorded(out) == [(6, 12), (6, 12)]
     for path in whole.rglob("*.*"):
         assert path.read_bytes() == (out / path.relative_to(whole)).read_bytes()
     (out / "conflict.safetensors").unlink()
-    with pytest.raises(UsageError, match="groups was 10, now 5"):
+    with pytest.raises(UsageError, match="groups was 6, now 5"):
         planned(tiny, out, groups=5)
 
 

@@ -175,8 +175,7 @@ def test_a_sketch_gives_the_map_of_the_exact_gradients(make_tiny: Any, metric: s
 
 def test_hooks_give_the_map_of_the_flat_pass(tiny: Path) -> None:
     model, data = Diffusion.load(tiny), load_images("digits", limit=20)
-    for options in (
-        {"engine": "exact"},
+    for options in (  # test_architectures.py has the exact ones
         {"engine": "sketch"},
         {"engine": "sketch", "metric": "adam", "params": "attentions"},
     ):
