@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from demerge.data import ImageData
 from demerge.data.values import as_floats
 from demerge.diffusion.conditioning import Condition, rows
+from demerge.diffusion.encoded import Encoder
 from demerge.diffusion.model import Diffusion
 from demerge.finetuning.objective import draw_timesteps
 from demerge.finetuning.options import FinetuneOptions
@@ -64,7 +65,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """A batch before it is encoded: images uint8 [B C H W] in the host's memory."""
+    """A batch before it is encoded, in the host's memory.
+
+    Attributes:
+        images: uint8 [B C H W]; or x_0 [B *] in float32, if it is encoded.
+        text: what the text encoders made of the captions, if they are encoded.
+    """
 
     images: Tensor
     noise: Tensor
@@ -72,11 +78,13 @@ class _Drawn:
     captions: list[str] | None
     labels: list[int] | None
     u: Tensor | None  # decides whose label is dropped
+    text: Condition | None = None
 
     def pin_memory(self) -> _Drawn:
         """Return the batch in pinned memory; torch's loader calls it."""
         pin = {name: getattr(self, name).pin_memory() for name in ("images", "noise", "t")}
-        return replace(self, **pin)
+        text = self.text and {name: tensor.pin_memory() for name, tensor in self.text.items()}
+        return replace(self, text=text, **pin)
 
 
 Draw = Callable[[int], list[_Drawn]]
@@ -127,6 +135,7 @@ class Batches:
     """The batches of each step of one process.
 
     Args:
+        encoder: gives x_0 and text that were encoded before; None encodes them at each step.
         by_process: whether a process draws ahead; by default for a GPU on Linux.
     """
 
@@ -138,7 +147,9 @@ class Batches:
         options: FinetuneOptions,
         world: World = ALONE,
         by_process: bool | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
+        self.encoder = encoder
         self.base, self.data, self.span, self.options = base, data, span, options
         self.world = world
         self._shift = (options.shift or base.shift) if base.is_flow else None
@@ -185,30 +196,44 @@ class Batches:
 
         first = step * o.samples_per_step(self.world.size) // (2 if o.antithetic else 1)
         indices = [self._order((first + s) // n)[(first + s) % n] for s in sources]
-        images = self.data.images(indices)
-        if o.random_flip:
-            marked = draw("flip") < 0.5
-            images[marked] = images[marked].flip(-1)
+        mirrored = draw("flip") < 0.5 if o.random_flip else torch.zeros(len(samples)).bool()
         captions, labels = self.data.annotations(indices)
         if captions is not None and self.base.requires_text:
             keep = (draw("caption") >= o.caption_dropout).tolist()
             captions = [text if kept else "" for text, kept in zip(captions, keep, strict=True)]
+        text = None
+        if self.encoder is None:
+            images = self.data.images(indices)
+            images[mirrored] = images[mirrored].flip(-1)
+        else:
+            images = self.encoder.x0(indices, mirrored.tolist())
+            text = self.encoder.text(captions) if captions is not None else None
         noise = normal(self.base.sample_shape, o.seed, "noise", samples=sources, step=step)
         if o.antithetic:
             noise[[s % 2 == 1 for s in samples]] *= -1
         t = draw_timesteps(self.span, self.base.T, o, step, sources, self._shift)
         u = draw("label") if self.base.classes is not None else None
-        return _Drawn(images, noise, t, captions, labels, u)
+        return _Drawn(images, noise, t, captions, labels, u, text)
 
     def _encode(self, drawn: _Drawn) -> Batch:
         device, classes = self.base.device, self.base.classes
         images, noise, t = (
             tensor.to(device, non_blocking=True) for tensor in (drawn.images, drawn.noise, drawn.t)
         )
-        x0, condition = self.base.encode(as_floats(images), drawn.captions, drawn.labels)
+        if self.encoder is None:
+            x0, condition = self.base.encode(as_floats(images), drawn.captions, drawn.labels)
+        elif drawn.text is None:
+            x0, condition = images, self.base.condition(len(t), drawn.captions, drawn.labels)
+        else:
+            text = {name: v.to(device, non_blocking=True) for name, v in drawn.text.items()}
+            x0, condition = (
+                images,
+                text | self.base.family.extra(torch.empty(len(t), device=device)),
+            )
         if classes is not None and drawn.u is not None:
             condition["class_labels"] = classes.drop(condition["class_labels"], drawn.u)
-        return Batch(x0, noise, t, condition)
+        # in one order in memory, so that no kernel sees whether it was encoded before
+        return Batch(x0.contiguous(), noise, t, condition)
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:

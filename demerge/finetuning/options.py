@@ -306,6 +306,13 @@ class FinetuneInputs(DataOptions, DeviceOptions):
         ge=1,
         shown_default="any",
     )
+    cache_latents: Path | None = option(
+        None,
+        "Folder that keeps latents and text embeddings, encoded once and not at each step. Runs may"
+        " share it; the experts are the same bits.",
+        panel=SPEED,
+        metavar="FOLDER",
+    )
     init: Literal["pretrained", "random"] = option(
         "pretrained", "Start from the model's weights, or train a base from random ones."
     )

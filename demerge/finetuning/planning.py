@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from demerge.device import resolve_device
+from demerge.diffusion.encoded import Blank, EncodedData
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import fitting_threads
 from demerge.durations import format_seconds
@@ -37,7 +38,7 @@ from demerge.finetuning.trainer import ExpertTraining, Job, record_name
 from demerge.parallel import join
 from demerge.progress import Progress, silent
 from demerge.stage import Cost
-from demerge.storage.atomic import place_for
+from demerge.storage.atomic import check_disk_space, place_for
 from demerge.timesteps import Partition, TimestepRange
 
 LONG_STEP = 5.0  # seconds
@@ -100,6 +101,7 @@ class FinetunePlan:
         step: what a step takes, measured; None if nothing is left to do here.
         executor: runs the tasks; None if this process trains the ranges one after the other.
         tasks: one for each unfinished range.
+        encoded: latents and text that are kept on disk, if they are.
         stop: as in `demerge.finetuning.finetune`.
     """
 
@@ -114,6 +116,7 @@ class FinetunePlan:
     stop: Stop = never
     executor: Executor | None = None
     tasks: tuple[Task, ...] = ()
+    encoded: EncodedData | None = None
 
     @property
     def base(self) -> Diffusion:
@@ -134,6 +137,7 @@ class FinetunePlan:
         """Return the steps over all ranges, the seconds left, and the most bytes on disk."""
         o, step = self.options, self.step
         disk = disk_of_run(self.base, len(self.ranges), self.trained, o)
+        disk += 0 if self.encoded is None else self.encoded.missing()
         steps = len(self.ranges) * o.max_train_steps
         seconds = None if step is None else step.seconds * (steps - self.finished_steps)
         memory = None if step is None else step.memory
@@ -152,6 +156,7 @@ class FinetunePlan:
             "seconds_per_step": None if self.step is None else self.step.seconds,
             "memory_bytes": self.cost().memory,
             "disk_bytes": self.cost().disk,
+            "cache_bytes": 0 if self.encoded is None else self.encoded.bytes,
             "options": self.options.document(),
         }
 
@@ -189,6 +194,10 @@ class FinetunePlan:
             lines.append(f"time    about {format_seconds(cost.seconds)}: {speed}")
         if cost.memory is not None:
             lines.append(f"memory  {cost.memory / 1e9:.1f} GB of the GPU")
+        if self.encoded is not None:
+            size, missing = self.encoded.bytes / 1e6, self.encoded.missing() / 1e6
+            kept = " and ".join(self.encoded.tables)
+            lines.append(f"cache   {size:,.1f} MB of {kept}, {missing:,.1f} MB to be encoded")
         lines.append(f"disk    up to {(cost.disk or 0) / 1e6:.0f} MB")
         if self.ranked_for and self.ranked_for != self.ranges:
             spans = " ".join(map(str, self.ranked_for))
@@ -205,7 +214,7 @@ class FinetunePlan:
         total, finished = self.cost().steps, self.finished_steps
         batch = self.options.samples_per_step(self.job.world.size)
         start, first = 0.0, 0
-        for step in train_ranges(self.job, self.ranges, self.out, self.stop):
+        for step in train_ranges(self._encoded_job(progress), self.ranges, self.out, self.stop):
             now = time.perf_counter()
             if first == 0 or step.step <= first:  # the first step of an expert also warms up
                 start, first = now, step.step
@@ -216,6 +225,18 @@ class FinetunePlan:
             if step.step == step.total:
                 finished += step.total
         return FinetuneResult(replace(self, finished_steps=finished))
+
+    def _encoded_job(self, progress: Progress) -> Job:
+        """Return the job, after latents and text are encoded if they are kept."""
+        if self.encoded is None or self.finished_steps == self.cost().steps:
+            return self.job
+        if self.is_main:
+            self.encoded.fill(progress)
+        self.job.world.wait()
+        self.encoded.open()
+        if not self.options.preview_steps and not self.options.fisher_samples:
+            self.encoded.release()
+        return replace(self.job, encoder=self.encoded)
 
     def _run_tasks(self, executor: Executor, progress: Progress) -> FinetuneResult:
         """Let the executor train the experts that are not finished."""
@@ -301,6 +322,19 @@ def plan(
         executor, base = None, base.to(resolve_device(inputs.device))
     steps = options.max_train_steps
     tasks = tuple(Task(span, inputs, wanted, steps) for span in unfinished)
+    encoded = None
+    if inputs.cache_latents is not None:
+        encoded = EncodedData(
+            base,
+            data,
+            place_for(inputs.cache_latents),
+            recorded["base"]["components"],
+            batch=options.train_batch_size,
+            mirrors=options.random_flip,
+        )
+        check_disk_space(inputs.cache_latents, encoded.missing())
+    is_here = bool(unfinished) and executor is None
+    blank = None if encoded is None else Blank(base)
     job = Job(base, data, options, recorded, layers, world, tell, observers)
     return FinetunePlan(
         job,
@@ -310,9 +344,10 @@ def plan(
         trained,
         condition,
         ranked_for,
-        measure_step(job, unfinished[0]) if unfinished and executor is None else None,
+        measure_step(replace(job, encoder=blank), unfinished[0]) if is_here else None,
         executor=executor,
         tasks=() if executor is None else tasks,
+        encoded=encoded,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from demerge.data import ImageData
+from demerge.diffusion.encoded import Encoder
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import fitting_threads
 from demerge.errors import UsageError
@@ -52,12 +53,14 @@ def finetune(
     out: str | Path,
     *,
     layers: Sequence[str] | None = None,
+    encoder: Encoder | None = None,
     stop: Stop = never,
 ) -> Iterator[TrainingStep]:
     """Train an expert of `base` on each range and write it to OUT/RANGE; yield after each step.
 
     Args:
         layers: the layers that train; all others stay the base's. None trains all.
+        encoder: gives x_0 and text that were encoded before (`demerge.diffusion.encoded`).
         stop: called after each step; if true, the state is saved and `Preempted` raised.
 
     Raises:
@@ -70,7 +73,7 @@ def finetune(
     inputs = check_output(base, data, ranges, options, out, layers=layers)
     observers = make_observers(options, out)
     frozen = freeze_base(base, options)
-    job = Job(frozen, data, options, inputs, layers, observers=observers)
+    job = Job(frozen, data, options, inputs, layers, observers=observers, encoder=encoder)
     yield from train_ranges(job, ranges, out, stop)
 
 

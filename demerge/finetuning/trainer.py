@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from demerge.data import ImageData
 from demerge.diffusion.adapters import share_weights
+from demerge.diffusion.encoded import Encoder
 from demerge.diffusion.model import Diffusion, not_finite
 from demerge.diffusion.projection import attach_to_blocks
 from demerge.errors import NumericalError, Preempted, ResourceError, UsageError, listed
@@ -112,6 +113,7 @@ class Job:
         layers: the layers that train; None is all.
         world: the processes that share each step; the first one writes.
         tell: called with a line if a run goes on in another way than it was asked to.
+        encoder: gives x_0 and text that were encoded before; None encodes them at each step.
     """
 
     base: Diffusion
@@ -122,6 +124,7 @@ class Job:
     world: World = ALONE
     tell: Callable[[str], None] | None = None
     observers: Sequence[Observer] = ()
+    encoder: Encoder | None = None
 
 
 class ExpertTraining:
@@ -153,7 +156,8 @@ class ExpertTraining:
         self.one_step = Step(
             student, teacher, self.parameters, self.optimizer, options, job.world, learned
         )
-        self.batches = Batches(base, job.data, span, options, job.world)
+        encoder = job.encoder
+        self.batches = Batches(base, job.data, span, options, job.world, encoder=encoder)
         self.step, self.skipped, self._bad = 0, 0, 0
         self._captured: CapturedStep | None = None
         self._may_capture = self._allows_graph()
