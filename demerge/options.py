@@ -199,9 +199,12 @@ class ModelOptions(Options):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DeviceOptions(Options):
-    """Where a stage computes."""
+    """Where a stage computes, and on images of which size."""
 
     device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto takes the fastest one.")
+    resolution: int | None = option(
+        None, "Side of the images in pixels.", ge=1, le=1 << 13, shown_default="the base's own"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -6,6 +6,7 @@ test would read all of it. The fonts of matplotlib stay where they are.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -284,7 +285,190 @@ def tiny_denoiser() -> Callable[..., Any]:
     return make
 
 
-def _tiny_vae() -> Any:
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make a tiny stock pipeline of 16 x 16 x 3 images: sdxl, sd3, flux, wan (two denoisers) or bert.
+
+    wan needs `resolution=16`; bert is a UNet with a BERT and an AutoencoderTiny.
+    """
+    makers = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "wan": _wan, "bert": _bert}
+    folder = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def make(name: str) -> Path:
+        torch.manual_seed(0)
+        makers[name](folder).save_pretrained(folder / name)
+        return folder / name
+
+    return make
+
+
+def _sdxl(folder: Path) -> Any:
+    import diffusers
+
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 48,
+        transformer_layers_per_block=[1, 2],
+        use_linear_projection=True,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    clip = _clip_tokenizer(folder)
+    encoders = _clip_encoder("CLIPTextModel"), _clip_encoder("CLIPTextModelWithProjection")
+    return diffusers.StableDiffusionXLPipeline(
+        _tiny_vae(), *encoders, clip, clip, unet, scheduler, add_watermarker=False
+    )
+
+
+def _sd3(folder: Path) -> Any:
+    import diffusers
+
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    clip, projected = _clip_tokenizer(folder), "CLIPTextModelWithProjection"
+    return diffusers.StableDiffusion3Pipeline(
+        transformer,
+        scheduler,
+        _tiny_vae(shift_factor=0.06),
+        _clip_encoder(projected),
+        clip,
+        _clip_encoder(projected),
+        clip,
+        _t5_encoder("T5", 32),
+        _t5_tokenizer(),
+    )
+
+
+def _flux(folder: Path) -> Any:
+    import diffusers
+
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        _tiny_vae(shift_factor=0.06),
+        _clip_encoder("CLIPTextModel"),
+        _clip_tokenizer(folder),
+        _t5_encoder("T5", 16),
+        _t5_tokenizer(),
+        transformer,
+    )
+
+
+def _wan(folder: Path) -> Any:
+    import diffusers
+
+    transformers = [
+        diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=1,
+            rope_max_seq_len=32,
+        )
+        for _ in range(2)
+    ]
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, 0.2, 0.0, -0.1],
+        latents_std=[1.2, 0.9, 1.0, 1.1],
+        scale_factor_spatial=2,
+        scale_factor_temporal=1,
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return diffusers.WanPipeline(
+        _t5_tokenizer(),
+        _t5_encoder("UMT5", 16),
+        vae,
+        scheduler,
+        *transformers,
+        boundary_ratio=0.875,
+    )
+
+
+def _bert(folder: Path) -> Any:
+    import diffusers
+    import transformers
+
+    (folder / "bert.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat"]))
+    tokenizer = transformers.BertTokenizer(str(folder / "bert.txt"), model_max_length=8)
+    config = transformers.BertConfig(
+        vocab_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    return diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=transformers.BertModel(config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _tiny_vae(**changes: Any) -> Any:
     import diffusers
 
     return diffusers.AutoencoderKL(
@@ -293,7 +477,42 @@ def _tiny_vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         sample_size=16,
+        **changes,
     )
+
+
+def _clip_encoder(name: str) -> Any:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=16,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+    return getattr(transformers, name)(config)
+
+
+def _t5_encoder(name: str, width: int) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=30, d_model=width, d_ff=16, d_kv=8, num_heads=2, num_layers=1
+    )
+    return getattr(transformers, f"{name}EncoderModel")(config)
+
+
+def _t5_tokenizer() -> Any:
+    import transformers
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    letters = [(letter, -2.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return transformers.T5Tokenizer(vocab=special + letters, extra_ids=0)
 
 
 def _clip_tokenizer(folder: Path) -> Any:

@@ -184,7 +184,7 @@ def plan(
     earlier = ConflictMap.load(out / MAP) if (out / MAP).exists() else None
     if earlier is not None and options.engine == "auto":
         options = replace(options, engine=earlier.origin.kept)
-    base = Diffusion.load(inputs.model, device=device)
+    base = Diffusion.load(inputs.model, device=device, resolution=inputs.resolution, pairs=False)
     if not (partition.ranges or 1) <= options.bins <= base.T:
         what = f"{partition.ranges} ranges, {options.bins} bins and {base.T} timesteps do not fit"
         raise UsageError(what, fix="give ranges <= bins <= timesteps")

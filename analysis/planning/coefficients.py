@@ -191,7 +191,12 @@ def plan(options: CoefficientsOptions) -> CoefficientsPlan:
         raise UsageError(f"{out} is not a name for a file of weights", fix="end it in .json")
     check_is_new(out)
     opened = open_experts(options.base, options.experts)
-    model = Diffusion.load(options.base, device=resolve_device(options.device))
+    model = Diffusion.load(
+        options.base,
+        device=resolve_device(options.device),
+        resolution=options.resolution,
+        pairs=False,
+    )
     ranges = opened.find_ranges(options.ranges, model.T)
     images = model.load_images(options.data, split=options.split, skip_broken=options.skip_broken)
     draws = Draws(model, images, ranges, options.samples, options.groups, options.seed)

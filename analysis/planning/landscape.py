@@ -230,7 +230,12 @@ def plan(options: LandscapeOptions) -> LandscapePlan:
     pair = None if options.plane == "auto" else _parse_pair(options.plane, K)
     merged = [options.merged] if options.merged is not None else []
     opened = open_experts(options.base, [*options.experts, *merged])
-    model = Diffusion.load(options.base, device=resolve_device(options.device))
+    model = Diffusion.load(
+        options.base,
+        device=resolve_device(options.device),
+        resolution=options.resolution,
+        pairs=False,
+    )
     ranges = opened.find_ranges(options.ranges, model.T, experts=K)
     images = model.load_images(options.data, split=options.split, skip_broken=options.skip_broken)
     model.describe_condition(images)

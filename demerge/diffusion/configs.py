@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from demerge.errors import InputError
 from demerge.storage.schema import MAX_TIMESTEPS, Foreign, checked
@@ -19,7 +19,7 @@ MAX_LAYERS = 1024  # of one model; the largest have some hundred
 MAX_PATCHES = 1 << 18  # that a transformer cuts an image into
 DEPTHS = (
     "layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block",
-    "num_layers", "num_hidden_layers", "num_single_layers",
+    "num_layers", "num_hidden_layers", "num_res_blocks",
 )  # fmt: skip
 TENSORS = 2  # of the smallest layer: a weight and a bias
 
@@ -40,6 +40,35 @@ class DenoiserConfig(Foreign):
     num_class_embeds: Width | None = None
     num_embeds_ada_norm: Width | None = None
     block_out_channels: Widths | None = None
+    num_attention_heads: Width | tuple[Width, ...] | None = None
+    attention_head_dim: Width | tuple[Width, ...] | None = None
+    pos_embed_max_size: Side | None = None
+
+
+class FluxConfig(Foreign):
+    """The config.json of a FluxTransformer2DModel; 4 latents are one of its `in_channels`."""
+
+    in_channels: Annotated[int, Field(ge=4, le=1 << 20, multiple_of=4)] = 64
+    out_channels: Width | None = None
+    num_attention_heads: Width = 24
+    attention_head_dim: Width = 128
+    joint_attention_dim: Width = 4096
+    pooled_projection_dim: Width = 768
+    guidance_embeds: bool = False
+
+
+class WanConfig(Foreign):
+    """The config.json of a WanTransformer3DModel."""
+
+    patch_size: tuple[Side, Side, Side] = (1, 2, 2)
+    in_channels: Width = 16
+    out_channels: Width | None = None
+    num_attention_heads: Width = 40
+    attention_head_dim: Width = 128
+    text_dim: Width = 4096
+    freq_dim: Width = 256
+    ffn_dim: Width = 13_824
+    rope_max_seq_len: Side = 1024
 
 
 class VaeConfig(Foreign):
@@ -53,10 +82,32 @@ class VaeConfig(Foreign):
     shift_factor: float | None = None
 
 
+class WanVaeConfig(Foreign):
+    """The config.json of an AutoencoderKLWan."""
+
+    z_dim: Width = 16
+    base_dim: Width = 96
+    dim_mult: Widths = (1, 2, 4, 4)
+    scale_factor_spatial: Side = 8
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[Annotated[float, Field(gt=0)], ...]
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> WanVaeConfig:
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.z_dim:
+                raise ValueError(f"{name} must have {self.z_dim} numbers, as z_dim says")
+        return self
+
+
 class TextConfig(Foreign):
-    """A CLIP text encoder's config.json."""
+    """The config.json of a text encoder: CLIP, BERT or T5."""
 
     hidden_size: Width = 512
+    d_model: Width = 512
+    d_ff: Width = 2048
+    d_kv: Width = 64
+    num_heads: Width = 8
     intermediate_size: Width = 2048
     num_attention_heads: Width = 8
     max_position_embeddings: Width = 77
@@ -76,6 +127,13 @@ class SchedulerConfig(Foreign):
     clip_sample_range: Annotated[float, Field(gt=0)] = 1.0
 
 
+CONFIGS: Mapping[str, type[Foreign]] = {  # of classes that have one of their own
+    "FluxTransformer2DModel": FluxConfig,
+    "WanTransformer3DModel": WanConfig,
+    "AutoencoderKLWan": WanVaeConfig,
+}
+
+
 def check_config(
     config: Mapping[str, Any], kind: type[Foreign], where: str, tensors: int | None = None
 ) -> None:
@@ -86,6 +144,7 @@ def check_config(
     layers = max(1, max(widths, default=1))
     for name in DEPTHS:
         layers *= max(1, _largest(config.get(name)))
+    layers += _largest(config.get("num_single_layers"))
     most, held = MAX_LAYERS, f"at most {MAX_LAYERS:,}"
     if tensors is not None and tensors // TENSORS < MAX_LAYERS:
         most, held = tensors // TENSORS, f"{tensors:,} tensors"

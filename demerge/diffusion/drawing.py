@@ -146,9 +146,11 @@ def plan(inputs: SampleInputs, options: SampleOptions) -> SamplePlan:
     device = resolve_device(inputs.device)
     captions = None if inputs.captions is None else read_captions(inputs.captions)
     if inputs.experts is None:
-        model = Diffusion.load(inputs.model, device=device)
+        model = Diffusion.load(inputs.model, device=device, resolution=inputs.resolution)
     else:
-        model = load_routed(inputs.model, inputs.experts, device=device)
+        model = load_routed(
+            inputs.model, inputs.experts, device=device, resolution=inputs.resolution
+        )
     return plan_images(inputs.out, model, options, captions)
 
 

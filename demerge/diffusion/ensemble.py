@@ -20,16 +20,24 @@ def routed(base: Diffusion, partition: Partition, denoisers: Sequence[nn.Module]
 
 
 def load_routed(
-    base: str | Path | Diffusion, experts: str | Path, *, device: str = "cpu"
+    base: str | Path | Diffusion,
+    experts: str | Path,
+    *,
+    device: str = "cpu",
+    resolution: int | None = None,
 ) -> Diffusion:
     """Load the experts in the folder `experts`, routed on the base's schedule; see `list_experts`.
 
     A LoRA for timesteps of one of a base's two denoisers is added to that one.
 
+    Args:
+        resolution: of the base, if it is a path; see `Diffusion.load`.
+
     Raises:
         InputError: if there is no expert, or their ranges do not cover [0, T).
     """
-    base = base if isinstance(base, Diffusion) else Diffusion.load(base, device=device)
+    if not isinstance(base, Diffusion):
+        base = Diffusion.load(base, device=device, resolution=resolution)
     own = base.denoiser if isinstance(base.denoiser, RoutedDenoiser) else None
     pair = None if own is None else own.partition
     places = list_experts(experts, pair if pair is not None and len(pair) == 2 else None)

@@ -22,12 +22,18 @@ from demerge.diffusion.components import (
     find_class,
     load_component,
 )
-from demerge.diffusion.configs import DenoiserConfig, SchedulerConfig, VaeConfig, check_config
+from demerge.diffusion.configs import (
+    CONFIGS,
+    DenoiserConfig,
+    SchedulerConfig,
+    VaeConfig,
+    check_config,
+)
 from demerge.diffusion.families import DENOISERS, Family, Text, family_of
 from demerge.diffusion.projection import attach_to_blocks
 from demerge.errors import InputError, ResourceError
 from demerge.storage.hub import resolve_model_path
-from demerge.storage.layout import COMPONENTS, PROJECTED, inside, read_index
+from demerge.storage.layout import COMPONENTS, PROJECTED, SECOND, inside, read_index
 from demerge.storage.safetensors_header import read_json, read_scheduler
 
 THIS_CONFIG = "use the config of this very model"
@@ -51,6 +57,13 @@ def find_pipeline(model: str | Path) -> Path:
     raise InputError(f"{model}: {what}", fix=fix)
 
 
+def find_component(model: str | Path) -> str | None:
+    """Return the denoiser that a path names inside its pipeline; None if it names the pipeline."""
+    path = resolve_model_path(model)
+    is_named = path.name in (*COMPONENTS, SECOND) and not (path / "model_index.json").is_file()
+    return path.name if is_named else None
+
+
 def denoiser_part(folder: str | Path) -> str:
     """Return the name of the denoiser's component in a pipeline, `unet` if there is none."""
     index = read_index(Path(folder))
@@ -72,7 +85,9 @@ def load_denoiser(folder: str | Path, component: str | None = None) -> diffusers
     stock: Callable[[dict[str, Any]], nn.Module] = family.denoisers[name].from_config
     is_projected = (component_folder(Path(folder), component) / PROJECTED).is_file()
     build = (lambda config: attach_to_blocks(stock(config))) if is_projected else stock
-    denoiser: diffusers.ModelMixin = load_component(folder, component, DenoiserConfig, build)
+    denoiser: diffusers.ModelMixin = load_component(
+        folder, component, CONFIGS.get(name, DenoiserConfig), build
+    )
     family.prepare(denoiser)
     return denoiser
 
@@ -115,7 +130,8 @@ def load_vae(folder: str | Path) -> diffusers.ModelMixin | None:
     name = find_class(folder, "vae", classes)
     if name is None:
         return None
-    vae: diffusers.ModelMixin = load_component(folder, "vae", VaeConfig, classes[name].from_config)
+    kind, build = CONFIGS.get(name, VaeConfig), classes[name].from_config
+    vae: diffusers.ModelMixin = load_component(folder, "vae", kind, build)
     return vae
 
 

@@ -43,6 +43,7 @@ from demerge.diffusion.loading import (
     build_scheduler,
     build_unet,
     denoiser_part,
+    find_component,
     find_pipeline,
     load_denoiser,
     load_scheduler,
@@ -56,9 +57,9 @@ from demerge.inspection import find_other_input
 from demerge.storage.atomic import commit_json
 from demerge.storage.checkpoint import commit_tensors, content_sha256, finite
 from demerge.storage.hashing import Hashing
-from demerge.storage.layout import PROJECTED, inside, read_index
+from demerge.storage.layout import PROJECTED, SECOND, inside, read_index
 from demerge.storage.schema import Record, Table, read_record
-from demerge.timesteps import TimestepRange
+from demerge.timesteps import Partition, TimestepRange
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -121,15 +122,39 @@ class Diffusion:
         return f"Diffusion({kind}, {size}, {self.prediction_type}, T = {self.T}{where})"
 
     @classmethod
-    def load(cls, model: str | Path, *, device: str | torch.device = "cpu") -> Diffusion:
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        resolution: int | None = None,
+        pairs: bool = True,
+    ) -> Diffusion:
         """Load a pipeline folder or a Hub id, in float32, in eval mode.
+
+        A pipeline of two denoisers becomes a routed ensemble; the folder of one of them stands for
+        the pipeline with that one alone.
+
+        Args:
+            resolution: the side of the images in pixels; by default that of the config.
+            pairs: whether there may be two denoisers.
 
         Raises:
             InputError: if the folder is not a supported pipeline, or a weight is missing.
         """
-        folder = find_pipeline(model)
-        denoiser, scheduler = load_denoiser(folder), load_scheduler(folder)
-        loaded = cls(denoiser, scheduler, folder, load_vae(folder), load_text(folder))
+        folder, component = find_pipeline(model), find_component(model)
+        partition = None if component else Partition.of_pipeline(folder)
+        if partition is None:
+            denoiser: nn.Module = load_denoiser(folder, component)
+        elif pairs:
+            both = [load_denoiser(folder, name) for name in (SECOND, denoiser_part(folder))]
+            denoiser = RoutedDenoiser(partition, both)
+        else:
+            low, high = partition
+            what = f"{folder} has two denoisers: transformer for t in {high}, {SECOND} for {low}"
+            raise InputError(what, fix=f"name one of them, for example {folder}/{SECOND}")
+        scheduler, vae, text = load_scheduler(folder), load_vae(folder), load_text(folder)
+        loaded = cls(denoiser, scheduler, folder, vae, text, resolution)
         for name, module in loaded._modules().items():
             if bad := not_finite(module):
                 what = f"{folder}: the {name} holds NaN or Inf in {bad}"
@@ -170,7 +195,13 @@ class Diffusion:
             diffusers.DDPMPipeline(self.denoiser, self.scheduler).save_pretrained(path)
             return
         index = read_index(self.folder)
-        own = (denoiser_part(self.folder), "scheduler")
+        own: tuple[str, ...] = (denoiser_part(self.folder), "scheduler")
+        denoisers = {own[0]: self.denoiser}
+        if isinstance(self.denoiser, RoutedDenoiser) and index.get(SECOND):
+            low, high = self.denoiser.experts
+            denoisers, own = {own[0]: high, SECOND: low}, (*own, SECOND)
+        elif index.pop(SECOND, None):
+            index["boundary_ratio"] = None
         copied = [n for n in sorted(index.keys() - set(own)) if (self.folder / n).is_dir()]
         for name in copied:
             for file in [self.folder / name, *(self.folder / name).rglob("*")]:
@@ -184,8 +215,9 @@ class Diffusion:
         if is_projected:
             self.denoiser.save_config(path / own[0])  # type: ignore[operator]
             commit_tensors(path / own[0] / PROJECTED, self.denoiser.state_dict())
-        else:
-            self.denoiser.save_pretrained(path / own[0])  # type: ignore[operator]
+            return
+        for name, denoiser in denoisers.items():
+            denoiser.save_pretrained(path / name)  # type: ignore[operator]
 
     def with_denoiser(self, denoiser: nn.Module) -> Diffusion:
         """Return the same diffusion around another denoiser."""
@@ -306,6 +338,7 @@ class Diffusion:
             "config": _public(self.config),
             "scheduler": _public(self.scheduler.config) | {"class": type(self.scheduler).__name__},
             "components": self._components(),
+            **({} if self.resolution is None else {"resolution": self.resolution}),
         }
         document: dict[str, Any] = json.loads(json.dumps(identity, default=str), parse_constant=str)
         return document
@@ -315,7 +348,7 @@ class Diffusion:
         if self.folder is None:
             return {}
         index = read_index(self.folder)
-        names = sorted(index.keys() - {denoiser_part(self.folder), "scheduler"})
+        names = sorted(index.keys() - {denoiser_part(self.folder), SECOND, "scheduler"})
         paths = [path for name in names for path in sorted((self.folder / name).rglob("*"))]
         files = [path for path in paths if path.is_file()]
         hashes = Hashing([inside(self.folder, file) for file in files]).result()

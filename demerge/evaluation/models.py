@@ -52,13 +52,15 @@ class ModelSpec:
             return False
         return Path(self.source).is_dir() and not _is_pipeline(Path(self.source))
 
-    def load(self, base: ModelSpec | None = None, device: str = "cpu") -> Diffusion:
+    def load(
+        self, base: ModelSpec | None = None, device: str = "cpu", resolution: int | None = None
+    ) -> Diffusion:
         """Load the model; a LoRA and a routed ensemble need `base`."""
         if self.model is not None:
             return self.model.to(device)
         is_lora = is_lora_path(self.source)
         if self.kind != "ensemble" and not is_lora:
-            return Diffusion.load(self.source, device=device)
+            return Diffusion.load(self.source, device=device, resolution=resolution)
         if base is None:
             what = (
                 "a LoRA needs its base"
@@ -66,7 +68,7 @@ class ModelSpec:
                 else "a routed ensemble needs the base's schedule"
             )
             raise UsageError(f"{self.source}: {what}", fix="give --base MODEL")
-        origin = base.model or Diffusion.load(base.source, device=device)
+        origin = base.model or Diffusion.load(base.source, device=device, resolution=resolution)
         if is_lora:
             return load_model(self.source, origin, device=device)
         return load_routed(origin, self.source, device=device)

@@ -139,7 +139,7 @@ def _shared_facts(
         pipelines.append(base)
     first: ModelFacts | None = None
     for spec in pipelines:
-        model = spec.load(base)
+        model = spec.load(base, resolution=options.resolution)
         check_sampling(model, options, [""])
         make_scheduler(model, options.steps, options.sampler)
         facts = ModelFacts(model.image_shape, model.T, model.requires_text)

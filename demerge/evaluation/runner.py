@@ -169,7 +169,7 @@ class _Run:
 
     def _score_model(self, spec: ModelSpec) -> Iterator[Scores]:
         plan, options = self.plan, self.plan.options
-        model = spec.load(plan.base, options.device)
+        model = spec.load(plan.base, options.device, options.resolution)
         digest, losses = model.fingerprint, None
         for seed in options.seeds:
             path = self._path(f"{spec.slug}.seed{seed}")
@@ -226,7 +226,7 @@ class _Run:
         if seed not in self.base_images:
             count = min(options.num_images, self.evaluator.perceptual_images)
             self.base_images[seed] = self._draw(
-                base.load(device=options.device), seed, count, "base"
+                base.load(device=options.device, resolution=options.resolution), seed, count, "base"
             )
         return self.base_images[seed]
 

@@ -300,7 +300,9 @@ def plan(
         base = Diffusion.random(inputs.model, seed=options.seed).to(device)
         options = replace(options, consistency=0.0, projection="none")
     else:
-        base = Diffusion.load(inputs.model, device=device)
+        base = Diffusion.load(
+            inputs.model, device=device, resolution=inputs.resolution, pairs=False
+        )
     partition, factor = parse_ranges(inputs.ranges or ("joint" if random else "uniform:4"), base.T)
     options = replace(options, max_train_steps=options.max_train_steps * factor)
     loss_weights(base, options)

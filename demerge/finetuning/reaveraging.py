@@ -111,7 +111,7 @@ class ReaveragePlan:
         """
         if self.record.options.get("lora_rank"):
             return self._write_lora(progress)
-        model = Diffusion.load(self.options.run)
+        model = Diffusion.load(self.options.run, pairs=False)
         trainable = copy.deepcopy(model.denoiser)
         frozen = freeze_others(trainable, self.record.train_layers)
         if self.record.options.get("projection") == "foldable":

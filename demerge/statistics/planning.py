@@ -121,7 +121,7 @@ class StatisticsPlan:
             check_disk_space(job.path, _bytes(model, job.statistic))
         for i, job in enumerate(self.jobs):
             if job.model != name:
-                name, model = job.model, Diffusion.load(job.model, device=self.model.device)
+                name, model = job.model, _load(job.model, self.options)
 
             def report(done: int, total: int, text: str = "", i: int = i, job: Job = job) -> None:
                 progress(i * total + done, steps, f"{job.statistic} {job.range}")
@@ -134,6 +134,11 @@ class StatisticsPlan:
         return StatisticsResult(self)
 
 
+def _load(model: str, options: StatisticsOptions) -> Diffusion:
+    device = resolve_device(options.device)
+    return Diffusion.load(model, device=device, resolution=options.resolution, pairs=False)
+
+
 def plan(options: StatisticsOptions) -> StatisticsPlan:
     """Load what the statistics need, and find out which exist.
 
@@ -142,7 +147,7 @@ def plan(options: StatisticsOptions) -> StatisticsPlan:
         InputError: if a model or the data cannot be read.
     """
     out = None if options.out is None else place_for(options.out)
-    first = Diffusion.load(options.models[0], device=resolve_device(options.device))
+    first = _load(options.models[0], options)
     images = first.load_images(options.data, split=options.split, skip_broken=options.skip_broken)
     jobs: list[Job] = []
     for model in options.models:

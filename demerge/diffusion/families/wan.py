@@ -53,6 +53,12 @@ class Wan(Family):
         return side, side
 
     @property
+    def tokens(self) -> int:
+        height, width = self.size
+        patch = int(self.config.patch_size[-1])
+        return height // patch * (width // patch)
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
         return self.channels, 1, *self.size
 
