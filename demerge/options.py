@@ -130,13 +130,14 @@ class Options:
         types_ = types_of(type(self))  # type: ignore[arg-type]
         for of in (of for of in fields(self) if "option" in of.metadata):
             value, type_, spec = getattr(self, of.name), types_[of.name], spec_of(of)
-            if isinstance(value, str) and Path in (type_, *get_args(type_)):
+            is_text = isinstance(value, str)
+            if is_text and Path in (type_, *get_args(type_)):
                 object.__setattr__(self, of.name, Path(value))
             choices = choices_of(type_)
             if choices:
                 allowed = value in choices or (value is None and of.default is None)
                 self.require(of.name, allowed, f"one of {', '.join(map(str, choices))}")
-            elif spec.rule and value is not None:
+            elif spec.rule and value is not None and not (is_text and str in get_args(type_)):
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 self.require(of.name, is_number and spec.allows(value), spec.rule)
 

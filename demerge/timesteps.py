@@ -144,27 +144,33 @@ class Partition:
 
     @classmethod
     def parse(cls, text: str, total: int, *, also: str = "") -> Partition:
-        """Read `uniform:N`, `joint` (one range) or a file or pipeline of `load`, for [0, total).
+        """Read ranges of [0, total): `uniform:N`, `joint` (one range), a list, or what `load` reads.
+
+        A list is `0:875,875:1000`, in any order.
 
         Args:
             also: what else the caller understands, named in the error, for example `none`.
 
         Raises:
-            UsageError: if the text is none of these, or the file covers another number of
-                timesteps.
+            UsageError: if the text is none of these, or the ranges cover something else.
             InputError: if the file is not a partition.
         """
         kind, _, count = text.partition(":")
         if text == "joint" or (kind == "uniform" and count.isascii() and count.isdigit()):
             return cls.uniform(total, int(count or 1))
-        if not any(path.is_file() for path in (Path(text), Path(text) / "model_index.json")):
-            known = ", ".join(["uniform:N", "joint", *([also] if also else [])])
+        if any(path.is_file() for path in (Path(text), Path(text) / "model_index.json")):
+            partition = cls.load(Path(text))
+        elif text[:1].isdigit():
+            partition = cls(tuple(sorted(map(TimestepRange.parse, text.split(",")))))
+        else:
+            known = ", ".join(["uniform:N", "joint", "START:STOP,...", *([also] if also else [])])
             what = f"ranges '{text}' are neither {known} nor a file"
-            raise UsageError(what, fix="for example uniform:4")
-        partition = cls.load(Path(text))
+            raise UsageError(
+                what, fix=f"for example uniform:2 or 0:{total // 2},{total // 2}:{total}"
+            )
         if partition.total != total:
             what = f"{text} covers {partition.total} timesteps, the base has {total}"
-            raise UsageError(what, fix="make the partition with this base")
+            raise UsageError(what, fix=f"give ranges that cover [0, {total})")
         return partition
 
     @classmethod
@@ -195,6 +201,11 @@ class Partition:
         """Write `partition.json`."""
         record = PartitionRecord(ranges=tuple((r.start, r.stop) for r in self.ranges))
         commit_json(path, record.model_dump(mode="json"))
+
+    @property
+    def text(self) -> str:
+        """The ranges as `parse` reads them: `0:250,250:1000`."""
+        return ",".join(f"{span.start}:{span.stop}" for span in self)
 
     @property
     def total(self) -> int:

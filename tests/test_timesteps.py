@@ -161,9 +161,25 @@ def test_a_partition_is_read_from_words_or_a_file(tmp_path):
     assert Partition.parse(str(path), 1000).cuts == [100]
     with pytest.raises(UsageError, match="covers 1000 timesteps, the base has 500"):
         Partition.parse(str(path), 500)
-    for text in ("uniform", "uniform:-1", "joint:4", "0:250", "nowhere.json"):
-        with pytest.raises(UsageError, match="neither uniform:N, joint, none nor a file"):
+    with pytest.raises(UsageError, match="covers 250 timesteps, the base has 1000"):
+        Partition.parse("0:250", 1000)
+    for text in ("uniform", "uniform:-1", "joint:4", "nowhere.json"):
+        with pytest.raises(UsageError, match="neither uniform:N, joint, START:STOP"):
             Partition.parse(text, 1000, also="none")
+
+
+@given(partitions())
+def test_a_list_of_ranges_is_read_in_any_order(partition):
+    assert Partition.parse(partition.text, partition.total) == partition
+    backwards = ", ".join(reversed(partition.text.split(",")))
+    assert Partition.parse(backwards, partition.total) == partition
+
+
+@pytest.mark.parametrize("text", ["0:500,600:1000", "0:500,400:1000", "0:500,", "5:1000", "0:1e3"])
+def test_lists_that_do_not_cover_are_refused(text):
+    with pytest.raises(UsageError) as error:
+        Partition.parse(text, 1000)
+    assert error.value.fix
 
 
 def test_reprs_are_short_and_make_the_value_again() -> None:

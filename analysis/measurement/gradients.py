@@ -91,6 +91,7 @@ class Measurement:
     data: ImageData
     options: MeasurementOptions
     mode: str = "auto"
+    ranges: Partition | None = None  # bins are cut at their boundaries too
 
     def __post_init__(self) -> None:
         if len(self.data) < 1:
@@ -104,7 +105,7 @@ class Measurement:
     @cached_property
     def bins(self) -> Partition:
         """The bins of timesteps."""
-        return Partition.uniform(self.model.T, self.options.bins)
+        return cut_bins(self.model.T, self.options.bins, self.ranges)
 
     @cached_property
     def layout(self) -> dict[str, int]:
@@ -223,5 +224,42 @@ class Measurement:
     def key(self) -> dict[str, Any]:
         """Return what parts of one measurement agree in; the number of groups is not part of it."""
         schedule = describe_schedule(self.log_snr)
-        own = {"bins": self.options.bins, "layers": self.options.layers, "schedule": schedule}
-        return {**own, **asdict(self.origin()), "antithetic": self.options.antithetic}
+        own = {"layers": self.options.layers, "schedule": schedule}
+        return {
+            "bins": describe_bins(self.bins),
+            **own,
+            **asdict(self.origin()),
+            "antithetic": self.options.antithetic,
+        }
+
+
+def cut_bins(T: int, N: int, ranges: Partition | None = None) -> Partition:
+    """Return N bins of [0, T) whose edges are also those of `ranges`, of widths as equal as can be.
+
+    Bins of equal widths have these edges or not. If not, each range is divided equally, and the
+    range with the widest bins gets the next bin.
+
+    Raises:
+        UsageError: if there are fewer bins than ranges, or more than timesteps.
+    """
+    uniform = Partition.uniform(T, N)
+    if ranges is None or set(ranges.cuts) <= set(uniform.cuts):
+        return uniform
+    if len(ranges) > N:
+        what = f"{N} bins do not hold {len(ranges)} ranges"
+        raise UsageError(what, fix=f"give --bins {len(ranges)} or more")
+    counts = [1] * len(ranges)
+    for _ in range(N - len(ranges)):
+        widths = [len(span) / count for span, count in zip(ranges, counts, strict=True)]
+        counts[widths.index(max(widths))] += 1
+    cuts = list(ranges.cuts)
+    for span, count in zip(ranges, counts, strict=True):
+        cuts += [span.start + cut for cut in Partition.uniform(len(span), count).cuts]
+    return Partition.from_cuts(T, sorted(cuts))
+
+
+def describe_bins(bins: Partition) -> int | list[int]:
+    """Return the number of bins if their widths are equal, else their edges."""
+    if bins == Partition.uniform(bins.total, len(bins)):
+        return len(bins)
+    return [0, *bins.cuts, bins.total]

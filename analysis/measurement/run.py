@@ -31,6 +31,7 @@ from demerge.errors import ResourceError, UsageError
 from demerge.parallel import ALONE, World
 from demerge.progress import Progress, silent
 from demerge.storage.atomic import check_disk_space
+from demerge.timesteps import Partition
 
 NOWHERE = MeasurementCheckpoint(None, {})
 
@@ -41,6 +42,7 @@ def measure(
     options: MeasurementOptions | None = None,
     *,
     mode: str = "auto",
+    ranges: Partition | None = None,
     progress: Progress = silent,
 ) -> ConflictMap:
     """Measure how the gradients of equal bins of timesteps conflict, on groups of samples.
@@ -48,6 +50,7 @@ def measure(
     Args:
         mode: how gradients are computed: `flat`, `hooks`, or `auto` by size; the map is the same
             up to rounding.
+        ranges: bins are cut at their boundaries too, so that they can be judged exactly.
         progress: called after each backward pass.
 
     Raises:
@@ -55,7 +58,8 @@ def measure(
         ResourceError: if what is stored does not fit the memory, or 5 groups do not fit the budget.
         NumericalError: if a gradient is not finite.
     """
-    return begin(Measurement(model, data, options or MeasurementOptions(), mode)).map(progress)
+    measurement = Measurement(model, data, options or MeasurementOptions(), mode, ranges)
+    return begin(measurement).map(progress)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,26 +17,24 @@ Method = Literal["gradient", "hierarchical", "uniform", "logsnr"]
 Score = Literal["step", "energy", "cosine"]
 
 
-def parse_range_count(text: str) -> int | None:
-    """Return a number of ranges, None for `auto`."""
+def parse_ranges(text: str) -> int | str | None:
+    """Return a number of ranges, None for `auto`, or a text for `Partition.parse`."""
     if text == "auto":
         return None
-    if not (text.isascii() and text.isdigit()):
-        fix = "give a whole number from 1 on, or auto"
-        raise UsageError(f"'{text}' is not a number of ranges", fix=fix)
-    return int(text)
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PartitionOptions(Options):
     """How [0, T) is partitioned into ranges."""
 
-    ranges: int | None = option(
+    ranges: int | str | None = option(
         4,
-        "Number of ranges; auto is as many as held-out groups support.",
+        "Number of ranges, auto (as many as held-out groups support), or ranges of your own, such"
+        " as 0:875,875:1000: are separate experts for them worth it?",
         ge=1,
-        parse=parse_range_count,
-        metavar="N|auto",
+        parse=parse_ranges,
+        metavar="N|auto|START:STOP,...|FILE",
         panel=PANEL,
     )
     method: Method = option("gradient", "How boundaries are chosen.", panel=PANEL)
@@ -65,7 +63,7 @@ class RangesOptions(Options):
     map: Path = option(
         help="conflict.safetensors of `demerge analyze`, or its folder.", argument=True
     )
-    ranges: int | None = again(PartitionOptions, "ranges", default=None, shown_default="auto")
+    ranges: int | str | None = again(PartitionOptions, "ranges", default=None, shown_default="auto")
     method: Literal["advised", Method] | None = option(
         None,
         "How boundaries are chosen; advised is gradient if that beats uniform, else uniform.",
@@ -114,7 +112,11 @@ class RangesOptions(Options):
         if self.shift is not None and self.trainer is None:
             fix = "give --for TRAINER, for example --for musubi"
             raise UsageError(f"shift {self.shift:g} is of a trainer, and none is named", fix=fix)
-        if self.cuts is None:
+        is_list = isinstance(self.ranges, str)
+        if is_list and (self.method is not None or self.cuts is not None):
+            what = f"ranges {self.ranges} fix the method and the cuts"
+            raise UsageError(what, fix="leave out --method and --cuts")
+        if self.cuts is None or is_list:
             return
         if self.method is not None or self.ranges not in (None, len(self.cuts) + 1):
             cuts = ",".join(str(cut) for cut in self.cuts)

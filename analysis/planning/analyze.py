@@ -12,13 +12,14 @@ from typing import Any
 from demerge.analysis.measurement.budget import describe_se, neighbour_se
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.fisher_files import FisherFiles, plan_fisher
-from demerge.analysis.measurement.gradients import Measurement, MeasurementCost
+from demerge.analysis.measurement.gradients import Measurement, MeasurementCost, describe_bins
 from demerge.analysis.measurement.options import AnalyzeInputs, MeasurementOptions
 from demerge.analysis.measurement.run import Run, begin
 from demerge.analysis.measurement.schedule import describe_schedule
 from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.options import PartitionOptions
 from demerge.analysis.partitioning.resolution import LEAST_KNOWN, MOST_GROUPS, sample_size
+from demerge.analysis.planning.ranges import split_ranges
 from demerge.analysis.report.next_steps import CommandNames
 from demerge.analysis.report.summary import ConflictSummary, summarize
 from demerge.conflict import ConflictMap
@@ -32,6 +33,7 @@ from demerge.provenance import list_differences
 from demerge.stage import Cost
 from demerge.storage.atomic import place_for
 from demerge.storage.lock import lock_folder
+from demerge.timesteps import Partition
 
 MAP, PARTIAL = "conflict.safetensors", "conflict.partial"
 
@@ -70,6 +72,8 @@ class Plan:
     pending: Run | None  # a map, more groups for it, or a Fisher; None for nothing
     fisher: FisherFiles | None = None  # its files exist if nothing is pending
     world: World = ALONE  # the processes that share the work; the first one writes
+    n: int | None = None  # the number of ranges; None is as many as groups support
+    given: Partition | None = None  # ranges of your own
     condition: str | None = None  # what the denoiser gets besides the images
     tell: Callable[[str], None] | None = None  # called with a line if the map will say little
 
@@ -110,7 +114,8 @@ class Plan:
         from demerge.analysis.report.page import write_report  # with seaborn
 
         map, inputs, partition = self.measure(progress), self.inputs, self.partition
-        summary = summarize(Reading(map, partition.score), partition.ranges, partition.method)
+        reading = Reading(map, partition.score)
+        summary = summarize(reading, self.n, partition.method, given=self.given)
         words = ["--split", inputs.split] if inputs.split != "train" else []
         words += ["--skip-broken"] if inputs.skip_broken else []
         names = CommandNames(inputs.model, inputs.data, tuple(words))
@@ -185,12 +190,18 @@ def plan(
     if earlier is not None and options.engine == "auto":
         options = replace(options, engine=earlier.origin.kept)
     base = Diffusion.load(inputs.model, device=device, resolution=inputs.resolution, pairs=False)
-    if not (partition.ranges or 1) <= options.bins <= base.T:
-        what = f"{partition.ranges} ranges, {options.bins} bins and {base.T} timesteps do not fit"
+    n, given = split_ranges(partition.ranges, base.T)
+    count = len(given) if given else n or 1
+    if not count <= options.bins <= base.T:
+        what = f"{count} ranges, {options.bins} bins and {base.T} timesteps do not fit"
         raise UsageError(what, fix="give ranges <= bins <= timesteps")
+    bins = given
+    if earlier is not None and (options.bins, base.T) == (earlier.N, earlier.T):
+        bins = earlier.bins
+        _check_edges(earlier, out / MAP, given)
     images = base.load_images(inputs.data, split=inputs.split, skip_broken=inputs.skip_broken)
     condition = base.describe_condition(images)
-    measurement = Measurement(base, images, options)
+    measurement = Measurement(base, images, options, ranges=bins)
     checkpoint = MeasurementCheckpoint(out / PARTIAL, measurement.key())
     if earlier is not None:
         _check_same_measurement(earlier, out / MAP, checkpoint.key)
@@ -217,7 +228,7 @@ def plan(
             )
     inputs = replace(inputs, out=out)
     work = (measurement, checkpoint, map, run, fisher, world)
-    return Plan(inputs, partition, *work, condition, tell)
+    return Plan(inputs, partition, *work, n, given, condition, tell)
 
 
 def _check_groups(
@@ -234,9 +245,19 @@ def _check_groups(
         raise UsageError(what, fix=fix)
 
 
+def _check_edges(map: ConflictMap, path: Path, given: Partition | None) -> None:
+    """Check that no boundary of ranges lies inside of a bin of an existing map."""
+    inside = sorted(set(given.cuts) - set(map.bins.cuts)) if given else []
+    if inside:
+        places = ", ".join(str(cut) for cut in inside)
+        what = f"{path} has bins that are not cut at {places}"
+        fix = "choose another folder: a new map has bins that are cut there"
+        raise UsageError(what, fix=fix)
+
+
 def _check_same_measurement(map: ConflictMap, path: Path, key: Mapping[str, Any]) -> None:
     """Check that a map is of the measurement `key`."""
-    own = {**asdict(map.origin), "bins": map.N, "antithetic": map.origin.noise}
+    own = {**asdict(map.origin), "bins": describe_bins(map.bins), "antithetic": map.origin.noise}
     own["layers"] = key["layers"] and map.layers is not None
     own["schedule"] = describe_schedule(map.log_snr)
     differences = list_differences(own, key)

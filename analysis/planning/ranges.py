@@ -31,7 +31,8 @@ class RangesPlan:
 
     options: RangesOptions
     reading: Reading | None
-    given: Partition | None = None
+    n: int | None = None  # the number of ranges; None is as many as groups support
+    given: Partition | None = None  # ranges of your own
 
     def describe(self) -> list[str]:
         """Return what will be done, for a person."""
@@ -49,7 +50,7 @@ class RangesPlan:
         if self.reading is None:
             return RangesResult(None, None, _write_for(o, self.given))
         summary = summarize(
-            self.reading, o.ranges, o.method or ADVISED, given=self.given, with_counts=True
+            self.reading, self.n, o.method or ADVISED, given=self.given, with_counts=True
         )
         if o.out is not None:
             from demerge.analysis.report.next_steps import CommandNames
@@ -103,8 +104,11 @@ def plan(options: RangesOptions) -> RangesPlan:
     """
     if options.trainer is not None and _holds_partition(options.map):
         _check_no_map_options(options)
-        return RangesPlan(options, None, Partition.load(options.map))
-    map, n, minimum = load_map(options.map, options.model), options.ranges, options.minimum
+        return RangesPlan(options, None, given=Partition.load(options.map))
+    map, minimum = load_map(options.map, options.model), options.minimum
+    n, given = split_ranges(options.ranges, map.T)
+    if options.cuts is not None:
+        given = partition_at(options.cuts, map.T)
     if n is not None and n > map.N:
         fix = f"give --ranges {map.N} or fewer, or auto"
         raise UsageError(f"{n} ranges, and the map has {map.N} bins", fix=fix)
@@ -117,8 +121,14 @@ def plan(options: RangesOptions) -> RangesPlan:
         check_replaceable(options.out, "a partition", is_partition, fix)
         page, fix = options.out.parent / PAGE, "name a file in another folder"
         check_replaceable(page, "a page of a conflict map", is_page, fix)
-    given = None if options.cuts is None else partition_at(options.cuts, map.T)
-    return RangesPlan(options, Reading(map, options.score, options.minimum), given)
+    return RangesPlan(options, Reading(map, options.score, options.minimum), n, given)
+
+
+def split_ranges(ranges: int | str | None, total: int) -> tuple[int | None, Partition | None]:
+    """Return what `--ranges` says: a number of ranges to be found, or ranges of [0, total)."""
+    if isinstance(ranges, str):
+        return None, Partition.parse(ranges, total, also="a number, auto")
+    return ranges, None
 
 
 def _write_for(options: RangesOptions, partition: Partition | None) -> TrainerLines | None:

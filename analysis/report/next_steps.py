@@ -14,7 +14,7 @@ from typing import NamedTuple
 from demerge.analysis.measurement.options import GROUPS, MeasurementOptions
 from demerge.analysis.partitioning.resolution import MOST_GROUPS
 from demerge.analysis.report.summary import ConflictSummary
-from demerge.conflict import MAX_CELLS, ConflictMap
+from demerge.conflict import MAX_CELLS
 
 
 class Step(NamedTuple):
@@ -57,7 +57,7 @@ def next_steps(summary: ConflictSummary, names: CommandNames) -> list[Step]:
     train = _train(summary, names)
     steps = [*train, *more] if summary.expected_gain.is_promised else [*more, *train]
     if summary.reading.bins.resolved.any():
-        steps.append(_layers(summary.reading.map, names))
+        steps.append(_layers(summary, names))
     return steps
 
 
@@ -85,27 +85,31 @@ def _measure_more(summary: ConflictSummary, names: CommandNames) -> list[Step]:
     hidden = f"{len(summary.unresolved)} of {map.N} bins are unresolved"
     text = f"{hidden}. Some {groups:,} groups or more would resolve them"
     if groups <= MAX_CELLS // map.N:
-        again = _measure_again(map, names, shlex.quote(str(names.folder)), groups=groups)
+        again = _measure_again(summary, names, shlex.quote(str(names.folder)), groups=groups)
         return [Step(f"{text}. They are added to the map.", [again])]
     batch = 2 * math.ceil(map.origin.batch_size * groups / map.M / 2)
     out = names.next_to(f"{names.folder.name}-more")
-    larger = _measure_again(map, names, out, batch_size=batch)
+    larger = _measure_again(summary, names, out, batch_size=batch)
     return [Step(f"{text}, or the present {map.M} with batches of {batch:,}.", [larger])]
 
 
-def _layers(map: ConflictMap, names: CommandNames) -> Step:
+def _layers(summary: ConflictSummary, names: CommandNames) -> Step:
+    map = summary.reading.map
     stored, commands = shlex.quote(str(names.map)), []
     if map.layers is None:
         stored = names.next_to(f"{names.folder.name}-layers")
-        commands = [_measure_again(map, names, stored, layers=True, metric="adam")]
+        commands = [_measure_again(summary, names, stored, layers=True, metric="adam")]
     ranges = shlex.quote(str(names.partition))
     commands.append(f"demerge layers {stored} --ranges {ranges} -o {names.next_to('layers.json')}")
     text = "Find the layers that conflict. `finetune --train-layers layers.json` trains only these."
     return Step(text, commands)
 
 
-def _measure_again(map: ConflictMap, names: CommandNames, out: str, **changes: object) -> str:
+def _measure_again(
+    summary: ConflictSummary, names: CommandNames, out: str, **changes: object
+) -> str:
     """Return the command that measures the map again into `out`, a word, with some changes."""
+    map = summary.reading.map
     origin, usual = map.origin, MeasurementOptions()
     options = {
         "bins": (map.N, usual.bins),
@@ -126,6 +130,8 @@ def _measure_again(map: ConflictMap, names: CommandNames, out: str, **changes: o
         value = changes.get(name, value)
         if value != default:
             words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
+    if summary.is_given and not summary.inside:
+        words.append(f"--ranges {summary.partition.text}")
     if changes.get("layers") or map.layers is not None:
         words.append("--layers")
     return " ".join(["demerge analyze", names.inputs, *words, "-o", out])

@@ -24,7 +24,7 @@ from demerge.analysis.partitioning.expected_gain import BATCH
 from demerge.analysis.report.next_steps import CommandNames, Step, next_steps
 from demerge.analysis.report.plots import report_plots
 from demerge.analysis.report.summary import ConflictSummary, RowSums
-from demerge.analysis.report.verdict import HEADLINES, list_cuts
+from demerge.analysis.report.verdict import GIVEN, list_cuts
 from demerge.analysis.similarity import Estimate
 from demerge.conflict import ConflictMap
 from demerge.reporting.html import PageFigure, escape, figure, render_page, section, table
@@ -85,7 +85,7 @@ def conflict_page(
     is_named = (names.model, names.data) != ("MODEL", "DATA")
     bare = f"model of sha256 {map.origin.model[:16]}"
     subtitle = f"{names.model} on {names.data}" if is_named else bare
-    return render_page(HEADLINES[summary.verdict.kind], subtitle, sections, FOOTER)
+    return render_page(summary.verdict.headline, subtitle, sections, FOOTER)
 
 
 def _figures(plots: Mapping[str, PageFigure], *names: str) -> str:
@@ -96,7 +96,8 @@ def _verdict(summary: ConflictSummary) -> str:
     verdict, partition = summary.verdict, summary.partition
     kind = "better" if verdict.is_promised else "inconclusive"
     more = _reason(summary)
-    if len(partition) > 1 and partition != verdict.partition:
+    is_judged = partition == verdict.partition or verdict.method == GIVEN
+    if len(partition) > 1 and not is_judged:
         promise = summary.expected_gain
         held_out = ", judged on samples that did not choose the cut" if promise.is_held_out else ""
         more += f" Of this cut: {promise.sentence}{held_out}."

@@ -19,12 +19,12 @@ from demerge.analysis.partitioning.expected_gain import ExpectedGain, expected_g
 from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.objective import ADAPTIVE, METHODS, check_choice
 from demerge.analysis.partitioning.resolution import MOST_GROUPS, sample_size
-from demerge.analysis.report.verdict import Verdict, advised_method, verdict
+from demerge.analysis.report.verdict import GIVEN, Verdict, advised_method, verdict
 from demerge.analysis.similarity import Estimate, estimate_error, estimate_table, json_number
 from demerge.errors import NumericalError
 from demerge.timesteps import Partition, TimestepRange
 
-ADVISED, GIVEN = "advised", "given"
+ADVISED = "advised"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,17 @@ class ConflictSummary:
         """The bins that may be resolved by luck."""
         return list(compress(self.reading.map.bins, self.reading.bins.weak))
 
+    @property
+    def is_given(self) -> bool:
+        """Whether the ranges are your own."""
+        return self.taken == GIVEN
+
+    @property
+    def inside(self) -> list[int]:
+        """The cuts of ranges of your own that lie inside of bins."""
+        outside = set(self.reading.map.bins.cuts)
+        return [cut for cut in self.partition.cuts if self.is_given and cut not in outside]
+
     def document(self) -> dict[str, Any]:
         """Return JSON values only, None for what is not known."""
         map, blocks = self.reading.map, self.reading.blocks
@@ -161,6 +172,7 @@ class ConflictSummary:
         rows_of_text = [
             ("verdict", str(self.verdict)),
             ("map", f"{size}, {self._unresolved}; {merged}"),
+            *(("bins", self._split_bins) for _ in self.inside[:1]),
             ("row sums", f"{ratio} (near 0 at a converged base: bins must then oppose each other)"),
             *((name, str(each) if each else "no cut") for name, each in self.cuts.items()),
             *((f"cut {each.cut}", self._supported(each)) for each in self.support),
@@ -192,6 +204,12 @@ class ConflictSummary:
         if cut.low is None:
             return f"the gradient's own {self.ranges} ranges have a cut within a bin {draws}"
         return f"{draws}, 90 % between {cut.low} and {cut.high}"
+
+    @property
+    def _split_bins(self) -> str:
+        places = ", ".join(map(str, self.inside))
+        text = f"no bin is cut at {places}: the gradient of such a bin counts on both sides"
+        return f"{text}; `demerge analyze --ranges {self.partition.text}` cuts bins there"
 
     @property
     def _unresolved(self) -> str:
@@ -274,7 +292,7 @@ def summarize(
     if partition is None:
         taken, partition = "uniform", Partition.uniform(reading.map.T, n)
     is_judged = best is not None and reading.is_sure and n > 1
-    conclusion = verdict(reading)
+    conclusion = verdict(reading, given)
     return ConflictSummary(
         reading=reading,
         verdict=conclusion,

@@ -213,6 +213,6 @@ def _jobs(
 
 
 def _parse_ranges(text: str, T: int) -> Sequence[TimestepRange]:
-    if text[:1].isdigit() and not Path(text).exists():
+    if text[:1].isdigit() and "," not in text and not Path(text).exists():
         return [TimestepRange.parse(text)]
     return Partition.parse(text, T, also="START:STOP").ranges

@@ -53,6 +53,27 @@ def test_a_stored_map_is_only_partitioned_anew(run: Any, tiny: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("no_files")
+def test_ranges_of_ones_own_are_judged_and_bins_cut_there(
+    run: Any, tiny: Path, tmp_path: Path
+) -> None:
+    mine, out = Partition.from_cuts(1000, [875]), tmp_path / "out"
+    done = run("analyze", tiny, *SMALL, "--ranges", "0:875,875:1000", "-o", out, "--json")
+    document = json.loads(done.out)
+    assert (done.code, document["taken"], document["verdict"]["method"]) == (0, "given", "given")
+    assert done.err.splitlines()[-9:] and "One model will do" in done.err
+    map = ConflictMap.load(out / "conflict.safetensors")
+    assert map.bins.cuts == [175, 350, 525, 700, 875]
+    mine.save(tmp_path / "partition.json")
+    more = ("--ranges", tmp_path / "partition.json", "--groups", 6)
+    assert run("analyze", tiny, *SMALL, *more, "-o", out).code == 0
+    extended = ConflictMap.load(out / "conflict.safetensors")
+    assert (extended.M, extended.bins) == (6, map.bins)
+    assert run("analyze", tiny, *SMALL[:-2], "--groups", 6, "--ranges", 2, "-o", out).code == 0
+    other = run("analyze", tiny, *SMALL, "--groups", 6, "--ranges", "0:800,800:1000", "-o", out)
+    assert other.code == 2 and "not cut at 800\nfix: choose another folder" in other.err
+
+
+@pytest.mark.usefixtures("no_files")
 def test_a_config_file_gives_the_same_run(run: Any, tiny: Path, tmp_path: Path) -> None:
     given = ("--ranges", 2, "--budget", "1h", "--antithetic", "on", "-o", tmp_path / "a", "--json")
     first = run("analyze", tiny, *SMALL, *given)

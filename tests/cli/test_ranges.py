@@ -92,6 +92,12 @@ def test_a_list_of_cuts_is_judged_and_written(
     said = json.loads(done.out)
     assert (done.code, said["taken"], said["ranges"], said["score"]) == (0, "given", 3, "cosine")
     assert Partition.load(tmp_path / "p.json").cuts == said["cuts"]["given"]["cuts"] == [100, 500]
+    for text in ("500:1000,0:100,100:500", tmp_path / "p.json"):
+        again = json.loads(
+            run("ranges", conflict, "--ranges", text, "--score", "cosine", "--json").out
+        )
+        assert again["cuts"] == said["cuts"] and again["verdict"] == said["verdict"]
+    assert said["verdict"]["found"].startswith("Three experts are worth it")
 
 
 def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: Path) -> None:
@@ -104,7 +110,15 @@ def test_the_model_is_checked_where_it_is_named(run: Any, conflict: Path, tiny: 
     ("arguments", "code", "message"),
     [
         (("--ranges", 17), 2, "17 ranges, and the map has 16 bins"),
-        (("--ranges", "many"), 2, "'many' is not a number of ranges"),
+        (
+            ("--ranges", "many"),
+            2,
+            "'many' are neither uniform:N, joint, START:STOP,..., a number, auto",
+        ),
+        (("--ranges", "0:500"), 2, "0:500 covers 500 timesteps, the base has 1000"),
+        (("--ranges", "0:500,600:1000"), 2, "leave a gap"),
+        (("--ranges", "0:500,500:1000", "--method", "uniform"), 2, "leave out --method"),
+        (("--ranges", "0:500,500:1000", "--cuts", "500"), 2, "leave out --method and --cuts"),
         (("--ranges", 0), 2, "at least 1"),
         (("--minimum", 9, "--ranges", 2), 2, "2 ranges of 9 bins"),
         (

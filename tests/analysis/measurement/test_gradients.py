@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from demerge.analysis.measurement.checkpoint import MeasurementCheckpoint
 from demerge.analysis.measurement.collector import Identity, adam_scale, products
-from demerge.analysis.measurement.gradients import Measurement
+from demerge.analysis.measurement.gradients import Measurement, cut_bins, describe_bins
 from demerge.analysis.measurement.options import MeasurementOptions
 from demerge.analysis.measurement.run import begin, measure
 from demerge.analysis.measurement.samples import draw
@@ -25,6 +27,7 @@ from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import accumulator
 from demerge.errors import InputError, NumericalError, ResourceError, UsageError
 from demerge.progress import Progress, silent
+from demerge.timesteps import Partition
 
 SMALL = {"bins": 3, "groups": 5, "batch_size": 2}
 
@@ -439,3 +442,25 @@ def test_a_text_model_is_measured_with_its_captions(tiny_text: Path, image_folde
             groups=5,
             batch_size=1,
         )
+
+
+@given(st.integers(2, 400), st.data())
+def test_bins_are_cut_at_the_boundaries_of_ranges(T: int, data: st.DataObject) -> None:
+    cuts = data.draw(st.sets(st.integers(1, T - 1), max_size=5))
+    ranges = Partition.from_cuts(T, sorted(cuts))
+    N = data.draw(st.integers(len(ranges), T))
+    bins = cut_bins(T, N, ranges)
+    assert (len(bins), bins.total) == (N, T) and set(ranges.cuts) <= set(bins.cuts)
+    assert cut_bins(T, N, bins) == bins, "more groups for a map have its bins"
+    widest = max(map(len, bins))
+    narrow = [len(span) for span in bins if len(span) < widest // 2]
+    assert len(narrow) <= 2 * len(ranges), "only where a range leaves no room"
+
+
+def test_bins_of_equal_widths_are_a_number() -> None:
+    uniform = cut_bins(1000, 8, Partition.from_cuts(1000, [875]))
+    assert uniform == Partition.uniform(1000, 8) and describe_bins(uniform) == 8
+    others = cut_bins(1000, 4, Partition.from_cuts(1000, [900]))
+    assert describe_bins(others) == [0, 300, 600, 900, 1000]
+    with pytest.raises(UsageError, match="2 bins do not hold 3 ranges"):
+        cut_bins(1000, 2, Partition.from_cuts(1000, [5, 900]))

@@ -11,7 +11,8 @@ from demerge.analysis.measurement.options import (
     MAX_GROUPS,
     MeasurementOptions,
 )
-from demerge.analysis.partitioning.options import PartitionOptions, parse_range_count
+from demerge.analysis.partitioning.options import PartitionOptions, parse_ranges
+from demerge.analysis.planning.ranges import split_ranges
 from demerge.conflict import MIN_GROUPS
 from demerge.errors import UsageError
 
@@ -38,10 +39,11 @@ def test_the_number_of_groups_is_fixed_or_open() -> None:
         MeasurementOptions(groups=MIN_GROUPS - 1)
 
 
-def test_a_number_of_ranges_or_auto() -> None:
-    assert (parse_range_count("3"), parse_range_count("auto")) == (3, None)
+def test_a_number_of_ranges_auto_or_a_text() -> None:
+    assert (parse_ranges("3"), parse_ranges("auto")) == (3, None)
+    assert PartitionOptions(ranges=parse_ranges("0:875,875:1000")).ranges == "0:875,875:1000"
     for text in ("some", "-1", "1.5", ""):
-        with pytest.raises(UsageError, match="auto"):
-            parse_range_count(text)
+        with pytest.raises(UsageError, match="range"):
+            split_ranges(parse_ranges(text), 1000)
     with pytest.raises(UsageError, match="at least 1"):
         PartitionOptions(ranges=0)
