@@ -144,7 +144,7 @@ class Partition:
 
     @classmethod
     def parse(cls, text: str, total: int, *, also: str = "") -> Partition:
-        """Read ranges of [0, total): `uniform:N`, `joint` (one range), a list, or what `load` reads.
+        """Read ranges of [0, total): `uniform:N`, `joint` (one range), a list, or a file of `load`.
 
         A list is `0:875,875:1000`, in any order.
 
@@ -165,9 +165,7 @@ class Partition:
         else:
             known = ", ".join(["uniform:N", "joint", "START:STOP,...", *([also] if also else [])])
             what = f"ranges '{text}' are neither {known} nor a file"
-            raise UsageError(
-                what, fix=f"for example uniform:2 or 0:{total // 2},{total // 2}:{total}"
-            )
+            raise UsageError(what, fix=f"for example uniform:4 or {cls.uniform(total, 2).text}")
         if partition.total != total:
             what = f"{text} covers {partition.total} timesteps, the base has {total}"
             raise UsageError(what, fix=f"give ranges that cover [0, {total})")

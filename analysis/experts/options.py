@@ -34,7 +34,7 @@ class ExpertOptions(DataOptions, DeviceOptions):
     )
     ranges: str | None = option(
         None,
-        "uniform:N, joint or a partition.json.",
+        "uniform:N, joint, 0:500,500:1000 or a partition.json.",
         panel=SAMPLES,
         shown_default="the ranges of the experts",
     )

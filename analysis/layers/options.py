@@ -18,7 +18,9 @@ class LayersOptions(Options):
         argument=True,
         metavar="MAP",
     )
-    ranges: str = option("uniform:4", "uniform:N or a partition.json: the ranges of the experts.")
+    ranges: str = option(
+        "uniform:4", "Ranges of the experts: uniform:N, 0:500,500:1000 or a partition.json."
+    )
     share: float = option(0.1, "Share of the parameters to train.", gt=0, le=1)
     model: str | None = again(RangesOptions, "model", panel=None)
     out: Path | None = option(

@@ -92,7 +92,7 @@ def plan_fisher(
     """Plan the Fisher of ranges that a measurement computes too, and check it.
 
     Args:
-        ranges: uniform:N, joint or a partition.json.
+        ranges: a text for `Partition.parse`.
         out: the folder of the map; the Fisher goes into OUT/fisher.
         world: the processes that share the groups.
 

@@ -34,7 +34,7 @@ class PartitionOptions(Options):
         " as 0:875,875:1000: are separate experts for them worth it?",
         ge=1,
         parse=parse_ranges,
-        metavar="N|auto|START:STOP,...|FILE",
+        metavar="N|auto|A:B,...|FILE",
         panel=PANEL,
     )
     method: Method = option("gradient", "How boundaries are chosen.", panel=PANEL)

@@ -56,7 +56,7 @@ class EvaluationOptions(SamplingOptions, DeviceOptions):
     )
     ranges: str = option(
         "uniform:4",
-        "Ranges of the validation loss: uniform:N, a partition.json, or none.",
+        "Ranges of the validation loss: uniform:N, 0:500,500:1000, a partition.json, or none.",
         panel=METRICS,
     )
     loss_samples: int = option(512, "Draws of the loss per range.", panel=METRICS, ge=16)

@@ -288,7 +288,7 @@ class FinetuneInputs(DataOptions, DeviceOptions):
     out: Path = option(help="Folder that gets one expert folder per range.", flags=("-o", "--out"))
     ranges: str | None = option(
         None,
-        "uniform:N, joint, joint:K (K times the steps), or a partition.json.",
+        "uniform:N, joint, joint:K (K times the steps), 0:500,500:1000, or a partition.json.",
         shown_default="uniform:4",
     )
     only: Sequence[str] = option(

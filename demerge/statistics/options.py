@@ -25,7 +25,7 @@ class StatisticsOptions(DataOptions, DeviceOptions):
     )
     ranges: str | None = option(
         None,
-        "uniform:N, joint, a partition.json or START:STOP.",
+        "uniform:N, joint, a partition.json, START:STOP, or a list that covers [0, T).",
         shown_default="the expert's own range",
     )
     out: Path | None = option(
