@@ -84,8 +84,9 @@ class MeasurementCheckpoint:
 
     def _check_key(self, file: Any) -> None:
         key = parse_json((file.metadata() or {})["demerge"])
-        if key != self.key:
-            differences = "; ".join(list_differences(key, self.key))
+        own = json.loads(json.dumps(self.key))  # a tuple is a list there
+        if key != own:
+            differences = "; ".join(list_differences(key, own))
             what = f"{self.folder} holds parts of another measurement: {differences}"
             fix = f"finish that one, choose another folder, or remove {self.folder}"
             raise UsageError(what, fix=fix)

@@ -221,9 +221,10 @@ def begin(
     if start is not None and start.layers is not None and not o.layers:
         what = f"the map of {start.M} groups has sketches of layers, which more groups would lack"
         raise UsageError(what, fix="add --layers")
-    denoiser = measurement.denoiser.eval()
+    denoiser = measurement.denoiser
     if measurement.lora is None:
         denoiser = copy.deepcopy(denoiser).float()
+    denoiser.eval()
     samples = (model.with_denoiser(denoiser), measurement.data, measurement.bins)
     draws = Draws(*samples, o.batch_size, o.seed, o.draws == "shared", o.antithetic == "on")
     backward = Backward(denoiser, measurement.which, measurement.mode)
