@@ -75,6 +75,28 @@ def load_component(
     folder: str | Path, component: str, kind: type[Foreign], build: Callable[[dict[str, Any]], Any]
 ) -> Any:
     """Build a component without memory, compare it with its weights file, and only then load it."""
+    model, weights, stored = _fit_component(folder, component, kind, build)
+    state = model.state_dict()
+    values = {}
+    for name in state:
+        tensor = weights[stored[_bare(name)]]
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        values[name] = tensor.to(dtype, copy=True)
+    model.load_state_dict(values, assign=True)
+    return model
+
+
+def check_component(
+    folder: str | Path, component: str, kind: type[Foreign], build: Callable[[dict[str, Any]], Any]
+) -> None:
+    """Build a component without memory and compare it with its weights file."""
+    _fit_component(folder, component, kind, build)
+
+
+def _fit_component(
+    folder: str | Path, component: str, kind: type[Foreign], build: Callable[[dict[str, Any]], Any]
+) -> tuple[Any, Checkpoint, dict[str, str]]:
+    """Return a component without weights, its weights file, and the file's names by bare ones."""
     where = checked_folder(folder, component)
     weights = Checkpoint(component_place(where, projected=True))
     config = read_json(where / "config.json")
@@ -89,13 +111,7 @@ def load_component(
     state = model.state_dict()
     shapes = {stored.get(_bare(name), name): tuple(state[name].shape) for name in state}
     _check_keys(weights, shapes, f"{where}: the weights do not fit the config")
-    values = {}
-    for name in state:
-        tensor = weights[stored[_bare(name)]]
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        values[name] = tensor.to(dtype, copy=True)
-    model.load_state_dict(values, assign=True)
-    return model
+    return model, weights, stored
 
 
 def _check_keys(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:

@@ -1,12 +1,13 @@
-"""Single files in the layout of Stable Diffusion's first code (LDM), and pipeline folders.
+"""Single files in the layout of the original code, and pipeline folders.
 
-    model.diffusion_model.*   first_stage_model.*   cond_stage_model.transformer.*
-    unet/                     vae/                  text_encoder/
+    model.diffusion_model.*   first_stage_model.*   cond_stage_model.*, conditioner.* and so on
+    unet/ or transformer/     vae/                  text_encoder/, text_encoder_2/, text_encoder_3/
 
-A file becomes a folder by diffusers' own converters; configs, scheduler and tokenizer come from a
-local pipeline of the same kind. diffusers has no way back: names and shapes are inverted here, and
-what is written is held against its converters, which must give the pipeline back to the bit. Stable
-Diffusion 1.x, and those that have its parts.
+A file becomes a folder by diffusers' own converters, of every denoiser that has one; configs,
+scheduler and tokenizers come from a local pipeline of the same kind. diffusers has no way back:
+names and shapes are inverted here, and what is written is held against its converters, which must
+give the pipeline back to the bit. Pipelines of Stable Diffusion 1.x and XL become one file; of
+others, the denoiser does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from demerge.errors import InputError
@@ -27,27 +29,35 @@ from demerge.storage.atomic import (
 )
 from demerge.storage.checkpoint import PREFIXES, WRAPPER, Checkpoint, commit_tensors
 from demerge.storage.hub import resolve_model_path
-from demerge.storage.layout import inside, locate, read_index
+from demerge.storage.layout import SECOND, inside, locate, read_index
+from demerge.storage.names import find_family
+from demerge.storage.names.tensors import Renamed
 from demerge.storage.safetensors_header import read_json, read_scheduler
+from demerge.storage.schema import Foreign
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNET, VAE, TEXT = "unet", "vae", "text_encoder"
-PREFIX = {UNET: PREFIXES[0], VAE: "first_stage_model.", TEXT: "cond_stage_model.transformer."}
-CLASSES = {UNET: "UNet2DConditionModel", VAE: "AutoencoderKL", TEXT: "CLIPTextModel"}
-FILES = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT: "model"}
+UNET, TRANSFORMER, VAE, TEXT = "unet", "transformer", "vae", "text_encoder"
+DENOISER = PREFIXES[0]
+VAES = ("first_stage_model.", "vae.")
+CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+SD_CLIP, XL_CLIP = "cond_stage_model.transformer.", "conditioner.embedders.0.transformer."
+OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
+TEXTS: Mapping[tuple[str, str], tuple[str, ...]] = {  # part, class -> prefixes
+    (TEXT, CLIP): (SD_CLIP, OPEN_CLIP[0], XL_CLIP, "text_encoders.clip_l.transformer."),
+    (TEXT, PROJECTED): ("text_encoders.clip_l.transformer.",),
+    ("text_encoder_2", PROJECTED): (OPEN_CLIP[1], "text_encoders.clip_g.transformer."),
+    ("text_encoder_2", T5): ("text_encoders.t5xxl.transformer.",),
+    ("text_encoder_3", T5): ("text_encoders.t5xxl.transformer.",),
+}
+PARTS = (UNET, TRANSFORMER, VAE, TEXT, "text_encoder_2", "text_encoder_3")
+OTHER_PREFIXES = (*VAES, "cond_stage_model.", "conditioner.", "text_encoders.")
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".ckpt", ".onnx")
-CLIP = "quick_gelu"  # the text encoder's activation in 1.x; that of 2.x, OpenCLIP, has other names
+QUICK = "quick_gelu"  # the activation of CLIP in 1.x; that of 2.x, OpenCLIP, has other names
 Tensors = dict[str, "Tensor"]
 
-OTHERS = ("transformer", "text_encoder_2", "text_encoder_3", "image_encoder")  # not of 1.x
-
 # diffusers' name -> LDM's; numbers follow from groups and layers per block
-UNET_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
-}  # fmt: skip
 VAE_ATTENTION = {
     "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
 }  # fmt: skip
@@ -70,22 +80,21 @@ def to_folder(source: str | Path, out: str | Path, config: str | Path) -> dict[s
     """
     source, out = Path(source), check_is_new(out)
     home = resolve_model_path(config)
-    index = _index(home)
+    kinds = _find_kinds(home)
     file = Checkpoint(locate(source))
     _check_markers(source, file, home)
     check_disk_space(out, sum(spec.stop - spec.start for spec in file.specs.values()))
-    held = dict(_ldm_names(file))
-    converted = {part: _to_diffusers(part, held, home) for part in CLASSES if index.get(part)}
-    if not converted.get(UNET):
-        what = f"{source}: no tensor of a UNet in the LDM layout"
-        raise InputError(what, fix="name a single file of Stable Diffusion")
+    held = dict(_prefixed_names(file))
+    converted = {part: _to_diffusers(part, kinds[part], held, home) for part in kinds}
+    if not converted.get(UNET) and not converted.get(TRANSFORMER):
+        what = f"{source}: no tensor of a denoiser in the layout of the original code"
+        raise InputError(what, fix="name a single file, of the kind of --config")
     with commit_dir(out) as folder:
-        _copy_configs(home, index, folder, {part for part in converted if not converted[part]})
-        for part, tensors in converted.items():
-            if tensors:
-                file_name = f"{FILES[part]}.safetensors"
-                commit_tensors(folder / part / file_name, tensors, {"format": "pt"})
-        _check_fit(source, folder)
+        made = {part: tensors for part, tensors in converted.items() if tensors}
+        _copy_configs(home, folder, set(made))
+        for part, tensors in made.items():
+            commit_tensors(folder / part / _file_name(part), tensors, {"format": "pt"})
+        _check_fit(source, folder, {part: kinds[part] for part in made})
     return {part: len(tensors) for part, tensors in converted.items()}
 
 
@@ -101,50 +110,71 @@ def to_file(source: str | Path, out: str | Path) -> int:
     import torch
 
     source, out = Path(source), new_safetensors(out)
-    index = _index(source)
-    names = [part for part in CLASSES if index.get(part)]
-    parts = {part: dict(Checkpoint(locate(source, None, part))) for part in names}
+    kinds = _find_kinds(source)
+    if TRANSFORMER in kinds:
+        kinds = {TRANSFORMER: kinds[TRANSFORMER]}
+    _check_writable(source, kinds)
+    parts = {part: dict(Checkpoint(locate(source, None, part))) for part in kinds}
     made: Tensors = {}
     for part, tensors in parts.items():
-        made |= _to_ldm(part, tensors, _config(source, part))
+        made |= _to_original(part, tensors, is_xl="text_encoder_2" in kinds)
     for part, tensors in parts.items():
-        back = _to_diffusers(part, made, source)
+        back = _to_diffusers(part, kinds[part], made, source)
         same = {n for n in tensors.keys() & back if tensors[n].dtype == back[n].dtype}
         same = {name for name in same if torch.equal(tensors[name], back[name])}
         lost = [name for name in {**tensors, **back} if name not in same]
         if lost:
             listing = f"{len(lost)} tensors as they are: {', '.join(lost[:5])}"
-            what = f"{source}/{part}: the LDM layout does not hold {listing}"
-            fix = "keep the folder; only Stable Diffusion 1.x can be written as a single file"
-            raise InputError(what, fix=fix)
+            what = f"{source}/{part}: the layout of single files does not hold {listing}"
+            raise InputError(what, fix="keep the folder")
     check_disk_space(out, sum(tensor.nbytes for tensor in made.values()))
     commit_tensors(out, made, {"format": "pt"})
     return len(made)
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    """Return which parts a pipeline has, once it is known to be one that is converted.
+def _file_name(part: str) -> str:
+    return f"{'model' if part.startswith(TEXT) else 'diffusion_pytorch_model'}.safetensors"
+
+
+def _find_kinds(folder: Path) -> dict[str, str]:
+    """Return the classes of a pipeline's parts, once it is known to be one that is converted.
 
     Raises:
         InputError: if it is not.
     """
-    fix = "name a pipeline folder of Stable Diffusion 1.x"
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    fix = "name a pipeline folder of one denoiser that diffusers has a converter for"
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: not a pipeline folder with a model_index.json", fix=fix)
-    none = (None, [None, None])
-    index = read_index(folder)
-    parts = {n: v for n, v in index.items() if n.startswith("_") or v not in none}
-    kinds = {name: value[-1] for name, value in parts.items() if isinstance(value, list) and value}
-    unlike = [f"{n} {kinds[n]}" for n, kind in CLASSES.items() if kinds.get(n, kind) != kind]
-    unlike += [name for name in kinds if name in OTHERS]
-    if UNET not in kinds:
-        unlike.append("no unet")
-    if TEXT in kinds and _config(folder, TEXT).get("hidden_act", CLIP) != CLIP:
-        unlike.append("an OpenCLIP text encoder")
+    values = {name: entry for name, entry in read_index(folder).items() if isinstance(entry, list)}
+    kinds = {name: entry[-1] for name, entry in values.items() if entry and entry[-1] is not None}
+    denoisers = [name for name in (UNET, TRANSFORMER) if name in kinds]
+    unlike = [f"{n} {kinds[n]}" for n in denoisers if kinds[n] not in SINGLE_FILE_LOADABLE_CLASSES]
+    if len(denoisers) != 1 or SECOND in kinds:
+        unlike.append(f"{SECOND}, a second denoiser" if SECOND in kinds else "no denoiser")
     if unlike:
         what = f"{folder}: this kind of pipeline is not converted: {', '.join(unlike)}"
         raise InputError(what, fix=fix)
-    return parts
+    known = {*denoisers, *(part for part in (VAE,) if kinds.get(part) == "AutoencoderKL")}
+    known |= {part for part, kind in TEXTS if kinds.get(part) == kind}
+    return {part: kinds[part] for part in PARTS if part in known}
+
+
+def _check_writable(folder: Path, kinds: Mapping[str, str]) -> None:
+    """Check that all parts of a pipeline with a UNet have a place in a single file."""
+    if UNET not in kinds:
+        return
+    index = read_index(folder)
+    others = ("text_encoder_3", "image_encoder", VAE, TEXT, "text_encoder_2")
+    unlike = [name for name in others
+              if name not in kinds and index.get(name) not in (None, [None, None])]  # fmt: skip
+    if TEXT in kinds and _config(folder, TEXT).get("hidden_act", QUICK) != QUICK:
+        unlike.append("an OpenCLIP text encoder")
+    if unlike:
+        what = f"{folder}: this kind of pipeline is not converted: {', '.join(unlike)}"
+        fix = "keep the folder; Stable Diffusion 1.x and XL can be written as a single file"
+        raise InputError(what, fix=fix)
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
@@ -163,118 +193,160 @@ def _check_markers(source: Path, file: Checkpoint, config: Path) -> None:
         raise InputError(what, fix=fix)
 
 
-def _ldm_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors without wrappers; a UNet that stands alone gets its prefix."""
+def _prefixed_names(file: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors without wrappers; a denoiser that stands alone gets its prefix."""
     names = {WRAPPER.sub("", name): name for name in file}
-    is_bare = not any(name.startswith(PREFIX[UNET]) for name in names)
+    is_bare = not any(name.startswith(DENOISER) for name in names)
     for plain, name in names.items():
-        is_unet = is_bare and not plain.startswith((PREFIX[VAE], PREFIX[TEXT]))
-        yield PREFIX[UNET] + plain if is_unet else plain, file[name]
+        is_denoiser = is_bare and not plain.startswith(OTHER_PREFIXES)
+        bare = plain.removeprefix(PREFIXES[1])
+        yield DENOISER + bare if is_denoiser else plain, file[name]
 
 
-def _copy_configs(home: Path, index: Mapping[str, Any], out: Path, whole: set[str]) -> None:
-    """Copy the parts that are kept without their weights; those in `whole` with them."""
+def _copy_configs(home: Path, out: Path, converted: set[str]) -> None:
+    """Copy all parts, those that are converted without their weights."""
+    index = read_index(home)
     parts = [name for name, value in index.items() if isinstance(value, list)]
     copied = [name for name in parts if name != "safety_checker" and (home / name).is_dir()]
     for name in copied:
         for file in (file for file in sorted((home / name).iterdir()) if file.is_file()):
             inside(home, file)
-            if name in whole or not (file.suffix in WEIGHTS or ".index." in file.name):
+            if name not in converted or not (file.suffix in WEIGHTS or ".index." in file.name):
                 (out / name).mkdir(exist_ok=True)
                 shutil.copyfile(file, out / name / file.name)
     kept = {n: value for n, value in index.items() if n not in parts or n in copied}
-    lists = [name for name, value in read_index(home).items() if isinstance(value, list)]
-    empty = {name: [None, None] for name in lists if name not in kept}
+    empty = {name: [None, None] for name in parts if name not in kept}
     commit_json(out / "model_index.json", {**kept, **empty})
 
 
-def _check_fit(source: Path, folder: Path) -> None:
-    """Load what was written, strictly."""
-    from demerge.diffusion.loading import load_denoiser, load_text, load_vae
+class PartConfig(Foreign):
+    """A component's config.json; its class checks the values."""
+
+
+def _check_fit(source: Path, folder: Path, kinds: Mapping[str, str]) -> None:
+    """Build what was written without memory, and compare names and shapes."""
+    import diffusers
+    import transformers
+
+    from demerge.diffusion.components import check_component
+
+    def builder(kind: str) -> Callable[[dict[str, Any]], Any]:
+        if kind in (CLIP, PROJECTED, T5):
+            text: Any = getattr(transformers, kind)
+            return lambda config: text(text.config_class.from_dict(config))
+        built: Callable[[dict[str, Any]], Any] = getattr(diffusers, kind).from_config
+        return built
 
     try:
-        for load in (load_denoiser, load_vae, load_text):
-            load(folder)
+        for part, kind in kinds.items():
+            check_component(folder, part, PartConfig, builder(kind))
     except InputError as error:
         what = f"{source} does not fit --config: {error.what.replace(f'{folder}/', '')}"
         raise InputError(what, fix="give a --config of the same kind of model") from error
 
 
-def _to_diffusers(part: str, held: Tensors, home: Path) -> Tensors:
-    """Return a part of an LDM file in diffusers' names, by its converters; empty if absent."""
-    from diffusers.loaders import single_file_utils as stock
+def _to_diffusers(part: str, kind: str, held: Tensors, home: Path) -> Tensors:
+    """Return a part of a single file in diffusers' names, by its converters; empty if absent."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    mine = {name: tensor for name, tensor in held.items() if name.startswith(PREFIX[part])}
-    if not mine:
+    prefixes = TEXTS.get((part, kind), VAES if part == VAE else (DENOISER,))
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in held)), None)
+    if prefix is None:
         return {}
-    if part == TEXT:
-        converted = stock.convert_ldm_clip_checkpoint(mine)
-        wrapped = _is_wrapped(home)
-        named = {n if wrapped else n.removeprefix("text_model."): t for n, t in converted.items()}
-        return {n: t for n, t in named.items() if not n.endswith("position_ids")}
-    config = _config(home, part)
-    converters: dict[str, Callable[..., Tensors]] = {
-        UNET: stock.convert_ldm_unet_checkpoint,
-        VAE: stock.convert_ldm_vae_checkpoint,
-    }
+    mine = {name: tensor for name, tensor in held.items() if name.startswith(prefix)}
+    config, count = _config(home, part), len(mine)
     try:
-        converted = converters[part](mine, config={"layers_per_block": 2, **config})
+        if part.startswith(TEXT):
+            converted = _convert_text(mine, prefix, config)
+        else:
+            convert = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
+            converted = convert(mine, config={"layers_per_block": 2, **config})
     except Exception as error:  # of any kind: the converters take names and config as they come
         reason = f"{type(error).__name__}: {error}"
         what = f"diffusers cannot convert the {part} by {home}/{part}/config.json: {reason}"
         raise InputError(what, fix="give file and config of the same model") from error
-    return {name: tensor.contiguous() for name, tensor in converted.items()}
+    if mine and len(mine) < count and not part.startswith(TEXT):  # it takes what it knows out
+        what = f"diffusers' converter does not know {len(mine)} tensors of the {part}"
+        fix = "give file and config of the same model"
+        raise InputError(f"{what}: {', '.join(list(mine)[:5])}", fix=fix)
+    if kind == CLIP:
+        converted.pop("text_projection.weight", None)
+        if not _is_wrapped(home, part):
+            converted = {n.removeprefix("text_model."): t for n, t in converted.items()}
+    named = {n: t for n, t in converted.items() if not n.endswith("position_ids")}
+    return {name: tensor.contiguous() for name, tensor in named.items()}
 
 
-def _is_wrapped(home: Path) -> bool:
+def _convert_text(held: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders import single_file_utils as stock
+
+    converted: Tensors
+    if prefix in OPEN_CLIP:
+        model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+        converted = stock.convert_open_clip_checkpoint(model, held, prefix)
+    else:
+        converted = {name.removeprefix(prefix): tensor for name, tensor in held.items()}
+    return converted
+
+
+def _is_wrapped(home: Path, part: str) -> bool:
     """Return whether a text encoder's names begin with text_model, as before transformers 5.6."""
-    has_weights = any((home / TEXT).glob("*.safetensors"))
-    names = Checkpoint(locate(home, None, TEXT)) if has_weights else ["text_model."]
+    has_weights = any((home / part).glob("*.safetensors"))
+    names = Checkpoint(locate(home, None, part)) if has_weights else ["text_model."]
     return any(name.startswith("text_model.") for name in names)
 
 
-def _to_ldm(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
-    if part == TEXT:
-        known = ("text_model.", "text_projection")
-        named = {n if n.startswith(known) else f"text_model.{n}": t for n, t in tensors.items()}
-    elif part == UNET:
-        layers = config.get("layers_per_block", 2)
-        ups = {n.split(".")[1] for n in tensors if re.match(r"up_blocks\.\d+\.att", n)}
-        if not isinstance(layers, int):
-            fix = "single files have one number of layers in all blocks"
-            raise InputError(f"layers_per_block is {layers}", fix=fix)
-        named = {_unet_name(name, layers, ups): tensor for name, tensor in tensors.items()}
-    else:
+def _to_original(part: str, tensors: Tensors, *, is_xl: bool) -> Tensors:
+    """Return a part of a pipeline in the names of a single file."""
+    if part == VAE:
         blocks = len({n.split(".")[2] for n in tensors if n.startswith("decoder.up_blocks.")})
         named = {_vae_name(n, blocks): _as_convolution(n, t) for n, t in tensors.items()}
-    return {PREFIX[part] + name: tensor for name, tensor in named.items()}
+        return {VAES[0] + name: tensor for name, tensor in named.items()}
+    if part.startswith(TEXT):
+        known = ("text_model.", "text_projection")
+        named = {n if n.startswith(known) else f"text_model.{n}": t for n, t in tensors.items()}
+        if part != TEXT:
+            return {OPEN_CLIP[1] + name: tensor for name, tensor in _to_open_clip(named).items()}
+        return {(XL_CLIP if is_xl else SD_CLIP) + name: tensor for name, tensor in named.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        renamed = Renamed(tensors, shapes, find_family(tensors), to_original=True)
+    except ValueError as error:
+        what = f"the names of single files do not hold the {part}: {error}"
+        raise InputError(what, fix="keep the folder") from error
+    return {DENOISER + name: tensor for name, tensor in renamed.items()}
 
 
-def _unet_name(name: str, layers: int, with_attention: set[str]) -> str:
+def _to_open_clip(tensors: Tensors) -> Tensors:
+    """Return a CLIP text encoder in the names of OpenCLIP, which joins q, k and v."""
+    import torch
     from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 
-    whole: Mapping[str, str] = DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"]
-    if name in whole:
-        return whole[name]
-    match = re.fullmatch(
-        r"(down|up|mid)_blocks?(?:\.(\d+))?"
-        r"\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
-        name,
-    )
-    if match is None:
-        return name
-    side, block, kind, number, rest = match[1], match[2] or "0", match[3], int(match[4]), match[5]
-    place = int(block) * (layers + 1)
-    if side == "mid":
-        stem = f"middle_block.{2 * number if kind == 'resnets' else 2 * number + 1}"
-    elif kind == "downsamplers":
-        return f"input_blocks.{1 + place + layers}.0.op.{rest.removeprefix('conv.')}"
-    elif kind == "upsamplers":
-        return f"output_blocks.{place + layers}.{2 if block in with_attention else 1}.{rest}"
-    else:
-        first, blocks = (1, "input_blocks") if side == "down" else (0, "output_blocks")
-        stem = f"{blocks}.{first + place + number}.{0 if kind == 'resnets' else 1}"
-    return f"{stem}.{_renamed(rest, UNET_RESNET) if kind == 'resnets' else rest}"
+    outside: Mapping[str, str] = DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"]
+    made: Tensors = {}
+    for name, tensor in tensors.items():
+        joined = re.fullmatch(r"(.*\.self_attn)\.q_proj\.(weight|bias)", name)
+        if name in outside:
+            made[outside[name]] = tensor.T if name == "text_projection.weight" else tensor
+        elif joined:
+            parts = [tensors[f"{joined[1]}.{x}_proj.{joined[2]}"] for x in "qkv"]
+            made[f"{_open_clip_name(joined[1])}.in_proj_{joined[2]}"] = torch.cat(parts)
+        elif not re.search(r"\.self_attn\.[kv]_proj\.", name):
+            made[_open_clip_name(name)] = tensor
+    return made
+
+
+def _open_clip_name(name: str) -> str:
+    for new, old in (
+        ("text_model.encoder.layers.", "transformer.resblocks."),
+        ("layer_norm1", "ln_1"),
+        ("layer_norm2", "ln_2"),
+        (".fc1.", ".c_fc."),
+        (".fc2.", ".c_proj."),
+        (".self_attn", ".attn"),
+    ):
+        name = name.replace(new, old)
+    return name
 
 
 def _vae_name(name: str, blocks: int) -> str:

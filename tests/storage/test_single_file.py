@@ -133,7 +133,7 @@ def test_a_file_that_does_not_fit_the_config_leaves_nothing(
     }
     save_file(changed[change], tmp_path / "x.safetensors")
     with pytest.raises(
-        InputError, match=r"does not fit --config|is marked v_pred|no tensor of a UNet"
+        InputError, match=r"does not fit --config|is marked v_pred|no tensor of a denoiser"
     ):
         to_folder(tmp_path / "x.safetensors", tmp_path / "out", deep)
     assert not (tmp_path / "out").exists()
