@@ -23,7 +23,7 @@ def convert(
     key: Annotated[str | None, typer.Option(help="Table that holds the weights.")] = None,
     json: Json = False,
 ) -> None:
-    """Convert a pickle to safetensors, or a single file (LDM layout) to a pipeline folder and back.
+    """Convert a pickle to safetensors, or a single file to a pipeline folder and back.
 
     demerge convert model.safetensors folder --config base-folder
     """

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,3 +179,145 @@ def test_other_pipelines_are_refused_by_name(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
     with pytest.raises(InputError, match="an OpenCLIP text encoder"):
         to_file(other, tmp_path / "out.safetensors")
+
+
+# -- other families --------------------------------------------------------------------------------
+
+
+def weights(folder: Path) -> dict[str, Path]:
+    """The file of each part with weights."""
+    return {path.parent.name: path for path in sorted(folder.glob("*/*.safetensors"))}
+
+
+def one_denoiser(folder: Path, out: Path) -> Path:
+    """A copy of a pipeline without its second denoiser."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("transformer_2"))
+    index = json.loads((out / "model_index.json").read_text())
+    if "transformer_2" in index:
+        index |= {"transformer_2": [None, None], "boundary_ratio": None}
+        (out / "model_index.json").write_text(json.dumps(index))
+    return out
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let diffusers' converter of Flux take 16 channels for the 3072 that it assumes."""
+    from diffusers.loaders import single_file_model, single_file_utils
+
+    name = "convert_flux_transformer_checkpoint_to_diffusers"
+    source = textwrap.dedent(inspect.getsource(getattr(single_file_utils, name)))
+    space: dict[str, Any] = dict(vars(single_file_utils))
+    exec(source.replace("3072", "16"), space)
+    classes = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+    monkeypatch.setitem(classes["FluxTransformer2DModel"], "checkpoint_mapping_fn", space[name])
+
+
+def test_sdxl_becomes_one_file_that_stock_diffusers_reads(
+    tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    folder, out = tiny_family("sdxl"), tmp_path / "xl.safetensors"
+    to_file(folder, out)
+    held = load_file(out)
+    for name in (
+        "model.diffusion_model.label_emb.0.0.weight",
+        "model.diffusion_model.input_blocks.3.1.transformer_blocks.1.attn2.to_k.weight",
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
+        "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight",
+        "conditioner.embedders.1.model.text_projection",
+        "first_stage_model.encoder.conv_in.weight",
+    ):
+        assert any(key.startswith(name) for key in held), name
+    loaded = StableDiffusionXLPipeline.from_single_file(
+        str(out), config=str(folder), local_files_only=True
+    )
+    for part, file in weights(folder).items():
+        if part == "text_encoder_2":  # diffusers tells it from the other by its width
+            continue
+        state = getattr(loaded, part).state_dict()
+        for name, tensor in load_file(file).items():
+            assert torch.equal(state[name], tensor), (part, name)
+    counts = to_folder(out, tmp_path / "again", folder)
+    assert all(counts.values()) and list(counts) == [
+        "unet",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+    ]
+    for part, file in weights(folder).items():
+        assert same(file, weights(tmp_path / "again")[part]), part
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("family", ["sd3", "flux", "wan"])
+def test_transformers_become_folders_and_files(
+    family: str, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import diffusers
+
+    base = one_denoiser(tiny_family(family), tmp_path / "base")
+    file = tmp_path / "model.safetensors"
+    to_file(base, file)
+    held = load_file(file)
+    assert all(name.startswith("model.diffusion_model.") for name in held)
+    bare = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in held.items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    for name in ("model", "bare"):
+        counts = to_folder(tmp_path / f"{name}.safetensors", tmp_path / name, base)
+        assert {part for part, count in counts.items() if count} == {"transformer"}
+        for part, path in weights(base).items():
+            assert same(path, weights(tmp_path / name)[part]), part
+    kind = json.loads((base / "model_index.json").read_text())["_class_name"]
+    getattr(diffusers, kind).from_pretrained(tmp_path / "bare")
+    save_file(bare | {"blocks.0.more.weight": torch.ones(2)}, tmp_path / "more.safetensors")
+    with pytest.raises(InputError, match=r"does not fit --config|does not know 1 tensors"):
+        to_folder(tmp_path / "more.safetensors", tmp_path / "more", base)
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_text_encoders_and_vae_of_a_single_file_are_taken_from_it(
+    family: str, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = one_denoiser(tiny_family(family), tmp_path / "base")
+    to_file(base, tmp_path / "denoiser.safetensors")
+    held = load_file(tmp_path / "denoiser.safetensors")
+    places = {
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    }
+    if family == "flux":
+        places["text_encoder_2"] = places.pop("text_encoder_3")
+    for part, prefix in places.items():
+        for name, tensor in load_file(weights(base)[part]).items():
+            is_wrapped = family == "sd3" or part != "text_encoder" or name.startswith("text_model.")
+            held[prefix + (name if is_wrapped else f"text_model.{name}")] = tensor + 1
+    save_file(held, tmp_path / "all.safetensors")
+    counts = to_folder(tmp_path / "all.safetensors", tmp_path / "out", base)
+    assert all(counts[part] for part in places) and not counts["vae"]
+    for part in places:
+        one, other = load_file(weights(base)[part]), load_file(weights(tmp_path / "out")[part])
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name] + 1, other[name]) for name in one)
+
+
+def test_a_pipeline_of_two_denoisers_is_refused(
+    tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="transformer_2, a second denoiser"):
+        to_file(tiny_family("wan"), tmp_path / "out.safetensors")
+
+
+def test_a_part_that_has_no_place_in_the_file_is_refused(
+    tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_family("sdxl"), base)
+    index = json.loads((base / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderTiny"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="this kind of pipeline is not converted: vae"):
+        to_file(base, tmp_path / "out.safetensors")
