@@ -48,6 +48,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -171,15 +172,21 @@ class ErrorEstimate:
         return half
 
 
+@cache
+def _members(M: int) -> Array:
+    """Return which of M groups each pair has, [M P] of 0 and 1."""
+    members = np.zeros((M, M * (M - 1) // 2))
+    for which in np.triu_indices(M, 1):
+        members[which, np.arange(members.shape[1])] = 1
+    return members
+
+
 def estimate_error(values: Array) -> ErrorEstimate:
     """Estimate the error of a statistic of K, [*], from its values without each pair, [P *]."""
     P = len(values)
     M = (1 + math.isqrt(1 + 8 * P)) // 2
     h = (P - 1) * (values - values.mean(0)).reshape(P, -1)
-    belongs = np.zeros((M, P))
-    for which in np.triu_indices(M, 1):
-        belongs[which, np.arange(P)] = 1
-    a_squares, squares = ((belongs @ h) ** 2).sum(0) / (M - 2), (h**2).sum(0)
+    a_squares, squares = ((_members(M) @ h) ** 2).sum(0) / (M - 2), (h**2).sum(0)
     a_df, e_df = M - 1, M * (M - 3) / 2
     a, e = a_squares / a_df, np.clip(squares - a_squares, 0, None) / e_df
     plus, minus = 4 * a / (M * (M - 2)), 2 * e / ((M - 1) * (M - 2))
