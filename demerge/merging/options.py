@@ -60,7 +60,8 @@ class MergeOptions(Options):
         options: the method's own. NAME=PATHS names the files of a statistic that it needs;
             without it they are looked for next to the experts.
         rules: `Rule` values, or their texts.
-        save_dtype: keep stores the base's dtypes; scaled fp8 gets scales that hold the merge.
+        save_dtype: keep stores the base's dtypes; scaled fp8 gets scales that hold the merge, and
+            float8 without scales becomes bfloat16. A float8 dtype is for matrices.
         boundary: in units of the T timesteps, as diffusers' `boundary_ratio`.
 
     Raises:
@@ -144,8 +145,12 @@ class MergeOptions(Options):
         " the base, or of the LoRA files.",
         panel=OUTPUT,
     )
-    save_dtype: Literal["keep", "float32", "float16", "bfloat16"] = option(
-        "keep", "dtype of the merged weights.", panel=OUTPUT
+    save_dtype: Literal[
+        "keep", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"
+    ] = option(
+        "keep",
+        "dtype of the merged weights; keep is the base's, but bfloat16 for float8 without scales.",
+        panel=OUTPUT,
     )
 
 

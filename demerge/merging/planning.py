@@ -37,7 +37,7 @@ from demerge.merging.inputs.experts import (
 from demerge.merging.inputs.statistic_files import check_measured_on, find_inputs
 from demerge.merging.output.denoiser import Lora, OutputDenoiser
 from demerge.merging.output.lora import Naming
-from demerge.merging.output.writer import check_not_pickle, list_entries
+from demerge.merging.output.writer import check_not_pickle, list_entries, note_float8
 from demerge.merging.recipe.foreign_names import translate
 from demerge.merging.recipe.recipe import Ranges, Recipe
 from demerge.merging.recipe.rules import compile_pattern, resolve_rules, select
@@ -303,6 +303,9 @@ def _plan_part(recipe: Recipe, side: _Side, execution: Execution) -> OutputDenoi
     lora = None
     if recipe.lora_rank is not None:
         save_dtype = "float32" if recipe.save_dtype == "keep" else recipe.save_dtype
+        if save_dtype.startswith("float8"):
+            what = f"save_dtype is {save_dtype}, in which no LoRA is stored"
+            raise UsageError(what, fix="give --save-dtype bfloat16")
         naming = Naming.of(recipe.lora_format, base, side.base.place)
         lora = Lora(recipe.lora_rank, getattr(torch, save_dtype), naming)
         if task.range is not None:  # of two denoisers
@@ -342,7 +345,9 @@ def _with_weights(part: OutputDenoiser, recipe: Recipe, side: _Side) -> OutputDe
             rules.append(replace(rule, weights=side.pick(rule.weights, K)))
     settings, matches = resolve_rules(rules, merged, side.method, side.options, weights)
     job = replace(job, weights=weights, settings=settings, only=frozenset(merged))
-    return replace(part, job=job, matches=matches)
+    entries = list_entries(job.base, recipe.save_dtype, frozenset(merged))
+    notes = part.notes if part.lora else [*part.notes, *note_float8(job.base, entries)]
+    return replace(part, job=job, matches=matches, entries=entries, notes=notes)
 
 
 def _check_not_a_copy(

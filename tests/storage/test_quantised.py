@@ -281,7 +281,7 @@ def test_chunks_and_workers_change_nothing_and_verify_agrees(tmp_path: Path) -> 
     assert verify(one, Recipe.read(one)).files
     assert float((Checkpoint.open(one)[LINEAR] / big[LINEAR]).mean()) == pytest.approx(3, rel=0.01)
     plan = plan_merge(Recipe.of(paths[0], paths[1:], weights=[1.0]))
-    assert any("scaled fp8" in line for line in plan.measure().lines())
+    assert any("fp8" in line for line in plan.measure().lines())
 
 
 def test_an_output_larger_than_any_code_of_the_base_and_a_base_of_zeros_fit(tmp_path: Path) -> None:
@@ -318,6 +318,50 @@ def test_float8_without_a_scale_is_a_float_that_may_be_too_small_for_a_merge(
         round_chunk(torch.tensor([1.0, -600.0]), FP8, "a")
 
 
+def test_float8_without_a_scale_is_rounded_again_if_that_is_asked_for(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    models = []
+    for i in range(2):
+        weight = torch.randn(16, 16, generator=g)
+        models.append({"a.weight": weight.to(FP8), "a.bias": weight[0].bfloat16()})
+        save_file(models[i], tmp_path / f"{i}.safetensors")
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    mean = (models[0]["a.weight"].float() + models[1]["a.weight"].float()) / 2
+    for dtype, expected in (
+        ("keep", torch.bfloat16),
+        ("float8_e4m3fn", FP8),
+        ("float8_e5m2", torch.float8_e5m2),
+        ("float16", torch.float16),
+    ):
+        recipe = Recipe.of(paths[0], paths, save_dtype=dtype, weights=[0.5, 0.5])
+        result = plan_merge(recipe, tmp_path / f"{dtype}.safetensors").run()
+        held = load_file(tmp_path / f"{dtype}.safetensors")
+        assert held["a.weight"].dtype == expected
+        assert held["a.bias"].dtype == (torch.float16 if dtype == "float16" else torch.bfloat16)
+        assert torch.equal(held["a.weight"].float(), mean.to(expected).float())
+        has_note = any(
+            "1 merged tensors in float8 are stored in bfloat16" in n for n in result.plan.notes
+        )
+        assert has_note == (dtype == "keep")
+        error = float((held["a.weight"].float() - mean).norm() / mean.norm())
+        is_printed = any(f"in fp8: rounding errs by {error:.2%}" in line for line in result.lines())
+        assert is_printed == dtype.startswith("float8")
+
+
+def test_a_wider_base_is_stored_in_float8_if_that_is_asked_for(
+    models: list[Tensors], tmp_path: Path
+) -> None:
+    paths = []
+    for i, tensors in enumerate(models[:2]):
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file(tensors, paths[i])
+    merge(paths[0], paths[1:], tmp_path / "o.safetensors", weights=[1], save_dtype="float8_e5m2")
+    held = load_file(tmp_path / "o.safetensors")
+    for name, tensor in load_file(paths[1]).items():
+        is_matrix = name.endswith(".weight") and tensor.ndim > 1
+        assert held[name].dtype == (torch.float8_e5m2 if is_matrix else tensor.dtype), name
+
+
 def test_a_pipeline_in_scaled_fp8_loads_and_merges_as_numbers(
     make_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -336,7 +380,7 @@ def test_a_pipeline_in_scaled_fp8_loads_and_merges_as_numbers(
     for name, tensor in load_file(tmp_path / "plain.safetensors").items():
         assert torch.equal(loaded[name], tensor.float()), name
     merge(folders[0], folders[1:], tmp_path / "out", weights=[0.5])
-    assert "scaled fp8: rounding errs by" in (tmp_path / "out" / "README.md").read_text()
+    assert "in fp8: rounding errs by" in (tmp_path / "out" / "README.md").read_text()
     assert Diffusion.load(tmp_path / "out").denoiser.conv_in.weight.isfinite().all()
 
 

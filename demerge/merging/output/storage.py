@@ -68,11 +68,13 @@ class Storage:
         return round_chunk(chunk, self.dtypes[name], name)
 
     def squares(self, name: str, stored: Tensor, done: MergedChunk) -> Squares:
-        """Return sums of squares of merged, merged - base and stored - merged, of scaled fp8."""
-        if name not in self.scaled:
+        """Return sums of squares of merged, merged - base and stored - merged, of fp8."""
+        if stored.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
             return 0.0, 0.0, 0.0
         merged, base = done.merged.cpu().double(), done.block.base.reshape(-1).cpu().double()
-        values = self.scaled[name].times(decoded(stored).double(), done.start)
+        values = decoded(stored).double()
+        if name in self.scaled:
+            values = self.scaled[name].times(values, done.start)
         of_merged, of_delta, of_error = (
             float(t.square().sum()) for t in (merged, merged - base, values - merged)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedWriter
 from itertools import accumulate
@@ -29,6 +29,7 @@ CODES = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
 Observe = Callable[[str, MergedChunk, int, int], Sums]  # of a chunk, its changes and survivors
 Put = Callable[[str, int, Tensor], object]
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -45,7 +46,7 @@ class Tally:
 
     Attributes:
         survived: changed entries whose stored value is not the stored value of the base.
-        squares: over scaled fp8, sums of squares of merged, merged - base and stored - merged.
+        squares: over fp8, sums of squares of merged, merged - base and stored - merged.
     """
 
     changed: int = 0
@@ -65,7 +66,7 @@ class Tally:
 
     @property
     def rounding(self) -> str:
-        """What is lost by storing scaled fp8; empty if nothing is stored in it."""
+        """What is lost by storing fp8; empty if nothing is stored in it."""
         merged, moved, error = self.squares
         if not merged:
             return ""
@@ -73,7 +74,7 @@ class Tally:
         if moved:
             loss += f" and {math.sqrt(error / moved):.1%} of the merged change"
         more = "--save-dtype bfloat16 or float16 keeps more"
-        return f"in the base's scaled fp8: {loss}; {more}"
+        return f"in fp8: {loss}; {more}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +106,46 @@ class Entry:
         return self.numel * self.dtype.itemsize
 
 
-def list_entries(base: Mapping[str, Tensor], save_dtype: str) -> list[Entry]:
-    """Return the tensors of the output: the base's order, wider elements first to align all."""
+def list_entries(
+    base: Mapping[str, Tensor], save_dtype: str, merged: Container[str] = ()
+) -> list[Entry]:
+    """Return the tensors of the output: the base's order, wider elements first to align all.
+
+    Args:
+        save_dtype: of `MergeOptions`. With `keep`, what is merged in float8 without a scale gets
+            bfloat16. A float8 dtype is for the tensors that the base stores in float8, or for its
+            matrices if it has none. Scaled fp8 stays so with both.
+        merged: the tensors that do not stay the base's.
+    """
     dtype: torch.dtype | None = None if save_dtype == "keep" else getattr(torch, save_dtype)
+    to_float8 = dtype in FLOAT8
+    has_float8 = any(tensor.dtype in FLOAT8 for tensor in base.values())
+    keeps_scaled = dtype is None or to_float8
     entries = []
     for name, tensor in base.items():
-        kept = tensor.codes.dtype if isinstance(tensor, Scaled) else tensor.dtype
-        stored = dtype if dtype is not None and tensor.is_floating_point() else kept
+        stored = tensor.dtype
+        is_matrix = tensor.ndim > 1 and name.endswith(".weight")
+        if isinstance(tensor, Scaled) and keeps_scaled:
+            stored = tensor.codes.dtype
+        elif dtype is None and stored in FLOAT8 and name in merged:
+            stored = torch.bfloat16
+        elif dtype is not None and tensor.is_floating_point():
+            is_meant = stored in FLOAT8 if has_float8 else is_matrix
+            stored = dtype if is_meant or not to_float8 else stored
         entries.append(Entry(name, stored, tuple(tensor.shape)))
-    if dtype is None and isinstance(base, Checkpoint):
+    if keeps_scaled and isinstance(base, Checkpoint):
         entries += [Entry(n, t.dtype, tuple(t.shape)) for n, t in base.storage().items()]
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+
+
+def note_float8(base: Mapping[str, Tensor], entries: Sequence[Entry]) -> list[str]:
+    """Return a note if tensors of the base in float8 are stored in a wider dtype."""
+    wider = [entry for entry in entries if entry.name in base and entry.dtype == torch.bfloat16]
+    count = sum(base[entry.name].dtype in FLOAT8 for entry in wider)
+    if not count:
+        return []
+    what = f"{count} merged tensors in float8 are stored in bfloat16"
+    return [f"{what}; --save-dtype float8_e4m3fn rounds them to float8 again"]
 
 
 def pieces(
