@@ -75,6 +75,8 @@ def _coordinates(map: ConflictMap, base: Model) -> dict[str, tuple[int, int]]:
     of, layers = {modern(name): name for name in base}, list(layers_of(map.layout))
     missing = [name for name in map.layout if modern(name) not in of]
     if missing:
+        if map.origin.lora_rank is not None:
+            fix = "measure a map of the base's own weights, without --params lora"
         what = f"{len(missing)} parameters of the map are not in the base: {', '.join(missing[:5])}"
         raise InputError(what, fix=fix)
     coordinates, start = {}, 0

@@ -5,9 +5,10 @@
 
 The bare loop is what a careful script does: forward, forward of the teacher without gradient, backward, clip, fused AdamW,
 moving average, images from a tensor on the device, torch.randn. It never reads the loss. Rows: `bare`, `ours` (without the
-projection, so that both do the same arithmetic), `foldable` (with it), and on a GPU `graph`, the step as one CUDA graph. All
-rows take their steps in turns. `ratio` is the median over the turns of a row's seconds over those of the bare loop in the
-same turn; `cpu` the same of CPU seconds, which other work on the machine disturbs less; `images` is images per second;
+projection, so that both do the same arithmetic), `foldable` (with it), and on a GPU `graph`, the step as one CUDA graph.
+`lora-bare` is the bare loop on peft's own LoRA of rank 16, with the frozen weights in the dtype of the run; `lora` is ours,
+and is compared with it. All rows take their steps in turns. `ratio` is the median over the turns of a row's seconds over those of the bare loop in the
+same turn (of `lora-bare` for `lora`); `cpu` the same of CPU seconds, which other work on the machine disturbs less; `images` is images per second;
 `memory` the peak on the GPU in MB. `--json` prints one document; its `overhead_ratio` is that of `ours` on the last model,
 `graph_speedup` the images per second of `graph` over those of `bare`.
 """
@@ -26,28 +27,41 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from turns import CLOCK, CPU, MODELS, load, median, ratio, show, take_turns
 
 from demerge.data import ImageData
 from demerge.data.values import as_floats
 from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import DTYPES
+from demerge.finetuning.lora import freeze_base
 from demerge.finetuning.options import FinetuneOptions
 from demerge.finetuning.trainer import ExpertTraining, Job
 from demerge.timesteps import TimestepRange
 
 Turn = Callable[[int], None]
+BARE = ("bare", "lora-bare")
 
 
 def bare(base: Diffusion, data: ImageData, o: FinetuneOptions) -> Turn:
     """Return a function that takes n steps of the loop without demerge's trainer."""
-    device, student = base.device, copy.deepcopy(base.denoiser).train().requires_grad_(True)
+    device, dtype = base.device, DTYPES[o.mixed_precision]
+    student, teacher = copy.deepcopy(base.denoiser).train().requires_grad_(True), base.denoiser
+    if o.lora_rank is not None:
+        teacher = copy.deepcopy(base.denoiser)
+        teacher = teacher if dtype is None else teacher.to(dtype)
+        student = copy.deepcopy(teacher).train()
+        targets = list(o.target_modules)
+        config = LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, target_modules=targets)
+        inject_adapter_in_model(config, student)
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     images = as_floats(data.images(range(min(len(data), 4096)))).to(device)
     abar = base.alphas_cumprod.float().to(device)
-    parameters = list(student.parameters())
+    parameters = [p for p in student.parameters() if p.requires_grad]
     means = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=1e-6, fused=True)
-    dtype = DTYPES[o.mixed_precision]
 
     def steps(n: int) -> None:
         for _ in range(n):
@@ -58,7 +72,7 @@ def bare(base: Diffusion, data: ImageData, o: FinetuneOptions) -> Turn:
             with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
                 prediction = student(x_t, t).sample
                 with torch.no_grad():
-                    goal = base.denoiser(x_t, t).sample
+                    goal = teacher(x_t, t).sample
                 errors = (prediction.float() - noise).square() + (
                     prediction - goal
                 ).float().square()
@@ -74,7 +88,9 @@ def bare(base: Diffusion, data: ImageData, o: FinetuneOptions) -> Turn:
 
 def ours(base: Diffusion, data: ImageData, o: FinetuneOptions, folder: Path) -> Turn:
     """Return a function that takes n steps of demerge's trainer."""
-    training = ExpertTraining(Job(base, data, o, {}), TimestepRange(0, base.T), folder)
+    training = ExpertTraining(
+        Job(freeze_base(base, o), data, o, {}), TimestepRange(0, base.T), folder
+    )
 
     def steps(n: int) -> None:
         for _ in range(n):
@@ -102,11 +118,14 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
         "ours": lambda: ours(base, data, plain, folder / "ours"),
         "foldable": lambda: ours(base, data, replace(plain, projection="foldable"), folder / "f"),
     }
+    lora = replace(plain, lora_rank=16)
+    makers["lora-bare"] = lambda: bare(base, data, lora)
+    makers["lora"] = lambda: ours(base, data, lora, folder / "l")
     if is_cuda:
         makers["graph"] = lambda: ours(base, data, replace(plain, cuda_graph="on"), folder / "g")
     turns, memory = {}, {}
     for row, make in makers.items():
-        if row != "bare" and asked.rows and row not in asked.rows:
+        if row not in BARE and asked.rows and row not in asked.rows:
             continue
         if is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -118,14 +137,15 @@ def compare(name: str, asked: argparse.Namespace) -> list[dict[str, object]]:
     lines = []
     for row in turns:
         took = median(times, row, CLOCK)
+        floor = "lora-bare" if row == "lora" else "bare"
         lines.append(
             {
                 "model": name,
                 "row": row,
                 "ms": 1e3 * took / asked.steps,
                 "images": asked.steps * asked.batch_size / took,
-                "ratio": ratio(times, row, "bare", CLOCK),
-                "cpu": ratio(times, row, "bare", CPU),
+                "ratio": ratio(times, row, floor, CLOCK),
+                "cpu": ratio(times, row, floor, CPU),
                 "memory": memory[row],
             }
         )
@@ -153,6 +173,7 @@ def main() -> None:
     if asked.json:
         ratios = {line["row"]: line["ratio"] for line in lines}
         document = {"overhead_ratio": ratios.get("ours"), "lines": lines}
+        document["lora_ratio"] = ratios.get("lora")
         if "graph" in ratios:
             document["graph_speedup"] = 1 / float(str(ratios["graph"]))
         json.dump(document, sys.stdout)
