@@ -58,7 +58,7 @@ class Landscape:
         for point, losses in zip(self.points, self.losses, strict=True):
             means = losses.means
             for name, change in losses.change(self.base).items():
-                rows.append((*point, name, means[name], *change))
+                rows.append((*point, name, means[name], change.value, change.se))
         return pd.DataFrame(rows, columns=[*self.axes, "range", "loss", "change", "se"])
 
     def grid(self, column: str, span: str) -> tuple[Array, Array, Array]:

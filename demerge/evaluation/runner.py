@@ -23,10 +23,12 @@ from demerge.evaluation.evaluator import FOLDER, REAL, Evaluator
 from demerge.evaluation.features.nets import FeatureNet
 from demerge.evaluation.metrics.distances import Reference, hash_images
 from demerge.evaluation.metrics.lpips import load_lpips
-from demerge.evaluation.metrics.range_losses import RangeLosses, range_losses
+from demerge.evaluation.metrics.range_losses import RangeLosses, describe_draws, range_losses
 from demerge.evaluation.models import ModelSpec
 from demerge.evaluation.options import EvaluationOptions
+from demerge.evaluation.report.range_table import range_losses_of
 from demerge.evaluation.report.tables import table_lines
+from demerge.evaluation.report.verdict import Findings
 from demerge.evaluation.results import save_scores
 from demerge.evaluation.scores import Scores, tables_of
 from demerge.progress import Progress, silent
@@ -56,7 +58,9 @@ class EvaluationResult:
     def document(self) -> dict[str, Any]:
         """Return the scores as JSON values."""
         scores = [score.document() for score in self.scores]
-        return {"out": str(self.out / "scores"), "scores": scores}
+        tables = map(Findings.of, tables_of(self.scores))
+        losses = [line.document() for table in tables for line in range_losses_of(table)]
+        return {"out": str(self.out / "scores"), "scores": scores, "losses": losses}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,11 +202,13 @@ class _Run:
         if not path.is_file():
             return None
         scores = Scores.load(path)
-        ranges = scores.losses.ranges if scores.losses else ()
+        plan, own = self.plan, scores.losses or RangeLosses((), ())
+        draws = describe_draws(plan.losses_on, plan.options.loss_samples, 0)
+        wanted = (tuple(map(str, plan.partition)), draws) if plan.partition else ((), "")
         is_same = (
             scores.protocol == self.evaluator.protocol(self.plan.options.num_images)
             and (scores.model_sha256, scores.kind, scores.model) == (digest, spec.kind, spec.name)
-            and ranges == tuple(map(str, self.plan.partition or ()))
+            and (own.ranges, own.draws) == wanted
         )
         return scores if is_same else None
 

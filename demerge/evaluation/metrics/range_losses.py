@@ -3,8 +3,8 @@
     L_r = mean over (x0, t, eps), t in range r, of |y - f(x_t, t, c)|^2
 
 Sample j of range r is the same (image, t, eps) for every model: image, t and noise are functions of
-(seed, r, j). So the difference of two models is far surer than either loss, and its standard error
-comes from blocks of paired samples. The t of a range follow the golden-ratio sequence,
+(seed, r, j). So the difference of two models is far surer than either loss, and its interval comes
+from blocks of paired samples. The t of a range follow the golden-ratio sequence,
 t_j = lo + floor(frac(j phi + u_j / 512) (hi - lo)), so that every block sees the whole range and
 the variance that t itself makes is mostly gone.
 
@@ -19,6 +19,7 @@ from math import nan, sqrt
 from typing import TYPE_CHECKING
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from demerge.data import ImageData
@@ -32,16 +33,60 @@ if TYPE_CHECKING:
     from demerge.diffusion.model import Diffusion
 
 BLOCKS = 16
+LEVEL = 0.95
 GOLDEN = (5**0.5 - 1) / 2
 JITTER = 512
 
 
 @dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over blocks, its standard error, and the ends of its 95 % interval.
+
+    All but the mean are NaN for one block.
+    """
+
+    value: float
+    se: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, residuals: Tensor) -> Interval:
+        """Make one from the blocks' residuals [B], by Student's t with B - 1 degrees of freedom."""
+        B = len(residuals)
+        se = float(residuals.std()) / sqrt(B) if B > 1 else nan
+        half = se * float(stdtrit(max(1, B - 1), (1 + LEVEL) / 2))
+        return cls(value, se, value - half, value + half)
+
+    @property
+    def half(self) -> float:
+        """Half of the interval's width."""
+        return self.high - self.value
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether 0 lies outside of the interval."""
+        return abs(self.value) > self.half
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ± {self.half:.1g}"
+
+    def percent(self) -> str:
+        """Return a share as a change in percent: `-1.24 ± 0.31 %`."""
+        return f"{100 * self.value:+.2f} ± {100 * self.half:.2f} %"
+
+
+@dataclass(frozen=True, slots=True)
 class RangeLosses:
-    """Mean losses of blocks, `blocks[r][b]`; block b has the same samples for all models."""
+    """Mean losses of blocks, `blocks[r][b]`; block b has the same samples for all models.
+
+    Attributes:
+        draws: which images, timesteps and noise: data, seed and number; empty in older files.
+    """
 
     ranges: tuple[str, ...]
     blocks: tuple[tuple[float, ...], ...]
+    draws: str = ""
 
     def __post_init__(self) -> None:
         if len(self.ranges) != len(self.blocks) or len({len(row) for row in self.blocks}) > 1:
@@ -58,17 +103,30 @@ class RangeLosses:
         rows = zip(self.ranges, self.blocks, strict=True)
         return {name: sum(row) / len(row) for name, row in rows}
 
-    def change(self, base: RangeLosses) -> dict[str, tuple[float, float]]:
-        """Return L / L_base - 1 for each range with its standard error, from paired blocks."""
-        if self.ranges != base.ranges or len(self.blocks[0]) != len(base.blocks[0]):
-            fix = "measure both models on one partition"
-            raise UsageError("losses of different ranges do not compare", fix=fix)
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """The loss of each range with its interval."""
+        intervals = {}
+        for name, row in zip(self.ranges, self.blocks, strict=True):
+            losses = torch.tensor(row, dtype=torch.float64)
+            intervals[name] = Interval.of(float(losses.mean()), losses)
+        return intervals
+
+    def is_paired(self, other: RangeLosses) -> bool:
+        """Whether block b has the same ranges and samples in both."""
+        own, theirs = ([len(row) for row in losses.blocks] for losses in (self, other))
+        return (self.ranges, self.draws, own) == (other.ranges, other.draws, theirs)
+
+    def change(self, base: RangeLosses) -> dict[str, Interval]:
+        """Return L / L_base - 1 for each range with its interval, from paired blocks."""
+        if not self.is_paired(base):
+            fix = "measure both models on one partition, with the same data and number of draws"
+            raise UsageError("losses of different ranges or draws do not compare", fix=fix)
         changes = {}
         for name, own, other in zip(self.ranges, self.blocks, base.blocks, strict=True):
             a, b = torch.tensor([own, other], dtype=torch.float64)
             ratio = a.mean() / b.mean()
-            spread = float((a - ratio * b).std()) if len(a) > 1 else nan
-            changes[name] = (float(ratio - 1), spread / sqrt(len(a)) / float(b.mean()))
+            changes[name] = Interval.of(float(ratio - 1), (a - ratio * b) / b.mean())
         return changes
 
 
@@ -104,7 +162,12 @@ def range_losses(
             raise NumericalError(what, fix="check the model's weights")
         rows.append(tuple(float(block.mean()) for block in losses.double().tensor_split(BLOCKS)))
         progress(r + 1, len(partition), str(span))
-    return RangeLosses(tuple(map(str, partition)), tuple(rows))
+    return RangeLosses(tuple(map(str, partition)), tuple(rows), describe_draws(data, samples, seed))
+
+
+def describe_draws(data: ImageData, samples: int, seed: int) -> str:
+    """Return which images, timesteps and noise losses are measured on."""
+    return f"{samples} draws of {data.fingerprint}, seed {seed}"
 
 
 def _losses(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
+from demerge.evaluation.report.range_table import range_table
 from demerge.evaluation.report.tables import labels_of, lines_of, measured, percent
 from demerge.evaluation.report.verdict import Findings
 from demerge.evaluation.scores import HIGHER_IS_BETTER, Row, rank
@@ -42,6 +43,7 @@ def page(
         percent=percent,
         tops=tops,
         caveats=caveats,
+        range_table=range_table(findings),
         plots={"losses": "", **{name: figure(plot) for name, plot in plots.items()}},
         strips=_strips(contact, rows),
         figures=list(map(figure, figures)),

@@ -90,13 +90,13 @@ def tradeoff(rows: Sequence[Row], theme: Theme = LIGHT) -> Figure:
 
 @styled
 def losses(rows: Sequence[Row], base: RangeLosses, theme: Theme = LIGHT) -> Figure:
-    """Draw each range's change of loss in percent; faint numbers are within 2 s.e. of zero."""
+    """Draw each range's change of loss in percent; faint numbers have an interval that covers 0."""
     changes, certain = {}, []
     for row in rows:
-        if row.losses is not None:
+        if row.losses is not None and row.losses.is_paired(base):
             change = row.losses.change(base)
-            changes[plain(row.model)] = {span: 100 * value for span, (value, _) in change.items()}
-            certain += [abs(value) > 2 * error for value, error in change.values()]
+            changes[plain(row.model)] = {span: 100 * each.value for span, each in change.items()}
+            certain += [each.is_certain for each in change.values()]
     frame = pd.DataFrame.from_dict(changes, orient="index")
     figure, axes = _axes(2.6 + 1.1 * frame.shape[1], 1.0 + 0.36 * len(frame))
     limit = max(0.5, float(np.nanpercentile(np.abs(frame.to_numpy()), 85)))

@@ -2,6 +2,7 @@
 
     report = Report.of(scores)
     report.table                    a pandas frame, best first
+    report.losses                   a frame of the loss by range, with intervals
     report.verdict, report.caveats  what the numbers say, and what to be wary of
     report.plot(), report.contact_sheet(), report.html
     report.save(DIR)
@@ -27,6 +28,7 @@ from torch import Tensor
 from demerge.errors import UsageError
 from demerge.evaluation.report import plots
 from demerge.evaluation.report.page import page
+from demerge.evaluation.report.range_table import range_losses_of
 from demerge.evaluation.report.significance import Verdict
 from demerge.evaluation.report.tables import csv, frame_of, markdown, table_lines
 from demerge.evaluation.report.verdict import Findings
@@ -48,7 +50,7 @@ CAPTIONS = {
     " real images.",
     "tradeoff": "Fidelity against variety, each model with its place in the ranking. The upper"
     " right corner is best.",
-    "losses": "Held-out loss of each range against the base.",
+    "losses": "Held-out loss of each range against the base. Pale italics: the interval covers 0.",
 }
 
 
@@ -112,6 +114,7 @@ class Report:
             "outcome": self.outcome,
             "verdict": self.verdict,
             "caveats": self.caveats,
+            "losses": [line.document() for line in range_losses_of(self._findings)],
         }
 
     @cached_property
@@ -122,6 +125,11 @@ class Report:
     def table(self) -> pd.DataFrame:
         """One line for each model, best first, then the noise floors, with the whole protocol."""
         return frame_of(self._findings)
+
+    @property
+    def losses(self) -> pd.DataFrame:
+        """A line for each model and range: the loss and its differences, with their intervals."""
+        return pd.json_normalize([line.document() for line in range_losses_of(self._findings)])
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -207,8 +215,9 @@ class Report:
         if len({(row.mean("recall"), row.mean("precision")) for row in measured}) > 1:
             drawings["tradeoff"] = partial(plots.tradeoff, rows)
         others = [row for row in rows if row is not base]
-        if base is not None and base.losses is not None and any(row.losses for row in others):
-            drawings["losses"] = partial(plots.losses, others, base.losses)
+        own = None if base is None else base.losses
+        if own and any(row.losses and row.losses.is_paired(own) for row in others):
+            drawings["losses"] = partial(plots.losses, others, own)
         return drawings
 
     @property

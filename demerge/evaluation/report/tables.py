@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 
+from demerge.evaluation.report.range_table import range_table
 from demerge.evaluation.report.significance import Comparison
 from demerge.evaluation.report.verdict import Findings
 from demerge.evaluation.scores import Row, Table
@@ -88,8 +89,9 @@ def _record(line: Line) -> dict[str, object]:
     record |= {"model": row.model, "kind": row.kind, "seeds": " ".join(map(str, row.seeds))}
     for metric in measured([row]):
         record |= {metric: row.mean(metric), f"{metric}_sd": row.sd(metric)}
-    for name, loss in (row.losses.means if row.losses else {}).items():
-        record[f"loss {name}"] = loss
+    for name, loss in (row.losses.intervals if row.losses else {}).items():
+        record |= {f"loss {name}": loss.value, f"loss {name} low": loss.low}
+        record[f"loss {name} high"] = loss.high
     for name, result in line.against.items():
         record |= {f"vs_{name}": result.difference, f"vs_{name}_p": result.p}
         record[f"vs_{name}_verdict"] = result.word
@@ -102,11 +104,15 @@ def table_lines(tables: Sequence[Table]) -> list[str]:
     lines = []
     for findings in map(Findings.of, tables):
         cells = [heads_of(findings.table), *(line.cells() for line in lines_of(findings))]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += [findings.verdict, str(findings.table.protocol)]
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        lines += [findings.verdict, str(findings.table.protocol), *_aligned(cells)]
+        lines += _aligned(range_table(findings))
         lines += [f"note: {text}" for text in findings.caveats]
     return lines
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
 
 def csv(findings: Findings) -> str:
@@ -121,15 +127,23 @@ def markdown(findings: Findings, title: str, caveats: Sequence[str]) -> str:
     """Return title, verdict, table, caveats and protocol as Markdown."""
     heads = heads_of(findings.table)
     rule = ["---:", "---", "---", *["---:"] * (len(heads) - 3)]
-    rows = [map(escape_markdown, line.cells()) for line in lines_of(findings)]
+    rows = [list(map(escape_markdown, line.cells())) for line in lines_of(findings)]
+    losses = [list(map(escape_markdown, cells)) for cells in range_table(findings)]
+    if losses:
+        losses.insert(1, ["---", "---", *["---:"] * (len(losses[0]) - 2)])
     parts = [
         f"# {escape_markdown(title)}",
         escape_markdown(findings.verdict),
-        "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *rows]),
+        _piped([heads, rule, *rows]),
+        _piped(losses),
         "\n".join(f"- {escape_markdown(text)}" for text in caveats),
         f"Protocol: {escape_markdown(str(findings.table.protocol))}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _piped(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _number(row: Row, metric: str) -> str:

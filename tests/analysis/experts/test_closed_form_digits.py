@@ -48,7 +48,7 @@ def test_predicted_changes_rank_merges_as_other_samples_do(tmp_path: Path, per: 
     for w in chosen:
         session.apply(torch.from_numpy(w), model.denoiser)
         changes = range_losses(model, test, ranges, samples=SAMPLES, seed=1).change(origin)
-        measured.append([changes[str(span)][0] for span in ranges])
+        measured.append([changes[str(span)].value for span in ranges])
         predicted.append([predict(found, w.ravel()).ranges[str(span)].value for span in ranges])
     rank = [
         float(spearmanr(np.array(predicted)[:, r], np.array(measured)[:, r]).statistic)

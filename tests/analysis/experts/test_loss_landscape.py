@@ -92,7 +92,7 @@ def test_a_plane_holds_base_and_experts_at_their_places(
         assert at[place].means == pytest.approx(path.losses[0].means)
     x, y, change = plane.grid("change", plane.ranges[1])
     assert x.tolist() == y.tolist() == [-0.5, 0.0, 0.5, 1.0] and change.shape == (4, 4)
-    assert change[1, 3] == at[1.0, 0.0].change(plane.base)[plane.ranges[1]][0]
+    assert change[1, 3] == at[1.0, 0.0].change(plane.base)[plane.ranges[1]].value
 
 
 def test_disjoint_task_vectors_add_up_on_their_plane(plane: Landscape) -> None:
