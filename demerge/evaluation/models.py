@@ -3,7 +3,8 @@
 base        the model that the others were made from: drift and changes of loss are taken against it
 joint       an expert of [0, T), or a merge of such alone, theta_0 + a (theta_joint - theta_0)
 expert      an expert of a part of [0, T)
-ensemble    a folder of expert folders, routed by timestep on the base's schedule
+ensemble    a folder of expert folders, routed by timestep on the base's schedule; a pipeline of two
+            denoisers, which routes them itself
 merge       a folder with demerge.json
 model       any other pipeline; and a folder of images, which is scored as it is
 
@@ -29,6 +30,7 @@ from demerge.evaluation.scores import FORMAT, Kind
 from demerge.expert import EXPERT, Expert, find_plain_experts
 from demerge.reporting.html import is_page, printable
 from demerge.storage.safetensors_header import read_json, read_scheduler
+from demerge.timesteps import Partition
 
 Models = Sequence[str | Path] | Mapping[str, str | Path | Diffusion]
 MERGE = "demerge.json"
@@ -59,7 +61,8 @@ class ModelSpec:
         if self.model is not None:
             return self.model.to(device)
         is_lora = is_lora_path(self.source)
-        if self.kind != "ensemble" and not is_lora:
+        is_routed = self.kind == "ensemble" and not _is_pipeline(Path(self.source))
+        if not is_routed and not is_lora:
             return Diffusion.load(self.source, device=device, resolution=resolution)
         if base is None:
             what = (
@@ -154,7 +157,7 @@ def detect_kind(folder: str | Path) -> Kind:
         spans = [expert.get("range") for expert in experts if isinstance(expert, dict)]
         are_joint = spans and all(_is_whole(span, folder) for span in spans)
         return "joint" if are_joint else "merge"
-    return "ensemble" if _expert_folders(folder) else "model"
+    return "ensemble" if _expert_folders(folder) or Partition.of_pipeline(folder) else "model"
 
 
 def _specify(name: str, source: str | Path | Diffusion, kind: Kind | None) -> ModelSpec:

@@ -218,6 +218,8 @@ class _Models:
         paths = [source.path for source in (recipe.base, *recipe.experts)]
         places = [locate(resolve_model_path(path, variant), variant) for path in paths]
         base, *experts = (find_denoisers(place, variant) for place in places)
+        if recipe.is_pair_alone and len(base) == 2:
+            base = [replace(base[0], range=None)]
         ranges = []
         for source, place, denoisers in zip(recipe.experts, places[1:], experts, strict=True):
             if source.range and len(denoisers) > 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from demerge.errors import UsageError
-from demerge.merging.inputs.denoisers import make_pair_index
+from demerge.merging.inputs.denoisers import make_pair_index, make_single_index
 from demerge.merging.inputs.experts import name_base
 from demerge.merging.output.denoiser import Metadata, OutputDenoiser, Written
 from demerge.merging.output.lora import AdapterSummary
@@ -35,6 +35,7 @@ from demerge.storage.atomic import (
     place_for,
 )
 from demerge.storage.hashing import Hashing
+from demerge.storage.layout import SECOND
 from demerge.storage.safetensors_header import read_json
 
 OVERHEAD = 1 << 20  # header, recipe, card
@@ -278,6 +279,8 @@ class Plan:
                 shutil.copyfile(source, folder / path)
             if draft.boundary is not None:
                 commit_json(folder / INDEX, make_pair_index(first.place, draft.boundary))
+            elif self._becomes_one:
+                commit_json(folder / INDEX, make_single_index(first.place))
             written = [part.commit(folder / part.path, metadata, observe) for part in parts]
             pairs = zip(parts, written, strict=True)
             hashes = {part.path.as_posix(): done.sha256 for part, done in pairs}
@@ -298,7 +301,7 @@ class Plan:
 
     def _list_kept(self) -> list[tuple[Path, Path]]:
         """Return what a folder output copies, as (file, path in the output)."""
-        first, is_split, boundary = self.parts[0], len(self.parts) > 1, self.draft.boundary
+        first, is_split = self.parts[0], len(self.parts) > 1
         if first.lora:
             return []
         merged = {part.folder for part in self.parts} if is_split else set()
@@ -307,7 +310,15 @@ class Plan:
         for part in self.parts if is_split else ():
             if part.place.component:
                 kept.append((part.place.component / CONFIG, part.folder / CONFIG))
-        return [(file, path) for file, path in kept if path != INDEX or boundary is None]
+        if self._becomes_one:
+            kept = [(file, path) for file, path in kept if path.parts[0] != SECOND]
+        is_rewritten = self._becomes_one or self.draft.boundary is not None
+        return [(file, path) for file, path in kept if path != INDEX or not is_rewritten]
+
+    @property
+    def _becomes_one(self) -> bool:
+        """Whether a pipeline of two denoisers is written as one of one."""
+        return self.draft.is_pair_alone and not self.parts[0].lora
 
     def _metadata(self, home: Path) -> Metadata:
         """Return the metadata of weights in `home`, with zeros for unknown hashes."""

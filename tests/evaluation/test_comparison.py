@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,11 @@ from demerge.errors import UsageError
 from demerge.evaluation import evaluate
 from demerge.evaluation.features.nets import make_feature_net
 from demerge.evaluation.metrics.distances import Reference, evaluate_images
+from demerge.evaluation.metrics.range_losses import range_losses
 from demerge.evaluation.options import EvaluationOptions
+from demerge.merging import merge
 from demerge.reporting.html import render_page
+from demerge.timesteps import Partition
 
 QUICK = EvaluationOptions(num_images=70, steps=2, lpips=False, ranges="none", device="cpu")
 
@@ -84,3 +87,29 @@ def test_a_gpu_scores_as_the_cpu_does_and_keeps_the_reference(tiny: Path) -> Non
         assert {place.device.type for place in places} == {device}
         metrics[device] = evaluate_images(images, reference, net)
     assert metrics["cuda"] == pytest.approx(metrics["cpu"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_experts_against_one_model(
+    tiny_family: Callable[[str], Path], image_folder: Path, tmp_path: Path
+) -> None:
+    """A pipeline of two denoisers and its merge: the high-noise expert fits a part of [0, T) alone."""
+    two, one = tiny_family("wan"), tmp_path / "one"
+    merge(two, [], one, method="average", no_base=True)
+    options = EvaluationOptions(
+        num_images=4, steps=2, seeds=(0,), split="all", loss_samples=16, lpips=False,
+        resolution=16, ranges=str(two), features="random", device="cpu",
+    )  # fmt: skip
+    report = evaluate([two, one], str(image_folder), options)
+    kinds = {row.model: row.kind for row in report.ranked.rows}
+    assert kinds == {"routed ensemble": "ensemble", "one": "merge"}
+    losses = report.document()["losses"]
+    assert [line["range"] for line in losses] == ["0000-0875"] * 2 + ["0875-1000"] * 2
+    single = next(line for line in losses if line["model"] == "one")
+    pair, merged = Diffusion.load(two, resolution=16), Diffusion.load(one, resolution=16)
+    data = pair.load_images(str(image_folder), split="all", skip_broken=False)
+    ranges = Partition.from_cuts(1000, [875])
+    a, b = (range_losses(model, data, ranges, samples=16) for model in (merged, pair))
+    change = a.change(b)["0000-0875"]
+    assert single["against"]["ensemble"] == pytest.approx(asdict(change))
+    assert change.low <= change.value <= change.high and change.value != 0

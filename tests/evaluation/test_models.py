@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from demerge.diffusion.routing import RoutedDenoiser
 from demerge.errors import InputError, UsageError
 from demerge.evaluation.models import detect_kind, is_report, leave_out_reports, specify_models
 from demerge.evaluation.report.report import Report
@@ -185,3 +186,13 @@ def test_names_of_any_bytes_become_names_that_files_can_hold(tmp_path: Path) -> 
     assert found[0].name == "\ufffd[31m\ufffd-model"
     assert all(len(e.slug.encode()) <= 180 for e in found)
     assert len({e.slug for e in found}) == 3
+
+
+def test_a_pipeline_of_two_denoisers_is_a_routed_ensemble(
+    tiny_family: Callable[[str], Path],
+) -> None:
+    (two,) = specify_models([tiny_family("wan")])
+    assert (two.name, two.kind) == ("routed ensemble", "ensemble")
+    model = two.load(resolution=16)
+    assert isinstance(model.denoiser, RoutedDenoiser), "it needs no base"
+    assert model.denoiser.partition.cuts == [875]

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from demerge.errors import UsageError
 from demerge.lora import Adapter, open_expert
-from demerge.merging import merge, merge_tensors
+from demerge.merging import merge, merge_tensors, verify
 from demerge.storage.checkpoint import Checkpoint, content_sha256
 from demerge.timesteps import TimestepRange
 
@@ -224,6 +225,27 @@ def test_two_denoisers_are_two_experts_of_a_base_of_one(
         dict(base.state_dict()), [dict(m.state_dict()) for m in models], "average"
     )
     assert_same(read(base, tmp_path / "out" / "transformer"), expected)
+
+
+def test_two_denoisers_alone_are_merged_into_one(
+    wan: Pipeline, tmp_path: Path, tiny_denoiser: Callable[..., Any]
+) -> None:
+    two = [tiny_denoiser("Wan", 0), tiny_denoiser("Wan", 1)]
+    folder, out = wan("two", two, 0.875), tmp_path / "out"
+    merge(folder, [], out, method="average", no_base=True)
+    pipeline = diffusers.WanPipeline.from_pretrained(
+        out, text_encoder=None, tokenizer=None, vae=None
+    )
+    assert pipeline.transformer_2 is None and pipeline.config.boundary_ratio is None
+    high, low = (dict(model.state_dict()) for model in two)
+    mean = {name: (high[name] + low[name]) / 2 for name in high}
+    assert_same(dict(pipeline.transformer.state_dict()), mean)
+    assert not (out / "transformer_2").exists()
+    assert list(verify(out).files) == ["transformer/diffusion_pytorch_model.safetensors"]
+    with pytest.raises(UsageError, match="needs a base"):
+        merge(folder, [], tmp_path / "ties", method="ties", no_base=True)
+    with pytest.raises(UsageError, match="or a pipeline of two denoisers"):
+        merge(out, [], tmp_path / "again", method="average", no_base=True)
 
 
 def test_a_boundary_makes_a_pipeline_of_two(

@@ -99,7 +99,8 @@ def check_equal_shares(job: MergeJob) -> None:
     """Refuse a merge without a base if its result depends on which model is named first."""
     if len(job.experts) < 2:
         what = "--no-base merges models with each other, and only one is given"
-        raise UsageError(what, fix="name two models or more")
+        fix = "name two models or more, or a pipeline of two denoisers"
+        raise UsageError(what, fix=fix)
     for setting in _settings(job):
         case = _case(job, setting, no_base=True)
         turned = case.pick([*range(1, len(case.experts)), 0])

@@ -6,7 +6,8 @@ with b the `boundary_ratio` of model_index.json and T the scheduler's `num_train
 base of one denoiser such a pipeline is two experts, with ranges [ceil(b T), T) and [0, ceil(b T)).
 With a base of two, an expert goes to the side that its range reaches into, or that its name says
 (`high_noise`, `low_noise`), and each of two to its counterpart. `--boundary` makes a pipeline of
-two out of a base of one denoiser.
+two out of a base of one denoiser. `--no-base` with such a pipeline alone makes one denoiser of its
+two.
 """
 
 from __future__ import annotations
@@ -160,6 +161,12 @@ def make_pair_index(base: CheckpointLocation, boundary: float) -> dict[str, Any]
         fix = f"use a pipeline folder of class {', '.join(PAIR_CLASSES)}"
         raise UsageError(what, fix=fix)
     return {**index, SECOND: index[FIRST], "boundary_ratio": boundary}
+
+
+def make_single_index(base: CheckpointLocation) -> dict[str, Any]:
+    """Return the model_index.json of a pipeline of one denoiser, made of a base of two."""
+    index = read_index(base.pipeline) if base.pipeline else {}
+    return {**index, SECOND: [None, None], "boundary_ratio": None}
 
 
 def _overlap(one: TimestepRange | None, other: TimestepRange | None) -> bool:

@@ -71,6 +71,11 @@ class Recipe(MergeOptions):
         experts = [expert.path for expert in self.experts]
         return f"Recipe({self.method}: {self.base.path!r}, experts {experts})"
 
+    @property
+    def is_pair_alone(self) -> bool:
+        """Whether it merges one model without a base: the two denoisers of a pipeline into one."""
+        return self.no_base and len(self.experts) == 1
+
     @classmethod
     def of(
         cls,

@@ -148,10 +148,43 @@ def test_the_table_is_ranked_and_holds_the_protocol(folder: Path) -> None:
 
 def test_markdown_keeps_its_columns(folder: Path) -> None:
     text = (folder / "scores.md").read_text()
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 5
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    ranking, losses = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    for table, count in ((ranking, 5), (losses, 2 * 4)):
+        lines = table.splitlines()
+        assert len(lines) == 2 + count
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert "<script>" not in text
+
+
+def test_losses_stand_in_one_table_with_paired_differences(
+    scores: list[Scores], folder: Path
+) -> None:
+    report = Report.of(scores)
+    document = report.document()["losses"]
+    assert [line["range"] for line in document] == ["0000-0500"] * 4 + ["0500-1000"] * 4
+    assert [line["kind"] for line in document[:4]] == ["ensemble", "merge", "joint", "base"]
+    ensemble, merged, _, base = document[:4]
+    assert list(merged["against"]) == ["base", "joint", "ensemble"]
+    assert list(ensemble["against"]) == ["base", "joint"] and "base" not in base["against"]
+    change = merged["against"]["ensemble"]
+    assert change["value"] == pytest.approx(0.995 / 1.035 - 1)
+    assert change["high"] < 0, "blocks that differ by a constant leave no doubt"
+    assert merged["loss"]["low"] < 0.995 < merged["loss"]["high"]
+    assert report.losses["against.base.value"][1] == merged["against"]["base"]["value"]
+    (line,) = [line for line in str(report).splitlines() if line.startswith("0000-0500")]
+    assert re.search(r"0000-0500  experts +1\.035 ± 0\.02 +\+1\.97 ± 0\.0\d %", line)
+    assert "against ensemble" in (folder / "index.html").read_text()
+    frame = pd.read_csv(folder / "scores.csv")
+    assert frame["loss 0000-0500 low"][1] == pytest.approx(merged["loss"]["low"])
+
+
+def test_losses_on_other_draws_are_not_paired(make_scores: Make) -> None:
+    base, merged = make_scores("base", "base", [8.0]), make_scores("ties", "merge", [7.0])
+    losses = merged[0].losses
+    assert losses is not None
+    report = Report.of([*base, replace(merged[0], losses=replace(losses, draws="64 others"))])
+    assert all(not line["against"] for line in report.document()["losses"])
+    assert "losses" not in report.plots
 
 
 def test_the_same_scores_make_the_same_bytes(scores: list[Scores], tmp_path: Path) -> None:
