@@ -60,7 +60,10 @@ def test_scores_of_another_precision_are_made_anew(
 
 
 def test_from_models_to_a_report(
-    run: Callable[..., Any], make_tiny: Callable[..., Path], tmp_path: Path
+    run: Callable[..., Any],
+    make_tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, other, out = make_tiny(seed=0), make_tiny(seed=1), tmp_path / "run"
     (other / "demerge.json").write_text(json.dumps({"experts": [{"range": [0, 500]}]}))
@@ -97,6 +100,7 @@ def test_from_models_to_a_report(
     assert (out / "report" / "index.html").is_file()
     assert len(pd.read_csv(out / "report" / "scores.csv")) == 3
 
+    monkeypatch.setattr("demerge.reporting.theme.render", lambda *_: b"<svg/>")  # drawn once above
     elsewhere = tmp_path / "elsewhere"
     assert run("compare", out, "-o", elsewhere).code == 0
     assert run("compare", "--config", elsewhere / "compare.yaml").code == 0

@@ -178,7 +178,10 @@ def test_a_broken_map_is_a_bad_input(run: Any, tmp_path: Path, content: bytes | 
     assert (done.code, "not a conflict map" in done.err, "fix:" in done.err) == (3, True, True)
 
 
-def test_ranges_for_another_trainer(run: Any, conflict: Path, tmp_path: Path) -> None:
+def test_ranges_for_another_trainer(
+    run: Any, conflict: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PLOTS, lambda summary: DRAWN)
     out = tmp_path / "p.json"
     done = run("ranges", conflict, "--cuts", 900, "-o", out, "--for", "musubi", "--shift", 5)
     low, high = done.out.splitlines()[2::2]
