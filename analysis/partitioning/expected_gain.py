@@ -51,6 +51,7 @@ from demerge.conflict import Array, ConflictMap
 from demerge.timesteps import Partition, TimestepRange
 
 BATCH = 64  # samples of a step, as `finetune` takes them by default
+NARROW = 0.02  # an interval that is shown with a decimal
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class Interval:
     def __str__(self) -> str:
         if not self.is_known:
             return "unknown"
-        return f"{self.value:.0%} ({self.low:.0%} to {self.high:.0%})"
+        form = "z.1%" if self.high - self.low < NARROW else "z.0%"
+        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
 
     def document(self) -> dict[str, float | None]:
         """Return JSON values, None for what is not known."""

@@ -15,7 +15,7 @@ ranges.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import floor, log10, nan, sqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +69,10 @@ class Interval:
         return abs(self.value) > self.half
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ± {self.half:.1g}"
+        if not self.half > 0:
+            return f"{self.value:.4g}"
+        decimals = max(0, 1 - floor(log10(self.half)))
+        return f"{self.value:.{decimals}f} ± {self.half:.{decimals}f}"
 
     def percent(self) -> str:
         """Return a share as a change in percent: `-1.24 ± 0.31 %`."""

@@ -8,7 +8,7 @@ import torch
 from demerge.data import load_images
 from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
-from demerge.evaluation.metrics.range_losses import BLOCKS, RangeLosses, range_losses
+from demerge.evaluation.metrics.range_losses import BLOCKS, Interval, RangeLosses, range_losses
 from demerge.timesteps import Partition
 
 
@@ -22,7 +22,8 @@ def test_change_by_hand() -> None:
     assert other.value == 0.25 and other.se > 0
     assert other.half == pytest.approx(12.7062 * other.se)  # t of one degree of freedom
     assert (exact.is_certain, other.is_certain) == (True, False)
-    assert (exact.percent(), str(other)) == ("-50.00 ± 0.00 %", f"0.25 ± {other.half:.1g}")
+    assert (exact.percent(), str(exact), str(other)) == ("-50.00 ± 0.00 %", "-0.5", "0.2 ± 3.2")
+    assert str(Interval(0.1396, 0, 0.1353, 0.1439)) == "0.1396 ± 0.0043"
     assert base.means == {"0000-0500": 2.0, "0500-1000": 2.0}
 
 

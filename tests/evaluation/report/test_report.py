@@ -172,7 +172,7 @@ def test_losses_stand_in_one_table_with_paired_differences(
     assert merged["loss"]["low"] < 0.995 < merged["loss"]["high"]
     assert report.losses["against.base.value"][1] == merged["against"]["base"]["value"]
     (line,) = [line for line in str(report).splitlines() if line.startswith("0000-0500")]
-    assert re.search(r"0000-0500  experts +1\.035 ± 0\.02 +\+1\.97 ± 0\.0\d %", line)
+    assert re.search(r"0000-0500  experts +1\.035 ± 0\.021 +\+1\.97 ± 0\.0\d %", line)
     assert "against ensemble" in (folder / "index.html").read_text()
     frame = pd.read_csv(folder / "scores.csv")
     assert frame["loss 0000-0500 low"][1] == pytest.approx(merged["loss"]["low"])
