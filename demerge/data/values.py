@@ -127,6 +127,17 @@ class ImageData:
         positions = tuple(self.positions[i] for i in indices)
         return replace(self, positions=positions, captions=captions, labels=labels)
 
+    def at(self, shape: Shape) -> ImageData:
+        """Return the same images in another shape [C H W]."""
+        return replace(self, shape=shape, _cache={})
+
+    def sizes(self) -> list[tuple[int, int]] | None:
+        """Return (H, W) of each image as it is stored; None if the source does not say it."""
+        headers = getattr(self.pixels, "headers", None)
+        if headers is None:
+            return None
+        return [(headers[p].height, headers[p].width) for p in self.positions]
+
     def _image(self, position: int) -> Pixels8:
         if position in self._cache:
             return self._cache[position]

@@ -26,6 +26,7 @@ from demerge.data.values import as_floats
 from demerge.diffusion.conditioning import Condition, rows
 from demerge.diffusion.encoded import Encoder
 from demerge.diffusion.model import Diffusion
+from demerge.finetuning.buckets import batches_of_epoch, make_buckets
 from demerge.finetuning.objective import draw_timesteps
 from demerge.finetuning.options import FinetuneOptions
 from demerge.parallel import ALONE, World
@@ -79,6 +80,7 @@ class _Drawn:
     labels: list[int] | None
     u: Tensor | None  # decides whose label is dropped
     text: Condition | None = None
+    bucket: int = 0
 
     def pin_memory(self) -> _Drawn:
         """Return the batch in pinned memory; torch's loader calls it."""
@@ -135,7 +137,8 @@ class Batches:
     """The batches of each step of one process.
 
     Args:
-        encoder: gives x_0 and text that were encoded before; None encodes them at each step.
+        encoders: give x_0 and text that were encoded before, one for each bucket; none encode them
+            at each step.
         by_process: whether a process draws ahead; by default for a GPU on Linux.
     """
 
@@ -147,12 +150,11 @@ class Batches:
         options: FinetuneOptions,
         world: World = ALONE,
         by_process: bool | None = None,
-        encoder: Encoder | None = None,
+        encoders: Sequence[Encoder] = (),
     ) -> None:
-        self.encoder = encoder
+        self.buckets, self.encoders = make_buckets(base, data, options), encoders
         self.base, self.data, self.span, self.options = base, data, span, options
         self.world = world
-        self._shift = (options.shift or base.shift) if base.is_flow else None
         self._orders: dict[int, list[int]] = {}
         if by_process is None:
             by_process = base.device.type == "cuda" and sys.platform == "linux"
@@ -187,48 +189,69 @@ class Batches:
         return [self._draw(step, range(a, a + o.train_batch_size)) for a in starts]
 
     def _draw(self, step: int, samples: Sequence[int]) -> _Drawn:
-        o, n = self.options, len(self.data)
+        o = self.options
         samples = list(samples)
         sources = [s // 2 for s in samples] if o.antithetic else samples
 
         def draw(purpose: str) -> Tensor:
             return uniform(o.seed, purpose, samples=sources, step=step)
 
-        first = step * o.samples_per_step(self.world.size) // (2 if o.antithetic else 1)
-        indices = [self._order((first + s) // n)[(first + s) % n] for s in sources]
+        number, indices = self._indices(step, samples, sources)
+        bucket = self.buckets[number]
+        base, data = bucket.base, bucket.data
         mirrored = draw("flip") < 0.5 if o.random_flip else torch.zeros(len(samples)).bool()
-        captions, labels = self.data.annotations(indices)
-        if captions is not None and self.base.requires_text:
+        captions, labels = data.annotations(indices)
+        if captions is not None and base.requires_text:
             keep = (draw("caption") >= o.caption_dropout).tolist()
             captions = [text if kept else "" for text, kept in zip(captions, keep, strict=True)]
         text = None
-        if self.encoder is None:
-            images = self.data.images(indices)
+        if not self.encoders:
+            images = data.images(indices)
             images[mirrored] = images[mirrored].flip(-1)
         else:
-            images = self.encoder.x0(indices, mirrored.tolist())
-            text = self.encoder.text(captions) if captions is not None else None
-        noise = normal(self.base.sample_shape, o.seed, "noise", samples=sources, step=step)
+            encoder = self.encoders[number]
+            images = encoder.x0(indices, mirrored.tolist())
+            text = encoder.text(captions) if captions is not None else None
+        noise = normal(base.sample_shape, o.seed, "noise", samples=sources, step=step)
         if o.antithetic:
             noise[[s % 2 == 1 for s in samples]] *= -1
-        t = draw_timesteps(self.span, self.base.T, o, step, sources, self._shift)
-        u = draw("label") if self.base.classes is not None else None
-        return _Drawn(images, noise, t, captions, labels, u, text)
+        shift = (o.shift or base.shift) if base.is_flow else None
+        t = draw_timesteps(self.span, base.T, o, step, sources, shift)
+        u = draw("label") if base.classes is not None else None
+        return _Drawn(images, noise, t, captions, labels, u, text, number)
+
+    def _indices(
+        self, step: int, samples: Sequence[int], sources: Sequence[int]
+    ) -> tuple[int, list[int]]:
+        """Return the number of the bucket, and the images of the samples of a batch."""
+        o, n = self.options, len(self.data)
+        pairs = 2 if o.antithetic else 1
+        if o.aspect_ratio_buckets is None:
+            first = step * o.samples_per_step(self.world.size) // pairs
+            return 0, [self._order((first + s) // n)[(first + s) % n] for s in sources]
+        counts = tuple(len(bucket.data) for bucket in self.buckets)
+        size = o.train_batch_size // pairs
+        per_epoch = sum(-(-count // size) for count in counts)
+        batch = step * o.gradient_accumulation_steps * self.world.size
+        epoch, place = divmod(batch + samples[0] // o.train_batch_size, per_epoch)
+        number, images = batches_of_epoch(counts, size, o.seed, epoch)[place]
+        return number, [images[s - sources[0]] for s in sources]
 
     def _encode(self, drawn: _Drawn) -> Batch:
-        device, classes = self.base.device, self.base.classes
+        base = self.buckets[drawn.bucket].base
+        device, classes = base.device, base.classes
         images, noise, t = (
             tensor.to(device, non_blocking=True) for tensor in (drawn.images, drawn.noise, drawn.t)
         )
-        if self.encoder is None:
-            x0, condition = self.base.encode(as_floats(images), drawn.captions, drawn.labels)
+        if not self.encoders:
+            x0, condition = base.encode(as_floats(images), drawn.captions, drawn.labels)
         elif drawn.text is None:
-            x0, condition = images, self.base.condition(len(t), drawn.captions, drawn.labels)
+            x0, condition = images, base.condition(len(t), drawn.captions, drawn.labels)
         else:
             text = {name: v.to(device, non_blocking=True) for name, v in drawn.text.items()}
             x0, condition = (
                 images,
-                text | self.base.family.extra(torch.empty(len(t), device=device)),
+                text | base.family.extra(torch.empty(len(t), device=device)),
             )
         if classes is not None and drawn.u is not None:
             condition["class_labels"] = classes.drop(condition["class_labels"], drawn.u)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,22 @@ def parse_lengths(texts: Sequence[str]) -> tuple[float, ...]:
     except ValueError as error:
         what = f"--ema-lengths: {error}"
         raise UsageError(what, fix="give numbers such as 0.05 and 0.10") from error
+
+
+def bucket_sizes(text: str) -> list[tuple[int, int]]:
+    """Read sizes such as `768,1344;1024,1024`, as (H, W).
+
+    Raises:
+        UsageError: if it is something else.
+    """
+    sizes = []
+    for part in text.split(";"):
+        match = re.fullmatch(r"\s*(\d{1,5})\s*,\s*(\d{1,5})\s*", part)
+        if match is None or 0 in (int(match[1]), int(match[2])):
+            what = f"--aspect-ratio-buckets: '{part}' is not a height and a width"
+            raise UsageError(what, fix="give pairs such as 768,1344;1024,1024")
+        sizes.append((int(match[1]), int(match[2])))
+    return sizes
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -173,6 +190,14 @@ class FinetuneOptions(Options):
         ge=1,
         shown_default="an eighth of the run",
     )
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Sizes in pixels, such as 768,1344;1024,1024: each image of a folder is trained at the one"
+        " whose aspect is nearest.",
+        panel=DATA,
+        metavar="H,W;H,W",
+        shown_default="all images are square",
+    )
     random_flip: bool = option(False, "Mirror half of the images.", panel=DATA)
     caption_dropout: float = option(0.1, "Share of captions left empty.", panel=DATA, ge=0, le=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
@@ -229,6 +254,8 @@ class FinetuneOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.aspect_ratio_buckets is not None:
+            bucket_sizes(self.aspect_ratio_buckets)
         if self.antithetic:
             is_even = self.train_batch_size % 2 == 0
             self.require("train_batch_size", is_even, "even with --antithetic")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from demerge.diffusion.model import Diffusion
 from demerge.diffusion.numerics import fitting_threads
 from demerge.durations import format_seconds
 from demerge.errors import UsageError
+from demerge.finetuning.buckets import Bucket, check_buckets, make_buckets
 from demerge.finetuning.executors.choice import choose
 from demerge.finetuning.executors.local import LocalExecutor
 from demerge.finetuning.executors.options import ExecutorOptions
@@ -101,7 +102,8 @@ class FinetunePlan:
         step: what a step takes, measured; None if nothing is left to do here.
         executor: runs the tasks; None if this process trains the ranges one after the other.
         tasks: one for each unfinished range.
-        encoded: latents and text that are kept on disk, if they are.
+        buckets: of aspect ratios; one if all images have one size.
+        encoded: latents and text of each bucket, if they are kept on disk.
         stop: as in `demerge.finetuning.finetune`.
     """
 
@@ -116,7 +118,8 @@ class FinetunePlan:
     stop: Stop = never
     executor: Executor | None = None
     tasks: tuple[Task, ...] = ()
-    encoded: EncodedData | None = None
+    buckets: tuple[Bucket, ...] = ()
+    encoded: tuple[EncodedData, ...] = ()
 
     @property
     def base(self) -> Diffusion:
@@ -137,7 +140,7 @@ class FinetunePlan:
         """Return the steps over all ranges, the seconds left, and the most bytes on disk."""
         o, step = self.options, self.step
         disk = disk_of_run(self.base, len(self.ranges), self.trained, o)
-        disk += 0 if self.encoded is None else self.encoded.missing()
+        disk += sum(data.missing() for data in self.encoded)
         steps = len(self.ranges) * o.max_train_steps
         seconds = None if step is None else step.seconds * (steps - self.finished_steps)
         memory = None if step is None else step.memory
@@ -156,7 +159,7 @@ class FinetunePlan:
             "seconds_per_step": None if self.step is None else self.step.seconds,
             "memory_bytes": self.cost().memory,
             "disk_bytes": self.cost().disk,
-            "cache_bytes": 0 if self.encoded is None else self.encoded.bytes,
+            "cache_bytes": sum(data.bytes for data in self.encoded),
             "options": self.options.document(),
         }
 
@@ -194,9 +197,12 @@ class FinetunePlan:
             lines.append(f"time    about {format_seconds(cost.seconds)}: {speed}")
         if cost.memory is not None:
             lines.append(f"memory  {cost.memory / 1e9:.1f} GB of the GPU")
-        if self.encoded is not None:
-            size, missing = self.encoded.bytes / 1e6, self.encoded.missing() / 1e6
-            kept = " and ".join(self.encoded.tables)
+        if len(self.buckets) > 1:
+            lines.append(f"buckets {', '.join(map(str, self.buckets))}")
+        if self.encoded:
+            size = sum(data.bytes for data in self.encoded) / 1e6
+            missing = sum(data.missing() for data in self.encoded) / 1e6
+            kept = " and ".join(self.encoded[0].tables)
             lines.append(f"cache   {size:,.1f} MB of {kept}, {missing:,.1f} MB to be encoded")
         lines.append(f"disk    up to {(cost.disk or 0) / 1e6:.0f} MB")
         if self.ranked_for and self.ranked_for != self.ranges:
@@ -228,15 +234,16 @@ class FinetunePlan:
 
     def _encoded_job(self, progress: Progress) -> Job:
         """Return the job, after latents and text are encoded if they are kept."""
-        if self.encoded is None or self.finished_steps == self.cost().steps:
+        if not self.encoded or self.finished_steps == self.cost().steps:
             return self.job
-        if self.is_main:
-            self.encoded.fill(progress)
+        for data in self.encoded if self.is_main else ():
+            data.fill(progress)
         self.job.world.wait()
-        self.encoded.open()
+        for data in self.encoded:
+            data.open()
         if not self.options.preview_steps and not self.options.fisher_samples:
-            self.encoded.release()
-        return replace(self.job, encoder=self.encoded)
+            self.encoded[0].release()
+        return replace(self.job, encoders=self.encoded)
 
     def _run_tasks(self, executor: Executor, progress: Progress) -> FinetuneResult:
         """Let the executor train the experts that are not finished."""
@@ -324,19 +331,12 @@ def plan(
         executor, base = None, base.to(resolve_device(inputs.device))
     steps = options.max_train_steps
     tasks = tuple(Task(span, inputs, wanted, steps) for span in unfinished)
-    encoded = None
-    if inputs.cache_latents is not None:
-        encoded = EncodedData(
-            base,
-            data,
-            place_for(inputs.cache_latents),
-            recorded["base"]["components"],
-            batch=options.train_batch_size,
-            mirrors=options.random_flip,
-        )
-        check_disk_space(inputs.cache_latents, encoded.missing())
+    buckets = make_buckets(base, data, options)
+    encoded = _encoded(inputs, options, buckets, recorded["base"]["components"])
     is_here = bool(unfinished) and executor is None
-    blank = None if encoded is None else Blank(base)
+    if is_here:
+        check_buckets(buckets)
+    blanks = tuple(Blank(data.base) for data in encoded)
     job = Job(base, data, options, recorded, layers, world, tell, observers)
     return FinetunePlan(
         job,
@@ -346,11 +346,36 @@ def plan(
         trained,
         condition,
         ranked_for,
-        measure_step(replace(job, encoder=blank), unfinished[0]) if is_here else None,
+        measure_step(replace(job, encoders=blanks), unfinished[0]) if is_here else None,
         executor=executor,
         tasks=() if executor is None else tasks,
+        buckets=buckets,
         encoded=encoded,
     )
+
+
+def _encoded(
+    inputs: FinetuneInputs,
+    options: FinetuneOptions,
+    buckets: Sequence[Bucket],
+    components: Mapping[str, str],
+) -> tuple[EncodedData, ...]:
+    """Return latents and text of each bucket, if they are to be kept.
+
+    Raises:
+        UsageError: if the base encodes nothing.
+        ResourceError: if the disk is too small.
+    """
+    if inputs.cache_latents is None:
+        return ()
+    folder = place_for(inputs.cache_latents)
+    batch, mirrors = options.train_batch_size, options.random_flip
+    encoded = tuple(
+        EncodedData(b.base, b.data, folder, components, batch=batch, mirrors=mirrors)
+        for b in buckets
+    )
+    check_disk_space(folder, sum(data.missing() for data in encoded))
+    return encoded
 
 
 def _choose(ranges: tuple[TimestepRange, ...], only: Sequence[str]) -> tuple[TimestepRange, ...]:

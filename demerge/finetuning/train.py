@@ -53,14 +53,15 @@ def finetune(
     out: str | Path,
     *,
     layers: Sequence[str] | None = None,
-    encoder: Encoder | None = None,
+    encoders: Sequence[Encoder] = (),
     stop: Stop = never,
 ) -> Iterator[TrainingStep]:
     """Train an expert of `base` on each range and write it to OUT/RANGE; yield after each step.
 
     Args:
         layers: the layers that train; all others stay the base's. None trains all.
-        encoder: gives x_0 and text that were encoded before (`demerge.diffusion.encoded`).
+        encoders: give x_0 and text that were encoded before (`demerge.diffusion.encoded`), one for
+            each bucket of aspect ratios.
         stop: called after each step; if true, the state is saved and `Preempted` raised.
 
     Raises:
@@ -73,7 +74,7 @@ def finetune(
     inputs = check_output(base, data, ranges, options, out, layers=layers)
     observers = make_observers(options, out)
     frozen = freeze_base(base, options)
-    job = Job(frozen, data, options, inputs, layers, observers=observers, encoder=encoder)
+    job = Job(frozen, data, options, inputs, layers, observers=observers, encoders=encoders)
     yield from train_ranges(job, ranges, out, stop)
 
 

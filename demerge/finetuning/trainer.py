@@ -113,7 +113,8 @@ class Job:
         layers: the layers that train; None is all.
         world: the processes that share each step; the first one writes.
         tell: called with a line if a run goes on in another way than it was asked to.
-        encoder: gives x_0 and text that were encoded before; None encodes them at each step.
+        encoders: give x_0 and text that were encoded before, one for each bucket of aspect ratios;
+            none encode them at each step.
     """
 
     base: Diffusion
@@ -124,7 +125,7 @@ class Job:
     world: World = ALONE
     tell: Callable[[str], None] | None = None
     observers: Sequence[Observer] = ()
-    encoder: Encoder | None = None
+    encoders: Sequence[Encoder] = ()
 
 
 class ExpertTraining:
@@ -156,8 +157,8 @@ class ExpertTraining:
         self.one_step = Step(
             student, teacher, self.parameters, self.optimizer, options, job.world, learned
         )
-        encoder = job.encoder
-        self.batches = Batches(base, job.data, span, options, job.world, encoder=encoder)
+        encoders = job.encoders
+        self.batches = Batches(base, job.data, span, options, job.world, encoders=encoders)
         self.step, self.skipped, self._bad = 0, 0, 0
         self._captured: CapturedStep | None = None
         self._may_capture = self._allows_graph()
@@ -323,6 +324,8 @@ class ExpertTraining:
             reason = "several processes share the step"
         elif o.optimizer != "adamw":
             reason = f"optimizer {o.optimizer} waits for the host"
+        elif o.aspect_ratio_buckets is not None:
+            reason = "images have several sizes"
         elif o.compile:
             reason = "torch.compile is on"
         if reason is not None and o.cuda_graph == "on":

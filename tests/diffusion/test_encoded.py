@@ -54,7 +54,7 @@ def test_batches_are_those_of_an_encoding_at_each_step(
 ) -> None:
     encoded = encode(base, captioned, tmp_path)
     plain = Batches(base, captioned, SPAN, OPTIONS, by_process=False)
-    stored = Batches(base, captioned, SPAN, OPTIONS, by_process=by_process, encoder=encoded)
+    stored = Batches(base, captioned, SPAN, OPTIONS, by_process=by_process, encoders=[encoded])
     for step in range(3):
         (a,), (b,) = plain.step(step), stored.step(step)
         assert a.condition.keys() == b.condition.keys() and a.condition
@@ -70,7 +70,7 @@ def test_classes_are_no_text(tiny_dit: Path, tmp_path: Path) -> None:
     encoded = encode(dit, data, tmp_path, mirrors=False)
     assert list(encoded.tables) == ["latents"]
     (a,) = Batches(dit, data, SPAN, options).step(0)
-    (b,) = Batches(dit, data, SPAN, options, encoder=encoded).step(0)
+    (b,) = Batches(dit, data, SPAN, options, encoders=[encoded]).step(0)
     for mine, theirs in zip(a.tensors(), b.tensors(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -78,8 +78,8 @@ def test_classes_are_no_text(tiny_dit: Path, tmp_path: Path) -> None:
 def test_experts_are_the_same_bits(base: Diffusion, captioned: ImageData, tmp_path: Path) -> None:
     encoded, made = encode(base, captioned, tmp_path / "cache"), []
     encoded.release()
-    for name, encoder in (("a", None), ("b", encoded)):
-        for _ in finetune(base, captioned, [SPAN], OPTIONS, tmp_path / name, encoder=encoder):
+    for name, encoders in (("a", []), ("b", [encoded])):
+        for _ in finetune(base, captioned, [SPAN], OPTIONS, tmp_path / name, encoders=encoders):
             pass
         made.append(Diffusion.load(tmp_path / name / str(SPAN)).sha256)
     assert made[0] == made[1]
