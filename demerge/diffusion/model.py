@@ -114,6 +114,10 @@ class Diffusion:
             fix = "use a base that takes x_t alone, as its text-to-image model; merge takes both"
             raise UsageError(f"{self.folder or 'the denoiser'}: {other}", fix=fix)
         family.check()
+        side = self.resolution and family.image_shape[-1]
+        if side != self.resolution:
+            what = f"{self.folder}: resolution is {self.resolution}, which is no whole number"
+            raise UsageError(f"{what} of latents or patches", fix=f"for example {side or 64}")
         return family
 
     def __repr__(self) -> str:

@@ -51,7 +51,9 @@ class Flux(Family):
 
     def _call(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         height, width = (side // 2 for side in x_t.shape[-2:])
-        rows, columns = torch.arange(height).to(x_t), torch.arange(width).to(x_t)
+        # made on the device, since a CUDA graph copies nothing from the host
+        rows = torch.arange(height, device=x_t.device, dtype=x_t.dtype)
+        columns = torch.arange(width, device=x_t.device, dtype=x_t.dtype)
         grid = torch.cartesian_prod(rows, columns)
         positions = torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
         length = condition["encoder_hidden_states"].shape[1]

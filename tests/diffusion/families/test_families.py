@@ -258,6 +258,12 @@ def test_a_text_encoder_that_is_missing_is_named(
         load(copy)
 
 
+def test_a_resolution_fits_the_patches(tiny_family: Family) -> None:
+    with pytest.raises(UsageError, match="resolution is 15") as refused:
+        Diffusion.load(tiny_family("flux"), resolution=15)
+    assert "12" in refused.value.fix
+
+
 def test_captions_are_needed(tiny_family: Family) -> None:
     with pytest.raises(UsageError, match="takes text"):
         sample(load(tiny_family("sd3")), 1)
