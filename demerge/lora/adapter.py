@@ -23,14 +23,15 @@ from torch import Tensor
 
 from demerge.errors import InputError, listed
 from demerge.lora.names import Keys, Modules, Piece, Target
-from demerge.lora.products import MissingFactorError, Product, Shape, find_product, read
+from demerge.lora.products import MissingFactorError, Product, Rows, Shape, find_product, read
 from demerge.lora.settings import MERGE_FIRST, Settings, find_config
-from demerge.storage.checkpoint import Checkpoint, finite
+from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.hub import resolve_model_path
 from demerge.storage.layout import CheckpointLocation, locate
+from demerge.storage.lazy import Lazy
 from demerge.storage.names import Span
 
-BLOCK = 1 << 20  # elements in float64 at once
+BLOCK = 1 << 16  # elements of the rows that are made at once; they do not depend on the reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,9 @@ class Delta:
 
 
 class Adapter(Mapping[str, Tensor]):
-    """The deltas of a LoRA by the base's tensor names, float32, expanded when they are read.
+    """The deltas of a LoRA by the base's tensor names, float32; the rows that are read are made.
 
-    A tensor that the LoRA does not touch is not in the mapping: its delta is 0. The last one that
-    was read is kept.
+    A tensor that the LoRA does not touch is not in the mapping: its delta is 0.
 
     Attributes:
         place: where it lies; its files are what a recipe hashes.
@@ -91,7 +91,6 @@ class Adapter(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         deltas = self._deltas[name]
         if name not in self._last:
-            self._last = {}  # before the next is expanded
             self._last = {name: self._expand(name, deltas)}
         return self._last[name]
 
@@ -235,40 +234,75 @@ class Adapter(Mapping[str, Tensor]):
     # -- expansion ---------------------------------------------------------------------------------
 
     def _expand(self, name: str, deltas: list[Delta]) -> Tensor:
+        """Return what makes a delta, in blocks of rows of which the last one is kept."""
         base = self._base[name]
         height = base.shape[0] if base.ndim else 1
-        dense = torch.zeros(height, max(1, base.numel() // height))
-        for delta in deltas:
-            start, stop = delta.piece.at or (0, height)
-            self._fill(dense[start:stop], delta)
-            if not finite(dense[start:stop]):
-                self._refuse(
-                    f"{delta.named}: its factors make NaN or Inf", "use another file of it"
-                )
-        return dense.view(base.shape)
+        width = max(1, base.numel() // height)
+        step = max(1, BLOCK // width)
+        size = step * width
+        if any(delta.magnitude is not None and delta.axis for delta in deltas):
+            step, size = height, base.numel()
+        last: dict[int, Tensor] = {}
+        opened: list[_Opened] = []
 
-    def _fill(self, dense: Tensor, delta: Delta) -> None:
-        """Write the rows [m n] of a delta."""
-        rows, piece = delta.product.open(), delta.piece
-        first = piece.rows[0] if piece.rows else 0
-        m, n = dense.shape
-        step = m if delta.magnitude and delta.axis else max(1, BLOCK // n)
-        magnitude = None
-        if delta.magnitude is not None:
-            magnitude = read(self._file, delta.magnitude).reshape(-1)
-        for start in range(0, m, step):
-            stop = min(start + step, m)
-            block = rows(first + start, first + stop).mul_(delta.scale)
-            if magnitude is not None:
-                at = (piece.at[0] if piece.at else 0) + start
-                W = self._base[piece.tensor].flatten(1)[at : at + stop - start].double()
-                if delta.axis:
-                    kernel = self._base[piece.tensor][0, 0].numel()
-                    block = _decompose(W, block, magnitude, kernel)
-                else:
-                    m_rows = magnitude[first + start : first + stop]
-                    block = _decompose_rows(W, block, m_rows)
-            dense[start:stop] = block
+        def block(i: int) -> Tensor:
+            if i not in last:
+                if not opened:
+                    opened.extend(_Opened.of(delta, self._file, base) for delta in deltas)
+                last.clear()
+                last[i] = self._make_rows(opened, i * step, min(height, (i + 1) * step), width)
+            return last[i]
+
+        def read(start: int, stop: int) -> Tensor:
+            parts = [torch.empty(0)]
+            for i in range(start // size, -(-stop // size)):
+                parts.append(block(i)[max(0, start - i * size) : stop - i * size])
+            return parts[1] if len(parts) == 2 else torch.cat(parts)
+
+        return Lazy.of(base.shape, torch.float32, read)
+
+    @staticmethod
+    def _make_rows(opened: list[_Opened], start: int, stop: int, width: int) -> Tensor:
+        """Return rows [start, stop) of a tensor's delta, flat."""
+        if len(opened) == 1 and opened[0].delta.piece.at is None:
+            return opened[0].rows(start, stop).float().reshape(-1)
+        dense = torch.zeros(stop - start, width)
+        for each in opened:
+            first, last = each.delta.piece.at or (0, stop)
+            begin, end = max(start, first), min(stop, last)
+            if begin < end:
+                dense[begin - start : end - start] = each.rows(begin, end)
+        return dense.reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A delta whose factors are read; `base` is the weight that a magnitude belongs to."""
+
+    delta: Delta
+    product: Rows
+    magnitude: Tensor | None
+    base: Tensor
+
+    @classmethod
+    def of(cls, delta: Delta, file: Checkpoint, base: Tensor) -> _Opened:
+        key = delta.magnitude
+        magnitude = None if key is None else read(file, key).reshape(-1)
+        return cls(delta, delta.product.open(), magnitude, base)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of the base's tensor, in float64."""
+        piece, magnitude = self.delta.piece, self.magnitude
+        shift = (piece.rows[0] if piece.rows else 0) - (piece.at[0] if piece.at else 0)
+        made = self.product(start + shift, stop + shift)
+        if self.delta.scale != 1:
+            made.mul_(self.delta.scale)
+        if magnitude is None:
+            return made
+        W = self.base.flatten(1)[start:stop].double()
+        if self.delta.axis:
+            return _decompose(W, made, magnitude, self.base[0, 0].numel())
+        return _decompose_rows(W, made, magnitude[start + shift : stop + shift])
 
 
 def open_expert(

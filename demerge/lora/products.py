@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from demerge.storage.checkpoint import Checkpoint
+from demerge.errors import InputError
+from demerge.storage.checkpoint import Checkpoint, finite
 
 Shape = tuple[int, ...]
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a product, float64
@@ -70,7 +71,14 @@ def find_product(file: Checkpoint, parts: Mapping[str, str]) -> Product:
 
 
 def read(file: Checkpoint, key: str) -> Tensor:
-    """Return a factor in float64."""
+    """Return a factor in float64.
+
+    Raises:
+        InputError: if it holds NaN or Inf.
+    """
+    if not finite(file[key]):
+        what = f"{file.place.path}: {key} holds NaN or Inf"
+        raise InputError(what, fix="use another file of this LoRA")
     return file[key].double()
 
 

@@ -202,9 +202,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def _read(self, spec: Spec) -> Tensor:
         """Return the numbers of a tensor."""
         if spec.parts:
-            from demerge.storage.joined import Joined
+            from demerge.storage.lazy import joined
 
-            return Joined.of([self._read(part) for part in spec.parts])
+            return joined([self._read(part) for part in spec.parts])
         tensor = self._stored(spec)
         if spec.scale is None:
             return tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 from demerge.errors import InputError
 from demerge.merging import MergeSession, merge
 from demerge.storage.checkpoint import Checkpoint
-from demerge.storage.joined import Joined
+from demerge.storage.lazy import Lazy
 from demerge.storage.names import find_family
 from demerge.storage.names.tensors import Renamed
 
@@ -106,7 +106,7 @@ def test_scaled_fp8_is_split_and_joined_with_its_scales(
             torch.cat([part.reshape(-1)[:] + 0 for part in parts]).view(48, 16), values
         )
     joined = Checkpoint.open(one[0]).named_like(Checkpoint.open(base[1]))[f"{module}.weight"]
-    assert isinstance(joined, Joined) and joined.shape == (48, 16) and len(joined) == 48
+    assert isinstance(joined, Lazy) and joined.shape == (48, 16) and len(joined) == 48
     whole = load_file(one[1])[f"{module}.weight"]
     assert torch.equal(joined + 0, whole)
     for start, stop in ((0, 10), (250, 520), (256, 512), (700, 9999), (5, 5)):
