@@ -68,6 +68,8 @@ def test_weights_per_block(run: Run, tiny: Path, experts: list[Path], tmp_path: 
         tiny,
         *experts,
         *QUICK,
+        "--samples",
+        5,
         "--granularity",
         "block",
         "--ridge",
@@ -92,8 +94,16 @@ def test_weights_per_block(run: Run, tiny: Path, experts: list[Path], tmp_path: 
     )
 
 
-def test_weights_per_layer(run: Run, tiny: Path, experts: list[Path], tmp_path: Path) -> None:
-    file, expert = tmp_path / "w.json", experts[0]
+ONE_LEVEL = {  # half the layers
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+
+
+def test_weights_per_layer(run: Run, make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    tiny, expert = (make_tiny(seed=seed, **ONE_LEVEL) for seed in (0, 1))
+    file = tmp_path / "w.json"
     done = run(
         "coefficients",
         tiny,
