@@ -93,7 +93,7 @@ def test_conflict_is_found_where_noise_allows_it(map_of: Any) -> None:
 def test_agreement_is_called_a_conflict_in_five_percent_of_many_maps(
     map_of: Any, draws: str, noise: float, M: int
 ) -> None:
-    rng, runs = np.random.default_rng(M), 1000
+    rng, runs = np.random.default_rng(M), 400
     maps = (map_of(gradients(rng, 1.0, noise, draws, M)) for _ in range(runs))
     wrong = sum(verdict(Reading(map), HIGH_AND_LOW).is_promised for map in maps)
     assert wrong <= 0.05 * runs, wrong
