@@ -24,7 +24,7 @@ CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
 PACKAGES = (
     "diffusers", "safetensors", "numpy", "pandas", "sklearn", "seaborn", "einops", "PIL", "typer",
 )  # fmt: skip
-EXTRAS = {"transformers": "sd", "datasets": "data", "nbclient": "notebook"}
+EXTRAS = {"transformers": "sd", "datasets": "data", "peft": "lora", "nbclient": "notebook"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from demerge.data import ImageData, load_images
 from demerge.diffusion.adapters import load_model, share_weights
+from demerge.diffusion.encoded import EncodedData
 from demerge.diffusion.ensemble import load_routed
 from demerge.diffusion.model import Diffusion
 from demerge.errors import InputError, NumericalError, Preempted, UsageError
@@ -307,6 +309,42 @@ def test_stock_diffusers_loads_it(tiny_text: Path, image_folder: Path, tmp_path:
         theirs = pipeline.unet(x, torch.tensor([7, 400]), **states).sample
         ours = load_model(file.parent, base).predict(x, torch.tensor([7, 400]), states)
         plain = base.predict(x, torch.tensor([7, 400]), states)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours, plain, atol=1e-3)
+
+
+FAMILIES = ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "sd3", "wan"))]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_pipelines_of_each_family_load_it(
+    tiny_family: Callable[[str], Path], image_folder: Path, tmp_path: Path, family: str
+) -> None:
+    """Trained on latents and texts that were encoded before; Wan's is of its low-noise denoiser."""
+    folder, of_two = tiny_family(family), family == "wan"
+    base = Diffusion.load(folder)
+    if of_two:  # a denoiser of its own folder
+        base = Diffusion.load(folder / "transformer_2", resolution=16, pairs=False)
+    data = load_images(image_folder, split="all", resolution=base.image_shape[1])
+    encoded = EncodedData(base, data, tmp_path / "kept", base.identity["components"], batch=4)
+    encoded.fill()
+    encoded.open()
+    options = replace(FAST, max_train_steps=2)
+    list(finetune(base, data, [SPAN], options, tmp_path, encoders=[encoded]))
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(
+        tmp_path / str(SPAN), **({"load_into_transformer_2": True} if of_two else {})
+    )
+    part = "transformer_2" if of_two else "unet" if family == "sdxl" else "transformer"
+    models = (
+        base,
+        load_model(tmp_path / str(SPAN), base),
+        base.with_denoiser(getattr(pipeline, part)),
+    )
+    x = torch.randn(1, *base.sample_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, ours, theirs = (m.predict(x, 300, base.condition(1, ["a"])) for m in models)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-3)
 
