@@ -207,7 +207,7 @@ class Adapter(Mapping[str, Tensor]):
             is_fit = rows[0] == wanted[0] and math.prod(rows) == math.prod(wanted)
         else:
             is_fit = _as_linear(rows) == _as_linear(wanted)
-        if not is_fit:
+        if not is_fit or (piece.at and piece.at[1] > next(iter(base), 0)):
             what = f"the {product.kind} of {named} is {list(product.shape)}"
             what = f"{what}, {piece.tensor} of the base is {list(base)}"
             self._refuse(what, "name the base that this LoRA was trained on")

@@ -179,8 +179,11 @@ class Modules:
             module, bias = _split_bias(stem)
             parts = self.family.to_diffusers(module) if self.family.is_original(module) else ()
             rows: Sequence[Span | None] = [None]
-            if len(parts) > 1 and shapes[name]:
-                rows = self.family.split_rows(parts, shapes[name][0])
+            if len(parts) > 1:
+                try:
+                    rows = self.family.split_rows(parts, next(iter(shapes[name]), 0))
+                except ValueError:  # it is found as a whole alone
+                    continue
             for part, span in zip(parts, rows, strict=True) if parts else ():
                 slot = Slot(name, span, is_original=True)
                 self._tensors.setdefault(flat(part + bias), set()).add(slot)

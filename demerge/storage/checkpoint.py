@@ -152,15 +152,15 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """Return the tensors in the layout of the original code, or in that of diffusers."""
         inside = {canonical(name): spec for name, spec in denoiser_of(self.specs).items()}
         shapes = {name: spec.shape for name, spec in inside.items()}
+        made = {}
         try:
             rows = rename_rows(shapes, family, to_original=to_original)
+            for name, sources in rows.items():
+                parts = [inside[n].rows(*span) if span else inside[n] for n, span in sources]
+                made[name] = parts[0] if len(parts) == 1 else Spec.join(parts)
         except ValueError as error:
             what = f"{self.place.path} does not have the tensors of a {family.name} model: {error}"
             raise InputError(what, fix="name a model of the base's kind") from error
-        made = {}
-        for name, sources in rows.items():
-            parts = [inside[n].rows(*span) if span else inside[n] for n, span in sources]
-            made[name] = parts[0] if len(parts) == 1 else Spec.join(parts)
         outside = self.specs.keys() - denoiser_of(self.specs).keys()
         return {name: self.specs[name] for name in self.specs if name in outside} | made
 

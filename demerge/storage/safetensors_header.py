@@ -73,9 +73,15 @@ class Spec:
         return self.dtype in FLOATS
 
     def rows(self, start: int, stop: int) -> Spec:
-        """Return some of its rows [m *] as a tensor."""
-        m, scale = self.shape[0], self.scale
-        size = (self.stop - self.start) // m
+        """Return some of its rows [m *] as a tensor.
+
+        Raises:
+            ValueError: if it does not have them.
+        """
+        m, scale = next(iter(self.shape), 0), self.scale
+        if stop > m:
+            raise ValueError(f"a tensor of shape {list(self.shape)} has no row {stop - 1}")
+        size = (self.stop - self.start) // max(1, m)
         if scale is not None and scale.spec.numel == m > 1:
             scale = replace(scale, spec=scale.spec.rows(start, stop))
         shape, begin = (stop - start, *self.shape[1:]), self.start + start * size

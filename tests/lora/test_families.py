@@ -22,6 +22,7 @@ from torch import Tensor
 from demerge.errors import InputError
 from demerge.lora import Adapter, open_expert
 from demerge.merging import merge
+from demerge.storage.checkpoint import Checkpoint
 from demerge.storage.names import find_family, flat
 from demerge.storage.names.tensors import Renamed
 
@@ -299,3 +300,50 @@ def test_loras_in_the_names_of_two_programs_merge_without_a_base(
     assert set(adapter) == {name for name, delta in expected.items() if delta.any()}
     for name in adapter:
         torch.testing.assert_close(adapter[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_bases_whose_matrices_cannot_be_split_are_refused(tmp_path: Path) -> None:
+    module = "transformer.transformer_blocks.0.attn.to_q"
+    held = {
+        f"{module}.lora_A.weight": torch.ones(R, 4),
+        f"{module}.lora_B.weight": torch.ones(4, R),
+    }
+    save_file(held, tmp_path / "lora.safetensors")
+    for shape in ((4, 4), (0, 4), ()):
+        base = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(shape)}
+        with pytest.raises(InputError, match="1 of 1 modules are not in the base"):
+            open_expert(tmp_path / "lora.safetensors", base)
+        save_file(base, tmp_path / "base.safetensors")
+        names = {"transformer_blocks.0.attn.to_q.weight": 1, "single_transformer_blocks.0.x": 1}
+        with pytest.raises(InputError, match="does not have the tensors of a Flux model"):
+            Checkpoint.open(tmp_path / "base.safetensors").named_like(names)
+
+
+def test_lora_files_named_after_their_noise_go_to_the_two_denoisers(
+    tiny_denoiser: Make, tmp_path: Path
+) -> None:
+    import diffusers
+
+    models = [tiny_denoiser("Wan", seed) for seed in (0, 1)]
+    pipeline = diffusers.WanPipeline(
+        text_encoder=None, tokenizer=None, vae=None, transformer=models[0], transformer_2=models[1],
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), boundary_ratio=0.875,
+    )  # fmt: skip
+    pipeline.save_pretrained(tmp_path / "base")
+    deltas, paths = [], []
+    for model, side in zip(models, ("high", "low"), strict=True):
+        theirs = dict(model.state_dict())
+        original = other_layout(theirs, theirs, to_original=True)
+        paths.append(tmp_path / f"style_{side}_noise.safetensors")
+        made = write(paths[-1], original, ORIGINAL["kohya and musubi"])
+        deltas.append(other_layout(made, theirs, to_original=False))
+    merge(tmp_path / "base", paths, tmp_path / "out", weights=[1, 0.5])
+    merged = diffusers.WanPipeline.from_pretrained(
+        tmp_path / "out", text_encoder=None, tokenizer=None, vae=None
+    )
+    for part, model, delta, weight in zip(
+        (merged.transformer, merged.transformer_2), models, deltas, (1, 0.5), strict=True
+    ):
+        state = part.state_dict()
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(state[name], tensor + weight * delta[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -35,7 +35,8 @@ class Family:
 
     def to_diffusers(self, name: str) -> Names:
         """Return diffusers' modules for one of the original, () if it is not one."""
-        for pattern, targets in self._from_original:
+        heads, patterns = self._from_original
+        for pattern, targets in patterns if name.startswith(heads) else ():
             if match := pattern.fullmatch(name):
                 return tuple(target.format(*match.groups()) for target in targets)
         return ()
@@ -45,7 +46,8 @@ class Family:
 
         A name that the table does not have is the same in both.
         """
-        for pattern, target, part in self._from_diffusers:
+        heads, patterns = self._from_diffusers
+        for pattern, target, part in patterns if name.startswith(heads) else ():
             if match := pattern.fullmatch(name):
                 return target.format(*match.groups()), part
         return name, 0
@@ -77,7 +79,7 @@ class Family:
             sum(w for end, w in self.widths.items() if part.endswith(end)) or 1 for part in parts
         ]
         unit, rest = divmod(rows, sum(widths))
-        if rest:
+        if rest or not unit:
             raise ValueError(f"{rows} rows cannot be those of {', '.join(parts)}")
         starts = [unit * sum(widths[:i]) for i in range(len(parts) + 1)]
         return list(pairwise(starts))
@@ -87,17 +89,19 @@ class Family:
         return list(map(_pattern, self.swapped))
 
     @cached_property
-    def _from_original(self) -> list[tuple[re.Pattern[str], Names]]:
-        return [(_pattern(original), names) for original, names in self._entries()]
+    def _from_original(self) -> tuple[Names, list[tuple[re.Pattern[str], Names]]]:
+        entries = [(_pattern(original), names) for original, names in self._entries()]
+        return _heads(self.table), entries
 
     @cached_property
-    def _from_diffusers(self) -> list[tuple[re.Pattern[str], str, int]]:
-        entries = self._entries()
-        return [
-            (_pattern(name), original, part)
-            for original, names in entries
+    def _from_diffusers(self) -> tuple[Names, list[tuple[re.Pattern[str], str, int]]]:
+        entries = [
+            (name, original, part)
+            for original, names in self._entries()
             for part, name in enumerate(names)
         ]
+        patterns = [(_pattern(name), original, part) for name, original, part in entries]
+        return _heads(name for name, _, _ in entries), patterns
 
     def _entries(self) -> Iterator[tuple[str, Names]]:
         for original, names in self.table.items():
@@ -107,6 +111,12 @@ class Family:
 def flat(name: str) -> str:
     """Return a name with underscores for its dots, as kohya writes it."""
     return name.replace(".", "_")
+
+
+def _heads(templates: Iterable[str]) -> Names:
+    """Return what the names of some templates begin with, dotted and flat."""
+    heads = {template.split("{}")[0] for template in templates}
+    return tuple(heads | {flat(head) for head in heads})
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -71,7 +71,7 @@ def _split(shapes: Shapes, family: Family) -> dict[str, list[Rows]]:
         if len(parts) < 2:
             made[parts[0] if parts else name] = _halves(name, stem, shapes, family)
             continue
-        spans = family.split_rows(tuple(map(_module, parts)), shape[0])
+        spans = family.split_rows(tuple(map(_module, parts)), next(iter(shape), 0))
         made |= {part: [(name, span)] for part, span in zip(parts, spans, strict=True)}
     return made
 
@@ -92,9 +92,16 @@ def _join(shapes: Shapes, family: Family) -> dict[str, list[Rows]]:
             made[original] = _halves(name, stem, shapes, family)
         elif missing := [part for part in parts if part not in shapes]:
             raise ValueError(f"{original} needs {', '.join(missing)}, which are missing")
+        elif not _can_join([shapes[part] for part in parts]):
+            raise ValueError(f"{', '.join(parts)} cannot be joined by rows")
         else:
             made[original] = [(part, None) for part in parts]
     return made
+
+
+def _can_join(shapes: Sequence[Sequence[int]]) -> bool:
+    """Return whether tensors have rows, of one shape."""
+    return all(shapes) and all(tuple(s[1:]) == tuple(shapes[0][1:]) for s in shapes)
 
 
 def _find_parts(original: str, family: Family) -> tuple[str, Names]:
