@@ -6,7 +6,8 @@ one run.
 makes a base and four experts in float16, random weights in the shapes of a real model, and runs
 each row in a process of its own: the floor (`cat` of the inputs, `cp` of one), naive torch loops
 (`peers.py`), ours with hashes known and unknown, and mergekit 0.1.5 and sd-mecha 1.1.8 where
-`--mergekit PYTHON` and `--sd-mecha PYTHON` name interpreters that have them. `demerge-two` is ours
+`--mergekit PYTHON` and `--sd-mecha PYTHON` name interpreters that have them. `demerge-lora` is
+ours with experts as LoRA of rank 16 on all matrices and kernels, `demerge-two` ours
 with `--num-workers 2`, `demerge-pair` two merges of one worker at once: what two cores give at all. The
 table holds medians of CPU seconds with start-up, wall seconds, the peak of anonymous memory (of
 several processes at most this, since they share some), gigabytes read and written per CPU second,
@@ -33,6 +34,7 @@ from pathlib import Path
 
 PEERS = Path(__file__).resolve().with_name("peers.py")
 EXPERTS = 4
+RANK = 16
 METHODS = {
     "average": "--method average",
     "task_arithmetic": "--method task_arithmetic --weights 0.3,0.3,0.3,0.3",
@@ -119,6 +121,15 @@ def make(folder: Path, size: str) -> None:
             {name: t.square_() for name, t in normal(0.001).items()},
             folder / f"fisher{i}.safetensors",
         )
+        factors = {}
+        for name, shape in sizes.items():
+            if len(shape) > 1:
+                module, down = name.removesuffix(".weight"), (RANK, *shape[1:])
+                up = (shape[0], RANK, *[1] * (len(shape) - 2))
+                for key, size in (("lora_A", down), ("lora_B", up)):
+                    factor = torch.randn(size, generator=generator).mul_(0.01)
+                    factors[f"unet.{module}.{key}.weight"] = factor.half()
+        save_file(factors, folder / f"lora{i}.safetensors")
 
 
 def rows(folder: Path, methods: list[str], peers: dict[str, str]) -> Iterator[Row]:
@@ -157,6 +168,9 @@ def rows(folder: Path, methods: list[str], peers: dict[str, str]) -> Iterator[Ro
         if method in (methods[0], "fisher"):  # which reads other files too
             yield Row("demerge-hashing", method, one, forgets=True)
         yield Row("demerge", method, one)
+        if method != "fisher":
+            loras = [name.replace("expert", "lora") for name in inputs]
+            yield Row("demerge-lora", method, (*ours[:4], *loras, *one[4 + len(inputs) :]))
         yield Row("demerge-two", method, (*ours, "--num-workers", "2"))
         yield Row(
             "demerge-pair",
