@@ -289,9 +289,11 @@ def tiny_denoiser() -> Callable[..., Any]:
 def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Make a tiny stock pipeline of 16 x 16 x 3 images: sdxl, sd3, flux, wan (two denoisers) or bert.
 
-    wan needs `resolution=16`; bert is a UNet with a BERT and an AutoencoderTiny.
+    wan needs `resolution=16`; bert is a UNet with a BERT and an AutoencoderTiny; taef2 is bert with
+    an AutoencoderTAEF2 and an attention mask.
     """
     makers = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "wan": _wan, "bert": _bert}
+    makers["taef2"] = _taef2
     folder = tmp_path_factory.mktemp("families")
 
     @functools.cache
@@ -466,6 +468,17 @@ def _bert(folder: Path) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def _taef2(folder: Path) -> Any:
+    from demerge.diffusion.families.taef2 import AutoencoderTAEF2
+
+    pipeline = _bert(folder)
+    pipeline.text_encoder.config.use_attention_mask = True
+    statistics = {"latents_mean": (0.1, 0.2, 0.3, 0.4), "latents_std": (0.5, 1.0, 1.5, 2.0)}
+    vae = AutoencoderTAEF2(latent_channels=4, block_out_channels=(8, 8), **statistics)
+    pipeline.register_modules(vae=vae)
+    return pipeline
 
 
 def _tiny_vae(**changes: Any) -> Any:

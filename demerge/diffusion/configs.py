@@ -82,6 +82,21 @@ class VaeConfig(Foreign):
     shift_factor: float | None = None
 
 
+class TAEF2Config(VaeConfig):
+    """The config.json of an AutoencoderTAEF2."""
+
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> TAEF2Config:
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(f"{name} must have {self.latent_channels} numbers")
+        return self
+
+
 class WanVaeConfig(Foreign):
     """The config.json of an AutoencoderKLWan."""
 
@@ -131,6 +146,7 @@ CONFIGS: Mapping[str, type[Foreign]] = {  # of classes that have one of their ow
     "FluxTransformer2DModel": FluxConfig,
     "WanTransformer3DModel": WanConfig,
     "AutoencoderKLWan": WanVaeConfig,
+    "AutoencoderTAEF2": TAEF2Config,
 }
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from demerge.diffusion.conditioning import Classes, Condition
 from demerge.diffusion.families.family import Family, Text
+from demerge.diffusion.families.taef2 import AutoencoderTAEF2
 from demerge.diffusion.families.text import BERT, CLIP, Encoder, load_encoder
 from demerge.errors import UsageError
 
@@ -42,6 +43,7 @@ class StableDiffusion(UNet):
     autoencoders = {
         "AutoencoderKL": diffusers.AutoencoderKL,
         "AutoencoderTiny": diffusers.AutoencoderTiny,
+        "AutoencoderTAEF2": AutoencoderTAEF2,
     }
 
     @staticmethod
@@ -52,7 +54,7 @@ class StableDiffusion(UNet):
 
 @dataclass(frozen=True, slots=True)
 class LastStates:
-    """The last hidden states [B L D] of one encoder."""
+    """The last hidden states [B L D] of one encoder; padding is masked if its config says so."""
 
     encoder: Encoder
 
@@ -61,5 +63,6 @@ class LastStates:
         return {"text_encoder": self.encoder.model}
 
     def __call__(self, captions: Sequence[str]) -> Condition:
-        output, _ = self.encoder(captions)
+        masked = bool(getattr(self.encoder.model.config, "use_attention_mask", False))
+        output, _ = self.encoder(captions, masked=masked)
         return {"encoder_hidden_states": output[0]}

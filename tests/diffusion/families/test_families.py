@@ -48,7 +48,7 @@ def data(image_folder: Path) -> ImageData:
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "taef2"])
 def test_images_are_those_of_the_stock_pipeline(
     tiny_family: Family, name: str, scale: float
 ) -> None:
