@@ -20,6 +20,7 @@ from demerge.timestep_conventions import (
     to_sigma,
     unshift,
 )
+from demerge.timesteps import Partition
 
 CONVENTIONS: tuple[Convention, ...] = ("timestep", "sigma", "index", "unshifted")
 units, shifts = st.floats(0, 1), st.floats(0.05, 20)
@@ -62,6 +63,23 @@ def test_the_shift_is_diffusers(s: float) -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=s).sigmas.double()
     u = torch.arange(1000, 0, -1, dtype=F64) / 1000
     torch.testing.assert_close(shift(u, s), theirs, atol=1e-6, rtol=0)
+
+
+@given(st.integers(1, 999), shifts, st.integers(1, 60), densities)
+def test_a_boundary_owns_the_same_steps_and_draws_in_every_convention(
+    cut: int, s: float, steps: int, density: Density
+) -> None:
+    """High noise is t >= cut: the first share `index` of a sampler's steps, and u >= `unshifted`."""
+    partition, T = Partition.from_cuts(1000, [cut]), 1000
+    bounds = {name: from_sigma(cut / T, name, s, T) for name in CONVENTIONS}
+    u = torch.cat([1 - torch.arange(steps, dtype=F64) / steps, density.quantile(V)])
+    sigma = shift(u, s)
+    for convention, bound in bounds.items():
+        values = from_sigma(sigma, convention, s, T)
+        is_high = values <= bound if convention == "index" else values >= bound
+        is_sure = (sigma * T - cut).abs() > 1e-6
+        routes = torch.tensor([partition.route(t) for t in (sigma * T).clamp(max=T).tolist()])
+        assert torch.equal(is_high[is_sure], routes[is_sure] == 1), convention
 
 
 @given(densities)
