@@ -29,7 +29,7 @@ from demerge.storage.names.tensors import Renamed
 Tensors = dict[str, Tensor]
 Make = Callable[..., Any]
 R, ALPHA = 2, 3.0
-FAMILIES = ("SD 1.x", "SDXL", "Flux", "SD3", "Wan")
+FAMILIES = ("SDXL", "Flux", "SD3", "Wan")
 LAYERS = {"Flux": {"num_layers": 2, "num_single_layers": 2}, "SD3": {"num_layers": 2}}
 ORIGINAL = {
     "comfy": ("diffusion_model.{}", "lora_A", "lora_B"),

@@ -20,7 +20,7 @@ from demerge.storage.names.tensors import Renamed
 
 Make = Callable[..., Any]
 Tensors = dict[str, Tensor]
-FAMILIES = ("SD 1.x", "SDXL", "SD3", "Flux", "Wan")
+FAMILIES = ("SDXL", "SD3", "Flux", "Wan")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREFIX = "model.diffusion_model."
 
