@@ -27,6 +27,7 @@ OTHERS = (
     "CONTRIBUTING.md",
     "examples/README.md",
     "examples/cifar10/README.md",
+    "examples/emoji/README.md",
     "notebooks/cifar10/README.md",
 )
 PAGES = [*(ROOT / name for name in OTHERS), *WRITTEN]

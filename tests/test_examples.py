@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,13 +14,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from demerge.cli.main import app
+from demerge.data import load_images
+from demerge.diffusion.model import Diffusion
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
@@ -190,3 +195,43 @@ def test_the_recipe_runs_on_a_real_base(tmp_path: Path) -> None:
     assert "ties" in run_recipe(tmp_path, *files)
     score = json.loads((tmp_path / "run/scores/base.seed0.json").read_text())
     assert score["protocol"]["distance"] == "FID" and score["protocol"]["reference_n"] == 50_000
+
+
+# -- the recipe of examples/emoji ------------------------------------------------------------------
+
+
+@pytest.fixture
+def emoji(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module examples/emoji/toy.py."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "emoji"))
+    return importlib.import_module("toy")
+
+
+def test_prepare_makes_captioned_images_and_a_pipeline(emoji: Any, tmp_path: Path) -> None:
+    emoji.write_assets(tmp_path)
+    folders = {"--emoji": "emoji", "--text": "minilm", "--autoencoder": "taef2", "--out": "run"}
+    words = [str(word) for name, value in folders.items() for word in (name, tmp_path / value)]
+    emoji.prepare([*words, "--side", "16", "--widths", "8", "16"])
+    data = load_images(tmp_path / "run/data", split="train")
+    assert data.shape == (3, 16, 16) and "red disc" in load_images(tmp_path / "run/data").captions
+    assert data.images([0])[0, :, 0, 0].tolist() == [255, 255, 255]
+    model = Diffusion.load(tmp_path / "run/random")
+    x0 = model.family.encode(data.images(range(len(data))) / 127.5 - 1)
+    deviation, mean = torch.std_mean(x0, dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(deviation, torch.ones(4), atol=1e-4, rtol=0)
+    one, two = (model.text([text])["encoder_hidden_states"] for text in ("red disc", "blue ring"))
+    assert one.shape == (1, 16, 16) and not torch.equal(one, two)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_emoji_recipe_run(emoji: Any, tmp_path: Path) -> None:
+    out = emoji.run(tmp_path)
+    models = {json.loads(path.read_text())["model"] for path in (out / "scores").glob("*.json")}
+    merged = {"average", "sum", "lora-average"}
+    assert {"base", "joint", "ensemble", "lora-joint", "lora-ensemble", *merged} < models
+    steps = [json.loads(path.read_text())["steps"] for path in out.glob("*/0*/expert.json")]
+    assert sorted(steps) == [1, 1, 1, 1, 1, 2, 2]
+    assert (out / "report/index.html").is_file()
+    stock = diffusers.DiffusionPipeline.from_pretrained(out / "merged/lora-average")
+    assert type(stock.vae).__name__ == "AutoencoderTAEF2"

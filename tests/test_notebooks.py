@@ -16,6 +16,12 @@ from IPython.core.pylabtools import select_figure_formats
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+SLOW = {"emoji"}  # it makes a toy run first; test_examples.py has tests of its parts
+each_run = pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 SMALL = {"STEPS": "1", "IMAGES": "66", "BATCH": "1", "SEEDS": "1", "BINS": "4"}
 SMALLER = {  # no settings of their readers
     "steps=12,": "steps=2,",
@@ -36,7 +42,7 @@ class Shell(InteractiveShell):
         """Do nothing."""
 
 
-@each_notebook
+@each_run
 def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():
         monkeypatch.setenv(f"DEMERGE_NOTEBOOK_{name}", value)
