@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch do not survive a fork
 import torch
 from hypothesis import settings
 from PIL import Image

@@ -149,7 +149,7 @@ def test_a_lora_is_an_expert(run: Run, tiny: Path, experts: list[Path], tmp_path
     done = run("landscape", tiny, lora, *QUICK, "--ranges", "joint", "--json")
     assert done.code == 0, done.err
     made = json.loads(done.out)
-    assert made["task_vectors"]["norms"][0] > 0 and list(made["paths"]) == ["lora.safetensors"]
+    assert made["task_vectors"]["norms"][0] > 0 and list(made["paths"]) == ["0000-0300"]
 
 
 def test_an_expert_that_is_the_base_moves_nothing(
