@@ -6,28 +6,19 @@ W = codes * s,   s [] or one for each output [m], in float32
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from demerge.storage.lazy import Unread
+
 TINY = 2.0**-60
-FLAT = (Tensor.reshape, Tensor.view)
-SHAPED: tuple[Any, ...] = (
-    Tensor.shape, Tensor.dtype, Tensor.ndim, Tensor.nbytes, Tensor.itemsize, Tensor.layout,
-    Tensor.requires_grad, Tensor.size, Tensor.numel, Tensor.dim, Tensor.element_size,
-    Tensor.is_floating_point, Tensor.is_contiguous, Tensor.__len__,
-)  # fmt: skip
 
 
-class Scaled(Tensor):
-    """Codes [*] and their scale as a float32 tensor [*] on the CPU; treat it as read-only.
-
-    Its shape and dtype cost nothing, and a span of it flattened stays codes. Everything else is
-    done on the values.
-    """
+class Scaled(Unread):
+    """Codes [*] and their scale as a float32 tensor [*]; a span of it flattened stays codes."""
 
     codes: Tensor
     scale: Tensor
@@ -87,27 +78,13 @@ class Scaled(Tensor):
         first, last = start // self._row, -(-(start + n) // self._row)
         return of_scale[first:last].repeat_interleave(self._row)[start - first * self._row :][:n]
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Answer shape and dtype, keep codes in spans, and make the values for all else."""
-        kwargs = kwargs or {}
-        if getattr(function, "__self__", function) in SHAPED:
-            parent: Any = super()
-            return parent.__torch_function__(function, types, args, kwargs)
-        first = args[0] if args else None
-        if isinstance(first, Scaled) and not kwargs:
-            if function is Tensor.detach:
-                return first
-            if function in FLAT and args[1:] == (-1,):
-                return cls._at(first.codes.reshape(-1), first.scale, first._row, first._start)
-            is_item = function is Tensor.__getitem__ and first.ndim == 1
-            if is_item and isinstance(args[1], slice) and args[1].step is None:
-                begin = args[1].indices(len(first))[0]
-                return cls._at(first.codes[args[1]], first.scale, first._row, first._start + begin)
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*_made(args), **{name: _made(value) for name, value in kwargs.items()})
+    def flat(self) -> Scaled:
+        """See `Unread`."""
+        return self._at(self.codes.reshape(-1), self.scale, self._row, self._start)
+
+    def span(self, start: int, stop: int) -> Scaled:
+        """See `Unread`."""
+        return self._at(self.codes[start:stop], self.scale, self._row, self._start + start)
 
 
 def decoded(codes: Tensor) -> Tensor:
@@ -122,9 +99,3 @@ def decoded(codes: Tensor) -> Tensor:
 def _table(dtype: torch.dtype) -> NDArray[np.float32]:
     values: NDArray[np.float32] = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
     return values
-
-
-def _made(value: Any) -> Any:
-    if isinstance(value, Scaled):
-        return value.values()
-    return type(value)(map(_made, value)) if type(value) in (tuple, list) else value
