@@ -7,7 +7,6 @@ expert of t is looked up on the host, and each expert has graphs of its own.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demerge.diffusion.adapters import share_weights
 from demerge.diffusion.conditioning import Condition
 from demerge.diffusion.cuda_graph import capture
 from demerge.diffusion.model import Diffusion
@@ -27,8 +27,9 @@ Compute = Callable[[Tensor, Tensor, Condition], Tensor]
 class Forward:
     """The predictions of a model: in float32, with weights in bf16, or in fp16 by autocast.
 
-    Weights in bf16 are a copy. They are faster than autocast, which casts them at each pass, and
-    nearly as exact; fp16 needs autocast, which keeps what may overflow in float32.
+    Weights in bf16 are a copy, unless the model has them already. They are faster than autocast,
+    which casts them at each pass, and nearly as exact; fp16 needs autocast, which keeps what may
+    overflow in float32.
     """
 
     def __init__(self, model: Diffusion, mixed_precision: str = "no") -> None:
@@ -72,7 +73,7 @@ class Forward:
         if denoiser not in self._models:
             own = denoiser
             if self.dtype == torch.bfloat16:
-                own = copy.deepcopy(denoiser).to(self.dtype)
+                own = share_weights(denoiser, self.dtype).to(self.dtype)
             self._models[denoiser] = self.model.with_denoiser(own)
         return self._models[denoiser]
 
