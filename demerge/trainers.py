@@ -58,6 +58,7 @@ class TrainerLines:
     name: TrainerName
     partition: Partition
     shift: float
+    is_assumed: bool = False  # nobody named the shift
 
     @property
     def trainer(self) -> Trainer:
@@ -79,6 +80,10 @@ class TrainerLines:
             f"counts    {MEANINGS[trainer.convention]}",
             f"note      {trainer.note}",
         ]
+        if self.is_assumed:
+            notes.append("shift     1, since none is known: give --shift, for example 5 for Wan")
+        elif self.name == "ai-toolkit" and self.shift != 1:
+            notes.append(f"shift     {self.shift:g} is not used: timestep_type linear has none")
         return notes if ratio is None else [*notes, f"diffusers boundary_ratio {ratio:g}"]
 
     def document(self) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def write_for(name: TrainerName, partition: Partition, shift: float | None = Non
     if shift is None and TRAINERS[name].needs_shift:
         what = f"{name} counts the steps of a schedule that its pipeline shifts; shift is not given"
         raise UsageError(what, fix="give --shift 5 for Wan, --shift 3 for FLUX.1 and Z-Image")
-    return TrainerLines(name, partition, 1.0 if shift is None else shift)
+    return TrainerLines(name, partition, 1.0 if shift is None else shift, shift is None)
 
 
 def count_steps_from(t: int, s: float) -> int:

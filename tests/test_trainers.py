@@ -122,4 +122,10 @@ def test_every_trainer_says_where_its_convention_was_read(name: TrainerName) -> 
     assert re.fullmatch(r"[\w-]+/[\w-]+: .+\.(py|md)", lines.trainer.source)
     assert lines.lines()[0] == "# 0000-0900" and lines.document()["boundary_ratio"] == 0.9
     assert lines.notes()[-1] == "diffusers boundary_ratio 0.9"
-    assert len(write_for(name, Partition.uniform(1000, 3), 5).notes()) == 3
+    assert len(write_for(name, Partition.uniform(1000, 3), 1).notes()) == 3
+
+
+def test_a_shift_that_nobody_named_is_said() -> None:
+    assert "shift     1, since none is known" in write_for("musubi", WAN).notes()[-2]
+    assert not any("shift     " in note for note in write_for("musubi", WAN, 5).notes())
+    assert any("5 is not used" in note for note in write_for("ai-toolkit", WAN, 5).notes())

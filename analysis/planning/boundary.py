@@ -59,6 +59,9 @@ class BoundaryCheck:
                 name for name, each in TRAINERS.items() if each.convention == convention
             ]
             users += ["diffusers' boundary_ratio"] if convention == "sigma" else []
+            if o.shift != 1 and "ai-toolkit" in users:  # its schedule has no shift
+                own = from_sigma(self.values["sigma"], convention)
+                users[users.index("ai-toolkit")] = f"ai-toolkit has no shift: {own:.5g}"
             meaning = f"{MEANINGS[convention]} ({', '.join(users)})"
             lines.append(f"{convention:<10}{f'{value:.5g}':<10}{meaning}")
         shares = f"{self.high:.1%} to high noise, {1 - self.high:.1%} to low noise"

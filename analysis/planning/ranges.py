@@ -14,11 +14,13 @@ from demerge.analysis.partitioning.map_reading import Reading
 from demerge.analysis.partitioning.options import RangesOptions
 from demerge.analysis.report.summary import ADVISED, ConflictSummary, summarize
 from demerge.conflict import ConflictMap
+from demerge.diffusion.schedule import find_shift
 from demerge.errors import InputError, UsageError
 from demerge.progress import Progress, silent
 from demerge.reporting.html import is_page
 from demerge.stage import Cost
 from demerge.storage.documents import check_replaceable
+from demerge.storage.layout import read_pipeline_scheduler
 from demerge.timesteps import Partition
 from demerge.trainers import TrainerLines, write_for
 
@@ -105,6 +107,9 @@ def plan(options: RangesOptions) -> RangesPlan:
     if options.trainer is not None and _holds_partition(options.map):
         _check_no_map_options(options)
         return RangesPlan(options, None, given=Partition.load(options.map))
+    if options.trainer is None and options.map.suffix == ".json" and is_partition(options.map):
+        what = f"{options.map} is a partition, not a conflict map"
+        raise UsageError(what, fix="give --for TRAINER to write its ranges for one")
     map, minimum = load_map(options.map, options.model), options.minimum
     n, given = split_ranges(options.ranges, map.T)
     if options.cuts is not None:
@@ -134,7 +139,10 @@ def split_ranges(ranges: int | str | None, total: int) -> tuple[int | None, Part
 def _write_for(options: RangesOptions, partition: Partition | None) -> TrainerLines | None:
     if options.trainer is None or partition is None:
         return None
-    return write_for(options.trainer, partition, options.shift)
+    shift = options.shift
+    if shift is None and (options.map / "model_index.json").is_file():
+        shift = find_shift(read_pipeline_scheduler(options.map))
+    return write_for(options.trainer, partition, shift)
 
 
 def _holds_partition(path: Path) -> bool:

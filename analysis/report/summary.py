@@ -180,7 +180,10 @@ class ConflictSummary:
                 ("held out", f"{self.judged} explains {_pair(gain, '+.2f')} more than {other}")
                 for other, gain in self.held_out.items()
             ),
-            ("advice", f"{self.advice} for {ranges}: {self.reason}"),
+            *(
+                ("advice", f"{self.advice} for {ranges}: {self.reason}")
+                for _ in range(self.judged != GIVEN)
+            ),
             ("taken", f"the {self.taken} cut into {ranges}"),
             ("benefit", self.expected_gain.sentence),
         ]

@@ -114,10 +114,8 @@ class Diffusion:
             fix = "use a base that takes x_t alone, as its text-to-image model; merge takes both"
             raise UsageError(f"{self.folder or 'the denoiser'}: {other}", fix=fix)
         family.check()
-        side = self.resolution and family.image_shape[-1]
-        if side != self.resolution:
-            what = f"{self.folder}: resolution is {self.resolution}, which is no whole number"
-            raise UsageError(f"{what} of latents or patches", fix=f"for example {side or 64}")
+        if self.resolution is not None:
+            family.check_side(self.resolution, "resolution")
         return family
 
     def __repr__(self) -> str:
@@ -407,11 +405,7 @@ class Diffusion:
     @torch.no_grad()
     def no_condition(self, n: int) -> Condition:
         """Return what guidance takes in place of a caption or a class, for n samples."""
-        if self.text is None:
-            return self.condition(n, None, None)
-        return self.family.without(self.text, n) | self.family.extra(
-            torch.empty(n, device=self.device)
-        )
+        return self.condition(n, None if self.text is None else [""] * n)
 
     def describe_condition(self, data: ImageData) -> str | None:
         """Describe the conditions that a data set gives the denoiser; None if it takes none.

@@ -47,6 +47,13 @@ def shift_of(config: Mapping[str, Any], tokens: int) -> float:
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
+def find_shift(config: Mapping[str, Any]) -> float | None:
+    """Return the shift of a scheduler's config; None if it is no flow or depends on the images."""
+    if not is_flow(config) or config.get("use_dynamic_shifting"):
+        return None
+    return shift_of(config, 0)
+
+
 def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
     """Return mu of a sequence of so many tokens."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

@@ -31,7 +31,7 @@ and infinity. An infinite weight is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ from demerge.timesteps import TimestepRange
 
 # below 1 / 2^-24: for zero terminal SNR some schedulers of diffusers set abar = 2^-24
 LARGEST_WEIGHT = 2.0**23
+LEAST_SHARE = 1e-6  # of the draws; below, float64 loses the quantiles
+OF_FLOWS = ("density", "logit_mean", "logit_std", "mode_scale", "shift")
 
 
 def draw_timesteps(
@@ -81,6 +83,29 @@ def draw_timesteps(
     t = (T * shift(density.quantile(v), flow_shift)).float()
     inside = below(t.clamp(min=span.start), span.stop)
     return torch.where(is_global, below(t, T), inside)
+
+
+def check_density(
+    model: Diffusion, options: FinetuneOptions, ranges: Iterable[TimestepRange]
+) -> None:
+    """Check that the density of a flow's draws reaches each range.
+
+    Raises:
+        UsageError: if it does not, or the model is no flow and an option of flows is given.
+    """
+    if not model.is_flow:
+        default, own = FinetuneOptions(), options
+        names = [n for n in OF_FLOWS if getattr(own, n) != getattr(default, n)]
+        if names:
+            what = f"{names[0]} is {getattr(own, names[0])}, and the base is no flow"
+            raise UsageError(what, fix=f"leave out --{names[0].replace('_', '-')}")
+        return
+    for span in ranges:
+        edges = torch.tensor([span.start, span.stop], dtype=torch.float64) / model.T
+        low, high = density_of(options).cdf(unshift(edges, options.shift or model.shift))
+        if high - low < LEAST_SHARE:
+            what = f"density {options.density} gives range {span} {float(high - low):.1g} of its"
+            raise UsageError(f"{what} draws", fix="choose another density, shift or range")
 
 
 def density_of(options: FinetuneOptions) -> Density:

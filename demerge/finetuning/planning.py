@@ -24,7 +24,7 @@ from demerge.finetuning.executors.options import ExecutorOptions
 from demerge.finetuning.executors.tasks import Executor, Task
 from demerge.finetuning.layers import load_layers
 from demerge.finetuning.lora import count_trained, freeze_base, lora_targets
-from demerge.finetuning.objective import loss_weights
+from demerge.finetuning.objective import check_density, loss_weights
 from demerge.finetuning.optimizers import check_installed
 from demerge.finetuning.options import FinetuneInputs, FinetuneOptions
 from demerge.finetuning.train import (
@@ -313,6 +313,7 @@ def plan(
     partition, factor = parse_ranges(inputs.ranges or ("joint" if random else "uniform:4"), base.T)
     options = replace(options, max_train_steps=options.max_train_steps * factor)
     loss_weights(base, options)
+    check_density(base, options, partition)
     _, height, width = base.image_shape
     if height != width:
         fix = "use a base of square images"

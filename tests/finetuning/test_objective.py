@@ -14,6 +14,7 @@ from demerge.diffusion.model import Diffusion
 from demerge.errors import UsageError
 from demerge.finetuning import FinetuneOptions
 from demerge.finetuning.objective import (
+    check_density,
     consistency_weight,
     draw_timesteps,
     learning_rate,
@@ -180,3 +181,21 @@ def test_schedules_begin_and_end_where_they_say() -> None:
 def test_bad_option_is_named_with_its_value(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"{name} is {value!r}"):
         FinetuneOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_options_of_flows_need_a_flow(tiny: Path) -> None:
+    model, ranges = Diffusion.load(tiny), [TimestepRange(0, 1000)]
+    check_density(model, FinetuneOptions(), ranges)
+    with pytest.raises(UsageError, match="shift is 3") as refused:
+        check_density(model, FinetuneOptions(shift=3), ranges)
+    assert "--shift" in refused.value.fix
+
+
+def test_a_density_reaches_each_range(tiny: Path) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    model = replace(Diffusion.load(tiny), scheduler=scheduler)
+    ranges = [TimestepRange(0, 900), TimestepRange(900, 1000)]
+    check_density(model, FinetuneOptions(density="logit-normal"), ranges)
+    narrow = FinetuneOptions(density="logit-normal", logit_std=0.01)
+    with pytest.raises(UsageError, match="gives range 0900-1000 0 of its draws"):
+        check_density(model, narrow, ranges)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from demerge.diffusion.conditioning import Classes, Condition
 from demerge.diffusion.routing import RoutedDenoiser
+from demerge.errors import UsageError
 
 Denoiser = Callable[..., Any]
 
@@ -94,10 +95,6 @@ class Family:
         prediction: Tensor = denoiser(x_t, t, **condition).sample
         return prediction
 
-    def without(self, text: Text, n: int) -> Condition:
-        """Return what guidance takes in place of n captions."""
-        return text([""] * n)
-
     def extra(self, like: Tensor) -> Condition:
         """Return what the denoiser takes besides text and classes, for as many rows as `like`."""
         return {}
@@ -118,6 +115,21 @@ class Family:
     def factor(self) -> int:
         """Pixels per latent along a side."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that a side of the images is a multiple of: those of a latent, or of a patch."""
+        return self.factor * (self.config.get("patch_size") or 1)
+
+    def check_side(self, side: int, name: str) -> None:
+        """Check that images may have a side of so many pixels.
+
+        Raises:
+            UsageError: if it is not a multiple of `multiple`.
+        """
+        if side % self.multiple:
+            what = f"{name} is {side}, and the base takes multiples of {self.multiple} pixels"
+            raise UsageError(what, fix=f"for example {side // self.multiple * self.multiple or 64}")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -71,10 +71,13 @@ class Flux(Family):
         return int(self.config.in_channels) // 4
 
     @property
+    def multiple(self) -> int:
+        return self.factor * 2
+
+    @property
     def size(self) -> tuple[int, int]:
         side = self.resolution or int(self.vae.config.sample_size)
-        side = side // self.factor // 2 * 2
-        return side, side
+        return side // self.factor, side // self.factor
 
     @property
     def tokens(self) -> int:

@@ -1,7 +1,9 @@
 """SDXL (arXiv 2307.01952): two CLIP encoders, and size, crop and target size of the image.
 
 The UNet takes the next-to-last hidden states of both encoders side by side, the pooled text of the
-second one, and (H, W, top, left, H, W): the image is not cropped, and the target is its size.
+second one, and (H, W, 0, 0, H, W): the size is always that of the image, the crop none. If the
+pipeline says `force_zeros_for_empty_prompt`, an empty caption is zeros: in guidance, as stock
+pipelines do, and where training drops captions.
 """
 
 from __future__ import annotations
@@ -41,12 +43,6 @@ class SDXL(Family):
         zeros_for_none = bool(read_index(folder).get("force_zeros_for_empty_prompt"))
         return SDXLText(first, second, zeros_for_none)
 
-    def without(self, text: Text, n: int) -> Condition:
-        condition = text([""] * n)
-        if isinstance(text, SDXLText) and text.zeros_for_none:
-            return {name: torch.zeros_like(tensor) for name, tensor in condition.items()}
-        return condition
-
     def _call(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {name: condition[name] for name in ("text_embeds", "time_ids")}
         states = condition["encoder_hidden_states"]
@@ -63,7 +59,7 @@ class SDXL(Family):
 
 @dataclass(frozen=True, slots=True)
 class SDXLText:
-    """Both encoders; `zeros_for_none` is whether no text is zeros in guidance."""
+    """Both encoders; `zeros_for_none` is whether an empty caption is zeros."""
 
     first: Encoder
     second: Encoder
@@ -77,4 +73,10 @@ class SDXLText:
         one, _ = self.first(captions, output_hidden_states=True)
         two, _ = self.second(captions, output_hidden_states=True)
         states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
-        return {"encoder_hidden_states": states, "text_embeds": two.text_embeds}
+        condition = {"encoder_hidden_states": states, "text_embeds": two.text_embeds}
+        if self.zeros_for_none:
+            for i, caption in enumerate(captions):
+                if not caption:
+                    for tensor in condition.values():
+                        tensor[i] = 0
+        return condition

@@ -47,9 +47,12 @@ class Wan(Family):
         return int(self.vae.config.scale_factor_spatial)
 
     @property
+    def multiple(self) -> int:
+        return self.factor * int(self.config.patch_size[-1])
+
+    @property
     def size(self) -> tuple[int, int]:
-        patch = self.config.patch_size[-1]
-        side = (self.resolution or SIDE) // self.factor // patch * patch
+        side = (self.resolution or SIDE) // self.factor
         return side, side
 
     @property

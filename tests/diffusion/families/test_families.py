@@ -229,10 +229,12 @@ def test_a_pipeline_of_two_denoisers_is_a_routed_ensemble(
 
 def test_the_empty_caption_of_sdxl_is_zeros_if_the_pipeline_says_so(tiny_family: Family) -> None:
     model = load(tiny_family("sdxl"))
-    empty, encoded = model.no_condition(1), model.condition(1, [""])
-    assert float(empty["text_embeds"].abs().max()) == 0
-    assert float(encoded["text_embeds"].abs().max()) > 0
-    assert encoded["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+    """Guidance takes it, and so does training where it drops captions."""
+    empty, both = model.no_condition(1), model.condition(2, ["", "a"])
+    for name in ("encoder_hidden_states", "text_embeds"):
+        assert float(empty[name].abs().max()) == float(both[name][0].abs().max()) == 0
+        assert float(both[name][1].abs().max()) > 0
+    assert empty["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
 
 
 def test_sd3_may_lack_its_t5(tiny_family: Family, tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_a_text_encoder_that_is_missing_is_named(
 def test_a_resolution_fits_the_patches(tiny_family: Family) -> None:
     with pytest.raises(UsageError, match="resolution is 15") as refused:
         Diffusion.load(tiny_family("flux"), resolution=15)
-    assert "12" in refused.value.fix
+    assert "12" in refused.value.fix and "multiples of 4" in refused.value.what
 
 
 def test_captions_are_needed(tiny_family: Family) -> None:
