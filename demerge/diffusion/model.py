@@ -109,7 +109,8 @@ class Diffusion:
         if isinstance(denoiser, RoutedDenoiser):
             denoiser = denoiser.experts[0]
         name = type(denoiser).__name__
-        family = family_of(name, config)(config, self.vae, self.resolution)
+        sides = None if self.resolution is None else (self.resolution, self.resolution)
+        family = family_of(name, config)(config, self.vae, sides)
         if other := find_other_input({"_class_name": name, **config}, family.latent_channels):
             fix = "use a base that takes x_t alone, as its text-to-image model; merge takes both"
             raise UsageError(f"{self.folder or 'the denoiser'}: {other}", fix=fix)

@@ -63,12 +63,10 @@ def make_buckets(base: Diffusion, data: ImageData, options: FinetuneOptions) -> 
 
 def _base_at(base: Diffusion, height: int, width: int) -> Diffusion:
     """Return the base for images of a size, with the same modules."""
-    family, factor = base.family, base.family.factor
+    family = base.family
     for side in (height, width):
         family.check_side(side, f"a side of --aspect-ratio-buckets {height},{width}")
-    kind = type(family)
-    sized = type(kind.__name__, (kind,), {"size": (height // factor, width // factor)})
-    return replace(base, _family=sized(family.config, family.vae))
+    return replace(base, _family=type(family)(family.config, family.vae, (height, width)))
 
 
 @torch.no_grad()

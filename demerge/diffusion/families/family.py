@@ -42,6 +42,7 @@ class Family:
 
     Attributes:
         denoisers: the stock classes by their names in config.json.
+        image_size: (H, W) of the images in pixels; None is that of the config.
     """
 
     denoisers: ClassVar[Mapping[str, type[diffusers.ModelMixin]]] = {}
@@ -49,8 +50,10 @@ class Family:
         "AutoencoderKL": diffusers.AutoencoderKL
     }
 
-    def __init__(self, config: Any, vae: Any = None, resolution: int | None = None) -> None:
-        self.config, self.vae, self.resolution = config, vae, resolution
+    def __init__(
+        self, config: Any, vae: Any = None, image_size: tuple[int, int] | None = None
+    ) -> None:
+        self.config, self.vae, self.image_size = config, vae, image_size
 
     @property
     def is_distilled(self) -> bool:
@@ -117,26 +120,32 @@ class Family:
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def multiple(self) -> int:
-        """Pixels that a side of the images is a multiple of: those of a latent, or of a patch."""
-        return self.factor * (self.config.get("patch_size") or 1)
+    def patch(self) -> int:
+        """Latents along a side of a token."""
+        return self.config.get("patch_size") or 1
 
     def check_side(self, side: int, name: str) -> None:
         """Check that images may have a side of so many pixels.
 
         Raises:
-            UsageError: if it is not a multiple of `multiple`.
+            UsageError: if it is no whole number of tokens.
         """
-        if side % self.multiple:
-            what = f"{name} is {side}, and the base takes multiples of {self.multiple} pixels"
-            raise UsageError(what, fix=f"for example {side // self.multiple * self.multiple or 64}")
+        multiple = self.factor * self.patch
+        if side % multiple:
+            what = f"{name} is {side}, and the base takes multiples of {multiple} pixels"
+            raise UsageError(what, fix=f"for example {side // multiple * multiple or 64}")
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of x_t."""
-        if self.resolution is not None:
-            side = self.resolution // self.factor
-            return side, side
+        if self.image_size is None:
+            return self.own_size
+        height, width = self.image_size
+        return height // self.factor, width // self.factor
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """(H, W) of x_t that the config says."""
         size = self.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
@@ -177,8 +186,7 @@ class Family:
     def tokens(self) -> int:
         """The length of the sequence that a resolution-dependent shift is computed from."""
         height, width = self.size
-        patch = self.config.get("patch_size") or 1
-        return (height // patch) * (width // patch)
+        return (height // self.patch) * (width // self.patch)
 
     def sigmas(self, steps: int) -> list[float] | None:
         """Return the noise levels that the stock pipeline hands to its scheduler, if it does."""

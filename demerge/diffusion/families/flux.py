@@ -24,6 +24,7 @@ from demerge.diffusion.families.text import CLIP, T5, Encoder, load_encoder
 from demerge.errors import InputError
 
 T5_LENGTH = 512
+PATCH = 2
 PACK = "b c (h p) (w q) -> b (h w) (c p q)"
 UNPACK = "b (h w) (c p q) -> b c (h p) (w q)"
 
@@ -50,7 +51,7 @@ class Flux(Family):
         return {"guidance": like.new_ones(len(like))} if self.is_distilled else {}
 
     def _call(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        height, width = (side // 2 for side in x_t.shape[-2:])
+        height, width = (side // PATCH for side in x_t.shape[-2:])
         # made on the device, since a CUDA graph copies nothing from the host
         rows = torch.arange(height, device=x_t.device, dtype=x_t.dtype)
         columns = torch.arange(width, device=x_t.device, dtype=x_t.dtype)
@@ -58,31 +59,26 @@ class Flux(Family):
         positions = torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
         length = condition["encoder_hidden_states"].shape[1]
         packs: Tensor = denoiser(
-            hidden_states=rearrange(x_t, PACK, p=2, q=2),
+            hidden_states=rearrange(x_t, PACK, p=PATCH, q=PATCH),
             timestep=t / 1000,
             txt_ids=positions.new_zeros(length, 3),
             img_ids=positions,
             **condition,
         ).sample
-        return rearrange(packs, UNPACK, h=height, p=2, q=2)
+        return rearrange(packs, UNPACK, h=height, p=PATCH, q=PATCH)
 
     @property
     def channels(self) -> int:
-        return int(self.config.in_channels) // 4
+        return int(self.config.in_channels) // PATCH**2
 
     @property
-    def multiple(self) -> int:
-        return self.factor * 2
+    def patch(self) -> int:
+        return PATCH
 
     @property
-    def size(self) -> tuple[int, int]:
-        side = self.resolution or int(self.vae.config.sample_size)
-        return side // self.factor, side // self.factor
-
-    @property
-    def tokens(self) -> int:
-        height, width = self.size
-        return height // 2 * (width // 2)
+    def own_size(self) -> tuple[int, int]:
+        side = int(self.vae.config.sample_size) // self.factor
+        return side, side
 
     def sigmas(self, steps: int) -> list[float] | None:
         levels: list[float] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()

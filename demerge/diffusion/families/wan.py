@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from demerge.diffusion.conditioning import Condition
-from demerge.diffusion.families.family import Denoiser, Family, Text
+from demerge.diffusion.families.family import Family, Text
 from demerge.diffusion.families.text import T5, Encoder, load_encoder
 
 TEXT_LENGTH = 512
@@ -34,10 +34,6 @@ class Wan(Family):
         encoder = load_encoder(folder, "text_encoder", "tokenizer", T5, TEXT_LENGTH)
         return None if encoder is None else WanText(encoder)
 
-    def _call(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        prediction: Tensor = denoiser(hidden_states=x_t, timestep=t, **condition).sample
-        return prediction
-
     @property
     def latent_channels(self) -> int:
         return int(self.vae.config.z_dim)
@@ -47,19 +43,13 @@ class Wan(Family):
         return int(self.vae.config.scale_factor_spatial)
 
     @property
-    def multiple(self) -> int:
-        return self.factor * int(self.config.patch_size[-1])
+    def patch(self) -> int:
+        return int(self.config.patch_size[-1])
 
     @property
-    def size(self) -> tuple[int, int]:
-        side = (self.resolution or SIDE) // self.factor
+    def own_size(self) -> tuple[int, int]:
+        side = SIDE // self.factor
         return side, side
-
-    @property
-    def tokens(self) -> int:
-        height, width = self.size
-        patch = int(self.config.patch_size[-1])
-        return height // patch * (width // patch)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
