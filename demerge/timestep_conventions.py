@@ -91,6 +91,33 @@ class Density(Protocol):
         """Return the probability of a draw below u, elementwise: the inverse of `quantile`."""
 
 
+class DensityOptions(Protocol):
+    """The options of a stage that name a density."""
+
+    @property
+    def density(self) -> DensityName:
+        """Which one."""
+
+    @property
+    def logit_mean(self) -> float:
+        """Mean of logit-normal."""
+
+    @property
+    def logit_std(self) -> float:
+        """Standard deviation of logit-normal."""
+
+    @property
+    def mode_scale(self) -> float:
+        """Scale of mode."""
+
+
+def density_of(options: DensityOptions) -> Density:
+    """Return the density that options name."""
+    if options.density == "logit-normal":
+        return LogitNormal(options.logit_mean, options.logit_std)
+    return Mode(options.mode_scale) if options.density == "mode" else Uniform()
+
+
 @dataclass(frozen=True, slots=True)
 class Uniform:
     """u = v."""

@@ -10,16 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from demerge.analysis.partitioning.options import BoundaryOptions
-from demerge.timestep_conventions import (
-    MEANINGS,
-    Convention,
-    Density,
-    LogitNormal,
-    Mode,
-    Uniform,
-    from_sigma,
-    to_sigma,
-)
+from demerge.timestep_conventions import MEANINGS, Convention, density_of, from_sigma, to_sigma
 from demerge.trainers import TRAINERS
 
 FEW = 0.05  # share of the draws below which an expert is hardly trained
@@ -87,10 +78,4 @@ def check_boundary(options: BoundaryOptions) -> BoundaryCheck:
     sigma = to_sigma(options.boundary, options.convention, s, T)
     values = {convention: from_sigma(sigma, convention, s, T) for convention in MEANINGS}
     u = torch.tensor(values["unshifted"], dtype=torch.float64)
-    return BoundaryCheck(options, values, 1 - float(_density(options).cdf(u)))
-
-
-def _density(options: BoundaryOptions) -> Density:
-    if options.density == "logit-normal":
-        return LogitNormal(options.logit_mean, options.logit_std)
-    return Mode(options.mode_scale) if options.density == "mode" else Uniform()
+    return BoundaryCheck(options, values, 1 - float(density_of(options).cdf(u)))

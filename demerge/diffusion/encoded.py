@@ -221,7 +221,7 @@ class EncodedData:
     def x0(self, indices: Sequence[int], mirrored: Sequence[bool]) -> Tensor:
         """Return x_0 [B *] on the host; without an autoencoder these are the images."""
         if "latents" not in self.tables:
-            return as_floats(_images(self.data, indices, mirrored))
+            return as_floats(images_of(self.data, indices, mirrored))
         n = len(self.data)
         numbers = [i + n * flag for i, flag in zip(indices, mirrored, strict=True)]
         return self._rows("latents", numbers)["x0"]
@@ -242,7 +242,7 @@ class EncodedData:
     @torch.no_grad()
     def _encode_images(self, numbers: Sequence[int]) -> Rows:
         n, base = len(self.data), self.base
-        images = _images(self.data, [i % n for i in numbers], [i >= n for i in numbers])
+        images = images_of(self.data, [i % n for i in numbers], [i >= n for i in numbers])
         with running(f"{base.folder}/vae"):
             return {"x0": base.family.encode(as_floats(images.to(base.device)))}
 
@@ -272,9 +272,9 @@ class Blank:
         return {key: row.cpu().expand(n, *row.shape[1:]) for key, row in self.probe.items()}
 
 
-def _images(data: ImageData, indices: Sequence[int], mirrored: Sequence[bool]) -> Tensor:
+def images_of(data: ImageData, indices: Sequence[int], mirrored: Sequence[bool] | Tensor) -> Tensor:
     """Return images uint8 [B C H W], some of them mirrored."""
-    images, marked = data.images(indices), torch.tensor(mirrored, dtype=torch.bool)
+    images, marked = data.images(indices), torch.as_tensor(mirrored, dtype=torch.bool)
     images[marked] = images[marked].flip(-1)
     return images
 

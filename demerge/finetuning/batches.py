@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from demerge.data import ImageData
 from demerge.data.values import as_floats
 from demerge.diffusion.conditioning import Condition, rows
-from demerge.diffusion.encoded import Encoder
+from demerge.diffusion.encoded import Encoder, images_of
 from demerge.diffusion.model import Diffusion
 from demerge.finetuning.buckets import batches_of_epoch, make_buckets
 from demerge.finetuning.objective import draw_timesteps
@@ -206,8 +206,7 @@ class Batches:
             captions = [text if kept else "" for text, kept in zip(captions, keep, strict=True)]
         text = None
         if not self.encoders:
-            images = data.images(indices)
-            images[mirrored] = images[mirrored].flip(-1)
+            images = images_of(data, indices, mirrored)
         else:
             encoder = self.encoders[number]
             images = encoder.x0(indices, mirrored.tolist())

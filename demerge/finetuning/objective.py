@@ -40,7 +40,7 @@ from demerge.diffusion.model import Diffusion, below
 from demerge.errors import UsageError
 from demerge.finetuning.options import Decay, FinetuneOptions
 from demerge.randomness import uniform
-from demerge.timestep_conventions import Density, LogitNormal, Mode, Uniform, shift, unshift
+from demerge.timestep_conventions import density_of, shift, unshift
 from demerge.timesteps import TimestepRange
 
 # below 1 / 2^-24: for zero terminal SNR some schedulers of diffusers set abar = 2^-24
@@ -106,15 +106,6 @@ def check_density(
         if high - low < LEAST_SHARE:
             what = f"density {options.density} gives range {span} {float(high - low):.1g} of its"
             raise UsageError(f"{what} draws", fix="choose another density, shift or range")
-
-
-def density_of(options: FinetuneOptions) -> Density:
-    """Return the density of u, the time before the shift, that flow matching draws from."""
-    if options.density == "uniform":
-        return Uniform()
-    if options.density == "mode":
-        return Mode(options.mode_scale)
-    return LogitNormal(options.logit_mean, options.logit_std)
 
 
 def loss_weights(model: Diffusion, options: FinetuneOptions) -> Tensor:
